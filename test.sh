@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# bash test.sh [pytest arguments]: sets up .venv with requirements-dev.txt and runs the tests.
+# REAL_CKPT=DIR and DATA_DIR=DIR add the checks that need a real checkpoint and the real benchmarks.
+set -euo pipefail
+cd "$(dirname "$0")"
+bash venv.sh requirements-dev.txt
+exec .venv/bin/python -m pytest -q tests "$@"

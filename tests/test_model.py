@@ -1,0 +1,279 @@
+import json
+import os
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import real, tiny_config, tiny_files, tiny_model
+
+import model as model_file
+from model import Checkpoint, InputError, KVCache, Qwen2, TokenLogProbs, parse_config, token_logps
+
+
+def oracle(m, tmp_path):
+    """transformers' model from the directory that ours writes."""
+    m.save(str(tmp_path / "ckpt"), tiny_files())
+    hf, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ckpt", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return hf
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+CONFIGS = {
+    "gqa 4/2": {},
+    "mha": {"num_key_value_heads": 4},
+    "mqa": {"num_key_value_heads": 1},
+    "gqa 6/2, untied, theta 1e6": {
+        "num_attention_heads": 6, "hidden_size": 48, "tie_word_embeddings": False, "rope_theta": 1e6,
+    },
+    "own head_dim": {"head_dim": 16},
+    "odd sizes": {"vocab_size": 509, "intermediate_size": 67, "num_hidden_layers": 3, "rms_norm_eps": 1e-5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_logits_and_gradients_equal_transformers(changes, tmp_path):
+    m = tiny_model(**changes)
+    hf = oracle(m, tmp_path)
+    ids = torch.randint(0, m.config.vocab_size, (3, 37), generator=torch.Generator().manual_seed(1))
+    ours, theirs = m(ids), hf(ids).logits
+    assert ours.shape == (3, 37, m.config.vocab_size)
+    assert relative(ours, theirs) < 1e-5
+    weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
+    (ours * weight).sum().backward()
+    (theirs * weight).sum().backward()
+    expected = dict(hf.named_parameters())
+    for name, p in m.named_parameters():
+        assert relative(p.grad, expected[name].grad) < 1e-4, name
+
+
+def test_packed_equals_unpacked_with_gradients():
+    m, g = tiny_model(), torch.Generator().manual_seed(3)
+    lengths = [1, 17, 5, 30]
+    documents = [torch.randint(0, 512, (1, n), generator=g) for n in lengths]
+    packed = m(torch.cat(documents, 1), lengths=lengths)
+    alone = torch.cat([m(d) for d in documents], 1)
+    assert relative(packed, alone) < 1e-6
+    weight = torch.randn(packed.shape, generator=g)
+    grads = [torch.autograd.grad((x * weight).sum(), list(m.parameters())) for x in (packed, alone)]
+    for (name, _), a, b in zip(m.named_parameters(), *grads):
+        assert relative(a, b) < 1e-5, name
+
+
+def test_a_document_does_not_see_another():
+    m = tiny_model()
+    ids = torch.randint(0, 512, (1, 20))
+    other = ids.clone()
+    other[0, :8] = (other[0, :8] + 1) % 512
+    assert torch.equal(m(ids, lengths=[8, 12])[:, 8:], m(other, lengths=[8, 12])[:, 8:])
+
+
+def test_cached_equals_uncached_in_pieces_and_after_removal():
+    m, g = tiny_model(), torch.Generator().manual_seed(4)
+    documents = [torch.randint(0, 512, (1, 25), generator=g) for _ in range(3)]
+    with torch.no_grad():
+        full = [m(d)[0] for d in documents]
+        cache, seen = KVCache(m.config, 3, 40), [0, 0, 0]
+        cache.lengths = [0, 0, 0]
+        for lengths in ([5, 9, 2], [1, 1, 1], [0, 4, 3], [1, 1, 1]):
+            pieces = [d[:, s : s + n] for d, s, n in zip(documents, seen, lengths)]
+            logits = m.head(m.hidden(torch.cat(pieces, 1), lengths, cache))[0].split(lengths)
+            for d, (s, n) in enumerate(zip(seen, lengths)):
+                torch.testing.assert_close(logits[d], full[d][s : s + n], rtol=1e-4, atol=1e-5)
+            seen = [s + n for s, n in zip(seen, lengths)]
+        cache.remove(0)  # the last row moves to the front
+        assert cache.lengths == [seen[2], seen[1]]
+        logits = m.head(m.hidden(torch.cat([documents[d][:, seen[d] : seen[d] + 1] for d in (2, 1)], 1), [1, 1], cache))[0]
+        torch.testing.assert_close(logits, torch.stack([full[2][seen[2]], full[1][seen[1]]]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [7, 2**25, 2**26 // 3])  # chunks: one for all, 2 rows, 3 rows
+def test_token_logps_equal_log_softmax(vocab, monkeypatch):
+    size = 7 if vocab == 7 else 11
+    chunk = max(1, 2**26 // vocab)
+    g = torch.Generator().manual_seed(5)
+    hidden = torch.randn(8, 6, generator=g, requires_grad=True)
+    weight = torch.randn(size, 6, generator=g, requires_grad=True)
+    targets, out_grad = torch.randint(0, size, (8,), generator=g), torch.randn(8, generator=g)
+    plain = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    ours = TokenLogProbs.apply(hidden, weight, targets, chunk)
+    torch.testing.assert_close(ours, plain)
+    for a, b in zip(torch.autograd.grad(ours, (hidden, weight), out_grad), torch.autograd.grad(plain, (hidden, weight), out_grad)):
+        torch.testing.assert_close(a, b)
+    assert token_logps(hidden[:0], weight, targets[:0]).shape == (0,)
+
+
+def test_bf16_compute_over_fp32_weights():
+    m = tiny_model()
+    ids = torch.randint(0, 512, (1, 12))
+    exact = m(ids)
+    m.compute_dtype = torch.bfloat16
+    rough = m(ids)
+    assert rough.dtype == torch.bfloat16 and 0 < relative(rough.float(), exact) < 0.05
+    hidden = m.hidden(ids)[0]
+    logps = token_logps(hidden, m.head_weight, ids[0])
+    assert logps.dtype == torch.float32
+    logps.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in m.parameters())
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"model_type": "llama"}, "model_type"),
+        ({"use_sliding_window": True}, "sliding"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"num_key_value_heads": 3}, "heads"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_configs_that_are_not_implemented_are_refused(changes, word):
+    config = tiny_config(**changes)
+    if config["hidden_size"] is None:
+        del config["hidden_size"]
+    with pytest.raises(InputError, match=word):
+        parse_config(config)
+
+
+def test_rope_theta_as_transformers_5_writes_it():
+    config = tiny_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    del config["rope_theta"]
+    assert parse_config(config).rope_theta == 5e5
+
+
+def test_round_trips_are_exact(tmp_path):
+    m = tiny_model(tie_word_embeddings=False)
+    ids = torch.randint(0, 512, (1, 9))
+    for out in (str(tmp_path / "dir"), str(tmp_path / "file.pt")):
+        m.save(out, tiny_files())
+        again = Qwen2.from_pretrained(out)
+        assert torch.equal(again(ids), m(ids))
+        assert Checkpoint(out).files == tiny_files()
+    assert Checkpoint(tmp_path / "dir").fingerprint() == Checkpoint(tmp_path / "file.pt").fingerprint()
+    m.save(str(tmp_path / "half.pt"), tiny_files(), dtype=torch.bfloat16)
+    half = Checkpoint(tmp_path / "half.pt")
+    assert half.dtype("model.norm.weight") == torch.bfloat16 and half.config["torch_dtype"] == "bfloat16"
+    assert half.fingerprint() != Checkpoint(tmp_path / "dir").fingerprint()
+
+
+def test_directory_loads_in_transformers_with_tokenizer_and_generation_config(tiny):
+    tok = transformers.PreTrainedTokenizerFast.from_pretrained(tiny)
+    messages = [{"role": "user", "content": "Hello"}]
+    assert "You are a helpful assistant." in tok.apply_chat_template(messages, tokenize=False)
+    assert transformers.GenerationConfig.from_pretrained(tiny).eos_token_id == [2, 0]
+
+
+def test_reads_what_transformers_writes_sharded(tiny, tmp_path):
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    hf.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    ids = torch.randint(0, 512, (1, 9))
+    assert relative(Qwen2.from_pretrained(tmp_path / "shards")(ids), hf(ids).logits) < 1e-5
+
+
+def test_a_tied_head_that_is_stored_is_accepted_if_it_is_the_embedding(tmp_path):
+    m = tiny_model()
+    state = {n: p.detach() for n, p in m.named_parameters()}
+    for scale, name in ((1, "same"), (2, "other")):
+        tensors = state | {"lm_head.weight": state["model.embed_tokens.weight"] * scale}
+        specs = {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()}
+        model_file.write_checkpoint(str(tmp_path / name), tiny_config(), tiny_files(), specs, tensors.items())
+    ids = torch.randint(0, 512, (1, 9))
+    assert torch.equal(Qwen2.from_pretrained(tmp_path / "same")(ids), m(ids))
+    with pytest.raises(InputError, match="lm_head.weight differs"):
+        Checkpoint(tmp_path / "other")
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    m = tiny_model()
+    tensors = {n: p.detach() for n, p in m.named_parameters()}
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 32)
+    tensors["model.layers.7.extra"] = torch.zeros(1)
+    specs = {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()}
+    model_file.write_checkpoint(str(tmp_path / "bad.pt"), tiny_config(), tiny_files(), specs, tensors.items())
+    with pytest.raises(InputError) as e:
+        Qwen2.from_pretrained(tmp_path / "bad.pt")
+    for word in ("missing model.norm.weight", "unknown model.layers.7.extra", "up_proj.weight is (3, 32)", "(64, 32)"):
+        assert word in str(e.value)
+
+
+def test_truncated_safetensors_and_missing_shards(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="model.safetensors: missing or corrupt"):
+        Checkpoint(tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
+    with pytest.raises(InputError, match="gone.safetensors"):
+        Checkpoint(tmp_path / "cut")
+    os.remove(tmp_path / "cut" / "config.json")
+    with pytest.raises(InputError, match="config.json"):
+        Checkpoint(tmp_path / "cut")
+
+
+class Payload:
+    def __reduce__(self):
+        return (os.system, ("touch pwned",))
+
+
+def test_a_pickle_payload_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"config": Payload(), "files": {}, "weights": {}}, "evil.pt")
+    with pytest.raises(InputError, match="evil.pt"):
+        Checkpoint("evil.pt")
+    assert not os.path.exists("pwned")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    torch.save({"weights": {}}, tmp_path / "other.pt")
+    for name in ("text.pt", "other.pt"):
+        with pytest.raises(InputError, match=name):
+            Checkpoint(tmp_path / name)
+
+
+def test_unknown_sources():
+    with pytest.raises(InputError, match="no such checkpoint"):
+        Checkpoint("/nowhere/at/all")
+    with pytest.raises(InputError, match="nobody/nothing"):
+        Checkpoint("nobody/nothing")
+
+
+def test_writing_is_all_or_nothing(tmp_path):
+    m = tiny_model()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(InputError, match="is no checkpoint"):
+        m.save(str(tmp_path / "mine"), {})
+    m.save(str(tmp_path / "out"), {})
+    before = Checkpoint(tmp_path / "out").fingerprint()
+
+    def breaks_off():
+        for i, (n, p) in enumerate(m.named_parameters()):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield n, p.detach() * 2
+
+    specs = {n: (tuple(p.shape), p.dtype) for n, p in m.named_parameters()}
+    with pytest.raises(KeyboardInterrupt):
+        model_file.write_checkpoint(str(tmp_path / "out"), tiny_config(), {}, specs, breaks_off())
+    assert Checkpoint(tmp_path / "out").fingerprint() == before
+    assert sorted(os.listdir(tmp_path)) == ["mine", "out"]
+
+
+@real
+def test_real_checkpoint_equals_transformers():
+    path = os.environ["REAL_CKPT"]
+    m = Qwen2.from_pretrained(path)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = torch.randint(0, 40000, (2, 123), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert relative(m(ids), hf(ids).logits) < 1e-5

@@ -1,0 +1,242 @@
+import itertools
+import json
+import os
+import random
+
+import pytest
+import torch
+from conftest import tiny_files, tiny_model, write_lines
+from training import feedback, log, torchrun, trl_log, update_error, weights
+
+import loop
+import train_kto
+from train_kto import balanced_weight, kl_estimate, kto_loss, mismatched, separated_order, shared_prompts
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_lines(tmp_path / "kto.jsonl", feedback(14))
+
+
+@pytest.fixture(scope="module")
+def worse(tmp_path_factory):
+    """A reference that is not the policy, so that rewards and KL are not all zero at the first step."""
+    out = str(tmp_path_factory.mktemp("ref") / "worse")
+    m, g = tiny_model(), torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in m.parameters():
+            p += 0.05 * p.std() * torch.randn(p.shape, generator=g)
+    m.save(out, tiny_files())
+    return out
+
+
+def flags(tiny, data, out, *more):
+    settings = ("--batch-size", 4, "--lr", 1e-3, "--max-len", 64, "--warmup", 0, "--epochs", 2)
+    return ("--ckpt", tiny, "--data", data, "--out", out, *settings, *more)
+
+
+def test_loss_by_hand():
+    policy, ref = torch.tensor([-10.0, -10.0]), torch.tensor([-12.0, -12.0])
+    losses, rewards = kto_loss(policy, ref, torch.tensor(1.0), torch.tensor([True, False]), 0.5, 2.0, 3.0)
+    # r = 2, z0 = 1: 2 (1 - sigmoid(0.5)) and 3 (1 - sigmoid(-0.5)); reward 0.5 * 2
+    assert losses.tolist() == pytest.approx([2 * 0.3775406688, 3 * 0.6224593312])
+    assert rewards.tolist() == [1.0, 1.0]
+
+
+def test_loss_gradients_and_what_has_none():
+    policy = torch.tensor([-3.0, -4.0], requires_grad=True)
+    kl = torch.tensor(0.5)
+    losses, rewards = kto_loss(policy, torch.tensor([-5.0, -2.0]), kl, torch.tensor([True, False]), 0.1, 1.0, 1.0)
+    losses.sum().backward()
+    s = torch.sigmoid(torch.tensor([0.1 * 1.5, 0.1 * 2.5]))
+    assert policy.grad.tolist() == pytest.approx((torch.tensor([-0.1, 0.1]) * s * (1 - s)).tolist())
+    assert not rewards.requires_grad
+
+
+def test_kl_is_clamped_after_the_mean():
+    zero = torch.zeros(2)
+    assert kl_estimate(torch.tensor([3.0, -1.0]), zero).item() == 1.0
+    assert kl_estimate(torch.tensor([1.0, -3.0]), zero).item() == 0.0
+
+
+def test_pairs_and_weights():
+    assert mismatched([7, 3, 5]) == [(7, 5), (3, 7), (5, 3)]
+    assert balanced_weight(10, 30, 1.0) == 3.0 and balanced_weight(30, 10, 0.9) == pytest.approx(0.3)
+    assert train_kto.advice(10, 30, 3.0, 1.0) == train_kto.advice(10, 30, 4.0, 1.0) == []
+    assert "3 to 4" in train_kto.advice(10, 30, 1.0, 1.0)[0] and "0.25 to 0.333" in train_kto.advice(10, 30, 1.0, 1.0)[0]
+    assert "all 5 labels are true" in train_kto.advice(5, 0, 1.0, 1.0)[0]
+
+
+def clash_free_order_exists(prompts, sizes):
+    n = len(prompts)
+    for order in itertools.permutations(range(n)):
+        steps = loop.plan(n, sizes[0], 1, None, smallest=2, order=lambda *_: list(order))
+        if not shared_prompts(steps, prompts):
+            return True
+    return False
+
+
+def test_an_order_without_clashes_is_found_whenever_one_exists():
+    rng = random.Random(0)
+    seen = set()
+    for _ in range(150):
+        n, batch_size = rng.randint(2, 7), rng.randint(2, 4)
+        prompts = [rng.choice("abcd"[: rng.randint(1, 4)]) for _ in range(n)]
+        found = {}
+
+        def order(epoch, sizes):
+            found["sizes"] = sizes
+            return separated_order(prompts, sizes, rng)
+
+        steps = loop.plan(n, batch_size, 1, None, smallest=2, order=order)
+        assert sorted(sum(steps, [])) == list(range(n))
+        exists = clash_free_order_exists(prompts, found["sizes"])
+        assert (shared_prompts(steps, prompts) == 0) == exists, (prompts, found["sizes"])
+        seen.add(exists)
+    assert seen == {True, False}
+
+
+def test_large_data_of_pairs_and_of_few_prompts_separates():
+    rng = random.Random(1)
+    for prompts in ([i // 2 for i in range(1000)], [i % 2 for i in range(64)], [i % 3 for i in range(63)], [0] * 16 + list(range(1, 17))):
+        order = []
+        loop.plan(len(prompts), 8, 1, None, smallest=2, order=lambda e, sizes: order.append(separated_order(prompts, sizes, rng)) or order[0])
+        steps = [order[0][i : i + 8] for i in range(0, len(prompts), 8)]
+        assert sorted(order[0]) == list(range(len(prompts))) and order[0] != sorted(order[0])
+        assert shared_prompts(steps, prompts) == 0
+
+
+def test_four_steps_equal_trl(tiny, worse, tmp_path, run):
+    records = feedback(16, seed=3)
+    data = write_lines(tmp_path / "kto.jsonl", records)
+    theirs = trl_log("kto", tiny, records, tmp_path / "trl", max_steps=4, ref=worse, beta=0.1)
+    more = ("--ref", worse, "--max-steps", 4, "--schedule", "constant", "--no-shuffle")
+    code, out, _ = run("train_kto", *flags(tiny, data, tmp_path / "ours", *more))
+    assert code == 0
+    ours = log(tmp_path / "ours")
+    assert len(theirs) == len(ours) == 4
+    assert max(s["kl"] for s in ours) > 0.01  # the estimate is at work
+    for a, b in zip(theirs, ours):
+        for key in ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
+            assert float(a[key]) == pytest.approx(b[key], rel=1e-3, abs=1e-4), key
+    assert float(theirs[0]["grad_norm"]) == pytest.approx(ours[0]["grad_norm"], rel=1e-3)
+    base = weights(tiny)
+    assert update_error(weights(tmp_path / "trl"), weights(tmp_path / "ours"), base) < 0.02
+
+
+def test_any_cut_and_any_number_of_ranks_give_the_same_step(tiny, worse, data, tmp_path, run):
+    base, ref = weights(tiny), ("--ref", worse)
+    assert run("train_kto", *flags(tiny, data, tmp_path / "one", *ref))[0] == 0
+    assert run("train_kto", *flags(tiny, data, tmp_path / "cut", *ref, "--micro-tokens", 1))[0] == 0
+    torchrun(2, "train_kto.py", *flags(tiny, data, tmp_path / "two", *ref, "--ref-cache", tmp_path / "other"))
+    for other in ("cut", "two"):
+        assert update_error(weights(tmp_path / "one"), weights(tmp_path / other), base) < 0.01
+        for a, b in zip(log(tmp_path / "one"), log(tmp_path / other), strict=True):
+            for key in ("loss", "kl", "grad_norm", "rewards/chosen", "logps/rejected"):
+                assert (a[key] is None) == (b[key] is None)
+                assert a[key] is None or a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
+
+
+def test_the_reference_is_computed_once_and_never_for_another(tiny, worse, data, tmp_path, run):
+    def run_and_count(out, *more):
+        code, text, _ = run("train_kto", *flags(tiny, data, tmp_path / out, *more))
+        assert code == 0
+        line = next(line for line in text.splitlines() if "reference log-probabilities" in line)
+        return [int(word) for word in line.replace(";", "").split() if word.isdigit()][-2:]
+
+    first, total = run_and_count("a")
+    assert 28 < first <= total  # 14 matched and the mismatched ones of two epochs; equal sequences are one
+    assert run_and_count("b", "--lr", 1e-5)[0] == 0
+    more, all_ = run_and_count("c", "--epochs", 3)
+    assert 0 < more <= all_ - total  # the third epoch's mismatched pairs
+    assert run_and_count("d", "--ref", worse)[0] == first
+    assert run_and_count("e", "--dtype", "bf16")[0] == first
+    assert run_and_count("f", "--ref", worse)[0] == 0
+    shorter, all_short = run_and_count("g", "--max-len", 40)
+    assert 0 < shorter < all_short  # other ids where something was cut, the same elsewhere
+
+
+def test_cached_values_are_the_references(tiny, worse, data, tmp_path, run):
+    assert run("train_kto", *flags(tiny, data, tmp_path / "a", "--ref", worse))[0] == 0
+    assert run("train_kto", *flags(tiny, data, tmp_path / "b", "--ref", worse))[0] == 0  # all from the cache
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_rewards_move_apart(tiny, data, tmp_path, run):
+    held_out = write_lines(tmp_path / "held.jsonl", feedback(4, seed=5))
+    more = ("--epochs", 8, "--lr", 3e-3, "--eval-data", held_out, "--desirable-weight", "auto")
+    code, out, _ = run("train_kto", *flags(tiny, data, tmp_path / "o.pt", *more))
+    assert code == 0 and "14 examples, 7 of them desirable" in out
+    steps = log(tmp_path / "o.pt")
+    assert steps[0]["rewards/chosen"] == pytest.approx(0, abs=1e-4) and steps[0]["loss"] == pytest.approx(0.5, abs=1e-4)
+    assert steps[-1]["rewards/margins"] > 0.5 > steps[0]["rewards/margins"]
+    assert {"eval_loss", "eval_kl", "eval_rewards/margins"} <= set(steps[-1])
+    wanted = "step loss lr grad_norm tokens tokens_per_second kl rewards/chosen rewards/rejected rewards/margins logps/chosen logps/rejected"
+    assert set(wanted.split()) <= set(steps[0])
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def test_resume_equals_an_uninterrupted_run(tiny, worse, data, tmp_path, run, monkeypatch):
+    ref = ("--ref", worse, "--save-every", 3)
+    assert run("train_kto", *flags(tiny, data, tmp_path / "whole", *ref))[0] == 0
+    real_log = loop.write_log
+
+    def dies_at_step_5(a, record):
+        real_log(a, record)
+        if record["step"] == 5:
+            raise Killed
+
+    monkeypatch.setattr(loop, "write_log", dies_at_step_5)
+    with pytest.raises(Killed):
+        run("train_kto", *flags(tiny, data, tmp_path / "broken", *ref))
+    monkeypatch.setattr(loop, "write_log", real_log)
+    assert run("train_kto", *flags(tiny, data, tmp_path / "broken", *ref, "--resume"))[0] == 0
+    for a, b in zip(log(tmp_path / "whole"), log(tmp_path / "broken"), strict=True):
+        assert all(a[k] == b[k] for k in a if k != "tokens_per_second")
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_all_labels_alike_train_with_a_warning(tiny, tmp_path, run):
+    data = write_lines(tmp_path / "d.jsonl", [r | {"label": True} for r in feedback(6)])
+    code, out, _ = run("train_kto", *flags(tiny, data, tmp_path / "o", "--desirable-weight", "auto"))
+    assert code == 0 and "warning: all 6 labels are true" in out
+    assert log(tmp_path / "o")[0]["rewards/rejected"] is None and log(tmp_path / "o")[0]["rewards/margins"] is None
+
+
+def test_prompts_that_fill_max_len_are_dropped_and_counted(tiny, tmp_path, run, refused):
+    long = {"prompt": "The quick brown fox " * 30, "completion": "x", "label": True}
+    data = write_lines(tmp_path / "d.jsonl", [*feedback(5), long])
+    code, out, _ = run("train_kto", *flags(tiny, data, tmp_path / "o"))
+    assert code == 0 and "5 examples, 3 of them desirable, 1 dropped" in out
+    refused("--max-len 64", "train_kto", *flags(tiny, write_lines(tmp_path / "l.jsonl", [long] * 3), tmp_path / "p"))
+
+
+def test_warnings_of_shared_prompts_and_weights(tiny, data, tmp_path, run):
+    out = run("train_kto", *flags(tiny, data, tmp_path / "o", "--no-shuffle"))[1]
+    assert "mismatched pairs share their prompt" in out and "recommended" not in out
+    skewed = write_lines(tmp_path / "s.jsonl", feedback(8)[:7] + [feedback(9)[8]])
+    assert "recommended --desirable-weight 0.6" in run("train_kto", *flags(tiny, skewed, tmp_path / "p"))[1]
+
+
+def test_bad_input(tiny, data, tmp_path, refused):
+    refused("batch of one", "train_kto", *flags(tiny, data, tmp_path / "o", "--batch-size", 1))
+    one = write_lines(tmp_path / "one.jsonl", feedback(1))
+    refused("a mismatched pair takes two", "train_kto", *flags(tiny, one, tmp_path / "o"))
+    text_label = write_lines(tmp_path / "t.jsonl", [*feedback(3), feedback(1)[0] | {"label": "yes"}])
+    refused(["t.jsonl:4:", 'label is "yes"'], "train_kto", *flags(tiny, text_label, tmp_path / "o"))
+    (tmp_path / "broken").write_text("not a cache")
+    refused(["broken", "remove it"], "train_kto", *flags(tiny, data, tmp_path / "o", "--ref-cache", tmp_path / "broken"))
+    refused("no such checkpoint", "train_kto", *flags(tiny, data, tmp_path / "o", "--ref", "/no/where"))
+    assert not os.path.exists(tmp_path / "o") and not os.path.exists(tmp_path / "o.run")
+
+
+def test_the_command_as_the_readme_has_it(tiny, data, tmp_path):
+    tiny_model().save(str(tmp_path / "sft.pt"), tiny_files())
+    torchrun(2, "train_kto.py", "--ckpt", tmp_path / "sft.pt", "--data", data, "--out", tmp_path / "kto.pt", "--batch-size", 4)
+    assert json.loads((tmp_path / "kto.pt.run" / "args.json").read_text())["beta"] == 0.1
+    assert update_error(weights(tmp_path / "kto.pt"), weights(tmp_path / "sft.pt"), weights(tmp_path / "sft.pt")) >= 0

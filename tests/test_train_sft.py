@@ -1,0 +1,186 @@
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import tiny_files, tiny_model, write_lines
+from training import chats, log, torchrun, trl_log, update_error, weights
+
+import loop
+import train_sft
+from chat import Tokenizer
+from model import Checkpoint, Qwen2
+from train_sft import sft_loss
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_lines(tmp_path / "sft.jsonl", chats(13))
+
+
+def flags(tiny, data, out, *more):
+    settings = ("--batch-size", 4, "--lr", 1e-3, "--max-len", 64, "--warmup", 0, "--epochs", 2)
+    return ("--ckpt", tiny, "--data", data, "--out", out, *settings, *more)
+
+
+def test_loss_is_cross_entropy_per_supervised_token_of_the_step(tiny):
+    m, tok = Qwen2.from_pretrained(tiny), Tokenizer(tiny)
+    examples = [tok.chat_ids(r["messages"]) for r in chats(5)]
+    n = train_sft.count(examples)
+    total, tokens = 0.0, 0
+    for ids, supervised in examples:  # the definition, one example at a time
+        logps = m(torch.tensor([ids]))[0].log_softmax(-1)
+        for t in range(1, len(ids)):
+            if supervised[t]:
+                total, tokens = total - logps[t - 1, ids[t]].item(), tokens + 1
+    assert tokens == n
+    parts = [sft_loss(loop.example_logps(m, part), n).item() for part in (examples[:2], examples[2:])]
+    assert sum(parts) == pytest.approx(total / n, rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rates_equal_transformers(schedule):
+    name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    theirs = transformers.get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=17)
+    for step in range(17):
+        assert loop.lr_at(step, 17, 0.5, 3, schedule) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+def test_four_steps_equal_trl(tiny, tmp_path, run):
+    records = chats(16)
+    data = write_lines(tmp_path / "sft.jsonl", records)
+    theirs = trl_log("sft", tiny, records, tmp_path / "trl", max_steps=4)
+    more = ("--max-steps", 4, "--schedule", "constant", "--no-shuffle")
+    assert run("train_sft", *flags(tiny, data, tmp_path / "ours", *more))[0] == 0
+    ours = log(tmp_path / "ours")
+    assert len(theirs) == len(ours) == 4
+    for a, b in zip(theirs, ours):
+        assert float(a["loss"]) == pytest.approx(b["loss"], rel=1e-4)
+        assert float(a["grad_norm"]) == pytest.approx(b["grad_norm"], rel=1e-3)
+    base = weights(tiny)
+    assert update_error(weights(tmp_path / "trl"), weights(tmp_path / "ours"), base) < 0.02
+
+
+def test_any_cut_and_any_number_of_ranks_give_the_same_step(tiny, data, tmp_path, run):
+    base = weights(tiny)
+    assert run("train_sft", *flags(tiny, data, tmp_path / "one"))[0] == 0
+    assert run("train_sft", *flags(tiny, data, tmp_path / "cut", "--micro-tokens", 1))[0] == 0
+    torchrun(2, "train_sft.py", *flags(tiny, data, tmp_path / "two"))
+    for other in ("cut", "two"):
+        assert update_error(weights(tmp_path / "one"), weights(tmp_path / other), base) < 0.01
+        for a, b in zip(log(tmp_path / "one"), log(tmp_path / other), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def test_resume_equals_an_uninterrupted_run(tiny, data, tmp_path, run, monkeypatch):
+    assert run("train_sft", *flags(tiny, data, tmp_path / "whole", "--save-every", 3))[0] == 0
+    real_log = loop.write_log
+
+    def dies_at_step_6(a, record):
+        real_log(a, record)
+        if record["step"] == 6:
+            raise Killed
+
+    more = ("--save-every", 5)
+    monkeypatch.setattr(loop, "write_log", dies_at_step_6)
+    with pytest.raises(Killed):
+        run("train_sft", *flags(tiny, data, tmp_path / "broken", *more))
+    monkeypatch.setattr(loop, "write_log", real_log)
+    assert len(log(tmp_path / "broken")) == 6 and not os.path.exists(tmp_path / "broken")
+    assert os.path.isdir(tmp_path / "broken.run" / "step-5")
+    assert run("train_sft", *flags(tiny, data, tmp_path / "broken", *more, "--resume"))[0] == 0
+    for a, b in zip(log(tmp_path / "whole"), log(tmp_path / "broken"), strict=True):
+        assert all(a[k] == b[k] for k in ("step", "loss", "lr", "grad_norm", "tokens"))
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_resume_with_other_settings_is_refused(tiny, data, tmp_path, run, refused, monkeypatch):
+    monkeypatch.setattr(loop, "finish_run", lambda *a: None)  # a run that ends before its last save is dropped
+    assert run("train_sft", *flags(tiny, data, tmp_path / "a", "--save-every", 5))[0] == 0
+    refused(["differs in lr", "state.pt"], "train_sft", *flags(tiny, data, tmp_path / "a", "--lr", 1e-4, "--resume"))
+    other = write_lines(tmp_path / "other.jsonl", chats(13, seed=1))
+    refused("differs in the data", "train_sft", *flags(tiny, other, tmp_path / "a", "--resume"))
+
+
+def test_pt_in_and_out_fp32_and_the_run_files(tiny, data, tmp_path, run):
+    tiny_model().save(str(tmp_path / "half.pt"), tiny_files(), dtype=torch.bfloat16)
+    held_out = write_lines(tmp_path / "held.jsonl", chats(3, seed=9))
+    more = ("--dtype", "bf16", "--eval-data", held_out, "--eval-every", 2)
+    code, out, _ = run("train_sft", *flags(str(tmp_path / "half.pt"), data, tmp_path / "o.pt", *more))
+    assert code == 0 and "wrote" in out and "13 examples, 0 dropped" in out
+    assert all(t.dtype == torch.float32 for t in weights(tmp_path / "o.pt").values())
+    steps = log(tmp_path / "o.pt")
+    assert [s["step"] for s in steps] == list(range(1, 9))
+    assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second"} <= set(steps[0])
+    evaluated = [s["step"] for s in steps if "eval_loss" in s]
+    assert evaluated == [2, 4, 6, 8] and steps[-1]["eval_loss"] < steps[1]["eval_loss"] * 1.5
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    saved = json.loads((tmp_path / "o.pt.run" / "args.json").read_text())
+    assert saved["lr"] == 1e-3 and saved["batch_size"] == 4
+    assert Checkpoint(tmp_path / "o.pt").files == tiny_files()
+
+
+def test_an_update_smaller_than_bf16_can_hold_is_kept(tiny, data, tmp_path, run):
+    more = ("--lr", 1e-7, "--dtype", "bf16", "--max-steps", 2, "--schedule", "constant")
+    assert run("train_sft", *flags(tiny, data, tmp_path / "o", *more))[0] == 0
+    a, b = weights(tiny), weights(tmp_path / "o")
+    moved = [(a[n] != b[n]).float().mean().item() for n in a if a[n].ndim > 1]
+    assert min(moved) > 0.3
+
+
+def test_order_is_drawn_from_the_seed_and_differs_by_epoch():
+    steps = loop.plan(10, 4, 2, None, order=loop.shuffled(10, 7))
+    assert steps == loop.plan(10, 4, 2, None, order=loop.shuffled(10, 7)) != loop.plan(10, 4, 2, None, order=loop.shuffled(10, 8))
+    first, second = sum(steps[:3], []), sum(steps[3:], [])
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert [len(s) for s in steps] == [4, 4, 2, 4, 4, 2]
+    assert loop.plan(9, 4, 1, None, smallest=2) == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
+    assert loop.plan(3, 2, 1, 5) == [[0, 1], [2], [0, 1], [2], [0, 1]]
+
+
+def test_shares_of_the_ranks_are_the_whole():
+    lengths = [7, 100, 30, 30, 5, 64, 2]
+    for world in (1, 2, 3, 8):
+        shares = [loop.my_share(lengths, 64, r, world) for r in range(world)]
+        assert sorted(i for share in shares for b in share for i in b) == list(range(7))
+    two = [sum(lengths[i] for b in loop.my_share(lengths, 10**6, r, 2) for i in b) for r in range(2)]
+    assert min(two) > 80 and math.isclose(sum(two), sum(lengths))
+
+
+def test_examples_with_nothing_supervised_left_are_dropped_and_counted(tiny, tmp_path, run, refused):
+    long = {"messages": [{"role": "user", "content": "The quick brown fox " * 30}, {"role": "assistant", "content": "x"}]}
+    data = write_lines(tmp_path / "d.jsonl", [*chats(4), long])
+    code, out, _ = run("train_sft", *flags(tiny, data, tmp_path / "o"))
+    assert code == 0 and "4 examples, 1 dropped" in out
+    only_long = write_lines(tmp_path / "l.jsonl", [long])
+    refused("--max-len 64", "train_sft", *flags(tiny, only_long, tmp_path / "p"))
+    assert not os.path.exists(tmp_path / "p.run")
+
+
+def test_bad_input(tiny, data, tmp_path, refused):
+    bad = write_lines(tmp_path / "bad.jsonl", [*chats(1), {"messages": [{"role": "user"}]}])
+    refused("bad.jsonl:2:", "train_sft", *flags(tiny, bad, tmp_path / "o"))
+    empty = write_lines(tmp_path / "empty.jsonl", [])
+    refused("empty.jsonl: no records", "train_sft", *flags(tiny, empty, tmp_path / "o"))
+    refused("no such checkpoint", "train_sft", *flags("/no/where", data, tmp_path / "o"))
+    shutil.copytree(tiny, tmp_path / "llama")
+    config = json.loads((tmp_path / "llama" / "config.json").read_text()) | {"model_type": "llama"}
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(config))
+    refused(["config.json", "llama"], "train_sft", *flags(str(tmp_path / "llama"), data, tmp_path / "o"))
+    assert not [f for f in os.listdir(tmp_path) if f.startswith("o")]
+
+
+def test_a_run_that_is_all_warmup_is_warned_of(tiny, data, tmp_path, run):
+    assert "warning: all 8 steps are warmup" in run("train_sft", *flags(tiny, data, tmp_path / "o", "--warmup", 10))[1]

@@ -1,0 +1,348 @@
+"""KTO, alignment from desirable and undesirable completions (arXiv 2402.01306), on plain PyTorch.
+
+    python train_kto.py --ckpt sft.pt --data kto.jsonl --out sft-kto.pt
+    torchrun --nproc-per-node 8 train_kto.py ...                                          # the same step on 8 ranks
+
+Data: {"prompt", "completion", "label"} lines. The reference is the model before training unless --ref names another;
+its log-probabilities are computed once, before the first step, and kept in a file that later runs share.
+"""
+
+import argparse
+import functools
+import hashlib
+import os
+import random
+import time
+from array import array
+from collections import Counter
+
+import safetensors
+import safetensors.torch
+import torch
+from tqdm import tqdm
+
+import loop
+from chat import read_records, kto_example
+from model import Checkpoint, InputError, Qwen2, atomic_write, cli
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The maths
+
+
+def kto_loss(policy_logps, ref_logps, kl, desirable, beta, desirable_weight, undesirable_weight):
+    """KTO's loss per example and its implicit reward (arXiv 2402.01306, Eq. 7 and 8).
+
+    policy_logps, ref_logps: (n,) log-probabilities of the completions, summed over their tokens, in nats.
+    kl: the reference point z0 >= 0 in nats, without gradient. desirable: (n,) bool. -> (losses (n,), rewards (n,)).
+
+        r = policy_logps - ref_logps        loss = w_D (1 - sigmoid(beta (r - z0)))  desirable
+        reward = beta r                            w_U (1 - sigmoid(beta (z0 - r)))  undesirable
+    """
+    r = policy_logps - ref_logps
+    gain = torch.where(desirable, r - kl, kl - r)
+    weight = torch.where(desirable, desirable_weight, undesirable_weight)
+    return weight * (1 - torch.sigmoid(beta * gain)), beta * r.detach()
+
+
+def kl_estimate(policy_logps, ref_logps):
+    """z0: the mean log-ratio over the step's mismatched pairs, clamped at 0 after the mean. (n,), (n,) -> scalar."""
+    return (policy_logps - ref_logps).mean().clamp(min=0)
+
+
+def mismatched(step):
+    """A step's pairs (prompt of i, completion of j): each takes its predecessor's completion, the first the last's."""
+    return [(i, step[k - 1]) for k, i in enumerate(step)]
+
+
+def balanced_weight(n_desirable, n_undesirable, undesirable_weight):
+    """The w_D that makes w_D n_D = w_U n_U, the lower end of the range [1, 4/3] that Eq. 8 recommends for their ratio."""
+    return undesirable_weight * n_undesirable / n_desirable if n_desirable and n_undesirable else 1.0
+
+
+def advice(n_desirable, n_undesirable, w_d, w_u):
+    """What Eq. 8 says against these weights: a list of warnings."""
+    if not n_desirable or not n_undesirable:
+        return [f"all {n_desirable + n_undesirable} labels are {str(n_desirable > 0).lower()}: nothing to tell apart"]
+    if 1 - 1e-9 <= w_d * n_desirable / (w_u * n_undesirable) <= 4 / 3 + 1e-9:
+        return []
+    low, high = balanced_weight(n_desirable, n_undesirable, w_u), w_d * n_desirable / n_undesirable
+    return [
+        f"{n_desirable} desirable and {n_undesirable} undesirable examples: recommended --desirable-weight {low:.3g} to "
+        f"{low * 4 / 3:.3g} (auto takes {low:.3g}), or else --undesirable-weight {high * 3 / 4:.3g} to {high:.3g}"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An order of the examples in which no mismatched pair shares its prompt (such a pair would match after all)
+
+
+def separated_order(prompts, sizes, rng):
+    """A random permutation, cut into batches of `sizes`, in which neighbours in a batch's cycle differ in their prompt.
+
+    prompts: a hashable a example. Draws a plain shuffle and mends its clashes by random swaps; where that fails, deals
+    the examples out by prompt, which succeeds whenever a clash-free order exists. rng: random.Random.
+    """
+    starts = [sum(sizes[:b]) for b in range(len(sizes))]
+    before = [k - 1 if k > s else s + n - 1 for s, n in zip(starts, sizes) for k in range(s, s + n)]
+    after = {b: k for k, b in enumerate(before)}
+
+    def clashes_at(order, positions):
+        return sum(prompts[order[k]] == prompts[order[before[k]]] for k in positions)
+
+    def mend(order):
+        for k in [k for k in range(len(order)) if clashes_at(order, [k])]:
+            for other in (rng.randrange(len(order)) for _ in range(100)):
+                near = {k, after[k], other, after[other]}
+                clashes = clashes_at(order, near)
+                order[k], order[other] = order[other], order[k]
+                if clashes_at(order, near) < clashes:
+                    break
+                order[k], order[other] = order[other], order[k]
+        return order
+
+    order = list(range(len(prompts)))
+    rng.shuffle(order)
+    for _ in range(3):
+        order = mend(order)
+    if not clashes_at(order, range(len(order))):
+        return order
+    # Every other place of each batch first (no two of these are neighbours), the places between them next, and the odd
+    # batch's last place at the end; filled by prompt, the most frequent first.
+    batches = list(zip(starts, sizes))
+    rng.shuffle(batches)
+    places = [s + k for s, n in batches for k in range(0, n - 1, 2)] + [s + k for s, n in batches for k in range(1, n, 2)]
+    places += [s + n - 1 for s, n in batches if n % 2]
+    counts, rank = Counter(prompts), {p: rng.random() for p in prompts}
+    order.sort(key=lambda i: (-counts[prompts[i]], rank[prompts[i]]))
+    dealt = dict(zip(places, order))
+    return mend([dealt[k] for k in range(len(order))])
+
+
+def shared_prompts(steps, prompts):
+    """How many mismatched pairs of the steps share their prompt."""
+    return sum(prompts[i] == prompts[j] for step in steps for i, j in mismatched(step))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference's log-probabilities, kept on disk
+
+
+def read_cache(path):
+    """{digest (32 bytes): log-probability in nats} of a cache file; {} if there is none."""
+    if not os.path.isfile(path):
+        return {}
+    try:
+        content = safetensors.torch.load_file(path)
+        keys, values = content["keys"].numpy().tobytes(), content["logps"].tolist()
+    except (safetensors.SafetensorError, KeyError, OSError) as e:
+        raise InputError(f"{path}: not a cache of reference log-probabilities ({e}); remove it") from None
+    return {keys[32 * i : 32 * i + 32]: v for i, v in enumerate(values)}
+
+
+def write_cache(path, cache):
+    keys = torch.frombuffer(bytearray(b"".join(cache)), dtype=torch.uint8).view(-1, 32)
+    with atomic_write(path, "wb") as f:
+        f.write(safetensors.torch.save({"keys": keys, "logps": torch.tensor(list(cache.values()))}))
+
+
+def digest(reference, example):
+    """What a reference log-probability depends on: the reference (weights and compute dtype), the ids, where they are
+    supervised."""
+    ids, supervised = example
+    h = hashlib.sha256(reference.encode())
+    h.update(array("i", ids).tobytes() + bytes(supervised))
+    return h.digest()
+
+
+def reference_logps(pairs, sequence, path, reference, load, micro_tokens, rank, world):
+    """The reference's log-probabilities of all pairs, from the cache at `path` or computed and added to it.
+
+    pairs: (i, j) keys. sequence(i, j): the example (ids, supervised) of a pair. reference: a text that identifies
+    weights and compute dtype. load() gives the reference model; it is called only if something is missing, and the model
+    is dropped on return. -> ({pair: nats}, the number computed).
+    """
+    cache = read_cache(path)
+    digests = {pair: digest(reference, sequence(*pair)) for pair in pairs}
+    missing = {d: pair for pair, d in digests.items() if d not in cache}
+    if missing:
+        model, chunk, saved = load(), 64 * world, time.time()
+        todo = [(d, sequence(*pair)) for d, pair in missing.items()]
+        todo.sort(key=lambda item: -len(item[1][0]))  # like lengths pack well
+        bar = tqdm(total=len(todo), desc="reference", unit="seq", disable=True if rank else None)
+        for c in range(0, len(todo), chunk):
+            part = todo[c : c + chunk]
+            logps = loop.sequence_logps(model, [example for _, example in part], micro_tokens, rank, world)
+            cache |= zip((d for d, _ in part), logps.tolist())
+            bar.update(len(part))
+            if rank == 0 and (c + chunk >= len(todo) or time.time() - saved > 60):  # a killed run loses a minute
+                write_cache(path, read_cache(path) | cache)  # another run may have added to it
+                saved = time.time()
+        bar.close()
+    return {pair: cache[d] for pair, d in digests.items()}, len(missing)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def encode(records, tokenizer, max_len):
+    """Records -> (rows, dropped). rows: (prompt ids, completion ids, label), tuples; a prompt that fills max_len alone
+    leaves no completion to learn from and is dropped, before batches and pairs are formed."""
+    rows = []
+    for _, (messages, completion, label) in records:
+        prompt = tuple(tokenizer.prompt_ids(messages))
+        if len(prompt) < max_len:
+            rows.append((prompt, tuple(tokenizer.completion_ids(completion)), label))
+    where = records[0][0].rsplit(":", 1)[0]
+    if len(rows) < 2:
+        raise InputError(f"{where}: {len(rows)} examples whose prompt is under --max-len {max_len}; a mismatched pair takes two")
+    return rows, len(records) - len(rows)
+
+
+def pair_sequence(rows, max_len, i, j):
+    """The prompt of row i with the completion of row j, cut to max_len tokens: (ids, supervised)."""
+    ids, start = [*rows[i][0], *rows[j][1]][:max_len], len(rows[i][0])
+    return ids, [False] * start + [True] * (len(ids) - start)
+
+
+def metrics(losses, rewards, logps, desirable, kl):
+    """The log's numbers for a batch: means over the examples of each label, null where there is none."""
+
+    def mean(x, which):
+        return x[which].mean().item() if which.any() else None
+
+    out = {"loss": losses.mean().item(), "kl": kl.item()}
+    for name, which in (("chosen", desirable), ("rejected", ~desirable)):
+        out |= {f"rewards/{name}": mean(rewards, which), f"logps/{name}": mean(logps, which)}
+    both = desirable.any() and (~desirable).any()
+    out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"] if both else None
+    return out
+
+
+def weight_flag(text):
+    return text if text == "auto" else float(text)
+
+
+def weight_flag(text):
+    return text if text == "auto" else float(text)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    loop.add_flags(p, epochs=1, batch_size=64, lr=1e-6)  # the paper's KTO settings are not published; TRL's rate
+    # KTO
+    p.add_argument("--ref", help="reference checkpoint; default: the model before training")
+    p.add_argument("--beta", type=float, default=0.1, help="strength of the pull to the reference, per nat (0.1)")
+    p.add_argument("--desirable-weight", type=weight_flag, default=1.0, help="w_D (1.0), or auto: balances the labels")
+    p.add_argument("--undesirable-weight", type=float, default=1.0, help="w_U (1.0)")
+    p.add_argument("--ref-cache", help="file of reference log-probabilities (ref-cache.safetensors beside OUT)")
+    a = p.parse_args()
+    if a.batch_size < 2:
+        raise InputError("--batch-size 1: no mismatched pair exists in a batch of one; give at least 2")
+    rank, world, device = loop.setup(a.device)
+
+    # Data
+    records = read_records(a.data, kto_example)
+    eval_records = read_records(a.eval_data, kto_example) if a.eval_data else []
+    model, tokenizer, ckpt = loop.load_model(a.ckpt, device, a.dtype)
+    rows, dropped = encode(records, tokenizer, a.max_len)
+    n, n_d = len(rows), sum(label for _, _, label in rows)
+    prompts = [prompt for prompt, _, _ in rows]
+
+    # Every step of the run, and with it every mismatched pair
+    def order(epoch, sizes):
+        return separated_order(prompts, sizes, random.Random(f"{a.seed} {epoch}"))
+
+    steps = loop.plan(n, a.batch_size, a.epochs, a.max_steps, smallest=2, order=None if a.no_shuffle else order)
+
+    # The weights of the two labels, Eq. 8
+    w_u = a.undesirable_weight
+    w_d = balanced_weight(n_d, n - n_d, w_u) if a.desirable_weight == "auto" else a.desirable_weight
+    if rank == 0:
+        for text in advice(n_d, n - n_d, w_d, w_u) + loop.schedule_advice(a, steps):
+            print(f"warning: {text}")
+        if clashes := shared_prompts(steps, prompts):
+            print(f"warning: {clashes} mismatched pairs share their prompt, so they match" + "; shuffle" * a.no_shuffle)
+
+    # The reference, once and for all epochs
+    reference = Checkpoint(a.ref) if a.ref else ckpt
+    fingerprint = ckpt.fingerprint()
+    ref_fingerprint = reference.fingerprint() if a.ref else fingerprint
+
+    def load_reference():
+        if ref_fingerprint == fingerprint:
+            return model  # not trained yet
+        ref_model = Qwen2.from_pretrained(reference, torch.float32, device)
+        ref_model.compute_dtype = model.compute_dtype
+        return ref_model
+
+    ref_cache = a.ref_cache or os.path.join(os.path.dirname(os.path.abspath(a.out)), "ref-cache.safetensors")
+    settings = (ref_cache, f"{ref_fingerprint} {a.dtype}", load_reference, a.micro_tokens, rank, world)
+    sequence = functools.partial(pair_sequence, rows, a.max_len)  # (i, j) -> (ids, supervised)
+    pairs = {pair for step in steps for pair in [(i, i) for i in step] + mismatched(step)}
+    ref, computed = reference_logps(sorted(pairs), sequence, *settings)
+    if eval_records:
+        eval_rows, _ = encode(eval_records, tokenizer, a.max_len)
+        eval_labels = torch.tensor([label for _, _, label in eval_rows])
+        eval_pairs = [(i, i) for i in range(len(eval_rows))] + mismatched(range(len(eval_rows)))
+        eval_sequence = functools.partial(pair_sequence, eval_rows, a.max_len)
+        eval_ref, _ = reference_logps(eval_pairs, eval_sequence, *settings)
+
+    def held_out():
+        """The log's numbers on the held-out data, all of it as one batch."""
+        m, examples = len(eval_rows), [eval_sequence(*pair) for pair in eval_pairs]
+        policy = loop.sequence_logps(model, examples, a.micro_tokens, rank, world)  # (2m,): matched, then mismatched
+        ref_logps = torch.tensor([eval_ref[pair] for pair in eval_pairs])
+        kl = kl_estimate(policy[m:], ref_logps[m:])
+        losses, rewards = kto_loss(policy[:m], ref_logps[:m], kl, eval_labels, a.beta, w_d, w_u)
+        return {f"eval_{k}": v for k, v in metrics(losses, rewards, policy[:m], eval_labels, kl).items()}
+
+    optimizer = loop.make_optimizer(model, a)
+    identity = loop.run_identity(a, rows, fingerprint) | {"the reference": ref_fingerprint}
+    done = loop.start_run(a, model, optimizer, identity, rank)
+    started = time.time()
+    bar = tqdm(total=len(steps), initial=done, desc="kto", unit="step", disable=True if rank else None)
+    for s in range(done, len(steps)):
+        t0 = time.time()
+        step = steps[s]
+        labels = torch.tensor([rows[i][2] for i in step], device=device)
+
+        # z0, from the mismatched pairs, without gradient
+        unmatched = [sequence(*pair) for pair in mismatched(step)]
+        policy_kl = loop.sequence_logps(model, unmatched, a.micro_tokens, rank, world)
+        kl = kl_estimate(policy_kl, torch.tensor([ref[pair] for pair in mismatched(step)])).to(device)
+
+        # The loss, from the matched ones
+        matched = [sequence(i, i) for i in step]
+        ref_logps = torch.tensor([ref[i, i] for i in step], device=device)
+        seen = torch.zeros(3, len(step), device=device)  # losses, rewards, logps; each rank fills in its own
+        for micro in loop.my_share([len(ids) for ids, _ in matched], a.micro_tokens, rank, world):
+            logps = loop.example_logps(model, [matched[k] for k in micro])  # (len(micro),)
+            losses, rewards = kto_loss(logps, ref_logps[micro], kl, labels[micro], a.beta, w_d, w_u)
+            (losses.sum() / len(step)).backward()
+            seen[:, micro] = torch.stack((losses.detach(), rewards, logps.detach()))
+        lr = loop.lr_at(s, len(steps), a.lr, a.warmup, a.schedule)
+        grad_norm = loop.optimizer_step(model, optimizer, lr, a.clip)
+
+        losses, rewards, logps = loop.sum_over_ranks(seen).cpu()
+        record = {"step": s + 1, "lr": lr, "grad_norm": grad_norm, **metrics(losses, rewards, logps, labels.cpu(), kl)}
+        tokens = sum(len(ids) for ids, _ in matched + unmatched)
+        record |= {"tokens": tokens, "tokens_per_second": tokens / (time.time() - t0)}
+        last = s + 1 == len(steps)
+        if eval_records and (last or a.eval_every and (s + 1) % a.eval_every == 0):
+            record |= held_out()
+        if rank == 0:
+            loop.write_log(a, record)
+            bar.set_postfix(loss=f"{record['loss']:.4f}", kl=f"{record['kl']:.3f}")
+            bar.update()
+            if a.save_every and (s + 1) % a.save_every == 0 and not last:
+                loop.save_state(a, model, optimizer, ckpt.files, identity, s + 1)
+    bar.close()
+    facts = [
+        f"{n} examples, {n_d} of them desirable, {dropped} dropped as their prompt fills {a.max_len} tokens",
+        f"weights {w_d:.4g} and {w_u:.4g}; {computed} of {len(pairs)} reference log-probabilities computed, kept in {ref_cache}",
+    ]
+    loop.finish_run(a, model, ckpt.files, started, len(steps), facts, rank)
+
+
+if __name__ == "__main__":
+    cli(main)
