@@ -218,11 +218,8 @@ def metrics(losses, rewards, logps, desirable, kl):
     return out
 
 
-def weight_flag(text):
-    return text if text == "auto" else float(text)
-
-
-def weight_flag(text):
+def weight(text):
+    """An argparse type: a number or "auto"."""
     return text if text == "auto" else float(text)
 
 
@@ -232,7 +229,7 @@ def main():
     # KTO
     p.add_argument("--ref", help="reference checkpoint; default: the model before training")
     p.add_argument("--beta", type=float, default=0.1, help="strength of the pull to the reference, per nat (0.1)")
-    p.add_argument("--desirable-weight", type=weight_flag, default=1.0, help="w_D (1.0), or auto: balances the labels")
+    p.add_argument("--desirable-weight", type=weight, default=1.0, help="w_D (1.0), or auto: balances the labels")
     p.add_argument("--undesirable-weight", type=float, default=1.0, help="w_U (1.0)")
     p.add_argument("--ref-cache", help="file of reference log-probabilities (ref-cache.safetensors beside OUT)")
     a = p.parse_args()

@@ -247,6 +247,21 @@ def test_unknown_sources():
         Checkpoint("nobody/nothing")
 
 
+def test_a_hub_id_fetches_only_the_files_it_needs(tiny, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot_download(repo, allow_patterns):
+        asked.update(repo=repo, patterns=allow_patterns)
+        return tiny
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert torch.equal(Qwen2.from_pretrained("Qwen/Tiny").head_weight, Qwen2.from_pretrained(tiny).head_weight)
+    assert asked["repo"] == "Qwen/Tiny" and "*.safetensors" in asked["patterns"]
+    assert not {"*", "*.bin", "README.md"} & set(asked["patterns"])
+
+
 def test_writing_is_all_or_nothing(tmp_path):
     m = tiny_model()
     (tmp_path / "mine").mkdir()
