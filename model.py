@@ -386,10 +386,10 @@ def token_logps(hidden, weight, targets):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
-# What a checkpoint carries beside its weights and config.json; all of it text.
+# What a checkpoint carries beside its weights and config.json and hands on to those made from it; all of it text.
 SIDE_FILES = (
     "generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
-    "merges.txt chat_template.jinja merge.json"
+    "merges.txt chat_template.jinja"
 ).split()
 SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -484,12 +484,13 @@ class Checkpoint:
     def _open_pt(self, path):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            self.config, self.files, self._where = content["config"], content["files"], content["weights"]
+            self.config, self._where = content["config"], content["weights"]
+            self.files = {name: text for name, text in content["files"].items() if name in SIDE_FILES}
         except pickle.UnpicklingError:
             raise InputError(f"{path}: holds more than tensors and plain data (or is no .pt file); not loaded") from None
         except (RuntimeError, OSError, EOFError) as e:
             raise InputError(f"{path}: missing or corrupt ({str(e).splitlines()[0]})") from None
-        except (KeyError, TypeError, IndexError):
+        except (KeyError, TypeError, IndexError, AttributeError):
             raise InputError(f"{path}: a .pt checkpoint of this project has the keys config, files, weights") from None
 
     def tensor(self, name):

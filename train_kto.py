@@ -224,14 +224,14 @@ def weight(text):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     loop.add_flags(p, epochs=1, batch_size=64, lr=1e-6)  # the paper's KTO settings are not published; TRL's rate
     # KTO
-    p.add_argument("--ref", help="reference checkpoint; default: the model before training")
-    p.add_argument("--beta", type=float, default=0.1, help="strength of the pull to the reference, per nat (0.1)")
-    p.add_argument("--desirable-weight", type=weight, default=1.0, help="w_D (1.0), or auto: balances the labels")
-    p.add_argument("--undesirable-weight", type=float, default=1.0, help="w_U (1.0)")
-    p.add_argument("--ref-cache", help="file of reference log-probabilities (ref-cache.safetensors beside OUT)")
+    p.add_argument("--ref", help="reference checkpoint; without it the model before training")
+    p.add_argument("--beta", type=float, default=0.1, help="strength of the pull to the reference, per nat")
+    p.add_argument("--desirable-weight", type=weight, default=1.0, help="w_D, or auto: balances the labels")
+    p.add_argument("--undesirable-weight", type=float, default=1.0, help="w_U")
+    p.add_argument("--ref-cache", help="file of reference log-probabilities; without it ref-cache.safetensors beside OUT")
     a = p.parse_args()
     if a.batch_size < 2:
         raise InputError("--batch-size 1: no mismatched pair exists in a batch of one; give at least 2")

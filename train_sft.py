@@ -47,7 +47,7 @@ def count(examples):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     loop.add_flags(p, epochs=3, batch_size=1000, lr=1e-6)  # the paper's
     a = p.parse_args()
     rank, world, device = loop.setup(a.device)

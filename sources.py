@@ -1,0 +1,333 @@
+"""Step 1's reading: JSON Lines and JSON arrays, plain or gzip, in the shapes that open instruction data comes in.
+
+    for line, obj in read_objects("alpaca.json.gz"):
+        for found in instructions(obj, where, max_chars):     # {"prompt", "response", "reference"}
+
+A line that is broken, or of no known shape, raises InputError with its file and line. A record that is well-formed but of no
+use (empty, cut off, garbled) raises Drop with the reason, which the caller counts.
+"""
+
+import codecs
+import csv
+import glob
+import gzip
+import json
+import os
+import re
+import unicodedata
+
+from model import InputError
+
+ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user",
+         "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"}  # fmt: skip
+TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
+CHUNK, LONGEST = 1 << 20, 1 << 26  # characters read at a time; the most that one object of an array may take
+# UTF-8 read as Latin-1 or as Windows' code page, GBK's filler, and what could not be decoded at all
+MOJIBAKE = re.compile("\ufffd|\u00ef\u00bf\u00bd|\u00e2[\u0080-\u00bf\u02c6\u2020\u201a\u20ac]|[\u00c2\u00c3][\u0080-\u00bf]|锟斤拷|烫烫烫")
+
+
+class Drop(Exception):
+    """A well-formed record that is not used. The message is the reason, the same words for the same reason."""
+
+
+# an option of AQuA's; after the last one follows, on the same line, what sets the model thinking
+AQUA_OPTION = re.compile(
+    r"^\(([A-E])\)\s*(.*?)(?: (?:Let's|Think|Some|Stream|Thoughts|Chain|Reasoning|Now|Hmmm|Random|OK)\b.*)?$", re.M
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def expand(patterns):
+    """File names and globs -> the files, in order. InputError for what names none."""
+    files = []
+    for pattern in patterns:
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise InputError(f"{pattern}: no such file")
+        for path in found:
+            if os.path.isdir(path):
+                raise InputError(f"{path}: a folder; name its files, e.g. '{os.path.join(path, '*.json*')}'")
+        files += [path for path in found if path not in files]
+    return files
+
+
+def labels(files):
+    """A short name for each file: its last two parts, or more of them where that is not enough to tell two apart."""
+    parts = [os.path.abspath(f).split(os.sep) for f in files]
+    for n in range(2, max(map(len, parts), default=2) + 1):
+        names = ["/".join(p[-n:]) for p in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def open_bytes(path):
+    try:
+        return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read: {e.strerror or e}") from None
+
+
+def read_objects(path):
+    """Yields (line number, object) of a JSON Lines file or a JSON array, streaming either."""
+    try:
+        with open_bytes(path) as file:
+            array = file.peek(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+            yield from read_array(file, path) if array else read_lines(file, path)
+    except (OSError, EOFError) as e:
+        raise InputError(f"{path}: cannot be read: {e}") from None
+
+
+def read_lines(file, path):
+    for number, line in enumerate(file, 1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            try:
+                obj = json.loads(line)
+            except ValueError as e:  # bytes that are no UTF-8 included
+                raise InputError(f"{path}:{number}: not JSON: {e}; one object a line, or one array, is expected") from None
+            if not isinstance(obj, dict):
+                raise InputError(f"{path}:{number}: a {type(obj).__name__}, not an object; one object a line is expected")
+            yield number, obj
+
+
+def read_array(file, path):
+    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
+    buffer, at, line, ended = "", 0, 1, False
+
+    def fill():
+        nonlocal buffer, at, ended
+        data = file.read(max(CHUNK, len(buffer)))  # doubling: a long object is not scanned more than twice its length
+        ended = not data
+        try:
+            buffer, at = buffer[at:] + utf8.decode(data, final=ended), 0
+        except UnicodeDecodeError as e:
+            raise InputError(f"{path}:{line}: not UTF-8: {e}") from None
+
+    def fail(what):
+        raise InputError(f"{path}:{line}: {what}; an array of objects is expected")
+
+    def sign():  # the next character that is no white space
+        nonlocal at, line
+        while True:
+            while at < len(buffer) and buffer[at].isspace():
+                line += buffer[at] == "\n"
+                at += 1
+            if at < len(buffer):
+                return buffer[at]
+            if ended:
+                fail("the file ends inside the array")
+            fill()
+
+    expected = "["
+    while True:
+        found = sign()
+        if found == "]" and expected == ",":
+            return
+        if found != expected:
+            fail(f"not JSON: {found!r} where {expected!r} should stand")
+        at += 1
+        if expected == "[" and sign() == "]":
+            return
+        if sign() != "{":
+            fail(f"not JSON: {buffer[at]!r} where an object should begin")
+        while True:
+            try:
+                obj, end = decoder.raw_decode(buffer, at)
+                break
+            except ValueError as e:
+                if ended or len(buffer) > LONGEST:
+                    line += buffer.count("\n", at, getattr(e, "pos", at))
+                    fail(f"not JSON: {getattr(e, 'msg', e)}")
+                fill()
+        yield line, obj
+        line += buffer.count("\n", at, end)
+        at, expected = end, ","
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes
+
+
+def clean(text):
+    """One form for what looks the same: Unicode NFC, \\n line ends, no byte-order marks or zero-width spaces, ends stripped."""
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return text.replace("\ufeff", "").replace("\u200b", "").replace("\u00a0", " ").strip()
+
+
+def content_text(value, where):
+    """A message's content: a text, or a list of parts {"type": "text", "text" or "value"} -> text."""
+    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        value = "".join(str(part.get("text", part.get("value", ""))) for part in value)
+    if not isinstance(value, str):
+        raise InputError(f"{where} has no content; content is a text")
+    return clean(value)
+
+
+def messages_of(value, where, role="user"):
+    """A text (one message of `role`), a message, or a list of them, OpenAI's or ShareGPT's keys -> message list."""
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    elif isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where}: expected a text or a list of messages, found {json.dumps(value)[:60]}")
+    out = []
+    for i, m in enumerate(value):
+        said = m.get("role", m.get("from")) if isinstance(m, dict) else None
+        if said in TOOL_ROLES:
+            raise Drop("tool use")
+        if said not in ROLES:
+            raise InputError(f"{where}: message {i} has the role {said!r}; known are {', '.join(ROLES)}")
+        content = content_text(m.get("content", m.get("value")), f"{where}: message {i}")
+        if content or ROLES[said] != "system":
+            out.append({"role": ROLES[said], "content": content})
+    return out
+
+
+def first(obj, *names):
+    """The value of the first of these keys that the object has, else None."""
+    return next((obj[name] for name in names if obj.get(name) is not None), None)
+
+
+def transcript(text, where):
+    """Anthropic's "\\n\\nHuman: ...\\n\\nAssistant: ..." -> message list."""
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant): ?", text)
+    if len(parts) < 3 or parts[0].strip():
+        raise InputError(f"{where}: there is no prompt, and chosen is neither messages nor 'Human: ... Assistant: ...'")
+    return messages_of([{"role": r.replace("Human", "human").replace("Assistant", "assistant"), "content": c}
+                        for r, c in zip(parts[1::2], parts[2::2])], where)  # fmt: skip
+
+
+def conversations(obj, where):
+    """An object of any known shape -> its conversations (several for self-instruct's `instances`). Of a preference the
+    better answer is taken. The last message is the response when it is an assistant's."""
+    turns = first(obj, "messages", "conversations", "conversation", "chosen_messages")
+    if turns is not None:
+        reply = messages_of(obj["chosen"], where, "assistant") if obj.get("chosen") else []
+        return [messages_of(turns, where) + reply]
+    if "chosen" in obj and "rejected" in obj and "prompt" not in obj and "instruction" not in obj:
+        chosen = obj["chosen"]
+        return [transcript(chosen, where) if isinstance(chosen, str) else messages_of(chosen, where)]
+    if isinstance(obj.get("instances"), list) and "instruction" in obj:
+        whole = [{"instruction": obj["instruction"], **instance} for instance in obj["instances"] if isinstance(instance, dict)]
+        return [c for one in whole for c in conversations(one, where)]
+    reply = first(obj, "output", "response", "completion", "chosen", "std_answer", "answer")
+    if "output_1" in obj and "output_2" in obj:  # AlpacaEval's pairs: the preference is 1 or 2
+        reply = obj["output_2"] if obj.get("preference") == 2 else obj["output_1"]
+    instruction = first(obj, "instruction", "Instruction")
+    if instruction is not None:
+        extra = obj.get("input") or ""
+        if not isinstance(instruction, str) or not isinstance(extra, str):
+            raise InputError(f"{where}: instruction and input are texts")
+        prompt = [{"role": "user", "content": f"{instruction}\n{extra}" if extra.strip() else instruction}]
+        for pair in reversed(obj.get("history") or []):  # [[user, assistant], ...]
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise InputError(f"{where}: history is a list of [question, answer] pairs")
+            prompt = [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}, *prompt]
+        if obj.get("system"):
+            prompt = [{"role": "system", "content": obj["system"]}, *prompt]
+        if isinstance(reply, list) and reply and isinstance(reply[0], str):
+            reply = reply[0]  # [better, worse]
+    else:
+        prompt = first(obj, "prompt", "question", "query")
+    if prompt is None or (reply is None and not obj.keys() & {"prompt", "instruction", "Instruction", "question"}):
+        raise InputError(f"{where}: no known shape, the keys are {', '.join(sorted(obj)) or 'none'}; known are messages, "
+                         "conversations, instruction/output, prompt/completion, prompt/chosen/rejected, question/answer")  # fmt: skip
+    return [messages_of(prompt, where) + (messages_of(reply, where, "assistant") if reply not in (None, "") else [])]
+
+
+def read_reference(obj, prompt, response, where):
+    """What a response can be checked against: given as "reference", or read where a set writes it by rule (GSM8K's last
+    line `#### 72`; AQuA's options and "the answer is (C)"). -> (reference or None, prompt text, response text)"""
+    reference = obj.get("reference")
+    if isinstance(reference, dict):
+        if reference.get("kind") not in ("number", "choice", "exact", "code") or "value" not in reference:
+            raise InputError(f"{where}: reference needs a kind (number, choice, exact or code) and a value")
+        return reference, prompt, response
+    number = re.search(r"\n?#### *(-?[\d,.]+)\s*$", response or "")
+    if number:  # the calculator's notes <<48/2=24>> and the mark are GSM8K's bookkeeping, not language
+        body = re.sub(r"<<[^<>]*>>", "", response[: number.start()]).strip()
+        value = number[1].rstrip(".").replace(",", "")
+        return {"kind": "number", "value": value}, prompt, f"{body}\nThe answer is {value}.".strip()
+    letter = re.search(r"\banswer(?: is)?:? \(([A-E])\)\.?\s*$", response or "")
+    if letter and "Options:" in prompt:
+        prompt, response = (text.replace("\\n", "\n") for text in (prompt, response))  # AQuA writes its line ends as \n
+        choices = {name: text.strip() for name, text in AQUA_OPTION.findall(prompt)}
+        if letter[1] in choices and len(choices) > 1:
+            return {"kind": "choice", "value": {"letter": letter[1], "choices": choices}}, prompt, response
+    return None, prompt, response
+
+
+def instructions(obj, where, max_chars):
+    """-> list of {"prompt": message list ending with the user's, "response": text or None, "reference": dict or None}."""
+    out = []
+    for messages in conversations(obj, where):
+        response = None
+        if messages and messages[-1]["role"] == "assistant":
+            response = messages.pop()["content"] or None
+        if not messages or messages[-1]["role"] != "user":
+            raise Drop("no user turn before the response")
+        if any(m["role"] == "system" for m in messages[1:]):
+            raise Drop("a system turn inside the conversation")
+        reference, prompt, response = read_reference(obj, messages[-1]["content"], response, where)
+        messages[-1] = {"role": "user", "content": prompt}
+        texts = [m["content"] for m in messages] + [response or ""]
+        if not prompt or not all(m["content"] for m in messages):
+            raise Drop("an empty turn")
+        if sum(map(len, texts)) > max_chars:
+            raise Drop("over-long")
+        if any(MOJIBAKE.search(t) for t in texts):
+            raise Drop("garbled text")
+        if any(re.search(r"\{\{ ?\w+ ?\}\}", t) and "```" not in t for t in texts):
+            raise Drop("unfilled template")
+        if (response or "").count("```") % 2:
+            raise Drop("a response that is cut off")
+        out.append({"prompt": messages, "response": response, "reference": reference})
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation questions, for decontamination
+
+
+QUESTION_KEYS = ("question", "Question", "prompt", "instruction", "Instruction", "text", "input", "problem", "turns")
+
+
+def evaluation_questions(path):
+    """All questions of an evaluation file in its original shape: CSV with or without a header, JSON, JSON Lines, gzip."""
+    if path.removesuffix(".gz").endswith(".csv"):
+        with open_bytes(path) as file:
+            rows = list(csv.reader(file.read().decode("utf-8-sig").splitlines(keepends=True)))
+        header = [cell.strip().lower() for cell in rows[0]] if rows else []
+        column = header.index("question") if "question" in header else 0  # MMLU has no header, the question first
+        found = [row[column] for row in rows[1 if "question" in header else 0 :] if len(row) > column]
+    else:
+        with open_bytes(path) as file:
+            text = file.read()
+        try:
+            objects = [json.loads(text)]
+        except ValueError:
+            objects = [obj for _, obj in read_objects(path)]
+        found = [q for obj in objects for q in questions_in(obj)]
+    if not found:
+        raise InputError(f"{path}: no evaluation question found; looked for the keys {', '.join(QUESTION_KEYS)}")
+    return found
+
+
+def questions_in(value):
+    if isinstance(value, list):
+        return [q for item in value for q in ([item] if isinstance(item, str) else questions_in(item))]
+    if not isinstance(value, dict):
+        return []
+    for key in QUESTION_KEYS:
+        if isinstance(value.get(key), str):
+            extra = value.get("input") if key.lower() == "instruction" else None
+            return [f"{value[key]}\n{extra}" if extra else value[key]]
+        if isinstance(value.get(key), list):
+            parts = [m.get("content") if isinstance(m, dict) else m for m in value[key]]  # turns, or messages
+            return [part for part in parts if isinstance(part, str)]
+    return [q for item in value.values() if isinstance(item, (list, dict)) for q in questions_in(item)]
