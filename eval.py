@@ -2,9 +2,9 @@
 
     python eval.py --ckpt Qwen/Qwen2-0.5B-Instruct sft.pt --tasks gsm8k mmlu --limit 200 --out runs/eval
 
---protocol paper: greedy chat replies, read as the paper's scripts read them (PAPER.md section 4). --protocol loglik: five
-worked examples and the likeliest of the letters, as lm-evaluation-harness asks it. A score belongs to its protocol; the
-two never share a column. OUT/replies.jsonl grows with each reply: a run that is started again only asks what is missing.
+--protocol paper: greedy chat replies, read as the paper's scripts read them. --protocol loglik: five worked examples and
+the likeliest of the letters, as lm-evaluation-harness asks it. A score belongs to its protocol; the two never share a
+column. OUT/replies.jsonl grows with each reply: a run that is started again only asks what is missing.
 """
 import argparse
 import collections
@@ -166,6 +166,7 @@ def locate(data_dir, name):
         except Exception as e:  # of many kinds: the network's, the hub's, the archive's, the disk's
             reason = (str(e).splitlines() or [""])[0] or type(e).__name__
             home = f"{where[1]} of huggingface.co/datasets/{where[0]}" if fetch is from_archive else where[0]
+            home += " (its first four examples as JSON Lines of question and answer)" if four_shots in where else ""
             raise InputError(f"{path}: not there, and not to be downloaded ({reason}); put it there from {home}, "
                              "or give another --data-dir") from None
     return path
@@ -236,8 +237,8 @@ def render_shots(shots):
 
 
 def gsm8k_rows(find):
-    shots = render_shots(json_rows(find("gsm8k/paper_4shot.jsonl"), ("question", "answer")))
     rows = json_rows(find("gsm8k/test.jsonl"), ("question", "answer"))
+    shots = render_shots(json_rows(find("gsm8k/paper_4shot.jsonl"), ("question", "answer")))
     for row in rows:
         if last_number(row["answer"]) is None:
             raise InputError(f"{row['where']}: the answer has no number")
@@ -286,9 +287,9 @@ def demo_verdict(reply, row):
     return readers.get(kind, str.strip)(reply), correct
 
 
-# One entry per benchmark. rows(find): its questions, find(name) being the path of a file of HOMES. prompt(row): the user
-# turn. verdict(reply, row): (what was read, whether it is right). over: what the score averages over. shots, for loglik:
-# the worked examples' folder, suffix and header, the line before them for a subject, the word before a letter.
+# One entry per benchmark. rows(find): its questions, find(name) being the path of a file of HOMES. prompt(row): the
+# user turn. verdict(reply, row): (what was read, whether it is right). over: what the score averages over. shots, for
+# loglik: the worked examples' folder, suffix and header, the line before them for a subject, the word before a letter.
 BENCHMARKS = {
     "demo": dict(
         rows=demo_rows,
@@ -379,7 +380,7 @@ def letter_logps(m, tokenizer, contexts):
     hidden = dict(zip(feeds, m.hidden(ids, rest, cache)[0].split(rest)))                         # feed -> (tokens, C)
 
     def logp(ids, start):
-        table = m.head(hidden[tuple(ids[:-1])][start - 1 - shared:]).float().log_softmax(-1)     # (the letter's tokens, V)
+        table = m.head(hidden[tuple(ids[:-1])][start - 1 - shared:]).float().log_softmax(-1)  # (the letter's tokens, V)
         return table.gather(1, torch.tensor(ids[start:], device=m.device)[:, None]).sum().item()
 
     return [[logp(ids, start) for ids in four] for start, four in zip(starts, wholes)]
@@ -469,7 +470,7 @@ def prepare(task, a):
 
 
 def open_replies(out):
-    """OUT/replies.jsonl -> ({key: what was said}, the file, open to append). A line that was cut short is passed over."""
+    """OUT/replies.jsonl -> ({key: what was said}, the file to append to). A line that was cut short is passed over."""
     path, replies = os.path.join(out, "replies.jsonl"), {}
     try:
         os.makedirs(out, exist_ok=True)
@@ -490,7 +491,7 @@ def open_replies(out):
 def main():
     describe = {"description": __doc__.split("\n\n")[0], "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     p = argparse.ArgumentParser(**describe)
-    p.add_argument("--ckpt", nargs="+", required=True, help="hub ids, directories, .pt files; the first is compared with")
+    p.add_argument("--ckpt", nargs="+", required=True, help="hub ids, directories, .pt files; first the baseline")
     p.add_argument("--out", required=True, help="directory of results.json, results.md, samples.jsonl")
     # questions
     p.add_argument("--tasks", nargs="+", required=True, help=f"of {', '.join(BENCHMARKS)}")
@@ -500,7 +501,7 @@ def main():
     p.add_argument("--allow-code-execution", action="store_true", help="run what the checkpoints write, in a sandbox")
     # generation
     p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
-    p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; does not change the replies")
+    p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no reply")
     # machine
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and computation")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")

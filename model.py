@@ -92,11 +92,19 @@ def parse_config(raw, where="config.json"):
 # The forward pass
 
 
-class Linear(nn.Linear):
-    """Casts its weight to the dtype of its input: fp32 master weights compute in bf16 without autocast."""
+def project(x, weight, bias=None):
+    """x (..., C) times weight^T (O, C), plus bias, in the dtype of x: fp32 master weights compute in bf16 without autocast."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if x.is_cpu and x.numel() <= 128 * x.shape[-1] and not torch.is_grad_enabled():
+        # A step of decoding has few rows. With the weight on the left the CPU's matmul is 1.3 to 2 times as fast.
+        y = (weight @ x.reshape(-1, x.shape[-1]).T).T.reshape(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
 
+
+class Linear(nn.Linear):
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return project(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -294,7 +302,7 @@ class Qwen2(nn.Module):
 
     def head(self, x):
         """Hidden states (..., C) -> logits (..., V)."""
-        return F.linear(x, self.head_weight.to(x.dtype))
+        return project(x, self.head_weight)
 
     def forward(self, input_ids, lengths=None):
         return self.head(self.hidden(input_ids, lengths))

@@ -1,9 +1,10 @@
-"""Reading an answer out of a reply, and checking it: numbers, choices, exact strings, and code that is run in a sandbox.
+"""Reading an answer out of a reply, and checking it: numbers, choices, strings, and code, which is run in a sandbox.
 
 The rules are those of the paper's evaluation scripts (arXiv 2411.02939, companion repository, which runs Qwen's own):
 what counts as an answer is part of the protocol, oddities included, because changing them changes the scores.
 `python verify.py` is not for people: it is how run_program starts its sandboxed child.
 """
+
 import ctypes
 import difflib
 import functools
@@ -22,7 +23,6 @@ import time
 import traceback
 import types
 
-
 # ---------------------------------------------------------------- numbers
 
 NUMBER = re.compile(r"[+-]?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|[+-]?\.[0-9]+")
@@ -31,8 +31,8 @@ NUMBER = re.compile(r"[+-]?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\
 def last_number(text):
     """The last number of a text as a float, None when there is none.
 
-    Thousands commas are dropped ("$1,234.50" -> 1234.5), units and signs around the number are ignored ("50%", "18 元"),
-    a sign belongs to the number when it touches it, as the protocol reads it ("-5", but also "10-12" -> -12).
+    Thousands commas are dropped ("$1,234.50" -> 1234.5), units and signs around it are ignored ("50%", "18 元"), a sign
+    belongs to the number when it touches it, as the protocol reads it ("-5", but also "10-12" -> -12).
     """
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
@@ -49,8 +49,9 @@ def numbers_equal(a, b, tol=1e-4):
 def choice_patterns(letters):
     """The cascade of PAPER.md section 4 for a string of letters ("ABCD"): patterns in their order, group 1 is the letter.
 
-    `gap` is text without any of the letters, so that a statement never reaches over one letter to the next. The first
-    two stages have a Chinese and an English pattern each; a negation between statement and letter voids the match.
+    `gap` is text without any of the letters, so that a statement never reaches over a letter to the next. The first two
+    stages have a Chinese and an English pattern each; a negation between statement and letter voids the match. In the
+    paper's scripts C-Eval has only the Chinese and CMMLU only the English ones; here a reply may be in either.
     """
     x, gap = f"([{letters}])", f"[^{letters}]"
     not_en = rf"(?!{gap}{{0,20}}?(?:n't|not))"
@@ -84,7 +85,7 @@ def extract_choice(reply, choices, question=None):
             reply = reply.replace(stem[-1], "")
     flags = re.IGNORECASE if question is None else 0
     for letter, text in sorted(choices.items(), key=lambda item: len(item[1]), reverse=True):
-        if text := text.rstrip(".。"):                  # an empty text would match between all characters
+        if text := text.rstrip(".。"):  # an empty text would match between all characters
             reply = re.sub(re.escape(text), letter, reply, flags=flags)
     for pattern in choice_patterns("".join(choices)):
         if found := pattern.search(reply):
@@ -126,13 +127,14 @@ INDENTED = r"(.*?)(?=\n(?!\n*(?:  |\t))|\Z)"            # up to the first line t
 
 
 def extract_code(reply, entry_point):
-    """The body of the function `entry_point` in a reply, indented, to be appended to a prompt that ends in its signature.
+    """The body of the function `entry_point` in a reply, to be appended to a prompt that ends in its signature.
 
     From a fenced block (to its end, so helpers after the function come along), else from the bare reply, else the body
     of any function; a reply without any is taken for a body and indented.
     """
     name = re.escape(entry_point)
-    for pattern in (rf"```.*?def\s+{name}\b.*?:\n(.*?)\n```", rf"def\s+{name}\b.*?:\n{INDENTED}", rf"def.*?:\n{INDENTED}"):
+    fenced, bare = rf"```.*?def\s+{name}\b.*?:\n(.*?)\n```", rf"def\s+{name}\b.*?:\n{INDENTED}"
+    for pattern in (fenced, bare, rf"def.*?:\n{INDENTED}"):
         if found := re.search(pattern, reply, re.DOTALL):
             return found.group(1)
     return "".join(f"    {line}" if line.strip() else line for line in reply.splitlines(keepends=True))
@@ -148,7 +150,7 @@ def extract_program(reply, entry_point=None):
 def check(kind, reply, reference):
     """Whether a reply holds the reference's answer: True or False, None when that cannot be checked.
 
-    kind, reference: "number", a number or a string that ends in one; "choice", {"letter", "choices"}; "exact", a string;
+    kind, reference: "number", a number or a string ending in one; "choice", {"letter", "choices"}; "exact", a string;
     "code", {"tests", "entry_point"} (RUNS the reply's code, in the sandbox of run_program).
     """
     if kind == "number":
@@ -235,7 +237,7 @@ def read_until(child, deadline, timeout):
 # ---------------------------------------------------------------- the sandbox, child's side
 
 # System calls that answer "not permitted", per machine: (audit code, numbers). In this order: socket, io_uring_setup |
-# fork, vfork, clone, clone3, execve, execveat, setsid, setpgid | kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo,
+# fork, vfork, clone, clone3, execve, execveat, setsid, setpgid | kill, tkill, tgkill, rt_(tg)sigqueueinfo,
 # pidfd_send_signal, pidfd_open, pidfd_getfd | ptrace, process_vm_readv, process_vm_writev, prlimit64, setrlimit |
 # bpf, perf_event_open, userfaultfd, add_key, request_key, keyctl, unshare, setns | chmod, fchmod, fchmodat, fchmodat2,
 # chown, fchown, lchown, fchownat, utime, utimes, futimesat, utimensat, (l|f)setxattr, (l|f)removexattr, which Landlock
@@ -283,7 +285,7 @@ def confine(cpu_seconds, memory_mb):
 
 
 def confine_files(libc):
-    """Landlock (Linux 5.13): read beneath the interpreter and the system's libraries, read and write files in the box."""
+    """Landlock (Linux 5.13): read beneath the interpreter and the system's libraries; write in the box alone."""
     abi = libc.syscall(444, None, 0, 1)
     if abi < 1:
         return
@@ -293,7 +295,8 @@ def confine_files(libc):
     size = 8 if abi < 4 else 16 if abi < 6 else 24                          # files; also TCP; also signals leaving it
     rules = libc.syscall(444, struct.pack("QQQ", handled, 3, 3), size, 0)
     system = {sys.prefix, sys.base_prefix, *sys.path, "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"}
-    for path, rights in [(p, read) for p in system if p] + [("/dev/urandom", read), ("/dev/null", read | write), (".", box)]:
+    rest = [("/dev/urandom", read), ("/dev/null", read | write), (".", box)]
+    for path, rights in [(p, read) for p in system if p] + rest:
         try:
             fd = os.open(path, os.O_PATH)
         except OSError:
@@ -312,7 +315,8 @@ def filter_calls(libc):
         return False
     n = len(numbers)
     load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06                     # classic BPF: (code, if true, if false, k)
-    code = [(load, 0, 0, 4), (equal, 1, 0, audit), (give, 0, 0, 0x80000000), (load, 0, 0, 0), (at_least, n + 1, 0, 1 << 30)]
+    code = [(load, 0, 0, 4), (equal, 1, 0, audit), (give, 0, 0, 0x80000000)]                # another machine's: killed
+    code += [(load, 0, 0, 0), (at_least, n + 1, 0, 1 << 30)]
     code += [(equal, n - i, 0, number) for i, number in enumerate(numbers)]
     code += [(give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x00050000 | 1)]         # allow; error EPERM
     packed = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
@@ -328,7 +332,7 @@ def sandboxed_main():
     handover, null = os.dup(0), os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.environ["OMP_NUM_THREADS"] = "1"                  # threads are refused; numpy would otherwise ask for some
-    flush, write, leave, pread = sys.stdout.flush, os.write, os._exit, os.pread      # before the program can replace them
+    flush, write, leave, pread = sys.stdout.flush, os.write, os._exit, os.pread  # before the program can replace them
     confine(timeout + 1, memory_mb)
     module = sys.modules["program"] = types.ModuleType("program")      # not __main__: a reply's own main part stays out
     status = 1

@@ -7,14 +7,13 @@ import hashlib
 import json
 import math
 import os
-import sys
 
 import pytest
-import tokenizers
 import torch
+from conftest import tiny_files, tiny_model, write_lines
 
 import eval as ev
-from model import Checkpoint, InputError, Qwen2, cli, write_checkpoint
+from model import Checkpoint, InputError, Qwen2
 
 # ---------------------------------------------------------------- statistics
 
@@ -88,18 +87,18 @@ def write_csv(path, lines):
 def data(tmp_path_factory):
     """The layout of the original files, three subjects of two or three questions each."""
     d = tmp_path_factory.mktemp("data")
-    for folder, file in (("gsm8k", "test.jsonl"), ("gsm8k", "paper_4shot.jsonl"), ("demo", "heldout.jsonl"), ("humaneval", "x")):
-        (d / folder / file).parent.mkdir(exist_ok=True)
+    for folder in ("gsm8k", "demo", "humaneval"):
+        (d / folder).mkdir()
     gold = [{"question": f"And {i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(3)]
-    (d / "gsm8k/test.jsonl").write_text("".join(json.dumps(x) + "\n" for x in gold))
-    (d / "gsm8k/paper_4shot.jsonl").write_text("".join(json.dumps(x) + "\n" for x in SHOTS))
+    write_lines(d / "gsm8k/test.jsonl", gold)
+    write_lines(d / "gsm8k/paper_4shot.jsonl", SHOTS)
     demo = [
         {"id": "sum-1", "task": "sum", "prompt": "2+2?", "reference": {"kind": "number", "value": 4}},
         {"id": "say-1", "task": "say", "prompt": "Say hi", "reference": {"kind": "exact", "value": "hi"}},
         {"id": "pick-1", "task": "pick", "prompt": "A or B?",
          "reference": {"kind": "choice", "value": {"letter": "A", "choices": {"A": "x", "B": "y"}}}},
     ]  # fmt: skip
-    (d / "demo/heldout.jsonl").write_text("".join(json.dumps(x) + "\n" for x in demo))
+    write_lines(d / "demo/heldout.jsonl", demo)
     test = "def check(candidate):\n    assert candidate(1) == 2\n"
     with gzip.open(d / "humaneval/HumanEval.jsonl.gz", "wt") as f:
         f.write(json.dumps({"task_id": "HumanEval/0", "prompt": FUNCTION, "entry_point": "add_one", "test": test,
@@ -199,34 +198,10 @@ def test_canonical_solutions_pass():
 
 # ---------------------------------------------------------------- a tiny checkpoint
 
-CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
 def tiny_checkpoint(out, seed, positions=2048):
-    """A random Qwen2 over bytes."""
-    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = tokenizers.decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=specials, initial_alphabet=alphabet)
-    tok.train_from_iterator(["the answer is A B C D", "Question"], trainer)
-    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 320, "hidden_size": 32,
-              "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "max_position_embeddings": positions,
-              "hidden_act": "silu", "eos_token_id": 2}  # fmt: skip
-    m = Qwen2(config)
-    m.init_weights(torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        for p in m.parameters():
-            p.mul_(10 if p.ndim > 1 else 1)  # far from uniform: replies that differ, logits that do not tie
-    state = dict(m.named_parameters())
-    files = {"tokenizer.json": tok.to_str(), "tokenizer_config.json": json.dumps({"chat_template": CHATML})}
-    specs = {n: (tuple(p.shape), p.dtype) for n, p in state.items()}
-    write_checkpoint(str(out), config, files, specs, ((n, p.detach()) for n, p in state.items()))
+    """Random weights large enough for replies that differ from prompt to prompt."""
+    m = tiny_model(seed, tie_word_embeddings=False, initializer_range=0.5, max_position_embeddings=positions)
+    m.save(str(out), tiny_files())
     return str(out)
 
 
@@ -236,20 +211,16 @@ def ckpts(tmp_path_factory):
     return [tiny_checkpoint(d / "base", 1), tiny_checkpoint(d / "sft.pt", 2)]
 
 
-def run(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
-    ev.main()
+@pytest.fixture
+def evaluate(run):
+    """eval.py with these arguments, which succeeds; its stdout."""
 
+    def call(*args):
+        code, out, err = run("eval", *args)
+        assert code == 0, err
+        return out
 
-def refused(monkeypatch, capsys, *args):
-    """Runs it as the script does; the one line that it ends with."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
-    with pytest.raises(SystemExit) as e:
-        cli(ev.main)
-    assert e.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ")
-    return lines[0]
+    return call
 
 
 def load(out):
@@ -258,10 +229,10 @@ def load(out):
     return json.loads((out / "results.json").read_text()), samples
 
 
-def test_all_tasks(monkeypatch, capsys, tmp_path, data, ckpts):
+def test_all_tasks(evaluate, tmp_path, data, ckpts):
     out = tmp_path / "out"
     tasks = ["demo", "gsm8k", "mmlu", "cmmlu", "ceval", "humaneval"]
-    run(monkeypatch, "--ckpt", *ckpts, "--tasks", *tasks, "--data-dir", data, "--max-new-tokens", 8, "--batch-size", 3,
+    shown = evaluate("--ckpt", *ckpts, "--tasks", *tasks, "--data-dir", data, "--max-new-tokens", 8, "--batch-size", 3,
         "--allow-code-execution", "--out", out)  # fmt: skip
     results, samples = load(out)
     assert list(results) == ["base", "sft"] and list(results["base"]) == tasks
@@ -281,13 +252,14 @@ def test_all_tasks(monkeypatch, capsys, tmp_path, data, ckpts):
     assert samples[0]["prompt"] == [{"role": "user", "content": "2+2?"}] and samples[0]["id"] == "sum-1"
     assert samples[6]["id"] == "art_history/0" and samples[-1]["id"] == "HumanEval/0"
     assert len({s["reply"] for s in samples}) > 5  # the tiny models do say something, and not the same
-    shown, written = capsys.readouterr().out, (out / "results.md").read_text()
-    assert written in shown and "| sft |" in written and "gsm8k (paper, n = 3)" in written and "mmlu: 5 questions, 2 subjects" in shown
+    written = (out / "results.md").read_text()
+    assert written in shown and "mmlu: 5 questions, 2 subjects" in shown
+    assert "| sft |" in written and "gsm8k (paper, n = 3)" in written
     assert not glob.glob(str(out / "*tmp*"))
 
     # batching and the company of other questions change no reply
     alone = tmp_path / "alone"
-    run(monkeypatch, "--ckpt", ckpts[1], "--tasks", "mmlu", "--data-dir", data, "--max-new-tokens", 8, "--batch-size", 1,
+    evaluate("--ckpt", ckpts[1], "--tasks", "mmlu", "--data-dir", data, "--max-new-tokens", 8, "--batch-size", 1,
         "--limit", 2, "--out", alone)  # fmt: skip
     results, few = load(alone)
     assert [s["id"] for s in few] == ["art_history/0", "botany/0"] and results["sft"]["mmlu"]["n"] == 2
@@ -296,7 +268,7 @@ def test_all_tasks(monkeypatch, capsys, tmp_path, data, ckpts):
     }.items()
 
 
-def test_resume(monkeypatch, tmp_path, data, ckpts):
+def test_resume(monkeypatch, run, evaluate, tmp_path, data, ckpts):
     """After an interruption only what is missing is asked; verdicts are read anew; other settings ask anew."""
     out, asked = tmp_path / "out", []
     args = ["--ckpt", ckpts[0], "--tasks", "demo", "mmlu", "--data-dir", data, "--max-new-tokens", 5, "--out", out]
@@ -310,42 +282,41 @@ def test_resume(monkeypatch, tmp_path, data, ckpts):
             yield item
 
     monkeypatch.setattr(ev, "generate_iter", lambda *a, **k: counting(*a, stop_after=5, **k))
-    with pytest.raises(KeyboardInterrupt):
-        run(monkeypatch, *args)
+    assert run("eval", *args)[0] == 130
     assert os.listdir(out) == ["replies.jsonl"]
     with open(out / "replies.jsonl", "a") as f:
         f.write('{"key": "torn')
     monkeypatch.setattr(ev, "generate_iter", counting)
-    run(monkeypatch, *args)
+    evaluate(*args)
     assert len(asked) == 8
     whole = load(out)
-    run(monkeypatch, *args)
+    evaluate(*args)
     assert len(asked) == 8 and load(out) == whole
     reference = tmp_path / "reference"
-    run(monkeypatch, *args[:-1], reference)
+    evaluate(*args[:-1], reference)
     assert len(asked) == 16 and load(reference) == whole
-    run(monkeypatch, *args, "--max-new-tokens", 6)
+    evaluate(*args, "--max-new-tokens", 6)
     assert len(asked) == 24
-    run(monkeypatch, *args, "--ckpt", ckpts[1])
+    evaluate(*args, "--ckpt", ckpts[1])
     assert len(asked) == 32
 
 
-def test_room_for_a_reply(monkeypatch, capsys, tmp_path, data):
+def test_room_for_a_reply(evaluate, refused, tmp_path, data):
     """The model's positions end before --max-new-tokens: shorter replies, or a refusal where a prompt alone is too long."""
     out, short = tmp_path / "out", tiny_checkpoint(tmp_path / "short", 3, positions=80)
     args = ["--ckpt", short, "--data-dir", data, "--out", out]
-    run(monkeypatch, *args, "--tasks", "demo")
+    evaluate(*args, "--tasks", "demo")
     results, samples = load(out)
     assert results["short"]["demo"]["n"] == 3
     assert results["short"]["demo"]["cut_short"] == sum(s["finish_reason"] == "length" for s in samples)
-    assert "the model ends at 80" in refused(monkeypatch, capsys, *args, "--tasks", "gsm8k")
-    assert "the model ends at 80" in refused(monkeypatch, capsys, *args, "--tasks", "mmlu", "--protocol", "loglik")
+    refused("the model ends at 80", "eval", *args, "--tasks", "gsm8k")
+    refused("the model ends at 80", "eval", *args, "--tasks", "mmlu", "--protocol", "loglik")
 
 
-def test_loglik(monkeypatch, tmp_path, data, ckpts):
+def test_loglik(evaluate, tmp_path, data, ckpts):
     """Letters' log-likelihoods with a shared prefix are those of one plain forward each."""
     out = tmp_path / "out"
-    run(monkeypatch, "--ckpt", ckpts[0], "--tasks", "mmlu", "--protocol", "loglik", "--data-dir", data, "--out", out)
+    evaluate("--ckpt", ckpts[0], "--tasks", "mmlu", "--protocol", "loglik", "--data-dir", data, "--out", out)
     results, samples = load(out)
     cell = results["base"]["mmlu"]
     assert cell["protocol"] == "loglik" and cell["n"] == 5 and "mmlu (loglik, n = 5)" in (out / "results.md").read_text()
@@ -373,31 +344,30 @@ def test_loglik(monkeypatch, tmp_path, data, ckpts):
 # ---------------------------------------------------------------- bad input
 
 
-def test_refusals(monkeypatch, capsys, tmp_path, data, ckpts):
-    common = ["--ckpt", ckpts[0], "--data-dir", data, "--out", tmp_path / "out"]
-    line = refused(monkeypatch, capsys, *common, "--tasks", "gsm9k")
-    assert "gsm9k" in line and all(task in line for task in ev.BENCHMARKS)
-    assert "--allow-code-execution" in refused(monkeypatch, capsys, *common, "--tasks", "gsm8k", "humaneval")
-    assert "not implemented for gsm8k" in refused(monkeypatch, capsys, *common, "--tasks", "gsm8k", "--protocol", "loglik")
-    assert "twice" in refused(monkeypatch, capsys, *common, "--tasks", "demo", "--ckpt", ckpts[0], ckpts[0])
-    assert "nothere" in refused(monkeypatch, capsys, *common, "--tasks", "demo", "--ckpt", tmp_path / "nothere")
-    assert "heldout.jsonl" in refused(monkeypatch, capsys, *common, "--tasks", "demo", "--data-dir", tmp_path)
+def test_refusals(run, refused, tmp_path, data, ckpts):
+    common = ["eval", "--ckpt", ckpts[0], "--data-dir", data, "--out", tmp_path / "out", "--tasks"]
+    refused(["gsm9k", *ev.BENCHMARKS], *common, "demo", "gsm9k")
+    refused("--allow-code-execution", *common, "gsm8k", "humaneval")
+    refused("not implemented for gsm8k", *common, "gsm8k", "--protocol", "loglik")
+    refused("twice", *common, "demo", "--ckpt", ckpts[0], ckpts[0])
+    refused("nothere", *common, "demo", "--ckpt", ckpts[0], tmp_path / "nothere")
+    refused("heldout.jsonl", *common, "demo", "--data-dir", tmp_path)
+    refused(["test.jsonl", "https://", "HF_HUB_OFFLINE"], *common, "gsm8k", "--data-dir", tmp_path)
     (tmp_path / "file").write_text("")
-    assert "file" in refused(monkeypatch, capsys, *common, "--tasks", "demo", "--out", tmp_path / "file")
+    refused("file", *common, "demo", "--out", tmp_path / "file")
     for limit in ("0", "-3", "x"):
-        with pytest.raises(SystemExit) as e:
-            run(monkeypatch, *common, "--tasks", "demo", "--limit", limit)
-        assert e.value.code == 2 and "--limit" in capsys.readouterr().err
+        code, _, err = run(*common, "demo", "--limit", limit)
+        assert code == 2 and "--limit" in err
     assert not os.path.exists(tmp_path / "out")
 
 
-def test_code_in_the_demo_needs_permission(monkeypatch, capsys, tmp_path, ckpts):
+def test_code_in_the_demo_needs_permission(evaluate, refused, tmp_path, ckpts):
     (tmp_path / "demo").mkdir()
-    row = {"id": 1, "prompt": "f", "reference": {"kind": "code", "value": {"tests": "assert f", "entry_point": "f"}}}
-    (tmp_path / "demo/heldout.jsonl").write_text(json.dumps(row))
+    code = {"kind": "code", "value": {"tests": "assert f", "entry_point": "f"}}
+    write_lines(tmp_path / "demo/heldout.jsonl", [{"id": 1, "prompt": "f", "reference": code}])
     args = ["--ckpt", ckpts[0], "--tasks", "demo", "--data-dir", tmp_path, "--max-new-tokens", 4, "--out", tmp_path / "out"]
-    assert "--allow-code-execution" in refused(monkeypatch, capsys, *args)
-    run(monkeypatch, *args, "--allow-code-execution")
+    refused("--allow-code-execution", "eval", *args)
+    evaluate(*args, "--allow-code-execution")
 
 
 def test_names():

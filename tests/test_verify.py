@@ -169,7 +169,7 @@ def test_check():
     assert check("number", "so it is 72.", "#### 72") is True
     assert check("number", "so it is 72.", 72) is True and check("number", "71", 72.5) is False
     assert check("number", "nothing", 72) is False
-    assert check("number", "1", "none") is None and check("number", "1", None) is None and check("number", "1", True) is None
+    assert all(check("number", "1", reference) is None for reference in ("none", None, True))
     assert check("choice", "The answer is B", {"letter": "B", "choices": FRUIT}) is True
     assert check("choice", "The answer is B", {"letter": "A", "choices": FRUIT}) is False
     assert check("choice", "B", {"letter": "E", "choices": FRUIT}) is None and check("choice", "B", "B") is None
@@ -192,8 +192,8 @@ def fails(source, **limits):
 
 def test_honest_programs_pass():
     assert run_program("assert 1 + 1 == 2") == (True, "passed")
-    assert run_program("import math, re, json, random, hashlib, typing, collections\nprint(hashlib.md5(b'x').hexdigest())")[0]
-    assert run_program("with open('notes.txt', 'w') as f:\n    f.write('x')\nassert open('notes.txt').read() == 'x'")[0]
+    assert run_program("import math, re, json, random, hashlib, typing\nprint(hashlib.md5(b'x').hexdigest())")[0]
+    assert run_program("open('notes.txt', 'w').write('x')\nassert open('notes.txt').read() == 'x'")[0]
     assert run_program("print('中文' * 3, end='')\nassert len('中文') == 2")[0]
     assert run_program("import sys\nsys.stdout.write('no newline')\nsys.stdout = None\nassert True")[0]
     assert run_program("if __name__ == '__main__':\n    raise ValueError")[0]  # a reply's demonstration does not run
@@ -207,7 +207,7 @@ def test_failures_are_told_apart():
 
 
 @pytest.mark.parametrize(
-    "leave", ["exit(0)", "import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "import atexit, os; os.close(1)"]
+    "leave", ["exit(0)", "import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "import os; os.close(1)"]
 )
 def test_leaving_early_is_failure(leave):
     fails(f"{leave}\nassert False")
@@ -216,7 +216,8 @@ def test_leaving_early_is_failure(leave):
 def test_endless_loop():
     start = time.time()
     assert "timed out" in fails("while True:\n    pass", timeout=0.5)
-    assert "timed out" in fails("while True:\n    try:\n        while True: pass\n    except BaseException: pass", timeout=0.5)
+    stubborn = "while True:\n    try:\n        while True: pass\n    except BaseException: pass"
+    assert "timed out" in fails(stubborn, timeout=0.5)
     assert time.time() - start < 5
 
 
