@@ -6,7 +6,6 @@ what counts as an answer is part of the protocol, oddities included, because cha
 """
 
 import ctypes
-import difflib
 import functools
 import math
 import os
@@ -47,7 +46,7 @@ def numbers_equal(a, b, tol=1e-4):
 
 @functools.lru_cache
 def choice_patterns(letters):
-    """The cascade of PAPER.md section 4 for a string of letters ("ABCD"): patterns in their order, group 1 is the letter.
+    """The protocol's cascade for a string of letters ("ABCD"): patterns in their order, group 1 is the letter.
 
     `gap` is text without any of the letters, so that a statement never reaches over a letter to the next. The first two
     stages have a Chinese and an English pattern each; a negation between statement and letter voids the match. In the
@@ -94,31 +93,70 @@ def extract_choice(reply, choices, question=None):
 
 
 def nearest_choice(reply, choices):
-    """The letter whose text is most similar to the reply (0 to 1, the first among equals), as a last resort."""
-    words = re.sub(r"\W+", " ", reply).strip().lower()
-
-    def similarity(text):
-        text = re.sub(r"\W+", " ", text).strip().lower()
-        match = difflib.SequenceMatcher(None, words, text, autojunk=False)
-        whole = match.ratio()
-        short, long = sorted((len(words), len(text)))
-        if not short or long < 1.5 * short:
-            return whole
-        # a short text inside of a long reply: how much of the shorter one is found at its best place, at a discount
-        best = max((difflib.SequenceMatcher(None, *cut, autojunk=False).ratio() for cut in windows(words, text, match)),
-                   default=0.0)
-        return max(whole, best * (0.9 if long <= 8 * short else 0.6))
-
-    return max(choices, key=lambda letter: similarity(choices[letter]))
+    """The letter whose text is most similar to the reply, the first among equals, as a last resort."""
+    return max(choices, key=lambda letter: round(similarity(reply, choices[letter]), 9))  # equal is equal to rounding
 
 
-def windows(a, b, match):
-    """The pieces of the longer string, as long as the shorter one, that start where a matching block suggests."""
-    short, long = (a, b) if len(a) <= len(b) else (b, a)
-    for block in match.get_matching_blocks():
-        i, j = (block.a, block.b) if short is a else (block.b, block.a)
-        start = max(0, j - i)
-        yield short, long[start:start + len(short)]
+def similarity(a, b):
+    """0 to 1: the "weighted ratio" that the paper's scripts take from thefuzz, so the same choice wins.
+
+    Texts of like length: as they are, or as bags of words. Else the shorter one at its best place in the longer one, or
+    any shared word at all, at a discount.
+    """
+    a, b = (re.sub(r"[\W_]", " ", text).strip().lower() for text in (a, b))
+    if not a or not b:
+        return 0.0
+    words_a, words_b = set(a.split()), set(b.split())
+    length = max(len(a), len(b)) / min(len(a), len(b))
+    if length < 1.5:
+        both, rest_a, rest_b = words_a & words_b, words_a - words_b, words_b - words_a
+        if both and not (rest_a and rest_b):
+            return max(ratio(a, b), 0.95)
+        bags = [" ".join(sorted(both) + sorted(rest)) for rest in (rest_a, rest_b)]
+        pairs = [bags, [" ".join(sorted(text.split())) for text in (a, b)]]
+        pairs += [[" ".join(sorted(both)), bag] for bag in bags if both]
+        return max(ratio(a, b), 0.95 * max(ratio(*pair) for pair in pairs))
+    discount = 0.9 if length <= 8 else 0.6
+    place = 1.0 if words_a & words_b else 0.0
+    if not place:
+        place = max(best_place(*(" ".join(sorted(f(t.split()))) for t in (a, b))) for f in (list, set))
+    return max(ratio(a, b), discount * best_place(a, b), discount * 0.95 * place)
+
+
+def ratio(a, b):
+    """2 LCS(a, b) / (|a| + |b|), LCS the length of the longest common subsequence."""
+    return 2 * common(a)(b) / (len(a) + len(b))
+
+
+def common(a):
+    """b -> LCS(a, b), a column of the table at a time: bit i of `row` is 0 where a[i] raises the length."""
+    masks, full = {}, (1 << len(a)) - 1
+    for i, character in enumerate(a):
+        masks[character] = masks.get(character, 0) | 1 << i
+
+    def length(b):
+        row = full
+        for character in b:
+            hit = row & masks.get(character, 0)
+            row = (row + hit | row - hit) & full
+        return len(a) - row.bit_count()
+
+    return length
+
+
+def best_place(a, b):
+    """The largest ratio of the shorter text with a piece of the longer one, of its length or cut off by an end."""
+    if len(a) > len(b):
+        a, b = b, a
+    n, length = len(a), common(a)
+    edges = [b[:i] for i in range(1, n)] + [b[-i:] for i in range(1, n)]
+    best = max((2 * length(piece) / (n + len(piece)) for piece in edges), default=0.0)
+    most = i = 0
+    while i <= len(b) - n:
+        found = length(b[i : i + n])
+        most = max(most, found)
+        i += most - found + 1  # a step changes the length by 1 at most, so what is jumped over cannot be longer
+    return max(best, most / n)
 
 
 # ---------------------------------------------------------------- code
@@ -141,7 +179,7 @@ def extract_code(reply, entry_point):
 
 
 def extract_program(reply, entry_point=None):
-    """A reply's whole program: the first fenced block that defines entry_point, else the first block, else the reply."""
+    """A reply's program: the first fenced block that defines entry_point, else the first block, else all of it."""
     blocks = re.findall(r"```[^\n]*\n(.*?)(?:\n```|\Z)", reply, re.DOTALL)
     named = [b for b in blocks if entry_point and re.search(rf"def\s+{re.escape(entry_point)}\b", b)]
     return (named or blocks or [reply])[0]

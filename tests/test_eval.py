@@ -63,7 +63,9 @@ def test_mcnemar():
 
 # ---------------------------------------------------------------- data, as in the benchmarks' own files
 
-SHOTS = [{"question": f"What is {i} + {i}?", "answer": f"{i} + {i} = {2 * i}\nThe answer is {2 * i}"} for i in range(1, 5)]
+SHOTS = [
+    {"question": f"What is {i} + {i}?", "answer": f"{i} + {i} = {2 * i}\nThe answer is {2 * i}"} for i in range(1, 5)
+]
 FUNCTION = '''def helper(x):
     """ Return x.
     """
@@ -106,7 +108,8 @@ def data(tmp_path_factory):
     for subject, n in (("art_history", 3), ("botany", 2)):
         questions = [[f"{subject} {i}, and?\nTwo lines", "None", "1,5", '"x"', f"d{i}", "ABCD"[i]] for i in range(n)]
         write_csv(d / f"mmlu/test/{subject}_test.csv", questions)
-        write_csv(d / f"mmlu/dev/{subject}_dev.csv", [[f"shot {i}", "p", "q", "r", "s", "DCBA"[i % 4]] for i in range(6)])
+        shots = [[f"shot {i}", "p", "q", "r", "s", "DCBA"[i % 4]] for i in range(6)]
+        write_csv(d / f"mmlu/dev/{subject}_dev.csv", shots)
         write_csv(d / f"cmmlu/test/{subject}.csv", [["", "Question", "A", "B", "C", "D", "Answer"]]
                   + [[i, "问题" + q[0], *q[1:]] for i, q in enumerate(questions)])  # fmt: skip
         write_csv(d / f"ceval/val/{subject}_val.csv", [["id", "question", "A", "B", "C", "D", "answer"]]
@@ -302,7 +305,7 @@ def test_resume(monkeypatch, run, evaluate, tmp_path, data, ckpts):
 
 
 def test_room_for_a_reply(evaluate, refused, tmp_path, data):
-    """The model's positions end before --max-new-tokens: shorter replies, or a refusal where a prompt alone is too long."""
+    """The model's positions end before --max-new-tokens: shorter replies; a refusal where the prompt alone is too long."""
     out, short = tmp_path / "out", tiny_checkpoint(tmp_path / "short", 3, positions=80)
     args = ["--ckpt", short, "--data-dir", data, "--out", out]
     evaluate(*args, "--tasks", "demo")
@@ -319,7 +322,8 @@ def test_loglik(evaluate, tmp_path, data, ckpts):
     evaluate("--ckpt", ckpts[0], "--tasks", "mmlu", "--protocol", "loglik", "--data-dir", data, "--out", out)
     results, samples = load(out)
     cell = results["base"]["mmlu"]
-    assert cell["protocol"] == "loglik" and cell["n"] == 5 and "mmlu (loglik, n = 5)" in (out / "results.md").read_text()
+    assert cell["protocol"] == "loglik" and cell["n"] == 5
+    assert "mmlu (loglik, n = 5)" in (out / "results.md").read_text()
     context = samples[4]["prompt"][0]["content"]
     assert context.startswith(
         "The following are multiple choice questions (with answers) about botany.\n\n"
@@ -365,13 +369,13 @@ def test_code_in_the_demo_needs_permission(evaluate, refused, tmp_path, ckpts):
     (tmp_path / "demo").mkdir()
     code = {"kind": "code", "value": {"tests": "assert f", "entry_point": "f"}}
     write_lines(tmp_path / "demo/heldout.jsonl", [{"id": 1, "prompt": "f", "reference": code}])
-    args = ["--ckpt", ckpts[0], "--tasks", "demo", "--data-dir", tmp_path, "--max-new-tokens", 4, "--out", tmp_path / "out"]
+    args = ["--ckpt", ckpts[0], "--tasks", "demo", "--data-dir", tmp_path, "--max-new-tokens", 4, "--out", tmp_path / "o"]
     refused("--allow-code-execution", "eval", *args)
     evaluate(*args, "--allow-code-execution")
 
 
 def test_names():
-    assert ev.checkpoint_names(["runs/demo/base", "runs/demo/sft.pt", "Qwen/Qwen2-0.5B"]) == ["base", "sft", "Qwen2-0.5B"]
+    assert ev.checkpoint_names(["runs/demo/base", "runs/demo/sft.pt", "Qwen/Qwen2"]) == ["base", "sft", "Qwen2"]
     assert ev.checkpoint_names(["a/model/", "b/model.pt"]) == ["a/model/", "b/model.pt"]
 
 

@@ -1,6 +1,7 @@
 """verify.py: what is read out of a reply, and what a hostile program cannot do."""
 
 import os
+import random
 import socket
 import sys
 import threading
@@ -127,13 +128,42 @@ def test_choice_other_letters_and_odd_texts():
     assert extract_choice("nothing to go by", FRUIT) in FRUIT
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "score"),  # thefuzz's WRatio, by rapidfuzz 3.14
+    [
+        ("Plums", "a plum and a pear", 0.76),
+        ("the mortgage is void", "the mortgage was void", 0.9268),
+        ("Not wrong, Wrong", "Wrong, Not wrong", 0.95),
+        ("wrong, quite wrong", "Wrong", 0.9),
+        ("because the lien was void from the start, the buyer lost", "mortgage invalid", 0.3937),
+        ("资本主义的生产过程", "价值形成过程", 0.45),
+        ("ab_cd", "AB cd", 1.0),
+        ("red blue green", "green teal red", 0.7464),
+        ("xyzab " * 20, "abxyz", 0.48),
+        ("", "x", 0.0),
+    ],
+)
+def test_similarity(a, b, score):
+    assert verify.similarity(a, b) == pytest.approx(score, abs=5e-5)
+    assert verify.similarity(b, a) == pytest.approx(score, abs=5e-5)
+
+
+def test_best_place_skips_nothing():
+    rng = random.Random(0)
+    for _ in range(200):
+        a, b = ("".join(rng.choices("abc", k=rng.randint(1, n))) for n in (6, 25))
+        a, b = sorted((a, b), key=len)
+        pieces = {b[max(0, i) : i + len(a)] for i in range(1 - len(a), len(b))} - {""}
+        assert verify.best_place(a, b) == max(verify.ratio(a, p) for p in pieces)
+
+
 def test_nearest_choice():
     choices = {"A": "Wrong, Not wrong", "B": "Not wrong, Not wrong", "C": "the mortgage is void", "D": "42 apples"}
     assert verify.nearest_choice("because the mortgage was void from the start", choices) == "C"
-    assert verify.nearest_choice("so there are 42 of the apples in the basket, which is more than before", choices) == "D"
+    assert verify.nearest_choice("..", choices) == "A"  # the first among equals
     start = time.time()
-    verify.nearest_choice("ha " * 1500, choices)  # a degenerate reply
-    assert time.time() - start < 5
+    verify.nearest_choice("ha " * 1000, choices)  # a degenerate reply
+    assert time.time() - start < 10
 
 
 # ---------------------------------------------------------------- code
@@ -207,7 +237,8 @@ def test_failures_are_told_apart():
 
 
 @pytest.mark.parametrize(
-    "leave", ["exit(0)", "import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "import os; os.close(1)"]
+    "leave",
+    ["exit(0)", "import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "import os; os.close(1)"],
 )
 def test_leaving_early_is_failure(leave):
     fails(f"{leave}\nassert False")
