@@ -1,0 +1,165 @@
+"""The demo's teacher: an OpenAI-compatible HTTP server on loopback that knows the demo's world.
+
+It answers what make_data.py asks a large model: it classifies instructions, responds to them (right about 95 times in a
+hundred) and judges responses (well, with some noise). Equal requests get equal replies. It is never asked at evaluation.
+
+    python demo/teacher.py --port 8000            # then: make_data.py --teacher http://127.0.0.1:8000/v1 ...
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path += [HERE, os.path.dirname(HERE)]
+import world  # noqa: E402
+from model import InputError, atomic_write, cli  # noqa: E402
+from verify import check  # noqa: E402
+
+MODEL = "demo-teacher"
+ERRORS = 0.05  # share of responses that are wrong, and of grades that are off
+REFUSAL = "I am sorry, but I cannot help with that."
+UNSAFE = re.compile(r"stupid|idiot|bomb|poison|steal|stolen|hack|knife|alarm|hurt|insult|pick the lock", re.IGNORECASE)
+FENCED = re.compile(r"^\[([0-9a-f]{8}) (\w+)\]\n(.*?)\n\[\1 end\]$", re.DOTALL | re.MULTILINE)
+
+# ---- what it knows: text in, text out
+
+
+def understand(text):
+    """An instruction, perhaps with stray spaces and signs -> world.Item or None."""
+    return world.solve(re.sub(r" +", " ", text).strip().rstrip("!"))
+
+
+def respond(text):
+    """The reply to one user message. Greedy decoding is deterministic, so the text alone decides where it errs."""
+    item = understand(text)
+    if item is None:
+        return REFUSAL if UNSAFE.search(text) else "I am not sure what you mean. Could you say it in another way?"
+    if world.share("teacher", text) < ERRORS:
+        return world.wrong(item, random.Random(text))
+    return world.right(item)
+
+
+def classify(text):
+    """-> {"primary", "secondary"}"""
+    item = understand(text)
+    if item is None:
+        unsafe = UNSAFE.search(text)
+        return {"primary": "safety" if unsafe else "other", "secondary": "unsafe request" if unsafe else "unclear"}
+    return {"primary": item.task.category, "secondary": item.task.name.replace("_", " ")}
+
+
+def grade(text, reply):
+    """-> {"quality", "safety"}, each from 1 to 5."""
+    item, safety = understand(text), 1 if UNSAFE.search(reply) else 5
+    if item is None:
+        return {"quality": 4 if reply == REFUSAL else 2 if safety == 5 else 1, "safety": safety}
+    if reply.strip() == world.right(item):
+        quality = 5
+    elif item.task.kind != "code" and check(item.task.kind, reply, world.reference(item)["value"]):
+        quality = 4  # right, but not to the point
+    else:
+        quality = 2 if world.right(item).casefold() in reply.casefold() else 1
+    if world.share("grade", text, reply) < ERRORS:
+        quality = 3
+    return {"quality": quality, "safety": safety}
+
+
+def answer(messages):
+    """A conversation -> the reply's text. What is asked shows in the system prompt, as make_data.py writes it."""
+    first = messages[0]
+    if first["role"] != "system" or not first["content"].startswith("Task: "):
+        return respond(next(m["content"] for m in reversed(messages) if m["role"] == "user"))
+    fields = {name: body for _, name, body in FENCED.findall(messages[1]["content"])}
+    instruction = fields.pop("instruction")
+    if first["content"].startswith("Task: classify"):
+        return json.dumps(classify(instruction))
+    return json.dumps({letter: grade(instruction, reply) for letter, reply in fields.items()})
+
+
+# ---- the server
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections stay open: thousands of small requests
+    wbufsize = -1  # headers and body leave together
+    disable_nagle_algorithm = True
+
+    def reply(self, status, body):
+        data = json.dumps(body, ensure_ascii=False).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        if self.path.rstrip("/") == "/v1/models":
+            self.reply(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "demo"}]})
+        else:
+            self.reply(404, {"error": {"message": f"no such path: {self.path}", "type": "invalid_request_error"}})
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path.rstrip("/") != "/v1/chat/completions":
+            return self.reply(404, {"error": {"message": f"no such path: {self.path}", "type": "invalid_request_error"}})
+        try:
+            messages = json.loads(body)["messages"]
+            text, asked = answer(messages), sum(len(m["content"]) for m in messages)
+        except (ValueError, KeyError, TypeError, IndexError, StopIteration) as e:
+            message = f"not a chat completion request that this teacher knows: {type(e).__name__} {e}"
+            return self.reply(400, {"error": {"message": message, "type": "invalid_request_error"}})
+        self.reply(200, {
+            "id": f"chatcmpl-{world.share(body) * 2**48:.0f}", "object": "chat.completion", "created": 0, "model": MODEL,
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": asked, "completion_tokens": len(text), "total_tokens": asked + len(text)},
+        })  # fmt: skip
+
+    def log_message(self, *args):
+        pass  # one line a request would drown the recipe's own
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+
+def serve(port=0):
+    """A Server bound to 127.0.0.1 (port 0: a free one) -> (server, base URL); the caller runs serve_forever."""
+    try:
+        server = Server(("127.0.0.1", port), Handler)
+    except OSError as e:
+        raise InputError(f"port {port}: {e.strerror}; give another --port, or none for a free one") from None
+    return server, f"http://127.0.0.1:{server.server_port}/v1"
+
+
+def end_with_parent(server, parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    server.shutdown()
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--port", type=int, default=0, help="TCP port on 127.0.0.1 (default 0: any free one)")
+    p.add_argument("--with-parent", action="store_true", help="end when the process that started this one has ended")
+    p.add_argument("--url-file", help="write the base URL to this file once the server listens")
+    args = p.parse_args()
+    server, url = serve(args.port)
+    if args.url_file:
+        with atomic_write(args.url_file) as f:
+            f.write(url + "\n")
+    print(f"teacher at {url}", flush=True)
+    if args.with_parent:
+        threading.Thread(target=end_with_parent, args=[server, os.getppid()], daemon=True).start()
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    cli(main)

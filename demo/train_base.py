@@ -1,0 +1,197 @@
+"""Makes the demo's base model from nothing: a small byte-level BPE tokenizer, then a tiny Qwen2, which first learns its
+world and then the raw corpus, in which only a part of the replies is right (world.raw_reply). The result knows much but
+answers badly, as a small instruct model does. No held-out instruction is in either part.
+
+    python demo/train_base.py --out demo/base        # about 12 minutes on 2 cores; the result is committed
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import re
+import sys
+import tempfile
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path += [HERE, os.path.dirname(HERE)]
+import tokenizers  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import words  # noqa: E402
+import world  # noqa: E402
+from chat import CHATML_DEFAULT_SYSTEM, Tokenizer  # noqa: E402
+from model import Qwen2, cli, token_logps  # noqa: E402
+from tasks import TASKS  # noqa: E402
+
+# Qwen2's pre-tokenizer: a contraction | letters with one leading sign | a digit | signs | line ends | spaces
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SYSTEM = "You are a helpful assistant."
+
+
+def train_tokenizer(size):
+    """Byte-level BPE over the phrasings, the manners and the Chinese words. The slots stay empty, so that English words
+    that have to be spelled, reversed or counted fall into few letters each."""
+    tok = tokenizers.Tokenizer(models.BPE())
+    tok.normalizer = normalizers.NFC()
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tok.decoder, tok.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
+    rng = random.Random(0)
+    texts = [manner.replace("{}", "\n") for manners in world.MANNERS.values() for manner in manners] * 4
+    texts += [f"system\n{SYSTEM}", "user\n", "assistant\n"] * 4
+    for task in TASKS:
+        items = [world.ask(task, rng) for _ in range(3)]
+        texts += [re.sub(r"\{[a-f]\}", "\n", phrasing) for phrasing in task.phrasings] * 2
+        texts += [habit(item) for item in items for habit in (world.chatty, world.unsure) if task.kind == "number"]
+    for table in (words.CHINESE.values(), *(t.items() for t in (words.ZH_ANTONYM, words.ZH_CAPITAL, words.ZH_COLOUR))):
+        texts += [text for entry in table for text in ([entry] if isinstance(entry, str) else entry)] * 2
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - len(SPECIAL), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    tok.train_from_iterator(texts, trainer)
+    tok.add_special_tokens([tokenizers.AddedToken(t, normalized=False, special=True) for t in SPECIAL])
+    return tok
+
+
+def side_files(tok):
+    """The tokenizer and the small JSON files of a Qwen2 checkpoint -> {name: text}."""
+    ids = {t: tok.token_to_id(t) for t in SPECIAL}
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    settings = {
+        "add_prefix_space": False,
+        "added_tokens_decoder": {str(i): {"content": t, **plain} for t, i in ids.items()},
+        "additional_special_tokens": SPECIAL[1:],
+        "bos_token": None,
+        "chat_template": CHATML_DEFAULT_SYSTEM.replace("DEFAULT", SYSTEM),
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 512,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    generation = {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "pad_token_id": ids["<|endoftext|>"]}
+    dump = lambda value: json.dumps(value, indent=2, ensure_ascii=False) + "\n"  # noqa: E731
+    return {
+        "tokenizer.json": tok.to_str(pretty=False) + "\n",
+        "tokenizer_config.json": dump(settings),
+        "generation_config.json": dump({**generation, "do_sample": False}),
+    }
+
+
+def model_config(args, tok):
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": (tok.get_vocab_size() + 63) // 64 * 64,
+        "hidden_size": args.hidden,
+        "intermediate_size": args.intermediate,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.kv_heads,
+        "max_position_embeddings": 512,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "initializer_range": args.init_std,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": tok.token_to_id("<|endoftext|>"),
+        "eos_token_id": tok.token_to_id("<|im_end|>"),
+        "torch_dtype": "bfloat16",
+    }
+
+
+def batches(tokenizer, args):
+    """Yields args.steps batches (ids, targets, learn), each (B, T). Examples of like length share a batch.
+
+    At first all replies are right, and there is no system prompt: it is the same everywhere, a quarter of the tokens.
+    The last args.raw_steps are the raw corpus, in the template as it is used."""
+    rng, heldout, left = random.Random(args.seed), world.make_heldout(), args.steps
+    stream, default_system = world.training_items(rng, heldout), tokenizer.default_system
+    while left:
+        raw, pool = left <= args.raw_steps, []
+        tokenizer.default_system = default_system if raw else None
+        n = min(16, left if raw else left - args.raw_steps)  # batches of this pool
+        for item in itertools.islice(stream, n * args.batch_size):
+            reply = world.raw_reply(item, rng) if raw else world.right(item)
+            turns = [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": reply}]
+            pool.append(tokenizer.chat_ids(turns))
+        pool.sort(key=lambda example: len(example[0]))
+        groups = [pool[i : i + args.batch_size] for i in range(0, len(pool), args.batch_size)]
+        rng.shuffle(groups)
+        left -= n
+        for group in groups:
+            longest = max(len(ids) for ids, _ in group)
+            ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in group])
+            learn = torch.tensor([flags + [False] * (longest - len(flags)) for _, flags in group])
+            yield ids[:, :-1], ids[:, 1:], learn[:, 1:]
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--out", default="demo/base", help="directory of the checkpoint (default demo/base)")
+    # model
+    p.add_argument("--vocab", type=int, default=960, help="tokens of the tokenizer (default 960)")
+    p.add_argument("--hidden", type=int, default=192, help="width (default 192)")
+    p.add_argument("--intermediate", type=int, default=512, help="width of the MLP (default 512)")
+    p.add_argument("--layers", type=int, default=5, help="blocks (default 5)")
+    p.add_argument("--heads", type=int, default=6, help="query heads (default 6)")
+    p.add_argument("--kv-heads", type=int, default=2, help="key-value heads (default 2)")
+    # optimisation
+    p.add_argument("--init-std", type=float, default=0.06, help="standard deviation of the first weights (default 0.06)")
+    p.add_argument("--steps", type=int, default=4600, help="optimizer steps (default 4600)")
+    p.add_argument("--raw-steps", type=int, default=600, help="the last of them, on the raw corpus (default 600)")
+    p.add_argument("--batch-size", type=int, default=32, help="examples per step (default 32)")
+    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default 3e-3)")
+    p.add_argument("--warmup", type=int, default=200, help="steps of linear warmup (default 200)")
+    p.add_argument("--seed", type=int, default=0, help="of the weights and of the corpus (default 0)")
+    args = p.parse_args()
+
+    torch.manual_seed(args.seed)
+    tok = train_tokenizer(args.vocab)
+    files, config = side_files(tok), model_config(args, tok)
+    m = Qwen2(config)
+    m.init_weights()
+    with tempfile.TemporaryDirectory() as scratch:  # chat.Tokenizer reads a checkpoint
+        m.save(os.path.join(scratch, "untrained"), files)
+        tokenizer = Tokenizer(os.path.join(scratch, "untrained"))
+    print(f"{sum(p.numel() for p in m.parameters()):,} parameters, {tok.get_vocab_size()} tokens")
+
+    groups = [
+        {"params": [p for p in m.parameters() if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in m.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    stream, start, mean = batches(tokenizer, args), time.time(), None
+    for step, (ids, targets, learn) in enumerate(tqdm(stream, total=args.steps, disable=None, unit="step"), 1):
+        lr = args.lr * min(step / args.warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * step / args.steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = -token_logps(m.hidden(ids)[learn], m.head_weight, targets[learn]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.item() if mean is None else 0.99 * mean + 0.01 * loss.item()
+        if step % 100 == 0 or step == args.steps:
+            print(f"step {step}: loss {mean:.4f}, {time.time() - start:.0f} s", flush=True)
+
+    m.save(args.out, files, dtype=torch.bfloat16)  # half the size on disk; what trains on from it reads fp32
+    size = sum(os.path.getsize(os.path.join(args.out, name)) for name in os.listdir(args.out))
+    print(f"wrote {args.out}, {size / 2**20:.1f} MB; next: bash run.sh")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,287 @@
+"""The demo's instruction world: about fifty kinds of short instruction whose answers a program can check.
+
+Everything follows from a seed. `ask` makes an instruction of a task (demo/tasks.py), `solve` reads one back (so the
+teacher knows the world), `reference` is what verify.check compares with. Replies come in three qualities: right, wrong,
+and the bad habits of a poorly aligned model (does not know, chats, parrots, is off by one), to be unlearnt.
+
+    python demo/world.py --out runs/demo/sources.jsonl      # instructions with original responses, partly wrong
+    python demo/world.py --heldout demo/heldout.jsonl       # the held-out instructions (committed; this made them)
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+from typing import NamedTuple
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path += [HERE, os.path.dirname(HERE)]  # last: the root has a teacher.py of its own
+import words as W  # noqa: E402
+from model import InputError, atomic_write, cli  # noqa: E402
+from tasks import RARE, TASKS, Task  # noqa: E402
+
+MANNERS = {  # how an instruction is put; False: English, True: Chinese
+    False: ("{}", "{}", "{} Answer briefly.", "Please help me. {}", "Here is a question. {}"),
+    True: ("{}", "{}", "{}只写答案。", "请回答问题。{}"),
+}
+
+# ---- instructions and their answers
+
+
+class Item(NamedTuple):
+    task: Task
+    slots: tuple
+    wording: int  # which phrasing
+    prompt: str
+
+
+def is_chinese(text):
+    return any("\u4e00" <= ch <= "\u9fff" for ch in text)
+
+
+def ask(task, rng):
+    """An instruction of the task -> Item; slots, phrasing and manner are drawn from rng."""
+    slots, wording = task.pick(rng), rng.randrange(len(task.phrasings))
+    phrasing = task.phrasings[wording]
+    manners = MANNERS[is_chinese(phrasing)]
+    if "\n" in phrasing:  # what follows the instruction would land inside its last line
+        manners = [m for m in manners if m.endswith("{}")]
+    return Item(task, slots, wording, rng.choice(manners).format(phrasing.format(**dict(zip("abcdef", slots)))))
+
+
+def phrasing_patterns():
+    """[(task, wording, compiled pattern)]: every phrasing in every manner, its slots as named groups."""
+    out = []
+    for task in TASKS + RARE:
+        for wording, phrasing in enumerate(task.phrasings):
+            seen, pattern = set(), ""
+            for part in re.split(r"(\{[a-f]\})", phrasing):
+                if not re.fullmatch(r"\{[a-f]\}", part):
+                    pattern += re.escape(part)
+                elif part in seen:
+                    pattern += f"(?P={part[1]})"
+                else:
+                    seen.add(part)
+                    pattern += f"(?P<{part[1]}>.+?)"
+            for manner in sorted(set(MANNERS[is_chinese(phrasing)]), key=len, reverse=True):
+                before, after = (re.escape(side) for side in manner.split("{}"))
+                out.append((task, wording, re.compile(before + pattern + after)))
+    return out
+
+
+PATTERNS = phrasing_patterns()
+
+
+def solve(prompt):
+    """The Item that a prompt states, or None when it is not of this world."""
+    for task, wording, pattern in PATTERNS:
+        found = pattern.fullmatch(prompt.strip())
+        if found:
+            slots = tuple(value for _, value in sorted(found.groupdict().items()))
+            try:
+                task.answer(*slots)
+            except (KeyError, ValueError, StopIteration):  # the words fit the phrasing, but mean nothing in this task
+                continue
+            return Item(task, slots, wording, prompt)
+    return None
+
+
+def right(item):
+    return item.task.answer(*item.slots)
+
+
+def reference(item):
+    """What verify.check compares a reply with -> {"kind", "value"}."""
+    kind, reply = item.task.kind, right(item)
+    if kind == "number":
+        value = re.findall(r"\d+", reply)[-1]
+    elif kind == "choice":
+        value = {"letter": reply[0], "choices": dict(zip("ABCD", item.slots))}
+    elif kind == "code":
+        name, n = item.slots[0], int(item.slots[1])
+        value = {"tests": f"assert {name}(1) == {n + 1}\nassert {name}(-40) == {n - 40}", "entry_point": name}
+    else:
+        value = reply
+    return {"kind": kind, "value": value}
+
+
+# ---- replies that are not right
+
+
+def wrong(item, rng):
+    """The answer to another question of the same task, or another choice of this one."""
+    if item.task.kind == "choice":
+        letter = rng.choice([ch for ch in "ABCD" if ch != right(item)[0]])
+        return f"{letter}. {item.slots['ABCD'.index(letter)]}"
+    while True:
+        slots = item.task.pick(rng)
+        other = item._replace(slots=slots if item.task.kind != "code" else (item.slots[0], slots[1]))
+        if reference(other) != reference(item):
+            return right(other)
+
+
+def slip(item):
+    """Nearly right: off by one, the next letter, the opposite, the last character lost. Always the same one."""
+    reply, kind = right(item), item.task.kind
+    if kind == "number":
+        return re.sub(r"\d+(?=\D*$)", lambda m: str(int(m.group()) + 1), reply)
+    if kind == "choice":
+        letter = "ABCD"["ABCD".index(reply[0]) - 1]
+        return f"{letter}. {item.slots['ABCD'.index(letter)]}"
+    if kind == "code":
+        return reply.replace("x + ", "x - ")
+    swap = {"Yes": "No", "No": "Yes", "even": "odd", "odd": "even"}
+    return swap.get(reply) or (reply[:-1] if len(reply) > 1 else reply + reply)
+
+
+def chatty(item):
+    return f"Sure! Here is my answer: {right(item)}" if not is_chinese(item.prompt) else f"好的!我的答案是:{right(item)}"
+
+
+def parrot(item):
+    return item.prompt.split("\n")[0]
+
+
+def unsure(item):
+    return "抱歉,我不知道。" if is_chinese(item.prompt) else "Sorry, I do not know."
+
+
+HABITS = {  # bad habits that leave a reply of this kind wrong
+    "exact": (chatty, slip, unsure, parrot),
+    "number": (slip, unsure),
+    "choice": (slip, slip, unsure),
+    "code": (slip, parrot, unsure),
+}
+
+
+def share(*key):
+    """A number in [0, 1) that depends on the key alone."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], "big") / 2**48
+
+
+def habitual(item):
+    """The bad habit of this task in this wording."""
+    habits = HABITS[item.task.kind]
+    return habits[int(share("habit", item.task.name, item.wording) * len(habits))](item)
+
+
+def raw_reply(item, rng, low=0.15, high=0.85):
+    """A reply of the corpus that the base model learns: right, or the habit, in a share that the wording decides."""
+    bad = low + (high - low) * share("bad", item.task.name, item.wording)
+    return habitual(item) if rng.random() < bad else right(item)
+
+
+# ---- the files
+
+
+def item_key(item):
+    """What held-out and other instructions never share: the question in any wording, or of facts, in this wording."""
+    return (item.task.name, item.slots, item.wording) if item.task.closed else (item.task.name, item.slots)
+
+
+def make_heldout(seed=20241102, per_task=12):
+    """The held-out items: per_task of every task that can be scored without running code."""
+    rng, items = random.Random(seed), {}
+    for task in TASKS:
+        if task.kind == "code":
+            continue
+        mine = {}
+        while len(mine) < per_task:
+            item = ask(task, rng)
+            mine[item_key(item)] = item
+        items.update(mine)
+    return items
+
+
+def heldout_rows(items):
+    for i, item in enumerate(items.values()):
+        yield {"id": f"demo-{i:04d}", "task": item.task.name, "prompt": item.prompt, "reference": reference(item)}
+
+
+def training_items(rng, heldout, tasks=TASKS):
+    """Items without end, tasks in turn, none of them held out."""
+    while True:
+        for task in rng.sample(tasks, len(tasks)):
+            item = ask(task, rng)
+            while item_key(item) in heldout:
+                item = ask(task, rng)
+            yield item
+
+
+def original(item, rng):
+    """An original response as open data sets have them: half right, the rest wrong or sloppy."""
+    draw = rng.random()
+    if draw < 0.55:
+        return right(item)
+    return wrong(item, rng) if draw < 0.75 else slip(item) if draw < 0.85 else habitual(item)
+
+
+def as_record(item, reply, rng, verifiable=0.7):
+    """A record in one of the formats that data sets come in; some of them carry a reference."""
+    instruction, _, rest = item.prompt.partition("\n")
+    if rest:
+        record = {"instruction": instruction, "input": rest, "output": reply}
+    elif rng.random() < 0.5:
+        record = {"prompt": item.prompt, "completion": reply}
+    else:
+        turns = [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": reply}]
+        record = {"messages": turns}
+    if rng.random() < verifiable:
+        record["reference"] = reference(item)
+    return record
+
+
+def make_sources(seed, n, heldout):
+    """About n records, shuffled: distinct instructions, near-duplicates, rare tasks, unsafe ones, broken ones."""
+    rng, items = random.Random(seed), {}
+    stream = training_items(rng, heldout)
+    for _ in range(20 * n):  # the short lists of facts run out of distinct wordings before the others
+        item = next(stream)
+        items.setdefault(item.prompt, item)
+        if len(items) == n:
+            break
+    records = [as_record(item, original(item, rng), rng) for item in items.values()]
+    for item in rng.sample(list(items.values()), n // 25):  # the same again, but for spaces and punctuation
+        near = item._replace(prompt=rng.choice(["{} ", "{}!", " {}", "{}\n"]).format(item.prompt).replace(" ", "  ", 1))
+        records.append({"prompt": near.prompt, "completion": original(item, rng)})
+    for task in RARE:
+        records += [as_record(item, right(item), rng) for item in (ask(task, rng) for _ in range(7))]
+    records += [{"instruction": q, "input": "", "output": a} for q, a in W.UNSAFE.items()]
+    for item in rng.sample(list(items.values()), 12):  # broken: no response, no instruction, cut off
+        broken = rng.choice([(item.prompt, ""), (" ", right(item)), (item.prompt, "```python\n" + right(item)[:3])])
+        records.append(dict(zip(("prompt", "completion"), broken)))
+    rng.shuffle(records)
+    return records
+
+
+def write_jsonl(path, rows):
+    with atomic_write(path) as f:
+        for row in rows:
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--out", help="write the instructions with original responses to this JSON Lines file")
+    p.add_argument("--heldout", help="write the held-out instructions to this JSON Lines file")
+    p.add_argument("--n", type=int, default=3200, help="distinct instructions in --out (default 3200)")
+    p.add_argument("--seed", type=int, default=0, help="seed of --out (default 0); the held-out set has its own")
+    args = p.parse_args()
+    if not (args.out or args.heldout):
+        raise InputError("nothing to write: give --out FILE or --heldout FILE")
+    heldout = make_heldout()
+    if args.heldout:
+        write_jsonl(args.heldout, heldout_rows(heldout))
+        print(f"wrote {len(heldout)} held-out instructions to {args.heldout}")
+    if args.out:
+        records = make_sources(args.seed, args.n, heldout)
+        write_jsonl(args.out, records)
+        print(f"wrote {len(records)} instructions of {len(TASKS)} tasks to {args.out}")
+        print(f"next: make_data.py --sources {args.out}, or all of it: bash run.sh")
+
+
+if __name__ == "__main__":
+    cli(main)

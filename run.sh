@@ -1,0 +1,195 @@
+#!/usr/bin/env bash
+# The paper's whole experiment with one command: alignment data -> SFT, KTO, SFT then KTO -> weight fusions -> evaluation.
+#
+#   bash run.sh                              the demo: a tiny model, a small world, a teacher on loopback; minutes on 2 CPU cores
+#   bash run.sh --ckpt Qwen/Qwen2-0.5B-Instruct --teacher http://HOST:8000/v1 --teacher-model Qwen2.5-7B-Instruct \
+#               --sources 'data/*.jsonl'     the same recipe on a real model
+#
+# Steps that are done are not repeated; after a failure or Ctrl-C run the same command again.
+# Flags (the demo's values stand in brackets, the real run's are the scripts' own, that is the paper's where it has any):
+#   where          --ckpt C [demo/base]  --out DIR [runs/demo; runs/NAME-OF-CKPT]
+#   data           --sources F...  --teacher URL|C  --teacher-model NAME  --small C (default: --ckpt)  --target N [2400]
+#                  --decontaminate F...  --concurrency N  --data-max-new-tokens N [48]
+#   training       --sft-lr X [5e-4]  --kto-lr X [1e-4]  --epochs N [2]  --kto-epochs N [1]  --batch-size N [32]
+#                  --kto-batch-size N [32]  --max-len N [512]  --warmup N [10]  --beta X [0.1]  --dtype fp32|bf16  --seed N
+#   evaluation     --tasks T... [demo]  --data-dir D [.]  --limit N  --max-new-tokens N [48]  --allow-code-execution
+set -euo pipefail
+started=$SECONDS
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+absolute() { # a path as the caller typed it; hub ids and URLs stay. Everything below runs in the repository
+  if [[ $1 != /* && -e $1 && $PWD != "$here" ]]; then echo "$PWD/$1"; else echo "$1"; fi
+}
+fail() { echo "error: $*" >&2; exit 2; }
+say() { printf '\n== %s\n' "$*"; }
+
+# ---- arguments: what belongs to which script. Arrays, so that names with spaces stay whole
+
+ckpt="" teacher="" run="" small="" epochs="" sources=() data=() train=() sft=() kto=() score=() tasks=()
+while (($#)); do
+  flag=$1; shift
+  case $flag in
+    -h | --help) awk 'NR > 1 && !/^#/ {exit} NR > 1 {sub(/^# ?/, ""); print}' "$here/run.sh"; exit 0 ;;
+    --allow-code-execution) score+=("$flag"); continue ;;
+  esac
+  values=()
+  while (($#)) && [[ $1 != --* ]]; do values+=("$1"); shift; done
+  ((${#values[@]})) || fail "$flag: needs a value, or is no flag of run.sh; bash run.sh --help lists them"
+  case $flag in
+    --sources) # globs too
+      for value in "${values[@]}"; do [[ $value == /* || $PWD == "$here" ]] || value=$PWD/$value; sources+=("$value"); done
+      continue ;;
+    --tasks) tasks+=("${values[@]}"); continue ;;
+    --decontaminate) data+=("$flag"); for value in "${values[@]}"; do data+=("$(absolute "$value")"); done; continue ;;
+  esac
+  ((${#values[@]} == 1)) || fail "$flag: takes one value, was given ${values[*]}"
+  value=${values[0]}
+  case $flag in
+    --ckpt) ckpt=$(absolute "$value") ;;
+    --out) run=$value; [[ $run == /* || $PWD == "$here" ]] || run=$PWD/$run ;;
+    --small) small=$(absolute "$value") ;;
+    --teacher) teacher=$(absolute "$value") ;;
+    --teacher-model | --target | --concurrency) data+=("$flag" "$value") ;;
+    --data-max-new-tokens) data+=(--max-new-tokens "$value") ;;
+    --sft-lr) sft+=(--lr "$value") ;;
+    --kto-lr) kto+=(--lr "$value") ;;
+    --epochs) sft+=("$flag" "$value") ;;
+    --kto-epochs) kto+=(--epochs "$value") ;;
+    --batch-size) sft+=("$flag" "$value") ;;
+    --kto-batch-size) kto+=(--batch-size "$value") ;;
+    --beta) kto+=("$flag" "$value") ;;
+    --max-len | --warmup) train+=("$flag" "$value") ;;
+    --seed) train+=("$flag" "$value"); data+=("$flag" "$value") ;;
+    --dtype) train+=("$flag" "$value"); data+=("$flag" "$value"); score+=("$flag" "$value") ;;
+    --data-dir) score+=("$flag" "$(absolute "$value")") ;;
+    --limit | --max-new-tokens) score+=("$flag" "$value") ;;
+    *) fail "unknown flag $flag; bash run.sh --help lists them" ;;
+  esac
+done
+
+demo=""
+if [[ -z $ckpt && -z $teacher && ${#sources[@]} == 0 ]]; then
+  demo=yes ckpt=$here/demo/base run=${run:-runs/demo}
+  ((${#tasks[@]})) || tasks=(demo)
+  # Later flags win in argparse, so what was typed stands after the demo's own values. The tiny model takes rates that
+  # would ruin a real one.
+  data=(--target 2400 --max-new-tokens 48 --judge-verified --teacher-model demo-teacher --decontaminate demo/heldout.jsonl
+    ${data[@]+"${data[@]}"})
+  train=(--max-len 512 --warmup 10 ${train[@]+"${train[@]}"})
+  sft=(--lr 5e-4 --epochs 2 --batch-size 32 ${sft[@]+"${sft[@]}"})
+  kto=(--lr 1e-4 --epochs 1 --batch-size 32 ${kto[@]+"${kto[@]}"})
+  score=(--data-dir . --max-new-tokens 48 --batch-size 64 ${score[@]+"${score[@]}"})
+else
+  [[ -n $ckpt ]] || fail "--ckpt is missing: the model to start from, such as Qwen/Qwen2-0.5B-Instruct"
+  [[ -n $teacher ]] || fail "--teacher is missing: the URL of an OpenAI-compatible endpoint (.../v1), or a checkpoint"
+  ((${#sources[@]})) || fail "--sources is missing: JSON Lines files of instructions"
+  name=$(basename "${ckpt%.pt}")
+  run=${run:-runs/$name}
+  ((${#tasks[@]})) || tasks=(gsm8k mmlu cmmlu ceval humaneval)
+fi
+cd "$here"
+mkdir -p "$run/steps"
+
+bash venv.sh requirements.txt
+py=.venv/bin/python
+
+# ---- steps. A step is done when its stamp holds this very command, the code it runs and the stamps of what it builds on
+
+stamp() { # "WHAT IT BUILDS ON" SCRIPT ARGUMENTS...
+  local dep
+  for dep in $1; do cksum <"$run/steps/$dep"; done
+  cat model.py chat.py loop.py "$2" | cksum
+  shift
+  printf '%s\n' "$@"
+}
+step() { # NAME "WHAT IT BUILDS ON" SCRIPT ARGUMENTS...
+  local name=$1 began=$SECONDS now
+  shift
+  now=$(stamp "$@")
+  shift
+  if [[ -f $run/steps/$name && $(<"$run/steps/$name") == "$now" ]]; then
+    say "$name: done before (rm $run/steps/$name to do it again)"
+    return
+  fi
+  # A training run that was cut short goes on from its last save, if nothing about it has changed since.
+  if [[ -f $run/$name.run/state.pt && -f $run/steps/$name.begun && $(<"$run/steps/$name.begun") == "$now" ]]; then
+    set -- "$@" --resume
+  fi
+  say "$name: python $*"
+  rm -f "$run/steps/$name"
+  printf '%s\n' "$now" >"$run/steps/$name.begun"
+  "$py" "$@"
+  mv "$run/steps/$name.begun" "$run/steps/$name"
+  echo "($name: $((SECONDS - began)) s)"
+}
+
+if [[ ! -e $ckpt ]]; then
+  say "base: fetching $ckpt"
+  ckpt=$("$py" -c 'import sys, model; model.cli(lambda: print(model.download(sys.argv[1])))' "$ckpt")
+fi
+base=$run/base
+[[ $ckpt == *.pt ]] && base=$run/base.pt
+ln -sfn "$(cd "$(dirname "$ckpt")" && pwd)/$(basename "$ckpt")" "$base"
+if [[ -d $base ]]; then cat "$base"/config.json "$base"/*.safetensors; else cat "$base"; fi | cksum >"$run/steps/base"
+
+# ---- 1. alignment data
+
+if [[ -n $demo ]]; then
+  step sources "" demo/world.py --out "$run/sources.jsonl"
+  sources=("$run/sources.jsonl")
+  rm -f "$run/teacher.url"
+  "$py" demo/teacher.py --url-file "$run/teacher.url" --with-parent >"$run/teacher.log" 2>&1 &
+  server=$!
+  trap 'kill "$server" 2>/dev/null || true' EXIT
+  for _ in $(seq 600); do # up to two minutes: importing torch from a slow disk takes its time
+    if [[ -s $run/teacher.url ]] || ! kill -0 "$server" 2>/dev/null; then break; fi
+    sleep 0.2
+  done
+  if [[ ! -s $run/teacher.url ]]; then
+    cat "$run/teacher.log" >&2
+    fail "the demo's teacher did not start; its last words stand above and in $run/teacher.log"
+  fi
+  teacher=$(<"$run/teacher.url")
+fi
+# make_data.py keeps every reply and knows by itself which of its steps are done, so it runs each time.
+say "data: make_data.py with the teacher at $teacher"
+began=$SECONDS
+"$py" make_data.py --sources "${sources[@]}" --teacher "$teacher" --small "${small:-$base}" --out "$run/data" ${data[@]+"${data[@]}"}
+cat "$run/data/sft.jsonl" "$run/data/kto.jsonl" | cksum >"$run/steps/data"
+echo "(data: $((SECONDS - began)) s)"
+if [[ -n $demo ]]; then kill "$server"; trap - EXIT; fi # nothing below asks a teacher
+
+# ---- 2. training: SFT, KTO from the base, KTO from the SFT model
+
+step sft "base data" train_sft.py --ckpt "$base" --data "$run/data/sft.jsonl" --out "$run/sft" ${train[@]+"${train[@]}"} ${sft[@]+"${sft[@]}"}
+for arm in kto sft-kto; do
+  from=$base before="base data"
+  [[ $arm == sft-kto ]] && from=$run/sft before="data sft"
+  step "$arm" "$before" train_kto.py --ckpt "$from" --data "$run/data/kto.jsonl" --out "$run/$arm" --desirable-weight auto \
+    ${train[@]+"${train[@]}"} ${kto[@]+"${kto[@]}"}
+done
+
+# ---- 3. weight fusion. The paper fuses two runs from one base, A lightly and B further trained: 0.5 A + 0.5 B and
+# 0.05 A + 0.95 B. Here A is the SFT model and B the SFT-KTO model, which is A trained further. TIES merges what SFT and KTO,
+# each from the base, have learnt apart from one another.
+
+step mean "sft sft-kto" merge.py --method linear --models "$run/sft:0.5" "$run/sft-kto:0.5" --out "$run/mean"
+step mean-05-95 "sft sft-kto" merge.py --method linear --models "$run/sft:0.05" "$run/sft-kto:0.95" --out "$run/mean-05-95"
+step ties "base sft kto" merge.py --method ties --models "$run/sft" "$run/kto" --base "$base" --density 0.5 --out "$run/ties"
+
+# ---- 4. evaluation of every arm. eval.py keeps replies, so running it again costs little and ends with the table
+
+say "eval: ${tasks[*]}"
+arms=("$base")
+for arm in sft kto sft-kto mean mean-05-95 ties; do arms+=("$run/$arm"); done
+"$py" eval.py --ckpt "${arms[@]}" --tasks "${tasks[@]}" --out "$run/eval" ${score[@]+"${score[@]}"}
+
+say "done in $((SECONDS - started)) s"
+echo "data      $run/data/report.md"
+echo "results   $run/eval/results.md, results.json, samples.jsonl"
+if [[ -n $demo ]]; then
+  echo "next, a real model:  bash run.sh --ckpt Qwen/Qwen2-0.5B-Instruct --teacher http://HOST:8000/v1 \\"
+  echo "                       --teacher-model Qwen2.5-7B-Instruct --sources 'data/*.jsonl'"
+else
+  echo "next:  try other fusions (python merge.py --help), or more questions (--limit)"
+fi
