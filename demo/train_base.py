@@ -1,8 +1,8 @@
-"""Makes the demo's base model from nothing: a small byte-level BPE tokenizer, then a tiny Qwen2, which first learns its
-world and then the raw corpus, in which only a part of the replies is right (world.raw_reply). The result knows much but
-answers badly, as a small instruct model does. No held-out instruction is in either part.
+"""Makes the demo's base model from nothing: a small byte-level BPE tokenizer, then a tiny Qwen2 trained on the world's
+raw corpus, in which only a part of the replies is right (world.raw_reply). The result knows a part of its world and
+answers badly, as a small instruct model does. No held-out instruction is in the corpus.
 
-    python demo/train_base.py --out demo/base        # about 12 minutes on 2 cores; the result is committed
+    python demo/train_base.py --out demo/base        # about 25 minutes on one core; the result is committed
 """
 
 import argparse
@@ -103,7 +103,7 @@ def model_config(args, tok):
         "rope_theta": 10000.0,
         "rms_norm_eps": 1e-6,
         "hidden_act": "silu",
-        "initializer_range": args.init_std,
+        "initializer_range": 0.02,
         "tie_word_embeddings": True,
         "use_sliding_window": False,
         "attention_dropout": 0.0,
@@ -114,24 +114,17 @@ def model_config(args, tok):
 
 
 def batches(tokenizer, args):
-    """Yields args.steps batches (ids, targets, learn), each (B, T). Examples of like length share a batch.
-
-    At first all replies are right, and there is no system prompt: it is the same everywhere, a quarter of the tokens.
-    The last args.raw_steps are the raw corpus, in the template as it is used."""
-    rng, heldout, left = random.Random(args.seed), world.make_heldout(), args.steps
-    stream, default_system = world.training_items(rng, heldout), tokenizer.default_system
-    while left:
-        raw, pool = left <= args.raw_steps, []
-        tokenizer.default_system = default_system if raw else None
-        n = min(16, left if raw else left - args.raw_steps)  # batches of this pool
-        for item in itertools.islice(stream, n * args.batch_size):
-            reply = world.raw_reply(item, rng) if raw else world.right(item)
-            turns = [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": reply}]
-            pool.append(tokenizer.chat_ids(turns))
+    """Batches without end: (ids, targets, learn), each (B, T). Examples of like length share a batch."""
+    rng, heldout = random.Random(args.seed), world.make_heldout()
+    stream = world.training_items(rng, heldout)
+    while True:
+        pool = []
+        for item in itertools.islice(stream, 16 * args.batch_size):
+            turns = [{"role": "user", "content": item.prompt}]
+            pool.append(tokenizer.chat_ids([*turns, {"role": "assistant", "content": world.raw_reply(item, rng)}]))
         pool.sort(key=lambda example: len(example[0]))
         groups = [pool[i : i + args.batch_size] for i in range(0, len(pool), args.batch_size)]
         rng.shuffle(groups)
-        left -= n
         for group in groups:
             longest = max(len(ids) for ids, _ in group)
             ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in group])
@@ -144,18 +137,16 @@ def main():
     p.add_argument("--out", default="demo/base", help="directory of the checkpoint (default demo/base)")
     # model
     p.add_argument("--vocab", type=int, default=960, help="tokens of the tokenizer (default 960)")
-    p.add_argument("--hidden", type=int, default=192, help="width (default 192)")
-    p.add_argument("--intermediate", type=int, default=512, help="width of the MLP (default 512)")
+    p.add_argument("--hidden", type=int, default=128, help="width (default 128)")
+    p.add_argument("--intermediate", type=int, default=384, help="width of the MLP (default 384)")
     p.add_argument("--layers", type=int, default=5, help="blocks (default 5)")
-    p.add_argument("--heads", type=int, default=6, help="query heads (default 6)")
+    p.add_argument("--heads", type=int, default=4, help="query heads (default 4)")
     p.add_argument("--kv-heads", type=int, default=2, help="key-value heads (default 2)")
     # optimisation
-    p.add_argument("--init-std", type=float, default=0.06, help="standard deviation of the first weights (default 0.06)")
-    p.add_argument("--steps", type=int, default=4600, help="optimizer steps (default 4600)")
-    p.add_argument("--raw-steps", type=int, default=600, help="the last of them, on the raw corpus (default 600)")
+    p.add_argument("--steps", type=int, default=5000, help="optimizer steps (default 5000)")
     p.add_argument("--batch-size", type=int, default=32, help="examples per step (default 32)")
-    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default 3e-3)")
-    p.add_argument("--warmup", type=int, default=200, help="steps of linear warmup (default 200)")
+    p.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (default 4e-3)")
+    p.add_argument("--warmup", type=int, default=100, help="steps of linear warmup (default 100)")
     p.add_argument("--seed", type=int, default=0, help="of the weights and of the corpus (default 0)")
     args = p.parse_args()
 
@@ -175,7 +166,8 @@ def main():
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
     stream, start, mean = batches(tokenizer, args), time.time(), None
-    for step, (ids, targets, learn) in enumerate(tqdm(stream, total=args.steps, disable=None, unit="step"), 1):
+    for step in tqdm(range(1, args.steps + 1), disable=None, unit="step"):
+        ids, targets, learn = next(stream)
         lr = args.lr * min(step / args.warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * step / args.steps)))
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -12,7 +12,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may reach for the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from chat import CHATML_DEFAULT_SYSTEM  # noqa: E402

@@ -240,10 +240,16 @@ def test_a_pickle_payload_is_refused_and_not_run(tmp_path, monkeypatch):
             Checkpoint(tmp_path / name)
 
 
-def test_unknown_sources():
+def test_unknown_sources(monkeypatch):
+    import huggingface_hub
+
+    def unreachable(repo, allow_patterns):
+        raise OSError("the network is down\nand more lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(InputError, match="no such checkpoint"):
         Checkpoint("/nowhere/at/all")
-    with pytest.raises(InputError, match="nobody/nothing"):
+    with pytest.raises(InputError, match="nobody/nothing: .*the network is down$"):
         Checkpoint("nobody/nothing")
 
 
