@@ -348,7 +348,8 @@ def test_loglik(evaluate, tmp_path, data, ckpts):
 # ---------------------------------------------------------------- bad input
 
 
-def test_refusals(run, refused, tmp_path, data, ckpts):
+def test_refusals(run, refused, tmp_path, data, ckpts, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     common = ["eval", "--ckpt", ckpts[0], "--data-dir", data, "--out", tmp_path / "out", "--tasks"]
     refused(["gsm9k", *ev.BENCHMARKS], *common, "demo", "gsm9k")
     refused("--allow-code-execution", *common, "gsm8k", "humaneval")
