@@ -5,11 +5,12 @@ import random
 
 import pytest
 import torch
-from conftest import tiny_files, tiny_model, write_lines
+from conftest import real, tiny_files, tiny_model, write_lines
 from training import feedback, log, torchrun, trl_log, update_error, weights
 
 import loop
 import train_kto
+from model import Checkpoint, Qwen2
 from train_kto import balanced_weight, kl_estimate, kto_loss, mismatched, separated_order, shared_prompts
 
 
@@ -18,16 +19,20 @@ def data(tmp_path):
     return write_lines(tmp_path / "kto.jsonl", feedback(14))
 
 
-@pytest.fixture(scope="module")
-def worse(tmp_path_factory):
+def perturbed(source, scale, out):
     """A reference that is not the policy, so that rewards and KL are not all zero at the first step."""
-    out = str(tmp_path_factory.mktemp("ref") / "worse")
-    m, g = tiny_model(), torch.Generator().manual_seed(7)
+    ckpt, g = Checkpoint(source), torch.Generator().manual_seed(7)
+    m = Qwen2.from_pretrained(ckpt)
     with torch.no_grad():
         for p in m.parameters():
-            p += 0.05 * p.std() * torch.randn(p.shape, generator=g)
-    m.save(out, tiny_files())
+            p += scale * p.std() * torch.randn(p.shape, generator=g)
+    m.save(out, ckpt.files)
     return out
+
+
+@pytest.fixture(scope="module")
+def worse(tiny, tmp_path_factory):
+    return perturbed(tiny, 0.05, str(tmp_path_factory.mktemp("ref") / "worse"))
 
 
 def flags(tiny, data, out, *more):
@@ -106,13 +111,12 @@ def test_large_data_of_pairs_and_of_few_prompts_separates():
         assert shared_prompts(steps, prompts) == 0
 
 
-def test_four_steps_equal_trl(tiny, worse, tmp_path, run):
+def compare_with_trl(model_dir, ref, lr, tmp_path, run):
     records = feedback(16, seed=3)
     data = write_lines(tmp_path / "kto.jsonl", records)
-    theirs = trl_log("kto", tiny, records, tmp_path / "trl", max_steps=4, ref=worse, beta=0.1)
-    more = ("--ref", worse, "--max-steps", 4, "--schedule", "constant", "--no-shuffle")
-    code, out, _ = run("train_kto", *flags(tiny, data, tmp_path / "ours", *more))
-    assert code == 0
+    theirs = trl_log("kto", model_dir, records, tmp_path / "trl", max_steps=4, ref=ref, beta=0.1, learning_rate=lr)
+    more = ("--ref", ref, "--max-steps", 4, "--schedule", "constant", "--no-shuffle", "--lr", lr)
+    assert run("train_kto", *flags(model_dir, data, tmp_path / "ours", *more))[0] == 0
     ours = log(tmp_path / "ours")
     assert len(theirs) == len(ours) == 4
     assert max(s["kl"] for s in ours) > 0.01  # the estimate is at work
@@ -120,8 +124,18 @@ def test_four_steps_equal_trl(tiny, worse, tmp_path, run):
         for key in ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
             assert float(a[key]) == pytest.approx(b[key], rel=1e-3, abs=1e-4), key
     assert float(theirs[0]["grad_norm"]) == pytest.approx(ours[0]["grad_norm"], rel=1e-3)
-    base = weights(tiny)
+    base = weights(model_dir)
     assert update_error(weights(tmp_path / "trl"), weights(tmp_path / "ours"), base) < 0.02
+
+
+def test_four_steps_equal_trl(tiny, worse, tmp_path, run):
+    compare_with_trl(tiny, worse, 1e-3, tmp_path, run)
+
+
+@real
+def test_four_steps_of_a_real_checkpoint_equal_trl(tmp_path, run):
+    path = os.environ["REAL_CKPT"]
+    compare_with_trl(path, perturbed(path, 0.03, str(tmp_path / "worse")), 1e-5, tmp_path, run)
 
 
 def test_any_cut_and_any_number_of_ranks_give_the_same_step(tiny, worse, data, tmp_path, run):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import tiny_files, tiny_model, write_lines
+from conftest import real, tiny_files, tiny_model, write_lines
 from training import chats, log, torchrun, trl_log, update_error, weights
 
 import loop
@@ -52,19 +52,28 @@ def test_learning_rates_equal_transformers(schedule):
         theirs.step()
 
 
-def test_four_steps_equal_trl(tiny, tmp_path, run):
+def compare_with_trl(model_dir, lr, tmp_path, run):
     records = chats(16)
     data = write_lines(tmp_path / "sft.jsonl", records)
-    theirs = trl_log("sft", tiny, records, tmp_path / "trl", max_steps=4)
-    more = ("--max-steps", 4, "--schedule", "constant", "--no-shuffle")
-    assert run("train_sft", *flags(tiny, data, tmp_path / "ours", *more))[0] == 0
+    theirs = trl_log("sft", model_dir, records, tmp_path / "trl", max_steps=4, learning_rate=lr)
+    more = ("--max-steps", 4, "--schedule", "constant", "--no-shuffle", "--lr", lr)
+    assert run("train_sft", *flags(model_dir, data, tmp_path / "ours", *more))[0] == 0
     ours = log(tmp_path / "ours")
     assert len(theirs) == len(ours) == 4
     for a, b in zip(theirs, ours):
         assert float(a["loss"]) == pytest.approx(b["loss"], rel=1e-4)
         assert float(a["grad_norm"]) == pytest.approx(b["grad_norm"], rel=1e-3)
-    base = weights(tiny)
+    base = weights(model_dir)
     assert update_error(weights(tmp_path / "trl"), weights(tmp_path / "ours"), base) < 0.02
+
+
+def test_four_steps_equal_trl(tiny, tmp_path, run):
+    compare_with_trl(tiny, 1e-3, tmp_path, run)
+
+
+@real
+def test_four_steps_of_a_real_checkpoint_equal_trl(tmp_path, run):
+    compare_with_trl(os.environ["REAL_CKPT"], 1e-5, tmp_path, run)
 
 
 def test_any_cut_and_any_number_of_ranks_give_the_same_step(tiny, data, tmp_path, run):
