@@ -236,7 +236,7 @@ def load_model(source, device, dtype):
 
 
 # What may differ between a run and its resumption: none of these changes the result beyond rounding.
-FREE_TO_CHANGE = {"resume", "micro_tokens", "device", "save_every", "eval_every", "eval_data", "ref_cache", "ckpt", "data", "ref"}
+FREE_TO_CHANGE = {"resume", "out", "micro_tokens", "device", "save_every", "eval_every", "eval_data", "ref_cache", "ckpt", "data", "ref"}
 
 
 def run_identity(a, examples, fingerprint):

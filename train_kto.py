@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import loop
-from chat import read_records, kto_example
+from chat import kto_example, read_records
 from model import Checkpoint, InputError, Qwen2, atomic_write, cli
 
 # ---------------------------------------------------------------------------------------------------------------------
