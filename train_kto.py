@@ -40,7 +40,7 @@ def kto_loss(policy_logps, ref_logps, kl, desirable, beta, desirable_weight, und
     """
     r = policy_logps - ref_logps
     gain = torch.where(desirable, r - kl, kl - r)
-    weight = torch.where(desirable, desirable_weight, undesirable_weight)
+    weight = torch.where(desirable, *r.new_tensor([desirable_weight, undesirable_weight]))
     return weight * (1 - torch.sigmoid(beta * gain)), beta * r.detach()
 
 

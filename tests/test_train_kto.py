@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 import os
 import random
 
@@ -46,6 +47,17 @@ def test_loss_by_hand():
     # r = 2, z0 = 1: 2 (1 - sigmoid(0.5)) and 3 (1 - sigmoid(-0.5)); reward 0.5 * 2
     assert losses.tolist() == pytest.approx([2 * 0.3775406688, 3 * 0.6224593312])
     assert rewards.tolist() == [1.0, 1.0]
+
+
+def test_loss_in_fp64_to_the_last_digits():
+    g = torch.Generator().manual_seed(0)
+    policy, ref = (20 * torch.randn(50, generator=g, dtype=torch.float64) for _ in range(2))
+    desirable = torch.rand(50, generator=g) < 0.5
+    losses, rewards = kto_loss(policy, ref, torch.tensor(0.7, dtype=torch.float64), desirable, 0.1, 4 / 3, 0.9)
+    for p, r, d, loss, reward in zip(policy.tolist(), ref.tolist(), desirable.tolist(), losses.tolist(), rewards.tolist()):
+        gain = (p - r - 0.7) if d else (0.7 - (p - r))
+        assert loss == pytest.approx((4 / 3 if d else 0.9) * (1 - 1 / (1 + math.exp(-0.1 * gain))), rel=1e-12)
+        assert reward == pytest.approx(0.1 * (p - r), rel=1e-12)
 
 
 def test_loss_gradients_and_what_has_none():
