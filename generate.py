@@ -7,11 +7,13 @@ A row's output does not depend on its neighbours: each has its own cache row, it
 """
 
 import argparse
+import contextlib
+from collections import Counter
 
 import torch
 
 from chat import Tokenizer
-from model import Checkpoint, InputError, KVCache, Qwen2, cli
+from model import Checkpoint, InputError, KVCache, Qwen2, cli, packed_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Choosing the next token
@@ -20,19 +22,25 @@ from model import Checkpoint, InputError, KVCache, Qwen2, cli
 def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """One token a row by inverting the cumulative distribution. logits: (B, V) fp32, uniform: (B,) in [0, 1) -> (B,).
 
-    temperature 0 is greedy. top_k keeps the k likeliest tokens (0: all), top_p the fewest whose probability reaches p
-    (arXiv 1904.09751).
+    temperature 0 is greedy. top_k keeps the k likeliest tokens (0: all); of these, top_p the fewest whose probability
+    reaches p (arXiv 1904.09751). transformers filters in this order too.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)  # (B, V)
-    before = p.cumsum(-1) - p  # the probability of everything likelier
-    p = p.masked_fill(before >= top_p, 0.0)
+    logits, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)  # (B, V)
     if top_k:
-        p[:, top_k:] = 0.0
-    cumulative = p.double().cumsum(-1)
+        logits, order = logits[:, :top_k], order[:, :top_k]
+    p = logits.softmax(-1)
+    before = p.cumsum(-1) - p  # the probability of everything likelier
+    cumulative = p.masked_fill(before >= top_p, 0.0).double().cumsum(-1)
     pick = torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True)
-    return order.gather(1, pick.clamp_max(logits.shape[1] - 1))[:, 0]
+    return order.gather(1, pick.clamp_max(order.shape[1] - 1))[:, 0]
+
+
+def penalise(logits, seen, penalty):
+    """The repetition penalty of arXiv 1909.05858, in place: the logits (V,) of tokens seen move down by the factor."""
+    seen = torch.tensor(sorted(set(seen)), device=logits.device)
+    logits[seen] = torch.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
 
 
 def common_prefix(sequences):
@@ -42,81 +50,148 @@ def common_prefix(sequences):
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
+def prefix_lengths(prompts, overhead=64, depth=50):
+    """For each prompt (a list of tokens) the length of its prefix that is worth computing once for several prompts.
+
+    In lexicographic order the prompts of a common prefix are an interval; it splits where its neighbours share least, if
+    that leaves fewer tokens to compute. A prefix costs `overhead` tokens more than its own, since it is a forward of its
+    own. depth bounds the recursion.
+    """
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)
+    shares = [common_prefix((prompts[a], prompts[b])) for a, b in zip(order, order[1:])]
+
+    def best(i, j, depth):  # order[i:j] -> (tokens to compute, the prefix of each)
+        total, shared = sum(len(prompts[k]) for k in order[i:j]), min(shares[i : j - 1], default=0)
+        whole = total - (j - i - 1) * shared + overhead
+        together = (whole, [shared] * (j - i)) if whole < total else (total, [0] * (j - i))
+        if j - i == 1 or not depth:
+            return together
+        ends = [i, *(k + 1 for k in range(i, j - 1) if shares[k] == shared), j]
+        parts = [best(a, b, depth - 1) for a, b in zip(ends, ends[1:])]
+        apart = sum(tokens for tokens, _ in parts), [n for _, lengths in parts for n in lengths]
+        return min(together, apart, key=lambda way: way[0])
+
+    lengths = best(0, len(prompts), depth)[1]
+    return [n for _, n in sorted(zip(order, lengths))]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
 
 @torch.no_grad()
-def generate_iter(
-    m, tokenizer, prompts, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0, batch_size=32,
-    prefill_tokens=4096,
+def generate_steps(
+    m, tokenizer, prompts, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, stop=(),
+    seed=0, batch_size=32, cache_gb=4.0, prefill_tokens=4096,
 ):  # fmt: skip
-    """Yields (index, text, finish_reason) for each prompt as it finishes; the order is not that of the prompts.
+    """Yields (index, tokens so far, finish_reason or None) for each row after each step.
 
-    prompts: message lists. finish_reason: "stop" after one of the model's end tokens, "length" after max_new_tokens.
-    batch_size: sequences in flight. prefill_tokens bounds the prompt tokens of one forward; more prompts wait a step.
+    prompts: message lists. finish_reason: "stop" after one of the model's end tokens, which is not kept, or once the
+    text holds one of the `stop` strings; "length" after max_new_tokens. seed: an integer, from which each row draws by
+    its index, or one integer for each prompt. batch_size: rows in flight, or as many as fit a KV cache of cache_gb GiB.
+    prefill_tokens bounds the prompt tokens of one forward; more prompts wait a step.
     """
     prompts = [tokenizer.prompt_ids(p) for p in prompts]
     if not prompts:
         return
+    seeds = seed if isinstance(seed, (list, tuple)) else [seed * 1_000_003 + i for i in range(len(prompts))]
     longest = max(map(len, prompts)) + max_new_tokens
     if longest > m.config.max_position_embeddings:
         raise InputError(f"a prompt and its reply may take {longest} tokens; the model ends at {m.config.max_position_embeddings}")
-    dtype, device = m.compute_dtype or m.head_weight.dtype, m.device
-    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # rows of like length share the batch
-    cache = KVCache(m.config, min(batch_size, len(prompts)), longest, dtype, device)
+    stop = [stop] if isinstance(stop, str) else list(stop)
+    tail = 4 * max(map(len, stop), default=0)  # tokens that hold a stop string at the end: a character has up to 4 bytes
 
-    shared = common_prefix(prompts) if len(prompts) > 1 else 0
-    prefix = KVCache(m.config, 1, shared, dtype, device)
-    if shared:
-        prefix.lengths = [0]
-        m.hidden(torch.tensor([prompts[0][:shared]], device=device), [shared], prefix)
+    dtype, device = m.compute_dtype or m.head_weight.dtype, m.device
+    fit = int(cache_gb * 2**30 / KVCache(m.config, 1, longest, dtype, "meta").bytes)
+    cache = KVCache(m.config, max(1, min(batch_size, len(prompts), fit)), longest, dtype, device)
+    shared = prefix_lengths(prompts)
+    prefix = [tuple(p[:n]) for p, n in zip(prompts, shared)]
+    waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))  # rows of like length share the batch
+    uses, computed = Counter(prefix), {(): None}  # {prefix: its KV cache, from the first prompt that has it to the last}
 
     rows = []  # in flight, one a row of the cache: {"index", "new": tokens so far, "feed": tokens the model sees next}
-    while waiting or rows:
-        budget = prefill_tokens
-        while waiting and len(rows) < cache.k.shape[1]:
-            i = waiting[0]
-            feed = prompts[i][shared:]
-            if budget < len(feed) and budget < prefill_tokens:
-                break
-            budget -= len(feed)
-            waiting.pop(0)
-            cache.k[:, len(rows), :, :shared] = prefix.k[:, 0]
-            cache.v[:, len(rows), :, :shared] = prefix.v[:, 0]
-            cache.lengths.append(shared)
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + i)  # of this row alone
-            rows.append({"index": i, "new": [], "feed": feed, "generator": generator})
+    with packed_weights(m) if len(prompts) > 1 else contextlib.nullcontext():
+        while waiting or rows:
+            budget = prefill_tokens
+            while waiting and len(rows) < cache.k.shape[1]:
+                i, n = waiting[0], shared[waiting[0]]
+                feed = prompts[i][n:]
+                if budget < min(len(feed), prefill_tokens):
+                    break
+                waiting.pop(0)
+                budget -= len(feed)
+                if prefix[i] not in computed:
+                    computed[prefix[i]] = known = KVCache(m.config, 1, n, dtype, device)
+                    known.lengths = [0]
+                    m.hidden(torch.tensor([prefix[i]], device=device), [n], known)
+                if n:
+                    cache.k[:, len(rows), :, :n] = computed[prefix[i]].k[:, 0]
+                    cache.v[:, len(rows), :, :n] = computed[prefix[i]].v[:, 0]
+                    uses[prefix[i]] -= 1
+                    if not uses[prefix[i]]:
+                        del computed[prefix[i]]
+                cache.lengths.append(n)
+                generator = torch.Generator().manual_seed(seeds[i])  # of this row alone
+                rows.append({"index": i, "new": [], "feed": feed, "generator": generator})
 
-        # One forward for all rows: a new row feeds its prompt, the others their last token.
-        lengths = [len(row["feed"]) for row in rows]
-        ids = torch.tensor([[t for row in rows for t in row["feed"]]], device=device)  # (1, T)
-        last = torch.tensor(lengths, device=device).cumsum(0) - 1
-        logits = m.head(m.hidden(ids, lengths, cache)[0, last]).float()  # (rows, V)
-        uniform = torch.zeros(len(rows))
-        if temperature > 0:
-            uniform = torch.stack([torch.rand((), generator=row["generator"]) for row in rows])
-        tokens = sample(logits, uniform.to(device), temperature, top_k, top_p).tolist()
+            # One forward for all rows: the others feed their last token, the new ones, behind them, their prompt.
+            lengths = [len(row["feed"]) for row in rows]
+            ids = torch.tensor([[t for row in rows for t in row["feed"]]], device=device)  # (1, T)
+            last = torch.tensor(lengths, device=device).cumsum(0) - 1
+            logits = m.head(m.hidden(ids, lengths, cache)[0, last]).float()  # (rows, V)
+            if repetition_penalty != 1.0:
+                for row, scores in zip(rows, logits):
+                    penalise(scores, prompts[row["index"]] + row["new"], repetition_penalty)
+            uniform = torch.zeros(len(rows))
+            if temperature > 0:
+                uniform = torch.stack([torch.rand((), generator=row["generator"]) for row in rows])
+            tokens = sample(logits, uniform.to(device), temperature, top_k, top_p).tolist()
 
-        for r in reversed(range(len(rows))):  # backwards: remove() moves the last row, which has been looked at
-            row, token = rows[r], tokens[r]
-            row["feed"] = [token]
-            if token not in tokenizer.stop_ids:
-                row["new"].append(token)
-                if len(row["new"]) < max_new_tokens:
-                    continue
-            yield row["index"], tokenizer.decode(row["new"]), "stop" if token in tokenizer.stop_ids else "length"
-            cache.remove(r)
-            rows[r] = rows[-1]
-            rows.pop()
+            for r in reversed(range(len(rows))):  # backwards: remove() moves the last row, which has been looked at
+                row, token = rows[r], tokens[r]
+                row["feed"], finish = [token], "stop" if token in tokenizer.stop_ids else None
+                if not finish:
+                    row["new"].append(token)
+                    if stop and any(text in tokenizer.decode(row["new"][-tail:]) for text in stop):
+                        finish = "stop"
+                    elif len(row["new"]) == max_new_tokens:
+                        finish = "length"
+                yield row["index"], row["new"], finish
+                if finish:
+                    cache.remove(r)
+                    rows[r] = rows[-1]
+                    rows.pop()
 
 
-def generate(m, tokenizer, prompts, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0, batch_size=32):
-    """prompts: list of message lists -> their replies, a list of texts in the same order. Arguments as in generate_iter."""
+def generate_iter(m, tokenizer, prompts, *args, stop=(), **settings):
+    """Yields (index, text, finish_reason) for each prompt as it finishes; the order is not that of the prompts.
+
+    Arguments as in generate_steps. The text ends before the first of the `stop` strings."""
+    stop = [stop] if isinstance(stop, str) else list(stop)
+    for i, tokens, finish in generate_steps(m, tokenizer, prompts, *args, stop=stop, **settings):
+        if finish:
+            text = tokenizer.decode(tokens)
+            yield i, text[: min((at for s in stop if (at := text.find(s)) >= 0), default=None)], finish
+
+
+def generate(m, tokenizer, prompts, max_new_tokens=256, temperature=0.0, **settings):
+    """prompts: list of message lists -> their replies, a list of texts in the same order. Arguments as in generate_steps.
+
+    Several samples of one prompt: repeat the prompt; what its copies share is computed once."""
     texts = [""] * len(prompts)
-    for i, text, _ in generate_iter(m, tokenizer, prompts, max_new_tokens, temperature, top_k, top_p, seed, batch_size):
+    for i, text, _ in generate_iter(m, tokenizer, prompts, max_new_tokens, temperature, **settings):
         texts[i] = text
     return texts
+
+
+def stream(m, tokenizer, messages, **settings):
+    """Yields the pieces of one reply's text as they come; a character whose bytes are not all there waits."""
+    told = 0
+    for _, tokens, finish in generate_steps(m, tokenizer, [messages], **settings):
+        text = tokenizer.decode(tokens)
+        if finish or not text.endswith("\ufffd"):
+            yield text[told:]
+            told = len(text)
 
 
 def main():
@@ -129,6 +204,7 @@ def main():
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     p.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
     p.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens that reach this probability")
+    p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1, tokens already there become less likely")
     p.add_argument("--seed", type=int, default=0, help="of the sampling")
     # machine
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and computation")
@@ -137,7 +213,7 @@ def main():
     ckpt = Checkpoint(a.ckpt)
     m = Qwen2.from_pretrained(ckpt, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype], device=a.device)
     tokenizer = Tokenizer(ckpt)
-    settings = dict(max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, seed=a.seed)
+    settings = {k: getattr(a, k) for k in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")}
     system = [{"role": "system", "content": a.system}] if a.system else []
     if a.prompt:
         prompts = [system + [{"role": "user", "content": text}] for text in a.prompt]
@@ -148,8 +224,12 @@ def main():
     print("An empty line ends the chat.")
     while text := input("> ").strip():
         messages.append({"role": "user", "content": text})
-        messages.append({"role": "assistant", "content": generate(m, tokenizer, [messages], **settings)[0]})
-        print(messages[-1]["content"] + "\n")
+        reply = ""
+        for piece in stream(m, tokenizer, messages, **settings):
+            print(piece, end="", flush=True)
+            reply += piece
+        messages.append({"role": "assistant", "content": reply})
+        print("\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 import os
 
+import hypothesis
 import pytest
 import torch
 import transformers
 from conftest import TEXT, real, tiny_files, tiny_model
+from hypothesis import strategies as st
 
 from chat import Tokenizer
-from generate import common_prefix, generate, generate_iter, sample
-from model import InputError, Qwen2
+from generate import common_prefix, generate, generate_iter, penalise, prefix_lengths, sample, stream
+from model import InputError, Qwen2, packed_weights
 
 
 def user(text):
@@ -83,6 +85,94 @@ def test_common_prefix_leaves_a_token():
     assert common_prefix([[1, 2, 9, 9], [1, 2, 3, 4, 5], [1, 2, 3, 9]]) == 2
 
 
+def tokens_to_compute(prompts, lengths, overhead):
+    prefixes = {tuple(p[:n]) for p, n in zip(prompts, lengths) if n}
+    return sum(len(p) - n for p, n in zip(prompts, lengths)) + sum(len(p) + overhead for p in prefixes)
+
+
+def test_prefix_lengths_by_hand():
+    few_shot, short = list(range(100)), [0, 1, 2, 3, 4]
+    prompts = [few_shot + [200, 1], short + [300], few_shot + [201], short + [301, 2], few_shot + [200, 1], [7, 7]]
+    assert prefix_lengths(prompts, overhead=10) == [100, 0, 100, 0, 100, 0]
+    assert prefix_lengths([prompts[1], prompts[3], [7, 7]], overhead=2) == [5, 5, 0]
+    assert prefix_lengths(prompts, overhead=10**6) == [0] * 6
+    assert prefix_lengths([few_shot], overhead=0) == [0]
+    assert prefix_lengths([few_shot] * 3, overhead=0) == [99] * 3  # the last token is left to be fed
+    assert len(prefix_lengths([[1] * n for n in range(1, 900)])) == 899  # nested deeper than Python recurses
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=8), st.integers(0, 6))
+def test_prefix_lengths_save_work(prompts, overhead):
+    lengths = prefix_lengths(prompts, overhead)
+    assert all(0 <= n < len(p) for p, n in zip(prompts, lengths))
+    cost = tokens_to_compute(prompts, lengths, overhead)
+    n = common_prefix(prompts) if len(prompts) > 1 else 0
+    assert cost <= min(tokens_to_compute(prompts, [n] * len(prompts), overhead), sum(map(len, prompts)))
+
+
+def test_groups_of_prompts_with_prefixes_of_their_own(loaded):
+    m, tok = loaded
+    shots = "Question: 1 + 1? Answer: 2. " * 8
+    prompts = [user(shots + t[:n]) for t in TEXT for n in (3, 11)] + [user(t[:5]) for t in TEXT] * 2
+    assert len(set(prefix_lengths([tok.prompt_ids(p) for p in prompts], overhead=8))) > 1
+    alone = [generate(m, tok, [p], max_new_tokens=10)[0] for p in prompts]
+    for batch_size in (2, 5, 32):
+        assert generate(m, tok, prompts, max_new_tokens=10, batch_size=batch_size) == alone
+    assert generate(m, tok, prompts, max_new_tokens=10, cache_gb=0.0001) == alone
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_packed_weights_change_nothing_but_speed(loaded):
+    m, _ = loaded
+    ids = torch.arange(24).view(1, 24)
+    with torch.no_grad():
+        plain = m(ids)
+        with packed_weights(m):
+            assert m.head_weight.packed is not None
+            torch.testing.assert_close(m(ids), plain, rtol=1e-5, atol=1e-5)
+            m.head_weight.packed = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(m.head_weight.shape), 64)  # it is what is read
+            assert not torch.equal(m(ids), plain)
+        assert torch.equal(m(ids), plain)
+
+
+def test_repetition_penalty_is_that_of_transformers():
+    logits, seen = torch.randn(3, 50), [[1, 4, 4, 9], [0], list(range(50))]
+    for row, ids in zip(logits.clone(), seen):
+        want = transformers.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([ids]), row[None].clone())[0]
+        penalise(row, ids, 1.3)
+        assert torch.equal(row, want)
+
+
+def test_repetition_penalty_in_a_reply(loaded):
+    m, tok = loaded
+    assert generate(m, tok, PROMPTS, max_new_tokens=12, repetition_penalty=1.0) == generate(m, tok, PROMPTS, max_new_tokens=12)
+    assert generate(m, tok, PROMPTS, max_new_tokens=12, repetition_penalty=2.0) != generate(m, tok, PROMPTS, max_new_tokens=12)
+
+
+def test_stop_strings_end_a_reply_before_them(loaded):
+    m, tok = loaded
+    whole = generate(m, tok, PROMPTS, max_new_tokens=16)
+    string = next(text[3:6] for text in whole if len(text) > 9 and text[3:6] not in text[:5])
+    cut = list(generate_iter(m, tok, PROMPTS, max_new_tokens=16, stop=string))
+    assert {i: text for i, text, _ in cut} == {i: text.split(string)[0] for i, text in enumerate(whole)}
+    assert {finish for i, _, finish in cut if string in whole[i]} == {"stop"}
+
+
+def test_samples_of_one_prompt_by_their_seeds(loaded):
+    m, tok = loaded
+    three = generate(m, tok, [PROMPTS[0]] * 3, max_new_tokens=12, temperature=1.0, seed=[5, 6, 5])
+    assert three[0] == three[2] != three[1]
+    assert three[1:2] == generate(m, tok, PROMPTS[:1], max_new_tokens=12, temperature=1.0, seed=[6])
+
+
+def test_stream_adds_up_to_the_reply(loaded):
+    m, tok = loaded
+    for p in PROMPTS:
+        pieces = list(stream(m, tok, p, max_new_tokens=12))
+        assert "".join(pieces) == generate(m, tok, [p], max_new_tokens=12)[0]
+
+
 def test_sampling_follows_the_distribution():
     logits = torch.tensor([0.1, 0.5, 0.05, 0.35]).log().repeat(10000, 1)
     uniform = (torch.arange(10000) + 0.5) / 10000
@@ -92,6 +182,8 @@ def test_sampling_follows_the_distribution():
     assert sample(logits, uniform, top_k=1).unique().tolist() == [1]
     nucleus = sample(logits, uniform, top_p=0.6).bincount(minlength=4) / 10000  # 0.5 alone does not reach 0.6
     torch.testing.assert_close(nucleus, torch.tensor([0, 0.5 / 0.85, 0, 0.35 / 0.85]), atol=2e-4, rtol=0)
+    both = sample(logits, uniform, top_k=2, top_p=0.55).bincount(minlength=4) / 10000  # of the two 0.5 has 0.59 already
+    torch.testing.assert_close(both, torch.tensor([0, 1.0, 0, 0]), atol=2e-4, rtol=0)
     cold = sample(logits, uniform, temperature=0.5).bincount(minlength=4) / 10000
     squares = torch.tensor([0.1, 0.5, 0.05, 0.35]) ** 2
     torch.testing.assert_close(cold, squares / squares.sum(), atol=2e-4, rtol=0)
