@@ -1,0 +1,350 @@
+"""How fast and how lean: our scripts, and the same work done by a peer, in one run on one machine.
+
+    python bench.py sft --ckpt C --data sft.jsonl --vs trl
+    python bench.py kto --ckpt C --data kto.jsonl --vs trl
+    python bench.py generate --ckpt C --data prompts.jsonl --vs transformers
+    python bench.py merge --ckpt A B --base BASE --vs mergekit
+
+Every side is a fresh process, from loading to its last step; the sides take turns, --repeats times, each with the matmul
+rate of the machine measured just before it, as shared machines vary. Printed are the medians and their ratio. The
+peers come from requirements-dev.txt. --data holds real texts; --limit takes the first of them.
+"""
+
+import argparse
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+from chat import Tokenizer, kto_example, read_records, sft_messages
+from loop import at_least
+from model import Checkpoint, InputError, Qwen2, cli, parse_config
+
+PEERS = {  # mode: {the name of --vs: the settings of that peer that are tried; the fastest counts}
+    "sft": {"trl": ["trl", "trl-padding-free"]},
+    "kto": {"trl": ["trl"]},
+    "generate": {"transformers": ["transformers-8", "transformers-16", "transformers-32", "transformers-1"]},
+    "merge": {"mergekit": ["mergekit"]},
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the maths needs
+
+
+def forward_flops(config, lengths, outputs):
+    """FLOPs of one forward over documents of these lengths, with logits at `outputs` positions.
+
+    A matrix takes 2 per weight and token, causal attention 2 matmuls of 2 D per pair of query and key and head, of
+    which a document of T tokens has T (T + 1) / 2. Norms, activations and softmax are not counted."""
+    c = config
+    attention = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
+    matrices = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+    pairs = sum(n * (n + 1) // 2 for n in lengths)
+    scores = c.num_hidden_layers * c.num_attention_heads * 4 * c.head_dim * pairs
+    return 2 * matrices * sum(lengths) + scores + 2 * c.vocab_size * c.hidden_size * outputs
+
+
+def matmul_rate(device, dtype, seconds=2.0):
+    """The rate of a large matmul of the shape of an MLP, in FLOP/s: the best of repeated runs."""
+    n = 2048 if device == "cpu" else 8192
+    x, w = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        synchronise(device)
+        start = time.perf_counter()
+        x @ w
+        synchronise(device)
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def synchronise(device):
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sides. Each runs in a process of its own and returns what it measured.
+
+
+def ours_train(a, folder):
+    script = __import__(f"train_{a.mode}")
+    out = os.path.join(folder, "out")
+    sys.argv = [f"train_{a.mode}.py", "--ckpt", a.ckpt[0], "--data", a.data, "--out", out, "--max-steps", str(a.steps)]
+    sys.argv += ["--batch-size", str(a.batch_size), "--max-len", str(a.max_len), "--lr", "1e-6", "--schedule", "constant"]
+    sys.argv += ["--warmup", "0", "--no-shuffle", "--dtype", a.dtype, "--device", a.device, "--save-every", "0"]
+    sys.argv += ["--micro-tokens", str(a.micro_tokens)] if a.micro_tokens else []
+    started = time.time()
+    script.main()
+    with open(f"{out}.run/log.jsonl") as f:
+        log = [json.loads(line) for line in f]
+    return {"train_s": time.time() - started, "step_s": sum(r["tokens"] / r["tokens_per_second"] for r in log),
+            "losses": [r["loss"] for r in log]}  # fmt: skip
+
+
+def trl_train(a, folder):
+    """TRL's trainer on the same examples in the same order, with the reference precomputed and no recomputation."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from trl import KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(a.ckpt[0])
+    model = AutoModelForCausalLM.from_pretrained(a.ckpt[0], dtype=torch.float32)
+    settings = dict(
+        output_dir=folder, max_steps=a.steps, per_device_train_batch_size=a.peer_batch,
+        gradient_accumulation_steps=a.batch_size // a.peer_batch, max_length=a.max_len, learning_rate=1e-6,
+        lr_scheduler_type="constant", bf16=a.dtype == "bf16", use_cpu=a.device == "cpu", gradient_checkpointing=False,
+        report_to="none", logging_steps=1, save_strategy="no", max_grad_norm=1.0, weight_decay=0.0, disable_tqdm=True,
+    )  # fmt: skip
+    if a.mode == "kto":
+        examples = [e for _, e in read_records([a.data], kto_example)]
+        rows = [{"prompt": p, "completion": [{"role": "assistant", "content": c}], "label": label} for p, c, label in examples]
+        config = KTOConfig(precompute_ref_log_probs=True, **settings)
+        trainer = KTOTrainer
+    else:
+        examples = [m for _, m in read_records([a.data], sft_messages)]
+        rows = [{"prompt": m[:-1], "completion": m[-1:]} for m in examples]
+        config = SFTConfig(padding_free=a.side == "trl-padding-free", train_sampling_strategy="sequential", **settings)
+        trainer = SFTTrainer
+    started = time.time()
+    t = trainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    set_up = time.time()
+    t.train()
+    stepped = time.time() - set_up
+    t.model.save_pretrained(os.path.join(folder, "out"))  # ours writes its checkpoint too
+    return {"train_s": time.time() - started, "step_s": stepped,
+            "losses": [h["loss"] for h in t.state.log_history if "loss" in h]}  # fmt: skip
+
+
+def read_prompts(a):
+    with open(a.data, encoding="utf-8") as f:
+        return [json.loads(line)["prompt"] for line in f][: a.limit]
+
+
+def ours_generate(a, folder):
+    from generate import generate_steps
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype]
+    m, tokenizer = Qwen2.from_pretrained(a.ckpt[0], dtype, a.device), Tokenizer(a.ckpt[0])
+    started, made = time.time(), 0
+    prompts = read_prompts(a)
+    steps = generate_steps(m, tokenizer, prompts, max_new_tokens=a.max_new_tokens, batch_size=a.batch_size)
+    texts = [""] * len(prompts)
+    for i, tokens, finish in steps:
+        if finish:
+            made += len(tokens)
+            texts[i] = tokenizer.decode(tokens)
+    return {"train_s": time.time() - started, "step_s": time.time() - started, "made": made, "texts": texts}
+
+
+def transformers_generate(a, folder):
+    """model.generate on left-padded batches, the prompts sorted by length; batch 1 runs the first eight only."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype]
+    model = AutoModelForCausalLM.from_pretrained(a.ckpt[0], dtype=dtype).to(a.device)
+    tokenizer = Tokenizer(a.ckpt[0])
+    batch = int(a.side.rsplit("-")[-1])
+    prompts = read_prompts(a)
+    ids = [tokenizer.prompt_ids(p) for p in prompts]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))[: 8 if batch == 1 else None]
+    stops = sorted(tokenizer.stop_ids)
+    config = GenerationConfig(max_new_tokens=a.max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=0)
+    started, made, texts = time.time(), 0, [None] * len(prompts)
+    for part in (order[k : k + batch] for k in range(0, len(order), batch)):
+        width = max(len(ids[i]) for i in part)
+        padded = torch.tensor([[0] * (width - len(ids[i])) + ids[i] for i in part], device=a.device)
+        mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in part], device=a.device)
+        out = model.generate(padded, attention_mask=mask, generation_config=config)[:, width:].tolist()
+        for i, tokens in zip(part, out):
+            end = next((k for k, t in enumerate(tokens) if t in stops), len(tokens))
+            made += end
+            texts[i] = tokenizer.decode(tokens[:end])
+    return {"train_s": time.time() - started, "step_s": time.time() - started, "made": made, "texts": texts}
+
+
+def ours_merge(a, folder):
+    import merge
+
+    sys.argv = ["merge.py", "--method", a.method, "--models", *a.ckpt, "--out", os.path.join(folder, "out")]
+    sys.argv += ["--base", a.base] if a.base else []
+    sys.argv += ["--density", "0.2"] if a.method in ("ties", "dare_ties") else []
+    started = time.time()
+    merge.main()
+    return {"train_s": time.time() - started, "step_s": time.time() - started}
+
+
+def mergekit_merge(a, folder):
+    import yaml
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    density = {"density": 0.2} if a.method in ("ties", "dare_ties") else {}
+    models = [{"model": os.path.abspath(c), "parameters": {"weight": 1.0, **density}} for c in a.ckpt]
+    config = {"merge_method": a.method, "dtype": "float32", "models": models}
+    config |= {"base_model": os.path.abspath(a.base)} if a.base else {}
+    started = time.time()
+    run_merge(MergeConfiguration.model_validate(yaml.safe_load(yaml.dump(config))), os.path.join(folder, "out"),
+              MergeOptions(lazy_unpickle=True, quiet=True, copy_tokenizer=True))  # fmt: skip
+    return {"train_s": time.time() - started, "step_s": time.time() - started}
+
+
+SIDES = {
+    ("sft", "ours"): ours_train, ("kto", "ours"): ours_train, ("sft", "trl"): trl_train, ("kto", "trl"): trl_train,
+    ("generate", "ours"): ours_generate, ("generate", "transformers"): transformers_generate,
+    ("merge", "ours"): ours_merge, ("merge", "mergekit"): mergekit_merge,
+}  # fmt: skip
+
+
+def run_side(a):
+    """In the side's own process: runs it and prints one line of JSON at the end."""
+    with tempfile.TemporaryDirectory(dir=a.scratch) as folder:
+        found = SIDES[a.mode, a.side.split("-")[0]](a, folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    if a.device != "cpu":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    print("\n" + json.dumps(found | {"peak_gb": peak}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def first_lines(a, folder):
+    """The first --limit lines of --data (for training: what the steps take) as a file of their own. -> its path"""
+    path = os.path.join(folder, "data.jsonl")
+    with open(a.data, encoding="utf-8") as f, open(path, "w", encoding="utf-8") as out:
+        out.writelines(line for line, _ in zip(f, range(a.limit)))
+    return path
+
+
+def needed(a):
+    """-> (all tokens, supervised tokens, FLOPs the maths needs, those of the steps alone) of a training run."""
+    tokenizer, config = Tokenizer(a.ckpt[0]), parse_config(Checkpoint(a.ckpt[0]).config)
+    if a.mode == "sft":
+        import train_sft
+
+        examples, _ = train_sft.encode(read_records([a.data], sft_messages), tokenizer, a.max_len)
+        lengths, supervised = [len(ids) for ids, _ in examples], train_sft.count(examples)
+        flops = 3 * forward_flops(config, lengths, supervised)
+        return sum(lengths), supervised, flops, flops
+    import train_kto
+
+    rows, _ = train_kto.encode(read_records([a.data], kto_example), tokenizer, a.max_len)
+    steps = [range(k, min(k + a.batch_size, len(rows))) for k in range(0, len(rows), a.batch_size)]
+    flops, tokens, outputs = [], 0, 0
+    for pairs in ([(i, i) for i in range(len(rows))], [p for step in steps for p in train_kto.mismatched(list(step))]):
+        examples = [train_kto.pair_sequence(rows, a.max_len, *pair) for pair in pairs]
+        flops.append(forward_flops(config, [len(ids) for ids, _ in examples], sum(sum(s) for _, s in examples)))
+        tokens += sum(len(ids) for ids, _ in examples)
+        outputs += sum(sum(s) for _, s in examples)
+    matched, mismatched = flops
+    return tokens, outputs, 4 * matched + 2 * mismatched, 3 * matched + mismatched  # the reference is a forward of each
+
+
+def measure(a, side, data):
+    """Runs one side -> its numbers, with "wall_s", the whole process, and "rate", the matmul rate just before it."""
+    rate = matmul_rate(a.device, torch.bfloat16 if a.dtype == "bf16" else torch.float32)
+    command = [sys.executable, os.path.abspath(__file__), a.mode, "--side", side, "--ckpt", *a.ckpt]
+    for name in ("base", "method", "steps", "batch_size", "peer_batch", "max_len", "max_new_tokens", "limit", "dtype", "device",
+                 "micro_tokens", "scratch"):  # fmt: skip
+        if getattr(a, name) is not None:
+            command += [f"--{name.replace('_', '-')}", str(getattr(a, name))]
+    started = time.time()
+    done = subprocess.run(command + (["--data", data] if data else []), capture_output=True, text=True)
+    wall = time.time() - started
+    if done.returncode:
+        raise InputError(f"{side} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1]) | {"wall_s": wall, "rate": rate}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("mode", choices=list(PEERS), help="what to measure")
+    p.add_argument("--ckpt", nargs="+", required=True, help="checkpoint; for merge: the directories to merge")
+    p.add_argument("--vs", help="peer to compare with: trl, transformers, mergekit")
+    p.add_argument("--repeats", type=at_least(1), default=1, help="turns of each side")
+    # training and generation
+    p.add_argument("--data", help="JSON Lines: SFT or KTO examples; for generate lines with a prompt (a message list)")
+    p.add_argument("--limit", type=at_least(1), help="lines of --data used; training: steps x batch size")
+    p.add_argument("--steps", type=at_least(1), default=4, help="optimizer steps")
+    p.add_argument("--batch-size", type=at_least(1), default=8, help="examples per step; generate: rows in flight")
+    p.add_argument("--peer-batch", type=at_least(1), default=8, help="of these, how many TRL takes in one forward")
+    p.add_argument("--micro-tokens", type=at_least(1), help="ours; default as in training")
+    p.add_argument("--max-len", type=at_least(2), default=1024, help="tokens of an example")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=128, help="most tokens of a reply")
+    # merging
+    p.add_argument("--base", help="base model of the merge")
+    p.add_argument("--method", default="ties", help="linear, ties, ...; TIES at density 0.2")
+    # machine
+    cuda = torch.cuda.is_available()
+    p.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32", help="to compute in")
+    p.add_argument("--device", default="cuda" if cuda else "cpu", help="torch device")
+    p.add_argument("--scratch", help="folder for what is written on the way; default the system's")
+    p.add_argument("--out", help="JSON file for all numbers")
+    p.add_argument("--side", help=argparse.SUPPRESS)
+    a = p.parse_args()
+    training = a.mode in ("sft", "kto")
+    a.limit = a.limit or (a.steps * a.batch_size if training else 32)
+    if a.mode != "merge" and not a.data:
+        raise InputError(f"{a.mode} needs --data")
+    if a.side:
+        return run_side(a)
+    if a.vs and a.vs not in PEERS[a.mode]:
+        raise InputError(f"--vs {a.vs}: {a.mode} is compared with {', '.join(PEERS[a.mode])}")
+    sides = ["ours"] + (PEERS[a.mode][a.vs] if a.vs else [])
+    with tempfile.TemporaryDirectory() as folder:
+        data = first_lines(a, folder) if a.data else None
+        if training:
+            a.data = data
+            tokens, supervised, flops, step_flops = needed(a)
+            print(f"{a.limit} examples, {tokens:,} tokens, {supervised:,} supervised; the maths needs {flops / 1e12:.2f} TFLOP")
+        runs = {side: [] for side in sides}
+        for turn in range(a.repeats):
+            for side in sides:
+                r = measure(a, side, data)
+                runs[side].append(r)
+                print(f"{side:<18} {r['wall_s']:7.1f} s in all, {r['step_s']:7.1f} s in {'steps' if training else 'work'}, "
+                      f"peak {r['peak_gb']:.2f} GiB, matmul {r['rate'] / 1e9:,.0f} GFLOP/s", flush=True)  # fmt: skip
+    middle = {side: {k: statistics.median(r[k] for r in rs) for k in ("wall_s", "step_s", "peak_gb", "rate")} for side, rs in runs.items()}
+    us = middle["ours"]
+    if training:
+        print(f"ours: {a.limit / us['step_s']:.2f} examples/s, {tokens / us['step_s']:,.0f} tokens/s, {supervised / us['step_s']:,.0f} "
+              f"supervised/s; {step_flops / us['step_s'] / 1e9:,.0f} GFLOP/s in the steps, {step_flops / us['step_s'] / us['rate']:.0%} "
+              f"of the matmul rate; {flops / us['wall_s'] / us['rate']:.0%} from start to end")  # fmt: skip
+    if a.mode == "generate":
+        for side, rs in runs.items():
+            middle[side]["per_token"] = statistics.median(r["step_s"] / r["made"] for r in rs)
+            print(f"{side}: {1 / middle[side]['per_token']:.1f} tokens/s")
+            same = [x == y for x, y in zip(runs["ours"][0]["texts"], rs[0]["texts"]) if y is not None]
+            print(f"  {sum(same)} of {len(same)} replies equal ours")
+        key = "per_token"
+    else:
+        key = "wall_s"
+    alone = [side for side in sides[1:] if side.endswith("-1")]  # the loop over single prompts is a peer of its own
+    for group in ([side for side in sides[1:] if side not in alone], alone):
+        if group:
+            best = min(group, key=lambda side: middle[side][key])
+            print(f"against {best}: {middle[best][key] / us[key]:.2f} x its speed, {us['peak_gb'] / middle[best]['peak_gb']:.2f} x its peak memory")
+    if training and a.vs:
+        pairs = list(zip(runs["ours"][0]["losses"], runs[sides[1]][0]["losses"]))
+        print("losses, ours and theirs: " + ", ".join(f"{x:.6f} {y:.6f}" for x, y in pairs))
+    if a.out:
+        from model import atomic_write
+
+        with atomic_write(a.out) as f:
+            settings = {k: v for k, v in vars(a).items() if k != "side"}
+            json.dump({"settings": settings, "torch": torch.__version__, "runs": runs}, f, indent=1)
+        print(f"wrote {a.out}")
+
+
+if __name__ == "__main__":
+    cli(main)

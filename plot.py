@@ -1,0 +1,118 @@
+"""Pictures of what the scripts left behind, as PNG (needs matplotlib, from requirements-dev.txt).
+
+    python plot.py runs/demo/sft runs/demo/sft-kto --out curves.png          # training: one line a run
+    python plot.py data/aligned/report.json --out categories.png             # make_data.py: categories before and after
+
+A training run is given as its checkpoint, its OUT.run/ or the log.jsonl itself.
+"""
+
+import argparse
+import json
+import os
+
+from model import InputError, atomic_write, cli
+
+# (title, keys of the log; several are drawn into one panel, the second and later ones dashed)
+PANELS = [
+    ("loss", ["loss", "eval_loss"]),
+    ("KL to the reference, nats", ["kl"]),
+    ("rewards: chosen, rejected dashed", ["rewards/chosen", "rewards/rejected"]),
+    ("reward margin", ["rewards/margins"]),
+    ("learning rate", ["lr"]),
+    ("norm of the gradient", ["grad_norm"]),
+    ("tokens per second", ["tokens_per_second"]),
+]
+
+
+def read_log(source):
+    """-> (name, records) of a training run."""
+    name = source.rstrip("/").removesuffix("/log.jsonl").removesuffix(".run")
+    path = source if source.endswith(".jsonl") else f"{name}.run/log.jsonl"
+    try:
+        with open(path, encoding="utf-8") as f:
+            records = [json.loads(line) for line in f]
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}; give a checkpoint that train_sft.py or train_kto.py wrote") from None
+    except ValueError as e:
+        raise InputError(f"{path}: not a log of JSON lines: {e}") from None
+    if not records:
+        raise InputError(f"{path}: no step is logged yet")
+    return os.path.basename(name), records
+
+
+def smooth(values, window):
+    """Running mean over the last `window` values."""
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+
+
+def draw_runs(plt, runs, window):
+    """One panel for each thing that any of the runs logged."""
+    panels = [(title, keys) for title, keys in PANELS if any(k in r for _, records in runs for r in records for k in keys)]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.1 * rows), squeeze=False, layout="constrained")
+    for axis, (title, keys) in zip(axes.flat, panels):
+        for number, (name, records) in enumerate(runs):
+            for style, key in zip(("-", "--"), keys):
+                points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+                if points:
+                    steps, values = zip(*points)
+                    marker = "o" if len(points) < 3 else None
+                    label = name if key == keys[0] else None
+                    axis.plot(steps, smooth(values, window), style, color=f"C{number % 10}", lw=1.2, marker=marker, label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def draw_categories(plt, report, most=40):
+    """make_data.py's report.json: how many instructions each secondary category had before and after balancing."""
+    before, after = (report["steps"]["4_balance"][k] for k in ("before", "after"))
+    names = sorted(before, key=lambda name: -before[name])[:most]
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.22 * len(names)), layout="constrained")
+    axis.barh(names, [before[n] for n in names], color="0.8", label="before")
+    axis.barh(names, [after.get(n, 0) for n in names], height=0.45, color="C0", label="after")
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", labelsize=7)
+    shape = report["diversity"]
+    more = f"; {len(before) - most} smaller ones not shown" if len(before) > most else ""
+    axis.set_title("instructions per category: as even as {before} equal ones before, {after} after".format(
+        **{k: f"{shape[k]['effective categories']:.1f}" for k in ("before", "after")}) + more, fontsize=9)  # fmt: skip
+    axis.legend()
+    return figure
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("sources", nargs="+", metavar="RUN", help="training runs, or one report.json of make_data.py")
+    p.add_argument("--out", default="plot.png", help="PNG to write")
+    p.add_argument("--smooth", type=int, default=1, help="steps of the running mean that is drawn")
+    a = p.parse_args()
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise InputError("plot.py needs matplotlib: pip install -r requirements-dev.txt") from None
+    if a.smooth < 1:
+        raise InputError(f"--smooth is {a.smooth}; it is 1 or more")
+    if a.sources[0].endswith(".json"):
+        try:
+            with open(a.sources[0], encoding="utf-8") as f:
+                figure = draw_categories(plt, json.load(f))
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise InputError(f"{a.sources[0]}: no report of make_data.py ({type(e).__name__}: {e})") from None
+    else:
+        figure = draw_runs(plt, [read_log(source) for source in a.sources], a.smooth)
+    with atomic_write(a.out, "wb") as f:
+        figure.savefig(f, dpi=130, format="png")
+    print(f"wrote {a.out}")
+
+
+if __name__ == "__main__":
+    cli(main)

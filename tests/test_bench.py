@@ -1,0 +1,51 @@
+import json
+
+import torch
+from conftest import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+
+
+def test_forward_flops_are_those_that_torch_counts():
+    m = tiny_model(num_attention_heads=4, num_key_value_heads=2)
+    lengths = [7, 12, 5]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        hidden = m.hidden(torch.zeros(1, 24, dtype=torch.long), lengths)
+        m.head(hidden[:, :9])
+    counted = {str(k): v for k, v in counter.get_flop_counts()["Global"].items()}
+    matrices = sum(v for k, v in counted.items() if "attention" not in k)
+    scores = 2 * 4 * 4 * 8 * (7 * 8 + 12 * 13 + 5 * 6) // 2  # layers x heads x 4 D x pairs
+    assert bench.forward_flops(m.config, lengths, 9) == matrices + scores
+
+
+def test_matmul_rate_is_a_rate():
+    assert 1e8 < bench.matmul_rate("cpu", torch.float32, seconds=0.1) < 1e14
+
+
+def test_needed_counts_the_kto_pairs(tiny, tmp_path):
+    path = tmp_path / "kto.jsonl"
+    rows = [{"prompt": "Hello", "completion": "a" * n, "label": n % 2 == 0} for n in (1, 2, 3, 4)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    class a: mode, ckpt, data, max_len, batch_size = "kto", [tiny], str(path), 64, 4  # noqa: E701
+    tokens, supervised, flops, step_flops = bench.needed(a)
+    a.mode = "sft"
+    sft_tokens, sft_supervised, sft_flops, _ = bench.needed(a)
+    assert (tokens, supervised) == (2 * sft_tokens, 2 * sft_supervised)  # the same completions, matched and mismatched
+    assert flops == 2 * sft_flops and step_flops < flops  # 3 + 1 (step) + 2 (reference) forwards of like length
+
+
+def test_ours_alone(tiny, tmp_path, run):
+    path, out = tmp_path / "sft.jsonl", tmp_path / "bench.json"
+    path.write_text('{"prompt": "Hello", "completion": "you"}\n' * 4)
+    code, text, err = run("bench", "sft", "--ckpt", tiny, "--data", path, "--steps", 2, "--batch-size", 2, "--device", "cpu",
+                          "--dtype", "fp32", "--out", out)  # fmt: skip
+    assert code == 0, err
+    assert "of the matmul rate" in text
+    measured = json.loads(out.read_text())["runs"]["ours"][0]
+    assert len(measured["losses"]) == 2 and 0 < measured["step_s"] < measured["wall_s"] and measured["peak_gb"] > 0
+
+
+def test_a_peer_of_another_mode_is_refused(tiny, run):
+    code, _, err = run("bench", "merge", "--ckpt", tiny, tiny, "--vs", "trl")
+    assert code == 2 and "mergekit" in err

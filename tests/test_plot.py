@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+import plot
+
+
+def write_run(folder, name, records):
+    run_folder = folder / f"{name}.run"
+    run_folder.mkdir()
+    (run_folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(folder / name)
+
+
+def sft_log(n):
+    return [{"step": s + 1, "loss": 2.0 / (s + 1), "lr": 1e-5, "grad_norm": 1.0, "tokens": 10, "tokens_per_second": 5.0} for s in range(n)]
+
+
+def kto_log(n):
+    more = {"kl": 0.1, "rewards/chosen": 0.2, "rewards/rejected": None, "rewards/margins": None}
+    return [r | more for r in sft_log(n)]
+
+
+def is_png(path):
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_runs_of_both_kinds_in_one_picture(tmp_path, run):
+    sft, kto = write_run(tmp_path, "sft", sft_log(5)), write_run(tmp_path, "kto", kto_log(1))
+    out = tmp_path / "curves.png"
+    code, text, _ = run("plot", sft, f"{kto}.run/", "--out", out, "--smooth", 2)
+    assert code == 0 and str(out) in text and is_png(out)
+
+
+def test_what_is_drawn(tmp_path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = [plot.read_log(write_run(tmp_path, "a", kto_log(4))), plot.read_log(write_run(tmp_path, "b", sft_log(3)))]
+    axes = plot.draw_runs(plt, runs, 1).axes
+    assert [axis.get_title() for axis in axes][:2] == ["loss", "KL to the reference, nats"]
+    loss = {line.get_label(): list(line.get_ydata()) for line in axes[0].lines}
+    assert loss == {"a": [2.0, 1.0, 2 / 3, 0.5], "b": [2.0, 1.0, 2 / 3]}
+    assert len(axes[2].lines) == 1  # nothing was rejected in this run
+
+
+def test_smooth():
+    assert plot.smooth([1, 2, 3, 6], 1) == [1, 2, 3, 6]
+    assert plot.smooth([1, 2, 3, 6], 2) == [1, 1.5, 2.5, 4.5]
+
+
+def test_categories(tmp_path, run):
+    report = {"steps": {"4_balance": {"before": {"maths/sums": 30, "code/python": 4}, "after": {"maths/sums": 4, "code/python": 4}}},
+              "diversity": {k: {"effective categories": 1.5} for k in ("before", "after")}}  # fmt: skip
+    path, out = tmp_path / "report.json", tmp_path / "categories.png"
+    path.write_text(json.dumps(report))
+    code, _, _ = run("plot", path, "--out", out)
+    assert code == 0 and is_png(out)
+
+
+@pytest.mark.parametrize("content", [None, "", "not json\n"])
+def test_what_is_no_run_is_refused(tmp_path, run, content):
+    if content is not None:
+        (tmp_path / "x.run").mkdir()
+        (tmp_path / "x.run" / "log.jsonl").write_text(content)
+    code, _, err = run("plot", tmp_path / "x", "--out", tmp_path / "x.png")
+    assert code == 2 and "log.jsonl" in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "x.png").exists()
+    (tmp_path / "r.json").write_text('{"steps": {}}')
+    code, _, err = run("plot", tmp_path / "r.json", "--out", tmp_path / "x.png")
+    assert code == 2 and "r.json" in err
