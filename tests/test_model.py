@@ -4,11 +4,13 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import real, tiny_config, tiny_files, tiny_model
 
 import model as model_file
-from model import Checkpoint, InputError, KVCache, Qwen2, TokenLogProbs, parse_config, token_logps
+from checkpoint import Checkpoint, InputError, parse_config, write_checkpoint
+from model import KVCache, Qwen2, TokenLogProbs, token_logps
 
 
 def oracle(m, tmp_path):
@@ -187,7 +189,7 @@ def test_a_tied_head_that_is_stored_is_accepted_if_it_is_the_embedding(tmp_path)
     for scale, name in ((1, "same"), (2, "other")):
         tensors = state | {"lm_head.weight": state["model.embed_tokens.weight"] * scale}
         specs = {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()}
-        model_file.write_checkpoint(str(tmp_path / name), tiny_config(), tiny_files(), specs, tensors.items())
+        write_checkpoint(str(tmp_path / name), tiny_config(), tiny_files(), specs, tensors.items())
     ids = torch.randint(0, 512, (1, 9))
     assert torch.equal(Qwen2.from_pretrained(tmp_path / "same")(ids), m(ids))
     with pytest.raises(InputError, match="lm_head.weight differs"):
@@ -201,7 +203,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 32)
     tensors["model.layers.7.extra"] = torch.zeros(1)
     specs = {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()}
-    model_file.write_checkpoint(str(tmp_path / "bad.pt"), tiny_config(), tiny_files(), specs, tensors.items())
+    write_checkpoint(str(tmp_path / "bad.pt"), tiny_config(), tiny_files(), specs, tensors.items())
     with pytest.raises(InputError) as e:
         Qwen2.from_pretrained(tmp_path / "bad.pt")
     for word in ("missing model.norm.weight", "unknown model.layers.7.extra", "up_proj.weight is (3, 32)", "(64, 32)"):
@@ -285,7 +287,7 @@ def test_writing_is_all_or_nothing(tmp_path):
 
     specs = {n: (tuple(p.shape), p.dtype) for n, p in m.named_parameters()}
     with pytest.raises(KeyboardInterrupt):
-        model_file.write_checkpoint(str(tmp_path / "out"), tiny_config(), {}, specs, breaks_off())
+        write_checkpoint(str(tmp_path / "out"), tiny_config(), {}, specs, breaks_off())
     assert Checkpoint(tmp_path / "out").fingerprint() == before
     assert sorted(os.listdir(tmp_path)) == ["mine", "out"]
 
@@ -298,3 +300,33 @@ def test_real_checkpoint_equals_transformers():
     ids = torch.randint(0, 40000, (2, 123), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert relative(m(ids), hf(ids).logits) < 1e-5
+
+
+def plain_varlen(q, k, v, ends, lengths_of_k, max_q, max_k, causal, gqa):
+    assert torch.equal(ends, lengths_of_k) and ends.dtype == torch.int32 and max_q == max_k == int(ends.diff().max())
+    assert gqa or q.shape[1] == k.shape[1]
+    parts = [x.tensor_split(ends[1:-1].tolist()) for x in (q, k, v)]
+    out = [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in p), is_causal=causal, enable_gqa=True) for p in zip(*parts)]
+    return torch.cat(out, dim=1).transpose(0, 1)
+
+
+def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    return plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, False)
+
+
+def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    return plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size == (-1, 0), False)
+
+
+def varlen_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+    return plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size == (-1, 0), enable_gqa)
+
+
+@pytest.mark.parametrize("kernel", [varlen_2_10, varlen_2_11, varlen_2_13])
+def test_varlen_attention_under_each_signature(monkeypatch, kernel):
+    """The kernel itself runs on GPUs only; what it is called with is checked here."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    lengths, g = [3, 1, 7], torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 11, 8, generator=g) for heads in (4, 2, 2))
+    got = model_file.varlen_attention(*(x[0].transpose(0, 1) for x in (q, k, v)), lengths)
+    torch.testing.assert_close(got.transpose(0, 1)[None], model_file.attend_documents(q, k, v, lengths))

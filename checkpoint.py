@@ -1,0 +1,282 @@
+"""Checkpoints in and out, their configuration, and what all scripts do with files and bad input.
+
+    ckpt = Checkpoint("Qwen/Qwen2-0.5B-Instruct")     # a hub id, a Hugging Face directory or a .pt file
+    ckpt.names, ckpt.shape(name), ckpt.tensor(name)   # one tensor at a time
+    write_checkpoint(out, config, files, specs, tensors)
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+class InputError(Exception):
+    """Bad input from outside. The message is one line: file, line, what is wrong, what to do. See cli()."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers of a config.json that shape the forward pass, under Hugging Face's names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+
+
+def parse_config(raw, where="config.json"):
+    """config.json as a dict -> Config. What this file does not implement raises InputError instead of being ignored."""
+
+    def refuse(what):
+        raise InputError(f"{where}: {what}: this code implements plain Qwen2 only")
+
+    if raw.get("model_type") != "qwen2":
+        refuse(f"model_type is {raw.get('model_type')!r}, not 'qwen2'")
+    rope = raw.get("rope_parameters") or {}  # transformers >= 5 keeps rope_theta in here
+    scaling = {**(raw.get("rope_scaling") or {}), **rope}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        refuse(f"rope scaling {scaling} is asked for")
+    layer_types = set(raw.get("layer_types") or ["full_attention"])
+    if raw.get("use_sliding_window") or layer_types != {"full_attention"}:
+        refuse("sliding-window attention is asked for")
+    if raw.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act is {raw['hidden_act']!r}, not 'silu'")
+    if raw.get("quantization_config"):
+        refuse("the weights are quantised")
+    try:
+        n_heads = int(raw["num_attention_heads"])
+        config = Config(
+            vocab_size=int(raw["vocab_size"]),
+            hidden_size=int(raw["hidden_size"]),
+            intermediate_size=int(raw["intermediate_size"]),
+            num_hidden_layers=int(raw["num_hidden_layers"]),
+            num_attention_heads=n_heads,
+            num_key_value_heads=int(raw.get("num_key_value_heads") or n_heads),
+            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // n_heads),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            max_position_embeddings=int(raw.get("max_position_embeddings", 32768)),
+        )
+    except (KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{where}: {e} is missing or not a number") from None
+    if config.num_attention_heads % config.num_key_value_heads:
+        refuse(f"{config.num_attention_heads} query heads do not divide into {config.num_key_value_heads} key-value heads")
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+# What a checkpoint carries beside its weights and config.json and hands on to those made from it; all of it text.
+SIDE_FILES = (
+    "generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
+    "merges.txt chat_template.jinja"
+).split()
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def cli(main):
+    """Runs a script's main(). Bad input ends with one line on stderr and exit code 2, Ctrl-C with 130."""
+    try:
+        main()
+    except InputError as e:
+        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks meet the same error
+            print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="w"):
+    """Opens a temporary file beside `path`; on success it takes the name, on failure nothing is left."""
+    path = os.path.abspath(path)
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written: {e.strerror or e}") from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read as JSON: {e}") from None
+
+
+class Checkpoint:
+    """A checkpoint opened for reading, one tensor at a time.
+
+    source: a hub id, a Hugging Face directory (one or many safetensors), or a .pt file written by this project.
+    config: config.json as a dict. files: {name: text} of SIDE_FILES. names: the tensors, sorted; a tied lm_head.weight
+    is not among them. Nothing is unpickled but tensors and plain containers. InputError says what is missing or broken.
+    """
+
+    def __init__(self, source):
+        self.source = str(source)
+        if os.path.isdir(self.source):
+            self._open_directory(self.source)
+        elif os.path.isfile(self.source):
+            self._open_pt(self.source)
+        else:
+            self._open_directory(download(self.source))
+        self.names = sorted(self._where)
+        if self.config.get("tie_word_embeddings") and "lm_head.weight" in self.names:
+            embed = "model.embed_tokens.weight"
+            if embed in self._where and not torch.equal(self.tensor("lm_head.weight"), self.tensor(embed)):
+                raise InputError(f"{self.source}: tie_word_embeddings is true, but lm_head.weight differs from {embed}")
+            self.names.remove("lm_head.weight")
+
+    def _open_directory(self, path):
+        self.config = read_json(os.path.join(path, "config.json"))
+        self.files = {}
+        for name in SIDE_FILES:
+            if os.path.isfile(os.path.join(path, name)):
+                with open(os.path.join(path, name), encoding="utf-8") as f:
+                    self.files[name] = f.read()
+        index = os.path.join(path, "model.safetensors.index.json")
+        if os.path.isfile(index):
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        else:
+            shards = sorted(n for n in os.listdir(path) if n.endswith(".safetensors"))
+        if not shards:
+            raise InputError(f"{path}: no *.safetensors file in this directory; weights in other formats are not read")
+        self._where = {}
+        for shard in (os.path.join(path, s) for s in shards):
+            try:
+                f = safe_open(shard, framework="pt")
+            except (SafetensorError, OSError) as e:
+                raise InputError(f"{shard}: missing or corrupt ({e}); fetch it again") from None
+            self._where |= {name: f for name in f.keys()}
+
+    def _open_pt(self, path):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            self.config, self._where = content["config"], content["weights"]
+            self.files = {name: text for name, text in content["files"].items() if name in SIDE_FILES}
+        except pickle.UnpicklingError:
+            raise InputError(f"{path}: holds more than tensors and plain data (or is no .pt file); not loaded") from None
+        except (RuntimeError, OSError, EOFError) as e:
+            raise InputError(f"{path}: missing or corrupt ({str(e).splitlines()[0]})") from None
+        except (KeyError, TypeError, IndexError, AttributeError):
+            raise InputError(f"{path}: a .pt checkpoint of this project has the keys config, files, weights") from None
+
+    def tensor(self, name):
+        """The tensor in its stored dtype, on the CPU, read now."""
+        f = self._where[name]
+        return f if isinstance(f, torch.Tensor) else f.get_tensor(name)
+
+    def shape(self, name):
+        f = self._where[name]
+        return tuple(f.shape if isinstance(f, torch.Tensor) else f.get_slice(name).get_shape())
+
+    def dtype(self, name):
+        f = self._where[name]
+        if isinstance(f, torch.Tensor):
+            return f.dtype
+        code = f.get_slice(name).get_dtype()
+        return next((d for d, c in SAFETENSORS_DTYPES.items() if c == code), None) or self.tensor(name).dtype
+
+    def fingerprint(self):
+        """SHA-256 of architecture, weights and tokenizer: equal for a directory and a .pt of the same model."""
+        h = hashlib.sha256(repr(parse_config(self.config, self.source)).encode())
+        for name in self.names:
+            t = self.tensor(name).contiguous()
+            h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+            h.update(t.view(-1).view(torch.uint8).numpy())
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            h.update(f"{name} {self.files.get(name)}".encode())
+        return h.hexdigest()
+
+
+def download(repo):
+    """A hub id -> the directory of its files: configuration, tokenizer, safetensors, nothing else."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise InputError(f"{repo}: no such checkpoint: give a directory, a .pt file or a hub id such as Qwen/Qwen2-0.5B-Instruct")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(repo, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json", *SIDE_FILES])
+    except Exception as e:  # the client raises many kinds, of its own and of its HTTP library
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise InputError(f"{repo}: no such directory here, and the hub did not give it: {reason}") from None
+
+
+def write_checkpoint(out, config, files, specs, tensors):
+    """Writes a checkpoint, whole or not at all: a directory that transformers and vLLM load, or a .pt by the suffix.
+
+    config: dict. files: {name: text}. specs: {name: (shape, dtype)}. tensors: (name, tensor) pairs in the order of
+    specs, taken one at a time, so that a directory is written without ever holding the model.
+    """
+    dtypes = {str(dtype).removeprefix("torch.") for _, dtype in specs.values()}
+    if len(dtypes) == 1:
+        config = {**config, "dtype" if "dtype" in config else "torch_dtype": dtypes.pop()}
+    if out.endswith(".pt"):
+        with atomic_write(out, "wb") as f:
+            torch.save({"config": config, "files": files, "weights": {n: t.contiguous() for n, t in tensors}}, f)
+        return
+    out = os.path.abspath(out)
+    if os.path.isdir(out) and os.listdir(out) and not os.path.isfile(os.path.join(out, "config.json")):
+        raise InputError(f"{out}: exists and is no checkpoint; give another --out")
+    temporary = f"{out}.tmp{os.getpid()}"
+    try:
+        for name, text in {**files, "config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}.items():
+            with atomic_write(os.path.join(temporary, name)) as f:
+                f.write(text)
+        with atomic_write(os.path.join(temporary, "model.safetensors"), "wb") as f:
+            write_safetensors(f, specs, tensors)
+        if os.path.isdir(out):  # rename cannot replace a directory that is not empty
+            os.rename(out, f"{temporary}.old")
+        os.rename(temporary, out)
+    finally:
+        for leftover in (temporary, f"{temporary}.old"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_safetensors(f, specs, tensors):
+    """The safetensors format, streamed: 8 bytes of header length, a JSON header, then the tensors' bytes in order."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, (shape, dtype) in specs.items():
+        size = dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)  # the data start on a multiple of 8 bytes
+    f.write(len(head).to_bytes(8, "little") + head)
+    for (name, (shape, dtype)), (got, t) in zip(specs.items(), tensors, strict=True):
+        if (got, tuple(t.shape), t.dtype) != (name, tuple(shape), dtype):
+            raise ValueError(f"expected {name} {shape} {dtype}, was given {got} {tuple(t.shape)} {t.dtype}")
+        f.write(t.contiguous().view(-1).view(torch.uint8).numpy())
