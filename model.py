@@ -65,17 +65,49 @@ class Linear(nn.Linear):
         return project(x, self.weight, self.bias)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, the statistics in fp32 (arXiv 1910.07467)."""
+class RMSNormFunction(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight, the statistics in fp32 (arXiv 1910.07467); keeps x and one number a row.
 
+    With n = x r, r = 1 / sqrt(mean(x^2) + eps) and upstream g: dx = r (g w - n mean(g w n)), dw = sum over rows of g n.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return weight.to(x.dtype) * (x * r).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, r = ctx.saved_tensors
+        w, C = weight.to(g.dtype).float(), x.shape[-1]
+        n, g = (x * r).view(-1, C), g.float().view(-1, C)
+        gn = g * n  # (T, C)
+        dx = (g * w).sub_(n.mul_((gn @ w)[:, None].div_(C))).mul_(r.view(-1, 1))
+        return dx.view(x.shape).to(x.dtype), gn.sum(0).to(weight.dtype), None
+
+
+class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        h = x.float()
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight.to(x.dtype) * h.to(x.dtype)
+        return RMSNormFunction.apply(x, self.weight, self.eps)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up (arXiv 2002.05202), element by element; keeps its two inputs and nothing between."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
 
 
 def rope_table(positions, config, dtype):
@@ -218,8 +250,6 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
-
     def __init__(self, c):
         super().__init__()
         self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
@@ -227,7 +257,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -354,8 +384,9 @@ class TokenLogProbs(torch.autograd.Function):
         logps, lses = [], []
         for h, t in zip(hidden.split(chunk), targets.split(chunk)):
             logits = (h @ w.T).float()  # (chunk, V)
-            lses.append(logits.logsumexp(-1))
-            logps.append(logits.gather(1, t[:, None])[:, 0] - lses[-1])
+            own, top = logits.gather(1, t[:, None])[:, 0], logits.amax(-1)
+            lses.append(logits.sub_(top[:, None]).exp_().sum(-1).log_().add_(top))  # in place: logsumexp() copies twice
+            logps.append(own - lses[-1])
         lse = torch.cat(lses)
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.chunk = chunk
@@ -385,5 +416,5 @@ def token_logps(hidden, weight, targets):
     """The log-probability of each target. hidden: (N, C), weight: (V, C), targets: (N,) -> (N,) fp32."""
     if len(targets) == 0:
         return hidden.sum(-1).float()  # (0,), still part of the graph
-    chunk = max(1, 2**26 // weight.shape[0])  # logits of a chunk: 256 MiB in fp32, rows enough to keep the matmul busy
+    chunk = max(1, 2**25 // weight.shape[0])  # logits of a chunk: 128 MiB in fp32, rows enough to keep the matmul busy
     return TokenLogProbs.apply(hidden, weight, targets, chunk)
