@@ -330,3 +330,27 @@ def test_varlen_attention_under_each_signature(monkeypatch, kernel):
     q, k, v = (torch.randn(1, heads, 11, 8, generator=g) for heads in (4, 2, 2))
     got = model_file.varlen_attention(*(x[0].transpose(0, 1) for x in (q, k, v)), lengths)
     torch.testing.assert_close(got.transpose(0, 1)[None], model_file.attend_documents(q, k, v, lengths))
+
+
+def grads(function, *inputs):
+    """The output of function and the gradients of a fixed weighting of it."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    y = function(*inputs)
+    weighting = torch.linspace(-1, 2, y.numel()).view(y.shape)
+    return [y, *torch.autograd.grad((y.float() * weighting).sum(), inputs)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+def test_norm_and_swiglu_against_plain_autograd(dtype, tolerance):
+    def norm(x, weight):
+        h = x.float()
+        return weight.to(x.dtype) * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    g = torch.Generator().manual_seed(0)
+    x, up = (torch.randn(2, 5, 32, generator=g).to(dtype) for _ in range(2))
+    weight = 1 + 0.3 * torch.randn(32, generator=g)  # a master weight in fp32
+    pairs = [(grads(norm, x, weight), grads(lambda x, w: model_file.RMSNormFunction.apply(x, w, 1e-6), x, weight)),
+             (grads(lambda x, u: F.silu(x) * u, x, up), grads(model_file.SwiGLU.apply, x, up))]  # fmt: skip
+    for want, got in pairs:
+        for a, b in zip(want, got):
+            assert a.dtype == b.dtype and relative(b.float(), a.float()) < tolerance
