@@ -222,14 +222,15 @@ def main():
         return
     messages = list(system)
     print("An empty line ends the chat.")
-    while text := input("> ").strip():
-        messages.append({"role": "user", "content": text})
-        reply = ""
-        for piece in stream(m, tokenizer, messages, **settings):
-            print(piece, end="", flush=True)
-            reply += piece
-        messages.append({"role": "assistant", "content": reply})
-        print("\n")
+    with contextlib.suppress(EOFError):
+        while text := input("> ").strip():
+            messages.append({"role": "user", "content": text})
+            reply = ""
+            for piece in stream(m, tokenizer, messages, **settings):
+                print(piece, end="", flush=True)
+                reply += piece
+            messages.append({"role": "assistant", "content": reply})
+            print("\n")
 
 
 if __name__ == "__main__":

@@ -194,6 +194,20 @@ def test_command_line(tiny, run):
     assert code == 0 and out.startswith("> Hello\n")
 
 
+def test_chat_in_the_terminal(tiny, run, monkeypatch):
+    lines = iter(["Hello", "And you?"])  # then the end of the input
+
+    def typed(prompt):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    code, out, _ = run("generate", "--ckpt", tiny, "--max-new-tokens", 3)
+    assert code == 0 and len(out.split("\n\n")) == 3  # two replies
+
+
 def test_untied_and_bf16(tmp_path, loaded):
     m = tiny_model(tie_word_embeddings=False).to(torch.bfloat16)
     assert len(generate(m, loaded[1], PROMPTS[:3], max_new_tokens=4)) == 3
