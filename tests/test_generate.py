@@ -203,9 +203,17 @@ def test_chat_in_the_terminal(tiny, run, monkeypatch):
         except StopIteration:
             raise EOFError from None
 
+    asked = []
+
+    def fake_stream(m, tokenizer, messages, **settings):
+        asked.append([message["content"] for message in messages])
+        yield from ("so ", "be it")
+
     monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr("generate.stream", fake_stream)
     code, out, _ = run("generate", "--ckpt", tiny, "--max-new-tokens", 3)
-    assert code == 0 and len(out.split("\n\n")) == 3  # two replies
+    assert code == 0 and out.count("so be it\n\n") == 2
+    assert asked == [["Hello"], ["Hello", "so be it", "And you?"]]
 
 
 def test_untied_and_bf16(tmp_path, loaded):
