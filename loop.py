@@ -4,20 +4,49 @@ Plain functions. The loops themselves stand in train_sft.py and train_kto.py.
 """
 
 import argparse
+import contextlib
+import functools
+import glob
 import hashlib
 import json
 import math
 import os
-import pickle
 import random
+import re
+import shutil
 import sys
 import time
+from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 
-from chat import Tokenizer, micro_batches, pack
-from model import Checkpoint, InputError, Qwen2, atomic_write, token_logps
+from chat import Tokenizer, pack
+from model import Checkpoint, InputError, Qwen2, atomic_write, read_json, write_checkpoint, write_safetensors
+from ranks import STOP, fill, gathered, is_sharded, leave_group, my_share, overlapped_reduction, shard, sum_over_ranks
+
+
+@dataclass
+class Run:
+    """What the functions that end a step or write files must know of the run. Plain data; start_run makes it."""
+
+    a: argparse.Namespace
+    rank: int
+    world: int
+    model: Qwen2
+    optimizer: torch.optim.Optimizer
+    expect: object  # the two functions of overlapped_reduction
+    finish: object
+    files: dict  # the side files of its checkpoints
+    identity: dict
+    total: int  # steps
+    done: int = 0  # steps, when it was started
+    saved: int = 0  # the step of the last save to resume from
+    skips: list = field(default_factory=list)  # (step, [where its offending examples stand])
+    best: tuple = (math.inf, 0)  # the lowest eval_loss and its step
+    events: object = None  # TensorBoard's writer
+    started: float = field(default_factory=time.time)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Log-probabilities of packed examples
@@ -26,64 +55,27 @@ from model import Checkpoint, InputError, Qwen2, atomic_write, token_logps
 def example_logps(model, examples):
     """The log-probability that the model gives to the supervised tokens of each example, summed: (len(examples),) fp32.
 
-    examples: (ids, supervised) pairs, run as one packed row. The head runs on the supervised positions alone.
+    examples: (ids, supervised) pairs, run as one packed row. The head runs on the supervised positions alone. Of no
+    examples the result is (0,), but the model has run: a sharded rank without work must make the calls of the others.
     """
-    ids, lengths, at, targets, owner = pack(examples, model.device)
-    hidden = model.hidden(ids, lengths)[0]  # (T, C)
-    logps = token_logps(hidden[at], model.head_weight, targets)  # (N,)
-    return torch.zeros(len(examples), device=logps.device).index_add(0, owner, logps)
+    packed = examples or [([0, 0], [False, True])]
+    ids, lengths, at, targets, owner = pack(packed, model.device)
+    logps = model(ids, lengths, at, targets)  # (N,)
+    return torch.zeros(len(packed), device=logps.device).index_add(0, owner, logps)[: len(examples)]
 
 
 @torch.no_grad()
 def sequence_logps(model, examples, micro_tokens, rank=0, world=1, progress=None):
-    """example_logps without gradients for any number of examples, at most micro_tokens tokens at a time: (n,) on the CPU.
+    """example_logps without gradients, at most micro_tokens tokens at a time: (len(examples),) fp32.
 
     With world > 1 the ranks share the work and all get the whole result.
     """
     out = torch.zeros(len(examples), device=model.device)
-    for micro in my_share([len(ids) for ids, _ in examples], micro_tokens, rank, world) if examples else []:
+    for micro in my_share([len(ids) for ids, _ in examples], micro_tokens, rank, world, is_sharded(model)):
         out[micro] = example_logps(model, [examples[i] for i in micro])
         if progress is not None:
             progress.update(len(micro))
-    return (sum_over_ranks(out) if world > 1 else out).cpu()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranks
-
-
-def setup(device):
-    """-> (rank, world, device). Under torchrun joins the process group: nccl on GPUs, gloo on CPUs."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return rank, world, device
-
-
-def sum_over_ranks(x):
-    """The tensor summed over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def my_share(lengths, micro_tokens, rank, world):
-    """This rank's micro-batches of a step: lists of indices into the step's examples.
-
-    All ranks compute the same cut and take theirs: largest micro-batch first, each to the rank with the least so far.
-    """
-    fair = max(max(lengths), math.ceil(sum(lengths) / world))  # no rank idles while another holds all of a small step
-    bins = micro_batches(lengths, min(micro_tokens, fair))
-    load, mine = [0] * world, []
-    for b in sorted(bins, key=lambda b: -sum(lengths[i] for i in b)):
-        r = load.index(min(load))
-        load[r] += sum(lengths[i] for i in b)
-        if r == rank:
-            mine.append(b)
-    return mine
+    return sum_over_ranks(out) if world > 1 else out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,24 +144,65 @@ def make_optimizer(model, a):
     return torch.optim.AdamW(groups, lr=a.lr, betas=(a.beta1, a.beta2), eps=a.eps, fused=True)
 
 
-def optimizer_step(model, optimizer, lr, clip):
-    """Sums the gradients over the ranks, clips, steps, clears. -> the gradient's norm before clipping."""
-    parameters = list(model.parameters())
-    for p in parameters:
-        if p.grad is None:  # a rank that had no micro-batch in this step
-            p.grad = torch.zeros_like(p)
-    if dist.is_initialized():
-        pending = [dist.all_reduce(p.grad, async_op=True) for p in parameters]
-        for work in pending:
-            work.wait()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf).item()
-    if not math.isfinite(norm):
-        raise InputError(f"the gradient's norm is {norm}: training has diverged; lower --lr and --resume from the last save")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+def shares(run, lengths):
+    """Yields this rank's micro-batches of a step, each of which must be run backward. Ends early after SIGTERM."""
+    micros = my_share(lengths, run.a.micro_tokens, run.rank, run.world, is_sharded(run.model))
+    run.expect(len(micros))
+    for micro in micros:
+        if STOP["asked"] and not is_sharded(run.model):  # sharded ranks would wait for this one in their next layer
+            return
+        yield micro
+
+
+def clip_gradients(model, clip):
+    """Scales the gradients down to the norm `clip` (0: leaves them). -> their norm before, a scalar tensor."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else math.inf)
+    return (norm.full_tensor() if is_sharded(model) else norm).to(model.device)
+
+
+def clear_gradients(run):
+    run.optimizer.zero_grad(set_to_none=run.world == 1 or is_sharded(run.model))  # replicas' gradients are views
+
+
+def optimizer_step(run, lr, seen):
+    """Ends a step: sums gradients and `seen` over the ranks, clips, updates the weights, clears.
+
+    seen: fp32, any shape; what this rank found in the step, zeros where another did. -> (verdict, seen summed, on the
+    CPU, the gradient's norm before clipping). Verdict: "step"; "skip" if any of these numbers is not finite; "stop" if
+    SIGTERM came to any rank. The last two change nothing. All ranks decide by the same sums, so they decide alike.
+    """
+    run.finish()
+    norm = clip_gradients(run.model, run.a.clip)
+    numbers = sum_over_ranks(torch.cat((seen.flatten(), seen.new_tensor([float(STOP["asked"])]))))
+    numbers = torch.cat((numbers, norm[None])).cpu()  # the step's only wait for the device
+    verdict = "stop" if numbers[-2] > 0 else "step" if numbers.isfinite().all() else "skip"
+    if verdict == "step":
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        run.optimizer.step()
+    clear_gradients(run)
+    return verdict, numbers[:-2].view(seen.shape), numbers[-1].item()
+
+
+def skip(run, step, examples, where, known=()):
+    """Notes that a step was skipped. -> the log's entries about it.
+
+    examples: the step's. where: their "file:line". known: indices of those that are known to be at fault.
+    """
+    names = [where[i] for i in list(known)[:5] or offenders(run, examples)]
+    run.skips.append((step, names))
+    return {"skipped": len(run.skips), "offending": names}
+
+
+def offenders(run, examples, most=5):
+    """At most `most` indices of examples whose log-probability, or else its gradient, is not finite by itself."""
+    logps = sequence_logps(run.model, examples, run.a.micro_tokens, run.rank, run.world)
+    bad = [i for i, finite in enumerate(logps.isfinite().tolist()) if not finite]
+    for i in range(len(examples)) if not bad else []:  # every rank all of them: a rare case, and so they agree
+        example_logps(run.model, [examples[i]]).sum().backward()
+        bad += [] if clip_gradients(run.model, 0).isfinite() else [i]
+        clear_gradients(run)
+    return bad[:most]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,15 +232,20 @@ def add_flags(p, epochs, batch_size, lr):
     p.add_argument("--beta2", type=float, default=0.999, help="AdamW's decay of the second moment")
     p.add_argument("--eps", type=float, default=1e-8, help="AdamW's epsilon")
     p.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient; 0 does not clip")
+    p.add_argument("--max-skips", type=at_least(1), default=3, help="steps in a row without finite loss and gradient that end it")
     # machine
     cuda = torch.cuda.is_available()
     p.add_argument("--micro-tokens", type=at_least(1), default=16384 if cuda else 2048, help="tokens of one forward on one device")
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32", help="to compute in; weights stay fp32")
     p.add_argument("--device", default="cuda" if cuda else "cpu", help="torch device")
+    p.add_argument("--shard", action="store_true", help="spread weights, gradients and moments over the ranks of a torchrun")
+    p.add_argument("--activation-checkpointing", action="store_true", help="compute blocks again in the backward, to save memory")
     # saving
     p.add_argument("--save-every", type=at_least(0), default=100, help="steps between saves into OUT.run/; 0 saves at the end only")
+    p.add_argument("--keep", type=at_least(1), default=2, help="newest saves to keep; with --eval-every the best is kept too")
     p.add_argument("--eval-every", type=at_least(0), default=0, help="steps between evaluations; 0 evaluates at the end only")
     p.add_argument("--resume", action="store_true", help="go on from the last save in OUT.run/")
+    p.add_argument("--tensorboard", action="store_true", help="write the log into OUT.run/ as TensorBoard's event files too")
 
 
 def at_least(low):
@@ -223,20 +261,40 @@ def at_least(low):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run's files
+# The run's files. OUT.run/ holds
+#   args.json, log.jsonl
+#   step-N                    checkpoints to use (N.pt if OUT is a .pt)
+#   optimizer-N.safetensors   the optimizer's moments after step N, for --resume
+#   state.json                which step that is. Written last: until then the save before it counts
 
 
-def load_model(source, device, dtype):
-    """-> (model, tokenizer, checkpoint): fp32 weights that compute in dtype ("fp32" or "bf16")."""
+def load_model(ckpt, a, device):
+    """An open Checkpoint -> the model: fp32 weights that compute in --dtype, sharded and checkpointed as a.* asks."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype]
+    model = Qwen2.from_pretrained(ckpt, torch.float32, "meta" if a.shard else device)
+    if a.shard:  # no rank ever holds the whole model
+        shard(model, device, dtype)
+        model.to_empty(device=device)
+        for name, p in model.named_parameters():
+            fill(p, ckpt.tensor(name))
+    model.compute_dtype = dtype
+    for block in model.model["layers"] if a.activation_checkpointing else []:
+        from torch.utils.checkpoint import checkpoint
+
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return model
+
+
+def open_checkpoint(source, a, device):
+    """-> (model, tokenizer, checkpoint)."""
     ckpt = Checkpoint(source)
     tokenizer = Tokenizer(ckpt)
-    model = Qwen2.from_pretrained(ckpt, torch.float32, device)
-    model.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    return model, tokenizer, ckpt
+    return load_model(ckpt, a, device), tokenizer, ckpt
 
 
 # What may differ between a run and its resumption: none of these changes the result beyond rounding.
-FREE_TO_CHANGE = {"resume", "out", "micro_tokens", "device", "save_every", "eval_every", "eval_data", "ref_cache", "ckpt", "data", "ref"}
+FREE_TO_CHANGE = {"resume", "out", "ckpt", "data", "ref", "ref_cache", "eval_data", "eval_every", "save_every", "keep"}
+FREE_TO_CHANGE |= {"micro_tokens", "device", "shard", "activation_checkpointing", "max_skips", "tensorboard"}
 
 
 def run_identity(a, examples, fingerprint):
@@ -245,62 +303,256 @@ def run_identity(a, examples, fingerprint):
     return {k: v for k, v in vars(a).items() if k not in FREE_TO_CHANGE} | {"the data": data, "the model": fingerprint}
 
 
-def start_run(a, model, optimizer, identity, rank):
-    """Opens OUT.run/ and, with --resume, restores the last save. -> the step to start with."""
-    folder, done = f"{a.out}.run", 0
-    state_path = os.path.join(folder, "state.pt")
-    if a.resume and os.path.isfile(state_path):
-        try:
-            state = torch.load(state_path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-            raise InputError(f"{state_path}: corrupt ({str(e).splitlines()[0]}); remove it and start again") from None
-        changed = [k for k in identity if state["identity"].get(k) != identity[k]]
+CHECKPOINTS, MOMENTS = r"step-(\d+)(?:\.pt)?", r"optimizer-(\d+)\.safetensors"
+
+
+def run_file(a, name):
+    return os.path.join(f"{a.out}.run", name)
+
+
+def step_path(a, step):
+    return run_file(a, f"step-{step}" + (".pt" if a.out.endswith(".pt") else ""))
+
+
+def start_run(a, rank, world, model, ckpt, identity, total):
+    """Opens OUT.run/ and, with --resume, restores the last save. total: the run's steps. -> Run."""
+    expect, finish = overlapped_reduction(model, world)
+    run = Run(a, rank, world, model, make_optimizer(model, a), expect, finish, ckpt.files, identity, total)
+    path = run_file(a, "state.json")
+    if a.resume and os.path.isfile(path):
+        state = read_json(path)
+        changed = ", ".join(k for k in identity if state["identity"].get(k) != identity[k])
         if changed:
-            raise InputError(f"{state_path}: was saved by a run that differs in {', '.join(changed)}; undo that or drop --resume")
-        model.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        done = state["step"]
+            raise InputError(f"{path}: was saved by a run that differs in {changed}; undo that or drop --resume")
+        if not state["finished"]:
+            run.done = run.saved = state["step"]
+            restore(run)
+        elif os.path.exists(a.out):
+            run.done = total
     elif a.resume and rank == 0:
-        print(f"{state_path}: no save to resume from; starting at step 1", file=sys.stderr)
+        print(f"{path}: no save to resume from; starting at step 1", file=sys.stderr)
+
+    lines = read_log(run) if run.done else []
+    if run.done == total:
+        if rank == 0:
+            tidy(run)
+            print(f"{a.out}: finished before, after {total} steps; without --resume the run starts again")
+        sys.exit(0)
     if rank == 0:
-        log = os.path.join(folder, "log.jsonl")
-        lines = []
-        if done:
-            with open(log, encoding="utf-8") as f:  # steps after the save are about to be repeated
-                lines = [line for line in f if json.loads(line)["step"] <= done]
-        with atomic_write(log) as f:
-            f.writelines(lines)
-        with atomic_write(os.path.join(folder, "args.json")) as f:
-            json.dump(vars(a) | {"command": sys.argv, "torch": torch.__version__}, f, indent=2)
-    return done
+        run.events = event_writer(run) if a.tensorboard else None
+        tidy(run)
+        call = {"step": run.done, "command": sys.argv, "torch": torch.__version__, "ranks": world}
+        args = read_json(run_file(a, "args.json")) if run.done else vars(a) | identity | call | {"resumed": []}
+        args["resumed"] += [call] if run.done else []
+        for name, text in ("log.jsonl", "".join(lines)), ("args.json", json.dumps(args, indent=2)):
+            with atomic_write(run_file(a, name)) as f:
+                f.write(text)
+    STOP["training"] = True
+    return run
 
 
-def write_log(a, record):
-    """Appends one object to OUT.run/log.jsonl."""
-    with open(f"{a.out}.run/log.jsonl", "a", encoding="utf-8") as f:
-        f.write(json.dumps(record) + "\n")
+def read_log(run):
+    """The log's lines up to step run.done (those after it are about to be repeated); what they say of skips and best."""
+    lines, path = [], run_file(run.a, "log.jsonl")
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: missing, and with it what was saved is not the whole run; drop --resume to start again")
+    with open(path, encoding="utf-8") as f:
+        for line in f:
+            with contextlib.suppress(ValueError):  # the last line may be cut short by a full disk
+                record = json.loads(line)
+                if record["step"] <= run.done:
+                    lines.append(line.strip() + "\n")
+                    if "skipped" in record:
+                        run.skips.append((record["step"], record["offending"]))
+                    if run.a.eval_every:
+                        run.best = min(run.best, (record.get("eval_loss") or math.inf, record["step"]))
+    return lines
 
 
-def save_state(a, model, optimizer, files, identity, step):
-    """Writes OUT.run/step-N, a checkpoint to use, and OUT.run/state.pt, the state to resume from."""
-    model.save(os.path.join(f"{a.out}.run", f"step-{step}" + (".pt" if a.out.endswith(".pt") else "")), files)
-    state = {"identity": identity, "step": step, "weights": model.state_dict(), "optimizer": optimizer.state_dict()}
-    with atomic_write(os.path.join(f"{a.out}.run", "state.pt"), "wb") as f:
-        torch.save(state, f)
+def restore(run):
+    """Weights and moments of the save of step run.done."""
+    weights = Checkpoint(step_path(run.a, run.done))
+    path = run_file(run.a, f"optimizer-{run.done}.safetensors")
+    try:
+        moments = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: missing or corrupt ({e}); drop --resume to start again") from None
+    parameters = dict(run.model.named_parameters())
+    for name, p in parameters.items():
+        fill(p, weights.tensor(name))
+    for key in moments.keys():
+        kind, name = key.split("/")
+        p, whole = parameters[name], moments.get_tensor(key)
+        moment = torch.zeros_like(p) if whole.shape == p.shape else torch.zeros_like(whole, device=p.device)
+        fill(moment, whole)
+        run.optimizer.state[p][kind] = moment
 
 
-def finish_run(a, model, files, started, steps, facts, rank):
-    """Writes OUT, drops the state to resume from, and says what was done. facts: lines for the summary."""
-    if rank == 0:
-        model.save(a.out, files)
-        state_path = os.path.join(f"{a.out}.run", "state.pt")
-        if os.path.isfile(state_path):
-            os.remove(state_path)
+def tidy(run):
+    """Removes what a killed run left half-written, in OUT.run/ and beside OUT, and saves from after where this one starts."""
+    beside = glob.glob(f"{glob.escape(run.a.out)}.tmp[0-9]*")  # .old: an earlier checkpoint, which a whole new one ends
+    for path in [p for p in beside if not p.endswith(".old")] + glob.glob(f"{glob.escape(run.a.out)}.run/*.tmp[0-9]*"):
+        remove(path)
+    if not run.done:
+        remove(run_file(run.a, "state.json"))
+    prune(run, run.done)
+
+
+def remove(path):
+    """Removes a file or directory. It loses its name first: what has a name is whole."""
+    if os.path.isdir(path):
+        os.rename(path, f"{path}.tmp{os.getpid()}")
+        shutil.rmtree(f"{path}.tmp{os.getpid()}")
+    elif os.path.exists(path):
+        os.remove(path)
+
+
+def numbered(a, pattern):
+    """{step: path} of what is in OUT.run/ under names of that pattern."""
+    folder = f"{a.out}.run"
+    found = (re.fullmatch(pattern, name) for name in (os.listdir(folder) if os.path.isdir(folder) else []))
+    return {int(m[1]): os.path.join(folder, m[0]) for m in found if m}
+
+
+def prune(run, step):
+    """Of OUT.run/'s checkpoints up to that step keeps the last --keep and the best; of moments those to resume from."""
+    newest = sorted(s for s in numbered(run.a, CHECKPOINTS) if s <= step)[-run.a.keep :]
+    for pattern, wanted in (CHECKPOINTS, {*newest, run.best[1], run.saved}), (MOMENTS, {run.saved}):
+        for step, path in numbered(run.a, pattern).items():
+            if step not in wanted:
+                remove(path)
+
+
+def write_log(run, record):
+    """Appends one object to OUT.run/log.jsonl; numbers that are not finite become null."""
+    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    try:
+        with open(run_file(run.a, "log.jsonl"), "a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+    except OSError as e:
+        fault = f"{run.a.out}.run/log.jsonl: cannot be written: {e.strerror}"
+        raise InputError(f"{fault}; --resume goes on from the last save") from None
+    if run.events:
+        for key, value in record.items():
+            if isinstance(value, int | float):
+                run.events.add_scalar(key, value, record["step"])
+
+
+def event_writer(run):
+    """TensorBoard's, if its package is there. Events after the step that is gone on from are taken back."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard: its package is missing; pip install tensorboard, or leave the flag out") from None
+    return SummaryWriter(f"{run.a.out}.run", purge_step=run.done + 1)
+
+
+def write_gathered(run, tensors, write):
+    """Rank 0 calls write(pairs) with the gathered tensors; the others of a sharded run only help to gather."""
+    pairs = gathered(tensors)
+    if run.rank == 0:
+        write(pairs)
+    elif is_sharded(run.model):
+        for _ in pairs:
+            pass
+
+
+def specs(tensors):
+    return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+
+def save_model(run, out):
+    """Writes a checkpoint, fp32."""
+    weights = dict(run.model.named_parameters())
+    write_gathered(run, weights, lambda pairs: write_checkpoint(out, run.model.raw_config, run.files, specs(weights), pairs))
+
+
+def save_state(run, step):
+    """Writes step-N and what --resume needs, then drops what --keep does not keep."""
+    names = {p: name for name, p in run.model.named_parameters()}
+    moments = {f"{kind}/{names[p]}": t for p, state in run.optimizer.state.items() for kind, t in state.items()}
+
+    def write_moments(pairs):
+        with atomic_write(run_file(run.a, f"optimizer-{step}.safetensors"), "wb") as f:
+            write_safetensors(f, specs(moments), pairs)
+
+    try:
+        save_model(run, step_path(run.a, step))
+        write_gathered(run, moments, write_moments)
+        write_state(run, step)
+    except InputError as e:
+        intact = f"the save of step {run.saved} is whole" if run.saved else "no save was made before"
+        raise InputError(f"{e}; {intact}: make room and --resume") from None
+    run.saved = step
+    if run.rank == 0:
+        prune(run, step)
+
+
+def write_state(run, step, finished=False):
+    if run.rank == 0:
+        with open(run_file(run.a, "log.jsonl"), "rb") as f:
+            os.fsync(f.fileno())  # a log line must not be younger than the save that vouches for it
+        with atomic_write(run_file(run.a, "state.json")) as f:
+            json.dump({"step": step, "finished": finished, "identity": run.identity}, f)
+
+
+def due(step, total, every):
+    """Whether something that is done every so many steps (0: only at the end) is done after this step."""
+    return step == total or every > 0 and step % every == 0
+
+
+def end_step(run, record):
+    """Writes the log and the saves that are due; ends the run after --max-skips skipped steps in a row."""
+    step, a = record["step"], run.a
+    if run.rank == 0:
+        write_log(run, record)
+    in_a_row = run.skips[-a.max_skips :]
+    if len(in_a_row) == a.max_skips and in_a_row[0][0] == step - a.max_skips + 1:
+        names = ", ".join(dict.fromkeys(name for _, names in in_a_row for name in names)) or "no example by itself"
+        raise InputError(
+            f"{a.max_skips} steps in a row, the last step {step}, had no finite loss and gradient. Not finite: {names}; "
+            "mend these lines or lower --lr and start again, or --resume with more --max-skips"
+        )
+    best = a.eval_every and record.get("eval_loss", math.inf) < run.best[0]
+    if best:
+        run.best = (record["eval_loss"], step)
+    if step == run.total:
+        return  # finish_run saves
+    if due(step, run.total, a.save_every):
+        save_state(run, step)
+    elif best:
+        save_model(run, step_path(a, step))
+
+
+def close(run):
+    if run.events:
+        run.events.close()
+    leave_group()
+
+
+def stop_run(run, step):
+    """Ends a run that was asked to stop, after `step` whole steps."""
+    if step > run.saved:
+        save_state(run, step)
+    if run.rank == 0:
+        print(f"stopped after step {step} of {run.total}; the same command with --resume goes on", file=sys.stderr)
+    close(run)
+
+
+def finish_run(run, facts):
+    """Writes OUT, drops what was kept to resume from, and says what was done. facts: lines for the summary."""
+    save_model(run, run.a.out)
+    write_state(run, run.total, finished=True)
+    run.saved = 0
+    if run.rank == 0:
+        prune(run, run.total)
         for line in facts:
             print(line)
-        print(f"{steps} steps in {time.time() - started:.0f} s")
-        print(f"wrote {a.out} (checkpoint, fp32) and {a.out}.run/log.jsonl")
-        print(f"next: python eval.py --ckpt {a.ckpt} {a.out} --tasks gsm8k --out {a.out}.eval")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        if run.skips:
+            print(f"{len(run.skips)} steps skipped, their loss or gradient was not finite; see 'offending' in the log")
+        if run.best[1] in numbered(run.a, CHECKPOINTS):
+            print(f"lowest eval_loss, not the last: {run.best[0]:.4g}, {step_path(run.a, run.best[1])}")
+        print(f"{run.total} steps in {time.time() - run.started:.0f} s")
+        print(f"wrote {run.a.out} (checkpoint, fp32) and {run.a.out}.run/log.jsonl")
+        print(f"next: python eval.py --ckpt {run.a.ckpt} {run.a.out} --tasks gsm8k --out {run.a.out}.eval")
+    close(run)

@@ -98,7 +98,7 @@ py=.venv/bin/python
 stamp() { # "WHAT IT BUILDS ON" SCRIPT ARGUMENTS...
   local dep
   for dep in $1; do cksum <"$run/steps/$dep"; done
-  cat model.py chat.py loop.py "$2" | cksum
+  cat model.py checkpoint.py chat.py loop.py ranks.py "$2" | cksum
   shift
   printf '%s\n' "$@"
 }
@@ -112,7 +112,7 @@ step() { # NAME "WHAT IT BUILDS ON" SCRIPT ARGUMENTS...
     return
   fi
   # A training run that was cut short goes on from its last save, if nothing about it has changed since.
-  if [[ -f $run/$name.run/state.pt && -f $run/steps/$name.begun && $(<"$run/steps/$name.begun") == "$now" ]]; then
+  if [[ -f $run/$name.run/state.json && -f $run/steps/$name.begun && $(<"$run/steps/$name.begun") == "$now" ]]; then
     set -- "$@" --resume
   fi
   say "$name: python $*"

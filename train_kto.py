@@ -2,6 +2,7 @@
 
     python train_kto.py --ckpt sft.pt --data kto.jsonl --out sft-kto.pt
     torchrun --nproc-per-node 8 train_kto.py ...                                          # the same step on 8 ranks
+    torchrun --nproc-per-node 8 train_kto.py ... --shard                                  # of a model too large for one
 
 Data: {"prompt", "completion", "label"} lines. The reference is the model before training unless --ref names another;
 its log-probabilities are computed once, before the first step, and kept in a file that later runs share.
@@ -10,6 +11,8 @@ its log-probabilities are computed once, before the first step, and kept in a fi
 import argparse
 import functools
 import hashlib
+import itertools
+import math
 import os
 import random
 import time
@@ -23,7 +26,8 @@ from tqdm import tqdm
 
 import loop
 from chat import kto_example, read_records
-from model import Checkpoint, InputError, Qwen2, atomic_write, cli
+from model import Checkpoint, InputError, atomic_write, cli
+from ranks import from_rank_0, one_for_all, setup
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The maths
@@ -126,6 +130,8 @@ def shared_prompts(steps, prompts):
 # ---------------------------------------------------------------------------------------------------------------------
 # The reference's log-probabilities, kept on disk
 
+SAVE_CACHE_EVERY = 60  # seconds that a killed run may lose of them
+
 
 def read_cache(path):
     """{digest (32 bytes): log-probability in nats} of a cache file; {} if there is none."""
@@ -154,48 +160,65 @@ def digest(reference, example):
     return h.digest()
 
 
-def reference_logps(pairs, sequence, path, reference, load, micro_tokens, rank, world):
+def reference_logps(pairs, sequence, path, reference, load, device, micro_tokens, rank, world):
     """The reference's log-probabilities of all pairs, from the cache at `path` or computed and added to it.
 
     pairs: (i, j) keys. sequence(i, j): the example (ids, supervised) of a pair. reference: a text that identifies
     weights and compute dtype. load() gives the reference model; it is called only if something is missing, and the model
     is dropped on return. -> ({pair: nats}, the number computed).
     """
-    cache = read_cache(path)
     digests = {pair: digest(reference, sequence(*pair)) for pair in pairs}
-    missing = {d: pair for pair, d in digests.items() if d not in cache}
-    if missing:
-        model, chunk, saved = load(), 64 * world, time.time()
-        todo = [(d, sequence(*pair)) for d, pair in missing.items()]
-        todo.sort(key=lambda item: -len(item[1][0]))  # like lengths pack well
-        bar = tqdm(total=len(todo), desc="reference", unit="seq", disable=True if rank else None)
-        for c in range(0, len(todo), chunk):
-            part = todo[c : c + chunk]
-            logps = loop.sequence_logps(model, [example for _, example in part], micro_tokens, rank, world)
-            cache |= zip((d for d, _ in part), logps.tolist())
-            bar.update(len(part))
-            if rank == 0 and (c + chunk >= len(todo) or time.time() - saved > 60):  # a killed run loses a minute
-                write_cache(path, read_cache(path) | cache)  # another run may have added to it
-                saved = time.time()
-        bar.close()
-    return {pair: cache[d] for pair, d in digests.items()}, len(missing)
+    pair_of = {d: pair for pair, d in digests.items()}  # equal sequences are computed once
+    length = {d: len(sequence(*pair)[0]) for d, pair in pair_of.items()}
+    order = sorted(pair_of, key=lambda d: -length[d])  # like lengths pack well
+    cache = read_cache(path) if rank == 0 else {}
+    logps = from_rank_0(torch.tensor([cache.get(d, math.nan) for d in order], device=device))
+    missing = logps.isnan().tolist()
+    if any(missing):
+        model, saved = load(), time.time()
+        bar = tqdm(total=sum(missing), desc="reference", unit="seq", disable=True if rank else None)
+
+        def save():
+            known = {d: v for d, v in zip(order, logps.tolist()) if not math.isnan(v)}
+            if rank == 0 and known:
+                write_cache(path, read_cache(path) | known)  # another run may have added to the file
+
+        # What is computed together depends on all pairs and not on what is missing, and is saved together: a run that
+        # was killed in this pass and is resumed finds the same values to the bit.
+        chunk_of = [end // (8 * micro_tokens * world) for end in itertools.accumulate(length[d] for d in order)]
+        try:
+            for _, chunk in itertools.groupby(range(len(order)), key=chunk_of.__getitem__):
+                part = [k for k in chunk if missing[k]]
+                if part:
+                    examples = [sequence(*pair_of[order[k]]) for k in part]
+                    logps[part] = loop.sequence_logps(model, examples, micro_tokens, rank, world)
+                    bar.update(len(part))
+                if time.time() - saved > SAVE_CACHE_EVERY:
+                    save()
+                    saved = time.time()
+        finally:  # also when SIGTERM ends the pass
+            save()
+            bar.close()
+    values = dict(zip(order, logps.tolist()))
+    return {pair: values[d] for pair, d in digests.items()}, sum(missing)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def encode(records, tokenizer, max_len):
-    """Records -> (rows, dropped). rows: (prompt ids, completion ids, label), tuples; a prompt that fills max_len alone
-    leaves no completion to learn from and is dropped, before batches and pairs are formed."""
-    rows = []
-    for _, (messages, completion, label) in records:
+    """Records -> (rows, where each stands). rows: (prompt ids, completion ids, label), tuples; a prompt that fills max_len
+    alone leaves no completion to learn from and drops out, before batches and pairs are formed."""
+    rows, places = [], []
+    for where, (messages, completion, label) in records:
         prompt = tuple(tokenizer.prompt_ids(messages))
         if len(prompt) < max_len:
             rows.append((prompt, tuple(tokenizer.completion_ids(completion)), label))
+            places.append(where)
     where = records[0][0].rsplit(":", 1)[0]
     if len(rows) < 2:
         raise InputError(f"{where}: {len(rows)} examples whose prompt is under --max-len {max_len}; a mismatched pair takes two")
-    return rows, len(records) - len(rows)
+    return rows, places
 
 
 def pair_sequence(rows, max_len, i, j):
@@ -235,13 +258,13 @@ def main():
     a = p.parse_args()
     if a.batch_size < 2:
         raise InputError("--batch-size 1: no mismatched pair exists in a batch of one; give at least 2")
-    rank, world, device = loop.setup(a.device)
+    rank, world, device = setup(a)
 
     # Data
     records = read_records(a.data, kto_example)
     eval_records = read_records(a.eval_data, kto_example) if a.eval_data else []
-    model, tokenizer, ckpt = loop.load_model(a.ckpt, device, a.dtype)
-    rows, dropped = encode(records, tokenizer, a.max_len)
+    model, tokenizer, ckpt = loop.open_checkpoint(a.ckpt, a, device)
+    rows, places = encode(records, tokenizer, a.max_len)
     n, n_d = len(rows), sum(label for _, _, label in rows)
     prompts = [prompt for prompt, _, _ in rows]
 
@@ -266,14 +289,10 @@ def main():
     ref_fingerprint = reference.fingerprint() if a.ref else fingerprint
 
     def load_reference():
-        if ref_fingerprint == fingerprint:
-            return model  # not trained yet
-        ref_model = Qwen2.from_pretrained(reference, torch.float32, device)
-        ref_model.compute_dtype = model.compute_dtype
-        return ref_model
+        return model if ref_fingerprint == fingerprint else loop.load_model(reference, a, device)  # model: not trained yet
 
     ref_cache = a.ref_cache or os.path.join(os.path.dirname(os.path.abspath(a.out)), "ref-cache.safetensors")
-    settings = (ref_cache, f"{ref_fingerprint} {a.dtype}", load_reference, a.micro_tokens, rank, world)
+    settings = (ref_cache, f"{ref_fingerprint} {a.dtype}", load_reference, device, a.micro_tokens, rank, world)
     sequence = functools.partial(pair_sequence, rows, a.max_len)  # (i, j) -> (ids, supervised)
     pairs = {pair for step in steps for pair in [(i, i) for i in step] + mismatched(step)}
     ref, computed = reference_logps(sorted(pairs), sequence, *settings)
@@ -287,18 +306,16 @@ def main():
     def held_out():
         """The log's numbers on the held-out data, all of it as one batch."""
         m, examples = len(eval_rows), [eval_sequence(*pair) for pair in eval_pairs]
-        policy = loop.sequence_logps(model, examples, a.micro_tokens, rank, world)  # (2m,): matched, then mismatched
+        policy = loop.sequence_logps(model, examples, a.micro_tokens, rank, world).cpu()  # (2m,): matched, then mismatched
         ref_logps = torch.tensor([eval_ref[pair] for pair in eval_pairs])
         kl = kl_estimate(policy[m:], ref_logps[m:])
         losses, rewards = kto_loss(policy[:m], ref_logps[:m], kl, eval_labels, a.beta, w_d, w_u)
         return {f"eval_{k}": v for k, v in metrics(losses, rewards, policy[:m], eval_labels, kl).items()}
 
-    optimizer = loop.make_optimizer(model, a)
     identity = loop.run_identity(a, rows, fingerprint) | {"the reference": ref_fingerprint}
-    done = loop.start_run(a, model, optimizer, identity, rank)
-    started = time.time()
-    bar = tqdm(total=len(steps), initial=done, desc="kto", unit="step", disable=True if rank else None)
-    for s in range(done, len(steps)):
+    run = loop.start_run(a, rank, world, model, ckpt, identity, len(steps))
+    bar = tqdm(total=len(steps), initial=run.done, desc="kto", unit="step", disable=True if rank else None)
+    for s in range(run.done, len(steps)):
         t0 = time.time()
         step = steps[s]
         labels = torch.tensor([rows[i][2] for i in step], device=device)
@@ -306,40 +323,42 @@ def main():
         # z0, from the mismatched pairs, without gradient
         unmatched = [sequence(*pair) for pair in mismatched(step)]
         policy_kl = loop.sequence_logps(model, unmatched, a.micro_tokens, rank, world)
-        kl = kl_estimate(policy_kl, torch.tensor([ref[pair] for pair in mismatched(step)])).to(device)
+        kl = kl_estimate(policy_kl, torch.tensor([ref[pair] for pair in mismatched(step)], device=device))
+        kl = kl + 0 * kl  # an infinite z0, which the loss would hide (its sigmoid is finite), becomes nan
 
         # The loss, from the matched ones
         matched = [sequence(i, i) for i in step]
         ref_logps = torch.tensor([ref[i, i] for i in step], device=device)
         seen = torch.zeros(3, len(step), device=device)  # losses, rewards, logps; each rank fills in its own
-        for micro in loop.my_share([len(ids) for ids, _ in matched], a.micro_tokens, rank, world):
+        for micro in loop.shares(run, [len(ids) for ids, _ in matched]):
             logps = loop.example_logps(model, [matched[k] for k in micro])  # (len(micro),)
             losses, rewards = kto_loss(logps, ref_logps[micro], kl, labels[micro], a.beta, w_d, w_u)
             (losses.sum() / len(step)).backward()
             seen[:, micro] = torch.stack((losses.detach(), rewards, logps.detach()))
         lr = loop.lr_at(s, len(steps), a.lr, a.warmup, a.schedule)
-        grad_norm = loop.optimizer_step(model, optimizer, lr, a.clip)
+        verdict, (losses, rewards, logps), grad_norm = loop.optimizer_step(run, lr, seen)
+        if verdict == "stop":
+            return loop.stop_run(run, s)
 
-        losses, rewards, logps = loop.sum_over_ranks(seen).cpu()
         record = {"step": s + 1, "lr": lr, "grad_norm": grad_norm, **metrics(losses, rewards, logps, labels.cpu(), kl)}
         tokens = sum(len(ids) for ids, _ in matched + unmatched)
         record |= {"tokens": tokens, "tokens_per_second": tokens / (time.time() - t0)}
-        last = s + 1 == len(steps)
-        if eval_records and (last or a.eval_every and (s + 1) % a.eval_every == 0):
+        if verdict == "skip":
+            both = [(i, i) for i in step] + mismatched(step)
+            names = [places[i] + f" with the completion of {places[j]}" * (i != j) for i, j in both]
+            known = [k for k, pair in enumerate(both) if not math.isfinite(ref[pair])]
+            record |= loop.skip(run, s + 1, matched + unmatched, names, known)
+        if eval_records and loop.due(s + 1, len(steps), a.eval_every):
             record |= held_out()
-        if rank == 0:
-            loop.write_log(a, record)
-            bar.set_postfix(loss=f"{record['loss']:.4f}", kl=f"{record['kl']:.3f}")
-            bar.update()
-            if a.save_every and (s + 1) % a.save_every == 0 and not last:
-                loop.save_state(a, model, optimizer, ckpt.files, identity, s + 1)
+        loop.end_step(run, record)
+        bar.set_postfix(loss=f"{record['loss']:.4f}", kl=f"{record['kl']:.3f}")
+        bar.update()
     bar.close()
-    facts = [
-        f"{n} examples, {n_d} of them desirable, {dropped} dropped as their prompt fills {a.max_len} tokens",
+    loop.finish_run(run, [
+        f"{n} examples, {n_d} of them desirable, {len(records) - n} dropped as their prompt fills {a.max_len} tokens",
         f"weights {w_d:.4g} and {w_u:.4g}; {computed} of {len(pairs)} reference log-probabilities computed, kept in {ref_cache}",
-    ]
-    loop.finish_run(a, model, ckpt.files, started, len(steps), facts, rank)
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(one_for_all(main))

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from conftest import real, tiny_files, tiny_model, write_lines
-from training import feedback, log, torchrun, trl_log, update_error, weights
+from training import feedback, launch, log, torchrun, trl_log, update_error, weights
 
 import loop
 import train_kto
@@ -154,7 +154,9 @@ def test_any_cut_and_any_number_of_ranks_give_the_same_step(tiny, worse, data, t
     base, ref = weights(tiny), ("--ref", worse)
     assert run("train_kto", *flags(tiny, data, tmp_path / "one", *ref))[0] == 0
     assert run("train_kto", *flags(tiny, data, tmp_path / "cut", *ref, "--micro-tokens", 1))[0] == 0
-    torchrun(2, "train_kto.py", *flags(tiny, data, tmp_path / "two", *ref, "--ref-cache", tmp_path / "other"))
+    two = flags(tiny, data, tmp_path / "two", *ref, "--ref-cache", tmp_path / "other")
+    codes, texts = launch("train_kto", two, tmp_path / "text", ranks=2)
+    assert codes == [0, 0], texts
     for other in ("cut", "two"):
         assert update_error(weights(tmp_path / "one"), weights(tmp_path / other), base) < 0.01
         for a, b in zip(log(tmp_path / "one"), log(tmp_path / other), strict=True):
@@ -200,31 +202,6 @@ def test_rewards_move_apart(tiny, data, tmp_path, run):
     assert {"eval_loss", "eval_kl", "eval_rewards/margins"} <= set(steps[-1])
     wanted = "step loss lr grad_norm tokens tokens_per_second kl rewards/chosen rewards/rejected rewards/margins logps/chosen logps/rejected"
     assert set(wanted.split()) <= set(steps[0])
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it."""
-
-
-def test_resume_equals_an_uninterrupted_run(tiny, worse, data, tmp_path, run, monkeypatch):
-    ref = ("--ref", worse, "--save-every", 3)
-    assert run("train_kto", *flags(tiny, data, tmp_path / "whole", *ref))[0] == 0
-    real_log = loop.write_log
-
-    def dies_at_step_5(a, record):
-        real_log(a, record)
-        if record["step"] == 5:
-            raise Killed
-
-    monkeypatch.setattr(loop, "write_log", dies_at_step_5)
-    with pytest.raises(Killed):
-        run("train_kto", *flags(tiny, data, tmp_path / "broken", *ref))
-    monkeypatch.setattr(loop, "write_log", real_log)
-    assert run("train_kto", *flags(tiny, data, tmp_path / "broken", *ref, "--resume"))[0] == 0
-    for a, b in zip(log(tmp_path / "whole"), log(tmp_path / "broken"), strict=True):
-        assert all(a[k] == b[k] for k in a if k != "tokens_per_second")
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "broken")
-    assert all(torch.equal(a[n], b[n]) for n in a)
 
 
 def test_all_labels_alike_train_with_a_warning(tiny, tmp_path, run):

@@ -1,7 +1,10 @@
 """What the tests of both training scripts share: data, weights of a run, two ranks, TRL's trainers."""
 
+import importlib
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +60,66 @@ def log(out):
     return [json.loads(line) for line in Path(f"{out}.run/log.jsonl").read_text().splitlines()]
 
 
+# A process of its own for each rank, forked from a server that has everything imported: it starts in a moment.
+fork = multiprocessing.get_context("forkserver")
+fork.set_forkserver_preload(["training", "train_sft", "train_kto", "torch.distributed.fsdp", "torch._dynamo"])
+
+
+def trap(function, n, deed):
+    """Calls deed() before line n (from 1) that this process runs in the function of that name; None: in any of ours."""
+    left = [n]
+
+    def each_line(frame, event, _):
+        if event == "line" and function in (None, frame.f_code.co_name):
+            left[0] -= 1
+            if left[0] == 0:
+                sys.settrace(None)
+                deed()
+        return each_line
+
+    sys.settrace(lambda frame, *_: each_line if str(ROOT) == os.path.dirname(frame.f_code.co_filename) else None)
+
+
+def body(script, args, environment, output, prepare):
+    os.environ.update(environment)
+    with open(output, "w") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = [f"{script}.py", *map(str, args)]
+    module = importlib.import_module(script)
+    if prepare:
+        prepare[0](*prepare[1:])
+    module.cli(module.one_for_all(module.main))
+
+
+def signal_at(function, n, number):
+    trap(function, n, lambda: os.kill(os.getpid(), number))
+
+
+def start(script, args, output, ranks=1, prepare=None):
+    """Starts `ranks` processes of a script. prepare: {rank: (function, arguments...)} to call there first. -> processes"""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    found = []
+    for rank in range(ranks):
+        environment = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        what = (script, args, environment if ranks > 1 else {}, f"{output}.{rank}", (prepare or {}).get(rank))
+        found.append(fork.Process(target=body, args=what, daemon=True))
+        found[-1].start()
+    return found
+
+
+def launch(script, args, output, ranks=1, prepare=None):
+    """start(), to the end. -> (exit codes, what each rank printed)."""
+    processes = start(script, args, output, ranks, prepare)
+    for p in processes:
+        p.join(120)
+        assert p.exitcode is not None, "hangs"
+    return [p.exitcode for p in processes], [Path(f"{output}.{rank}").read_text() for rank in range(ranks)]
+
+
 def torchrun(ranks, script, *args):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -65,6 +128,14 @@ def torchrun(ranks, script, *args):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def same_run(a, b):
+    """The two runs have the same weights and the same log, to the bit."""
+    w, v = weights(a), weights(b)
+    assert w.keys() == v.keys() and all(torch.equal(w[n], v[n]) for n in w)
+    logs = [[{k: r[k] for k in r if k != "tokens_per_second"} for r in log(out)] for out in (a, b)]
+    assert logs[0] == logs[1]
 
 
 def trl_log(kind, model_dir, records, out, **settings):

@@ -1,0 +1,355 @@
+"""Losing nothing, and several ranks: real runs of tiny models as processes of their own."""
+
+import json
+import math
+import os
+import random
+import resource
+import signal
+import sys
+import types
+
+import pytest
+import torch
+from conftest import tiny_files, tiny_model, write_lines
+from training import chats, feedback, launch, log, same_run, signal_at, update_error, weights
+
+import loop
+import ranks
+import train_kto
+from model import Checkpoint
+
+COMMON = ("--batch-size", 4, "--lr", 1e-3, "--max-len", 64, "--warmup", 0)
+
+
+@pytest.fixture
+def sft_data(tmp_path):
+    return write_lines(tmp_path / "sft.jsonl", chats(13))
+
+
+@pytest.fixture
+def kto_data(tmp_path):
+    return write_lines(tmp_path / "kto.jsonl", feedback(14))
+
+
+def command(ckpt, data, out, *more):
+    out.parent.mkdir(exist_ok=True)  # KTO keeps its cache beside OUT: another folder, another cache
+    return ("--ckpt", ckpt, "--data", data, "--out", out, *COMMON, *more)
+
+
+def listing(out):
+    """What is in OUT.run/, and of half-written files beside OUT."""
+    inside = sorted(os.listdir(f"{out}.run")) if os.path.isdir(f"{out}.run") else []
+    return inside + [name for name in os.listdir(out.parent) if ".tmp" in name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed, stopped, out of space
+
+
+def signalled(function, lines, number):
+    train_kto.SAVE_CACHE_EVERY = 0  # after each chunk, so that a part of the reference pass is there to be found
+    signal_at(function, lines, number)
+
+
+KILLS = [
+    ("reference_logps", 40), ("write_cache", 3), ("start_run", 16), ("hidden", 150), ("atomic_write", 120), ("write_log", 4),
+    ("optimizer_step", 12), ("write_safetensors", 80), ("save_state", 12), ("restore", 60), ("prune", 8), ("remove", 6),
+    ("write_state", 6), ("write_checkpoint", 24), (None, 6000), (None, 6000), ("finish_run", 3),
+]  # fmt: skip
+
+
+def test_killed_at_any_moment_a_run_resumes_to_the_bit(tiny, kto_data, tmp_path, run):
+    more = ("--epochs", 2, "--micro-tokens", 100, "--save-every", 1, "--eval-data", kto_data, "--eval-every", 3, "--keep", 1)
+    whole, broken = tmp_path / "a" / "o", tmp_path / "b" / "o"
+    assert run("train_kto", *command(tiny, kto_data, whole, *more))[0] == 0
+    rng, killed = random.Random(0), 0
+    for function, lines in KILLS:
+        prepare = {0: (signalled, function, rng.randint(1, lines), signal.SIGKILL)}
+        codes, _ = launch("train_kto", command(tiny, kto_data, broken, *more, "--resume"), tmp_path / "text", prepare=prepare)
+        assert codes[0] in (-signal.SIGKILL, 0)
+        killed += codes[0] != 0
+    assert killed > len(KILLS) / 2
+    assert run("train_kto", *command(tiny, kto_data, broken, *more, "--resume"))[0] == 0
+    same_run(whole, broken)
+    assert listing(broken) == listing(whole)
+
+
+STOPS = [("reference_logps", 40), ("hidden", 150), ("write_safetensors", 60), ("save_state", 6), (None, 4000), ("finish_run", 3)]
+
+
+def test_sigterm_saves_and_ends_well(tiny, kto_data, tmp_path, run):
+    more = ("--epochs", 2, "--micro-tokens", 100, "--save-every", 2)
+    whole, stopped = tmp_path / "a" / "o.pt", tmp_path / "b" / "o.pt"
+    assert run("train_kto", *command(tiny, kto_data, whole, *more))[0] == 0
+    rng = random.Random(1)
+    for function, lines in STOPS:
+        prepare = {0: (signalled, function, rng.randint(1, lines), signal.SIGTERM)}
+        codes, (text,) = launch("train_kto", command(tiny, kto_data, stopped, *more, "--resume"), tmp_path / "text", prepare=prepare)
+        assert codes == [0], text
+        if not stopped.exists():
+            assert "stopped " in text
+            assert not [name for name in listing(stopped) if ".tmp" in name]
+    assert run("train_kto", *command(tiny, kto_data, stopped, *more, "--resume"))[0] == 0
+    same_run(whole, stopped)
+
+
+def full_disk(step, largest):
+    """From the save of that step on no file may have more than so many bytes."""
+    real = loop.save_state
+
+    def save_state(run, s):
+        if s == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        real(run, s)
+
+    loop.save_state = save_state
+
+
+@pytest.mark.parametrize("out, largest", [("o", 10_000), ("o.pt", 10_000), ("o", 200_000)])
+def test_a_full_disk_leaves_the_save_before(tiny, sft_data, tmp_path, out, largest, run):
+    assert os.path.getsize(f"{tiny}/model.safetensors") < 200_000  # so that the last case fails in the moments
+    arguments = command(tiny, sft_data, tmp_path / "b" / out, "--save-every", 1, "--epochs", 1)
+    codes, (text,) = launch("train_sft", arguments, tmp_path / "text", prepare={0: (full_disk, 3, largest)})
+    errors = [line for line in text.splitlines() if "error" in line]
+    assert codes == [2] and len(errors) == 1 and "Traceback" not in text, text
+    assert "cannot be written" in errors[0] and "the save of step 2 is whole" in errors[0]
+    assert not [name for name in listing(tmp_path / "b" / out) if ".tmp" in name]
+    assert run("train_sft", *arguments, "--resume")[0] == 0
+    assert run("train_sft", *command(tiny, sft_data, tmp_path / "a" / out, "--epochs", 1))[0] == 0
+    same_run(tmp_path / "a" / out, tmp_path / "b" / out)
+
+
+def test_saves_that_are_kept(tiny, sft_data, tmp_path, run, monkeypatch):
+    losses = iter([5.0, 3.0, 1.0, 4.0, 2.0, 6.0, 1.5, 7.0])  # after each step; the best after the third
+    monkeypatch.setattr(loop, "due", lambda step, total, every: step == total or every and step % every == 0)
+    real = loop.end_step
+    monkeypatch.setattr(loop, "end_step", lambda run, record: real(run, record | {"eval_loss": next(losses)}))
+    out = tmp_path / "a" / "o.pt"
+    more = ("--epochs", 2, "--save-every", 2, "--eval-every", 1, "--eval-data", sft_data)
+    _, text, _ = run("train_sft", *command(tiny, sft_data, out, *more))
+    assert listing(out) == ["args.json", "log.jsonl", "state.json", "step-3.pt", "step-4.pt", "step-6.pt"]
+    assert "lowest eval_loss, not the last: 1," in text and "step-3.pt" in text
+    assert weights(out.parent / "o.pt.run" / "step-3.pt").keys() == weights(out).keys()
+
+
+def test_what_args_and_log_say_and_a_finished_run(tiny, sft_data, tmp_path, run, refused):
+    out = tmp_path / "a" / "o"
+    arguments = command(tiny, sft_data, out, "--epochs", 1, "--seed", 5)
+    assert run("train_sft", *arguments)[0] == 0
+    args = json.loads((tmp_path / "a" / "o.run" / "args.json").read_text())
+    assert args["seed"] == 5 and args["command"][1:] == [str(a) for a in arguments] and args["resumed"] == []
+    assert args["the model"] == Checkpoint(tiny).fingerprint() and len(args["the data"]) == 64 and args["ranks"] == 1
+    before = weights(out)
+    code, text, _ = run("train_sft", *arguments, "--resume")
+    assert code == 0 and "finished before, after 4 steps" in text and len(log(out)) == 4
+    refused("differs in seed", "train_sft", *arguments, "--seed", 6, "--resume")
+    os.remove(tmp_path / "a" / "o.run" / "log.jsonl")
+    refused("log.jsonl: missing", "train_sft", *arguments, "--resume")
+    assert all(torch.equal(before[n], t) for n, t in weights(out).items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Not finite
+
+
+RARE = "春"  # in the first record of a batch of 4, and nowhere else
+
+
+def poisoned_data(path, steps, records):
+    for i in range(0, 4 * steps, 4):
+        messages = records[i + 1].get("prompt") or records[i + 1]["messages"]
+        messages[0]["content"] = RARE + messages[0]["content"]
+    return write_lines(path, records)
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory):
+    """A checkpoint that gives no finite number where the text holds RARE."""
+    m, files = tiny_model(tie_word_embeddings=False), tiny_files()
+    path = str(tmp_path_factory.mktemp("poisoned") / "model")
+    m.save(path, files)
+    tokenizer = loop.Tokenizer(path)
+    (first, *_) = tokenizer.encode(RARE)
+    assert first not in {t for r in chats(13) for m in r["messages"] for t in tokenizer.encode(m["content"])}
+    with torch.no_grad():
+        m.model["embed_tokens"].weight[first] = math.nan
+    m.save(path, files)
+    return path
+
+
+def test_steps_without_a_finite_loss_are_skipped_counted_and_named(poisoned, tmp_path, run):
+    data = poisoned_data(tmp_path / "d.jsonl", 2, chats(13))
+    out = tmp_path / "a" / "o"
+    more = ("--no-shuffle", "--epochs", 1)
+    code, text, _ = run("train_sft", *command(poisoned, data, out, *more))
+    steps = log(out)
+    assert code == 0 and [s.get("skipped") for s in steps] == [1, 2, None, None] and "2 steps skipped" in text
+    assert [s["loss"] is None for s in steps] == [True, True, False, False]
+    assert steps[0]["offending"] == [f"{data}:2"] and steps[1]["offending"] == [f"{data}:6"]
+    base, after = weights(poisoned), weights(out)
+    assert torch.equal(base["model.norm.weight"].isnan(), after["model.norm.weight"].isnan())
+    code, _, error = run("train_sft", *command(poisoned, data, tmp_path / "b" / "o", *more, "--max-skips", 2))
+    assert code == 2 and f"{data}:2, {data}:6;" in error and "2 steps in a row" in error
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_found_too(tiny, tmp_path, run, monkeypatch):
+    data = poisoned_data(tmp_path / "d.jsonl", 1, chats(13))
+    rare, real = loop.Tokenizer(tiny).encode(RARE)[0], loop.example_logps
+
+    def example_logps(model, examples):
+        logps = real(model, examples)
+        at = torch.tensor([i for i, (ids, _) in enumerate(examples) if rare in ids], dtype=torch.long)
+        return logps.index_add(0, at, (logps[at] * 0).sqrt())  # adds nothing, with an infinite slope
+
+    monkeypatch.setattr(loop, "example_logps", example_logps)
+    assert run("train_sft", *command(tiny, data, tmp_path / "a" / "o", "--no-shuffle", "--epochs", 1))[0] == 0
+    first, *others = log(tmp_path / "a" / "o")
+    assert first["offending"] == [f"{data}:2"] and first["loss"] > 0 and first["grad_norm"] is None
+    assert not any("skipped" in s for s in others)
+
+
+def test_ranks_skip_alike(poisoned, tmp_path):
+    data = poisoned_data(tmp_path / "d.jsonl", 2, feedback(14))
+    arguments = command(poisoned, data, tmp_path / "a" / "o", "--no-shuffle", "--max-skips", 2)
+    codes, (text, _) = launch("train_kto", arguments, tmp_path / "text", ranks=2)
+    assert codes == [2, 2] and f"{data}:2" in text and f"{data}:6" in text and "Traceback" not in text
+    assert [s["skipped"] for s in log(tmp_path / "a" / "o")] == [1, 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks
+
+
+def test_cuts_are_bounded_balanced_and_as_many_for_each_rank():
+    rng = random.Random(0)
+    for _ in range(300):
+        lengths = [rng.randint(1, 100) for _ in range(rng.randint(1, 30))]
+        most, world = rng.randint(1, 400), rng.randint(1, 5)
+        bins = ranks.cut(lengths, most, world)
+        tokens = [sum(lengths[i] for i in b) for b in bins]
+        assert sorted(i for b in bins for i in b) == list(range(len(lengths))) and len(bins) % world == 0
+        assert all(t <= most or len(b) == 1 for t, b in zip(tokens, bins))
+        assert max(tokens) - min(tokens) <= max(lengths) and tokens == sorted(tokens, reverse=True)
+        counts = [len(ranks.my_share(lengths, most, r, world, True)) for r in range(world)]
+        assert len(set(counts)) == 1 and counts[0] * world == len(bins)
+
+
+def close_runs(one, other, base, keys):
+    assert update_error(weights(one), weights(other), base) < 0.01
+    for a, b in zip(log(one), log(other), strict=True):
+        for key in keys:
+            assert (a[key] is None) == (b[key] is None)
+            assert a[key] is None or a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
+
+
+def test_gradients_are_sent_off_in_the_last_backward_once_a_step(monkeypatch):
+    m, sent, waited = tiny_model(), [], []
+
+    def all_reduce(flat, async_op):
+        sent.append(flat.clone())
+        return types.SimpleNamespace(wait=lambda: waited.append(flat.mul_(2)))  # two ranks with equal gradients
+
+    monkeypatch.setattr(ranks.dist, "all_reduce", all_reduce)
+    expect, finish = ranks.overlapped_reduction(m, world=2, size=5000)
+    ids = torch.randint(0, 500, (1, 9))
+    for _ in range(2):
+        sent.clear()
+        expect(2)
+        (m(ids).logsumexp(-1).sum() / 100).backward()
+        assert not sent
+        (m(ids).logsumexp(-1).sum() / 100).backward()
+        assert len(sent) > 2 and not waited and sum(len(flat) for flat in sent) == sum(p.numel() for p in m.parameters())
+        finish()
+        assert len(sent) == len(waited)
+        other = tiny_model()
+        (other(ids).logsumexp(-1).sum() / 25).backward()
+        for p, q in zip(m.parameters(), other.parameters()):
+            assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+            p.grad.zero_()
+        waited.clear()
+    expect(0)  # a rank without work
+    sent.clear()
+    finish()
+    assert sum(len(flat) for flat in sent) == sum(p.numel() for p in m.parameters())
+
+
+def small_buckets():
+    """Several buckets even for a tiny model."""
+    real = ranks.overlapped_reduction
+    loop.overlapped_reduction = lambda model, world: real(model, world, size=5000)
+
+
+# 13 examples in batches of 4 and a last one of 1, which leaves ranks without work
+@pytest.mark.parametrize("n, more", [(2, ()), (3, ()), (2, ("--shard",))])
+def test_sft_is_the_same_on_any_number_of_ranks(tiny, sft_data, tmp_path, run, n, more):
+    settings = ("--epochs", 2, "--micro-tokens", 60, "--eval-data", sft_data)
+    assert run("train_sft", *command(tiny, sft_data, tmp_path / "one" / "o", *settings))[0] == 0
+    arguments = command(tiny, sft_data, tmp_path / "many" / "o", *settings, *more)
+    codes, texts = launch("train_sft", arguments, tmp_path / "text", n, {r: (small_buckets,) for r in range(n)})
+    assert codes == [0] * n, texts
+    keys = ("loss", "grad_norm", "tokens", "lr")
+    close_runs(tmp_path / "one" / "o", tmp_path / "many" / "o", weights(tiny), keys)
+    assert log(tmp_path / "one" / "o")[-1]["eval_loss"] == pytest.approx(log(tmp_path / "many" / "o")[-1]["eval_loss"], rel=1e-4)
+
+
+def test_a_sharded_run_of_kto_is_resumed_by_one_rank(tmp_path, kto_data, run):
+    """Untied head, another model as reference, activation checkpointing; stopped by one rank's SIGTERM."""
+    base, ref = str(tmp_path / "base.pt"), str(tmp_path / "ref.pt")
+    tiny_model(tie_word_embeddings=False).save(base, tiny_files())
+    tiny_model(seed=0, initializer_range=0.101, tie_word_embeddings=False).save(ref, tiny_files())
+    settings = ("--epochs", 1, "--micro-tokens", 60, "--ref", ref)
+    one, many = tmp_path / "one" / "o", tmp_path / "many" / "o"
+    assert run("train_kto", *command(base, kto_data, one, *settings))[0] == 0
+    arguments = command(base, kto_data, many, *settings)
+    for rank, step in (1, 1), (0, 2):  # the second run resumes the first
+        more = ("--shard", "--activation-checkpointing", "--resume")
+        prepare = {rank: (signal_at, "lr_at", 10, signal.SIGTERM)}
+        codes, texts = launch("train_kto", (*arguments, *more), tmp_path / "text", 2, prepare)
+        assert codes == [0, 0] and f"stopped after step {step} of 4" in texts[0], texts
+    assert run("train_kto", *arguments, "--resume")[0] == 0
+    close_runs(one, many, weights(base), ("loss", "kl", "grad_norm", "rewards/chosen", "logps/rejected"))
+    assert json.loads((tmp_path / "many" / "o.run" / "args.json").read_text())["resumed"][1]["step"] == 2
+
+
+def test_a_rank_that_dies_takes_the_others_along(tiny, sft_data, tmp_path):
+    arguments = command(tiny, sft_data, tmp_path / "a" / "o", "--epochs", 1)
+    codes, texts = launch("train_sft", arguments, tmp_path / "text", 3, {1: (signal_at, "lr_at", 10, signal.SIGKILL)})
+    assert codes == [1, -signal.SIGKILL, 1], texts
+    assert all("another rank is gone" in text and "--resume" in text and "Traceback" not in text for text in (texts[0], texts[2]))
+
+
+def test_sharding_wants_ranks(tiny, sft_data, tmp_path, refused):
+    refused(["--shard", "torchrun"], "train_sft", *command(tiny, sft_data, tmp_path / "a" / "o", "--shard"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_activation_checkpointing_computes_the_same(tiny, sft_data, tmp_path, run):
+    one, other = tmp_path / "a" / "o", tmp_path / "b" / "o"
+    assert run("train_sft", *command(tiny, sft_data, one, "--epochs", 1))[0] == 0
+    assert run("train_sft", *command(tiny, sft_data, other, "--epochs", 1, "--activation-checkpointing"))[0] == 0
+    same_run(one, other)
+
+
+def test_tensorboard_gets_the_log(tiny, sft_data, tmp_path, run, refused, monkeypatch):
+    arguments = command(tiny, sft_data, tmp_path / "a" / "o", "--epochs", 1, "--tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    refused(["--tensorboard", "pip install"], "train_sft", *arguments)
+    seen = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            seen.append((folder, purge_step))
+
+        def add_scalar(self, key, value, step):
+            seen.append((key, value, step))
+
+        def close(self):
+            seen.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    assert run("train_sft", *arguments)[0] == 0
+    assert seen[0] == (str(tmp_path / "a" / "o.run"), 1) and seen[-1] == "closed"
+    assert [s[1:] for s in seen[1:-1] if s[0] == "loss"] == [(s["loss"], s["step"]) for s in log(tmp_path / "a" / "o")]
