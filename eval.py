@@ -1,372 +1,60 @@
 """Benchmarks of checkpoints, with standard errors and paired tests: one table for all checkpoints given.
 
     python eval.py --ckpt Qwen/Qwen2-0.5B-Instruct sft.pt --tasks gsm8k mmlu --limit 200 --out runs/eval
+    python eval.py compare Qwen2-0.5B-Instruct sft --out runs/eval       # the questions on which two of them differ
 
---protocol paper: greedy chat replies, read as the paper's scripts read them. --protocol loglik: five worked examples and
-the likeliest of the letters, as lm-evaluation-harness asks it. A score belongs to its protocol; the two never share a
-column. OUT/replies.jsonl grows with each reply: a run that is started again only asks what is missing.
+--protocol paper: greedy chat replies, read as the paper's scripts read them. --protocol loglik: the likeliest of the
+choices, as lm-evaluation-harness asks it. A score belongs to its protocol; the two never share a column.
+OUT/replies.jsonl grows with each reply: a run that is started again only asks what is missing, --rescore reads the
+replies again without the model, and torchrun spreads the questions over its ranks.
 """
+
 import argparse
 import collections
 import contextlib
-import csv
+import datetime
 import functools
 import gc
 import glob
-import gzip
 import hashlib
 import itertools
 import json
 import math
 import os
-import re
-import shutil
-import tempfile
-import urllib.request
-import zlib
+import sys
 
 import torch
-from huggingface_hub import hf_hub_download
+import torch.distributed as dist
 from tqdm import tqdm
 
+from benchdata import locate
+from benchmarks import BENCHMARKS, choice_scores
 from chat import Tokenizer, read_jsonl
 from generate import common_prefix, generate_iter
 from loop import at_least
-from model import Checkpoint, InputError, KVCache, Qwen2, atomic_write, cli
-from verify import check, extract_choice, extract_code, extract_program, last_number, numbers_equal, run_program
+from model import Checkpoint, InputError, KVCache, Qwen2, atomic_write, cli, token_logps
+from stats import POWER, calibration, compare, holm, mean_stderr, ratio_stderr, subjects_mean_stderr
 
-# ---------------------------------------------------------------- the statistics
+CACHE_TOKENS = 1 << 15  # of one forward's cache, all rows together, where --batch-size would take more
 
-
-def mean_stderr(x):
-    """Mean of n numbers and its standard error sqrt(s^2 / n), s^2 the sample variance (for 0/1: sqrt(p(1-p)/(n-1))).
-
-    The standard error of a single number is not known: None.
-    """
-    n = len(x)
-    mean = sum(x) / n
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in x) / (n - 1) / n) if n > 1 else None
-
-
-def subjects_mean_stderr(x, subjects):
-    """Mean over subjects of the subjects' means, and its standard error. x, subjects: n numbers and n names.
-
-    The subjects are those of the benchmark, not a sample: only the questions vary, so the S subjects' squared errors
-    add up, sqrt(sum_s se_s^2) / S. Where a subject has one question and so no se_s, the spread of the subjects' means
-    stands in, sqrt(s^2 / S): too large rather than too small, as it also holds how much the subjects differ.
-    """
-    groups = collections.defaultdict(list)
-    for value, subject in zip(x, subjects, strict=True):
-        groups[subject].append(value)
-    means, errors = zip(*(mean_stderr(group) for group in groups.values()))
-    if None in errors:
-        return mean_stderr(means)
-    return sum(means) / len(means), math.sqrt(sum(e * e for e in errors)) / len(means)
-
-
-def mcnemar(a, b):
-    """Exact two-sided McNemar p-value of two lists of verdicts on the same questions.
-
-    Under the null each of the n discordant questions falls to either side with probability 1/2:
-    p = min(1, 2 P[Binomial(n, 1/2) <= the smaller side]).
-    """
-    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
-    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
-    n, term, total = only_a + only_b, 1, 0
-    for i in range(min(only_a, only_b) + 1):             # exact integers: n may be thousands
-        total += term                                    # term = C(n, i)
-        term = term * (n - i) // (i + 1)
-    return min(1.0, 2 * total / 2**n)
-
-
-# ---------------------------------------------------------------- finding and reading the data
-
-LETTERS = "ABCD"
-GITHUB = "https://raw.githubusercontent.com/"
-FOUR_SHOTS = "25974f0a5d980c8e6b432422e959cb3293b6d715a99a90d1a4c8ab1ae207c54f"       # SHA-256 of the rendered examples
-
-
-def from_url(path, url, sha256=None, convert=lambda data: data):
-    """Download one file, check it, and put it in its place whole."""
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise OSError("HF_HUB_OFFLINE is set")
-    with urllib.request.urlopen(url, timeout=30) as reply:
-        data = reply.read()
-    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError("the file's SHA-256 is not the expected one")
-    data = convert(data)
-    with atomic_write(path, "wb") as f:
-        f.write(data)
-
-
-def from_archive(path, repo, name, sha256):
-    """Take a split's folder of CSV files (the last part of path) out of an archive in a Hugging Face dataset.
-
-    sha256: of the rows (csv_digest), which unlike the archive's does not depend on how it was packed.
-    """
-    archive = hf_hub_download(repo, name, repo_type="dataset")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-        shutil.unpack_archive(archive, folder)
-        found = glob.glob(os.path.join(folder, "**", os.path.basename(path)), recursive=True)
-        split = next(f for f in sorted(found) if "__MACOSX" not in f)
-        if csv_digest(split) != sha256:
-            raise ValueError("the rows' SHA-256 is not the expected one")
-        os.rename(split, path)                           # the split appears whole
-
-
-def csv_digest(folder):
-    h = hashlib.sha256()
-    for path in sorted(glob.glob(os.path.join(folder, "*.csv"))):
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            h.update(json.dumps([os.path.basename(path), list(csv.reader(f))]).encode())
-    return h.hexdigest()
-
-
-def four_shots(data):
-    """chain-of-thought-hub's prompt file -> its first four examples as JSON Lines."""
-    blocks = [block.partition("\nLet's think step by step\n") for block in data.decode().split("\n\n")[:4]]
-    shots = [{"question": q.removeprefix("Question: "), "answer": a.strip()} for q, _, a in blocks]
-    if hashlib.sha256(render_shots(shots).encode()).hexdigest() != FOUR_SHOTS:
-        raise ValueError("its first four examples are not the protocol's")
-    return "".join(json.dumps(shot) + "\n" for shot in shots).encode()
-
-
-SCHOOL_MATH = "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/test.jsonl"
-HARDEST = "FranxYao/chain-of-thought-hub/main/gsm8k/lib_prompt/prompt_hardest.txt"
-HUMAN_EVAL = "openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data/HumanEval.jsonl.gz"
-HOMES = {  # where a file, or the folder of a split, comes from when it is not below --data-dir; and its SHA-256
-    "gsm8k/test.jsonl":
-        (from_url, GITHUB + SCHOOL_MATH, "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
-    "gsm8k/paper_4shot.jsonl": (from_url, GITHUB + HARDEST, None, four_shots),
-    "humaneval/HumanEval.jsonl.gz":
-        (from_url, GITHUB + HUMAN_EVAL, "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"),
-    "mmlu/dev":
-        (from_archive, "cais/mmlu", "data.tar", "09f2ee249586ba2079587107b1d69edb433f70d84b4d81084cc9391bf9959381"),
-    "mmlu/test":
-        (from_archive, "cais/mmlu", "data.tar", "576a47c310f39cec7b41ae743af815e4eb411481e2556eab8b2695bbe0cd86ac"),
-    "cmmlu/test":
-        (from_archive, "haonan-li/cmmlu", "cmmlu_v1_0_1.zip",
-         "3d3754e52e8149acd078a7fa6a3062187226d9568a5596392929ad2eda3c66c5"),
-    "ceval/val":
-        (from_archive, "ceval/ceval-exam", "ceval-exam.zip",
-         "0fa0abf440a3c8e1b6f726844369c39b277c2e66471afe3cb88646a98b7f2845"),
-}  # fmt: skip
-
-
-def locate(data_dir, name):
-    """The path of a benchmark's file or folder, downloaded if it is not there."""
-    path = os.path.join(data_dir, name)
-    if not os.path.exists(path):
-        if name not in HOMES:
-            raise InputError(f"{path}: no such file; give the folder that holds {name} as --data-dir")
-        fetch, *where = HOMES[name]
-        try:
-            fetch(path, *where)
-        except Exception as e:  # of many kinds: the network's, the hub's, the archive's, the disk's
-            reason = (str(e).splitlines() or [""])[0] or type(e).__name__
-            home = f"{where[1]} of huggingface.co/datasets/{where[0]}" if fetch is from_archive else where[0]
-            home += " (its first four examples as JSON Lines of question and answer)" if four_shots in where else ""
-            raise InputError(f"{path}: not there, and not to be downloaded ({reason}); put it there from {home}, "
-                             "or give another --data-dir") from None
-    return path
-
-
-def choice_rows(folder, suffix, header):
-    """Rows of a folder of CSV files, one per subject: question, four choices, the answer's letter."""
-    rows = []
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*" + suffix))):
-        subject = os.path.basename(path)[: -len(suffix)]
-        try:
-            with open(path, encoding="utf-8-sig", newline="") as f:
-                reader = csv.reader(f)
-                names = [n.strip() for n in next(reader, [])] if header else ["question", *LETTERS, "answer"]
-                names = [n if n in LETTERS else n.lower() for n in names]
-                if not {"question", *LETTERS, "answer"} <= set(names):
-                    raise InputError(f"{path}:1: the header is {names}; it needs question, A, B, C, D and answer")
-                for i, cells in enumerate(line for line in reader if line):
-                    row = dict(zip(names, cells))
-                    if len(cells) != len(names) or row["answer"].strip() not in tuple(LETTERS):
-                        raise InputError(f"{path}:{reader.line_num}: expected {len(names)} columns, the answer one of "
-                                         f"A, B, C, D; found {len(cells)} columns: fetch the file again")
-                    rows.append({"id": f"{subject}/{i}", "subject": subject, "question": row["question"],
-                                 "choices": {x: row[x] for x in LETTERS}, "answer": row["answer"].strip()})
-        except (OSError, UnicodeDecodeError, csv.Error) as e:
-            raise InputError(f"{path}: cannot be read: {e}; fetch it again") from None
-    if not rows:
-        raise InputError(f"{folder}: no rows in files named *{suffix}; see the layout in the README")
-    return rows
-
-
-def json_rows(path, keys):
-    """Rows of a JSON Lines file (gzipped by its suffix); every row has the keys, all strings but `reference`."""
-    if path.endswith(".gz"):
-        try:
-            with gzip.open(path, "rt", encoding="utf-8") as f:
-                rows = [(i, json.loads(line)) for i, line in enumerate(f, 1) if line.strip()]
-        except (OSError, EOFError, ValueError, zlib.error) as e:
-            raise InputError(f"{path}: not gzipped JSON Lines: {e}; fetch it again") from None
-    else:
-        rows = list(read_jsonl(path))
-    for number, row in rows:
-        for key in keys:
-            if not isinstance(row, dict) or not isinstance(row.get(key), dict if key == "reference" else str):
-                raise InputError(f"{path}:{number}: {key!r} is missing or of a wrong type; a row has {', '.join(keys)}")
-    if not rows:
-        raise InputError(f"{path}: no rows")
-    return [{"id": f"{i}", **row, "where": f"{path}:{n}"} for i, (n, row) in enumerate(rows)]
-
-
-# ---------------------------------------------------------------- the benchmarks: rows, prompts, verdicts
-
-INSTRUCTION = ("The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D "
-               "as the answer to this question.\n\n")
-
-
-def lettered(choices):
-    return "".join(f"{letter}. {text}\n" for letter, text in choices.items())
-
-
-def choice_verdict(reply, row, stem=None):
-    letter = extract_choice(reply, row["choices"], stem)
-    return letter, letter == row["answer"]
-
-
-def render_shots(shots):
-    return "".join(f"Question: {s['question']}\nLet's think step by step\n{s['answer']}\n\n" for s in shots)
-
-
-def gsm8k_rows(find):
-    rows = json_rows(find("gsm8k/test.jsonl"), ("question", "answer"))
-    shots = render_shots(json_rows(find("gsm8k/paper_4shot.jsonl"), ("question", "answer")))
-    for row in rows:
-        if last_number(row["answer"]) is None:
-            raise InputError(f"{row['where']}: the answer has no number")
-    return [{**row, "shots": shots} for row in rows]
-
-
-def gsm8k_verdict(reply, row):
-    value = last_number(reply)
-    return value, numbers_equal(value, last_number(row["answer"]))
-
-
-def humaneval_rows(find):
-    rows = json_rows(find("humaneval/HumanEval.jsonl.gz"), ("task_id", "prompt", "entry_point", "test"))
-    for row in rows:
-        # the first triple-quoted text of the prompt, as the protocol has it, also where that is a helper's
-        row["signature"] = re.search(rf"def\s+({re.escape(row['entry_point'])}.*?):\s*\n", row["prompt"])
-        row["docstring"] = re.search(r'(?:"""|\'\'\')(.*?)(?:"""|\'\'\')', row["prompt"], re.DOTALL)
-        if not (row["signature"] and row["docstring"]):
-            raise InputError(f"{row['where']}: the prompt has no definition of {row['entry_point']} or no docstring")
-    return [{**row, "id": row["task_id"]} for row in rows]
-
-
-def humaneval_prompt(row):
-    problem = "\n".join(line.strip() for line in row["docstring"].group(1).split("\n"))
-    head = f"Write a Python function `{row['signature'].group(1)}` to solve the following problem:\n"
-    return f"{head}{problem}\n{row['prompt']}"
-
-
-def humaneval_verdict(reply, row):
-    body = extract_code(reply, row["entry_point"])
-    return body, run_program(f"{row['prompt']}{body}\n{row['test']}\ncheck({row['entry_point']})")[0]
-
-
-def demo_rows(find):
-    rows = json_rows(find("demo/heldout.jsonl"), ("prompt", "reference"))
-    return [{"subject": row.get("task", ""), **row, "id": str(row["id"])} for row in rows]
-
-
-def demo_verdict(reply, row):
-    kind, value = row["reference"].get("kind"), row["reference"].get("value")
-    correct = check(kind, reply, value)
-    if correct is None:
-        raise InputError(f"{row['where']}: the reference cannot be checked; see the kinds in verify.py")
-    readers = {"number": last_number, "choice": lambda text: extract_choice(text, value["choices"]),
-               "code": lambda text: extract_program(text, value.get("entry_point"))}
-    return readers.get(kind, str.strip)(reply), correct
-
-
-# One entry per benchmark. rows(find): its questions, find(name) being the path of a file of HOMES. prompt(row): the
-# user turn. verdict(reply, row): (what was read, whether it is right). over: what the score averages over. shots, for
-# loglik: the worked examples' folder, suffix and header, the line before them for a subject, the word before a letter.
-BENCHMARKS = {
-    "demo": dict(
-        rows=demo_rows,
-        prompt=lambda row: row["prompt"],
-        verdict=demo_verdict,
-        over="questions",
-    ),
-    "gsm8k": dict(
-        rows=gsm8k_rows,
-        prompt=lambda row: f"{row['shots']}Question: {row['question']}\nLet's think step by step",
-        verdict=gsm8k_verdict,
-        over="questions",
-    ),
-    "mmlu": dict(
-        rows=lambda find: choice_rows(find("mmlu/test"), "_test.csv", header=False),
-        prompt=lambda row: f"{INSTRUCTION}{row['question']}\n{lettered(row['choices'])}",
-        verdict=choice_verdict,
-        over="questions",
-        shots=("mmlu/dev", "_dev.csv", False, "The following are multiple choice questions (with answers) about {}.",
-               "Answer:"),
-    ),
-    "cmmlu": dict(
-        rows=lambda find: choice_rows(find("cmmlu/test"), ".csv", header=True),
-        prompt=lambda row: f"{INSTRUCTION}{row['question']}\n{lettered(row['choices'])}",
-        verdict=choice_verdict,
-        over="questions",
-    ),
-    "ceval": dict(
-        rows=lambda find: choice_rows(find("ceval/val"), "_val.csv", header=True),
-        prompt=lambda row: f"{row['question']}\n\n{lettered(row['choices'])}",
-        verdict=lambda reply, row: choice_verdict(reply, row, stem=row["question"]),
-        over="subjects",
-    ),
-    "humaneval": dict(rows=humaneval_rows, prompt=humaneval_prompt, verdict=humaneval_verdict, over="questions"),
-}
-
-
-def spread(rows, limit):
-    """The first `limit` rows taken in turn from each subject (first questions first), in the order of the file."""
-    rank, taken = collections.Counter(), []
-    for i, row in enumerate(rows):
-        taken.append((rank[row.get("subject")], i))
-        rank[row.get("subject")] += 1
-    return [rows[i] for i in sorted(i for _, i in sorted(taken)[:limit])]
-
-
-# ---------------------------------------------------------------- asking a checkpoint
-
-
-def five_shot_contexts(rows, shots, find):
-    """lm-evaluation-harness's context for each row: a line on the subject, five worked examples, the question."""
-    name, suffix, header, line, word = shots
-    examples = collections.defaultdict(list)
-
-    def block(row):
-        return f"{row['question'].strip()}\n{lettered(row['choices'])}{word}"
-
-    for row in choice_rows(find(name), suffix, header):
-        examples[row["subject"]].append(f"{block(row)} {row['answer']}\n\n")
-    return [f"{line.format(row['subject'].replace('_', ' '))}\n\n{''.join(examples[row['subject']][:5])}{block(row)}"
-            for row in rows]
+# ---------------------------------------------------------------- likelihoods
 
 
 @torch.no_grad()
-def letter_logps(m, tokenizer, contexts):
-    """[log P(" A" | context), ... " D"] for each of the contexts, whose common prefix is computed once.
+def choice_logps(m, tokenizer, contexts, choices):
+    """The log-likelihoods of the choices of each of the contexts, whose common prefix is computed once.
 
-    Context and letter are encoded together and split at the context's own length, as the harness does.
+    contexts: n texts. choices: n lists of texts, each with the space before it -> n lists of sums over a choice's tokens.
+    Context and choice are encoded together and split at the context's own length, as the harness does.
     """
     starts = [len(tokenizer.encode(context)) for context in contexts]
-    wholes = [[tokenizer.encode(f"{context} {letter}") for letter in LETTERS] for context in contexts]
-    # one feed per context where " A" is a single token
-    feeds = list(dict.fromkeys(tuple(ids[:-1]) for four in wholes for ids in four))
+    wholes = [[tokenizer.encode(context + choice) for choice in some] for context, some in zip(contexts, choices)]
+    # one feed per context where every choice is a single token, as letters are
+    feeds = list(dict.fromkeys(tuple(ids[:-1]) for some in wholes for ids in some))
     longest = max(map(len, feeds))
     if longest > m.config.max_position_embeddings:
         end = m.config.max_position_embeddings
-        raise InputError(f"a five-shot prompt takes {longest} tokens; the model ends at {end}")
+        raise InputError(f"a question with its examples takes {longest} tokens; the model ends at {end}")
     shared = min(common_prefix(feeds) if len(feeds) > 1 else 0, min(starts) - 1)
     cache = KVCache(m.config, len(feeds), longest, m.compute_dtype or m.head_weight.dtype, m.device)
     if shared:
@@ -380,30 +68,156 @@ def letter_logps(m, tokenizer, contexts):
     hidden = dict(zip(feeds, m.hidden(ids, rest, cache)[0].split(rest)))                         # feed -> (tokens, C)
 
     def logp(ids, start):
-        table = m.head(hidden[tuple(ids[:-1])][start - 1 - shared:]).float().log_softmax(-1)  # (the letter's tokens, V)
+        table = m.head(hidden[tuple(ids[:-1])][start - 1 - shared:]).float().log_softmax(-1)  # (the choice's tokens, V)
         return table.gather(1, torch.tensor(ids[start:], device=m.device)[:, None]).sum().item()
 
-    return [[logp(ids, start) for ids in four] for start, four in zip(starts, wholes)]
+    return [[logp(ids, start) for ids in some] for start, some in zip(starts, wholes)]
 
 
-def ask(m, tokenizer, questions, a):
-    """Yields (index, what the checkpoint said) as each question is done. questions: the dicts of prepare()."""
+@torch.no_grad()
+def text_logp(m, tokenizer, text):
+    """(log-likelihood, tokens) of a text, every token but the first given those before it.
+
+    A text longer than the model's positions is cut into windows; each begins with the last token of the one before.
+    """
+    ids, size, total = tokenizer.encode(text), m.config.max_position_embeddings, 0.0
+    for i in range(0, len(ids) - 1, size - 1):
+        window = torch.tensor(ids[i : i + size], device=m.device)
+        total += token_logps(m.hidden(window[None])[0, :-1], m.head_weight, window[1:]).double().sum().item()
+    return total, len(ids) - 1
+
+
+# ---------------------------------------------------------------- asking a checkpoint
+
+
+def ask_likelihoods(m, tokenizer, questions, batch_size):
+    """Yields (index, record) of questions under --protocol loglik."""
+    def topic(i):
+        return questions[i]["task"], questions[i]["row"].get("subject")
+
+    for (task, _), group in itertools.groupby(range(len(questions)), key=topic):
+        group, by = list(group), BENCHMARKS[task]["by"]
+        texts = {i: questions[i]["messages"][0]["content"] for i in group}
+        sizes = {i: len(tokenizer.encode(texts[i])) for i in group}
+        if by == "whole":
+            for i in group:
+                logp, tokens = text_logp(m, tokenizer, texts[i])
+                yield i, {"reply": "", "logp": logp, "prompt_tokens": tokens}
+            continue
+        # letters: the questions of a subject share its examples; texts: the choices of one question share its context
+        step = min(batch_size, max(1, CACHE_TOKENS // max(sizes.values()))) if by == "letter" else 1
+        for part in (group[i : i + step] for i in range(0, len(group), step)):
+            choices = [questions[i]["choices"] for i in part]
+            for i, some, logps in zip(part, choices, choice_logps(m, tokenizer, [texts[i] for i in part], choices)):
+                best = max(range(len(some)), key=logps.__getitem__)
+                yield i, {"reply": some[best].strip(), "logps": logps, "prompt_tokens": sizes[i]}
+
+
+def ask(m, tokenizer, questions, limits, a):
+    """Yields (index, record) as each question is done. questions: the dicts of prepare(), of any tasks.
+
+    limits: {task: most new tokens of a reply}.
+    """
     if a.protocol == "loglik":
-        for _, group in itertools.groupby(range(len(questions)), key=lambda i: questions[i]["row"]["subject"]):
-            group = list(group)
-            for part in (group[i : i + a.batch_size] for i in range(0, len(group), a.batch_size)):
-                contexts = [questions[i]["messages"][0]["content"] for i in part]
-                for i, logps in zip(part, letter_logps(m, tokenizer, contexts)):
-                    yield i, {"reply": LETTERS[max(range(4), key=logps.__getitem__)], "logps": logps}
+        yield from ask_likelihoods(m, tokenizer, questions, a.batch_size)
         return
-    prompts = [q["messages"] for q in questions]
-    room = m.config.max_position_embeddings - max(len(tokenizer.prompt_ids(p)) for p in prompts)
-    most = max(1, min(a.max_new_tokens, room))           # without room for any reply, generate says so
-    for i, reply, finish in generate_iter(m, tokenizer, prompts, max_new_tokens=most, batch_size=a.batch_size):
-        yield i, {"reply": reply, "finish_reason": finish}
+    for most in sorted(set(limits.values())):            # one round, unless the model's positions cut a task's replies
+        # asked together: rows of all tasks share the batches, so that the last long reply is waited for once
+        some = [i for i, q in enumerate(questions) if limits[q["task"]] == most]
+        prompts = [questions[i]["messages"] for i in some]
+        for j, reply, finish in generate_iter(m, tokenizer, prompts, max_new_tokens=most, batch_size=a.batch_size):
+            yield some[j], {"reply": reply, "finish_reason": finish, "prompt_tokens": len(tokenizer.prompt_ids(prompts[j])),
+                            "reply_tokens": len(tokenizer.encode(reply))}  # fmt: skip
 
 
-# ---------------------------------------------------------------- the table
+def collect(a, names, work, rank=0, world=1, device="cpu"):
+    """Asks each checkpoint what OUT does not hold yet -> {name: {task: [record of each question]}}.
+
+    Of several ranks each asks every world-th question and writes a file of its own; what is returned is complete on all.
+    """
+    replies, log = open_replies(a.out, rank)
+    keys = {}                                            # (name, task): the key of each of its questions
+    for source, name in zip(a.ckpt, names):
+        ckpt = Checkpoint(source)
+        tokenizer, fingerprint, limits = Tokenizer(ckpt), ckpt.fingerprint(), {}
+        for task, questions in work.items():
+            settings = [fingerprint, sorted(tokenizer.stop_ids), task, a.protocol, a.dtype, a.max_new_tokens]
+            keys[name, task] = [hashlib.sha256(json.dumps([*settings, q["messages"], *q["also"]]).encode()).hexdigest()
+                                for q in questions]  # fmt: skip
+        todo = {key: q for task in work for key, q in zip(keys[name, task], work[task]) if key not in replies}
+        todo = dict(list(todo.items())[rank::world])
+        if todo:
+            m = Qwen2.from_pretrained(ckpt, {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype], device)
+            for task in work if a.protocol == "paper" else ():  # of all its questions: a resumed run has the same limit
+                longest = max(len(tokenizer.prompt_ids(q["messages"])) for q in work[task])
+                room = m.config.max_position_embeddings - longest     # where there is none, generate says so
+                limits[task] = max(1, min(a.max_new_tokens, room))
+            order, hidden = list(todo), True if rank else None  # None: hidden where there is no terminal
+            asked = ask(m, tokenizer, list(todo.values()), limits, a)
+            for i, record in tqdm(asked, name, total=len(todo), unit="reply", disable=hidden):
+                key, q = order[i], todo[order[i]]
+                replies[key] = record
+                line = {"key": key, "checkpoint": name, "task": q["task"], "id": q["row"]["id"], **record}
+                log.write(json.dumps(line, ensure_ascii=False) + "\n")
+                log.flush()
+            del m
+            gc.collect()
+    log.close()
+    if world > 1:
+        dist.barrier()
+        replies = open_replies(a.out, rank, append=False)
+    return {name: {task: [replies[key] for key in keys[name, task]] for task in work} for name in names}
+
+
+def recall(a, names, work):
+    """What OUT holds of each checkpoint, by its name and the questions' ids, the latest of several -> as collect()."""
+    latest = {}
+    for _, line in sorted(all_replies(a.out), key=lambda pair: pair[0]):
+        protocol = "loglik" if "logps" in line or "logp" in line else "paper"
+        latest[line.get("checkpoint"), line.get("task"), line.get("id"), protocol] = line
+    said = {}
+    for name in names:
+        for task, questions in work.items():
+            found = [latest.get((name, task, q["row"]["id"], a.protocol)) for q in questions]
+            if None in found:
+                raise InputError(f"{a.out}/replies.jsonl: {found.count(None)} of the {len(found)} replies of {name} to "
+                                 f"{task} ({a.protocol}) are missing; without --rescore they are asked for")
+            said.setdefault(name, {})[task] = found
+    return said
+
+
+# ---------------------------------------------------------------- reading and summing up
+
+
+def read(q, record):
+    """A question and its record -> (what was read, the verdict, {metric: value}, confidence in the choice or None)."""
+    bench = BENCHMARKS[q["task"]]
+    if "logps" in record:
+        return choice_scores(record["logps"], q["row"], bench["by"], bench.get("mass"))
+    if "logp" in record:
+        nll, tokens, size = -record["logp"], record["prompt_tokens"], len(q["row"]["text"].encode())
+        metrics = {"nll_per_token": (nll, tokens), "bits_per_byte": (nll / math.log(2), size)}
+        return None, math.exp(-nll / max(1, tokens)), metrics, None
+    extracted, correct, *metrics = bench["verdict"](record["reply"], q["row"])
+    return extracted, correct, metrics[0] if metrics else {}, None
+
+
+def average_metric(values):
+    """Values of a metric, one a question: numbers, lists (several verdicts a question) or (numerator, denominator)."""
+    pairs = [v if isinstance(v, tuple) else (sum(v), len(v)) if isinstance(v, list) else (v, 1) for v in values]
+    score, stderr = ratio_stderr(*zip(*pairs))
+    return {"score": score, "stderr": stderr}
+
+
+def summarise(verdicts, subjects, over, first=None):
+    """Score, standard error, n; against the first checkpoint's verdicts also the paired comparison."""
+    subjects = subjects if over == "subjects" else None
+    x = [float(v) for v in verdicts]
+    score, stderr = subjects_mean_stderr(x, subjects) if subjects else mean_stderr(x)
+    cell = {"score": score, "stderr": stderr, "n": len(verdicts)}
+    if first is not None:
+        cell["vs_first"] = compare(first, verdicts, subjects)
+    return cell
 
 
 def checkpoint_names(sources):
@@ -415,26 +229,21 @@ def checkpoint_names(sources):
     return names
 
 
-def summarise(verdicts, subjects, over, first=None):
-    """Score, standard error, n; against the first checkpoint's verdicts also the paired difference and its p-value."""
-    def average(x):
-        return subjects_mean_stderr(x, subjects) if over == "subjects" else mean_stderr(x)
-
-    score, stderr = average([float(v) for v in verdicts])
-    cell = {"score": score, "stderr": stderr, "n": len(verdicts)}
-    if first is not None:
-        difference, error = average([float(v) - float(w) for v, w in zip(verdicts, first, strict=True)])
-        cell["vs_first"] = {"difference": difference, "stderr": error, "p": mcnemar(verdicts, first)}
-    return cell
+def correct_for_many(results):
+    """Adds to each comparison its p-value corrected for all comparisons of the table, and what it could have shown."""
+    pairs = [cell["vs_first"] for cells in results.values() for cell in cells.values() if "vs_first" in cell]
+    for versus, p in zip(pairs, holm([versus["p"] for versus in pairs])):
+        versus["p_holm"] = p
+        versus["smallest"] = versus["stderr"] and POWER * versus["stderr"]
 
 
 def table(results):
-    """results.json's content as a Markdown table in percent; the first row is what the others are compared with."""
+    """results.json's content as Markdown, in percent; the first row is what the others are compared with."""
     def text(cell):
         error = "?" if cell["stderr"] is None else f"{100 * cell['stderr']:.1f}"
         versus = cell.get("vs_first")
         return f"{100 * cell['score']:.1f} ± {error}" + (
-            f" ({100 * versus['difference']:+.1f}, p = {versus['p']:.2g})" if versus else "")
+            f" ({100 * versus['difference']:+.1f}, p = {versus['p_holm']:.2g})" if versus else "")
 
     first = next(iter(results))
     head = [f"{task} ({cell['protocol']}, n = {cell['n']})" for task, cell in results[first].items()]
@@ -442,116 +251,230 @@ def table(results):
     lines += [[name, *(text(cell) for cell in cells.values())] for name, cells in results.items()]
     note = "Percent ± one standard error"
     if len(results) > 1:
-        note += f"; in brackets the difference to {first} on the same questions and its exact McNemar p-value"
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{note}.\n"
+        m = (len(results) - 1) * len(head)
+        note += (f"; in brackets the difference to {first} on the same questions and its p-value (exact McNemar test, or "
+                 f"paired bootstrap for scores that are no yes or no or average over subjects), corrected by Holm for {m} "
+                 f"comparison{'s' * (m > 1)}")
+    rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "\n".join([rows, f"{note}.\n", *in_words(results), *metric_lines(results)])
+
+
+def in_words(results):
+    """Which differences are more than noise, which are not, and how small a one these questions could have shown."""
+    first, *others = results
+    real, noise, power = [], [], []
+    for task in results[first]:
+        pairs = {name: results[name][task]["vs_first"] for name in others}
+        for name, versus in pairs.items():
+            low, high = versus["interval"]
+            (real if versus["p_holm"] < 0.05 else noise).append(
+                f"{name} on {task} ({100 * versus['difference']:+.1f}, 95% interval {100 * low:+.1f} to {100 * high:+.1f})")
+        smallest = max((versus["smallest"] or 0.0 for versus in pairs.values()), default=0.0)
+        if smallest:
+            power.append(f"{100 * smallest:.1f} on {task} (n = {results[first][task]['n']})")
+    lines = [f"More than noise, against {first}: {'; '.join(real)}.\n"] if real else []
+    lines += [f"Noise, as far as these questions can tell: {'; '.join(noise)}.\n"] if noise else []
+    if power:
+        lines.append("Smallest true difference, in points, that would show at p < 0.05 (uncorrected) in four of five such "
+                     f"evaluations: {'; '.join(power)}.\n")
+    return lines
+
+
+def metric_lines(results):
+    """The other figures of a task, and its calibration, a line each."""
+    lines = []
+    for name, cells in results.items():
+        for task, cell in cells.items():
+            parts = [f"{metric} {value['score']:.4g}" + ("" if value["stderr"] is None else f" ± {value['stderr']:.2g}")
+                     for metric, value in cell.get("metrics", {}).items()]  # fmt: skip
+            if "calibration" in cell:
+                parts.append(f"expected calibration error {cell['calibration']['ece']:.3f}")
+            if parts:
+                lines.append(f"- {name}, {task}: {', '.join(parts)}")
+    return ["\n".join(["Further figures:", *lines]) + "\n"] if lines else []
 
 
 # ---------------------------------------------------------------- the run
 
 
-def prepare(task, a):
-    """The questions of a task: [{"row", "messages"}]. Refuses whatever can be refused before anything is run."""
+def spread(rows, limit):
+    """The first `limit` rows taken in turn from each subject (first questions first), in the order of the file."""
+    rank, taken = collections.Counter(), []
+    for i, row in enumerate(rows):
+        taken.append((rank[row.get("subject")], i))
+        rank[row.get("subject")] += 1
+    return [rows[i] for i in sorted(i for _, i in sorted(taken)[:limit])]
+
+
+def prepare(task, a, judged=False):
+    """The questions of a task: [{"task", "row", "messages", "choices", "also"}]. Refuses whatever can be refused before
+    anything is run. judged: the replies are for a judge, so a task needs no verdict of its own."""
     if task not in BENCHMARKS:
         raise InputError(f"--tasks: unknown task {task!r}; known are {', '.join(BENCHMARKS)}")
-    bench = BENCHMARKS[task]
-    if a.protocol == "loglik" and "shots" not in bench:
-        able = ", ".join(name for name, b in BENCHMARKS.items() if "shots" in b)
-        raise InputError(f"--protocol loglik is not implemented for {task}, only for {able}; use --protocol paper")
+    bench, part = BENCHMARKS[task], "prompt" if a.protocol == "paper" else "contexts"
+    if part not in bench:
+        able = ", ".join(name for name, b in BENCHMARKS.items() if part in b)
+        raise InputError(f"--protocol {a.protocol} is not implemented for {task}, only for {able}; use another --protocol")
+    if a.protocol == "paper" and "verdict" not in bench and not judged:
+        raise InputError(f"{task} has no right answers; let a teacher judge: python judge.py --tasks {task}")
     closed = InputError(f"{task} runs programs that the checkpoints write; allow that with --allow-code-execution")
-    if task == "humaneval" and not a.allow_code_execution:
+    if bench.get("runs_code") and not a.allow_code_execution:
         raise closed
     find = functools.partial(locate, a.data_dir)
     rows = bench["rows"](find)
     rows = spread(rows, a.limit or len(rows))
-    if any(row.get("reference", {}).get("kind") == "code" for row in rows) and not a.allow_code_execution:
+    if any(row.get("reference", {}).get("kind") == "code" for row in rows) and not a.allow_code_execution and not judged:
         raise closed
-    turns = map(bench["prompt"], rows) if a.protocol == "paper" else five_shot_contexts(rows, bench["shots"], find)
-    return [{"row": row, "messages": [{"role": "user", "content": turn}]} for row, turn in zip(rows, turns)]
+    turns = [bench["prompt"](row) for row in rows] if a.protocol == "paper" else bench["contexts"](rows, find)
+    questions = []
+    for row, turn in zip(rows, turns, strict=True):
+        choices = row.get("choices", {})
+        choices = [f" {x}" for x in (choices.values() if bench.get("by") == "text" else choices)]
+        also = [choices] if a.protocol == "loglik" and bench["by"] == "text" else []  # what else its key depends on
+        questions.append({"task": task, "row": row, "messages": [{"role": "user", "content": turn}], "choices": choices,
+                          "also": also})  # fmt: skip
+    return questions
 
 
-def open_replies(out):
-    """OUT/replies.jsonl -> ({key: what was said}, the file to append to). A line that was cut short is passed over."""
-    path, replies = os.path.join(out, "replies.jsonl"), {}
+def all_replies(out):
+    """Yields (file's time, record) of each whole line in OUT/replies*.jsonl."""
+    for path in sorted(glob.glob(os.path.join(glob.escape(out), "replies*.jsonl"))):
+        with open(path, encoding="utf-8", errors="replace") as f:
+            for line in f:
+                with contextlib.suppress(ValueError, TypeError):  # a line that was cut short is passed over
+                    record = json.loads(line)
+                    if "key" in record and "reply" in record:
+                        yield os.path.getmtime(path), record
+
+
+def open_replies(out, rank=0, append=True):
+    """OUT/replies*.jsonl -> {key: record}, and the file that this rank appends to."""
+    path = os.path.join(out, f"replies.rank{rank}.jsonl" if rank else "replies.jsonl")
     try:
         os.makedirs(out, exist_ok=True)
-        log = open(path, "a+", encoding="utf-8", errors="replace")
+        replies = {record["key"]: record for _, record in all_replies(out)}
+        if not append:
+            return replies
+        log = open(path, "a+b")
+        if log.tell():
+            log.seek(-1, os.SEEK_END)
+            if log.read(1) != b"\n":
+                log.write(b"\n")
+        return replies, open(path, "a", encoding="utf-8")
     except OSError as e:
         raise InputError(f"{path}: cannot be written: {e.strerror}; give another --out") from None
-    log.seek(0)
-    line = "\n"
-    for line in log:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            record = json.loads(line)
-            replies[record["key"]] = record
-    if not line.endswith("\n"):
-        log.write("\n")
-    return replies, log
 
 
-def main():
-    describe = {"description": __doc__.split("\n\n")[0], "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    p = argparse.ArgumentParser(**describe)
-    p.add_argument("--ckpt", nargs="+", required=True, help="hub ids, directories, .pt files; first the baseline")
-    p.add_argument("--out", required=True, help="directory of results.json, results.md, samples.jsonl")
+def differences(argv):
+    """eval.py compare A B: the questions that one of two checkpoints answered better, with both replies."""
+    p = argparse.ArgumentParser(prog="eval.py compare", description=differences.__doc__)
+    p.add_argument("names", nargs=2, help="names of two checkpoints, as the table has them")
+    p.add_argument("--out", required=True, help="directory of an evaluation, which holds samples.jsonl")
+    a = p.parse_args(argv)
+    samples, path = {}, os.path.join(a.out, "samples.jsonl")
+    for number, s in read_jsonl(path):
+        try:
+            samples[s["checkpoint"], s["task"], s["id"]] = s
+        except KeyError as e:
+            raise InputError(f"{path}:{number}: no {e}; run the evaluation again") from None
+    known = list(dict.fromkeys(name for name, _, _ in samples))
+    for name in a.names:
+        if name not in known:
+            raise InputError(f"{path}: no checkpoint {name!r}; it holds {', '.join(known)}")
+    text, count = "", collections.defaultdict(lambda: [0, 0, 0])  # per task: A better, B better, n
+    for (name, task, id), s in samples.items():
+        t = samples.get((a.names[1], task, id))
+        if name != a.names[0] or t is None:
+            continue
+        count[task][2] += 1
+        if s["correct"] != t["correct"]:
+            count[task][s["correct"] < t["correct"]] += 1
+            text += f"## {task} {id}\n\n{s['prompt'][-1]['content']}\n\n"
+            for x in (s, t):
+                text += f"### {x['checkpoint']}: {float(x['correct']):g}, read as {x['extracted']!r}\n\n{x['reply']}\n\n"
+    lines = [f"{task}: {a.names[0]} better on {x}, {a.names[1]} on {y}, of {n} questions"
+             for task, (x, y, n) in count.items()]  # fmt: skip
+    path = os.path.join(a.out, "-vs-".join(name.strip("/").replace("/", "_") for name in a.names) + ".md")
+    with atomic_write(path) as f:
+        f.write(f"# {a.names[0]} and {a.names[1]}\n\n" + "\n".join(f"- {line}" for line in lines) + f"\n\n{text}")
+    print("\n".join(lines) + f"\nBoth replies to each of them are in {path}")
+
+
+def add_flags(p):
+    """Of eval.py and judge.py."""
+    p.add_argument("--out", required=True, help="directory of everything that is written")
     # questions
     p.add_argument("--tasks", nargs="+", required=True, help=f"of {', '.join(BENCHMARKS)}")
     p.add_argument("--data-dir", default="data", help="where the benchmarks lie, or are downloaded to")
     p.add_argument("--limit", type=at_least(1), help="questions per task, in turn from its subjects; default all")
-    p.add_argument("--protocol", choices=["paper", "loglik"], default="paper", help="chat, or 5-shot letters")
-    p.add_argument("--allow-code-execution", action="store_true", help="run what the checkpoints write, in a sandbox")
     # generation
     p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no reply")
     # machine
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and computation")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+
+
+def main():
+    if sys.argv[1:2] == ["compare"]:
+        return differences(sys.argv[2:])
+    describe = {"description": __doc__.split("\n\n")[0], "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    p = argparse.ArgumentParser(**describe)
+    p.add_argument("--ckpt", nargs="+", required=True, help="hub ids, directories, .pt files; first the baseline")
+    p.add_argument("--protocol", choices=["paper", "loglik"], default="paper", help="chat, or likelihoods of the choices")
+    p.add_argument("--allow-code-execution", action="store_true", help="run what the checkpoints write, in a sandbox")
+    p.add_argument("--rescore", action="store_true", help="read the replies in OUT again; no checkpoint is opened")
+    add_flags(p)
     a = p.parse_args()
     names = checkpoint_names(a.ckpt)
     work = {task: prepare(task, a) for task in dict.fromkeys(a.tasks)}
-    for source in a.ckpt:
-        Tokenizer(Checkpoint(source))                    # a broken one is better known now than in an hour
-    for task, questions in work.items():
-        subjects = len({q["row"].get("subject") for q in questions})
-        print(f"{task}: {len(questions)} questions" + (f", {subjects} subjects" if subjects > 1 else ""), flush=True)
-
-    replies, log = open_replies(a.out)
-    results, samples, first = {}, [], {}
-    for source, name in zip(a.ckpt, names):
-        ckpt, m = Checkpoint(source), None               # m: loaded when there is something to ask; one in memory
-        tokenizer, fingerprint, results[name] = Tokenizer(ckpt), ckpt.fingerprint(), {}
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and a.device == "cuda" else a.device
+    if world > 1:                                        # for one barrier: a rank may wait long for another
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    if rank == 0:
         for task, questions in work.items():
-            settings = [fingerprint, sorted(tokenizer.stop_ids), task, a.protocol, a.dtype, a.max_new_tokens]
-            keys = [hashlib.sha256(json.dumps([*settings, q["messages"]]).encode()).hexdigest() for q in questions]
-            todo = [i for i, key in enumerate(keys) if key not in replies]
-            if todo and m is None:
-                m = Qwen2.from_pretrained(ckpt, {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype], a.device)
-            asked = ask(m, tokenizer, [questions[i] for i in todo], a) if todo else ()
-            for j, record in tqdm(asked, f"{name} {task}", total=len(todo), disable=None):
-                i = todo[j]
-                replies[keys[i]] = record
-                line = {"key": keys[i], "checkpoint": name, "task": task, "id": questions[i]["row"]["id"], **record}
-                log.write(json.dumps(line, ensure_ascii=False) + "\n")
-                log.flush()
+            subjects = len({q["row"].get("subject") for q in questions})
+            print(f"{task}: {len(questions)} questions" + (f", {subjects} subjects" if subjects > 1 else ""), flush=True)
+    if a.rescore:
+        said = recall(a, names, work)
+    else:
+        for source in a.ckpt:
+            Tokenizer(Checkpoint(source))                # a broken one is better known now than in an hour
+        said = collect(a, names, work, rank, world, device)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank:
+        return
 
-            verdicts, cut = [], 0                        # always anew, also for earlier replies: reading is cheap
-            for key, q in zip(tqdm(keys, f"{name} {task}: verdicts", disable=None, leave=False), questions):
-                row = q["row"]
-                said = {k: v for k, v in replies[key].items() if k in ("reply", "finish_reason", "logps")}
-                if a.protocol == "loglik":
-                    extracted, correct = said["reply"], said["reply"] == row["answer"]
-                else:
-                    extracted, correct = BENCHMARKS[task]["verdict"](said["reply"], row)
+    results, samples, first = {name: {} for name in names}, [], {}
+    for name in names:
+        for task, questions in work.items():
+            verdicts, confidences, metrics, cut = [], [], collections.defaultdict(list), 0
+            label = f"{name} {task}: verdicts"           # always anew, also for earlier replies: reading is cheap
+            for record, q in zip(tqdm(said[name][task], label, disable=None, leave=False), questions):
+                extracted, correct, more, confidence = read(q, record)
                 verdicts.append(correct)
-                cut += said.get("finish_reason") == "length"
-                samples.append({"checkpoint": name, "task": task, "id": row["id"], "prompt": q["messages"], **said,
+                confidences.append(confidence)
+                for metric, value in more.items():
+                    metrics[metric].append(value)
+                cut += record.get("finish_reason") == "length"
+                kept = {k: v for k, v in record.items() if k not in ("key", "checkpoint", "task", "id")}
+                samples.append({"checkpoint": name, "task": task, "id": q["row"]["id"], "prompt": q["messages"], **kept,
                                 "extracted": extracted, "correct": correct, "protocol": a.protocol})
             subjects = [q["row"].get("subject") for q in questions]
             cell = summarise(verdicts, subjects, BENCHMARKS[task]["over"], first.get(task))
-            results[name][task] = {**cell, "protocol": a.protocol, "cut_short": cut}
+            cell |= {"protocol": a.protocol, "cut_short": cut}
+            if metrics:
+                cell["metrics"] = {metric: average_metric(values) for metric, values in metrics.items()}
+            if "nll_per_token" in metrics:
+                nll, error = cell["metrics"]["nll_per_token"].values()
+                cell["metrics"]["perplexity"] = {"score": math.exp(nll), "stderr": error and math.exp(nll) * error}
+            if None not in confidences:
+                cell["calibration"] = calibration(confidences, verdicts)
+            results[name][task] = cell
             first.setdefault(task, verdicts)
-        del m
-        gc.collect()
-    log.close()
+    correct_for_many(results)
 
     with atomic_write(os.path.join(a.out, "samples.jsonl")) as f:
         f.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)

@@ -2,130 +2,78 @@
 
     python merge.py --method linear --models sft.pt:0.05 kto.pt:0.95 --out fused
     python merge.py --method ties --base base --models sft kto --density 0.2 --out fused.pt
+    python merge.py search --help                                # weights that do best on held-out data
 
 Without --base, config and tokenizer are the first model's, else the base's. The numbers are those of mergekit 0.1.5;
-`--method ties --trim global` is TIES as its authors' own code defines it.
+`--method ties --trim global` is TIES as its authors' own code defines it, `--rescale density` DARE as its paper does.
 """
 
 import argparse
+import collections
+import contextlib
+import ctypes
 import hashlib
+import itertools
 import json
 import math
+import mmap
 import os
+import re
+import shutil
 import sys
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from model import Checkpoint, InputError, cli, parse_config, write_checkpoint
-
-CHUNK = 2**20  # elements worked on at once: intermediate results stay small, whatever the size of a tensor
+import fusion
+from loop import at_least
+from model import (
+    Checkpoint,
+    InputError,
+    atomic_write,
+    cli,
+    parse_config,
+    write_checkpoint,
+    write_safetensors,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The methods. A delta is (a model's tensor - the base's), all in fp32; the result is base + lambda * (one of the three
-# merges of deltas). deltas: (n, m), n models by m elements; weights: (n,).
+# Tensor by tensor
 
 
-def linear(tensors, weights, normalize=True):
-    """sum_i w_i x_i, over sum_i w_i with normalize (arXiv 2203.05482). tensors: n of one shape, taken one by one."""
-    total = None
-    for x, w in zip(tensors, weights):
-        total = torch.zeros_like(x) if total is None else total
-        total.add_(x, alpha=float(w))  # not total += w * x, which rounds twice
-    return total.div_(weights.sum()) if normalize else total
+def flat_inputs(name, base, models):
+    """The tensor of the reference (the base, else the first model) and those of the models, flat and as stored: a
+    tensor of a mapped file is not read before it is used. -> (reference, [tensor] * n, the reference's shape)."""
+    reference = (base or models[0]).tensor(name)
+    tensors = []
+    for x in (m.tensor(name) for m in models):
+        if x.shape != reference.shape:  # --resize: a row that the model lacks is the reference's own, so it does not move
+            x = torch.cat([x, reference[len(x) :]])[: len(reference)]
+        tensors.append(x.reshape(-1))
+    return reference.reshape(-1), tensors, reference.shape
 
 
-def slerp(a, b, t):
-    """From a (t = 0) to b (t = 1) along the arc of the angle between them, as flat vectors (doi 10.1145/325165.325242).
-
-    sin((1-t) theta) / sin(theta) a + sin(t theta) / sin(theta) b. Above |cos theta| = 0.9995, which fine-tunes of one
-    base always are, the straight line takes its place, as in mergekit.
-    """
-
-    def dot(x, y):  # in fp64: in fp32 the rounding of a long sum would move the angle
-        return sum(float(p.double() @ q.double()) for p, q in zip(x.view(-1).split(CHUNK), y.view(-1).split(CHUNK)))
-
-    norms = [math.sqrt(dot(x, x)) for x in (a, b)]
-    norms = [n if n > 1e-8 else 1.0 for n in norms]  # a vector of zeros is at right angles to everything
-    cosine = max(-1.0, min(1.0, dot(a, b) / (norms[0] * norms[1])))
-    if abs(cosine) > 0.9995:
-        at_a, at_b = 1 - t, t
-    else:
-        theta = math.acos(cosine)
-        at_a, at_b = math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
-    return (a * at_a).add_(b * at_b)
+def cut(n):
+    """The slices of n elements, fusion.CHUNK at a time."""
+    return [slice(i, min(i + fusion.CHUNK, n)) for i in range(0, n, fusion.CHUNK)]
 
 
-def task_arithmetic(deltas, weights, normalize=False):
-    """sum_i w_i delta_i, over sum_i w_i with normalize (arXiv 2212.04089). (n, m), (n,) -> (m,)."""
-    total = (deltas * weights[:, None]).sum(0)
-    return total.div_(weights.sum()) if normalize else total
-
-
-def kth_largest(stream, k):
-    """The k-th largest magnitude (k >= 1), exactly, of all the fp32 tensors that stream() yields; it is called twice.
-
-    The bits of a non-negative float order as integers do. The first pass counts how many elements fall into each of the
-    2^15 values of the upper half of the bits, the second splits the one bucket that holds the k-th by the lower half.
-    """
-    bits = lambda: (p.abs().view(torch.int32) for x in stream() for p in x.reshape(-1).split(CHUNK))
-    upper, above = locate(sum(torch.bincount(b >> 16, minlength=2**15) for b in bits()), k)
-    in_bucket = (b[b >> 16 == upper] & 0xFFFF for b in bits())
-    lower, _ = locate(sum(torch.bincount(b, minlength=2**16) for b in in_bucket), k - above)
-    return torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32).item()
-
-
-def locate(counts, k):
-    """The bin that holds the k-th element counted from the top, and how many lie above that bin."""
-    from_top = counts.flip(0).cumsum(0)
-    i = int(torch.searchsorted(from_top, k))
-    return len(counts) - 1 - i, int(from_top[i] - counts.flip(0)[i])
-
-
-def trim_tensor(delta, density):
-    """TIES step 1 as in mergekit: the max(1, int(density n)) largest of this tensor stay, of equal ones the first."""
+def keep_mask(magnitudes, shape, density, args, generator):
+    """The elements of one delta that stay, as a mask (m,); None where all do. shape: the tensor's, m its elements."""
     if density >= 1:
-        return delta
-    k = max(1, int(density * delta.numel()))
-    threshold = kth_largest(lambda: [delta], k)
-    size = delta.abs()
-    keep = size > threshold
-    if threshold > 0:
-        ties = (size == threshold).view(-1).nonzero()[: k - int(keep.sum()), 0]
-        keep.view(-1)[ties] = True
-    return delta.masked_fill_(~keep, 0)
-
-
-def elect_sign(deltas, how="sum", zero_sign=1):
-    """TIES step 2: the sign of the sum, or count of signs, over the models. (n, m) -> (m,); zero_sign where it is 0."""
-    votes = (deltas if how == "sum" else deltas.sign()).sum(0).sign()
-    return votes.masked_fill_(votes == 0, zero_sign)
-
-
-def ties(deltas, weights, how="sum", zero_sign=1, normalize=True):
-    """TIES steps 2 and 3 on trimmed deltas (arXiv 2306.01708, Algorithm 1): the weighted mean of those that agree with
-    the elected sign; their sum without normalize. (n, m), (n,) -> (m,)."""
-    deltas = deltas * weights[:, None]
-    agree = deltas.sign() == elect_sign(deltas, how, zero_sign)  # a trimmed element has sign 0 and never agrees
-    total = (deltas * agree).sum(0)
-    if normalize:
-        share = (weights[:, None] * agree).sum(0)
-        total /= share.masked_fill_(share == 0, 1)
-    return total
-
-
-def dare(delta, density, generator):
-    """DARE (arXiv 2311.03099): each element stays with probability density. What stays is rescaled to the L1 norm that
-    the delta had, as mergekit does; the paper's factor 1/density is its expectation."""
-    if density >= 1:
-        return delta
-    kept = delta * (torch.rand(delta.shape, generator=generator) < density)
-    # The norms are summed in fp64, so that the result does not depend on the number of threads.
-    norm = lambda x: sum(float(p.abs().sum(dtype=torch.float64)) for p in x.view(-1).split(CHUNK))
-    before, after = norm(delta), norm(kept)
-    return kept if min(before, after) < 1e-7 else kept.mul_(before / after)
+        return None
+    if args.method == "ties":  # of each tensor, as in mergekit: max(1, int(density m))
+        return fusion.largest(magnitudes, max(1, int(density * math.prod(shape))))
+    if args.method.startswith("breadcrumbs"):
+        return fusion.middle(magnitudes, density, args.gamma)
+    if args.method.startswith("della"):
+        return fusion.magprune(magnitudes().view(-1, shape[-1]), density, args.epsilon, generator).view(-1)
+    return torch.rand(math.prod(shape), generator=generator) < density  # DARE (arXiv 2311.03099)
 
 
 def mask_generator(seed, name, i):
@@ -134,18 +82,174 @@ def mask_generator(seed, name, i):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def magnitudes_of(x, reference, out=None):
+    """|x - reference| in fp32, (m,), in out where that is given."""
+    size = torch.empty(len(x)) if out is None else out
+    for s in cut(len(x)):
+        torch.sub(x[s].float(), reference[s].float(), out=size[s]).abs_()
+    return size
+
+
+def release(t):
+    """Takes a tensor that was read from a mapped file out of this process's memory; the next use reads it again."""
+    if sys.platform == "linux":
+        start = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: others may need the rest
+        size = (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if size > 0:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+def fingerprint(c):
+    """c.fingerprint(), but each tensor is released when it is hashed: the memory does not grow with the file."""
+    held = []
+
+    def tensor(name):
+        for t in held:
+            release(t)
+        held[:] = [c.tensor(name)]
+        return held[0]
+
+    return Checkpoint.fingerprint(types.SimpleNamespace(**vars(c), tensor=tensor))
+
+
+def weights_of(name, args):
+    """The models' weights for one tensor, (n,): of the patterns that match its name the last one's, else --models'."""
+    own = [w for pattern, w in args.weights_for if fnmatchcase(f".{name}", f"*.{pattern}")]
+    return torch.tensor(own[-1] if own else args.weights)
+
+
+def global_trim(args, base, models):
+    """What --trim global must know before the first tensor: each model's threshold over its whole delta, and the sign
+    for elements whose votes cancel, which is the majority over all parameters. -> ([float] * n, +1 or -1).
+
+    The authors keep what is >= the (d - int(d K))-th smallest magnitude: int(d K) + 1 elements, and all its equals.
+    """
+    d, total = sum(math.prod(base.shape(name)) for name in base.names), 0
+    bar = lambda title: tqdm(base.names, title, disable=None, leave=False)
+
+    def stream(i):
+        for name in bar("threshold"):
+            reference, xs, _ = flat_inputs(name, base, models)
+            yield magnitudes_of(xs[i], reference)
+
+    kept = [int(d * density) for density in args.densities]
+    thresholds = [0.0 if k >= d else fusion.kth_largest(partial(stream, i), k + 1) for i, k in enumerate(kept)]
+    for name in bar("majority sign"):
+        reference, xs, _ = flat_inputs(name, base, models)
+        for s in cut(len(reference)):
+            deltas = torch.stack([x[s].float() for x in xs]) - reference[s].float()
+            deltas *= (deltas.abs() >= torch.tensor(thresholds)[:, None]) * weights_of(name, args)[:, None]
+            total += int(fusion.elect_sign(deltas, args.sign, 0).sum(dtype=torch.float64))
+    return thresholds, 1 if total > 0 else -1  # a majority of zero counts as negative in the authors' code
+
+
+def merged_tensor(name, args, base, models, trim, dtype):
+    """One tensor of the result, in dtype. trim: global_trim's, or None. -> (tensor, the number of elements that differ
+    from the reference in fp32, the number of those that rounding to dtype made equal to it)."""
+    reference, xs, shape = flat_inputs(name, base, models)
+    if not reference.dtype.is_floating_point:
+        if any(not torch.equal(x, reference) for x in xs):
+            raise InputError(f"{name}: {reference.dtype} and not the same in all inputs; only floats are merged")
+        return reference.view(shape), 0, 0
+    weights, masks, scales = weights_of(name, args), [None] * len(xs), [1.0] * len(xs)
+    if args.method == "slerp":
+        at = fusion.slerp_weights(*xs, float(weights[1] / weights.sum()))
+    elif args.method in NEEDS_BASE:
+        factor = getattr(args, "lambda") * (fusion.lines_scale(name, args.lines, args.n_layers) if args.lines else 1.0)
+    if args.method in SPARSE and not trim:
+        for i, (x, density) in enumerate(zip(xs, args.densities)):
+            magnitudes = partial(magnitudes_of, x, reference)
+            masks[i] = keep_mask(magnitudes, shape, density, args, mask_generator(args.seed, name, i))
+            if masks[i] is not None and args.rescale != "none":
+                scales[i] = 1 / density if args.rescale == "density" else fusion.l1_scale(magnitudes(), masks[i])
+
+    out, differs, lost = torch.empty(len(reference), dtype=dtype), 0, 0
+    for s in cut(len(reference)):
+        r, pieces = reference[s].float(), [x[s].float() for x in xs]
+        if args.method == "linear":
+            y = fusion.linear(pieces, weights, args.normalize)
+        elif args.method == "slerp":
+            y = (pieces[0] * at[0]).add_(pieces[1] * at[1])
+        else:
+            deltas = torch.stack(pieces).sub_(r)  # (n, chunk)
+            for i, delta in enumerate(deltas):
+                if trim:
+                    delta.masked_fill_(delta.abs() < trim[0][i], 0)
+                elif masks[i] is not None:
+                    delta.mul_(masks[i][s]).mul_(scales[i])
+            if args.method in ELECTS:
+                update = fusion.ties(deltas, weights, args.sign, trim[1] if trim else 1, args.normalize)
+            else:
+                update = fusion.task_arithmetic(deltas, weights, args.normalize)
+            y = r + update.mul_(factor)
+        out[s] = y
+        if not math.isfinite(out[s].sum(dtype=torch.float32)) and not torch.isfinite(out[s]).all():  # the sum is quicker
+            kind = str(dtype).removeprefix("torch.")
+            raise InputError(f"{name}: not finite in {kind}: NaN or infinity in an input, or too large")
+        if dtype != torch.float32:
+            moved = y != r
+            differs, lost = differs + int(moved.sum()), lost + int((moved & (out[s] == r.to(dtype))).sum())
+    for x in (reference, *xs):
+        release(x)
+    return out.view(shape), differs, lost
+
+
+def in_order(work, sizes, threads):
+    """Yields (name, work(name)) in the order of sizes ({name: elements}), computed by so many threads at once. What is
+    in work or waits to be taken has at most 1.5 times the elements of the largest tensor: that bounds the memory."""
+    todo, queue, ahead, most = collections.deque(sizes), collections.deque(), 0, 1.5 * max(sizes.values())
+    pool, before = ThreadPoolExecutor(threads), torch.get_num_threads()
+    torch.set_num_threads(1)  # the threads are the parallelism
+    try:
+        while todo or queue:
+            while todo and (not queue or ahead + sizes[todo[0]] <= most):
+                name = todo.popleft()
+                ahead += sizes[name]
+                queue.append((name, pool.submit(work, name)))
+            name, future = queue.popleft()
+            yield name, future.result()
+            ahead -= sizes[name]
+            del future
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def merged(args, base, models, dtype, counts=None, quiet=False):
+    """Yields (name, tensor in dtype) for every tensor of the result. counts: a list of two numbers, to which those of
+    merged_tensor are added. quiet: without a progress bar."""
+    trim = global_trim(args, base, models) if args.method == "ties" and args.trim == "global" else None
+    donor = base or models[0]
+    sizes = {name: math.prod(donor.shape(name)) for name in donor.names}
+    work = lambda name: merged_tensor(name, args, base, models, trim, dtype)
+    done = tqdm(in_order(work, sizes, args.threads), "merge", len(sizes), unit="tensor", disable=quiet or None)
+    for name, (tensor, *n) in done:
+        if counts is not None:
+            counts[:] = [a + b for a, b in zip(counts, n)]
+        yield name, tensor
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Inputs
 
-NEEDS_BASE = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
-# Options, the methods that they act on, and what they are when not given (mergekit's defaults; t follows the weights)
+NEEDS_BASE = (
+    "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della_linear", "della", "expo",
+)  # fmt: skip
+SPARSE = NEEDS_BASE[1:-1]
+RANDOM = ("dare_linear", "dare_ties", "della_linear", "della")
+ELECTS = ("ties", "dare_ties", "breadcrumbs_ties", "della")  # those that elect signs
+# Options, the methods that they act on, and what they are when not given (mergekit's defaults; None: see open_inputs)
 OPTIONS = {
     "t": (("slerp",), None),
-    "density": (("ties", "dare_linear", "dare_ties"), 1.0),
+    "density": (SPARSE, [1.0]),
+    "gamma": (("breadcrumbs", "breadcrumbs_ties"), 0.01),
+    "epsilon": (("della_linear", "della"), 0.15),
     "lambda": (NEEDS_BASE, 1.0),
+    "lines": (NEEDS_BASE, None),
     "trim": (("ties",), "tensor"),
-    "sign": (("ties", "dare_ties"), "sum"),
-    "normalize": (("linear", *NEEDS_BASE), None),
+    "sign": (ELECTS, "sum"),
+    "rescale": (SPARSE, None),
+    "normalize": (("linear", *NEEDS_BASE[:-1]), None),
 }
 
 
@@ -153,213 +257,318 @@ def same(a, b):
     return os.path.realpath(a) == os.path.realpath(b)
 
 
+def number(text, where):
+    """InputError unless the text is a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{where}: {text!r} is no finite number")
+    return value
+
+
 def parse_model(text):
     """'C' or 'C:WEIGHT' -> (C, weight or None). A path that exists is taken whole, colons and all."""
     source, colon, weight = text.rpartition(":")
     if not colon or os.path.exists(text):
         return text, None
+    if not source:
+        raise InputError(f"--models {text}: write C or C:WEIGHT")
+    return source, number(weight, f"--models {text}: what follows the colon")
+
+
+def parse_size(text):
+    """'5GB', '500MB', '1000' -> bytes (GB is 10^9)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.upper())
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 5GB or 500MB")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
+
+
+def vocabulary(c):
+    """What the tokenizer.json of a checkpoint makes of text, however it is formatted: vocabulary, merges, added tokens."""
     try:
-        weight = float(weight)
-    except ValueError:
-        weight = math.nan
-    if not source or not math.isfinite(weight):
-        raise InputError(f"--models {text}: what follows the colon is no finite number; write C or C:WEIGHT")
-    return source, weight
+        spec = json.loads(c.files["tokenizer.json"])
+        model = spec.get("model") or {}
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []]
+        return model.get("vocab"), merges, sorted((t["id"], t["content"]) for t in spec.get("added_tokens") or [])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{c.source}/tokenizer.json: corrupt: not the file of a tokenizer; fetch it again") from None
 
 
-def check_alike(a, b):
-    """InputError unless checkpoint b has the tensors and shapes of a, and a config of the same forward pass."""
+def check_alike(a, b, resize, allow_tokenizer_mismatch):
+    """InputError unless checkpoint b has the tensors and shapes of a, a config of the same forward pass, and a
+    tokenizer of the same tokens. resize: embeddings may differ in their rows. -> notes, a list of texts."""
+    notes, rows_differ = [], False
     for name in sorted({*a.names, *b.names}):
         for x, y in ((a, b), (b, a)):
             if name not in y.names:
                 hint = "tie or untie both heads" if name == "lm_head.weight" else "merge models of one architecture"
                 raise InputError(f"{y.source}: has no tensor {name}, but {x.source} has; {hint}")
-        if a.shape(name) != b.shape(name):
-            raise InputError(
-                f"{b.source}: {name} is {b.shape(name)}, but {a.shape(name)} in {a.source}; no merge of the two"
-            )
-        if not b.dtype(name).is_floating_point:
-            raise InputError(f"{b.source}: {name} is {b.dtype(name)}; only floating-point tensors are merged")
+        shapes, dtypes = (a.shape(name), b.shape(name)), (a.dtype(name), b.dtype(name))
+        if shapes[0] != shapes[1]:
+            by_row = name in ("model.embed_tokens.weight", "lm_head.weight") and shapes[0][1:] == shapes[1][1:]
+            if not (by_row and resize):
+                hint = f"--resize gives all of them {shapes[0][0]} rows" if by_row else "no merge of the two"
+                raise InputError(f"{b.source}: {name} is {shapes[1]}, but {shapes[0]} in {a.source}; {hint}")
+            rows_differ = True
+            notes.append(f"{name} of {b.source} has {shapes[1][0]} rows; the result has {shapes[0][0]}, as {a.source}")
+        if dtypes[0].is_floating_point != dtypes[1].is_floating_point:
+            x, y = (a, b) if dtypes[1].is_floating_point else (b, a)  # x has no floats
+            told = f"{x.source}: {name} is {x.dtype(name)}, but {y.dtype(name)} in {y.source}"
+            raise InputError(f"{told}; only floats are merged")
     config_a, config_b = (vars(parse_config(c.config, f"{c.source}/config.json")) for c in (a, b))
+    free = {"max_position_embeddings", "vocab_size" if rows_differ else ""}  # change no number of the forward pass
     for key, value in config_a.items():
-        if value != config_b[key] and key != "max_position_embeddings":  # changes no number of the forward pass
+        if value != config_b[key] and key not in free:
             raise InputError(f"{b.source}: {key} is {config_b[key]} in its config, but {value} in that of {a.source}")
+    texts = [c.files.get("tokenizer.json") for c in (a, b)]
+    if texts[0] != texts[1]:
+        if None in texts:
+            notes.append(f"{(a, b)[texts.index(None)].source} has no tokenizer.json; the one written is that of {a.source}")
+        elif vocabulary(a) != vocabulary(b):
+            told = f"{b.source}: its tokenizer has other tokens than that of {a.source}"
+            if not allow_tokenizer_mismatch:
+                raise InputError(f"{told}: a row would stand for two tokens; --allow-tokenizer-mismatch merges all the same")
+            notes.append(f"{told}, which is the one written")
+    return notes
 
 
-def open_inputs(args):
-    """-> (base or None, models, their weights), all checked. What args leaves open is filled in."""
+def fill_options(args, n):
+    """Checks args' options, gives those that were not given what they are then. n: the models. -> notes."""
     given, method, notes = vars(args), args.method, []
     for option, (methods, default) in OPTIONS.items():
         if given[option] is None:
             given[option] = default
         elif method not in methods:
             notes.append(f"--{option} changes nothing with --method {method}")
-        if isinstance(given[option], float) and not math.isfinite(given[option]):
-            raise InputError(f"--{option} {given[option]}: not a finite number")
-    if not 0 < args.density <= 1:
-        raise InputError(f"--density {args.density}: the share of elements that stay must be above 0 and at most 1")
-    if args.density == 1 and method in OPTIONS["density"][0]:
+        if isinstance(given[option], float):
+            number(given[option], f"--{option}")
+    if len(args.density) not in (1, n):
+        raise InputError(f"--density: {len(args.density)} numbers for {n} models; give one, or one for each")
+    args.densities = args.density * (1 if len(args.density) == n else n)
+    for d in args.densities:
+        if not 0 < d <= 1:
+            raise InputError(f"--density {d}: the share of elements that stay must be above 0 and at most 1")
+        if method.startswith("della") and d < 1 and not args.epsilon < min(d, 1 - d):
+            raise InputError(f"--epsilon {args.epsilon}: {d} - epsilon and {d} + epsilon must lie between 0 and 1")
+    if method in SPARSE and set(args.densities) == {1}:
         notes.append("--density is 1, so every element stays (the TIES paper keeps 0.2)")
+    if not 0 <= args.gamma < 1:
+        raise InputError(f"--gamma {args.gamma}: the share of outliers must be at least 0 and under 1")
+    if args.rescale is None:
+        args.rescale = "l1" if method in RANDOM else "none"
+    if args.rescale == "density" and not method.startswith("dare"):
+        raise InputError(f"--rescale density: elements of {method} do not all stay with one probability; use l1")
+    if args.rescale != "none" and args.trim == "global":
+        raise InputError("--rescale: the authors' TIES (--trim global) rescales nothing; use --lambda")
     if args.normalize is None:
-        args.normalize = method in ("linear", "ties")
+        args.normalize = method in ("linear", "ties", "della")
+    if isinstance(args.lines, str):
+        alpha, colon, beta = args.lines.partition(":")
+        alpha = number(alpha, f"--lines {args.lines}")
+        args.lines = [alpha, number(beta, f"--lines {args.lines}") if colon else 1 - alpha]
+    return notes
 
+
+def open_inputs(args):
+    """-> (base or None, models), all checked; sets args.weights, densities and n_layers and fills in the options."""
+    method, n = args.method, len(args.models)
     parsed = [parse_model(text) for text in args.models]
-    if any(same(source, args.out) for source in [args.base or "", *(s for s, _ in parsed)] if source):
+    if args.out and any(same(source, args.out) for source in [args.base or "", *(s for s, _ in parsed)] if source):
         raise InputError(f"--out {args.out}: is one of the inputs; give another name")
+    notes = fill_options(args, n)
+    groups = []  # (pattern, a weight for each model)
+    for pattern, *numbers in args.weights_for or []:
+        if len(numbers) != n:
+            raise InputError(f"--weights-for {pattern}: {len(numbers)} weights for {n} models; give one for each")
+        groups.append((pattern, [number(w, f"--weights-for {pattern}") for w in numbers]))
+
+    keep = list(range(n))  # the models that are no base
     if method in NEEDS_BASE:
         if not args.base:
             raise InputError(f"--method {method}: needs --base C, the checkpoint that the models were trained from")
-        if any(same(source, args.base) for source, _ in parsed):
+        keep = [i for i in keep if not same(parsed[i][0], args.base)]
+        if len(keep) < n:
             notes.append(f"{args.base} is the base: it has no delta and is left out of --models")
-        parsed = [(source, w) for source, w in parsed if not same(source, args.base)]
-        if not parsed:
+        if not keep:
             raise InputError("--models: holds nothing but the base; name the checkpoints that were trained from it")
     elif args.base:
         notes.append(f"--method {method} does not compute with --base; config and tokenizer are taken from it")
-    weighted = any(w is not None for _, w in parsed)
-    weights = [1.0 if w is None else w for _, w in parsed]
-    if method == "slerp" and len(parsed) != 2:
-        raise InputError(f"--method slerp: goes from one model to another; {len(parsed)} given in --models")
-    if method == "slerp" and args.t is not None and weighted:
-        raise InputError("--method slerp: give --t or weights, not both; with weights t is w2 / (w1 + w2)")
-    if (args.normalize or method == "slerp") and abs(sum(weights)) < 1e-8:
-        raise InputError(f"--models: the weights {weights} sum to zero and cannot be normalised; change one")
     if method == "slerp":
+        if n != 2:
+            raise InputError(f"--method slerp: goes from one model to another; {n} given in --models")
         if args.base and same(args.base, parsed[1][0]):  # as in mergekit, t = 0 is the base
-            parsed, weights = parsed[::-1], weights[::-1]
-        args.t = weights[1] / sum(weights) if args.t is None else args.t
+            keep = [1, 0]
+        if args.t is not None and any(w is not None for _, w in parsed):
+            raise InputError("--method slerp: give --t or weights, not both; with weights t is w2 / (w1 + w2)")
+    parsed, args.densities = ([x[i] for i in keep] for x in (parsed, args.densities))
+    args.weights = [1.0 if w is None else w for _, w in parsed]
+    if args.t is not None and method == "slerp":
+        args.weights = [1 - args.t, args.t]
+    args.weights_for = [(pattern, [w[i] for i in keep]) for pattern, w in groups]
+    for _, weights in [("", args.weights), *args.weights_for]:
+        if (args.normalize or method == "slerp") and abs(sum(weights)) < 1e-8:
+            raise InputError(f"--models: the weights {weights} sum to zero and cannot be normalised; change one")
+    if method == "expo" and (len(parsed) != 1 or args.weights[0] <= 1):
+        raise InputError("--method expo: goes beyond one model, away from --base; give one C:WEIGHT with a weight above 1")
 
     base = args.base and Checkpoint(args.base)
     models = [Checkpoint(source) for source, _ in parsed]
     donor = base or models[0]
     for m in [donor, *models]:
-        check_alike(donor, m)
-        if m.files.get("tokenizer.json") != donor.files.get("tokenizer.json"):
-            notes.append(f"tokenizer.json of {m.source} differs from the one written, {donor.source}'s")
+        notes += check_alike(donor, m, args.resize, args.allow_tokenizer_mismatch)
+    for pattern, _ in args.weights_for:
+        if not any(fnmatchcase(f".{name}", f"*.{pattern}") for name in donor.names):
+            raise InputError(f"--weights-for {pattern}: no tensor of {donor.source} has such a name; for example "
+                             "'layers.[0-7].*', '*mlp*', embed_tokens.weight")  # fmt: skip
+    args.n_layers = parse_config(donor.config).num_hidden_layers
     for text in notes:  # after the checks: an error stands alone
         print(f"note: {text}", file=sys.stderr)
-    return base, models, weights
+    return base, models
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tensor by tensor
+# The command
 
 
-def read_deltas(base, models, name):
-    b = base.tensor(name).float()
-    return b, [m.tensor(name).float() - b for m in models]
+def write_shards(out, config, files, specs, tensors, shard_size):
+    """write_checkpoint for a directory of several safetensors files, of at most shard_size bytes each (a larger tensor
+    has one of its own), and their index; whole or not at all."""
+    shards, room = [], 0
+    for name, (shape, dtype) in specs.items():
+        size = math.prod(shape) * dtype.itemsize
+        if not shards or size > room:
+            shards, room = [*shards, {}], shard_size
+        shards[-1][name] = (shape, dtype)
+        room -= size
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+    where = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    files = {**files, "config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+             "model.safetensors.index.json": json.dumps(index, indent=2) + "\n"}  # fmt: skip
+    with atomic_directory(out) as folder:
+        for name, text in files.items():
+            with atomic_write(os.path.join(folder, name)) as f:
+                f.write(text)
+        tensors = iter(tensors)
+        for name, shard in zip(names, shards):
+            with atomic_write(os.path.join(folder, name), "wb") as f:
+                write_safetensors(f, shard, itertools.islice(tensors, len(shard)))
 
 
-def global_trim(args, base, models, weights):
-    """What --trim global must know before the first tensor: each model's threshold over its whole delta, and the sign
-    for elements whose votes cancel, which is the majority over all parameters. -> ([float] * n, +1 or -1).
-
-    The authors keep what is >= the (d - int(d K))-th smallest magnitude: int(d K) + 1 elements, and all its equals.
-    """
-    d = sum(math.prod(base.shape(name)) for name in base.names)
-    kept, total = int(d * args.density), 0
-    bar = lambda title: tqdm(base.names, title, disable=None, leave=False)
-    stream = lambda m: (read_deltas(base, [m], name)[1][0] for name in bar("threshold"))
-    thresholds = [0.0 if kept >= d else kth_largest(partial(stream, m), kept + 1) for m in models]
-    for name in bar("majority sign"):
-        deltas = [trim_global(x, t).view(-1) for x, t in zip(read_deltas(base, models, name)[1], thresholds)]
-        for pieces in zip(*(x.split(CHUNK) for x in deltas)):
-            total += int(elect_sign(torch.stack(pieces) * weights[:, None], args.sign, 0).sum(dtype=torch.float64))
-    return thresholds, 1 if total > 0 else -1  # a majority of zero counts as negative in the authors' code
-
-
-def trim_global(delta, threshold):
-    return delta.masked_fill_(delta.abs() < threshold, 0)
+@contextlib.contextmanager
+def atomic_directory(out):
+    """Gives a directory beside `out` to write in; on success it takes the name of out, on failure nothing is left."""
+    out = os.path.abspath(out)
+    if os.path.isdir(out) and os.listdir(out) and not os.path.isfile(os.path.join(out, "config.json")):
+        raise InputError(f"{out}: exists and is no checkpoint; give another --out")
+    temporary = f"{out}.tmp{os.getpid()}"
+    try:
+        yield temporary
+        if os.path.isdir(out):  # rename cannot replace a directory that is not empty
+            os.rename(out, f"{temporary}.old")
+        os.rename(temporary, out)
+    finally:
+        for leftover in (temporary, f"{temporary}.old"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
-def merged_tensor(name, args, base, models, weights, thresholds, zero_sign):
-    """One tensor of the result, in fp32."""
-    if args.method == "linear":
-        return linear((m.tensor(name).float() for m in models), weights, args.normalize)
-    if args.method == "slerp":
-        return slerp(*(m.tensor(name).float() for m in models), args.t)
-    b, deltas = read_deltas(base, models, name)
-    for i, delta in enumerate(deltas):
-        if args.method == "ties":
-            deltas[i] = trim_global(delta, thresholds[i]) if thresholds else trim_tensor(delta, args.density)
-        elif args.method.startswith("dare"):
-            deltas[i] = dare(delta, args.density, mask_generator(args.seed, name, i))
-    out = torch.empty_like(b)
-    for o, b_piece, *pieces in zip(*(x.view(-1).split(CHUNK) for x in [out, b, *deltas])):
-        if args.method.endswith("ties"):
-            update = ties(torch.stack(pieces), weights, args.sign, zero_sign, args.normalize)
-        else:
-            update = task_arithmetic(torch.stack(pieces), weights, args.normalize)
-        torch.add(b_piece, update * getattr(args, "lambda"), out=o)
-    return out
-
-
-def merge(args, base, models, weights, counts):
-    """Yields (name, tensor in the output dtype). counts: [elements that differ from the reference, those of them that
-    rounding made equal to it], added up for output dtypes below fp32; the reference is the base or the first model."""
-    dtype, weights = getattr(torch, args.dtype), torch.tensor(weights)
-    thresholds, zero_sign = None, 1
-    if args.method == "ties" and args.trim == "global":
-        thresholds, zero_sign = global_trim(args, base, models, weights)
-    for name in tqdm(models[0].names, "merge", disable=None):
-        x = merged_tensor(name, args, base, models, weights, thresholds, zero_sign)
-        out = x.to(dtype)
-        if not torch.isfinite(out).all():
-            raise InputError(f"{name}: not finite in {args.dtype}: NaN or infinity in an input, or too large")
-        if dtype != torch.float32:
-            reference = (base or models[0]).tensor(name).float().view(-1)
-            for p, o, r in zip(x.view(-1).split(CHUNK), out.view(-1).split(CHUNK), reference.split(CHUNK)):
-                differs = p != r
-                counts[0] += int(differs.sum())
-                counts[1] += int((differs & (o == r.to(dtype))).sum())
-        yield name, out
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Fuse checkpoints of one architecture into one.")
-    add = parser.add_argument
+def add_method_flags(p):
+    """The flags that say what to merge and how; those of the search too."""
+    add = p.add_argument
     # checkpoints
     add("--models", required=True, nargs="+", metavar="C[:WEIGHT]", help="hub id, directory or .pt; weight (default 1)")
     add("--base", metavar="C", help="what the models were trained from; needed by all methods but linear and slerp")
-    add("--out", required=True, metavar="O", help="directory, or a file *.pt, to write")
+    add("--resize", action="store_true", help="embeddings of more rows than the base's are cut, of fewer take the base's")
+    add("--allow-tokenizer-mismatch", action="store_true", help="merge models whose tokenizers have other tokens")
     # method
     add("--method", required=True, choices=["linear", "slerp", *NEEDS_BASE], help="how to fuse")
+    add("--weights-for", action="append", nargs="+", metavar="X",
+        help="PATTERN W W ...: other weights, one a model, for the tensors whose names end in the pattern, such as "
+        "'layers.[0-7].*' or '*mlp*'; may be repeated, the last that matches decides")  # fmt: skip
     add("--t", type=float, help="slerp: 0 is the first model (the base, if it is one of the two), 1 the other "
         "(default: w2 / (w1 + w2), so 0.5 without weights)")  # fmt: skip
-    add("--density", type=float, metavar="X", help="ties, dare_*: share of a delta's elements that stay (default 1)")
+    add("--density", type=float, nargs="+", metavar="X",
+        help="ties, dare_*, breadcrumbs*, della*: share of a delta's elements that stay; one, or one a model "
+        "(default 1)")  # fmt: skip
+    add("--gamma", type=float, metavar="X", help="breadcrumbs*: share of the largest elements that go (default 0.01)")
+    add("--epsilon", type=float, metavar="X", help="della*: elements stay with probability density ± this (default 0.15)")
     add("--lambda", type=float, metavar="X", help="factor on the merged delta (default 1)")
+    add("--lines", metavar="ALPHA[:BETA]", help="scale the merged delta by ALPHA in the first block, rising evenly to "
+        "ALPHA + BETA in the last (default BETA: 1 - ALPHA)")  # fmt: skip
     add("--trim", choices=["tensor", "global"], help="ties: the largest of each tensor stay, as in mergekit "
         "(default), or of the whole model, as in the authors' code")  # fmt: skip
-    add("--sign", choices=["sum", "count"], help="ties, dare_ties: elect signs by their sum (default) or count")
-    add("--normalize", action=argparse.BooleanOptionalAction, help="divide by the weights' sum (default: linear, ties)")
-    add("--seed", type=int, default=0, help="of the random masks of dare_* (default 0)")
+    add("--sign", choices=["sum", "count"], help="ties, *_ties, della: elect signs by their sum (default) or count")
+    add("--rescale", choices=["none", "l1", "density"], help="what stays of a delta: to the L1 norm of the whole, as in "
+        "mergekit (default for dare_*, della*), or by 1/density, as in the DARE paper")  # fmt: skip
+    add("--normalize", action=argparse.BooleanOptionalAction,
+        help="divide by the weights' sum (default: linear, ties, della)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the random masks of dare_* and della* (default 0)")
+    # machine
+    add("--threads", type=at_least(1), default=torch.get_num_threads(), help="tensors in work at once (default %(default)s)")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["search"]:
+        import merge_search  # here, as it imports this file
+
+        return merge_search.main(argv[1:])
+    parser = argparse.ArgumentParser(description="Fuse checkpoints of one architecture into one. `merge.py search` finds "
+                                     "the weights.")  # fmt: skip
+    add_method_flags(parser)
     # output
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
+    parser.add_argument("--out", required=True, metavar="O", help="directory, or a file *.pt (held in memory), to write")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
         help="of the weights written; the arithmetic is always float32 (default float32)")  # fmt: skip
+    parser.add_argument("--shard-size", type=parse_size, metavar="SIZE", help="largest safetensors file, such as 5GB; "
+        "several and an index are written where one does not do (default: one file)")  # fmt: skip
     args = parser.parse_args(argv)
+    if args.shard_size and args.out.endswith(".pt"):
+        raise InputError(f"--shard-size: {args.out} is one file; give a directory as --out")
 
     start = time.time()
-    base, models, weights = open_inputs(args)
+    base, models = open_inputs(args)
     donor, dtype = base or models[0], getattr(torch, args.dtype)
-    record = {k: v for k, v in vars(args).items() if k not in ("models", "base", "out")}
-    inputs = [{"source": c.source, "sha256": c.fingerprint()} for c in [*models, *[base] * bool(base)]]
-    record["models"] = [x | {"weight": w} for x, w in zip(inputs, weights)]
-    record["base"] = inputs[-1] if base else None
-    files = {**donor.files, "merge.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n"}
-    specs = {name: (donor.shape(name), dtype) for name in donor.names}
+    files = {**donor.files, "merge.json": json.dumps(record(args, base, models), indent=2, ensure_ascii=False) + "\n"}
+    kept = {name: donor.dtype(name) for name in donor.names}
+    specs = {name: (donor.shape(name), dtype if t.is_floating_point else t) for name, t in kept.items()}
     counts = [0, 0]
-    write_checkpoint(args.out, donor.config, files, specs, merge(args, base, models, weights, counts))
+    tensors = merged(args, base, models, dtype, counts)
+    size = sum(math.prod(shape) * t.itemsize for shape, t in specs.values())
+    if args.shard_size and size > args.shard_size:
+        config = {**donor.config, "dtype" if "dtype" in donor.config else "torch_dtype": args.dtype}
+        write_shards(args.out, config, files, specs, tensors, args.shard_size)
+    else:
+        write_checkpoint(args.out, donor.config, files, specs, tensors)
 
     if counts[1] > 0.01 * counts[0]:
         print(f"warning: {counts[1] / counts[0]:.1%} of the elements that differ from {donor.source} in float32 equal "
               f"it in {args.dtype}: that part of the merge is lost; use --dtype float32", file=sys.stderr)  # fmt: skip
     n = sum(math.prod(shape) for shape, _ in specs.values())
-    on = f" on {args.base}" if args.method in NEEDS_BASE else f", t = {args.t:g}" if args.method == "slerp" else ""
-    print(f"{args.method} of " + ", ".join(f"{m.source}:{w:g}" for m, w in zip(models, weights)) + on)
-    print(f"wrote {args.out}: {len(specs)} tensors, {n / 1e6:.1f} M parameters, {args.dtype}, "
-          f"{n * dtype.itemsize / 1e6:.1f} MB in {time.time() - start:.1f} s")  # fmt: skip
+    print(f"{args.method} of " + ", ".join(f"{m.source}:{w:g}" for m, w in zip(models, args.weights))
+          + (f" on {args.base}" if args.method in NEEDS_BASE else ""))  # fmt: skip
+    print(f"wrote {args.out}: {len(specs)} tensors, {n / 1e6:.1f} M parameters, {args.dtype}, {size / 1e6:.1f} MB in "
+          f"{time.time() - start:.1f} s")  # fmt: skip
     name = args.out.rstrip("/").removesuffix(".pt")
     print(f"next:  python eval.py --ckpt {args.out} --tasks gsm8k mmlu --out {name}.eval")
+
+
+def record(args, base, models):
+    """What merge.json says: the options that the method has, the models with what is their own, and fingerprints."""
+    options = {k: getattr(args, k) for k, (methods, _) in OPTIONS.items() if args.method in methods and k != "density"}
+    with ThreadPoolExecutor(args.threads) as pool:
+        sums = list(pool.map(fingerprint, [*models, *[base] * bool(base)]))
+    own = [{"source": m.source, "sha256": s, "weight": w} for m, s, w in zip(models, sums, args.weights)]
+    if args.method in SPARSE:
+        own = [x | {"density": d} for x, d in zip(own, args.densities)]
+    return {
+        "method": args.method, **options, "weights_for": args.weights_for, "seed": args.seed, "dtype": args.dtype,
+        "resize": args.resize, "models": own, "base": {"source": base.source, "sha256": sums[-1]} if base else None,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

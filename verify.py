@@ -5,8 +5,10 @@ what counts as an answer is part of the protocol, oddities included, because cha
 `python verify.py` is not for people: it is how run_program starts its sandboxed child.
 """
 
+import builtins
 import ctypes
 import functools
+import json
 import math
 import os
 import platform
@@ -185,6 +187,24 @@ def extract_program(reply, entry_point=None):
     return (named or blocks or [reply])[0]
 
 
+def boxed(reply):
+    """What stands in the last \\boxed{...} of a reply, without LaTeX's \\text; None without one."""
+    found = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", reply)
+    return re.sub(r"\\text\{([^{}]*)\}", r"\1", found[-1]).strip() if found else None
+
+
+def stated_choice(reply, choices):
+    """The letter that a reply puts into a box, by itself or as the only choice of that number; else extract_choice's.
+
+    The box outranks the protocol's cascade, which takes the first letter that looks like an answer."""
+    answer = boxed(reply) or ""
+    if found := re.fullmatch(rf"\(?([{re.escape(''.join(choices))}])\)?[.:)]?(\s.*)?", answer):
+        return found.group(1)
+    value = last_number(answer) if re.fullmatch(r"\\?\$?-?[\d.,]+\s*\\?%?", answer) else None
+    same = [letter for letter, text in choices.items() if value is not None and numbers_equal(value, last_number(text))]
+    return same[0] if len(same) == 1 else extract_choice(reply, choices)
+
+
 def check(kind, reply, reference):
     """Whether a reply holds the reference's answer: True or False, None when that cannot be checked.
 
@@ -194,14 +214,16 @@ def check(kind, reply, reference):
     if kind == "number":
         number = isinstance(reference, (int, float)) and not isinstance(reference, bool)
         value = float(reference) if number else last_number(reference) if isinstance(reference, str) else None
-        return None if value is None else numbers_equal(last_number(reply), value)
+        answer = last_number(boxed(reply) or "")
+        return None if value is None else numbers_equal(last_number(reply) if answer is None else answer, value)
     if kind == "choice" and isinstance(reference, dict) and isinstance(reference.get("choices"), dict):
         letters = {str(k): str(v) for k, v in reference["choices"].items()}
-        return extract_choice(reply, letters) == reference["letter"] if reference.get("letter") in letters else None
+        return stated_choice(reply, letters) == reference["letter"] if reference.get("letter") in letters else None
     if kind == "exact" and isinstance(reference, str):
         return plain(reply) == plain(reference)
     if kind == "code" and isinstance(reference, dict) and isinstance(reference.get("tests"), str):
-        return run_program(extract_program(reply, reference.get("entry_point")) + "\n\n" + reference["tests"])[0]
+        entry_point = reference.get("entry_point")
+        return run_program(extract_program(reply, entry_point), reference["tests"], entry_point)[0]
     return None
 
 
@@ -216,19 +238,21 @@ OUTPUT_CAP = 1 << 20      # bytes a program may print
 FILE_CAP = 16 << 20       # bytes of one file
 
 
-def run_program(source, timeout=10.0, memory_mb=1024):
-    """Run an untrusted Python program; (passed, detail).
+def run_program(source, tests="", entry_point=None, timeout=10.0, memory_mb=1024):
+    """Run an untrusted Python program, then tests of it that are trusted; (passed, detail).
 
-    passed: the program ran to its end within `timeout` seconds of wall time and `memory_mb` MiB of address space. It
-    has to be shown, not inferred from exit code 0, which exit() reaches anywhere: a random token is appended to the
-    program, printed after its last line. detail: the last line printed (an exception's, usually), or what ended it.
-    Works on POSIX; what isolates it is listed at confine().
+    passed: both ran to their end within `timeout` seconds of wall time and `memory_mb` MiB of address space. It has to be
+    shown, not inferred from exit code 0, which exit() reaches anywhere: a random token is printed after the last line.
+    tests: run apart from the program, which therefore cannot swallow them, with its names but with functions of Python's
+    own as they were (see examination). entry_point: the function that the tests call. detail: the last line printed (an
+    exception's, usually), or what ended it. Works on POSIX; what isolates it is listed at confine().
     """
     token = secrets.token_hex(16)
     # the program and the token travel in an unnamed file: no argument, variable or path through which a program could
     # come upon the token by chance. One that hunts for it can find it; nothing inside a single process prevents that
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as box, tempfile.TemporaryFile() as handover:
-        handover.write(source.encode("utf-8", "replace") + token.encode())
+        whole = [part.encode("utf-8", "replace").decode() for part in (source, tests)]
+        handover.write(json.dumps([*whole, entry_point]).encode() + token.encode())
         handover.seek(0)
         child = subprocess.Popen([sys.executable, "-I", os.path.abspath(__file__), str(timeout), str(memory_mb)],
                                  stdin=handover, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=box, env={},
@@ -362,20 +386,65 @@ def filter_calls(libc):
     return libc.prctl(22, 2, program, 0, 0) == 0
 
 
+def restorer():
+    """A function that undoes what a program has done to the modules that are loaded now, Python's own functions first."""
+    modules = [module for module in sys.modules.values() if isinstance(module, types.ModuleType)]
+    before = [(vars(module), dict(vars(module))) for module in modules]
+
+    def restore():
+        for now, then in before:
+            now.update(then)
+
+    return restore
+
+
+def examination(names, entry_point):
+    """The names that tests run with: the program's, but none of them in the place of a built-in function, and the tested
+    function refusing to return objects of the program's own making, which may claim to be equal to anything."""
+    own = {name: value for name, value in names.items() if name == entry_point or not hasattr(builtins, name)}
+    tested = names.get(entry_point)
+    if callable(tested) and not isinstance(tested, type):
+        def answer(*args, **kwargs):
+            value = tested(*args, **kwargs)
+            if forged(value):
+                raise TypeError(f"{entry_point} returns an object of a class of its own")
+            return value
+
+        own[entry_point] = answer
+    return {**own, "__builtins__": builtins, "__name__": "tests"}
+
+
+def forged(value):
+    """Whether a value is or holds an object of a class that is neither the interpreter's nor found in a library."""
+    kind = type(value)
+    if kind is dict:
+        return any(map(forged, value)) or any(map(forged, value.values()))
+    if kind in (list, tuple, set, frozenset):
+        return any(map(forged, value))
+    if not kind.__flags__ & 1 << 9:                      # a static type: no class statement makes one
+        return False
+    home = sys.modules.get(kind.__module__) if kind.__module__ != "program" else None
+    return getattr(home, kind.__name__, None) is not kind
+
+
 def sandboxed_main():
     """The child: read the program from standard input, give up every right, run it, print the token."""
     timeout, memory_mb = float(sys.argv[1]), int(sys.argv[2])
     size = os.fstat(0).st_size - 32
-    program = os.pread(0, size, 0).decode()
+    source, tests, entry_point = json.loads(os.pread(0, size, 0))
     handover, null = os.dup(0), os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.environ["OMP_NUM_THREADS"] = "1"                  # threads are refused; numpy would otherwise ask for some
     flush, write, leave, pread = sys.stdout.flush, os.write, os._exit, os.pread  # before the program can replace them
+    restore, examine = restorer(), examination
     confine(timeout + 1, memory_mb)
     module = sys.modules["program"] = types.ModuleType("program")      # not __main__: a reply's own main part stays out
     status = 1
     try:
-        exec(compile(program, "program.py", "exec"), module.__dict__)
+        paper = compile(tests, "tests.py", "exec")
+        exec(compile(source, "program.py", "exec"), module.__dict__)
+        restore()
+        exec(paper, examine(module.__dict__, entry_point))
         flush()
         write(1, b"\n" + pread(handover, 32, size))
         status = 0

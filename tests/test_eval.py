@@ -1,9 +1,6 @@
-"""eval.py: statistics, exact prompts, the table, and whole runs on a tiny random model and tiny data."""
+"""eval.py: whole runs on a tiny random model and tiny data; resuming, rescoring, comparing, ranks."""
 
-import csv
 import glob
-import gzip
-import hashlib
 import json
 import math
 import os
@@ -11,159 +8,16 @@ import os
 import pytest
 import torch
 from conftest import tiny_files, tiny_model, write_lines
+from tiny_benchmarks import write_benchmarks
+from training import torchrun
 
 import eval as ev
-from model import Checkpoint, InputError, Qwen2
-
-# ---------------------------------------------------------------- statistics
-
-
-def test_mean_stderr():
-    mean, stderr = ev.mean_stderr([1.0, 1.0, 1.0, 0.0, 0.0])
-    assert mean == pytest.approx(0.6) and stderr == pytest.approx(math.sqrt(0.6 * 0.4 / 4))
-    assert ev.mean_stderr([1.0]) == (1.0, None)
-    assert ev.mean_stderr([2.0, 4.0]) == (3.0, 1.0)
-
-
-def test_subjects_mean_stderr():
-    x = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
-    subjects = ["law", "law", "art", "art", "art", "art"]
-    mean, stderr = ev.subjects_mean_stderr(x, subjects)
-    assert mean == pytest.approx((0.5 + 0.75) / 2)
-    assert stderr == pytest.approx(math.sqrt(0.25 / 1 + 0.75 * 0.25 / 3) / 2)
-    # one question each: the spread between the subjects
-    assert ev.subjects_mean_stderr([1.0, 0.0, 0.0], ["a", "b", "c"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
-    assert ev.subjects_mean_stderr([1.0], ["a"]) == (1.0, None)
-
-
-def test_subjects_stderr_is_the_spread_of_the_score():
-    """By simulation: 3 subjects of different sizes and difficulty."""
-    sizes, chances = [20, 5, 10], [0.9, 0.5, 0.2]
-    subjects = [s for s, n in enumerate(sizes) for _ in range(n)]
-    draws = torch.rand(3000, len(subjects), generator=torch.Generator().manual_seed(0))
-    x = (draws < torch.tensor([chances[s] for s in subjects])).double().tolist()
-    means, errors = zip(*(ev.subjects_mean_stderr(row, subjects) for row in x), strict=True)
-    spread = torch.tensor(means).std().item()
-    assert math.sqrt(sum(e * e for e in errors) / len(errors)) == pytest.approx(spread, rel=0.05)
-
-
-def test_mcnemar():
-    def p(only_a, only_b, both=3):
-        a = [True] * only_a + [False] * only_b + [True] * both
-        b = [False] * only_a + [True] * only_b + [True] * both
-        assert ev.mcnemar(a, b) == ev.mcnemar(b, a)
-        return ev.mcnemar(a, b)
-
-    assert p(0, 0) == 1.0 and p(5, 5) == 1.0 and p(1, 0) == 1.0
-    assert p(0, 5) == pytest.approx(2 / 32)
-    assert p(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 1024)
-    assert p(10, 0) == pytest.approx(2 / 1024)
-    assert 0 < p(3000, 3300) < 0.001  # no overflow
-
-
-# ---------------------------------------------------------------- data, as in the benchmarks' own files
-
-SHOTS = [
-    {"question": f"What is {i} + {i}?", "answer": f"{i} + {i} = {2 * i}\nThe answer is {2 * i}"} for i in range(1, 5)
-]
-FUNCTION = '''def helper(x):
-    """ Return x.
-    """
-    return x
-
-
-def add_one(x: int, by: str = "a:b") -> int:
-    """ Add one
-      to x.
-    """
-'''
-
-
-def write_csv(path, lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8", newline="") as f:
-        csv.writer(f).writerows(lines)
+from model import Checkpoint, Qwen2
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The layout of the original files, three subjects of two or three questions each."""
-    d = tmp_path_factory.mktemp("data")
-    for folder in ("gsm8k", "demo", "humaneval"):
-        (d / folder).mkdir()
-    gold = [{"question": f"And {i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(3)]
-    write_lines(d / "gsm8k/test.jsonl", gold)
-    write_lines(d / "gsm8k/paper_4shot.jsonl", SHOTS)
-    demo = [
-        {"id": "sum-1", "task": "sum", "prompt": "2+2?", "reference": {"kind": "number", "value": 4}},
-        {"id": "say-1", "task": "say", "prompt": "Say hi", "reference": {"kind": "exact", "value": "hi"}},
-        {"id": "pick-1", "task": "pick", "prompt": "A or B?",
-         "reference": {"kind": "choice", "value": {"letter": "A", "choices": {"A": "x", "B": "y"}}}},
-    ]  # fmt: skip
-    write_lines(d / "demo/heldout.jsonl", demo)
-    test = "def check(candidate):\n    assert candidate(1) == 2\n"
-    with gzip.open(d / "humaneval/HumanEval.jsonl.gz", "wt") as f:
-        f.write(json.dumps({"task_id": "HumanEval/0", "prompt": FUNCTION, "entry_point": "add_one", "test": test,
-                            "canonical_solution": "    return x + 1\n"}) + "\n")  # fmt: skip
-    for subject, n in (("art_history", 3), ("botany", 2)):
-        questions = [[f"{subject} {i}, and?\nTwo lines", "None", "1,5", '"x"', f"d{i}", "ABCD"[i]] for i in range(n)]
-        write_csv(d / f"mmlu/test/{subject}_test.csv", questions)
-        shots = [[f"shot {i}", "p", "q", "r", "s", "DCBA"[i % 4]] for i in range(6)]
-        write_csv(d / f"mmlu/dev/{subject}_dev.csv", shots)
-        write_csv(d / f"cmmlu/test/{subject}.csv", [["", "Question", "A", "B", "C", "D", "Answer"]]
-                  + [[i, "问题" + q[0], *q[1:]] for i, q in enumerate(questions)])  # fmt: skip
-        write_csv(d / f"ceval/val/{subject}_val.csv", [["id", "question", "A", "B", "C", "D", "answer"]]
-                  + [[i, "问题____。", *q[1:]] for i, q in enumerate(questions)])  # fmt: skip
-    return d
-
-
-def find_in(d):
-    return lambda name: ev.locate(str(d), name)
-
-
-def prompts(task, d):
-    return [ev.BENCHMARKS[task]["prompt"](row) for row in ev.BENCHMARKS[task]["rows"](find_in(d))]
-
-
-# ---------------------------------------------------------------- prompts
-
-
-def test_prompts_are_the_protocols(data):
-    line = (
-        "The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D "
-        "as the answer to this question.\n\n"
-    )
-    assert prompts("mmlu", data)[1] == line + 'art_history 1, and?\nTwo lines\nA. None\nB. 1,5\nC. "x"\nD. d1\n'
-    assert prompts("cmmlu", data)[0] == line + '问题art_history 0, and?\nTwo lines\nA. None\nB. 1,5\nC. "x"\nD. d0\n'
-    assert prompts("ceval", data)[3] == '问题____。\n\nA. None\nB. 1,5\nC. "x"\nD. d0\n'
-    assert prompts("gsm8k", data)[2] == (
-        "Question: What is 1 + 1?\nLet's think step by step\n1 + 1 = 2\nThe answer is 2\n\n"
-        "Question: What is 2 + 2?\nLet's think step by step\n2 + 2 = 4\nThe answer is 4\n\n"
-        "Question: What is 3 + 3?\nLet's think step by step\n3 + 3 = 6\nThe answer is 6\n\n"
-        "Question: What is 4 + 4?\nLet's think step by step\n4 + 4 = 8\nThe answer is 8\n\n"
-        "Question: And 2 + 1?\nLet's think step by step"
-    )
-    # the signature is the tested function's; the text is the first docstring's, a helper's here, as the protocol has it
-    assert prompts("humaneval", data)[0] == (
-        'Write a Python function `add_one(x: int, by: str = "a:b") -> int` to solve the following problem:\n'
-        "Return x.\n\n" + FUNCTION
-    )
-    assert prompts("demo", data) == ["2+2?", "Say hi", "A or B?"]
-
-
-def test_verdicts(data):
-    def verdict(task, i, reply):
-        return ev.BENCHMARKS[task]["verdict"](reply, ev.BENCHMARKS[task]["rows"](find_in(data))[i])
-
-    assert verdict("gsm8k", 2, "2 + 1 = 3. The answer is 3.") == (3.0, True)
-    assert verdict("gsm8k", 2, "I cannot say") == (None, False)
-    assert verdict("mmlu", 1, "The answer is B.") == ("B", True) and verdict("mmlu", 1, "It is d1") == ("D", False)
-    assert verdict("ceval", 0, "答案是A。") == ("A", True)
-    good = "```python\ndef add_one(x, by=''):\n    return x + 1\n```"
-    assert verdict("humaneval", 0, good) == ("    return x + 1", True)
-    assert verdict("humaneval", 0, "    exit(0)")[1] is False
-    assert verdict("demo", 0, "It is 4.") == (4.0, True) and verdict("demo", 1, "Hi. ") == ("Hi.", True)
-    assert verdict("demo", 2, "y") == ("B", False)
+    return write_benchmarks(tmp_path_factory.mktemp("data"))
 
 
 def test_limit_takes_turns():
@@ -172,31 +26,6 @@ def test_limit_takes_turns():
     assert [r["id"] for r in ev.spread(rows, 5)] == ["a0", "a1", "b0", "c0", "c1"]
     assert ev.spread(rows, 100) == rows
     assert [r["id"] for r in ev.spread([{"id": i} for i in range(5)], 3)] == [0, 1, 2]
-
-
-real = pytest.mark.skipif("DATA_DIR" not in os.environ, reason="DATA_DIR names no folder of the original files")
-
-
-@real
-def test_original_files():
-    find = find_in(os.environ["DATA_DIR"])
-    n = {task: len(b["rows"](find)) for task, b in ev.BENCHMARKS.items() if task != "demo"}
-    assert n == {"gsm8k": 1319, "mmlu": 14042, "cmmlu": 11582, "ceval": 1346, "humaneval": 164}
-    shots = ev.BENCHMARKS["gsm8k"]["rows"](find)[0]["shots"]
-    assert hashlib.sha256(shots.encode()).hexdigest() == ev.FOUR_SHOTS
-    for name, (fetch, *rest) in ev.HOMES.items():
-        if fetch is ev.from_archive:
-            assert ev.csv_digest(find(name)) == rest[2], name
-        elif rest[1]:
-            with open(find(name), "rb") as f:
-                assert hashlib.sha256(f.read()).hexdigest() == rest[1], name
-
-
-@real
-def test_canonical_solutions_pass():
-    for row in ev.BENCHMARKS["humaneval"]["rows"](find_in(os.environ["DATA_DIR"]))[::6]:
-        reply = f"```python\n{row['prompt']}{row['canonical_solution']}\n```"
-        assert ev.BENCHMARKS["humaneval"]["verdict"](reply, row)[1], row["id"]
 
 
 # ---------------------------------------------------------------- a tiny checkpoint
@@ -234,12 +63,12 @@ def load(out):
 
 def test_all_tasks(evaluate, tmp_path, data, ckpts):
     out = tmp_path / "out"
-    tasks = ["demo", "gsm8k", "mmlu", "cmmlu", "ceval", "humaneval"]
+    tasks = ["demo", "gsm8k", "mmlu", "cmmlu", "ceval", "humaneval", "mbpp", "ifeval", "safetybench"]
     shown = evaluate("--ckpt", *ckpts, "--tasks", *tasks, "--data-dir", data, "--max-new-tokens", 8, "--batch-size", 3,
         "--allow-code-execution", "--out", out)  # fmt: skip
     results, samples = load(out)
     assert list(results) == ["base", "sft"] and list(results["base"]) == tasks
-    n = {"demo": 3, "gsm8k": 3, "mmlu": 5, "cmmlu": 5, "ceval": 5, "humaneval": 1}
+    n = {"demo": 3, "gsm8k": 3, "mmlu": 5, "cmmlu": 5, "ceval": 5, "humaneval": 1, "mbpp": 1, "ifeval": 1, "safetybench": 1}
     for name, cells in results.items():
         for task, cell in cells.items():
             mine = [s for s in samples if s["checkpoint"] == name and s["task"] == task]
@@ -251,11 +80,21 @@ def test_all_tasks(evaluate, tmp_path, data, ckpts):
             else:
                 assert cell["score"] == pytest.approx(sum(verdicts) / n[task])
             assert ("vs_first" in cell) == (name == "sft")
+            if name == "sft":
+                versus, first = cell["vs_first"], results["base"][task]["score"]
+                assert versus["difference"] == pytest.approx(cell["score"] - first)
+                assert versus["p"] <= versus["p_holm"] <= 1 and versus["interval"][0] <= versus["interval"][1]
+                assert versus["test"] == ("bootstrap" if task == "ceval" else "McNemar")
+    assert set(results["base"]["ifeval"]["metrics"]) == {"prompt_loose", "instruction_strict", "instruction_loose"}
     assert {"checkpoint", "task", "id", "prompt", "reply", "extracted", "correct"} <= set(samples[0])
     assert samples[0]["prompt"] == [{"role": "user", "content": "2+2?"}] and samples[0]["id"] == "sum-1"
-    assert samples[6]["id"] == "art_history/0" and samples[-1]["id"] == "HumanEval/0"
+    assert samples[6]["id"] == "art_history/0" and samples[-4]["id"] == "HumanEval/0"
+    tokenizer = ev.Tokenizer(Checkpoint(ckpts[0]))
+    assert samples[0]["prompt_tokens"] == len(tokenizer.prompt_ids(samples[0]["prompt"]))
+    assert all(s["reply_tokens"] == len(tokenizer.encode(s["reply"])) for s in samples)
     assert len({s["reply"] for s in samples}) > 5  # the tiny models do say something, and not the same
     written = (out / "results.md").read_text()
+    assert "Noise, as far as these questions can tell: sft on demo" in written and "Further figures:" in written
     assert written in shown and "mmlu: 5 questions, 2 subjects" in shown
     assert "| sft |" in written and "gsm8k (paper, n = 3)" in written
     assert not glob.glob(str(out / "*tmp*"))
@@ -273,11 +112,12 @@ def test_all_tasks(evaluate, tmp_path, data, ckpts):
 
 def test_resume(monkeypatch, run, evaluate, tmp_path, data, ckpts):
     """After an interruption only what is missing is asked; verdicts are read anew; other settings ask anew."""
-    out, asked = tmp_path / "out", []
+    out, asked, calls = tmp_path / "out", [], []
     args = ["--ckpt", ckpts[0], "--tasks", "demo", "mmlu", "--data-dir", data, "--max-new-tokens", 5, "--out", out]
     iterate = ev.generate_iter
 
     def counting(m, tokenizer, prompts, stop_after=100, **settings):
+        calls.append(len(prompts))
         for i, item in enumerate(iterate(m, tokenizer, prompts, **settings)):
             if len(asked) == stop_after:
                 raise KeyboardInterrupt
@@ -291,7 +131,7 @@ def test_resume(monkeypatch, run, evaluate, tmp_path, data, ckpts):
         f.write('{"key": "torn')
     monkeypatch.setattr(ev, "generate_iter", counting)
     evaluate(*args)
-    assert len(asked) == 8
+    assert len(asked) == 8 and calls == [8, 3]  # the questions of all tasks in one call
     whole = load(out)
     evaluate(*args)
     assert len(asked) == 8 and load(out) == whole
@@ -354,6 +194,10 @@ def test_refusals(run, refused, tmp_path, data, ckpts, monkeypatch):
     refused(["gsm9k", *ev.BENCHMARKS], *common, "demo", "gsm9k")
     refused("--allow-code-execution", *common, "gsm8k", "humaneval")
     refused("not implemented for gsm8k", *common, "gsm8k", "--protocol", "loglik")
+    refused("not implemented for truthfulqa_mc1", *common, "truthfulqa_mc1")
+    refused("judge.py", *common, "mt_bench")
+    refused("--allow-code-execution", *common, "mbpp")
+    refused("3 of the 3 replies of base to demo", *common, "demo", "--rescore")
     refused("twice", *common, "demo", "--ckpt", ckpts[0], ckpts[0])
     refused("nothere", *common, "demo", "--ckpt", ckpts[0], tmp_path / "nothere")
     refused("heldout.jsonl", *common, "demo", "--data-dir", tmp_path)
@@ -380,78 +224,106 @@ def test_names():
     assert ev.checkpoint_names(["a/model/", "b/model.pt"]) == ["a/model/", "b/model.pt"]
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "says"),
-    [
-        ("gsm8k/test.jsonl", '{"question": "q", "answer": "#### 1"}\n{"question"', "test.jsonl:2"),
-        ("gsm8k/test.jsonl", '{"question": "q"}', "test.jsonl:1: 'answer'"),
-        ("gsm8k/test.jsonl", '{"question": "q", "answer": "none"}', "test.jsonl:1"),
-        ("gsm8k/test.jsonl", "", "no rows"),
-        ("mmlu/test/art_test.csv", "q,1,2,3,4,A\nq,1,2,3,A\n", "art_test.csv:2"),
-        ("mmlu/test/art_test.csv", "q,1,2,3,4,E\n", "art_test.csv:1"),
-        ("mmlu/test/art.csv", "q,1,2,3,4,A\n", "no rows"),
-        ("cmmlu/test/art.csv", ",Question,A,B,C,Answer\n0,q,1,2,3,A\n", "art.csv:1"),
-        ("ceval/val/art_val.csv", b"id,question,A,B,C,D,answer\n0,\xff,1,2,3,4,A\n", "art_val.csv"),
-        ("humaneval/HumanEval.jsonl.gz", "{}", "gzipped"),
-        ("demo/heldout.jsonl", '{"id": 1, "prompt": "p", "reference": "4"}', "heldout.jsonl:1: 'reference'"),
-    ],
-)
-def test_broken_data(tmp_path, data, file, content, says):
-    path = tmp_path / file
-    path.parent.mkdir(parents=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    if file.startswith("gsm8k"):
-        (tmp_path / "gsm8k/paper_4shot.jsonl").write_text((data / "gsm8k/paper_4shot.jsonl").read_text())
-    with pytest.raises(InputError, match=says) as e:
-        prompts(file.split("/")[0], tmp_path)
-    assert str(e.value).startswith(str(tmp_path)) and "\n" not in str(e.value)
+# ---------------------------------------------------------------- likelihoods of choices and texts
 
 
-# ---------------------------------------------------------------- downloads
+def logp_of(m, tokenizer, context, text):
+    """By one plain forward over the whole text."""
+    n, ids = len(tokenizer.encode(context)), torch.tensor([tokenizer.encode(context + text)])
+    with torch.no_grad():
+        table = m(ids).log_softmax(-1)[0, n - 1 : -1]
+    return table.gather(1, ids[0, n:, None]).sum().item()
 
 
-def test_offline_names_the_file(monkeypatch, tmp_path):
-    def offline(*args, **kwargs):
-        raise OSError("no route to host\nand more")
-
-    monkeypatch.setattr(ev.urllib.request, "urlopen", offline)
-    monkeypatch.setattr(ev, "hf_hub_download", offline)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    for name, (_, where, *_) in ev.HOMES.items():
-        with pytest.raises(InputError) as e:
-            ev.locate(str(tmp_path), name)
-        text = str(e.value)
-        assert str(tmp_path / name) in text and where in text and "no route to host" in text and "\n" not in text
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_download_is_checked(monkeypatch, tmp_path, data):
-    """A file that differs from the pinned one is not put in place; an archive's split appears whole."""
-    served = tmp_path / "served"
-    served.write_bytes(b'{"question": "other"}')
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(ev.urllib.request, "urlopen", lambda url, timeout: open(served, "rb"))
-    with pytest.raises(InputError, match="SHA-256"):
-        ev.locate(str(tmp_path), "gsm8k/test.jsonl")
-    with pytest.raises(InputError, match="not the protocol's"):
-        ev.locate(str(tmp_path), "gsm8k/paper_4shot.jsonl")
-    pin = hashlib.sha256(served.read_bytes()).hexdigest()
-    monkeypatch.setitem(ev.HOMES, "gsm8k/test.jsonl", (*ev.HOMES["gsm8k/test.jsonl"][:2], pin))
-    assert open(ev.locate(str(tmp_path), "gsm8k/test.jsonl"), "rb").read() == served.read_bytes()
-
-    for kind, nested, name in (("tar", "data", "mmlu/test"), ("zip", "", "ceval/val")):
-        packed = tmp_path / kind / nested / os.path.basename(name)
-        ev.shutil.copytree(data / name, packed)
-        archive = ev.shutil.make_archive(str(tmp_path / "archive"), kind, tmp_path / kind)
-        monkeypatch.setattr(ev, "hf_hub_download", lambda repo, file, repo_type, archive=archive: archive)
-        with pytest.raises(InputError, match="SHA-256"):
-            ev.locate(str(tmp_path), name)
-        assert os.listdir(tmp_path / name.split("/")[0]) == []
-        monkeypatch.setitem(ev.HOMES, name, (*ev.HOMES[name][:3], ev.csv_digest(data / name)))
-        assert ev.csv_digest(ev.locate(str(tmp_path), name)) == ev.csv_digest(data / name)
+def test_loglik_of_all_tasks(evaluate, tmp_path, data, ckpts):
+    out = tmp_path / "out"
+    tasks = ["cmmlu", "ceval", "safetybench", "truthfulqa_mc1", "truthfulqa_mc2", "arc_easy", "arc_challenge", "hellaswag"]
+    evaluate("--ckpt", *ckpts, "--tasks", *tasks, "--protocol", "loglik", "--data-dir", data, "--batch-size", 2, "--out", out)
+    results, samples = load(out)
+    assert list(results["base"]) == tasks
+    ckpt = Checkpoint(ckpts[0])
+    m, tokenizer = Qwen2.from_pretrained(ckpt), ev.Tokenizer(ckpt)
+    rows = {(task, row["id"]): row for task in tasks for row in ev.BENCHMARKS[task]["rows"](lambda n: str(data / n))}
+    for s in (s for s in samples if s["checkpoint"] == "base"):
+        row, by = rows[s["task"], s["id"]], ev.BENCHMARKS[s["task"]]["by"]
+        texts = [f" {x}" for x in (row["choices"] if by == "letter" else row["choices"].values())]
+        want = [logp_of(m, tokenizer, s["prompt"][0]["content"], text) for text in texts]
+        assert s["logps"] == pytest.approx(want, abs=2e-4)
+        if s["task"] != "truthfulqa_mc2":
+            assert s["correct"] == (list(row["choices"])[want.index(max(want))] == row["answer"])
+    p = torch.tensor([s["logps"] for s in samples if s["task"] == "truthfulqa_mc2"][0]).softmax(0)
+    assert results["base"]["truthfulqa_mc2"]["score"] == pytest.approx(p[:2].sum().item(), abs=1e-5)
+    assert "acc_norm" in results["base"]["hellaswag"]["metrics"] and "metrics" not in results["base"]["cmmlu"]
+    assert results["base"]["cmmlu"]["calibration"]["bins"] and "calibration" not in results["base"]["truthfulqa_mc2"]
+    assert "expected calibration error" in (out / "results.md").read_text()
 
 
-def test_four_shots_are_read_from_their_home(monkeypatch):
-    text = ev.render_shots(SHOTS) + "Question: a fifth\nLet's think step by step\nyes\n\n"
-    monkeypatch.setattr(ev, "FOUR_SHOTS", hashlib.sha256(ev.render_shots(SHOTS).encode()).hexdigest())
-    assert [json.loads(line) for line in ev.four_shots(text.encode()).splitlines()] == SHOTS
+def test_perplexity(evaluate, tmp_path, data):
+    """Also of a text longer than the model's positions: windows that share one token."""
+    short = tiny_checkpoint(tmp_path / "short", 3, positions=20)
+    evaluate("--ckpt", short, "--tasks", "perplexity", "--protocol", "loglik", "--data-dir", data, "--out", tmp_path / "out")
+    results, samples = load(tmp_path / "out")
+    m, tokenizer = Qwen2.from_pretrained(short), ev.Tokenizer(Checkpoint(short))
+    for s in samples:
+        ids = torch.tensor(tokenizer.encode(s["prompt"][0]["content"]))
+        # token t is predicted from what its window of 20 holds before it; windows begin at 0, 19, 38, ...
+        before = [ids[None, (t - 1) // 19 * 19 : t] for t in range(1, len(ids))]
+        with torch.no_grad():
+            logps = [m(x)[0, -1].log_softmax(-1)[ids[t]].item() for t, x in enumerate(before, 1)]
+        assert s["logp"] == pytest.approx(sum(logps), rel=1e-5) and s["prompt_tokens"] == len(ids) - 1
+    assert max(s["prompt_tokens"] for s in samples) > 60
+    metrics, tokens = results["short"]["perplexity"]["metrics"], sum(s["prompt_tokens"] for s in samples)
+    nll = -sum(s["logp"] for s in samples) / tokens
+    assert metrics["perplexity"]["score"] == pytest.approx(math.exp(nll)) and 0 <= results["short"]["perplexity"]["score"] <= 1
+    size = sum(len(s["prompt"][0]["content"].encode()) for s in samples)
+    assert metrics["bits_per_byte"]["score"] == pytest.approx(nll * tokens / math.log(2) / size)
+
+
+# ---------------------------------------------------------------- without the model
+
+
+def test_rescore(evaluate, tmp_path, data, ckpts, monkeypatch):
+    """The same results from replies.jsonl alone, the checkpoints gone; another extraction gives other verdicts."""
+    out = tmp_path / "out"
+    args = ["--tasks", "demo", "mmlu", "--data-dir", data, "--max-new-tokens", 5, "--out", out]
+    evaluate("--ckpt", *ckpts, *args)
+    evaluate("--ckpt", *ckpts, "--tasks", "mmlu", "--data-dir", data, "--out", out, "--protocol", "loglik")
+    evaluate("--ckpt", *ckpts, *args)
+    whole = load(out)
+    monkeypatch.setattr(ev, "Checkpoint", None)
+    evaluate("--ckpt", "gone/base", "gone/sft.pt", *args, "--rescore")
+    assert load(out) == whole
+    monkeypatch.setitem(ev.BENCHMARKS["mmlu"], "verdict", lambda reply, row: ("A", True))
+    evaluate("--ckpt", "gone/base", *args, "--rescore")
+    assert load(out)[0]["base"]["mmlu"]["score"] == 1
+
+
+def test_compare_two(run, refused, tmp_path):
+    def sample(name, task, id, correct, reply):
+        prompt = [{"role": "user", "content": f"Question {id}"}]
+        return {"checkpoint": name, "task": task, "id": id, "prompt": prompt, "reply": reply, "extracted": reply[:1],
+                "correct": correct}  # fmt: skip
+
+    lines = [sample("a", "t", i, i < 3, f"{i} of a") for i in range(4)]
+    lines += [sample("org/b", "t", i, i in (0, 3), f"{i} of b") for i in range(4)]
+    write_lines(tmp_path / "samples.jsonl", lines)
+    code, out, _ = run("eval", "compare", "a", "org/b", "--out", tmp_path)
+    assert code == 0 and "t: a better on 2, org/b on 1, of 4 questions" in out
+    text = (tmp_path / "a-vs-org_b.md").read_text()
+    assert [f"Question {i}" in text for i in range(4)] == [False, True, True, True]
+    assert "### a: 1, read as '1'\n\n1 of a\n\n### org/b: 0, read as '1'\n\n1 of b" in text
+    refused(["'c'", "a, org/b"], "eval", "compare", "a", "c", "--out", tmp_path)
+    refused("samples.jsonl", "eval", "compare", "a", "b", "--out", tmp_path / "none")
+
+
+def test_two_ranks_are_one(evaluate, tmp_path, data, ckpts):
+    """torchrun: each rank asks its share; the results are those of one process, and nothing is asked twice."""
+    args = ["--ckpt", *ckpts, "--tasks", "demo", "mmlu", "--data-dir", data, "--max-new-tokens", 5, "--device", "cpu"]
+    evaluate(*args, "--out", tmp_path / "one")
+    two = tmp_path / "two"
+    torchrun(2, "eval.py", *args, "--out", two)
+    assert load(two) == load(tmp_path / "one")
+    counts = [len((two / f"replies{rank}.jsonl").read_text().splitlines()) for rank in ("", ".rank1")]
+    assert sum(counts) == 2 * (3 + 5) and abs(counts[0] - counts[1]) <= 4
+    evaluate(*args, "--out", two)  # and one process goes on where two were
+    assert load(two) == load(tmp_path / "one")

@@ -9,12 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import fusion
 import merge
 from model import Checkpoint, InputError, Qwen2, cli, write_checkpoint
 
@@ -46,12 +45,12 @@ def run(out, method, models, *options):
     return load(out)
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def family(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
     """Directories base, a, b, c of one architecture; the models differ from the base by large continuous noise."""
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp("family")
     generator = torch.Generator().manual_seed(1)
-    base = Qwen2(TIED if request.param == "tied" else UNTIED).init_weights(generator)
+    base = Qwen2(UNTIED).init_weights(generator)
     start = {name: p.detach().clone() for name, p in base.named_parameters()}
     for name in ("base", "a", "b", "c"):
         noise = 0.0 if name == "base" else 0.02
@@ -65,12 +64,12 @@ def family(request, tmp_path_factory):
 
 
 def run_mergekit(out, method, models, weights, base=None, per_model=None, **parameters):
-    """models: absolute paths. -> {name: tensor}"""
+    """models: absolute paths. per_model: further parameters of each. -> {name: tensor}"""
     mergekit_merge, mergekit_config = pytest.importorskip("mergekit.merge"), pytest.importorskip("mergekit.config")
     config = {"merge_method": method, "dtype": "float32", "parameters": parameters, "models": []}
     for model, weight in zip(models, weights):
-        own = {} if weight is None else {"weight": weight, **(per_model or {})}
-        config["models"].append({"model": str(model), "parameters": own})
+        own = {} if weight is None else {"weight": weight}
+        config["models"].append({"model": str(model), "parameters": own | (per_model or [{}] * 9)[len(config["models"])]})
     if base:
         config["base_model"] = str(base)
     options = mergekit_merge.MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
@@ -125,42 +124,66 @@ def test_delta_methods_equal_mergekit(family, tmp_path, method, options, paramet
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, -0.2, 1.5)])
-@pytest.mark.parametrize("normalize", [None, True])
-@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
-def test_dare_equals_mergekit_given_the_same_masks(family, tmp_path, monkeypatch, method, normalize, weights):
-    sparsify = pytest.importorskip("mergekit.sparsify")
-    paths = [family / n for n in ("a", "b", "c")[: len(weights)]]
-    base, masks = load(family / "base"), {}
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("dare_linear", {}),
+        ("dare_ties", {"normalize": True}),
+        ("dare_linear", {"rescale": False}),
+        ("della", {"epsilon": 0.2}),
+        ("della_linear", {"lambda": 0.7}),
+        ("breadcrumbs", {"gamma": 0.1}),
+        ("breadcrumbs", {"rescale": True}),
+        ("breadcrumbs_ties", {"normalize": True}),
+        ("ties", {"rescale": True}),
+    ],
+)
+def test_sparse_methods_equal_mergekit_given_the_same_masks(family, tmp_path, monkeypatch, method, options, weights):
+    """Each model has its own density; the random numbers are those of merge.mask_generator."""
+    pytest.importorskip("mergekit.sparsify")
+    paths, densities = [family / n for n in ("a", "b", "c")[: len(weights)]], [0.4, 0.6, 0.25][: len(weights)]
+    base, names = load(family / "base"), {}
     for i, p in enumerate(paths):
-        for name, x in load(p).items():
-            mask = torch.rand(x.shape, generator=merge.mask_generator(7, name, i)) < 0.4
-            masks[(x - base[name]).numpy().tobytes()] = mask.float()
-
-    def same_mask(tensor, density, rescale_norm):
-        return sparsify.rescaled_masked_tensor(tensor, masks[tensor.numpy().tobytes()], rescale_norm)
-
-    monkeypatch.setattr(sparsify, "bernoulli", same_mask)
-    more = {} if normalize is None else {"normalize": normalize}
-    theirs = run_mergekit(tmp_path / "theirs", method, paths, weights, family / "base", {"density": 0.4}, **more)
+        names |= {(x - base[name]).numpy().tobytes(): (name, i) for name, x in load(p).items()}
+    draws = []
+    sparsify = mergekit_sparsify(monkeypatch, lambda delta: draws.append(names[delta.numpy().tobytes()]))
+    monkeypatch.setattr(
+        torch, "bernoulli", lambda p: (torch.rand(p.shape, generator=merge.mask_generator(7, *draws[-1])) < p).float()
+    )
+    own = [{"weight": w, "density": d} for w, d in zip(weights, densities)]
+    per_model = [o | {k: v for k, v in options.items() if k in ("epsilon", "gamma")} for o in own]
+    shared = {k: v for k, v in options.items() if k not in ("epsilon", "gamma")}
+    theirs = run_mergekit(tmp_path / "theirs", method, paths, weights, family / "base", per_model, **shared)
+    assert draws and sparsify
     models = [f"{p}:{w}" for p, w in zip(paths, weights)]
-    flags = ["--density", 0.4, "--seed", 7] + ["--normalize"] * bool(normalize)
+    flags = ["--density", *densities, "--seed", 7]
+    for key, value in options.items():
+        if key == "rescale":
+            flags += ["--rescale", "l1" if value else "none"]
+        else:
+            flags += ["--normalize"] if key == "normalize" else [f"--{key}", value]
     ours = run(tmp_path / "ours", method, models, "--base", family / "base", *flags)
     # theirs sums the L1 norms in fp32: one spacing of fp32 at the size of the rescaled deltas (up to 0.5) may differ
     assert_same(ours, theirs, rtol=0, atol=6e-8)
     assert any((ours[n] != base[n]).any() for n in ours)
 
 
-def test_sign_by_count_equals_mergekit(family):
-    method = pytest.importorskip("mergekit.merge_methods.generalized_task_arithmetic")
-    name = "model.layers.0.mlp.up_proj.weight"
-    base, *models = (load(family / n)[name] for n in ("base", "a", "b", "c"))
-    deltas = torch.stack([(m - base).flatten() for m in models])
-    weights = torch.tensor([0.5, 1.0, 2.0])
-    weighted = deltas * weights[:, None]
-    agree = method.get_mask(weighted, "count")
-    theirs = (weighted * agree).sum(0) / (weights[:, None] * agree).sum(0).clamp(min=1e-9)
-    assert torch.equal(merge.ties(deltas, weights, "count"), theirs)
-    assert not torch.equal(merge.ties(deltas, weights, "sum"), theirs)
+def mergekit_sparsify(monkeypatch, seen):
+    """Has mergekit call seen(delta) before it sparsifies a delta."""
+    import mergekit.merge_methods.generalized_task_arithmetic as theirs
+
+    original = theirs.sparsify
+    monkeypatch.setattr(theirs, "sparsify", lambda delta, **more: (seen(delta), original(delta, **more))[1])
+    return original
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare_as_its_paper_has_it(family, tmp_path, method):
+    base, a = load(family / "base"), load(family / "a")
+    flags = ["--base", family / "base", "--density", 0.3, "--seed", 2, "--rescale", "density"]
+    for name, x in run(tmp_path / "out", method, [str(family / "a")], *flags).items():
+        kept = torch.rand(x.numel(), generator=merge.mask_generator(2, name, 0)).view(x.shape) < 0.3
+        torch.testing.assert_close(x, base[name] + (a[name] - base[name]) * kept / 0.3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +216,7 @@ def numpy_ties(base, models, weights, density, lam, trim, sign):
 @pytest.mark.parametrize("seed", range(6))
 def test_ties_equals_its_definition(tmp_path, monkeypatch, trim, sign, seed):
     """Small whole numbers, so that equal magnitudes at the threshold and votes that cancel are everywhere."""
-    monkeypatch.setattr(merge, "CHUNK", 16)  # and more than one chunk a tensor
+    monkeypatch.setattr(fusion, "CHUNK", 16)  # and more than one chunk a tensor
     rng = np.random.default_rng(seed)
     shapes = {"a.weight": (9, 7), "b.bias": (5,), "c.weight": (3, 4, 2), "d.bias": (1,)}
     draw = lambda scale: {n: rng.integers(-scale, scale + 1, s).astype(np.float32) for n, s in shapes.items()}
@@ -227,96 +250,19 @@ def test_trims_differ_and_cancelled_votes_follow_the_majority(tmp_path):
     assert out["x"].tolist() == [-8, 7, -6, -5] and out["y"].tolist() == [-4, 1, 0, 0]
 
 
-def test_ties_by_hand():
-    deltas = torch.tensor([[3.0, 1.0, 0.0, -2.0], [-1.0, 1.0, 0.0, -4.0], [2.0, -3.0, 5.0, 0.0]])
-    one = torch.ones(3)
-    assert merge.elect_sign(deltas).tolist() == [1, -1, 1, -1]
-    assert merge.elect_sign(deltas, "count").tolist() == [1, 1, 1, -1]
-    opposite = torch.tensor([[2.0], [-2.0]])
-    assert merge.elect_sign(opposite).tolist() == [1] and merge.elect_sign(opposite, "sum", -1).tolist() == [-1]
-    assert merge.ties(deltas, one).tolist() == [2.5, -3, 5, -3]
-    assert merge.ties(deltas, one, "count").tolist() == [2.5, 1, 5, -3]
-    assert merge.ties(deltas, one, normalize=False).tolist() == [5, -3, 5, -6]
-    weights = torch.tensor([1.0, 6.0, 1.0])  # votes 3 - 6 + 2, 1 + 6 - 3, 5, -2 - 24
-    assert torch.allclose(merge.ties(deltas, weights), torch.tensor([-1, 1, 5, -26 / 7]))
-    # those that agree have weights 1 - 1 = 0: divided by 1, as in mergekit
-    assert merge.ties(torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([1.0, -1.0, 1.0])).tolist() == [2]
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=60), st.data())
-def test_kth_largest_is_the_sorted_one(values, data):
-    x = torch.tensor(values, dtype=torch.float32)
-    k = data.draw(st.integers(1, len(values)))
-    cut = data.draw(st.integers(0, len(values)))
-    want = x.abs().sort(descending=True).values[k - 1].item()
-    assert merge.kth_largest(lambda: [x[:cut], x[cut:]], k) == want
-
-
-def test_trim_keeps_an_exact_number_and_the_first_of_equals():
-    x = torch.tensor([[1.0, -2.0, 2.0], [2.0, 0.5, -2.0]])
-    assert merge.trim_tensor(x, 0.5).tolist() == [[0, -2, 2], [2, 0, 0]]
-    assert merge.trim_tensor(x, 0.01).tolist() == [[0, -2, 0], [0, 0, 0]]  # never nothing
-    assert merge.trim_tensor(torch.zeros(5), 0.4).tolist() == [0] * 5
-    assert merge.trim_tensor(x, 1.0) is x
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Slerp, dare, algebra
 
 
-def test_slerp_by_hand():
-    x, y = torch.tensor([2.0, 0, 0]), torch.tensor([0.0, 2, 0])
-    r = 2 * math.sqrt(0.5)
-    torch.testing.assert_close(merge.slerp(x, y, 0.5), torch.tensor([r, r, 0]))
-    torch.testing.assert_close(merge.slerp(x, y, 1 / 3), torch.tensor([math.sqrt(3), 1, 0]))
-    torch.testing.assert_close(merge.slerp(x, torch.zeros(3), 0.5), x * math.sqrt(0.5))  # zeros: at right angles
-
-
-@pytest.mark.parametrize("angle", [0.0, 1e-9, 1e-6, 1e-3, 0.03, 0.0317, 0.1, math.pi - 1e-4, math.pi])
-def test_slerp_stays_finite_and_true_at_any_angle(angle):
-    t = 0.3
-    x, y = torch.tensor([1.0, 0.0]), torch.tensor([math.cos(angle), math.sin(angle)])
-    out = merge.slerp(x, y, t)
-    if angle > 3:  # opposite: the arc is not defined, the straight line is
-        torch.testing.assert_close(out, 0.7 * x + 0.3 * y)
-    else:  # the straight line misses the arc by at most angle^2 / 8
-        arc = torch.tensor([math.cos(t * angle), math.sin(t * angle)])
-        torch.testing.assert_close(out, arc, rtol=0, atol=1.3e-4 if math.cos(angle) > 0.9995 else 1e-6)
-        assert torch.equal(out, x * 0.7 + y * 0.3) == (math.cos(angle) > 0.9995)
-    torch.testing.assert_close(merge.slerp(x, y, 0.0), x)
-    torch.testing.assert_close(merge.slerp(x, y, 1.0), y)
-
-
-def test_dare_keeps_its_share_and_the_l1_norm():
-    delta = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
-    masks = []
-    for name, i in (("x", 0), ("x", 1), ("y", 0)):
-        out = merge.dare(delta, 0.3, merge.mask_generator(5, name, i))
-        masks.append(out != 0)
-        assert abs(masks[-1].float().mean() - 0.3) < 5 * math.sqrt(0.3 * 0.7 / delta.numel())
-        torch.testing.assert_close(out.abs().sum(), delta.abs().sum())
-        kept = delta[masks[-1]]
-        torch.testing.assert_close(out[masks[-1]], kept * (delta.abs().sum() / kept.abs().sum()))
-    for i, j in ((0, 1), (0, 2)):  # independent masks: both keep 0.09
-        assert abs((masks[i] & masks[j]).float().mean() - 0.09) < 0.01
-    assert merge.dare(torch.zeros(4), 0.5, torch.Generator()).tolist() == [0] * 4
-
-
-def test_dare_is_determined_by_the_seed(family, tmp_path):
+@pytest.mark.parametrize("method", merge.RANDOM)
+def test_random_methods_are_determined_by_the_seed(family, tmp_path, method):
     models, base = [str(family / "a"), str(family / "b")], family / "base"
-
-    def once(seed, threads=1):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            return run(tmp_path / "out", "dare_ties", models, "--base", base, "--density", 0.5, "--seed", seed)
-        finally:
-            torch.set_num_threads(before)
-
+    once = lambda seed, threads=1: run(
+        tmp_path / "out", method, models, "--base", base, "--density", 0.5, "--seed", seed, "--threads", threads
+    )
     first = once(3)
     torch.rand(5)  # whatever else draws random numbers
-    assert_same(once(3, threads=2), first)
+    assert_same(once(3, threads=4), first)
     assert any(not torch.equal(x, first[n]) for n, x in once(4).items())
 
 
@@ -327,15 +273,18 @@ def test_algebra(family, tmp_path):
     assert_same(run(out, "linear", [f"{a}:1", f"{b}:0"]), A)
     assert_same(run(out, "slerp", [a, a], "--t", 0.37), A, rtol=1e-6, atol=0)
     assert_same(run(out, "linear", [f"{a}:2", f"{b}:6"]), run(tmp_path / "o2", "linear", [f"{a}:1", f"{b}:3"]))
-    for method in merge.NEEDS_BASE:
+    for method in merge.NEEDS_BASE[:-1]:
         assert_same(run(out, method, [f"{a}:0", f"{b}:0"], *on, "--no-normalize"), load(base))
-        if method.endswith("ties"):  # one model: its own sign is elected, so nothing is lost
-            one = run(tmp_path / "ta", "task_arithmetic", [f"{a}:0.7"], *on, "--lambda", 0.9)
-            assert_same(run(out, method, [f"{a}:0.7"], *on, "--lambda", 0.9, "--no-normalize"), one)
-        else:  # weight w is lambda w
-            half = run(tmp_path / "half", method, [f"{a}:0.5", f"{b}:0.25"], *on, "--density", 0.5)
-            full = run(out, method, [f"{a}:1", f"{b}:0.5"], *on, "--lambda", 0.5, "--density", 0.5)
-            assert_same(full, half, rtol=1e-6, atol=1e-8)
+        ta = run(tmp_path / "ta", "task_arithmetic", [f"{a}:0.7"], *on, "--lambda", 0.9)
+        flags = [*on, "--lambda", 0.9, "--no-normalize"]
+        if method in merge.SPARSE:  # density 1; one model's own sign is elected, so nothing is lost
+            flags += ["--density", 1, "--rescale", "none"]
+        assert_same(run(out, method, [f"{a}:0.7"], *flags), ta)
+        if method not in merge.ELECTS:  # weight w is lambda w
+            flags = [*on] + ["--density", 0.5] * (method in merge.SPARSE)
+            half = run(tmp_path / "half", method, [f"{a}:0.5", f"{b}:0.25"], *flags)
+            assert_same(run(out, method, [f"{a}:1", f"{b}:0.5"], *flags, "--lambda", 0.5), half, rtol=1e-6, atol=1e-8)
+    assert_same(run(out, "expo", [f"{a}:1.3"], *on), run(tmp_path / "ta", "task_arithmetic", [f"{a}:1.3"], *on))
     for trim in ("tensor", "global"):
         flags = [*on, "--density", 0.3, "--trim", trim]
         turned = run(tmp_path / "o2", "ties", [c, a, b], *flags)
@@ -348,6 +297,41 @@ def test_the_base_among_the_models_is_left_out(family, tmp_path, capsys):
     want = run(tmp_path / "o1", "task_arithmetic", [a], "--base", base, "--normalize")
     assert_same(run(tmp_path / "o2", "task_arithmetic", [base + "/", a], "--base", base, "--normalize"), want)
     assert "left out" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups of tensors, depth
+
+
+def test_weights_for_groups_of_tensors(family, tmp_path):
+    a, b, base = load(family / "a"), load(family / "b"), load(family / "base")
+    models = [f"{family / 'a'}:0.3", str(family / "base"), f"{family / 'b'}:0.6"]
+    groups = "--weights-for layers.[0-5].mlp.* 1 7 0 --weights-for *norm.weight 0 7 1 --weights-for 1.mlp.* .5 7 .5"
+    out = run(tmp_path / "out", "task_arithmetic", models, "--base", family / "base", *groups.split())
+    for name, x in out.items():
+        w = (0.3, 0.6)
+        w = (1, 0) if name.startswith("model.layers.0.mlp.") else w
+        w = (0.5, 0.5) if name.startswith("model.layers.1.mlp.") else w  # the last that matches
+        w = (0, 1) if name.endswith("norm.weight") else w
+        torch.testing.assert_close(x, base[name] + w[0] * (a[name] - base[name]) + w[1] * (b[name] - base[name]))
+    record = json.loads((tmp_path / "out" / "merge.json").read_text())
+    assert record["weights_for"][0] == ["layers.[0-5].mlp.*", [1, 0]]  # the base's own is gone, as the base is
+    out = run(tmp_path / "out", "slerp", [str(family / "a"), str(family / "b")], "--weights-for", "lm_head.weight", 0, 1)
+    torch.testing.assert_close(out["lm_head.weight"], b["lm_head.weight"])
+    want = torch.stack([x["model.norm.weight"] for x in (a, b)]).mean(0)
+    torch.testing.assert_close(out["model.norm.weight"], want, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "expo"])
+def test_lines_on_top_of_a_method(family, tmp_path, method):
+    models = [f"{family / 'a'}:1.2"] + [str(family / "b")] * (method != "expo")
+    flags = ["--base", family / "base"] + ["--density", 0.5] * (method != "expo")
+    plain, base = run(tmp_path / "plain", method, models, *flags), load(family / "base")
+    assert_same(run(tmp_path / "out", method, models, *flags, "--lines", "1:0"), plain)
+    for text, first, last in (("0.25:0.5", 0.25, 0.75), ("0.25", 0.25, 1.0)):
+        for name, x in run(tmp_path / "out", method, models, *flags, "--lines", text).items():
+            scale = last if ".layers.1." in name else first
+            torch.testing.assert_close(x, base[name] + scale * (plain[name] - base[name]), rtol=1e-5, atol=1e-7)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,7 +354,8 @@ def test_pt_in_and_out_equals_directories(family, tmp_path):
     records = [json.loads(text) for text in ((tmp_path / "out" / "merge.json").read_text(), in_pt)]
     sums = [[m["sha256"] for m in (*r["models"], r["base"])] for r in records]
     assert sums[0] == sums[1] == [Checkpoint(p).fingerprint() for p in (*models, base)]
-    assert records[0]["method"] == "ties" and records[0]["density"] == 0.4 and records[0]["normalize"] is True
+    assert records[0]["method"] == "ties" and records[0]["normalize"] is True
+    assert [m["density"] for m in records[0]["models"]] == [0.4, 0.4] and "gamma" not in records[0]
 
 
 def test_the_result_is_a_model(family, tmp_path, capsys):
@@ -393,6 +378,102 @@ def test_half_precision_is_read_in_fp32_and_rounded_once(tmp_path):
     assert Checkpoint(str(tmp_path / "bf16")).config["torch_dtype"] == "bfloat16"
     out = run(tmp_path / "f16", "slerp", [a, a], "--dtype", "float16")["x"]
     assert out.dtype == torch.float16
+
+
+def test_shards(family, tmp_path):
+    models = [str(family / "a"), str(family / "b")]
+    want = run(tmp_path / "one", "linear", models)
+    assert_same(run(tmp_path / "out", "linear", models, "--shard-size", "30KB"), want)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    shards = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 3 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert sorted(set(index["weight_map"].values())) == shards
+    assert index["metadata"]["total_size"] == 4 * sum(x.numel() for x in want.values())
+    for shard in shards:
+        held = [n for n, where in index["weight_map"].items() if where == shard]
+        assert 4 * sum(want[n].numel() for n in held) <= 30000 or len(held) == 1
+    one, other = Checkpoint(str(tmp_path / "one")), Checkpoint(str(tmp_path / "out"))
+    assert one.fingerprint() == other.fingerprint() and one.files == other.files
+    assert (tmp_path / "out" / "merge.json").exists()
+    assert_same(run(tmp_path / "again", "linear", [str(tmp_path / "out"), models[0]], "--no-normalize"),
+                run(tmp_path / "again2", "linear", [str(tmp_path / "one"), models[0]], "--no-normalize"))  # fmt: skip
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(theirs.lm_head.weight, want["lm_head.weight"])
+    run(tmp_path / "out", "linear", models, "--shard-size", "1GB")  # one file does; the old shards are gone
+    assert [p.name for p in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_a_shard_that_fails_leaves_what_was_there(faulty, tmp_path):
+    x = torch.zeros(2, 2)
+    good = {"x": x, "y": x}
+    a, b = save(tmp_path / "a", good), save(tmp_path / "b", {"x": x, "y": x / 0})
+    run(tmp_path / "out", "linear", [a])
+    with pytest.raises(InputError, match="y: not finite"):
+        run(tmp_path / "out", "linear", [a, b], "--shard-size", "16")
+    assert_same(load(tmp_path / "out"), good)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "out"]
+
+
+def test_rows_that_differ(tmp_path, capsys):
+    draw = lambda rows, seed: torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed))
+    name = "model.embed_tokens.weight"
+    base = save(tmp_path / "base", {name: draw(5, 0)}, {**TIED, "vocab_size": 5})
+    short = save(tmp_path / "short", {name: draw(4, 1).bfloat16()}, {**TIED, "vocab_size": 4})
+    long = save(tmp_path / "long", {name: draw(7, 2)}, {**TIED, "vocab_size": 7})
+    with pytest.raises(InputError, match=r"is \(4, 3\), but \(5, 3\) in .*--resize gives all of them 5 rows"):
+        run(tmp_path / "out", "linear", [short, long], "--base", base)
+    for method in ("linear", "task_arithmetic", "dare_linear"):
+        scale = 0.5 if method == "linear" else 1
+        out = run(tmp_path / "out", method, [f"{short}:{scale}", f"{long}:{scale}"], "--base", base, "--resize",
+                  *(["--no-normalize"] if method == "linear" else []))[name]  # fmt: skip
+        x, y, z = draw(5, 0), torch.cat([draw(4, 1).bfloat16().float(), draw(5, 0)[4:]]), draw(7, 2)[:5]
+        torch.testing.assert_close(out, (y + z) / 2 if method == "linear" else y + z - x)
+        assert Checkpoint(str(tmp_path / "out")).config["vocab_size"] == 5
+    assert "has 4 rows; the result has 5" in capsys.readouterr().err
+
+
+def test_tokenizers_that_differ(tmp_path, capsys):
+    spec = {"model": {"vocab": {"a": 0, "b": 1}, "merges": ["a b"]}, "added_tokens": [{"id": 2, "content": "<e>"}]}
+    again = {"version": "2", **spec, "model": {**spec["model"], "merges": [["a", "b"]]}}  # another way to write it
+    other = {**spec, "added_tokens": [{"id": 2, "content": "<f>"}]}
+    put = lambda name, content: save(tmp_path / name, {"x": torch.ones(2, 2)}, files={"tokenizer.json": content})
+    a, b, c, d = put("a", json.dumps(spec)), put("b", json.dumps(again)), put("c", json.dumps(other)), put("d", "{")
+    run(tmp_path / "out", "linear", [a, b])
+    assert "note" not in capsys.readouterr().err
+    with pytest.raises(InputError, match="c: its tokenizer has other tokens.*--allow-tokenizer-mismatch"):
+        run(tmp_path / "out", "linear", [a, c])
+    run(tmp_path / "out", "linear", [a, c], "--allow-tokenizer-mismatch")
+    assert "other tokens" in capsys.readouterr().err
+    assert json.loads(Checkpoint(str(tmp_path / "out")).files["tokenizer.json"]) == spec
+    with pytest.raises(InputError, match="d/tokenizer.json: corrupt"):
+        run(tmp_path / "out", "linear", [a, d])
+
+
+def test_what_is_no_float_is_copied(tmp_path):
+    x, n = torch.ones(2, 2), torch.tensor([3, 4])
+    a, b = save(tmp_path / "a", {"x": x, "n": n}), save(tmp_path / "b", {"x": x, "n": n})
+    out = run(tmp_path / "out", "linear", [a, b], "--dtype", "bfloat16")
+    assert out["n"].tolist() == [3, 4] and out["n"].dtype == torch.int64 and out["x"].dtype == torch.bfloat16
+    c = save(tmp_path / "c", {"x": x, "n": n + 1})
+    with pytest.raises(InputError, match="n: torch.int64 and not the same"):
+        run(tmp_path / "out", "linear", [a, c])
+
+
+def test_in_order_bounds_what_is_in_memory():
+    sizes, held, most = {f"{i}": n for i, n in enumerate([3, 10, 1, 1, 1, 9, 2, 2, 10, 4])}, [], []
+
+    def work(name):
+        held.append(sizes[name])  # taken out again when the result is taken
+        most.append(sum(held))
+        return name * 2
+
+    for name, result in merge.in_order(work, sizes, 3):
+        assert result == name * 2
+        held.remove(sizes[name])
+    assert held == [] and len(most) == len(sizes) and max(most) <= 15
+    with pytest.raises(ZeroDivisionError):
+        list(merge.in_order(lambda name: 1 / 0, sizes, 2))
 
 
 def test_warns_when_the_dtype_loses_the_merge(tmp_path, capsys):
@@ -442,6 +523,18 @@ BAD = [
     ("ties {a} {b} --base {base} --density 0", "--density 0.0"),
     ("ties {a} {b} --base {base} --density 1.5", "--density 1.5"),
     ("ties {a} {b} --base {base} --lambda nan", "--lambda"),
+    ("ties {a} {b} --base {base} --density 0.1 0.2 0.3", "3 numbers for 2 models"),
+    ("ties {a} {b} --base {base} --lines 0.1:x", "--lines 0.1:x"),
+    ("ties {a} {b} --base {base} --rescale density", "use l1"),
+    ("ties {a} {b} --base {base} --rescale l1 --trim global", "rescales nothing"),
+    ("della {a} {b} --base {base} --density 0.1", "--epsilon 0.15"),
+    ("breadcrumbs {a} {b} --base {base} --gamma 1", "--gamma 1.0"),
+    ("expo {a} --base {base}", "weight above 1"),
+    ("expo {a}:1.5 {b}:1.5 --base {base}", "give one"),
+    ("linear {a} {b} --weights-for x 1", "1 weights for 2 models"),
+    ("linear {a} {b} --weights-for x 1 much", "'much' is no finite number"),
+    ("linear {a} {b} --weights-for x 1 -1", "sum to zero"),
+    ("linear {a} {b} --weights-for y* 1 2", "no tensor of .*a has such a name"),
 ]
 
 

@@ -317,6 +317,71 @@ def test_parent_is_out_of_reach():
     fails("import resource\nresource.prlimit(__import__('os').getppid(), resource.RLIMIT_NOFILE, (1, 1))")
 
 
+TESTS = """
+import math
+def check(candidate):
+    assert candidate(1) == 2
+    assert abs(candidate(2) - 3) < 1e-6 and math.isclose(candidate(4), 5) and len([candidate(1)]) == 1
+    assert all(candidate(i) == i + 1 for i in range(3)) and sorted([candidate(2), 1]) == [1, 3]
+check(inc)
+"""
+
+
+def examined(source):
+    return run_program(source, TESTS, "inc")
+
+
+def test_honest_answers_pass_the_tests():
+    assert examined("def inc(x):\n    return x + 1") == (True, "passed")
+    assert examined("import math\ndef sum(a, b):\n    return a + b\ndef inc(x):\n    return sum(x, 1)")[0]
+    assert examined("from fractions import Fraction\ndef inc(x):\n    return Fraction(x) + 1")[0]
+    assert examined("class inc(int):\n    def __new__(cls, x):\n        return int(x) + 1")[0]
+    assert not examined("def inc(x):\n    return x + 2")[0] and "NameError" in examined("def other(x):\n    return x")[1]
+    own = "from collections import Counter, namedtuple, defaultdict, deque\nPair = namedtuple('Pair', 'a b')\n"
+    for made, want in (("Counter('aab')", "f() == {'a': 2, 'b': 1}"), ("map(int, '12')", "list(f()) == [1, 2]"),
+                       ("[deque([1]), {1: (2,)}]", "f()[1] == {1: (2,)}"), ("{1: 2}.keys()", "1 in f()"),
+                       ("lambda x: x", "f()(3) == 3"), ("(i for i in 'ab')", "[*f()] == ['a', 'b']")):  # fmt: skip
+        assert run_program(f"{own}def f():\n    return {made}", f"assert {want}", "f")[0], made
+    pair = "class Pair:\n    def __init__(self, a):\n        self.a = a\ndef f(p):\n    return p.a"
+    assert run_program(pair, "assert f(Pair(3)) == 3", "f")[0]
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "class Any:\n    def __eq__(self, other): return True\n    __lt__ = __gt__ = __sub__ = __eq__\n    __abs__ = lambda s: 0\n"
+        "def inc(x):\n    return Any()",
+        "class Any(int):\n    __eq__ = lambda a, b: True\n    __hash__ = int.__hash__\ndef inc(x):\n    return Any(2)",
+        "class Any(int):\n    __eq__ = lambda a, b: True\nAny.__module__ = 'builtins'\nAny.__name__ = 'int'\n"
+        "def inc(x):\n    return Any(2)",
+        "def check(candidate): pass\ndef inc(x):\n    return 0",  # the tests' own check comes after
+        "def inc(x):\n    return 0\ndef exit_early(*a):\n    raise SystemExit\nimport sys\nsys.excepthook = exit_early",
+        "def inc(x):\n    exit(0)",
+        "def inc(x):\n    raise SystemExit",
+        "def inc(x):\n    import os\n    os._exit(0)",
+        "def inc(x):\n    return 0\n'''",  # what follows would be a text
+        "def inc(x):\n    return 0\nif False:\n    x = (",
+        "import builtins\nbuiltins.AssertionError = type('Quiet', (BaseException,), {})\ndef inc(x):\n    return 0",
+    ],
+)
+def test_tampering_with_the_tests(attack):
+    assert not examined(attack)[0]
+
+
+@pytest.mark.parametrize(
+    "replaced",
+    ["import builtins\nbuiltins.all = builtins.abs = lambda *a: 0", "import math\nmath.isclose = lambda *a, **k: True",
+     "def all(*a):\n    return True\nabs = len = all", "import sys, types\nsys.modules['math'].isclose = lambda *a: True",
+     "import builtins\nbuiltins.len = lambda x: 1\nbuiltins.sorted = lambda x: [1, 3]"],
+)  # fmt: skip
+def test_the_tests_functions_are_pythons_own(replaced):
+    """Right on the first line of the tests, wrong on those that use what was replaced."""
+    wrong = f"{replaced}\ndef inc(x):\n    return x + 1 if x == 1 else x + 1.5"
+    assert not examined(wrong)[0]
+    builtin = "assert all([False]) or abs(-3) == 3 and len([1, 2, 3]) == 3 and sorted([2, 1]) == [1, 2]\nimport math\n"
+    assert run_program(replaced, builtin + "assert not math.isclose(1, 2) and not all([0])")[0]
+
+
 def test_the_token_is_not_lying_about():
     """None of the places where a program would look by chance holds what would make it pass."""
     source = """
@@ -351,3 +416,26 @@ def test_without_the_kernels_help(monkeypatch, tmp_path):
     assert "refused" in fails("import socket\nsocket.socket()")
     assert "refused" in fails("import os\nos.fork()")
     assert "refused" in fails("import subprocess\nsubprocess.run(['true'])")
+
+
+CUBE = {"A": "24a8", "B": "4,000", "C": "3", "D": "2,000", "E": "7 1/2 sec"}
+
+
+@pytest.mark.parametrize("reply, letter", [
+    ("If (B) held, then ... The correct answer is \\boxed{E}.", "E"),
+    ("Option A is wrong. So \\(\\boxed{\\text{D}}\\)", "D"),
+    ("\\boxed{A}? No: \\boxed{(C) 3}", "C"),
+    ("The original price is \\( \\boxed{2000} \\).", "D"),
+    ("\\boxed{\\$2,000}", "D"),
+    ("\\boxed{\\frac{1}{3}}, so the answer is A.", "A"),
+    ("The answer is B.", "B"),  # no box: the cascade
+    ("It is \\boxed{\\frac{1}{60}}. The correct choice is (B).", "B"),  # a box that is no choice
+])  # fmt: skip
+def test_a_boxed_choice_outranks_the_cascade(reply, letter):
+    assert [x for x in CUBE if check("choice", reply, {"letter": x, "choices": CUBE})] == [letter]
+
+
+def test_a_boxed_number_outranks_the_last_one():
+    assert check("number", "He makes \\(\\boxed{10000}\\) dollars in 20 weeks.", "10,000") is True
+    assert check("number", "He makes \\(\\boxed{10000}\\) dollars in 20 weeks.", 20) is False
+    assert check("number", "\\boxed{x}, so 20", 20) is True

@@ -1,0 +1,167 @@
+"""fusion.py by hand, against definitions in a few lines of numpy, and against mergekit 0.1.5's functions."""
+
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import fusion
+
+NUMBERS = st.lists(st.one_of(st.integers(-3, 3).map(float), st.floats(-1e6, 1e6, width=32)), min_size=1, max_size=60)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Merges
+
+
+def test_ties_by_hand():
+    deltas = torch.tensor([[3.0, 1.0, 0.0, -2.0], [-1.0, 1.0, 0.0, -4.0], [2.0, -3.0, 5.0, 0.0]])
+    one = torch.ones(3)
+    assert fusion.elect_sign(deltas).tolist() == [1, -1, 1, -1]
+    assert fusion.elect_sign(deltas, "count").tolist() == [1, 1, 1, -1]
+    opposite = torch.tensor([[2.0], [-2.0]])
+    assert fusion.elect_sign(opposite).tolist() == [1] and fusion.elect_sign(opposite, "sum", -1).tolist() == [-1]
+    assert fusion.ties(deltas, one).tolist() == [2.5, -3, 5, -3]
+    assert fusion.ties(deltas, one, "count").tolist() == [2.5, 1, 5, -3]
+    assert fusion.ties(deltas, one, normalize=False).tolist() == [5, -3, 5, -6]
+    weights = torch.tensor([1.0, 6.0, 1.0])  # votes 3 - 6 + 2, 1 + 6 - 3, 5, -2 - 24
+    assert torch.allclose(fusion.ties(deltas, weights), torch.tensor([-1, 1, 5, -26 / 7]))
+    # those that agree have weights 1 - 1 = 0: divided by 1, as in mergekit
+    assert fusion.ties(torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([1.0, -1.0, 1.0])).tolist() == [2]
+
+
+def test_sign_by_count_equals_mergekit():
+    method = pytest.importorskip("mergekit.merge_methods.generalized_task_arithmetic")
+    deltas, weights = torch.randn(3, 500, generator=generator()), torch.tensor([0.5, 1.0, 2.0])
+    weighted = deltas * weights[:, None]
+    agree = method.get_mask(weighted, "count")
+    theirs = (weighted * agree).sum(0) / (weights[:, None] * agree).sum(0).clamp(min=1e-9)
+    assert torch.equal(fusion.ties(deltas, weights, "count"), theirs)
+    assert not torch.equal(fusion.ties(deltas, weights, "sum"), theirs)
+
+
+def slerp(a, b, t):
+    at_a, at_b = fusion.slerp_weights(a, b, t)
+    return a * at_a + b * at_b
+
+
+def test_slerp_by_hand():
+    x, y = torch.tensor([2.0, 0, 0]), torch.tensor([0.0, 2, 0])
+    r = 2 * math.sqrt(0.5)
+    torch.testing.assert_close(slerp(x, y, 0.5), torch.tensor([r, r, 0]))
+    torch.testing.assert_close(slerp(x, y, 1 / 3), torch.tensor([math.sqrt(3), 1, 0]))
+    torch.testing.assert_close(slerp(x, torch.zeros(3), 0.5), x * math.sqrt(0.5))  # zeros: at right angles
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-9, 1e-6, 1e-3, 0.03, 0.0317, 0.1, math.pi - 1e-4, math.pi])
+def test_slerp_stays_finite_and_true_at_any_angle(angle):
+    t = 0.3
+    x, y = torch.tensor([1.0, 0.0]), torch.tensor([math.cos(angle), math.sin(angle)])
+    out = slerp(x, y, t)
+    if angle > 3:  # opposite: the arc is not defined, the straight line is
+        torch.testing.assert_close(out, 0.7 * x + 0.3 * y)
+    else:  # the straight line misses the arc by at most angle^2 / 8
+        arc = torch.tensor([math.cos(t * angle), math.sin(t * angle)])
+        torch.testing.assert_close(out, arc, rtol=0, atol=1.3e-4 if math.cos(angle) > 0.9995 else 1e-6)
+        assert torch.equal(out, x * 0.7 + y * 0.3) == (math.cos(angle) > 0.9995)
+    torch.testing.assert_close(slerp(x, y, 0.0), x)
+    torch.testing.assert_close(slerp(x, y, 1.0), y)
+
+
+def test_lines_rises_evenly_over_the_blocks():
+    scale = lambda name: fusion.lines_scale(name, (0.2, 0.6), 4)
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(4)]
+    assert [round(scale(n), 6) for n in names] == [0.2, 0.4, 0.6, 0.8]
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        assert scale(name) == 0.2
+    assert {fusion.lines_scale(n, (1.0, 0.0), 4) for n in names} == {1.0}
+    assert fusion.lines_scale("model.layers.11.x", (0.0, 1.0), 12) == 1 and fusion.lines_scale(names[0], (0.3, 1.0), 1) == 0.3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sparsification
+
+
+@settings(max_examples=60, deadline=None)
+@given(NUMBERS, st.data())
+def test_kth_largest_is_the_sorted_one(values, data):
+    x = torch.tensor(values, dtype=torch.float32)
+    k = data.draw(st.integers(1, len(values)))
+    cut = data.draw(st.integers(0, len(values)))
+    want = x.abs().sort(descending=True).values[k - 1].item()
+    assert fusion.kth_largest(lambda: [x[:cut], x[cut:]], k) == want
+
+
+@settings(max_examples=100, deadline=None)
+@given(NUMBERS, st.integers(-1, 70), st.booleans())
+def test_largest_is_the_sorted_ones(values, k, first):
+    size = np.abs(np.array(values, dtype=np.float32))
+    order = np.argsort(-size, kind="stable") if first else np.argsort(size, kind="stable")[::-1]
+    want = np.zeros(len(size), dtype=bool)
+    want[order[: max(0, k)]] = True
+    keep = fusion.largest(lambda out=None: torch.from_numpy(size.copy()), k, first).numpy()
+    assert ((keep == want) | (size == 0)).all()
+
+
+def test_largest_by_hand():
+    size = torch.tensor([1.0, 2, 2, 2, 0.5, 2])
+    mask = lambda k, first=True: fusion.largest(lambda out=None: size.clone(), k, first).int().tolist()
+    assert mask(3) == [0, 1, 1, 1, 0, 0] and mask(3, first=False) == [0, 0, 1, 1, 0, 1]
+    assert mask(5) == [1, 1, 1, 1, 0, 1] and mask(6) == [1] * 6 and mask(0) == [0] * 6
+
+
+@settings(max_examples=100, deadline=None)
+@given(NUMBERS, st.floats(0.01, 0.99), st.floats(0, 0.5))
+def test_middle_is_the_definition(values, density, gamma):
+    size = np.abs(np.array(values, dtype=np.float32))
+    n_keep, n_top = int(density * len(size)), int(gamma * len(size))
+    n_bottom = max(0, len(size) - n_keep - n_top)
+    want = np.zeros(len(size), dtype=bool)
+    want[np.argsort(size, kind="stable")[n_bottom : n_bottom + n_keep]] = True
+    keep = fusion.middle(lambda out=None: torch.from_numpy(size.copy()), density, gamma).numpy()
+    assert ((keep == want) | (size == 0)).all()
+
+
+@pytest.mark.parametrize(("density", "gamma"), [(0.3, 0.01), (0.9, 0.3), (0.5, 0.0), (0.001, 0.1)])
+def test_middle_equals_mergekit(density, gamma):
+    sparsify = pytest.importorskip("mergekit.sparsify")
+    delta = torch.randn(37, 41, generator=generator())
+    keep = fusion.middle(lambda out=None: delta.abs().view(-1), density, gamma).view(delta.shape)
+    assert torch.equal(delta * keep, sparsify.magnitude_outliers(delta, density, None, gamma))
+
+
+@pytest.mark.parametrize("shape", [(30, 41), (97,), (5, 1)])
+def test_magprune_equals_mergekit_given_the_same_numbers(monkeypatch, shape):
+    sparsify = pytest.importorskip("mergekit.sparsify")
+    monkeypatch.setattr(fusion, "CHUNK", 100)  # several pieces of rows
+    delta = torch.randn(shape, generator=generator())
+    keep = fusion.magprune(delta.abs().view(-1, shape[-1]), 0.4, 0.3, generator(7)).view(shape)
+    monkeypatch.setattr(torch, "bernoulli", lambda p: (torch.rand(p.shape, generator=generator(7)) < p).float())
+    if shape[-1] == 1:  # one element in a row has no rank: theirs divides 0 by 0
+        assert torch.equal(keep.view(-1), torch.rand(5, generator=generator(7)) < 0.1)
+    else:
+        assert torch.equal(delta * keep, sparsify.della_magprune(delta, 0.4, 0.3, None))
+
+
+def test_magprune_keeps_the_large_more_often():
+    size = torch.rand(4000, 20, generator=generator()).sort(dim=1).values
+    keep = fusion.magprune(size, 0.4, 0.3, generator(1)).float()
+    share = keep.mean(0)  # by rank: 0.1 for the smallest, 0.7 for the largest
+    assert (share - torch.linspace(0.1, 0.7, 20)).abs().max() < 5 * math.sqrt(0.25 / 4000)
+
+
+def test_l1_scale():
+    size, keep = torch.tensor([1.0, 2, 3, 4]), torch.tensor([True, False, False, True])
+    assert fusion.l1_scale(size, keep) == 2 and fusion.l1_scale(size, ~keep & False) == 1
+    assert fusion.l1_scale(torch.zeros(4), keep) == 1

@@ -1,0 +1,142 @@
+"""merge_search.py: the search on functions with known answers, and its scores against merging, writing and measuring."""
+
+import json
+import shlex
+
+import pytest
+import torch
+from conftest import tiny_files, tiny_model, write_lines
+
+import loop
+import merge_search
+from chat import Tokenizer, read_records, sft_messages
+from model import Checkpoint, Qwen2
+from train_sft import count, encode
+
+
+def find(f, over=("weights",), n=2, budget=15):
+    """-> (the best point, the values of all points tried)."""
+    tried = {}
+    start = {"weights": [1 / n] * n, **{name: 1.0 for name in over if name != "weights"}}
+    evaluate = lambda point, label: tried.setdefault(str(point), f(point))
+    best = merge_search.search(evaluate, lambda point: str(point) in tried, start, over, n, budget)
+    assert f(best) == min(tried.values()) and len(tried) <= budget
+    return best, tried
+
+
+@pytest.mark.parametrize("least", [0.03, 0.2, 0.5, 0.77, 1.0])
+def test_a_parabola_is_found_in_six_points(least):
+    best, tried = find(lambda p: 3 + 2 * (p["weights"][1] - least) ** 2)
+    assert best["weights"] == pytest.approx([1 - least, least], abs=0.01) and len(tried) <= 6
+    assert {str({"weights": w}) for w in ([0.5, 0.5], [0.0, 1.0], [1.0, 0.0])} <= set(tried)
+
+
+def test_a_kink_and_a_slope_are_found():
+    best, tried = find(lambda p: abs(p["weights"][1] - 0.37))
+    assert best["weights"][1] == pytest.approx(0.37, abs=0.04) and len(tried) <= 12
+    assert find(lambda p: -p["weights"][1])[0]["weights"] == [0, 1]
+    assert find(lambda p: 1.0)[0]["weights"] == [0.5, 0.5]
+
+
+def test_several_numbers_at_once():
+    f = lambda p: (p["weights"][1] - 0.1) ** 2 + (p["lambda"] - 2.3) ** 2 + (p["density"] - 0.35) ** 2 / 3
+    best, _ = find(f, ("weights", "lambda", "density"), budget=40)
+    assert best["weights"][1] == pytest.approx(0.1, abs=0.03)
+    assert best["lambda"] == pytest.approx(2.3, abs=0.06) and best["density"] == pytest.approx(0.35, abs=0.03)
+    best, _ = find(lambda p: (p["weights"][1] - 0.1) ** 2 + (p["weights"][2] - 0.6) ** 2, n=3, budget=60)
+    assert best["weights"] == pytest.approx([0.3, 0.1, 0.6], abs=0.05)
+    assert find(lambda p: (p["weights"][0] - 1.7) ** 2, n=1)[0]["weights"] == pytest.approx([1.7], abs=0.02)
+
+
+def test_the_budget_is_kept():
+    for budget in (1, 3, 5, 8):
+        f = lambda p: abs(p["weights"][1] - 0.37) + abs(p["weights"][2] - 0.2)
+        assert len(find(f, n=3, budget=budget)[1]) == budget
+
+
+def test_greedy_soup():
+    gain = {0: 1.0, 1: -3.0, 2: 2.0}  # what a member adds to the mean, on top of its own
+    asked = []
+
+    def evaluate(point, label):
+        members = [i for i, w in enumerate(point["weights"]) if w]
+        assert {point["weights"][i] for i in members} == {1 / len(members)}
+        asked.append(members)
+        return -sum(gain[i] for i in members)
+
+    assert merge_search.greedy_soup(evaluate, 3) == {"weights": [0.5, 0, 0.5]}
+    assert asked == [[0], [1], [2], [0, 2], [0, 1, 2], [0, 1, 2]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directories base, a, b of one tiny model, and a file of conversations."""
+    folder = tmp_path_factory.mktemp("search")
+    for i, name in enumerate(("base", "a", "b")):
+        m, g = tiny_model(), torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for p in m.parameters():
+                p += 0.05 * i * torch.randn(p.shape, generator=g)
+        m.save(str(folder / name), tiny_files())
+    lines = [{"prompt": f"What is {i} + 2?", "completion": f"{i} + 2 = {i + 2}" + "." * (i % 4)} for i in range(12)]
+    write_lines(folder / "data.jsonl", lines)
+    return folder
+
+
+def test_scores_are_those_of_the_written_checkpoint(models, run, tmp_path):
+    out = tmp_path / "s.json"
+    code, said, _ = run("merge", "search", "--method", "ties", "--base", models / "base", "--models", models / "a",
+                        models / "b", "--density", 0.5, "--over", "weights", "lambda", "lines", "--evaluations", 9,
+                        "--data", models / "data.jsonl", "--aside", 0.25, "--seed", 3, "--out", out)  # fmt: skip
+    assert code == 0
+    record = json.loads(out.read_text())
+    points, final = record["points"], record["final"]
+    assert [p["weights"] for p in points[:2]] == [[0.5, 0.5], [0.05, 0.95]] and 2 < len(points) <= 9
+    assert {"lambda", "lines", "score", "stderr"} <= set(points[0]) and said.count("loss per token") >= len(points)
+    key = lambda p: [p["weights"], p["lambda"], p["lines"]]
+    assert key(record["best"]) == key(min(points, key=lambda p: p["score"])) == key(final[0])
+    assert [f["weights"] for f in final[-2:]] == [[0.5, 0.5], [0.05, 0.95]]
+
+    words = shlex.split(next(line for line in said.splitlines() if line.startswith("next:")))[3:]
+    assert run("merge", *words[:-1], tmp_path / "fused")[0] == 0  # the command that it prints, with another --out
+    m, tokenizer = Qwen2.from_pretrained(str(tmp_path / "fused")), Tokenizer(str(tmp_path / "fused"))
+    examples, _ = encode(read_records([models / "data.jsonl"], sft_messages), tokenizer, 1024)
+    seen, aside = merge_search.split(examples, 0.25, 3)
+    assert len(aside) == 3 and len(seen) == 9 and all(e not in seen for e in aside)
+    for part, score in ((seen, min(p["score"] for p in points)), (aside, final[0]["score"])):
+        loss = -loop.sequence_logps(m, part, 2048).sum().item() / count(part)
+        assert loss == pytest.approx(score, rel=1e-5)
+    before = Checkpoint(str(models / "a")).tensor("model.norm.weight")  # the inputs are as they were
+    assert torch.isfinite(before).all() and (before != 0).all()
+
+
+def test_by_a_task_and_greedily(models, run, tmp_path):
+    (tmp_path / "demo").mkdir()
+    write_lines(tmp_path / "demo" / "heldout.jsonl",
+                [{"id": i, "prompt": f"{i}?", "reference": {"kind": "number", "value": "3"}} for i in range(6)])  # fmt: skip
+    out = tmp_path / "s.json"
+    code, said, _ = run("merge", "search", "--method", "linear", "--models", models / "a", models / "b", models / "base",
+                        "--greedy", "--tasks", "demo", "--data-dir", tmp_path, "--max-new-tokens", 3, "--out", out)  # fmt: skip
+    record = json.loads(out.read_text())
+    assert code == 0 and record["what"] == "share right" and all(0 <= p["score"] <= 1 for p in record["points"])
+    assert [1.0, 0.0, 0.0] in [p["weights"] for p in record["points"]] and "next:  python merge.py --method linear" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "more"),
+    [
+        ("give one of them", []),
+        ("give one of them", ["--data", "x", "--tasks", "demo"]),
+        ("lies between 0 and 1", ["--data", "x", "--aside", "1"]),
+        ("--over density: changes nothing", ["--data", "x", "--over", "density"]),
+        ("--weights-for", ["--data", "x", "--weights-for", "x", "1", "1"]),
+        ("needs 2", ["--data", "ONE"]),
+    ],
+)
+def test_bad_input(models, refused, tmp_path, words, more):
+    one = write_lines(tmp_path / "one.jsonl", [{"prompt": "a", "completion": "b"}] * 2)
+    more = [one if word == "ONE" else word for word in more]
+    refused(words, "merge", "search", "--method", "linear", "--models", models / "a", models / "b", "--out",
+            tmp_path / "s.json", *more)  # fmt: skip
+    refused("--method is linear", "merge", "search", "--method", "ties", "--base", models / "base", "--models", models / "a",
+            "--out", tmp_path / "s.json", "--greedy", "--data", one)  # fmt: skip
