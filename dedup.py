@@ -1,28 +1,29 @@
 """Near duplicates by simhash, and evaluation questions by shared n-grams, in numpy on arrays of 64-bit hashes.
 
-    hashes = simhash(texts)                          # (N,) uint64; alike texts differ in few bits (Charikar, STOC 2002)
+    hashes, seen = scan(texts, ngram_set(questions)) # (N,) uint64, (N,) bool: one pass for both
     keep, twin = keep_best(hashes, rank, hamming=3)  # of every group of near duplicates the one of the best rank
+
+Alike texts have simhashes that differ in few bits (Charikar, STOC 2002). A chunk of texts is hashed as one array of its code
+points, without a loop over texts or words; chunks go to a thread a core, for numpy works outside of Python's lock.
 """
 
-import hashlib
+import collections
+import concurrent.futures
+import functools
 import itertools
+import os
 import re
 import unicodedata
 
 import numpy as np
 
-CHUNK = 4096  # texts hashed at a time: bounds the memory of the bit counts
+CHUNK = 1 << 18  # characters hashed at a time: few enough that their arrays stay near the processor's cache
 # A Chinese, Japanese or Korean character is a token by itself; elsewhere a word is. Signs that change what is asked are
 # tokens too ("3 + 5" is not "3 - 5"), other punctuation is not.
-_TOKEN = re.compile(
-    r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]+"
-    r"|[-+*/×÷=<>^%$#@&|~_{}\[\]()]"
-)
+_ALONE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]|[-+*/×÷=<>^%$#@&|~_{}\[\]()]")
 _PAD = np.uint64(0x9E3779B97F4A7C15)
-
-
-def tokens(text):
-    return _TOKEN.findall(unicodedata.normalize("NFKC", text).lower())
+_BASE = np.uint64(0xD6E8FEB86659FD93)  # of the rolling hashes: odd, so that multiplying by it loses no bit
+_LANES = np.uint64(0x0101010101010101)
 
 
 def mix(x):
@@ -32,47 +33,141 @@ def mix(x):
     return x ^ (x >> np.uint64(31))
 
 
-def ngram_hashes(texts, n, memo):
-    """All n-grams of tokens of all texts: (hashes (G,) uint64, starts (N,) where each text's begin). A text of fewer than n
-    tokens has one, of all its tokens and padding. memo: a dict kept between calls, token -> hash."""
-    flat, lengths = [], []
-    for text in texts:
-        words = tokens(text) or [text]
-        for word in words:
-            if word not in memo:
-                digest = hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest()
-                memo[word] = int.from_bytes(digest, "little")
-        flat += [memo[word] for word in words]
-        flat += [int(_PAD)] * (n - len(words))
-        lengths.append(max(len(words), n))
-    if len(memo) > 2_000_000:
-        memo.clear()
-    flat, lengths = np.array(flat, np.uint64), np.array(lengths, np.int64)
-    windows = len(flat) - n + 1
-    h = np.zeros(windows, np.uint64)
+@functools.cache
+def kinds():
+    """(0x110000,) uint8, what a code point is: 0 nothing, 1 part of a word, 2 a token by itself."""
+    table = np.zeros(0x110000, np.uint8)
+    table[:0x40000] = [2 if _ALONE.match(c) else c.isalnum() for c in map(chr, range(0x40000))]  # above stand no letters
+    return table
+
+
+def token_hashes(texts):
+    """-> (hashes (W,) uint64 of all tokens of all texts, counts (N,): each text's). A text of signs alone is one token."""
+    # normalised and lower-cased as one string; NUL parts the texts, and composes with nothing
+    joined = unicodedata.normalize("NFKC", "".join(text.replace("\0", " ") + "\0" for text in texts)).lower()
+    points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
+    kind = kinds()[points]
+    ends = np.flatnonzero(points == 0)  # (N,)
+    begins = np.concatenate(([0], ends[:-1] + 1))
+    counts = np.add.reduceat(kind != 0, begins, dtype=np.int64) if len(texts) else ends
+    for i in np.flatnonzero(counts == 0):  # few
+        kind[begins[i] : ends[i]] = 1
+    first = kind == 2
+    first[1:] |= (kind[1:] == 1) & (kind[:-1] != 1)
+    first[:1] |= kind[:1] == 1
+    starts = np.flatnonzero(first)
+    at = np.arange(len(points))
+    within = at - np.maximum.accumulate(np.where(first, at, 0))  # the place in its token
+    longest = int(within[kind != 0].max(initial=0))
+    powers = np.cumprod(np.full(longest + 1, _BASE, np.uint64), dtype=np.uint64)
+    letters = points * powers[np.minimum(within, longest)] * (kind != 0)
+    hashes = mix(np.add.reduceat(letters, starts)) if len(starts) else np.empty(0, np.uint64)
+    return hashes, np.diff(np.searchsorted(starts, ends), prepend=0)
+
+
+def windows(hashes, counts, n):
+    """All n-grams of the tokens of each text: (hashes (G,) uint64, starts (N,) where each text's begin). A text of fewer
+    than n tokens has one, of all its tokens and padding. hashes, counts: of token_hashes."""
+    lengths = np.maximum(counts, n)
+    if (counts < n).any():
+        flat = np.full(lengths.sum(), _PAD)
+        shift = np.repeat(np.cumsum(lengths - counts) - (lengths - counts), counts)
+        flat[np.arange(len(hashes)) + shift] = hashes
+    else:
+        flat = hashes
+    total = max(len(flat) - n + 1, 0)
+    h = np.zeros(total, np.uint64)
     for k in range(n):
-        h = mix(h + flat[k : k + windows] + _PAD)
-    ends = np.repeat(np.cumsum(lengths), lengths)[:windows]
-    inside = np.arange(windows) + n <= ends  # the window does not run into the next text
-    starts = np.concatenate(([0], np.cumsum(lengths - n + 1)[:-1]))
-    return h[inside], starts
+        h = h * _BASE + flat[k : k + total]
+    inside = np.ones(total, bool)  # but for windows that run into the next text
+    ends = np.cumsum(lengths)
+    for k in range(1, n):
+        inside[ends[:-1] - k] = False
+    return mix(h[inside]), np.concatenate(([0], np.cumsum(lengths - n + 1)[:-1]))
 
 
-def chunks(items, size):
-    items = iter(items)
-    return iter(lambda: list(itertools.islice(items, size)), [])
+def ngram_hashes(texts, n):
+    return windows(*token_hashes(texts), n)
+
+
+def majority(h, starts):
+    """h: (G,) uint64 in N runs that begin at `starts` -> (N,) uint64: bit b is what most of a run's hashes have there.
+
+    Eight bits are counted at once, each in its own byte of a word; a byte counts no further than 255, so longer runs are
+    counted in pieces."""
+    grams = np.diff(np.append(starts, len(h)))
+    pieces = -(-grams // 255)
+    first = np.concatenate(([0], np.cumsum(pieces)[:-1]))
+    cuts = np.repeat(starts - 255 * first, pieces) + 255 * np.arange(pieces.sum())
+    out = np.zeros(len(starts), np.uint64)
+    for bit in range(8):
+        lanes = np.add.reduceat((h >> np.uint64(bit)) & _LANES, cuts)  # (pieces,)
+        ones = np.add.reduceat(lanes.view(np.uint8).reshape(-1, 8), first, axis=0, dtype=np.int64)  # (N, 8)
+        most = (2 * ones > grams[:, None]).astype(np.uint8)
+        out |= most.view(np.uint64)[:, 0] << np.uint64(bit)
+    return out
+
+
+def batches(texts):
+    """Lists of texts of at most CHUNK characters together (one longer text alone)."""
+    batch, size = [], 0
+    for text in texts:
+        if batch and size + len(text) > CHUNK:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
+
+
+def in_threads(work, items):
+    """work(item) for every item, on all cores, in order; few items are held at a time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        waiting = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def scan(texts, grams, n=3, long=13):
+    """texts: an iterable -> (simhashes (N,) uint64 over n-grams, seen (N,) bool): seen is the text that shares an n-gram of
+    `long` tokens with the sorted set `grams`, or, being shorter than that, is one of its short texts."""
+
+    def work(chunk):
+        tokens = token_hashes(chunk)
+        h, starts = windows(*tokens, long) if len(grams) else (None, None)
+        return majority(*windows(*tokens, n)), shares(h, starts, grams) if len(grams) else np.zeros(len(chunk), bool)
+
+    parts = [(np.empty(0, np.uint64), np.empty(0, bool)), *in_threads(work, batches(texts))]
+    return tuple(np.concatenate(part) for part in zip(*parts))
 
 
 def simhash(texts, n=3):
     """texts: an iterable -> (N,) uint64. Bit b is what most of the text's n-gram hashes have there."""
-    out, memo = [np.empty(0, np.uint64)], {}
-    for chunk in chunks(texts, CHUNK):
-        h, starts = ngram_hashes(chunk, n, memo)
-        bits = np.unpackbits(h.view(np.uint8).reshape(-1, 8), axis=1)  # (G, 64)
-        ones = np.add.reduceat(bits, starts, axis=0, dtype=np.int32)  # (N, 64)
-        grams = np.diff(np.append(starts, len(h)))
-        out.append(np.packbits(2 * ones > grams[:, None], axis=1).view(np.uint64)[:, 0])
-    return np.concatenate(out)
+    return scan(texts, np.empty(0, np.uint64), n)[0]
+
+
+def shares(h, starts, grams):
+    at = np.searchsorted(grams, h).clip(max=len(grams) - 1)
+    return np.logical_or.reduceat(grams[at] == h, starts)
+
+
+def ngram_set(texts, n=13):
+    """The sorted n-gram hashes of all texts; a text shorter than n tokens counts as a whole."""
+    parts = [ngram_hashes(chunk, n)[0] for chunk in batches(texts)]
+    return np.unique(np.concatenate([np.empty(0, np.uint64), *parts]))
+
+
+def distinct(texts, n):
+    """distinct-n (Li et al., arXiv 1510.03055): how many different n-grams the texts hold, over how many they hold."""
+    parts = [ngram_hashes(chunk, n)[0] for chunk in batches(texts)]
+    grams = np.concatenate([np.empty(0, np.uint64), *parts])
+    return len(np.unique(grams)) / max(len(grams), 1)
 
 
 def near_pairs(hashes, hamming):
@@ -120,30 +215,15 @@ def keep_best(hashes, rank, hamming):
     by = np.argsort(source, kind="stable")
     source, target = source[by], target[by]
     begin = np.searchsorted(source, np.arange(len(values) + 1))
-    stays_for = np.full(len(values), -1)
-    for v in np.argsort(first):  # from the best on
-        if stays_for[v] < 0:
-            stays_for[v] = v
+    stays_for = np.arange(len(values))
+    undecided = np.ones(len(values), bool)
+    paired = np.unique(source)
+    for v in paired[np.argsort(first[paired])]:  # those with a neighbour, from the best on
+        if undecided[v]:
             near = target[begin[v] : begin[v + 1]]
-            stays_for[near[stays_for[near] < 0]] = v
+            near = near[undecided[near]]
+            stays_for[near] = v
+            undecided[near] = undecided[v] = False
     twin = np.empty(len(hashes), np.int64)
     twin[order] = best[stays_for[group]]
     return twin == np.arange(len(hashes)), twin
-
-
-def ngram_set(texts, n=13):
-    """The sorted n-gram hashes of all texts; a text shorter than n tokens counts as a whole."""
-    memo = {}
-    parts = [ngram_hashes(chunk, n, memo)[0] for chunk in chunks(texts, CHUNK)]
-    return np.unique(np.concatenate([np.empty(0, np.uint64), *parts]))
-
-
-def shares_ngram(texts, grams, n=13):
-    """-> (N,) bool: the text shares an n-gram with the set, or, being shorter than n tokens, is one of its short texts."""
-    out, memo = [np.empty(0, bool)], {}
-    for chunk in chunks(texts, CHUNK):
-        h, starts = ngram_hashes(chunk, n, memo)
-        at = np.searchsorted(grams, h).clip(max=max(len(grams) - 1, 0))
-        hit = grams[at] == h if len(grams) else np.zeros(len(h), bool)
-        out.append(np.logical_or.reduceat(hit, starts))
-    return np.concatenate(out)

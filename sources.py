@@ -1,4 +1,4 @@
-"""Step 1's reading: JSON Lines and JSON arrays, plain or gzip, in the shapes that open instruction data comes in.
+"""Step 1's reading: JSON Lines and JSON arrays, plain or gzip, local or from the hub, in the shapes that open data comes in.
 
     for line, obj in read_objects("alpaca.json.gz"):
         for found in instructions(obj, where, max_chars):     # {"prompt", "response", "reference"}
@@ -8,14 +8,18 @@ use (empty, cut off, garbled) raises Drop with the reason, which the caller coun
 """
 
 import codecs
+import contextlib
 import csv
+import fnmatch
 import glob
 import gzip
+import hashlib
 import json
 import os
 import re
 import unicodedata
 
+import rules
 from model import InputError
 
 ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user",
@@ -40,10 +44,14 @@ AQUA_OPTION = re.compile(
 
 
 def expand(patterns):
-    """File names and globs -> the files, in order. InputError for what names none."""
+    """File names, globs and hf://datasets/OWNER/NAME[@REVISION]/FILE -> the files, in order; those of the hub are fetched into
+    its cache. InputError for what names none."""
     files = []
     for pattern in patterns:
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if pattern.startswith("hf://"):
+            found = fetch(pattern)
+        else:
+            found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not found:
             raise InputError(f"{pattern}: no such file")
         for path in found:
@@ -53,11 +61,57 @@ def expand(patterns):
     return files
 
 
+def fetch(url):
+    """hf://datasets/OWNER/NAME[@REVISION]/FILE, FILE perhaps a glob -> local paths of those files of a data set on the hub."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    found = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", url)
+    if not found:
+        raise InputError(f"{url}: not hf://datasets/OWNER/NAME/FILE or hf://datasets/OWNER/NAME@REVISION/FILE")
+    where = {"repo_id": found[1], "revision": found[2], "repo_type": "dataset"}
+    try:
+        names = [found[3]]
+        if glob.has_magic(found[3]):
+            names = sorted(fnmatch.filter(HfApi().list_repo_files(**where), found[3]))
+        paths = [hf_hub_download(filename=name, **where) for name in names]
+        with contextlib.suppress(Exception):  # for its licence
+            hf_hub_download(filename="README.md", **where)
+    except Exception as e:  # a network's failures are of many kinds
+        why = " ".join(str(e).split())[:150]
+        raise InputError(f"{url}: cannot be fetched: {type(e).__name__}: {why}; a gated data set wants HF_TOKEN") from None
+    return paths
+
+
+HUB = re.compile(r"(.*/datasets--([^/]+)--([^/]+)/snapshots/[^/]+)/(.+)")  # how the hub's cache lays out a data set's files
+
+
+def licence(obj):
+    """The licence that a record names itself, or None."""
+    value = first(obj, "license", "licence")
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def licence_of_file(path):
+    """The licence in the front matter of the README.md of a data set of the hub, or None."""
+    found = HUB.fullmatch(os.path.abspath(path))
+    if not found:
+        return None
+    try:
+        with open(f"{found[1]}/README.md", encoding="utf-8") as f:
+            front = re.match(r"---\n(.*?)\n---", f.read(), re.S)
+    except (OSError, UnicodeDecodeError):
+        return None
+    named = re.search(r"^license: *[\"']?([^\s\"']+)", front[1], re.M) if front else None
+    return named[1] if named else None
+
+
 def labels(files):
-    """A short name for each file: its last two parts, or more of them where that is not enough to tell two apart."""
+    """A short name for each file: OWNER/NAME/FILE of the hub's, of others the last two parts of the path, or more of them where
+    that is not enough to tell two apart."""
+    hub = [HUB.fullmatch(os.path.abspath(f)) for f in files]
     parts = [os.path.abspath(f).split(os.sep) for f in files]
     for n in range(2, max(map(len, parts), default=2) + 1):
-        names = ["/".join(p[-n:]) for p in parts]
+        names = ["/".join(h.groups()[1:] if h else p[-n:]) for h, p in zip(hub, parts)]
         if len(set(names)) == len(names):
             break
     return names
@@ -284,10 +338,46 @@ def instructions(obj, where, max_chars):
             raise Drop("garbled text")
         if any(re.search(r"\{\{ ?\w+ ?\}\}", t) and "```" not in t for t in texts):
             raise Drop("unfilled template")
-        if (response or "").count("```") % 2:
+        if rules.cut_off(response or ""):
             raise Drop("a response that is cut off")
         out.append({"prompt": messages, "response": response, "reference": reference})
     return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Responses that were written before
+
+
+def prompt_key(messages):
+    return hashlib.sha256(json.dumps([[m["role"], m["content"]] for m in messages]).encode()).digest()
+
+
+def recorded_responses(files, wanted):
+    """-> {("teacher" or "small", prompt_key): its replies, in the files' order} for the prompts in `wanted` (a set of keys). A
+    record is of any shape that `conversations` knows, with a "writer", or step 5's own: a prompt and {writer: response}. A
+    reply: {"text", "finish_reason", "recorded": the file's label}."""
+    found = {}
+    for path, label in zip(files, labels(files)):
+        for line, obj in read_objects(path):
+            where = f"{path}:{line}"
+            if isinstance(obj.get("responses"), dict):
+                prompt = messages_of(obj.get("prompt"), where)
+                said = [(writer.partition("-")[0], prompt, r["text"] if isinstance(r, dict) and "text" in r else r)
+                        for writer, r in obj["responses"].items() if writer != "original"]  # fmt: skip
+            else:
+                try:
+                    records = instructions(obj, where, 1 << 30)
+                except Drop:
+                    continue
+                said = [(obj.get("writer", "teacher"), r["prompt"], r["response"]) for r in records]
+            for writer, prompt, text in said:
+                if writer not in ("teacher", "small"):
+                    raise InputError(f"{where}: the writer is {writer!r}; it is teacher or small")
+                key = prompt_key(prompt)
+                if key in wanted and text:
+                    reply = {"text": content_text(text, where), "finish_reason": "stop", "recorded": label}
+                    found.setdefault((writer, key), []).append(reply)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

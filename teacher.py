@@ -5,11 +5,13 @@
         replies = ask(teacher, prompts, cache, max_tokens=256)          # prompts: list of message lists
 
 A reply is {"text", "finish_reason"}, or {"error"} for a request that the endpoint refused. A run that is killed and started
-again asks only what was not answered yet: the cache is keyed by the model, the parameters and the messages.
+again asks only what was not answered yet: the cache is keyed by the model, the parameters and the messages. An endpoint's
+rates and a budget are kept to; under torchrun a local checkpoint answers on all ranks.
 """
 
 import asyncio
 import contextlib
+import datetime
 import fcntl
 import hashlib
 import json
@@ -27,6 +29,7 @@ from model import InputError
 BACKOFF, BACKOFF_CAP = 1.0, 60.0  # seconds before the first retry, doubled each time up to the cap
 FATAL = {401: "set TEACHER_API_KEY", 402: "the account has no credit", 403: "the key may not use this model",
          404: "look at the URL and --teacher-model"}  # fmt: skip
+BLOCK = 256  # prompts that each rank answers at a time
 FIRST_TRIES = 3  # while nothing has ever answered, a teacher that drops connections is called unreachable after this many
 
 
@@ -38,6 +41,7 @@ class Teacher:
     identity: str
     url: str | None = None  # None: a local checkpoint
     key: str | None = field(default=None, repr=False)  # never printed, never written
+    source: str | None = None
     checkpoint: object = None
     dtype: str = "fp32"
     loaded: tuple | None = None  # (model, tokenizer), once needed
@@ -61,11 +65,11 @@ def open_teacher(source, model_name=None, dtype="fp32"):
 
     checkpoint = Checkpoint(source)
     name = model_name or os.path.basename(os.path.normpath(source))
-    return Teacher(name, f"{checkpoint.fingerprint()} {dtype}", checkpoint=checkpoint, dtype=dtype)
+    return Teacher(name, f"{checkpoint.fingerprint()} {dtype}", source=source, checkpoint=checkpoint, dtype=dtype)
 
 
 def load(teacher):
-    """The (model, tokenizer) of a local checkpoint, on the GPU when there is one."""
+    """The (model, tokenizer) of a local checkpoint, on this rank's GPU when there is one."""
     if teacher.loaded is None:
         import torch
 
@@ -73,7 +77,7 @@ def load(teacher):
         from model import Qwen2
 
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[teacher.dtype]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         m = Qwen2.from_pretrained(teacher.checkpoint, dtype=dtype, device=device).eval()
         teacher.loaded = (m, Tokenizer(teacher.checkpoint))
     return teacher.loaded
@@ -87,6 +91,7 @@ def load(teacher):
 class Cache:
     file: object  # unbuffered, so that a reply is out of this process as soon as it is written
     offsets: dict  # SHA-256 digest -> where its line starts: the texts stay on disk
+    spent: list  # tokens [of prompts, of replies] that endpoints have charged for what is in here
 
 
 @contextlib.contextmanager
@@ -99,7 +104,7 @@ def open_cache(path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"{path}: another run is using this folder; wait for it or choose another --out") from None
-        offsets, at = {}, 0
+        offsets, spent, at = {}, [0, 0], 0
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.endswith(b"\n"):
@@ -109,10 +114,11 @@ def open_cache(path):
                     reply = json.loads(line)
                     offsets[bytes.fromhex(reply["key"])] = at
                     reply["text"], reply["finish_reason"]
+                    spent = [a + b for a, b in zip(spent, reply.get("usage", (0, 0)), strict=True)]
                 except (ValueError, KeyError, TypeError):
                     raise InputError(f"{path}:{number}: not a cached reply; delete this line to ask it again") from None
                 at += len(line)
-        yield Cache(file, offsets)
+        yield Cache(file, offsets, spent)
 
 
 def cache_key(teacher, messages, parameters):
@@ -128,8 +134,11 @@ def cache_read(cache, key):
     return {"text": reply["text"], "finish_reason": reply["finish_reason"]}
 
 
-def cache_write(cache, key, teacher, text, finish_reason):
+def cache_write(cache, key, teacher, text, finish_reason, usage=None):
     line = {"key": key.hex(), "model": teacher.name, "text": text, "finish_reason": finish_reason}
+    if usage:
+        line["usage"] = usage
+        cache.spent = [a + b for a, b in zip(cache.spent, usage)]
     at = os.fstat(cache.file.fileno()).st_size
     cache.file.write(json.dumps(line).encode() + b"\n")  # ASCII: a torn write cannot split a character
     cache.offsets[key] = at
@@ -139,13 +148,28 @@ def cache_write(cache, key, teacher, text, finish_reason):
 # Asking
 
 
-def ask(teacher, prompts, cache, max_tokens=256, temperature=0.0, top_p=1.0, seed=0, concurrency=16, timeout=120.0,
-        retries=8, batch_size=32, desc="asking"):  # fmt: skip
+def tokens_of(text):
+    """A cautious guess at a text's tokens, before an endpoint has counted them: one for every three bytes of UTF-8. English
+    has about four bytes a token, Chinese four to five."""
+    return len(text.encode("utf-8", "replace")) // 3 + 1
+
+
+def request_tokens(messages):
+    return sum(tokens_of(m["content"]) + 4 for m in messages)  # 4: the role and the marks around a message
+
+
+def price(tokens, prices):
+    """tokens: (of prompts, of replies). prices: currency per million of either -> currency; None -> the tokens' number."""
+    return sum(n * p for n, p in zip(tokens, prices)) / 1e6 if prices else sum(tokens)
+
+
+def ask(teacher, prompts, cache, max_tokens=256, temperature=0.0, top_p=1.0, seed=0, batch_size=32, desc="asking", **http):
     """prompts: list of message lists -> list of replies in the same order, each {"text", "finish_reason"} or {"error"}.
 
-    Equal prompts are asked once. finish_reason is "stop" or, for a reply cut off at max_tokens, "length". A teacher that
-    cannot be reached, or refuses the key, raises InputError after the replies that did come are safe in the cache;
-    a single request refused with another 4xx status gets {"error"} and is not cached. timeout: seconds per request."""
+    Equal prompts are asked once. finish_reason: "stop"; "length" for a reply cut off at max_tokens; "content_filter" for one
+    that the endpoint held back. A teacher that cannot be reached, or refuses the key, or would cost more than the budget,
+    raises InputError after the replies that did come are safe in the cache; a single request refused with another 4xx status
+    gets {"error"} and is not cached. http: see ask_http."""
     parameters = {"max_tokens": max_tokens, "temperature": temperature}
     if temperature > 0:
         parameters |= {"top_p": top_p, "seed": seed}
@@ -155,39 +179,20 @@ def ask(teacher, prompts, cache, max_tokens=256, temperature=0.0, top_p=1.0, see
     if todo:
         with tqdm(total=len(todo), desc=desc, unit="reply", disable=None) as bar:
             if teacher.url:
-                http = ask_http(teacher, todo, cache, errors, parameters, concurrency, timeout, retries, bar)
-                asyncio.run(http)
+                asyncio.run(ask_http(teacher, todo, cache, errors, parameters, bar, **http))
             else:
                 ask_local(teacher, todo, cache, errors, parameters, batch_size, bar)
     return [{"error": errors[key]} if key in errors else cache_read(cache, key) for key in keys]
 
 
-def ask_local(teacher, todo, cache, errors, parameters, batch_size, bar):
-    """One call for all prompts: generate_iter sorts them into batches and computes a prefix they share only once."""
-    from generate import generate_iter
+async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16, timeout=120.0, retries=8,
+                   requests_per_minute=0, tokens_per_minute=0, budget=0, prices=None):  # fmt: skip
+    """`concurrency` workers take requests from one queue. What ends the run (an unreachable teacher, a refused key, an empty
+    purse) lets the requests in flight finish first: their replies may have cost money.
 
-    m, tokenizer = load(teacher)
-    room = m.config.max_position_embeddings - parameters["max_tokens"]
-    fits = []
-    for key, messages in todo.items():
-        n = len(tokenizer.prompt_ids(messages))
-        if n <= room:
-            fits.append(key)
-        else:
-            errors[key] = f"a prompt of {n} tokens leaves no room for the reply"
-            bar.update()
-    sampling = {"temperature": parameters["temperature"], "top_p": parameters.get("top_p", 1.0),
-                "seed": parameters.get("seed", 0)}  # fmt: skip
-    replies = generate_iter(m, tokenizer, [todo[key] for key in fits], max_new_tokens=parameters["max_tokens"],
-                            batch_size=batch_size, **sampling)  # fmt: skip
-    for i, text, finish_reason in replies:
-        cache_write(cache, fits[i], teacher, text, finish_reason)
-        bar.update()
-
-
-async def ask_http(teacher, todo, cache, errors, parameters, concurrency, timeout, retries, bar):
-    """`concurrency` workers take requests from one queue. What ends the run (an unreachable teacher, a refused key) lets
-    the requests in flight finish first: their replies may have cost money."""
+    timeout: seconds per request. Rates: 0 is no limit; requests are spaced evenly, retries included, and tokens are counted
+    as guessed before, as charged after. budget: of everything the cache has cost, in price()'s unit; 0 is none. A request is
+    sent when even its longest reply, and those of all others in flight, would stay within."""
     from huggingface_hub import AsyncInferenceClient
 
     # without a key of ours, the client would send the user's own Hugging Face token to a foreign endpoint
@@ -196,47 +201,85 @@ async def ask_http(teacher, todo, cache, errors, parameters, concurrency, timeou
     model = None if teacher.name == teacher.url else teacher.name
     queue, stop = iter(todo.items()), asyncio.Event()
     fatal, answered_at = [], [0.0]  # why the run ends; when the endpoint last answered a request
+    held = [0, 0]  # tokens that the requests in flight may cost
+    free = {"requests": 0.0, "tokens": 0.0}  # when the next request may go
+    before = price(cache.spent, prices)
 
     def end(why):
         fatal.append(why)
         stop.set()
 
-    async def worker():
-        for key, messages in queue:
-            tries, started = 0, time.monotonic()
-            while not stop.is_set():
-                try:
-                    output = await client.chat_completion(messages, model=model, **parameters)
-                    choice = output.choices[0]
-                    text, finish_reason = choice.message.content or "", choice.finish_reason or "stop"
-                    if not isinstance(text, str):
-                        raise ValueError("the content of the reply is no text")
-                except Exception as e:  # the client's HTTP library, and so its exceptions, changed between releases
-                    tries += 1
-                    status, wait, what = read_failure(e, teacher)
-                    if status in FATAL:
-                        end(f"{what}; {FATAL[status]}")
-                    elif status is not None and 400 <= status < 500 and status not in (408, 409, 425, 429):
-                        errors[key] = what
-                        bar.update()
-                        break
-                    elif tries > retries or (status is None and not answered_at[0] and tries >= FIRST_TRIES):
-                        if answered_at[0] > started:  # others were answered meanwhile: it is this request, not the teacher
-                            errors[key] = f"no answer after {tries} tries: {what}"
-                            bar.update()
-                            break
-                        end(f"no answer after {tries} tries (last: {what}); see that it is running")
-                    else:
-                        backoff = min(BACKOFF_CAP, BACKOFF * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
-                        with contextlib.suppress(asyncio.TimeoutError):
-                            await asyncio.wait_for(stop.wait(), max(wait, backoff))
-                else:
-                    answered_at[0] = time.monotonic()
-                    cache_write(cache, key, teacher, text, "length" if finish_reason == "length" else "stop")
-                    bar.update()
-                    break
+    async def pause(seconds):
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(stop.wait(), seconds)
+
+    def within_budget(size):
+        return not budget or price([a + b + c for a, b, c in zip(cache.spent, held, size)], prices) <= budget
+
+    async def afford(size):
+        while not stop.is_set() and not within_budget(size):
+            if not any(held):  # nothing in flight that could turn out cheaper
+                end(f"the budget of {budget:,g} is used up ({price(cache.spent, prices):,.6g} spent); raise --budget to go on")
+            await pause(0.02)
+        held[0], held[1] = held[0] + size[0], held[1] + size[1]
+
+    async def pace(size):
+        now = time.monotonic()
+        start = max(now, *free.values())
+        if requests_per_minute:
+            free["requests"] = start + 60 / requests_per_minute
+        if tokens_per_minute:
+            free["tokens"] = start + 60 * sum(size) / tokens_per_minute
+        if start > now:
+            await pause(start - now)
+
+    def show():
+        spent = price(cache.spent, prices)
+        at_end = before + (spent - before) * bar.total / max(bar.n, 1)
+        bar.set_postfix_str(f"{spent:,.{2 if prices else 0}f}, about {at_end:,.{2 if prices else 0}f} at its end", refresh=False)
+
+    async def request(key, messages, size):
+        tries, started = 0, time.monotonic()
+        while not stop.is_set():
+            await pace(size)
             if stop.is_set():
                 return
+            try:
+                output = await client.chat_completion(messages, model=model, **parameters)
+                text, finish_reason, used = read_output(output, messages)
+            except Exception as e:  # the client's HTTP library, and so its exceptions, changed between releases
+                tries += 1
+                status, wait, what = read_failure(e, teacher)
+                if status in FATAL:
+                    end(f"{what}; {FATAL[status]}")
+                elif status is not None and 400 <= status < 500 and status not in (408, 409, 425, 429):
+                    errors[key] = what
+                    return
+                elif tries > retries or (status is None and not answered_at[0] and tries >= FIRST_TRIES):
+                    if answered_at[0] > started:  # others were answered meanwhile: it is this request, not the teacher
+                        errors[key] = f"no answer after {tries} tries: {what}"
+                        return
+                    end(f"no answer after {tries} tries (last: {what}); see that it is running")
+                else:
+                    backoff = min(BACKOFF_CAP, BACKOFF * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
+                    await pause(max(wait, backoff))
+            else:
+                answered_at[0] = time.monotonic()
+                if tokens_per_minute:
+                    free["tokens"] += 60 * (sum(used) - sum(size)) / tokens_per_minute
+                cache_write(cache, key, teacher, text, finish_reason, used)
+                return
+
+    async def worker():
+        for key, messages in queue:
+            size = [request_tokens(messages), parameters["max_tokens"]]
+            await afford(size)
+            await request(key, messages, size)
+            held[0], held[1] = held[0] - size[0], held[1] - size[1]
+            if stop.is_set():
+                return
+            bar.update()
+            show()
 
     try:
         await asyncio.gather(*[worker() for _ in range(min(concurrency, len(todo)))])
@@ -247,6 +290,21 @@ async def ask_http(teacher, todo, cache, errors, parameters, concurrency, timeou
         fatal.append(f"it refused every request: {next(iter(errors.values()))}")
     if fatal:
         raise InputError(f"the teacher at {teacher.url}: {fatal[0]}. Every reply so far is kept: run the same command to go on")
+
+
+def read_output(output, messages):
+    """A chat completion -> (text, finish_reason, tokens [of the prompt, of the reply]), guessed where it gives no usage."""
+    choice = output.choices[0]
+    text, finish_reason = choice.message.content or "", choice.finish_reason
+    if not isinstance(text, str):
+        raise ValueError("the content of the reply is no text")
+    if getattr(choice.message, "refusal", None):
+        finish_reason = "content_filter"
+    usage = getattr(output, "usage", None)
+    used = [getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)]
+    if not all(type(n) is int and n >= 0 for n in used):
+        used = [request_tokens(messages), tokens_of(text)]
+    return text, finish_reason if finish_reason in ("length", "content_filter") else "stop", used
 
 
 def read_failure(e, teacher):
@@ -267,3 +325,105 @@ def read_failure(e, teacher):
     if teacher.key:
         what = what.replace(teacher.key, "[key]")
     return status, max(0.0, wait), what[:200]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A local checkpoint, on one device or on all ranks of torchrun: rank 0 runs the steps, the others answer what it sends them
+
+
+def ask_local(teacher, todo, cache, errors, parameters, batch_size, bar):
+    """One call for all prompts: generate_iter sorts them into batches and computes a prefix they share only once. On several
+    ranks BLOCK prompts at a time are dealt to each. A sampled reply's random numbers come of its key, so that neither what was
+    answered before a restart nor the number of ranks changes it."""
+    m, tokenizer = load(teacher)
+    room = m.config.max_position_embeddings - parameters["max_tokens"]
+    fits, world = [], world_size()
+    for key, messages in todo.items():
+        n = len(tokenizer.prompt_ids(messages))
+        if n <= room:
+            fits.append(key)
+        else:
+            errors[key] = f"a prompt of {n} tokens leaves no room for the reply"
+            bar.update()
+
+    def question(keys):
+        return [todo[key] for key in keys], [int.from_bytes(key[:7], "big") for key in keys], parameters, batch_size
+
+    def keep(keys, replies):
+        for i, text, finish_reason in replies:
+            cache_write(cache, keys[i], teacher, text, finish_reason)
+            bar.update()
+
+    size = BLOCK if world > 1 else max(len(fits), 1)
+    blocks = [fits[i : i + size] for i in range(0, len(fits), size)]
+    for at in range(0, len(blocks), world):
+        first, *others = blocks[at : at + world]
+        if others:
+            send([None, *((teacher.source, teacher.dtype, *question(keys)) for keys in others)] + [()] * (world - 1 - len(others)))
+        keep(first, replies_of(teacher, *question(first)))
+        if others:
+            for keys, replies in zip(others, gather([])[1:]):
+                keep(keys, replies)
+
+
+def replies_of(teacher, prompts, seeds, parameters, batch_size):
+    """Yields (index, text, finish_reason)."""
+    from generate import generate_iter
+
+    sampling = {"temperature": parameters["temperature"], "top_p": parameters.get("top_p", 1.0), "seed": seeds}
+    yield from generate_iter(*load(teacher), prompts, max_new_tokens=parameters["max_tokens"], batch_size=batch_size, **sampling)
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks():
+    """Under torchrun, joins the others. -> this process's rank."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        # texts go through gloo; rank 0 may ask an endpoint, or score, for days before the others are needed again
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        return dist.get_rank()
+    return 0
+
+
+def send(jobs):
+    """Rank 0: one job to each rank; () is none for now, None is none ever. The others: -> theirs."""
+    import torch.distributed as dist
+
+    mine = [None]
+    dist.scatter_object_list(mine, jobs, src=0)
+    return mine[0]
+
+
+def gather(replies):
+    """Every rank's replies -> on rank 0 a list of them, one a rank."""
+    import torch.distributed as dist
+
+    out = [None] * world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(replies, out, dst=0)
+    return out
+
+
+def serve_rank():
+    """What a rank above 0 does: it answers what rank 0 sends, until that sends no more."""
+    opened = {}
+    while (job := send(None)) is not None:
+        replies = []
+        if job:
+            source, dtype, *question = job
+            if (source, dtype) not in opened:
+                opened[source, dtype] = open_teacher(source, dtype=dtype)
+            replies = list(replies_of(opened[source, dtype], *question))
+        gather(replies)
+
+
+def leave_ranks():
+    """Rank 0, at its end: sends the others home."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        send([None] * world_size())
+        dist.destroy_process_group()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -11,7 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 import teacher as models
 from chat import CHATML_DEFAULT_SYSTEM
 from model import Checkpoint, InputError, Qwen2
@@ -26,7 +28,7 @@ def user(text):
 @contextlib.contextmanager
 def serve(answer, faults=None):
     """A server on loopback whose replies are answer(messages). faults(n, messages) may name a fault for the n-th POST (from
-    0): a status, (status, headers), "drop", "garbage", "slow", "cut". Yields an object with .url, .seen (the messages of
+    0): a status, (status, headers), "drop", "garbage", "slow", "cut", "filtered", "no usage". Yields an object with .url, .seen (the messages of
     the requests that got an answer), .posts (all of them) and .headers (of the last)."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -68,9 +70,10 @@ def serve(answer, faults=None):
             with server.lock:
                 server.seen.append(body["messages"])
             choice = {"index": 0, "message": {"role": "assistant", "content": answer(body["messages"])},
-                      "finish_reason": "length" if fault == "cut" else "stop"}  # fmt: skip
+                      "finish_reason": {"cut": "length", "filtered": "content_filter"}.get(fault, "stop")}  # fmt: skip
+            usage = {} if fault == "no usage" else {"usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}}
             self.send(200, json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice],
-                                       "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}).encode())  # fmt: skip
+                                       **usage}).encode())  # fmt: skip
 
         def log_message(self, *args):
             pass
@@ -162,14 +165,21 @@ def test_order_concurrency_and_cache(tmp_path):
 
 
 def test_twenty_percent_faults_cost_only_time(tmp_path):
-    kinds = ["drop", 500, (429, [("Retry-After", "0")]), "garbage", 503, 502]
+    kinds = ["drop", 500, (429, [("Retry-After", "0")]), "garbage", 503, 502, (503, [("Retry-After", "1")])]
 
     def faults(n, messages):
         return kinds[(n // 5) % len(kinds)] if n % 5 == 2 else None
 
-    with serve(echo, faults) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
+    def held(messages):  # until 64 are in flight
+        while server.peak < 64 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return echo(messages)
+
+    deadline = time.monotonic() + 30
+    with serve(held, faults) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
         prompts = [user(f"q{i}") for i in range(200)]
         replies = models.ask(models.open_teacher(server.url, "m"), prompts, cache, concurrency=64)
+        assert server.peak == 64 and cache.spent == [2000, 1000], "what was charged is what was answered"
         assert [r["text"] for r in replies] == [f"re: q{i}" for i in range(200)]
         assert len(server.seen) == 200, "every request was answered once and paid for once"
         assert server.posts > 230, "the faults did happen"
@@ -265,6 +275,55 @@ def test_cut_off_empty_and_missing_content(tmp_path):
         assert replies == [{"text": "half a", "finish_reason": "length"}, {"text": "", "finish_reason": "stop"}]
 
 
+def test_a_reply_held_back_is_told_apart(tmp_path):
+    with serve(lambda m: "I cannot", lambda n, m: "filtered") as server, models.open_cache(tmp_path / "r.jsonl") as cache:
+        assert models.ask(models.open_teacher(server.url, "m"), [user("q")], cache)[0]["finish_reason"] == "content_filter"
+    choice = type("C", (), {"message": type("M", (), {"content": None, "refusal": "no"}), "finish_reason": "stop"})
+    assert models.read_output(type("O", (), {"choices": [choice]}), user("q"))[:2] == ("", "content_filter")
+
+
+# ---- what it costs
+
+
+@pytest.mark.parametrize("rates", [{"requests_per_minute": 2400}, {"tokens_per_minute": 15 * 2400}])
+def test_rates_are_kept_to(tmp_path, rates):
+    at = []
+
+    def faults(n, messages):
+        at.append(time.monotonic())
+        return 500 if n == 4 else None
+
+    with serve(echo, faults) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
+        models.ask(models.open_teacher(server.url, "m"), [user(f"q{i}") for i in range(40)], cache, concurrency=40, max_tokens=9, **rates)
+        assert server.posts == 41
+    # 40 gaps of 25 ms; a retry is a request too; tokens are first guessed as 5 + 9, then known to be 15
+    assert at[-1] - at[0] > 0.85 * 40 * 0.025
+
+
+def test_a_budget_is_never_exceeded_and_the_run_goes_on_with_a_greater_one(tmp_path):
+    path = tmp_path / "r.jsonl"
+    prompts = [user(f"q{i}") for i in range(30)]
+    with serve(echo) as server:
+        teacher = models.open_teacher(server.url, "m")
+        with models.open_cache(path) as cache, pytest.raises(InputError, match=r"the budget of 200 is used up \(195 spent\); raise --budget"):
+            models.ask(teacher, prompts, cache, concurrency=8, max_tokens=10, budget=200)  # a reply costs 15
+        assert server.posts == 13, "all that the budget bears, though 8 in flight might have taken more"
+        with models.open_cache(path) as cache:
+            assert cache.spent == [130, 65], "what was spent is known after a restart"
+            prices = (100_000.0, 400_000.0)  # 10 * 0.1 + 5 * 0.4 = 3 a reply
+            assert models.price(cache.spent, prices) == 39.0
+            with pytest.raises(InputError, match=r"the budget of 60 is used up \(5[47] spent\)"):  # 6 + 10 tokens may cost 4.6
+                models.ask(teacher, prompts, cache, concurrency=8, max_tokens=10, budget=60, prices=prices)
+            replies = models.ask(teacher, prompts, cache, concurrency=8, max_tokens=10, budget=95, prices=prices)
+        assert [r["text"] for r in replies] == [f"re: q{i}" for i in range(30)] and server.posts == 30
+
+
+def test_usage_is_guessed_where_it_is_not_told(tmp_path):
+    with serve(lambda m: "x" * 30, lambda n, m: "no usage") as server, models.open_cache(tmp_path / "r.jsonl") as cache:
+        models.ask(models.open_teacher(server.url, "m"), [user("y" * 29)], cache)
+        assert cache.spent == [29 // 3 + 1 + 4, 30 // 3 + 1]
+
+
 def test_key_reaches_the_server_and_nothing_else(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with serve(echo) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
@@ -331,3 +390,51 @@ def test_local_checkpoint(tmp_path):
         assert cut[0]["finish_reason"] == "length"
         other = models.open_teacher(constant_model(tmp_path / "ckpt2", reply="42"))
         assert models.ask(other, [user("a")], cache, max_tokens=4)[0]["text"] == "42", "other weights, another key"
+
+
+def test_sampled_replies_do_not_depend_on_a_restart(tiny, tmp_path):
+    """Killed after any number of replies, the run ends with the same ones: their random numbers hang on their keys."""
+    prompts = [user(f"q{i}") for i in range(10)]
+    options = {"max_tokens": 6, "temperature": 1.0, "seed": 3}
+    with models.open_cache(tmp_path / "a.jsonl") as cache:
+        want = models.ask(models.open_teacher(tiny), prompts, cache, **options)
+        assert len({r["text"] for r in want}) > 5, "they do differ"
+        assert models.ask(models.open_teacher(tiny), prompts, cache, max_tokens=6, temperature=1.0, seed=4) != want
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)[:10]
+    for left in (1, 6):
+        path = tmp_path / f"{left}.jsonl"
+        path.write_text("".join(lines[:left]))
+        with models.open_cache(path) as cache:
+            assert models.ask(models.open_teacher(tiny), prompts, cache, **options) == want
+        assert sorted(path.read_text().splitlines()) == sorted("".join(lines).splitlines()), "each kept once"
+
+
+RANKS = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import teacher as models
+models.BLOCK = 2
+if models.join_ranks() > 0:
+    models.serve_rank()
+else:
+    user = lambda text: [{"role": "user", "content": text}]
+    with models.open_cache(sys.argv[3]) as cache:
+        teacher = models.open_teacher(sys.argv[2])
+        replies = [models.ask(teacher, [user(f"q{i}" * (i + 1)) for i in range(7)], cache, max_tokens=5, **more)
+                   for more in ({}, {"temperature": 1.0})]
+    models.leave_ranks()
+    print(json.dumps(replies))
+"""
+
+
+def test_ranks_share_the_questions_of_a_local_checkpoint(tiny, tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+               "127.0.0.1:0", str(tmp_path / "ranks.py"), ROOT, tiny, str(tmp_path / "two.jsonl")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    with models.open_cache(tmp_path / "one.jsonl") as cache:
+        alone = [models.ask(models.open_teacher(tiny), [user(f"q{i}" * (i + 1)) for i in range(7)], cache, max_tokens=5, **more)
+                 for more in ({}, {"temperature": 1.0})]  # fmt: skip
+    assert json.loads(done.stdout) == alone
+    assert sorted((tmp_path / "two.jsonl").read_text().splitlines()) == sorted((tmp_path / "one.jsonl").read_text().splitlines())

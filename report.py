@@ -1,0 +1,114 @@
+"""What make_data.py tells: report.md and report.json at its end, and with --dry-run what a run would ask and cost."""
+
+import json
+import math
+
+from chat import read_jsonl
+from model import atomic_write
+from prompts import classify_request, judge_request
+from steps import LETTERS, WRITERS, evenness
+from teacher import price, request_tokens, tokens_of
+
+CATEGORY_TOKENS, GRADE_TOKENS = 20, 16  # of a reply: a category; the grades of one response
+
+
+def histogram(counts, most=40):
+    """{name: n} -> Markdown rows with bars, the largest first."""
+    rows, top = sorted(counts.items(), key=lambda kv: (-kv[1], kv[0])), max(counts.values(), default=1)
+    text = [f"| {name} | {n:,} | {'#' * math.ceil(30 * n / top)} |" for name, n in rows[:most]]
+    return text + [f"| ... {len(rows) - most} more | {sum(n for _, n in rows[most:]):,} | |"] * (len(rows) > most)
+
+
+def write_report(out, counts):
+    """report.json: every step's counts. report.md: the same to read."""
+    before, after = counts["4_balance"]["before"], counts["4_balance"]["after"]
+    shape = {name: dict(zip(("entropy", "effective categories"), (round(x, 3) for x in evenness(c))), categories=len(c))
+             for name, c in (("before", before), ("after", after))}  # fmt: skip
+    with atomic_write(f"{out}/report.json") as f:
+        json.dump({"steps": counts, "diversity": shape}, f, indent=1, ensure_ascii=False)
+        f.write("\n")
+    text = ["# Alignment data", "", "| step | in | out | dropped |", "|---|---|---|---|"]
+    for name, c in counts.items():
+        if "in" not in c:
+            continue
+        why = "; ".join(f"{n:,} {reason}" for reason, n in c["dropped"].items())
+        text.append(f"| {name} | {c['in']:,} | {c['out']:,} | {why or 'none'} |")
+    labels = counts["7_label"]
+    text += ["", f"sft.jsonl: {labels['sft']:,} examples. kto.jsonl: {labels['kto']:,} examples, {labels['kto'] // 2:,} pairs."]
+    text += ["", "| what became of an instruction | n |", "|---|---|"]
+    text += [f"| {k} | {v:,} |" for k, v in labels["outcomes"].items()]
+    text += ["", "| writer | best | worst | checked | right | share |", "|---|---|---|---|---|---|"]
+    for w in WRITERS:
+        checked, right = counts["6_score"]["verification"][w].values()
+        row = [w, labels["best"].get(w, 0), labels["worst"].get(w, 0), checked, right, f"{right / checked:.3f}" if checked else ""]
+        text.append("| " + " | ".join(map(str, row)) + " |")
+    text += ["", "Where the reference was read out of the original response (GSM8K, AQuA), the original is right by construction."]
+    j = counts["6_score"]["judge against verification"]
+    text += [f"The teacher judged {counts['6_score']['judged']:,} instructions, {counts['6_score']['asked again']:,} requests were "
+             f"sent again. Of {j['comparisons']:,} verified responses beside a refuted one it graded {j['agrees']:,} higher, "
+             f"{j['ties']:,} alike."]  # fmt: skip
+    o = counts["6_score"]["judge in two orders"]
+    if o["instructions"]:
+        text += [f"Of {o['instructions']:,} instructions judged in both orders {o['another best']:,} had another best response in "
+                 f"the second; {o['another grade']:,} of {o['responses']:,} responses had another quality grade."]  # fmt: skip
+    for name in ("form not kept", "unsafe by rule"):
+        text += ["", f"{name.capitalize()}: " + "; ".join(f"{n:,} {w}" for w, n in counts["6_score"][name].items()) + "."]
+    left_out = counts["5_respond"]["left out"]
+    text += ["", "Responses left out: " + ("; ".join(f"{n:,} {k}" for k, n in left_out.items()) or "none") + "."]
+    for title, c, s in (("before", before, shape["before"]), ("after", after, shape["after"])):
+        text += ["", f"## Categories {title} balancing", "", f"{s['categories']} categories, entropy {s['entropy']} nats, as even as "
+                 f"{s['effective categories']} equal ones. Water level: {counts['4_balance']['water level']:,}.", "",
+                 "| category | n | |", "|---|---|---|", *histogram(c)]  # fmt: skip
+    distinct = counts["4_balance"]["distinct-n"]
+    text += ["", f"Distinct 1-, 2- and 3-grams of {distinct['of instructions']:,} instructions, as shares of all: "
+             f"{distinct['before']} before, {distinct['after']} after."]  # fmt: skip
+    merged = counts["3_classify"]["merged spellings"]
+    text += ["", "Spellings merged: " + ("; ".join(f"{k} ({', '.join(v)})" for k, v in merged.items()) or "none") + "."]
+    with atomic_write(f"{out}/report.md") as f:
+        f.write("\n".join(text) + "\n")
+
+
+def dry_run(args, path, spent, answered, prices):
+    """Prints, for the records of step 2 in `path`, what the teacher would be asked at most, three samples of it, and an
+    estimate of its tokens and price. Counts are upper bounds: nothing has been dropped as unclassified or rare yet, and
+    responses that turn out equal are judged once. Where a record has no response, one of half --max-new-tokens is assumed."""
+    n = verifiable = prompts = replies = 0
+    classify = 0  # tokens of the requests
+    sample = None
+    for _, record in read_jsonl(path):
+        n += 1
+        sample = sample or record
+        classify += request_tokens(classify_request(record["prompt"]))
+        prompts += request_tokens(record["prompt"])
+        replies += min(tokens_of(record["response"]), args.max_new_tokens) if record["response"] else args.max_new_tokens // 2
+        kind = record["reference"] and record["reference"]["kind"]
+        verifiable += bool(kind) and (kind != "code" or args.allow_code_execution)
+    kept = min(n, args.target) / n
+    judged = round(kept * (n if args.judge_verified else n - verifiable))
+    responses = 2 + args.samples
+    rubric = request_tokens(judge_request([{"role": "user", "content": ""}], {}))
+    rows = [  # step, requests, tokens of the prompts, tokens of the replies
+        ("classify", n, classify, CATEGORY_TOKENS * n),
+        ("respond", round(kept * n), kept * prompts, kept * replies),
+        ("judge", judged * args.judge_orders, judged * args.judge_orders * (rubric + prompts / n + responses * (replies / n + 20)),
+         judged * args.judge_orders * responses * GRADE_TOKENS),
+    ]  # fmt: skip
+    rows.append(("together", *map(sum, list(zip(*rows))[1:])))
+    unit = "price" if prices else "tokens"
+    print(f"\n{'asked of the teacher':<22}{'requests':>12}{'tokens in':>16}{'tokens out':>16}{unit:>16}")
+    for name, requests, into, out in rows:
+        cost = price((into, out), prices)
+        print(f"{name:<22}{requests:>12,}{into:>16,.0f}{out:>16,.0f}{cost:>16,.{2 if prices else 0}f}")
+    total = price(rows[-1][2:], prices)
+    spent = price(spent, prices)
+    print(f"At most, by a guess of three bytes a token. {answered:,} replies are kept already; {spent:,.6g} is spent.")
+    if args.budget:
+        enough = "suffices" if spent + total <= args.budget else "may not suffice: the run stops before it is exceeded, and goes on with more"
+        print(f"The budget of {args.budget:,g} {enough}.")
+    shown = dict(zip(LETTERS, [sample["response"] or "(none)", "(the teacher's response)", "(the small model's response)"]))
+    for name, messages in (("classify", classify_request(sample["prompt"])), ("respond", sample["prompt"]),
+                           ("judge", judge_request(sample["prompt"], shown))):  # fmt: skip
+        print(f"\n---- a request of {name}")
+        for m in messages:
+            print(f"[{m['role']}]\n{m['content']}")
+    print("\nNothing was asked. Without --dry-run this runs.")

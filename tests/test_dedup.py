@@ -1,0 +1,180 @@
+"""dedup.py against brute force and against hashing in plain Python, one text and one word at a time."""
+
+import os
+import re
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import dedup
+
+# ---- the hashes, by a second and slower hand
+
+WHOLE = 2**64
+TOKEN = re.compile(
+    r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]+"
+    r"|[-+*/×÷=<>^%$#@&|~_{}\[\]()]"
+)
+
+
+def slow_mix(x):
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % WHOLE
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % WHOLE
+    return x ^ x >> 31
+
+
+def slow_grams(text, n):
+    base, pad = int(dedup._BASE), int(dedup._PAD)
+    text = unicodedata.normalize("NFKC", text.replace("\0", " ")).lower()
+    tokens = TOKEN.findall(text) or [text] * bool(text)
+    hashes = [slow_mix(sum(ord(c) * pow(base, k + 1, WHOLE) for k, c in enumerate(token)) % WHOLE) for token in tokens]
+    hashes += [pad] * (n - len(hashes))
+    return [slow_mix(sum(h * pow(base, n - 1 - k, WHOLE) for k, h in enumerate(hashes[i : i + n])) % WHOLE)
+            for i in range(len(hashes) - n + 1)]  # fmt: skip
+
+
+def slow_simhash(text, n=3):
+    grams = slow_grams(text, n)
+    return sum(1 << b for b in range(64) if 2 * sum(g >> b & 1 for g in grams) > len(grams))
+
+
+TEXTS = st.text(st.one_of(st.characters(), st.sampled_from("ab 9_+-.,!Σİﬁé\u0301\u3000你好的一カ한\0\n")), max_size=40)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(TEXTS, max_size=6), st.integers(1, 5))
+def test_hashes_equal_those_of_plain_python(texts, n):
+    h, starts = dedup.ngram_hashes(texts, n)
+    assert [part.tolist() for part in np.split(h, starts[1:])] == [slow_grams(t, n) for t in texts] or not texts
+    assert dedup.simhash(texts, n).tolist() == [slow_simhash(t, n) for t in texts]
+
+
+def test_long_texts_and_many_batches(monkeypatch):
+    """Runs of more grams than a byte counts to, and chunks that end anywhere."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{w}" for w in rng.integers(0, 50, size)) for size in (3, 254, 255, 256, 257, 258, 511, 1300)]
+    texts += ["".join(chr(0x4E00 + c) for c in rng.integers(0, 99, 700))]
+    want = [slow_simhash(t) for t in texts]
+    assert dedup.simhash(texts).tolist() == want
+    monkeypatch.setattr(dedup, "CHUNK", 300)
+    assert dedup.simhash(texts * 5).tolist() == want * 5
+
+
+@pytest.mark.parametrize("alphabet", ["the a of lamp river stone green walks slowly under old new bridge".split(), list("春夏秋冬山水花鸟风月天地人你我他")])
+def test_near_texts_equal_brute_force(alphabet):
+    """From texts to pairs: a sample with its edits, against every pair's distance of the slow hashes."""
+    rng = np.random.default_rng(1)
+    words = [alphabet[i] + str(k) if alphabet[0].isascii() else alphabet[i] for k in range(4) for i in range(len(alphabet))]
+    texts = []
+    for _ in range(60):
+        one = rng.choice(words, 60).tolist()
+        texts.append((" " if alphabet[0].isascii() else "").join(one))
+        for _ in range(2):
+            one[int(rng.integers(60))] = str(rng.choice(words))
+            texts.append((" " if alphabet[0].isascii() else "").join(one))
+    slow = [slow_simhash(t) for t in texts]
+    want = {(i, j) for i in range(len(texts)) for j in range(i + 1, len(texts)) if bin(slow[i] ^ slow[j]).count("1") <= 3}
+    i, j = dedup.near_pairs(dedup.simhash(texts), 3)
+    assert set(zip(i.tolist(), j.tolist())) == want and len(want) > 5
+
+
+# ---- pairs
+
+
+def brute_pairs(hashes, d):
+    bits = np.unpackbits(hashes.view(np.uint8).reshape(-1, 8), axis=1).astype(np.int16)
+    near = (bits[:, None, :] != bits[None, :, :]).sum(-1) <= d
+    return {(i, j) for i, j in np.argwhere(near).tolist() if i < j}
+
+
+def flip(rng, h, k):
+    return h ^ np.uint64(sum(1 << int(b) for b in rng.choice(64, k, replace=False)))
+
+
+@pytest.mark.parametrize("d", [0, 1, 2, 3, 4, 7])
+def test_near_pairs_equal_brute_force(d):
+    rng = np.random.default_rng(d)
+    base = rng.integers(0, 2**64, 200, dtype=np.uint64)
+    near = [flip(rng, base[i], k) for k in range(1, 9) for i in rng.choice(200, 25, replace=False)]
+    hashes = np.concatenate([base, np.array(near, np.uint64), base[:20]])  # equal ones too
+    i, j = dedup.near_pairs(hashes, d)
+    pairs = list(zip(i.tolist(), j.tolist()))
+    want = brute_pairs(hashes, d)
+    assert len(pairs) == len(set(pairs)) and set(pairs) == want
+    assert len(want) > (19 if d == 0 else 40), "the planted neighbours are there to be found"
+
+
+def test_near_pairs_with_longer_keys_equal_brute_force():
+    """Enough hashes that keys of one block would fill their buckets: the tables of several blocks are used."""
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**64, 2500, dtype=np.uint64)
+    hashes[1500:] = [flip(rng, hashes[i % 1500], 1 + i % 9) for i in range(1000)]
+    assert 2 ** (64 // 8) * 8 < len(hashes), "7 + 1 blocks of 8 bits would not do"
+    i, j = dedup.near_pairs(hashes, 7)
+    bits = np.unpackbits(hashes.view(np.uint8).reshape(-1, 8), axis=1).astype(np.float32) * 2 - 1
+    distance = (64 - bits @ bits.T) / 2
+    assert set(zip(i.tolist(), j.tolist())) == {(a, b) for a, b in np.argwhere(distance <= 7).tolist() if a < b}
+
+
+def test_near_pairs_of_little():
+    for n in (0, 1, 2):
+        i, j = dedup.near_pairs(np.zeros(n, np.uint64), 3)
+        assert list(zip(i, j)) == [(0, 1)] * (n == 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 4))
+def test_keep_best_keeps_a_maximal_independent_set_of_the_best(seed, d):
+    rng = np.random.default_rng(seed)
+    hashes = rng.integers(0, 2**64, 20, dtype=np.uint64)
+    hashes = np.array([flip(rng, hashes[i % 20], int(rng.integers(0, 4))) for i in range(80)], np.uint64)
+    rank = rng.permutation(80)
+    keep, twin = dedup.keep_best(hashes, rank, d)
+    pairs = brute_pairs(hashes, d)
+    assert not any(keep[i] and keep[j] for i, j in pairs), "no two that stay are near"
+    for i in np.flatnonzero(~keep).tolist():
+        t = int(twin[i])
+        assert keep[t] and (min(i, t), max(i, t)) in pairs and rank[t] < rank[i], "what goes is near a better one that stays"
+    assert (twin[keep] == np.flatnonzero(keep)).all()
+
+
+def test_simhash_by_hand_and_its_locality():
+    # one 3-gram: the simhash is that gram's hash, whatever stands between the words
+    a, b, c = dedup.simhash(["One two three", "one, TWO; three!", "one two four"])
+    assert a == b != c
+    assert a == dedup.ngram_hashes(["one two three"], 3)[0][0]
+    # three grams: the majority of their bits
+    g = dedup.ngram_hashes(["a b c d e"], 3)[0]
+    assert dedup.simhash(["a b c d e"])[0] == (g[0] & g[1]) | (g[0] & g[2]) | (g[1] & g[2])
+    # not the chunking
+    texts = [f"text number {i} of the list" for i in range(10)]
+    assert (dedup.simhash(texts) == np.concatenate([dedup.simhash([t]) for t in texts])).all()
+    long = " ".join(f"word{i}" for i in range(200))
+    x, y, z = dedup.simhash([long, long + " end", " ".join(f"other{i}" for i in range(200))])
+    distance = lambda p, q: bin(int(p) ^ int(q)).count("1")  # noqa: E731
+    assert distance(x, y) <= 6 < 20 < distance(x, z)
+    x, y, z = dedup.simhash(["今天天气很好我们一起去公园散步吧顺便买一些水果回来", "今天天气很好！我们一起去公园散步吧，顺便买一些水果回来。", "机器学习是人工智能的一个分支"])
+    assert x == y and distance(x, z) > 10
+    p, q, r, s = dedup.simhash(["3 + 5", "3 - 5", "!!!", "???"])
+    assert len({p, q, r, s}) == 4, "signs count, and texts of nothing but signs are not all alike"
+
+
+def test_shared_ngrams():
+    question = "If a train travels sixty miles in one hour how far does it travel in three hours"
+    grams = dedup.ngram_set([question, "What is two plus two?", "下列关于税法基本原则的表述中不正确的是哪一个"], 13)
+    words = question.split()
+    texts = [question.upper() + "!", "Please: " + " ".join(words[2:15]), " ".join(words[:12]), "what is TWO plus two", "what is two plus two plus two",
+             "请问下列关于税法基本原则的表述中不正确", "something else entirely"]  # fmt: skip
+    assert dedup.scan(texts, grams)[1].tolist() == [True, True, False, True, False, True, False]
+    assert not dedup.scan(texts, dedup.ngram_set([]))[1].any()
+
+
+def test_distinct_by_hand():
+    assert dedup.distinct(["a b a b", "a b"], 1) == 2 / 6
+    assert dedup.distinct(["a b a b", "a b"], 2) == 2 / 4  # ab ba ab, ab
+    assert dedup.distinct(["你好你好"], 2) == 2 / 3 and dedup.distinct([], 2) == 0
