@@ -13,7 +13,6 @@ peers come from requirements-dev.txt. --data holds real texts; --limit takes the
 import argparse
 import json
 import os
-import re
 import resource
 import statistics
 import subprocess
@@ -24,8 +23,9 @@ import time
 import torch
 
 from chat import Tokenizer, kto_example, read_records, sft_messages
+from checkpoint import Checkpoint, InputError, cli, parse_config
 from loop import at_least
-from model import Checkpoint, InputError, Qwen2, cli, parse_config
+from model import Qwen2
 
 PEERS = {  # mode: {the name of --vs: the settings of that peer that are tried; the fastest counts}
     "sft": {"trl": ["trl", "trl-padding-free"]},
@@ -338,7 +338,7 @@ def main():
         pairs = list(zip(runs["ours"][0]["losses"], runs[sides[1]][0]["losses"]))
         print("losses, ours and theirs: " + ", ".join(f"{x:.6f} {y:.6f}" for x, y in pairs))
     if a.out:
-        from model import atomic_write
+        from checkpoint import atomic_write
 
         with atomic_write(a.out) as f:
             settings = {k: v for k, v in vars(a).items() if k != "side"}

@@ -14,7 +14,7 @@ import zlib
 from huggingface_hub import hf_hub_download
 
 from chat import read_jsonl
-from model import InputError, atomic_write
+from checkpoint import InputError, atomic_write
 
 LETTERS = "ABCD"
 GITHUB = "https://raw.githubusercontent.com/"

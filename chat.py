@@ -14,7 +14,7 @@ import re
 import tokenizers
 import torch
 
-from model import Checkpoint, InputError
+from checkpoint import Checkpoint, InputError
 
 ROLES = ("system", "user", "assistant")
 

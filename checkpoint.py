@@ -7,6 +7,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -235,29 +236,62 @@ def download(repo):
         raise InputError(f"{repo}: no such directory here, and the hub did not give it: {reason}") from None
 
 
-def write_checkpoint(out, config, files, specs, tensors):
+def write_checkpoint(out, config, files, specs, tensors, shard_size=None):
     """Writes a checkpoint, whole or not at all: a directory that transformers and vLLM load, or a .pt by the suffix.
 
     config: dict. files: {name: text}. specs: {name: (shape, dtype)}. tensors: (name, tensor) pairs in the order of
-    specs, taken one at a time, so that a directory is written without ever holding the model.
+    specs, taken one at a time, so that a directory is written without ever holding the model. shard_size: most bytes of
+    a safetensors file (a larger tensor has one of its own); None: one file for all.
     """
-    dtypes = {str(dtype).removeprefix("torch.") for _, dtype in specs.values()}
+    dtypes = {str(dtype).removeprefix("torch.") for _, dtype in specs.values() if dtype.is_floating_point}
     if len(dtypes) == 1:
         config = {**config, "dtype" if "dtype" in config else "torch_dtype": dtypes.pop()}
     if out.endswith(".pt"):
         with atomic_write(out, "wb") as f:
             torch.save({"config": config, "files": files, "weights": {n: t.contiguous() for n, t in tensors}}, f)
         return
+    shards, index, tensors = plan_shards(specs, shard_size), {}, iter(tensors)
+    if len(shards) > 1:
+        where = {tensor: name for name, shard in shards.items() for tensor in shard}
+        index = {"metadata": {"total_size": sum(map(nbytes, specs.values()))}, "weight_map": where}
+        index = {"model.safetensors.index.json": json.dumps(index, indent=2) + "\n"}
+    with atomic_directory(out) as folder:
+        for name, text in {**files, **index, "config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}.items():
+            with atomic_write(os.path.join(folder, name)) as f:
+                f.write(text)
+        for name, shard in shards.items():
+            with atomic_write(os.path.join(folder, name), "wb") as f:
+                write_safetensors(f, shard, itertools.islice(tensors, len(shard)))
+
+
+def nbytes(spec):
+    shape, dtype = spec
+    return dtype.itemsize * torch.Size(shape).numel()
+
+
+def plan_shards(specs, shard_size):
+    """specs in files of at most shard_size bytes, in their order: {file name: its specs}."""
+    shards, room = [], 0
+    for name, spec in specs.items():
+        if not shards or shard_size and nbytes(spec) > room:
+            shards.append({})
+            room = shard_size
+        shards[-1][name] = spec
+        room = shard_size and room - nbytes(spec)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+@contextlib.contextmanager
+def atomic_directory(out):
+    """Gives a directory beside `out` to write in; on success it takes the name of out, on failure nothing is left."""
     out = os.path.abspath(out)
     if os.path.isdir(out) and os.listdir(out) and not os.path.isfile(os.path.join(out, "config.json")):
         raise InputError(f"{out}: exists and is no checkpoint; give another --out")
     temporary = f"{out}.tmp{os.getpid()}"
     try:
-        for name, text in {**files, "config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}.items():
-            with atomic_write(os.path.join(temporary, name)) as f:
-                f.write(text)
-        with atomic_write(os.path.join(temporary, "model.safetensors"), "wb") as f:
-            write_safetensors(f, specs, tensors)
+        yield temporary
         if os.path.isdir(out):  # rename cannot replace a directory that is not empty
             os.rename(out, f"{temporary}.old")
         os.rename(temporary, out)
@@ -270,7 +304,7 @@ def write_safetensors(f, specs, tensors):
     """The safetensors format, streamed: 8 bytes of header length, a JSON header, then the tensors' bytes in order."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, (shape, dtype) in specs.items():
-        size = dtype.itemsize * torch.Size(shape).numel()
+        size = nbytes((shape, dtype))
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     head = json.dumps(header, separators=(",", ":")).encode()

@@ -13,7 +13,8 @@ from collections import Counter
 import torch
 
 from chat import Tokenizer
-from model import Checkpoint, InputError, KVCache, Qwen2, cli, packed_weights
+from checkpoint import Checkpoint, InputError, cli
+from model import KVCache, Qwen2, packed_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Choosing the next token

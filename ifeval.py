@@ -12,7 +12,7 @@ import json
 import re
 import unicodedata
 
-from model import InputError
+from checkpoint import InputError
 
 # ---------------------------------------------------------------- language
 

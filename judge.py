@@ -12,8 +12,8 @@ import json
 import os
 
 from chat import Tokenizer
+from checkpoint import Checkpoint, InputError, atomic_write, cli
 from eval import add_flags, checkpoint_names, collect, prepare
-from model import Checkpoint, InputError, atomic_write, cli
 from prompts import fence, parse_object
 from stats import compare, holm, mean_stderr
 from teacher import ask, open_cache, open_teacher

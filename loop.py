@@ -22,8 +22,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from chat import Tokenizer, pack
-from model import Checkpoint, InputError, Qwen2, atomic_write, read_json, write_checkpoint, write_safetensors
-from ranks import STOP, fill, gathered, is_sharded, leave_group, my_share, overlapped_reduction, shard, sum_over_ranks
+from checkpoint import (
+    Checkpoint,
+    InputError,
+    atomic_write,
+    read_json,
+    write_checkpoint,
+    write_safetensors,
+)
+from model import Qwen2
+from ranks import (
+    STOP,
+    fill,
+    gathered,
+    is_sharded,
+    leave_group,
+    my_share,
+    overlapped_reduction,
+    shard,
+    sum_over_ranks,
+)
 
 
 @dataclass

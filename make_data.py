@@ -21,7 +21,7 @@ import report
 import sources
 import steps
 import teacher as models
-from model import InputError, atomic_write, cli
+from checkpoint import InputError, atomic_write, cli
 from prompts import AGAIN_CLASSIFY, AGAIN_JUDGE, CLASSIFY, JUDGE
 
 STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")

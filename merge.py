@@ -10,16 +10,13 @@ Without --base, config and tokenizer are the first model's, else the base's. The
 
 import argparse
 import collections
-import contextlib
 import ctypes
 import hashlib
-import itertools
 import json
 import math
 import mmap
 import os
 import re
-import shutil
 import sys
 import time
 import types
@@ -31,16 +28,8 @@ import torch
 from tqdm import tqdm
 
 import fusion
+from checkpoint import Checkpoint, InputError, cli, parse_config, write_checkpoint
 from loop import at_least
-from model import (
-    Checkpoint,
-    InputError,
-    atomic_write,
-    cli,
-    parse_config,
-    write_checkpoint,
-    write_safetensors,
-)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensor by tensor
@@ -433,49 +422,6 @@ def open_inputs(args):
 # The command
 
 
-def write_shards(out, config, files, specs, tensors, shard_size):
-    """write_checkpoint for a directory of several safetensors files, of at most shard_size bytes each (a larger tensor
-    has one of its own), and their index; whole or not at all."""
-    shards, room = [], 0
-    for name, (shape, dtype) in specs.items():
-        size = math.prod(shape) * dtype.itemsize
-        if not shards or size > room:
-            shards, room = [*shards, {}], shard_size
-        shards[-1][name] = (shape, dtype)
-        room -= size
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
-    where = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    files = {**files, "config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
-             "model.safetensors.index.json": json.dumps(index, indent=2) + "\n"}  # fmt: skip
-    with atomic_directory(out) as folder:
-        for name, text in files.items():
-            with atomic_write(os.path.join(folder, name)) as f:
-                f.write(text)
-        tensors = iter(tensors)
-        for name, shard in zip(names, shards):
-            with atomic_write(os.path.join(folder, name), "wb") as f:
-                write_safetensors(f, shard, itertools.islice(tensors, len(shard)))
-
-
-@contextlib.contextmanager
-def atomic_directory(out):
-    """Gives a directory beside `out` to write in; on success it takes the name of out, on failure nothing is left."""
-    out = os.path.abspath(out)
-    if os.path.isdir(out) and os.listdir(out) and not os.path.isfile(os.path.join(out, "config.json")):
-        raise InputError(f"{out}: exists and is no checkpoint; give another --out")
-    temporary = f"{out}.tmp{os.getpid()}"
-    try:
-        yield temporary
-        if os.path.isdir(out):  # rename cannot replace a directory that is not empty
-            os.rename(out, f"{temporary}.old")
-        os.rename(temporary, out)
-    finally:
-        for leftover in (temporary, f"{temporary}.old"):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
 def add_method_flags(p):
     """The flags that say what to merge and how; those of the search too."""
     add = p.add_argument
@@ -539,11 +485,7 @@ def main(argv=None):
     counts = [0, 0]
     tensors = merged(args, base, models, dtype, counts)
     size = sum(math.prod(shape) * t.itemsize for shape, t in specs.values())
-    if args.shard_size and size > args.shard_size:
-        config = {**donor.config, "dtype" if "dtype" in donor.config else "torch_dtype": args.dtype}
-        write_shards(args.out, config, files, specs, tensors, args.shard_size)
-    else:
-        write_checkpoint(args.out, donor.config, files, specs, tensors)
+    write_checkpoint(args.out, donor.config, files, specs, tensors, args.shard_size)
 
     if counts[1] > 0.01 * counts[0]:
         print(f"warning: {counts[1] / counts[0]:.1%} of the elements that differ from {donor.source} in float32 equal "

@@ -21,7 +21,8 @@ import eval
 import loop
 import merge
 from chat import Tokenizer, read_records, sft_messages
-from model import InputError, Qwen2, atomic_write
+from checkpoint import InputError, atomic_write
+from model import Qwen2
 from stats import ratio_stderr
 from train_sft import encode
 

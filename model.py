@@ -16,7 +16,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from checkpoint import Checkpoint, InputError, parse_config, write_checkpoint
-from checkpoint import Config, atomic_write, cli, download, read_json, write_safetensors  # noqa: F401
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The forward pass

@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 
-from model import InputError, atomic_write, cli
+from checkpoint import InputError, atomic_write, cli
 
 # (title, keys of the log; several are drawn into one panel, the second and later ones dashed)
 PANELS = [

@@ -13,7 +13,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from model import InputError
+from checkpoint import InputError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Starting and ending

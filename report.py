@@ -4,7 +4,7 @@ import json
 import math
 
 from chat import read_jsonl
-from model import atomic_write
+from checkpoint import atomic_write
 from prompts import classify_request, judge_request
 from steps import LETTERS, WRITERS, evenness
 from teacher import price, request_tokens, tokens_of

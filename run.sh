@@ -125,7 +125,7 @@ step() { # NAME "WHAT IT BUILDS ON" SCRIPT ARGUMENTS...
 
 if [[ ! -e $ckpt ]]; then
   say "base: fetching $ckpt"
-  ckpt=$("$py" -c 'import sys, model; model.cli(lambda: print(model.download(sys.argv[1])))' "$ckpt")
+  ckpt=$("$py" -c 'import sys, checkpoint; checkpoint.cli(lambda: print(checkpoint.download(sys.argv[1])))' "$ckpt")
 fi
 base=$run/base
 [[ $ckpt == *.pt ]] && base=$run/base.pt

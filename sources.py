@@ -20,7 +20,7 @@ import re
 import unicodedata
 
 import rules
-from model import InputError
+from checkpoint import InputError
 
 ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user",
          "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"}  # fmt: skip

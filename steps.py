@@ -21,8 +21,15 @@ import teacher as models
 import verify
 from chat import read_jsonl
 from prompts import (
-    AGAIN_CLASSIFY, AGAIN_JUDGE,
-    category_name, classify_request, clip, judge_request, parse_category, parse_grades, render,
+    AGAIN_CLASSIFY,
+    AGAIN_JUDGE,
+    category_name,
+    classify_request,
+    clip,
+    judge_request,
+    parse_category,
+    parse_grades,
+    render,
 )  # fmt: skip
 from tasktypes import language, task_type
 

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from model import InputError
+from checkpoint import InputError
 
 BACKOFF, BACKOFF_CAP = 1.0, 60.0  # seconds before the first retry, doubled each time up to the cap
 FATAL = {401: "set TEACHER_API_KEY", 402: "the account has no credit", 403: "the key may not use this model",
@@ -61,7 +61,7 @@ def open_teacher(source, model_name=None, dtype="fp32"):
         key = os.environ.get("TEACHER_API_KEY") or os.environ.get("OPENAI_API_KEY")
         # the identity leaves the URL out when the model has a name: the same model behind another port is the same model
         return Teacher(model_name or source, model_name or source, url=source, key=key)
-    from model import Checkpoint
+    from checkpoint import Checkpoint
 
     checkpoint = Checkpoint(source)
     name = model_name or os.path.basename(os.path.normpath(source))

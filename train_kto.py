@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import loop
 from chat import kto_example, read_records
-from model import Checkpoint, InputError, atomic_write, cli
+from checkpoint import Checkpoint, InputError, atomic_write, cli
 from ranks import from_rank_0, one_for_all, setup
 
 # ---------------------------------------------------------------------------------------------------------------------

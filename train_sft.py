@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import loop
 from chat import read_records, sft_messages
-from model import InputError, cli
+from checkpoint import InputError, cli
 from ranks import one_for_all, setup
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,14 +20,23 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path += [HERE, os.path.dirname(HERE)]
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
 import words  # noqa: E402
 import world  # noqa: E402
-from chat import CHATML_DEFAULT_SYSTEM, Tokenizer  # noqa: E402
-from model import Qwen2, cli, token_logps  # noqa: E402
 from tasks import TASKS  # noqa: E402
+from tokenizers import (  # noqa: E402
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from tqdm import tqdm  # noqa: E402
+
+from chat import CHATML_DEFAULT_SYSTEM, Tokenizer  # noqa: E402
+from checkpoint import cli  # noqa: E402
+from model import Qwen2, token_logps  # noqa: E402
 
 # Qwen2's pre-tokenizer: a contraction | letters with one leading sign | a digit | signs | line ends | spaces
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

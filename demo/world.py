@@ -20,8 +20,9 @@ from typing import NamedTuple
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path += [HERE, os.path.dirname(HERE)]  # last: the root has a teacher.py of its own
 import words as W  # noqa: E402
-from model import InputError, atomic_write, cli  # noqa: E402
 from tasks import RARE, TASKS, Task  # noqa: E402
+
+from checkpoint import InputError, atomic_write, cli  # noqa: E402
 
 MANNERS = {  # how an instruction is put; False: English, True: Chinese
     False: ("{}", "{}", "{} Answer briefly.", "Please help me. {}", "Here is a question. {}"),

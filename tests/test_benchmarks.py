@@ -11,7 +11,7 @@ from tiny_benchmarks import FUNCTION, SHOTS, write_benchmarks
 import benchdata
 from benchdata import FOUR_SHOTS, HOMES, locate
 from benchmarks import BENCHMARKS, choice_scores
-from model import InputError
+from checkpoint import InputError
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,17 @@ import transformers
 from conftest import QWEN2_TEMPLATE, TEXT, real, tiny_files, tiny_model, write_lines
 
 import chat
-from chat import CHATML, Tokenizer, kto_example, micro_batches, pack, read_jsonl, read_records, sft_messages
-from model import InputError
+from chat import (
+    CHATML,
+    Tokenizer,
+    kto_example,
+    micro_batches,
+    pack,
+    read_jsonl,
+    read_records,
+    sft_messages,
+)
+from checkpoint import InputError
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}],

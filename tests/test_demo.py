@@ -17,9 +17,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEMO = os.path.join(ROOT, "demo")
 sys.path += [ROOT, DEMO]
 import world  # noqa: E402
+from tasks import RARE, TASKS  # noqa: E402
+
 from chat import Tokenizer, read_jsonl, sft_messages  # noqa: E402
 from model import Qwen2  # noqa: E402
-from tasks import RARE, TASKS  # noqa: E402
 from verify import check  # noqa: E402
 
 BASE = os.path.join(DEMO, "base")

@@ -12,7 +12,8 @@ from tiny_benchmarks import write_benchmarks
 from training import torchrun
 
 import eval as ev
-from model import Checkpoint, Qwen2
+from checkpoint import Checkpoint
+from model import Qwen2
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,17 @@ from conftest import TEXT, real, tiny_files, tiny_model
 from hypothesis import strategies as st
 
 from chat import Tokenizer
-from generate import common_prefix, generate, generate_iter, penalise, prefix_lengths, sample, stream
-from model import InputError, Qwen2, packed_weights
+from checkpoint import InputError
+from generate import (
+    common_prefix,
+    generate,
+    generate_iter,
+    penalise,
+    prefix_lengths,
+    sample,
+    stream,
+)
+from model import Qwen2, packed_weights
 
 
 def user(text):

@@ -17,7 +17,8 @@ from tiny_benchmarks import write_benchmarks
 import eval as ev
 from benchdata import choice_rows, locate
 from benchmarks import BENCHMARKS
-from model import Checkpoint, Qwen2
+from checkpoint import Checkpoint
+from model import Qwen2
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 FILES = {"mmlu": ("mmlu/dev", "_dev.csv", False), "cmmlu": ("cmmlu/dev", ".csv", True),

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
+from checkpoint import InputError
 from ifeval import CHECKS, count_sentences, follows, guess_language
-from model import InputError
 
 AT_LEAST, LESS = {"relation": "at least"}, {"relation": "less than"}
 CASES = [  # instruction, arguments, replies that follow, replies that do not

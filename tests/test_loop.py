@@ -12,12 +12,21 @@ import types
 import pytest
 import torch
 from conftest import tiny_files, tiny_model, write_lines
-from training import chats, feedback, launch, log, same_run, signal_at, update_error, weights
+from training import (
+    chats,
+    feedback,
+    launch,
+    log,
+    same_run,
+    signal_at,
+    update_error,
+    weights,
+)
 
 import loop
 import ranks
 import train_kto
-from model import Checkpoint
+from checkpoint import Checkpoint
 
 COMMON = ("--batch-size", 4, "--lr", 1e-3, "--max-len", 64, "--warmup", 0)
 

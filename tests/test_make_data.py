@@ -19,7 +19,7 @@ from test_teacher import KEY, constant_model, environment, serve, user  # noqa: 
 import make_data
 import steps
 from chat import kto_example, read_jsonl, sft_messages
-from model import cli
+from checkpoint import cli
 
 # ---- the whole
 

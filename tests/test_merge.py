@@ -15,7 +15,8 @@ sys.path.insert(0, ROOT)
 
 import fusion
 import merge
-from model import Checkpoint, InputError, Qwen2, cli, write_checkpoint
+from checkpoint import Checkpoint, InputError, cli, write_checkpoint
+from model import Qwen2
 
 TIED = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 97, "hidden_size": 32,

@@ -10,7 +10,8 @@ from conftest import tiny_files, tiny_model, write_lines
 import loop
 import merge_search
 from chat import Tokenizer, read_records, sft_messages
-from model import Checkpoint, Qwen2
+from checkpoint import Checkpoint
+from model import Qwen2
 from train_sft import count, encode
 
 

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import sources
-from model import InputError
+from checkpoint import InputError
 
 
 def user(text):

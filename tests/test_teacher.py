@@ -16,7 +16,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import teacher as models
 from chat import CHATML_DEFAULT_SYSTEM
-from model import Checkpoint, InputError, Qwen2
+from checkpoint import Checkpoint, InputError
+from model import Qwen2
 
 KEY = "sk-test-5up3r-s3cr3t"
 

@@ -11,8 +11,16 @@ from training import feedback, launch, log, torchrun, trl_log, update_error, wei
 
 import loop
 import train_kto
-from model import Checkpoint, Qwen2
-from train_kto import balanced_weight, kl_estimate, kto_loss, mismatched, separated_order, shared_prompts
+from checkpoint import Checkpoint
+from model import Qwen2
+from train_kto import (
+    balanced_weight,
+    kl_estimate,
+    kto_loss,
+    mismatched,
+    separated_order,
+    shared_prompts,
+)
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import loop
 import ranks
 import train_sft
 from chat import Tokenizer
-from model import Checkpoint, Qwen2
+from checkpoint import Checkpoint
+from model import Qwen2
 from train_sft import sft_loss
 
 

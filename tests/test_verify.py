@@ -10,7 +10,15 @@ import time
 import pytest
 
 import verify
-from verify import check, extract_choice, extract_code, extract_program, last_number, numbers_equal, run_program
+from verify import (
+    check,
+    extract_choice,
+    extract_code,
+    extract_program,
+    last_number,
+    numbers_equal,
+    run_program,
+)
 
 # ---------------------------------------------------------------- numbers
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from conftest import ROOT
 
-from model import Checkpoint
+from checkpoint import Checkpoint
 
 WORDS = "The capital of France is Paris . What 2 + 2 = 4 hello world def add return lazy dog fox jumps".split()
 
