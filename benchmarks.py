@@ -16,15 +16,7 @@ import re
 from benchdata import LETTERS, choice_rows, json_rows, render_shots
 from checkpoint import InputError
 from ifeval import follows
-from verify import (
-    check,
-    extract_choice,
-    extract_code,
-    extract_program,
-    last_number,
-    numbers_equal,
-    run_program,
-)
+from verify import check, extract_choice, extract_code, extract_program, last_number, numbers_equal, run_program
 
 INSTRUCTION = ("The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D "
                "as the answer to this question.\n\n")

@@ -34,15 +34,7 @@ from checkpoint import Checkpoint, InputError, atomic_write, cli
 from generate import common_prefix, generate_iter
 from loop import at_least
 from model import KVCache, Qwen2, token_logps
-from stats import (
-    POWER,
-    calibration,
-    compare,
-    holm,
-    mean_stderr,
-    ratio_stderr,
-    subjects_mean_stderr,
-)
+from stats import POWER, calibration, compare, holm, mean_stderr, ratio_stderr, subjects_mean_stderr
 
 CACHE_TOKENS = 1 << 15  # of one forward's cache, all rows together, where --batch-size would take more
 

@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 import loop
+import saving
 from chat import kto_example, read_records
 from checkpoint import Checkpoint, InputError, atomic_write, cli
 from ranks import from_rank_0, one_for_all, setup
@@ -312,8 +313,8 @@ def main():
         losses, rewards = kto_loss(policy[:m], ref_logps[:m], kl, eval_labels, a.beta, w_d, w_u)
         return {f"eval_{k}": v for k, v in metrics(losses, rewards, policy[:m], eval_labels, kl).items()}
 
-    identity = loop.run_identity(a, rows, fingerprint) | {"the reference": ref_fingerprint}
-    run = loop.start_run(a, rank, world, model, ckpt, identity, len(steps))
+    identity = saving.run_identity(a, rows, fingerprint) | {"the reference": ref_fingerprint}
+    run = saving.start_run(a, rank, world, model, ckpt, identity, len(steps))
     bar = tqdm(total=len(steps), initial=run.done, desc="kto", unit="step", disable=True if rank else None)
     for s in range(run.done, len(steps)):
         t0 = time.time()
@@ -338,7 +339,7 @@ def main():
         lr = loop.lr_at(s, len(steps), a.lr, a.warmup, a.schedule)
         verdict, (losses, rewards, logps), grad_norm = loop.optimizer_step(run, lr, seen)
         if verdict == "stop":
-            return loop.stop_run(run, s)
+            return saving.stop_run(run, s)
 
         record = {"step": s + 1, "lr": lr, "grad_norm": grad_norm, **metrics(losses, rewards, logps, labels.cpu(), kl)}
         tokens = sum(len(ids) for ids, _ in matched + unmatched)
@@ -348,13 +349,13 @@ def main():
             names = [places[i] + f" with the completion of {places[j]}" * (i != j) for i, j in both]
             known = [k for k, pair in enumerate(both) if not math.isfinite(ref[pair])]
             record |= loop.skip(run, s + 1, matched + unmatched, names, known)
-        if eval_records and loop.due(s + 1, len(steps), a.eval_every):
+        if eval_records and saving.due(s + 1, len(steps), a.eval_every):
             record |= held_out()
-        loop.end_step(run, record)
+        saving.end_step(run, record)
         bar.set_postfix(loss=f"{record['loss']:.4f}", kl=f"{record['kl']:.3f}")
         bar.update()
     bar.close()
-    loop.finish_run(run, [
+    saving.finish_run(run, [
         f"{n} examples, {n_d} of them desirable, {len(records) - n} dropped as their prompt fills {a.max_len} tokens",
         f"weights {w_d:.4g} and {w_u:.4g}; {computed} of {len(pairs)} reference log-probabilities computed, kept in {ref_cache}",
     ])  # fmt: skip

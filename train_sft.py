@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 import loop
+import saving
 from chat import read_records, sft_messages
 from checkpoint import InputError, cli
 from ranks import one_for_all, setup
@@ -71,7 +72,7 @@ def main():
         for text in loop.schedule_advice(a, steps):
             print(f"warning: {text}")
 
-    run = loop.start_run(a, rank, world, model, ckpt, loop.run_identity(a, examples, ckpt.fingerprint()), len(steps))
+    run = saving.start_run(a, rank, world, model, ckpt, saving.run_identity(a, examples, ckpt.fingerprint()), len(steps))
     bar = tqdm(total=len(steps), initial=run.done, desc="sft", unit="step", disable=True if rank else None)
     for step in range(run.done, len(steps)):
         t0 = time.time()
@@ -88,21 +89,21 @@ def main():
         lr = loop.lr_at(step, len(steps), a.lr, a.warmup, a.schedule)
         verdict, loss, grad_norm = loop.optimizer_step(run, lr, loss)
         if verdict == "stop":
-            return loop.stop_run(run, step)
+            return saving.stop_run(run, step)
 
         record = {"step": step + 1, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm}
         record |= {"tokens": sum(lengths), "tokens_per_second": sum(lengths) / (time.time() - t0)}
         if verdict == "skip":
             record |= loop.skip(run, step + 1, batch, [places[i] for i in steps[step]])
-        if eval_examples and loop.due(step + 1, len(steps), a.eval_every):
+        if eval_examples and saving.due(step + 1, len(steps), a.eval_every):
             logps = loop.sequence_logps(model, eval_examples, a.micro_tokens, rank, world)
             record["eval_loss"] = sft_loss(logps, count(eval_examples)).item()
-        loop.end_step(run, record)
+        saving.end_step(run, record)
         bar.set_postfix(loss=f"{record['loss']:.4f}")
         bar.update()
     bar.close()
     dropped = len(records) - len(examples)
-    loop.finish_run(run, [f"{len(examples)} examples, {dropped} dropped: nothing supervised within {a.max_len} tokens"])
+    saving.finish_run(run, [f"{len(examples)} examples, {dropped} dropped: nothing supervised within {a.max_len} tokens"])
 
 
 if __name__ == "__main__":

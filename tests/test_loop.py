@@ -25,6 +25,7 @@ from training import (
 
 import loop
 import ranks
+import saving
 import train_kto
 from checkpoint import Checkpoint
 
@@ -105,14 +106,14 @@ def test_sigterm_saves_and_ends_well(tiny, kto_data, tmp_path, run):
 
 def full_disk(step, largest):
     """From the save of that step on no file may have more than so many bytes."""
-    real = loop.save_state
+    real = saving.save_state
 
     def save_state(run, s):
         if s == step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
         real(run, s)
 
-    loop.save_state = save_state
+    saving.save_state = save_state
 
 
 @pytest.mark.parametrize("out, largest", [("o", 10_000), ("o.pt", 10_000), ("o", 200_000)])
@@ -131,9 +132,9 @@ def test_a_full_disk_leaves_the_save_before(tiny, sft_data, tmp_path, out, large
 
 def test_saves_that_are_kept(tiny, sft_data, tmp_path, run, monkeypatch):
     losses = iter([5.0, 3.0, 1.0, 4.0, 2.0, 6.0, 1.5, 7.0])  # after each step; the best after the third
-    monkeypatch.setattr(loop, "due", lambda step, total, every: step == total or every and step % every == 0)
-    real = loop.end_step
-    monkeypatch.setattr(loop, "end_step", lambda run, record: real(run, record | {"eval_loss": next(losses)}))
+    monkeypatch.setattr(saving, "due", lambda step, total, every: step == total or every and step % every == 0)
+    real = saving.end_step
+    monkeypatch.setattr(saving, "end_step", lambda run, record: real(run, record | {"eval_loss": next(losses)}))
     out = tmp_path / "a" / "o.pt"
     more = ("--epochs", 2, "--save-every", 2, "--eval-every", 1, "--eval-data", sft_data)
     _, text, _ = run("train_sft", *command(tiny, sft_data, out, *more))
@@ -286,7 +287,7 @@ def test_gradients_are_sent_off_in_the_last_backward_once_a_step(monkeypatch):
 def small_buckets():
     """Several buckets even for a tiny model."""
     real = ranks.overlapped_reduction
-    loop.overlapped_reduction = lambda model, world: real(model, world, size=5000)
+    saving.overlapped_reduction = lambda model, world: real(model, world, size=5000)
 
 
 # 13 examples in batches of 4 and a last one of 1, which leaves ranks without work

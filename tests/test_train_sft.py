@@ -11,6 +11,7 @@ from training import chats, log, trl_log, update_error, weights
 
 import loop
 import ranks
+import saving
 import train_sft
 from chat import Tokenizer
 from checkpoint import Checkpoint
@@ -89,7 +90,7 @@ def test_any_cut_gives_the_same_step(tiny, data, tmp_path, run):
 
 
 def test_resume_with_other_settings_is_refused(tiny, data, tmp_path, run, refused, monkeypatch):
-    monkeypatch.setattr(loop, "finish_run", lambda *a: None)  # a run that ends before its last save is dropped
+    monkeypatch.setattr(saving, "finish_run", lambda *a: None)  # a run that ends before its last save is dropped
     assert run("train_sft", *flags(tiny, data, tmp_path / "a", "--save-every", 5))[0] == 0
     refused(["differs in lr", "state.json"], "train_sft", *flags(tiny, data, tmp_path / "a", "--lr", 1e-4, "--resume"))
     other = write_lines(tmp_path / "other.jsonl", chats(13, seed=1))
