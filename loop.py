@@ -4,7 +4,9 @@ Plain functions. Files, saves and resuming are in saving.py; ranks, sharding and
 """
 
 import argparse
+import collections
 import functools
+import itertools
 import math
 import random
 
@@ -12,7 +14,7 @@ import torch
 
 from chat import Tokenizer, pack
 from checkpoint import Checkpoint
-from model import Qwen2
+from model import KVCache, Qwen2, token_logps
 from ranks import STOP, fill, is_sharded, my_share, shard, sum_over_ranks
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -32,16 +34,51 @@ def example_logps(model, examples):
 
 
 @torch.no_grad()
+def shared_logps(model, examples):
+    """example_logps without gradients, where several examples begin alike: each context is computed once.
+
+    The context is what stands before the first supervised token, but for its last token, which is fed with the rest:
+    its state predicts the first supervised one."""
+    starts = [max(0, supervised.index(True) - 1) for _, supervised in examples]
+    contexts = [tuple(ids[:n]) for (ids, _), n in zip(examples, starts)]
+    unique = [context for context in dict.fromkeys(contexts) if context]
+    if len(unique) == sum(map(bool, contexts)):
+        return example_logps(model, examples)
+    dtype, device = model.compute_dtype or model.head_weight.dtype, model.device
+    known = KVCache(model.config, len(unique), max(map(len, unique)), dtype, device)
+    known.lengths = [0] * len(unique)
+    model.hidden(torch.tensor([list(itertools.chain(*unique))], device=device), [len(c) for c in unique], known)
+    cache = KVCache(model.config, len(examples), max(len(ids) for ids, _ in examples), dtype, device)
+    cache.lengths = list(starts)
+    for row, (context, n) in enumerate(zip(contexts, starts)):
+        for to, of in ((cache.k, known.k), (cache.v, known.v)) if n else ():
+            to[:, row, :, :n] = of[:, unique.index(context), :, :n]
+    rest = [(ids[n:], supervised[n:]) for (ids, supervised), n in zip(examples, starts)]
+    ids, lengths, at, targets, owner = pack(rest, device)
+    logps = token_logps(model.hidden(ids, lengths, cache)[0, at], model.head_weight, targets)  # (N,)
+    return torch.zeros(len(examples), device=device).index_add(0, owner, logps)
+
+
+@torch.no_grad()
 def sequence_logps(model, examples, micro_tokens, rank=0, world=1, progress=None):
     """example_logps without gradients, at most micro_tokens tokens at a time: (len(examples),) fp32.
 
-    With world > 1 the ranks share the work and all get the whole result.
+    Examples of one context, such as the completions of one prompt, stay together and share its computation, unless the
+    model is sharded: its weights are whole only inside its forward. With world > 1 the ranks share the work and all get
+    the whole result.
     """
     out = torch.zeros(len(examples), device=model.device)
-    for micro in my_share([len(ids) for ids, _ in examples], micro_tokens, rank, world, is_sharded(model)):
-        out[micro] = example_logps(model, [examples[i] for i in micro])
+    together = collections.defaultdict(list)  # {context: indices}
+    for i, (ids, supervised) in enumerate(examples):
+        together[i if is_sharded(model) else tuple(ids[: supervised.index(True)])].append(i)
+    units = list(together.values())
+    costs = [sum(len(examples[i][0]) for i in unit) - (len(unit) - 1) * examples[unit[0]][1].index(True) for unit in units]
+    for micro in my_share(costs, micro_tokens, rank, world, is_sharded(model)):
+        indices = [i for unit in micro for i in units[unit]]
+        some = [examples[i] for i in indices]
+        out[indices] = example_logps(model, some) if is_sharded(model) else shared_logps(model, some)
         if progress is not None:
-            progress.update(len(micro))
+            progress.update(len(indices))
     return sum_over_ranks(out) if world > 1 else out
 
 

@@ -9,6 +9,7 @@ its log-probabilities are computed once, before the first step, and kept in a fi
 """
 
 import argparse
+import collections
 import functools
 import hashlib
 import itertools
@@ -17,7 +18,6 @@ import os
 import random
 import time
 from array import array
-from collections import Counter
 
 import safetensors
 import safetensors.torch
@@ -117,7 +117,7 @@ def separated_order(prompts, sizes, rng):
     rng.shuffle(batches)
     places = [s + k for s, n in batches for k in range(0, n - 1, 2)] + [s + k for s, n in batches for k in range(1, n, 2)]
     places += [s + n - 1 for s, n in batches if n % 2]
-    counts, rank = Counter(prompts), {p: rng.random() for p in prompts}
+    counts, rank = collections.Counter(prompts), {p: rng.random() for p in prompts}
     order.sort(key=lambda i: (-counts[prompts[i]], rank[prompts[i]]))
     dealt = dict(zip(places, order))
     return mend([dealt[k] for k in range(len(order))])
@@ -171,7 +171,11 @@ def reference_logps(pairs, sequence, path, reference, load, device, micro_tokens
     digests = {pair: digest(reference, sequence(*pair)) for pair in pairs}
     pair_of = {d: pair for pair, d in digests.items()}  # equal sequences are computed once
     length = {d: len(sequence(*pair)[0]) for d, pair in pair_of.items()}
-    order = sorted(pair_of, key=lambda d: -length[d])  # like lengths pack well
+    longest = collections.defaultdict(int)  # {i: the longest of the sequences with prompt i}
+    for d, (i, _) in pair_of.items():
+        longest[i] = max(longest[i], length[d])
+    # like lengths pack well, and the completions of one prompt share its computation
+    order = sorted(pair_of, key=lambda d: (-longest[pair_of[d][0]], pair_of[d]))
     cache = read_cache(path) if rank == 0 else {}
     logps = from_rank_0(torch.tensor([cache.get(d, math.nan) for d in order], device=device))
     missing = logps.isnan().tolist()

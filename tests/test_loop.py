@@ -28,6 +28,7 @@ import ranks
 import saving
 import train_kto
 from checkpoint import Checkpoint
+from model import Qwen2
 
 COMMON = ("--batch-size", 4, "--lr", 1e-3, "--max-len", 64, "--warmup", 0)
 
@@ -363,3 +364,24 @@ def test_tensorboard_gets_the_log(tiny, sft_data, tmp_path, run, refused, monkey
     assert run("train_sft", *arguments)[0] == 0
     assert seen[0] == (str(tmp_path / "a" / "o.run"), 1) and seen[-1] == "closed"
     assert [s[1:] for s in seen[1:-1] if s[0] == "loss"] == [(s["loss"], s["step"]) for s in log(tmp_path / "a" / "o")]
+
+
+def test_completions_of_one_prompt_share_its_computation(tiny, monkeypatch):
+    m, g = Qwen2.from_pretrained(tiny), random.Random(0)
+    prompts = [[g.randrange(3, 500) for _ in range(n)] for n in (9, 1, 14)]
+    examples = []
+    for which, n in ((0, 3), (2, 5), (0, 1), (1, 4), (2, 2), (0, 6), (1, 1)):
+        ids = prompts[which] + [g.randrange(3, 500) for _ in range(n)]
+        examples.append((ids, [False] * len(prompts[which]) + [True] * n))
+    examples.append(([7, 8, 9], [True, True, True]))  # a context of nothing
+    examples.append((prompts[2] + [5, 6, 7], [False] * 14 + [True, False, True]))
+    with torch.no_grad():
+        want = torch.cat([loop.example_logps(m, [e]) for e in examples])
+    torch.testing.assert_close(loop.shared_logps(m, examples), want, rtol=1e-5, atol=1e-5)
+    run, real = [], m.hidden
+    monkeypatch.setattr(m, "hidden", lambda ids, *more: run.append(ids.shape[1]) or real(ids, *more))
+    for micro_tokens in (8, 30, 1000):
+        run.clear()
+        torch.testing.assert_close(loop.sequence_logps(m, examples, micro_tokens), want, rtol=1e-5, atol=1e-5)
+        contexts = sum(len(p) - 1 for p in prompts)
+        assert sum(run) == contexts + sum(len(ids) - (supervised + [True]).index(True) + 1 for ids, supervised in examples) - 1
