@@ -76,9 +76,12 @@ def bootstrap(differences, subjects=None, samples=10_000, seed=0):
     """Paired bootstrap of a mean difference: ((low, high), p), the 95% percentile interval and a two-sided p-value.
 
     differences: n numbers, one a question. subjects: n names; the mean is then that of the subjects' means, and each
-    subject is resampled by itself. p: how often a resampled mean lies as far from the observed one as zero does.
+    subject is resampled by itself; where one has a single question, which resampling cannot vary, the subjects' means are
+    resampled instead. p: how often a resampled mean lies as far from the observed one as zero does.
     """
     groups = by_subject(differences, subjects) if subjects else [differences]
+    if subjects and min(map(len, groups)) == 1:
+        groups = [[sum(group) / len(group) for group in groups]]
     rng, means = np.random.default_rng(seed), np.zeros(samples)
     for group in groups:
         values, counts = np.unique(np.asarray(group, dtype=float), return_counts=True)

@@ -135,3 +135,11 @@ def test_a_calibrated_guesser_has_no_error():
     confidence = rng.uniform(0.25, 1.0, size=20_000)
     assert stats.calibration(list(confidence), list(rng.uniform(size=20_000) < confidence))["ece"] < 0.02
     assert stats.calibration(list(confidence), list(rng.uniform(size=20_000) < confidence / 2))["ece"] > 0.2
+
+
+def test_bootstrap_of_subjects_with_one_question_each():
+    d = [1.0, 0.0, 0.0, -1.0, 0.0, 1.0, 0.0, 0.0]
+    names = [str(i) for i in range(8)]
+    assert stats.bootstrap(d, names) == stats.bootstrap(d)  # not an interval of no width and the smallest p-value there is
+    uneven = stats.bootstrap([1.0, 0.0, 0.0, -1.0, 1.0], ["a", "a", "b", "b", "c"])
+    assert uneven == stats.bootstrap([0.5, -0.5, 1.0])
