@@ -112,7 +112,8 @@ def trl_train(a, folder):
     else:
         examples = [m for _, m in read_records([a.data], sft_messages)]
         rows = [{"prompt": m[:-1], "completion": m[-1:]} for m in examples]
-        config = SFTConfig(padding_free=a.side == "trl-padding-free", train_sampling_strategy="sequential", **settings)
+        free = a.side == "trl-padding-free"  # it takes no length to cut to: give it data of which nothing is cut
+        config = SFTConfig(padding_free=free, train_sampling_strategy="sequential", **(settings | {"max_length": None} if free else settings))
         trainer = SFTTrainer
     started = time.time()
     t = trainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
