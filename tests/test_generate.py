@@ -47,7 +47,7 @@ def by_transformers(path, tokenizer, prompts, n):
     for p in prompts:
         ids = torch.tensor([tokenizer.prompt_ids(p)])
         settings = transformers.GenerationConfig(
-            max_new_tokens=n, do_sample=False, eos_token_id=sorted(tokenizer.stop_ids), pad_token_id=0
+            max_new_tokens=n, do_sample=False, repetition_penalty=1.0, eos_token_id=sorted(tokenizer.stop_ids), pad_token_id=0
         )
         out = hf.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)[0, ids.shape[1] :]
         replies.append(tokenizer.decode(out.tolist()))
