@@ -5,7 +5,7 @@ To add a task, add a row; demo/world.py turns rows into instructions, references
 
 from typing import Callable, NamedTuple
 
-import words as W
+from demo import words as W
 
 # fmt: off
 

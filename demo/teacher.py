@@ -17,8 +17,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path += [HERE, os.path.dirname(HERE)]
-import world  # noqa: E402
+sys.path.append(os.path.dirname(HERE))
+from demo import world  # noqa: E402
 
 from checkpoint import InputError, atomic_write, cli  # noqa: E402
 from verify import check  # noqa: E402

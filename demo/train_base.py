@@ -17,12 +17,11 @@ import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path += [HERE, os.path.dirname(HERE)]
+sys.path.append(os.path.dirname(HERE))
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
-import words  # noqa: E402
-import world  # noqa: E402
-from tasks import TASKS  # noqa: E402
+from demo import words, world  # noqa: E402
+from demo.tasks import TASKS  # noqa: E402
 from tokenizers import (  # noqa: E402
     Regex,
     decoders,

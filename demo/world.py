@@ -18,9 +18,9 @@ import sys
 from typing import NamedTuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path += [HERE, os.path.dirname(HERE)]  # last: the root has a teacher.py of its own
-import words as W  # noqa: E402
-from tasks import RARE, TASKS, Task  # noqa: E402
+sys.path.append(os.path.dirname(HERE))  # last: the root has a teacher.py of its own
+from demo import words as W  # noqa: E402
+from demo.tasks import RARE, TASKS, Task  # noqa: E402
 
 from checkpoint import InputError, atomic_write, cli  # noqa: E402
 
