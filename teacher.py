@@ -409,6 +409,8 @@ def gather(replies):
 
 def serve_rank():
     """What a rank above 0 does: it answers what rank 0 sends, until that sends no more."""
+    import torch.distributed as dist
+
     opened = {}
     while (job := send(None)) is not None:
         replies = []
@@ -418,6 +420,7 @@ def serve_rank():
                 opened[source, dtype] = open_teacher(source, dtype=dtype)
             replies = list(replies_of(opened[source, dtype], *question))
         gather(replies)
+    dist.destroy_process_group()  # here too: a rank that ends with its group open may abort
 
 
 def leave_ranks():

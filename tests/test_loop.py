@@ -54,6 +54,12 @@ def listing(out):
     return inside + [name for name in os.listdir(out.parent) if ".tmp" in name]
 
 
+def finish(script, args, tmp_path):
+    """Runs to the end with as many threads as launch() gives: sums of another number of threads differ in the last bit."""
+    codes, texts = launch(script, args, tmp_path / "finish")
+    assert codes == [0], texts
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed, stopped, out of space
 
@@ -70,10 +76,10 @@ KILLS = [
 ]  # fmt: skip
 
 
-def test_killed_at_any_moment_a_run_resumes_to_the_bit(tiny, kto_data, tmp_path, run):
+def test_killed_at_any_moment_a_run_resumes_to_the_bit(tiny, kto_data, tmp_path):
     more = ("--epochs", 2, "--micro-tokens", 100, "--save-every", 1, "--eval-data", kto_data, "--eval-every", 3, "--keep", 1)
     whole, broken = tmp_path / "a" / "o", tmp_path / "b" / "o"
-    assert run("train_kto", *command(tiny, kto_data, whole, *more))[0] == 0
+    finish("train_kto", command(tiny, kto_data, whole, *more), tmp_path)
     rng, killed = random.Random(0), 0
     for function, lines in KILLS:
         prepare = {0: (signalled, function, rng.randint(1, lines), signal.SIGKILL)}
@@ -81,7 +87,7 @@ def test_killed_at_any_moment_a_run_resumes_to_the_bit(tiny, kto_data, tmp_path,
         assert codes[0] in (-signal.SIGKILL, 0)
         killed += codes[0] != 0
     assert killed > len(KILLS) / 2
-    assert run("train_kto", *command(tiny, kto_data, broken, *more, "--resume"))[0] == 0
+    finish("train_kto", command(tiny, kto_data, broken, *more, "--resume"), tmp_path)
     same_run(whole, broken)
     assert listing(broken) == listing(whole)
 
@@ -89,10 +95,10 @@ def test_killed_at_any_moment_a_run_resumes_to_the_bit(tiny, kto_data, tmp_path,
 STOPS = [("reference_logps", 40), ("hidden", 150), ("write_safetensors", 60), ("save_state", 6), (None, 4000), ("finish_run", 3)]
 
 
-def test_sigterm_saves_and_ends_well(tiny, kto_data, tmp_path, run):
+def test_sigterm_saves_and_ends_well(tiny, kto_data, tmp_path):
     more = ("--epochs", 2, "--micro-tokens", 100, "--save-every", 2)
     whole, stopped = tmp_path / "a" / "o.pt", tmp_path / "b" / "o.pt"
-    assert run("train_kto", *command(tiny, kto_data, whole, *more))[0] == 0
+    finish("train_kto", command(tiny, kto_data, whole, *more), tmp_path)
     rng = random.Random(1)
     for function, lines in STOPS:
         prepare = {0: (signalled, function, rng.randint(1, lines), signal.SIGTERM)}
@@ -101,7 +107,7 @@ def test_sigterm_saves_and_ends_well(tiny, kto_data, tmp_path, run):
         if not stopped.exists():
             assert "stopped " in text
             assert not [name for name in listing(stopped) if ".tmp" in name]
-    assert run("train_kto", *command(tiny, kto_data, stopped, *more, "--resume"))[0] == 0
+    finish("train_kto", command(tiny, kto_data, stopped, *more, "--resume"), tmp_path)
     same_run(whole, stopped)
 
 
@@ -118,7 +124,7 @@ def full_disk(step, largest):
 
 
 @pytest.mark.parametrize("out, largest", [("o", 10_000), ("o.pt", 10_000), ("o", 200_000)])
-def test_a_full_disk_leaves_the_save_before(tiny, sft_data, tmp_path, out, largest, run):
+def test_a_full_disk_leaves_the_save_before(tiny, sft_data, tmp_path, out, largest):
     assert os.path.getsize(f"{tiny}/model.safetensors") < 200_000  # so that the last case fails in the moments
     arguments = command(tiny, sft_data, tmp_path / "b" / out, "--save-every", 1, "--epochs", 1)
     codes, (text,) = launch("train_sft", arguments, tmp_path / "text", prepare={0: (full_disk, 3, largest)})
@@ -126,8 +132,8 @@ def test_a_full_disk_leaves_the_save_before(tiny, sft_data, tmp_path, out, large
     assert codes == [2] and len(errors) == 1 and "Traceback" not in text, text
     assert "cannot be written" in errors[0] and "the save of step 2 is whole" in errors[0]
     assert not [name for name in listing(tmp_path / "b" / out) if ".tmp" in name]
-    assert run("train_sft", *arguments, "--resume")[0] == 0
-    assert run("train_sft", *command(tiny, sft_data, tmp_path / "a" / out, "--epochs", 1))[0] == 0
+    finish("train_sft", (*arguments, "--resume"), tmp_path)
+    finish("train_sft", command(tiny, sft_data, tmp_path / "a" / out, "--epochs", 1), tmp_path)
     same_run(tmp_path / "a" / out, tmp_path / "b" / out)
 
 
