@@ -302,6 +302,8 @@ def main():
     if a.vs and a.vs not in PEERS[a.mode]:
         raise InputError(f"--vs {a.vs}: {a.mode} is compared with {', '.join(PEERS[a.mode])}")
     sides = ["ours"] + (PEERS[a.mode][a.vs] if a.vs else [])
+    if a.mode == "generate":  # batches of more than there are prompts are all the same
+        sides = [side for side in sides if side == "ours" or int(side.rsplit("-")[-1]) <= a.limit]
     with tempfile.TemporaryDirectory() as folder:
         data = first_lines(a, folder) if a.data else None
         if training:

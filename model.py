@@ -64,26 +64,15 @@ class Linear(nn.Linear):
         return project(x, self.weight, self.bias)
 
 
-class RMSNormFunction(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight, the statistics in fp32 (arXiv 1910.07467); keeps x and one number a row.
+def inverse_rms(x, eps):
+    """1 / sqrt(mean(x^2) + eps) of each row, in fp32: (..., C) -> (..., 1)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm.square().div_(x.shape[-1]).add_(eps).rsqrt_()
 
-    With n = x r, r = 1 / sqrt(mean(x^2) + eps) and upstream g: dx = r (g w - n mean(g w n)), dw = sum over rows of g n.
-    """
 
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, r)
-        return weight.to(x.dtype) * (x * r).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, g):
-        x, weight, r = ctx.saved_tensors
-        w, C = weight.to(g.dtype).float(), x.shape[-1]
-        n, g = (x * r).view(-1, C), g.float().view(-1, C)
-        gn = g * n  # (T, C)
-        dx = (g * w).sub_(n.mul_((gn @ w)[:, None].div_(C))).mul_(r.view(-1, 1))
-        return dx.view(x.shape).to(x.dtype), gn.sum(0).to(weight.dtype), None
+def scaled(x, r, weight):
+    """RMSNorm (arXiv 1910.07467) of x, given r = inverse_rms(x): x r weight, in the dtype of x."""
+    return (x * r).to(x.dtype) * weight.to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -92,38 +81,77 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        return RMSNormFunction.apply(x, self.weight, self.eps)
+        return scaled(x, inverse_rms(x, self.eps), self.weight)
 
 
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up (arXiv 2002.05202), element by element; keeps its two inputs and nothing between."""
+class NormedLinears(torch.autograd.Function):
+    """h = RMSNorm(x), then h W^T + b of each (W, b) in layers = W, b, W, b, ...; a b may be None. x: (..., C).
+
+    Keeps x and one number a row: the backward makes h again, and sums the layers' gradients of h inside the matmuls.
+    With n = x r, r = inverse_rms(x), g the gradient of h and w the norm's weight (C,):
+    dx = r (g w - n mean(g w n)), dw = sum over rows of g n."""
 
     @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+    def forward(ctx, x, w, eps, *layers):
+        r = inverse_rms(x, eps)
+        ctx.save_for_backward(x, r, w, *layers[::2])
+        h = scaled(x, r, w)
+        return tuple(project(h, weight, bias) for weight, bias in zip(layers[::2], layers[1::2]))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, r, w, *weights = ctx.saved_tensors
+        h = scaled(x, r, w).flatten(0, -2)  # (T, C)
+        g, d_layers = torch.empty_like(h), []
+        for i, (d_y, weight) in enumerate(zip(grads, weights)):
+            d_y = d_y.flatten(0, -2)  # (T, O)
+            torch.addmm(g, d_y, weight.to(d_y.dtype), beta=min(i, 1), out=g)
+            for wanted, of in zip(ctx.needs_input_grad[3 + 2 * i :], (lambda: d_y.T @ h, lambda: d_y.sum(0))):
+                d_layers.append(of().to(weight.dtype) if wanted else None)
+        n, g = (x * r).flatten(0, -2), g.float()  # the rest in fp32
+        gn = g * n
+        mean = (gn @ w.float()).div_(x.shape[-1])  # (T,)
+        d_x = n.mul_(-mean[:, None]).addcmul_(g, w.float()).view(x.shape).mul_(r)
+        return d_x.to(x.dtype), gn.sum(0).to(w.dtype), None, *d_layers
+
+
+def normed_linears(x, norm, *linears):
+    """linear(norm(x)) of each of the linear layers."""
+    return NormedLinears.apply(x, norm.weight, norm.eps, *(p for linear in linears for p in (linear.weight, linear.bias)))
+
+
+class SwiGLULinear(torch.autograd.Function):
+    """(silu(gate) * up) W^T (arXiv 2002.05202); keeps gate and up, and makes their product again in the backward."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight):
+        ctx.save_for_backward(gate, up, weight)
+        return project(F.silu(gate).mul_(up), weight)
 
     @staticmethod
     def backward(ctx, g):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
+        gate, up, weight = ctx.saved_tensors
+        d_product = g @ weight.to(g.dtype)
+        silu = F.silu(gate)
+        d_weight = g.flatten(0, -2).T @ (silu * up).flatten(0, -2)
+        return torch.ops.aten.silu_backward(d_product * up, gate), silu.mul_(d_product), d_weight.to(weight.dtype)
 
 
 def rope_table(positions, config, dtype):
     """cos and sin of the rotary angles (arXiv 2104.09864), half-split: dimension i turns with i + D/2.
 
-    positions: (T,) or (B, T) integers -> two tensors (..., T, D). The angles are fp32 whatever the dtype.
+    positions: (T,) or (B, T) integers -> two tensors (..., T, D), the first half of the sines negated: what apply_rope
+    multiplies with the other half of x. The angles are fp32 whatever the dtype.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
     angles = positions[..., None].float() / config.rope_theta**exponent  # (..., T, D/2)
-    angles = torch.cat((angles, angles), dim=-1)  # (..., T, D)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (..., T, D)
 
 
 def apply_rope(x, cos, sin):
-    """x: (B, H, T, D), rotated."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+    """x: (B, T, H, D), rotated by the angles of rope_table."""
+    return (x * cos[..., None, :]).addcmul_(x.roll(x.shape[-1] // 2, -1), sin[..., None, :])
 
 
 def attend(q, k, v):
@@ -136,12 +164,13 @@ def attend(q, k, v):
 
 
 def attend_documents(q, k, v, lengths):
-    """Causal attention inside each document of one packed row, sum(lengths) = T. q: (1, Hq, T, D); k, v: (1, Hkv, T, D)."""
+    """Causal attention inside each document of one packed row, sum(lengths) = T. q: (1, T, Hq, D); k, v: (1, T, Hkv, D)."""
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0):
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, H, D)
-        return varlen_attention(q, k, v, lengths).transpose(0, 1)[None]
-    parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2))
-    return torch.cat([attend(*part) for part in parts], dim=2)
+        return varlen_attention(q[0], k[0], v[0], lengths)[None]
+    if k.requires_grad and k.shape[2] % torch.get_num_threads():  # a CPU's backward gives each thread whole key-value heads
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    parts = zip(*(x.split(lengths, 1) for x in (q, k, v)))
+    return torch.cat([attend(*(x.transpose(1, 2) for x in part)).transpose(1, 2) for part in parts], dim=1)
 
 
 def varlen_attention(q, k, v, lengths):
@@ -236,16 +265,18 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=True)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x, rope, lengths, cache, layer):
+    def forward(self, x, norm, rope, lengths, cache, layer):
         B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)  # (B, Hq, T, D), (B, Hkv, T, D)
+        q, k, v = normed_linears(x, norm, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in (q, k, v))
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)  # (B, T, Hq, D), (B, T, Hkv, D)
+        if cache is None and lengths is not None:
+            return self.o_proj(attend_documents(q, k, v, lengths).reshape(B, T, -1))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D)
         if cache is not None:
             starts = cache.lengths[: len(lengths)]
             cache.extend(layer, k, v, starts, lengths)
             y = attend_cached(q, cache, layer, starts, lengths)
-        elif lengths is not None:
-            y = attend_documents(q, k, v, lengths)
         else:
             y = attend(q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -258,8 +289,8 @@ class MLP(nn.Module):
         self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def forward(self, x):
-        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x, norm):
+        return SwiGLULinear.apply(*normed_linears(x, norm, self.gate_proj, self.up_proj), self.down_proj.weight)
 
 
 class Block(nn.Module):
@@ -271,8 +302,8 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, rope, lengths, cache, layer):
-        x = x + self.self_attn(self.input_layernorm(x), rope, lengths, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(x, self.input_layernorm, rope, lengths, cache, layer)
+        return x + self.mlp(x, self.post_attention_layernorm)
 
 
 class Qwen2(nn.Module):
@@ -373,6 +404,11 @@ class Qwen2(nn.Module):
         write_checkpoint(out, self.raw_config, files, specs, tensors)
 
 
+def in_cache(logits):
+    """How many rows of the logits are worked on at once: on a CPU so few (4 MiB) that they stay in its cache, on a GPU all."""
+    return len(logits) if logits.is_cuda else max(1, 2**20 // logits.shape[1])
+
+
 class TokenLogProbs(torch.autograd.Function):
     """log softmax(h W^T)[target], row by row, in chunks: no (N, V) tensor outlives its chunk; the backward recomputes it.
 
@@ -383,16 +419,17 @@ class TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):
         w = weight.to(hidden.dtype)
-        logps, lses = [], []
+        own, lses = [], []
         for h, t in zip(hidden.split(chunk), targets.split(chunk)):
             logits = (h @ w.T).float()  # (chunk, V)
-            own, top = logits.gather(1, t[:, None])[:, 0], logits.amax(-1)
-            lses.append(logits.sub_(top[:, None]).exp_().sum(-1).log_().add_(top))  # in place: logsumexp() copies twice
-            logps.append(own - lses[-1])
+            own.append(logits.gather(1, t[:, None])[:, 0])
+            for rows in logits.split(in_cache(logits)):
+                top = rows.amax(-1)
+                lses.append(rows.sub_(top[:, None]).exp_().sum(-1).log_().add_(top))  # in place: logsumexp() copies twice
         lse = torch.cat(lses)
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.chunk = chunk
-        return torch.cat(logps)
+        return torch.cat(own).sub_(lse)
 
     @staticmethod
     def backward(ctx, grad):
@@ -402,7 +439,10 @@ class TokenLogProbs(torch.autograd.Function):
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         pieces = (x.split(ctx.chunk) for x in (hidden, targets, lse, grad, d_hidden))
         for h, t, z, g, d_h in zip(*pieces):
-            d_logits = (h @ w.T).float().sub_(z[:, None]).exp_().mul_(-g[:, None])  # (chunk, V)
+            d_logits = (h @ w.T).float()  # (chunk, V)
+            n = in_cache(d_logits)
+            for rows, z_rows, g_rows in zip(d_logits.split(n), z.split(n), g.split(n)):
+                rows.sub_(z_rows[:, None]).exp_().mul_(-g_rows[:, None])
             d_logits.scatter_add_(1, t[:, None], g[:, None])
             d_logits = d_logits.to(h.dtype)
             torch.mm(d_logits, w, out=d_h)

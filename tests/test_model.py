@@ -327,9 +327,9 @@ def test_varlen_attention_under_each_signature(monkeypatch, kernel):
     """The kernel itself runs on GPUs only; what it is called with is checked here."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     lengths, g = [3, 1, 7], torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, heads, 11, 8, generator=g) for heads in (4, 2, 2))
-    got = model_file.varlen_attention(*(x[0].transpose(0, 1) for x in (q, k, v)), lengths)
-    torch.testing.assert_close(got.transpose(0, 1)[None], model_file.attend_documents(q, k, v, lengths))
+    q, k, v = (torch.randn(1, 11, heads, 8, generator=g) for heads in (4, 2, 2))
+    got = model_file.varlen_attention(q[0], k[0], v[0], lengths)
+    torch.testing.assert_close(got[None], model_file.attend_documents(q, k, v, lengths))
 
 
 def grads(function, *inputs):
@@ -341,16 +341,49 @@ def grads(function, *inputs):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
-def test_norm_and_swiglu_against_plain_autograd(dtype, tolerance):
-    def norm(x, weight):
+def test_fused_layers_against_plain_autograd(dtype, tolerance):
+    def plain_norm(x, w, *layers):
         h = x.float()
-        return weight.to(x.dtype) * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        h = w.to(x.dtype) * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        layers = [None if p is None else p.to(x.dtype) for p in layers]
+        return torch.cat([F.linear(h, layers[0], layers[1]), F.linear(h, layers[2], bias)], -1)
+
+    def fused_norm(x, w, *layers):
+        return torch.cat(model_file.NormedLinears.apply(x, w, 1e-6, *layers, bias), -1)
+
+    def plain_swiglu(gate, up, w):
+        return F.linear(F.silu(gate) * up, w.to(gate.dtype))
 
     g = torch.Generator().manual_seed(0)
-    x, up = (torch.randn(2, 5, 32, generator=g).to(dtype) for _ in range(2))
-    weight = 1 + 0.3 * torch.randn(32, generator=g)  # a master weight in fp32
-    pairs = [(grads(norm, x, weight), grads(lambda x, w: model_file.RMSNormFunction.apply(x, w, 1e-6), x, weight)),
-             (grads(lambda x, u: F.silu(x) * u, x, up), grads(model_file.SwiGLU.apply, x, up))]  # fmt: skip
+    x, gate, up = (torch.randn(2, 5, 32, generator=g).to(dtype) for _ in range(3))
+    w, b, u, d = (torch.randn(shape, generator=g) for shape in ((24, 32), (24,), (16, 32), (8, 32)))  # masters in fp32
+    norm, bias = 1 + 0.3 * torch.randn(32, generator=g), None
+    pairs = [(grads(plain_norm, x, norm, w, b, u), grads(fused_norm, x, norm, w, b, u)),
+             (grads(plain_swiglu, gate, up, d), grads(model_file.SwiGLULinear.apply, gate, up, d))]  # fmt: skip
     for want, got in pairs:
-        for a, b in zip(want, got):
+        for a, b in zip(want, got, strict=True):
             assert a.dtype == b.dtype and relative(b.float(), a.float()) < tolerance
+
+
+def test_a_frozen_matrix_gets_no_gradient():
+    m, ids = tiny_model(), torch.arange(9)[None]
+    attention = m.model["layers"][0].self_attn
+    attention.q_proj.weight.requires_grad_(False)
+    m(ids).sum().backward()
+    assert attention.q_proj.weight.grad is None and attention.k_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_packed_gradients_whatever_the_number_of_threads(threads):
+    """With three threads the key-value heads are repeated, with one they are not."""
+    m, lengths, before = tiny_model(), [4, 9, 1], torch.get_num_threads()
+    ids = torch.randint(0, 512, (1, 14), generator=torch.Generator().manual_seed(0))
+    weighting = torch.linspace(-1, 1, 14)[None, :, None]
+    parts = [(m.hidden(part) * w).sum() for part, w in zip(ids.split(lengths, 1), weighting.split(lengths, 1))]
+    want = torch.autograd.grad(sum(parts), list(m.parameters()))
+    try:
+        torch.set_num_threads(threads)
+        got = torch.autograd.grad((m.hidden(ids, lengths) * weighting).sum(), list(m.parameters()))
+    finally:
+        torch.set_num_threads(before)
+    assert all(relative(b, a) < 1e-4 for a, b in zip(want, got))
