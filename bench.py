@@ -4,16 +4,19 @@
     python bench.py kto --ckpt C --data kto.jsonl --vs trl
     python bench.py generate --ckpt C --data prompts.jsonl --vs transformers
     python bench.py merge --ckpt A B --base BASE --vs mergekit
+    python bench.py merge --synthetic FOLDER --method ties       # 7B, bf16: 15 GB to read twice, 15 GB to write
 
 Every side is a fresh process, from loading to its last step; the sides take turns, --repeats times, each with the matmul
-rate of the machine measured just before it, as shared machines vary. Printed are the medians and their ratio. The
-peers come from requirements-dev.txt. --data holds real texts; --limit takes the first of them.
+rate of the machine (for merge: the rate of a plain copy) measured just before it, as shared machines vary. Printed are
+the medians and their ratio. The peers come from requirements-dev.txt. --data holds real texts; --limit takes the first
+of them.
 """
 
 import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,7 +26,7 @@ import time
 import torch
 
 from chat import Tokenizer, kto_example, read_records, sft_messages
-from checkpoint import Checkpoint, InputError, cli, parse_config
+from checkpoint import Checkpoint, InputError, cli, nbytes, parse_config, write_checkpoint
 from loop import at_least
 from model import Qwen2
 
@@ -65,6 +68,59 @@ def matmul_rate(device, dtype, seconds=2.0):
     return best
 
 
+SEVEN_B = {  # the shape of Qwen2-7B
+    "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "rope_theta": 1e6,
+}  # fmt: skip
+
+
+def merge_bytes(a):
+    """-> (the files that a merge reads, the bytes of what it writes)."""
+    sources = [*a.ckpt, *[a.base] * bool(a.base)]
+    files = [os.path.join(c, n) for c in sources for n in sorted(os.listdir(c)) if n.endswith(".safetensors")]
+    c, dtype = Checkpoint(a.ckpt[0]), torch.bfloat16 if a.dtype == "bf16" else torch.float32
+    return files, sum(nbytes((c.shape(name), dtype)) for name in c.names)
+
+
+def copy_rate(a):
+    """The rate of a plain copy, in bytes/s: all that a merge reads is read, all that it writes is written and synced."""
+    (files, left), read, block = merge_bytes(a), 0, bytearray(2**24)
+    written, start = left, time.perf_counter()
+    for path in files:
+        with open(path, "rb", buffering=0) as f:
+            while got := f.readinto(block):
+                read += got
+    with tempfile.TemporaryFile(dir=a.scratch, buffering=0) as f:
+        while left > 0:
+            left -= f.write(block[: min(left, len(block))])
+        os.fsync(f.fileno())
+    return (read + written) / (time.perf_counter() - start)
+
+
+def synthetic(folder):
+    """Checkpoints of the shape SEVEN_B in bf16, made where the folder lacks them: a is noise, b the same files again, the
+    base zeros, of which no disk is taken. -> their paths"""
+    a, b, base = (os.path.join(folder, name) for name in ("a", "b", "base"))
+    if not os.path.isdir(a):
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in Qwen2(SEVEN_B).named_parameters()}
+        noise = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).bfloat16()
+        tensors = ((n, noise.repeat(-(-s.numel() // len(noise)))[: s.numel()].view(s)) for n, s in shapes.items())
+        write_checkpoint(a, SEVEN_B, {}, {n: (tuple(s), torch.bfloat16) for n, s in shapes.items()}, tensors, 5 * 10**9)
+    for name in os.listdir(a) if not os.path.isdir(base) else []:
+        for other in (b, base):
+            os.makedirs(other, exist_ok=True)
+            if name.endswith(".json"):
+                shutil.copy(os.path.join(a, name), other)
+        if name.endswith(".safetensors"):
+            os.symlink(os.path.abspath(os.path.join(a, name)), os.path.join(b, name))
+            with open(os.path.join(a, name), "rb") as f, open(os.path.join(base, name), "wb") as zeros:
+                size = f.read(8)  # of the header
+                zeros.write(size + f.read(int.from_bytes(size, "little")))
+                zeros.truncate(os.path.getsize(f.name))
+    return a, b, base
+
+
 def synchronise(device):
     if device != "cpu":
         torch.cuda.synchronize()
@@ -81,6 +137,7 @@ def ours_train(a, folder):
     sys.argv += ["--batch-size", str(a.batch_size), "--max-len", str(a.max_len), "--lr", "1e-6", "--schedule", "constant"]
     sys.argv += ["--warmup", "0", "--no-shuffle", "--dtype", a.dtype, "--device", a.device, "--save-every", "0"]
     sys.argv += ["--micro-tokens", str(a.micro_tokens)] if a.micro_tokens else []
+    sys.argv += ["--compile"] * a.compile
     started = time.time()
     script.main()
     with open(f"{out}.run/log.jsonl") as f:
@@ -147,7 +204,10 @@ def ours_generate(a, folder):
 
 
 def transformers_generate(a, folder):
-    """model.generate on left-padded batches, the prompts sorted by length; batch 1 runs the first eight only."""
+    """model.generate on one left-padded batch of prompts of like length; where a batch is one prompt, on eight of them.
+
+    What counts is the time per token, so a batch size need not see all prompts: they all cost the same there, as
+    nothing is shared between them."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -157,9 +217,9 @@ def transformers_generate(a, folder):
     batch = int(a.side.rsplit("-")[-1])
     prompts = read_prompts(a)
     ids = [tokenizer.prompt_ids(p) for p in prompts]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))[: 8 if batch == 1 else None]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))[: max(8, batch)]
     stops = sorted(tokenizer.stop_ids)
-    config = GenerationConfig(max_new_tokens=a.max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=0)
+    config = GenerationConfig(max_new_tokens=a.max_new_tokens, do_sample=False, repetition_penalty=1.0, eos_token_id=stops, pad_token_id=0)
     started, made, texts = time.time(), 0, [None] * len(prompts)
     for part in (order[k : k + batch] for k in range(0, len(order), batch)):
         width = max(len(ids[i]) for i in part)
@@ -179,6 +239,7 @@ def ours_merge(a, folder):
     sys.argv = ["merge.py", "--method", a.method, "--models", *a.ckpt, "--out", os.path.join(folder, "out")]
     sys.argv += ["--base", a.base] if a.base else []
     sys.argv += ["--density", "0.2"] if a.method in ("ties", "dare_ties") else []
+    sys.argv += ["--dtype", "bfloat16", "--shard-size", "5GB"] if a.dtype == "bf16" else []
     started = time.time()
     merge.main()
     return {"train_s": time.time() - started, "step_s": time.time() - started}
@@ -193,6 +254,7 @@ def mergekit_merge(a, folder):
     models = [{"model": os.path.abspath(c), "parameters": {"weight": 1.0, **density}} for c in a.ckpt]
     config = {"merge_method": a.method, "dtype": "float32", "models": models}
     config |= {"base_model": os.path.abspath(a.base)} if a.base else {}
+    config |= {"out_dtype": "bfloat16"} if a.dtype == "bf16" else {}
     started = time.time()
     run_merge(MergeConfiguration.model_validate(yaml.safe_load(yaml.dump(config))), os.path.join(folder, "out"),
               MergeOptions(lazy_unpickle=True, quiet=True, copy_tokenizer=True))  # fmt: skip
@@ -252,13 +314,15 @@ def needed(a):
 
 
 def measure(a, side, data):
-    """Runs one side -> its numbers, with "wall_s", the whole process, and "rate", the matmul rate just before it."""
-    rate = matmul_rate(a.device, torch.bfloat16 if a.dtype == "bf16" else torch.float32)
+    """Runs one side -> its numbers, with "wall_s", the whole process, and "rate", the machine's rate just before it."""
+    dtype = torch.bfloat16 if a.dtype == "bf16" else torch.float32
+    rate = copy_rate(a) if a.mode == "merge" else matmul_rate(a.device, dtype)
     command = [sys.executable, os.path.abspath(__file__), a.mode, "--side", side, "--ckpt", *a.ckpt]
     for name in ("base", "method", "steps", "batch_size", "peer_batch", "max_len", "max_new_tokens", "limit", "dtype", "device",
                  "micro_tokens", "scratch"):  # fmt: skip
         if getattr(a, name) is not None:
             command += [f"--{name.replace('_', '-')}", str(getattr(a, name))]
+    command += ["--compile"] * a.compile
     started = time.time()
     done = subprocess.run(command + (["--data", data] if data else []), capture_output=True, text=True)
     wall = time.time() - started
@@ -270,7 +334,7 @@ def measure(a, side, data):
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("mode", choices=list(PEERS), help="what to measure")
-    p.add_argument("--ckpt", nargs="+", required=True, help="checkpoint; for merge: the directories to merge")
+    p.add_argument("--ckpt", nargs="+", help="checkpoint; for merge: the directories to merge")
     p.add_argument("--vs", help="peer to compare with: trl, transformers, mergekit")
     p.add_argument("--repeats", type=at_least(1), default=1, help="turns of each side")
     # training and generation
@@ -280,14 +344,16 @@ def main():
     p.add_argument("--batch-size", type=at_least(1), default=8, help="examples per step; generate: rows in flight")
     p.add_argument("--peer-batch", type=at_least(1), default=8, help="of these, how many TRL takes in one forward")
     p.add_argument("--micro-tokens", type=at_least(1), help="ours; default as in training")
+    p.add_argument("--compile", action="store_true", help="ours with its --compile")
     p.add_argument("--max-len", type=at_least(2), default=1024, help="tokens of an example")
     p.add_argument("--max-new-tokens", type=at_least(1), default=128, help="most tokens of a reply")
     # merging
     p.add_argument("--base", help="base model of the merge")
+    p.add_argument("--synthetic", metavar="FOLDER", help="merge checkpoints of 7B that are written there first (15 GB) if it has none")
     p.add_argument("--method", default="ties", help="linear, ties, ...; TIES at density 0.2")
     # machine
     cuda = torch.cuda.is_available()
-    p.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32", help="to compute in")
+    p.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32", help="to compute in; merge: to write")
     p.add_argument("--device", default="cuda" if cuda else "cpu", help="torch device")
     p.add_argument("--scratch", help="folder for what is written on the way; default the system's")
     p.add_argument("--out", help="JSON file for all numbers")
@@ -297,6 +363,12 @@ def main():
     a.limit = a.limit or (a.steps * a.batch_size if training else 32)
     if a.mode != "merge" and not a.data:
         raise InputError(f"{a.mode} needs --data")
+    if a.mode == "merge":
+        a.device = "cpu"
+    if a.synthetic:
+        (*a.ckpt, a.base), a.dtype = synthetic(a.synthetic), "bf16"
+    if not a.ckpt:
+        raise InputError("--ckpt C: say what to measure with")
     if a.side:
         return run_side(a)
     if a.vs and a.vs not in PEERS[a.mode]:
@@ -316,13 +388,21 @@ def main():
                 r = measure(a, side, data)
                 runs[side].append(r)
                 print(f"{side:<18} {r['wall_s']:7.1f} s in all, {r['step_s']:7.1f} s in {'steps' if training else 'work'}, "
-                      f"peak {r['peak_gb']:.2f} GiB, matmul {r['rate'] / 1e9:,.0f} GFLOP/s", flush=True)  # fmt: skip
+                      f"peak {r['peak_gb']:.2f} GiB, " + (f"copy {r['rate'] / 1e9:.2f} GB/s" if a.mode == "merge" else
+                      f"matmul {r['rate'] / 1e9:,.0f} GFLOP/s"), flush=True)  # fmt: skip
     middle = {side: {k: statistics.median(r[k] for r in rs) for k in ("wall_s", "step_s", "peak_gb", "rate")} for side, rs in runs.items()}
     us = middle["ours"]
     if training:
         print(f"ours: {a.limit / us['step_s']:.2f} examples/s, {tokens / us['step_s']:,.0f} tokens/s, {supervised / us['step_s']:,.0f} "
               f"supervised/s; {step_flops / us['step_s'] / 1e9:,.0f} GFLOP/s in the steps, {step_flops / us['step_s'] / us['rate']:.0%} "
               f"of the matmul rate; {flops / us['wall_s'] / us['rate']:.0%} from start to end")  # fmt: skip
+    if a.mode == "merge":
+        files, written = merge_bytes(a)
+        read = sum(map(os.path.getsize, files))
+        for side, m in middle.items():
+            limit = (read + written) / m["rate"]  # s
+            print(f"{side}: {read / 1e9:.1f} GB read and {written / 1e9:.1f} GB written take {limit:.1f} s as a plain copy, "
+                  f"{m['step_s']:.1f} s as a merge: {limit / m['step_s']:.0%} of the copy rate")  # fmt: skip
     if a.mode == "generate":
         for side, rs in runs.items():
             middle[side]["per_token"] = statistics.median(r["step_s"] / r["made"] for r in rs)

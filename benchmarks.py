@@ -16,7 +16,8 @@ import re
 from benchdata import LETTERS, choice_rows, json_rows, render_shots
 from checkpoint import InputError
 from ifeval import follows
-from verify import check, extract_choice, extract_code, extract_program, last_number, numbers_equal, run_program
+from sandbox import run_program
+from verify import check, extract_choice, extract_code, extract_program, last_number, numbers_equal
 
 INSTRUCTION = ("The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D "
                "as the answer to this question.\n\n")
@@ -314,6 +315,25 @@ def paper_choice(row):
     return f"{INSTRUCTION}{row['question']}\n{lettered(row['choices'])}"
 
 
+def bare_choice(row):
+    return f"{row['question']}\n\n{lettered(row['choices'])}"
+
+
+def arc_contexts(rows, find):
+    return [f"Question: {row['question']}\nAnswer:" for row in rows]
+
+
+def exam(test, dev, header, line, names, word, **more):
+    """An entry of questions by subject with four choices. test, dev: (folder, suffix of its files); the rest as five_shot."""
+    return dict(rows=lambda find: choice_rows(find(test[0]), test[1], header), prompt=paper_choice, verdict=choice_verdict,
+                over="questions", contexts=five_shot(*dev, header, line, names, word), by="letter") | more  # fmt: skip
+
+
+def by_text(rows, contexts, **more):
+    """An entry of --protocol loglik alone, whose choices are texts."""
+    return dict(rows=rows, over="questions", contexts=contexts, by="text") | more
+
+
 # rows(find): the questions, find(name) being the path of a file of HOMES. over: what the score averages over.
 # Of --protocol paper: prompt(row), the user's turn; verdict(reply, row): (what was read, whether it is right), and
 # possibly {metric: value}, a list where one question has several; runs_code: the verdict runs what the checkpoint wrote.
@@ -328,31 +348,13 @@ BENCHMARKS = {
         verdict=gsm8k_verdict,
         over="questions",
     ),
-    "mmlu": dict(
-        rows=lambda find: choice_rows(find("mmlu/test"), "_test.csv", header=False),
-        prompt=paper_choice,
-        verdict=choice_verdict,
-        over="questions",
-        contexts=five_shot("mmlu/dev", "_dev.csv", False,
-                           "The following are multiple choice questions (with answers) about {}.", {}, "Answer:"),
-        by="letter",
-    ),
-    "cmmlu": dict(
-        rows=lambda find: choice_rows(find("cmmlu/test"), ".csv", header=True),
-        prompt=paper_choice,
-        verdict=choice_verdict,
-        over="questions",
-        contexts=five_shot("cmmlu/dev", ".csv", True, "以下是关于{}的单项选择题，请直接给出正确答案的选项。", CMMLU_NAMES, "答案："),
-        by="letter",
-    ),
-    "ceval": dict(
-        rows=lambda find: choice_rows(find("ceval/val"), "_val.csv", header=True),
-        prompt=lambda row: f"{row['question']}\n\n{lettered(row['choices'])}",
-        verdict=lambda reply, row: choice_verdict(reply, row, stem=row["question"]),
-        over="subjects",
-        contexts=five_shot("ceval/dev", "_dev.csv", True, "以下是中国关于{}的单项选择题，请选出其中的正确答案。", CEVAL_NAMES, "答案："),
-        by="letter",
-    ),
+    "mmlu": exam(("mmlu/test", "_test.csv"), ("mmlu/dev", "_dev.csv"), False,
+                 "The following are multiple choice questions (with answers) about {}.", {}, "Answer:"),
+    "cmmlu": exam(("cmmlu/test", ".csv"), ("cmmlu/dev", ".csv"), True,
+                  "以下是关于{}的单项选择题，请直接给出正确答案的选项。", CMMLU_NAMES, "答案："),
+    "ceval": exam(("ceval/val", "_val.csv"), ("ceval/dev", "_dev.csv"), True,
+                  "以下是中国关于{}的单项选择题，请选出其中的正确答案。", CEVAL_NAMES, "答案：", prompt=bare_choice,
+                  verdict=lambda reply, row: choice_verdict(reply, row, stem=row["question"]), over="subjects"),
     "humaneval": dict(
         rows=humaneval_rows, prompt=humaneval_prompt, verdict=humaneval_verdict, runs_code=True, over="questions"
     ),
@@ -360,37 +362,18 @@ BENCHMARKS = {
     "ifeval": dict(rows=ifeval_rows, prompt=lambda row: row["prompt"], verdict=ifeval_verdict, over="questions"),
     "safetybench": dict(  # the questions are the benchmark's; its own prompts have five examples, which are not given
         rows=safety_rows,
-        prompt=lambda row: f"{row['question']}\n\n{lettered(row['choices'])}",
+        prompt=bare_choice,
         verdict=choice_verdict,
         over="questions",
         contexts=lambda rows, find: [f"{row['question'].strip()}\n{lettered(row['choices'])}答案：" for row in rows],
         by="letter",
     ),
-    "truthfulqa_mc1": dict(
-        rows=lambda find: truthful_rows(find, "Best Answer"), over="questions", contexts=truthful_contexts, by="text"
-    ),
-    "truthfulqa_mc2": dict(
-        rows=lambda find: truthful_rows(find, "Correct Answers"), over="questions", contexts=truthful_contexts, by="text",
-        mass=True,
-    ),
-    "arc_easy": dict(
-        rows=lambda find: arc_rows(find("arc/ARC-Easy-Test.jsonl")),
-        over="questions",
-        contexts=lambda rows, find: [f"Question: {row['question']}\nAnswer:" for row in rows],
-        by="text",
-    ),
-    "arc_challenge": dict(
-        rows=lambda find: arc_rows(find("arc/ARC-Challenge-Test.jsonl")),
-        over="questions",
-        contexts=lambda rows, find: [f"Question: {row['question']}\nAnswer:" for row in rows],
-        by="text",
-    ),
-    "hellaswag": dict(
-        rows=hellaswag_rows, over="questions", contexts=lambda rows, find: [row["question"] for row in rows], by="text"
-    ),
-    "perplexity": dict(
-        rows=text_rows, over="questions", contexts=lambda rows, find: [row["text"] for row in rows], by="whole"
-    ),
+    "truthfulqa_mc1": by_text(lambda find: truthful_rows(find, "Best Answer"), truthful_contexts),
+    "truthfulqa_mc2": by_text(lambda find: truthful_rows(find, "Correct Answers"), truthful_contexts, mass=True),
+    "arc_easy": by_text(lambda find: arc_rows(find("arc/ARC-Easy-Test.jsonl")), arc_contexts),
+    "arc_challenge": by_text(lambda find: arc_rows(find("arc/ARC-Challenge-Test.jsonl")), arc_contexts),
+    "hellaswag": by_text(hellaswag_rows, lambda rows, find: [row["question"] for row in rows]),
+    "perplexity": by_text(text_rows, lambda rows, find: [row["text"] for row in rows], by="whole"),
     "mt_bench": dict(rows=lambda find: open_rows(find("mt_bench/question.jsonl")), prompt=question),
     "vicuna": dict(rows=lambda find: open_rows(find("mt_bench/vicuna_bench_question.jsonl")), prompt=question),
     "alignbench": dict(rows=lambda find: open_rows(find("alignbench/data_v1.1_release.jsonl"), "question"), prompt=question),

@@ -6,14 +6,17 @@
 """
 
 import contextlib
+import ctypes
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import pickle
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -211,16 +214,72 @@ class Checkpoint:
         code = f.get_slice(name).get_dtype()
         return next((d for d, c in SAFETENSORS_DTYPES.items() if c == code), None) or self.tensor(name).dtype
 
-    def fingerprint(self):
-        """SHA-256 of architecture, weights and tokenizer: equal for a directory and a .pt of the same model."""
+    def digest(self, name):
+        """SHA-256 of a tensor's bytes."""
+        flat, h = self.tensor(name).contiguous().view(-1), hashlib.sha256()
+        for s in chunks(len(flat), mapped([flat]), 2**20):
+            h.update(flat[s].view(torch.uint8).numpy())
+        return h.hexdigest()
+
+    def fingerprint(self, digests=None):
+        """SHA-256 of architecture, weights and tokenizer: equal for a directory and a .pt of the same model.
+        digests: {name: digest(name)} of all tensors, where they are known; else the tensors are read for it."""
+        if digests is None:
+            with ThreadPoolExecutor(4) as pool:
+                digests = dict(zip(self.names, pool.map(self.digest, self.names)))
         h = hashlib.sha256(repr(parse_config(self.config, self.source)).encode())
         for name in self.names:
-            t = self.tensor(name).contiguous()
-            h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-            h.update(t.view(-1).view(torch.uint8).numpy())
+            h.update(f"{name} {self.dtype(name)} {self.shape(name)} {digests[name]}".encode())
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             h.update(f"{name} {self.files.get(name)}".encode())
         return h.hexdigest()
+
+
+def mapped(tensors):
+    """Those of the tensors that lie in a mapped file (known on Linux only). Their memory may be given back: the file still
+    has what it held, as nobody writes into a checkpoint's tensors. Any other memory would come back as zeros. Small ones
+    are left out: to look them up would take longer than to read them."""
+    tensors, files = [t for t in tensors if t.is_contiguous() and t.numel() >= WINDOW // 16], []
+    highest = max((t.data_ptr() for t in tensors), default=0)
+    with contextlib.suppress(OSError), open("/proc/self/maps" if tensors else os.devnull) as f:
+        for line in f:  # in the order of addresses
+            span, _, _, _, inode = line.split(maxsplit=5)[:5]
+            begin, end = (int(address, 16) for address in span.split("-"))
+            if inode != "0":
+                files.append((begin, end))
+            if end > highest:
+                break
+    return [t for t in tensors if any(a <= t.data_ptr() and t.data_ptr() + t.nbytes <= b for a, b in files)]
+
+
+WINDOW = 2**22  # elements of a mapped tensor that stay in memory while it is read
+
+
+def chunks(n, held, size):
+    """Yields the slices of n elements, `size` at a time. held: flat tensors of n elements as mapped() gives them: what
+    lies behind is given back to the system, so that memory does not grow with what is read; a later use reads it again."""
+    behind = 0
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        yield slice(start, stop)
+        if stop == n or stop - behind >= WINDOW:
+            for t in held:
+                drop_pages(t[behind:stop])
+            behind = stop
+
+
+def release(t):
+    """Takes a tensor of a mapped file out of this process's memory; the next use reads it again. Leaves others alone."""
+    for found in mapped([t]):
+        drop_pages(found)
+
+
+def drop_pages(t):
+    """release() of one of mapped()'s tensors or a part of it, which is not checked again."""
+    begin = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: others may need the rest
+    size = (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+    if size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def download(repo):
@@ -239,16 +298,19 @@ def download(repo):
 def write_checkpoint(out, config, files, specs, tensors, shard_size=None):
     """Writes a checkpoint, whole or not at all: a directory that transformers and vLLM load, or a .pt by the suffix.
 
-    config: dict. files: {name: text}. specs: {name: (shape, dtype)}. tensors: (name, tensor) pairs in the order of
-    specs, taken one at a time, so that a directory is written without ever holding the model. shard_size: most bytes of
-    a safetensors file (a larger tensor has one of its own); None: one file for all.
+    config: dict. files: {name: text}, or a function that gives the text when the tensors have been taken. specs: {name:
+    (shape, dtype)}. tensors: (name, tensor) pairs in the order of specs, taken one at a time, so that a directory is
+    written without ever holding the model. shard_size: most bytes of a safetensors file (a larger tensor has one of its
+    own); None: one file for all.
     """
+    texts = lambda: {name: text() if callable(text) else text for name, text in files.items()}
     dtypes = {str(dtype).removeprefix("torch.") for _, dtype in specs.values() if dtype.is_floating_point}
     if len(dtypes) == 1:
         config = {**config, "dtype" if "dtype" in config else "torch_dtype": dtypes.pop()}
     if out.endswith(".pt"):
         with atomic_write(out, "wb") as f:
-            torch.save({"config": config, "files": files, "weights": {n: t.contiguous() for n, t in tensors}}, f)
+            weights = {n: t.contiguous() for n, t in tensors}
+            torch.save({"config": config, "files": texts(), "weights": weights}, f)
         return
     shards, index, tensors = plan_shards(specs, shard_size), {}, iter(tensors)
     if len(shards) > 1:
@@ -256,12 +318,13 @@ def write_checkpoint(out, config, files, specs, tensors, shard_size=None):
         index = {"metadata": {"total_size": sum(map(nbytes, specs.values()))}, "weight_map": where}
         index = {"model.safetensors.index.json": json.dumps(index, indent=2) + "\n"}
     with atomic_directory(out) as folder:
-        for name, text in {**files, **index, "config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}.items():
-            with atomic_write(os.path.join(folder, name)) as f:
-                f.write(text)
         for name, shard in shards.items():
             with atomic_write(os.path.join(folder, name), "wb") as f:
                 write_safetensors(f, shard, itertools.islice(tensors, len(shard)))
+        config = {"config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+        for name, text in {**texts(), **index, **config}.items():
+            with atomic_write(os.path.join(folder, name)) as f:
+                f.write(text)
 
 
 def nbytes(spec):
@@ -310,7 +373,20 @@ def write_safetensors(f, specs, tensors):
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)  # the data start on a multiple of 8 bytes
     f.write(len(head).to_bytes(8, "little") + head)
-    for (name, (shape, dtype)), (got, t) in zip(specs.items(), tensors, strict=True):
+    tensors = iter(tensors)
+    for name, (shape, dtype) in specs.items():
+        got, t = next(tensors, (None, torch.empty(0)))
         if (got, tuple(t.shape), t.dtype) != (name, tuple(shape), dtype):
             raise ValueError(f"expected {name} {shape} {dtype}, was given {got} {tuple(t.shape)} {t.dtype}")
         f.write(t.contiguous().view(-1).view(torch.uint8).numpy())
+        del t  # before the next one is made: they may be large
+        start_writing(f)
+
+
+def start_writing(f):
+    """Has the system write to the disk what it holds of an open file, without waiting: the next tensors are made meanwhile,
+    and the fsync at the end finds little left to do. Linux only."""
+    if sys.platform == "linux":
+        f.flush()
+        whole_file, write = ctypes.c_int64(0), 2  # SYNC_FILE_RANGE_WRITE
+        ctypes.CDLL(None).sync_file_range(f.fileno(), whole_file, whole_file, write)

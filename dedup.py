@@ -1,26 +1,32 @@
 """Near duplicates by simhash, and evaluation questions by shared n-grams, in numpy on arrays of 64-bit hashes.
 
-    hashes, seen = scan(texts, ngram_set(questions)) # (N,) uint64, (N,) bool: one pass for both
+    hashes, held = scan(texts, index(questions))     # (N,) uint64, (N,) which question a text holds: one pass for both
     keep, twin = keep_best(hashes, rank, hamming=3)  # of every group of near duplicates the one of the best rank
+    python dedup.py 1000000                          # how long that takes, and how much memory, on made-up texts
 
 Alike texts have simhashes that differ in few bits (Charikar, STOC 2002). A chunk of texts is hashed as one array of its code
 points, without a loop over texts or words; chunks go to a thread a core, for numpy works outside of Python's lock.
 """
 
+import argparse
 import collections
 import concurrent.futures
 import functools
 import itertools
 import os
 import re
+import resource
+import time
 import unicodedata
 
 import numpy as np
 
 CHUNK = 1 << 18  # characters hashed at a time: few enough that their arrays stay near the processor's cache
+LONG, TELLING = 13, 9  # so many tokens in a row, so many of them different words, are not shared by chance
 # A Chinese, Japanese or Korean character is a token by itself; elsewhere a word is. Signs that change what is asked are
 # tokens too ("3 + 5" is not "3 - 5"), other punctuation is not.
-_ALONE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]|[-+*/×÷=<>^%$#@&|~_{}\[\]()]")
+_ALONE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]")
+_SIGNS = "-+*/×÷=<>^%$#@&|~_{}[]()"
 _PAD = np.uint64(0x9E3779B97F4A7C15)
 _BASE = np.uint64(0xD6E8FEB86659FD93)  # of the rolling hashes: odd, so that multiplying by it loses no bit
 _LANES = np.uint64(0x0101010101010101)
@@ -35,24 +41,27 @@ def mix(x):
 
 @functools.cache
 def kinds():
-    """(0x110000,) uint8, what a code point is: 0 nothing, 1 part of a word, 2 a token by itself."""
+    """(0x110000,) uint8, what a code point is: 0 nothing, 1 part of a word, 2 a token by itself, 3 a sign, which is one too."""
     table = np.zeros(0x110000, np.uint8)
     table[:0x40000] = [2 if _ALONE.match(c) else c.isalnum() for c in map(chr, range(0x40000))]  # above stand no letters
+    table[[*map(ord, _SIGNS)]] = 3
     return table
 
 
 def token_hashes(texts):
-    """-> (hashes (W,) uint64 of all tokens of all texts, counts (N,): each text's). A text of signs alone is one token."""
+    """-> (hashes (W,) uint64 of all tokens of all texts, counts (N,): each text's). A text of signs alone is one token, and a
+    sign repeated more than twice is two: the length of a blank or a ruler says nothing."""
     # normalised and lower-cased as one string; NUL parts the texts, and composes with nothing
     joined = unicodedata.normalize("NFKC", "".join(text.replace("\0", " ") + "\0" for text in texts)).lower()
     points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
     kind = kinds()[points]
+    kind[2:][(kind[2:] == 3) & (points[2:] == points[1:-1]) & (points[1:-1] == points[:-2])] = 0
     ends = np.flatnonzero(points == 0)  # (N,)
     begins = np.concatenate(([0], ends[:-1] + 1))
     counts = np.add.reduceat(kind != 0, begins, dtype=np.int64) if len(texts) else ends
     for i in np.flatnonzero(counts == 0):  # few
         kind[begins[i] : ends[i]] = 1
-    first = kind == 2
+    first = kind >= 2
     first[1:] |= (kind[1:] == 1) & (kind[:-1] != 1)
     first[:1] |= kind[:1] == 1
     starts = np.flatnonzero(first)
@@ -134,33 +143,78 @@ def in_threads(work, items):
             yield waiting.popleft().result()
 
 
-def scan(texts, grams, n=3, long=13):
-    """texts: an iterable -> (simhashes (N,) uint64 over n-grams, seen (N,) bool): seen is the text that shares an n-gram of
-    `long` tokens with the sorted set `grams`, or, being shorter than that, is one of its short texts."""
+def scan(texts, questions, n=3):
+    """texts: an iterable -> (simhashes (N,) uint64 over n-grams, held (N,) int64: the question of index() that a text holds,
+    -1 for none)."""
 
     def work(chunk):
         tokens = token_hashes(chunk)
-        h, starts = windows(*tokens, long) if len(grams) else (None, None)
-        return majority(*windows(*tokens, n)), shares(h, starts, grams) if len(grams) else np.zeros(len(chunk), bool)
+        return majority(*windows(*tokens, n)), holds(*tokens, questions)
 
-    parts = [(np.empty(0, np.uint64), np.empty(0, bool)), *in_threads(work, batches(texts))]
+    parts = [(np.empty(0, np.uint64), np.empty(0, np.int64)), *in_threads(work, batches(texts))]
     return tuple(np.concatenate(part) for part in zip(*parts))
 
 
 def simhash(texts, n=3):
     """texts: an iterable -> (N,) uint64. Bit b is what most of the text's n-gram hashes have there."""
-    return scan(texts, np.empty(0, np.uint64), n)[0]
+    return scan(texts, {}, n)[0]
 
 
-def shares(h, starts, grams):
-    at = np.searchsorted(grams, h).clip(max=len(grams) - 1)
-    return np.logical_or.reduceat(grams[at] == h, starts)
+@functools.cache
+def dull():
+    """The hashes of tokens that tell no text from another: signs, single letters, numbers."""
+    return token_hashes([" ".join([*_SIGNS, *"abcdefghijklmnopqrstuvwxyz", *map(str, range(10_000))])])[0]
 
 
-def ngram_set(texts, n=13):
-    """The sorted n-gram hashes of all texts; a text shorter than n tokens counts as a whole."""
-    parts = [ngram_hashes(chunk, n)[0] for chunk in batches(texts)]
-    return np.unique(np.concatenate([np.empty(0, np.uint64), *parts]))
+def index(questions):
+    """Texts -> {k: (sorted hashes of k tokens in a row, the text that each is of)}: of every text of LONG tokens or more its runs
+    of LONG, but for those with fewer than TELLING different tokens that are not dull() (a list of options, the matrix of
+    1 to 9, `public static void main`); a text without any such run, and a shorter one, as a whole."""
+    found, at = {}, 0
+
+    def add(k, h, of):
+        found.setdefault(k, []).append((h, at + of))
+
+    for chunk in batches(questions):
+        hashes, counts = token_hashes(chunk)
+        told = np.zeros(len(counts), bool)
+        if (long := counts >= LONG).any():
+            tokens = hashes[np.repeat(long, counts)]
+            h, starts = windows(tokens, counts[long], LONG)
+            run = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(h))))  # (G,): the text of each
+            begin = (np.cumsum(counts[long]) - counts[long] - starts)[run] + np.arange(len(h))
+            telling = np.where(np.isin(tokens, dull()), 0, tokens)
+            runs = np.sort(np.lib.stride_tricks.sliding_window_view(telling, LONG)[begin], axis=1)  # (G, LONG)
+            enough = (runs[:, 0] != 0) + ((runs[:, 1:] != runs[:, :-1]) & (runs[:, 1:] != 0)).sum(1) >= TELLING
+            of = np.flatnonzero(long)[run[enough]]
+            add(LONG, h[enough], of)
+            told[of] = True
+        for k in np.unique(counts[~told & (counts > 0)]).tolist():
+            whole = ~told & (counts == k)
+            add(k, windows(hashes[np.repeat(whole, counts)], counts[whole], k)[0], np.flatnonzero(whole))
+        at += len(chunk)
+    out = {}
+    for k, parts in found.items():
+        hashes, of = (np.concatenate(part) for part in zip(*parts))
+        hashes, first = np.unique(hashes, return_index=True)
+        if len(hashes):
+            out[k] = hashes, of[first]
+    return out
+
+
+def holds(hashes, counts, questions):
+    """hashes, counts: of token_hashes. questions: of index() -> (N,) int64: the question with which a text shares LONG tokens
+    in a row, or whose other number of tokens it holds all, with at most as many more (none beside fewer than 5 or more than
+    LONG); -1 for none."""
+    out = np.full(len(counts), -1)
+    for k, (known, of) in questions.items():
+        some = (counts >= k) & ((k == LONG) | (counts <= (2 * k if 5 <= k < LONG else k)))
+        if some.any():
+            h, starts = windows(hashes[np.repeat(some, counts)], counts[some], k)
+            at = np.searchsorted(known, h).clip(max=len(known) - 1)
+            hit = np.where(known[at] == h, of[at], -1)
+            out[some] = np.maximum(out[some], np.maximum.reduceat(hit, starts))
+    return out
 
 
 def distinct(texts, n):
@@ -227,3 +281,54 @@ def keep_best(hashes, rank, hamming):
     twin = np.empty(len(hashes), np.int64)
     twin[order] = best[stays_for[group]]
     return twin == np.arange(len(hashes)), twin
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it costs
+
+
+def made_up(n):
+    """Yields n texts of 300 characters, English and Chinese by turns. Every tenth is the fifth or the fourth of its ten, changed:
+    in case and punctuation, by a word or a character at its end, or by one in its middle."""
+    rng, ten = np.random.default_rng(0), []
+    words = np.array(["".join(map(chr, rng.integers(97, 123, size))) for size in rng.integers(2, 9, 20_000)])
+    for i in range(n):
+        draw = (20_000 * rng.random(300) ** 2).astype("<u4")  # some are common, most are rare
+        if i % 10 == 9:
+            text, kind = ten[4 - i // 10 % 2], i // 20 % 3
+            ten = []
+            yield text.upper() + "!" if kind == 0 else f"{text} 完" if kind == 1 else f"{text[:150]} 中 {text[150:]}"
+        else:
+            ten.append(" ".join(words[draw[:90]].tolist())[:300] if i % 2 == 0 else (draw + 0x4E00).tobytes().decode("utf-32-le"))
+            yield ten[-1]
+
+
+def main():
+    p = argparse.ArgumentParser(description="Deduplicates made-up texts: the time and memory it takes, and whether it finds what was planted.")
+    p.add_argument("n", type=int, help="texts of 300 characters")
+    n = p.parse_args().n
+    begun, making = time.perf_counter(), [0.0]
+
+    def texts():
+        before = time.thread_time()
+        for text in made_up(n):
+            making[0] += time.thread_time() - before
+            yield text
+            before = time.thread_time()
+
+    hashes, _ = scan(texts(), {})
+    hashed = time.perf_counter()
+    keep, _ = keep_best(hashes, np.arange(n), 3)
+    ended = time.perf_counter()
+    changed = np.arange(9, n, 10)
+    origin = changed - 5 - changed // 10 % 2
+    near = np.unpackbits((hashes[changed] ^ hashes[origin]).view(np.uint8)).reshape(-1, 64).sum(1) <= 3
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{n:,} texts: {ended - begun:.1f} s ({hashed - begun:.1f} s simhashes, {ended - hashed:.1f} s pairs), "
+          f"{time.process_time():.1f} s of CPU, {making[0]:.1f} s of them for making the texts; peak {peak:.2f} GiB")  # fmt: skip
+    print(f"{len(changed):,} changed copies, {near.sum():,} within 3 bits of their original; "
+          f"{n - keep.sum():,} texts dropped, {(keep[changed] & keep[origin])[near].sum()} near pairs left")
+
+
+if __name__ == "__main__":
+    main()

@@ -31,11 +31,12 @@ from benchdata import locate
 from benchmarks import BENCHMARKS, choice_scores
 from chat import Tokenizer, read_jsonl
 from checkpoint import Checkpoint, InputError, atomic_write, cli
-from generate import common_prefix, generate_iter
+from generate import common_prefix, generate_iter, positive
 from loop import at_least
 from model import KVCache, Qwen2, token_logps
 from stats import POWER, calibration, compare, holm, mean_stderr, ratio_stderr, subjects_mean_stderr
 
+GENERATION = ("batch_size", "cache_gb", "repetition_penalty")  # flags that are arguments of generate_iter
 CACHE_TOKENS = 1 << 15  # of one forward's cache, all rows together, where --batch-size would take more
 
 # ---------------------------------------------------------------- likelihoods
@@ -126,7 +127,8 @@ def ask(m, tokenizer, questions, limits, a):
         # asked together: rows of all tasks share the batches, so that the last long reply is waited for once
         some = [i for i, q in enumerate(questions) if limits[q["task"]] == most]
         prompts = [questions[i]["messages"] for i in some]
-        for j, reply, finish in generate_iter(m, tokenizer, prompts, max_new_tokens=most, batch_size=a.batch_size):
+        settings = {name: value for name, value in vars(a).items() if name in GENERATION}
+        for j, reply, finish in generate_iter(m, tokenizer, prompts, max_new_tokens=most, **settings):
             yield some[j], {"reply": reply, "finish_reason": finish, "prompt_tokens": len(tokenizer.prompt_ids(prompts[j])),
                             "reply_tokens": len(tokenizer.encode(reply))}  # fmt: skip
 
@@ -137,12 +139,13 @@ def collect(a, names, work, rank=0, world=1, device="cpu"):
     Of several ranks each asks every world-th question and writes a file of its own; what is returned is complete on all.
     """
     replies, log = open_replies(a.out, rank)
+    penalty = {} if a.repetition_penalty == 1.0 else {"repetition_penalty": a.repetition_penalty}
     keys = {}                                            # (name, task): the key of each of its questions
     for source, name in zip(a.ckpt, names):
         ckpt = Checkpoint(source)
         tokenizer, fingerprint, limits = Tokenizer(ckpt), ckpt.fingerprint(), {}
         for task, questions in work.items():
-            settings = [fingerprint, sorted(tokenizer.stop_ids), task, a.protocol, a.dtype, a.max_new_tokens]
+            settings = [fingerprint, sorted(tokenizer.stop_ids), task, a.protocol, a.dtype, a.max_new_tokens, *penalty.values()]
             keys[name, task] = [hashlib.sha256(json.dumps([*settings, q["messages"], *q["also"]]).encode()).hexdigest()
                                 for q in questions]  # fmt: skip
         todo = {key: q for task in work for key, q in zip(keys[name, task], work[task]) if key not in replies}
@@ -157,7 +160,7 @@ def collect(a, names, work, rank=0, world=1, device="cpu"):
             asked = ask(m, tokenizer, list(todo.values()), limits, a)
             for i, record in tqdm(asked, name, total=len(todo), unit="reply", disable=hidden):
                 key, q = order[i], todo[order[i]]
-                replies[key] = record
+                replies[key] = record = {**record, **penalty}
                 line = {"key": key, "checkpoint": name, "task": q["task"], "id": q["row"]["id"], **record}
                 log.write(json.dumps(line, ensure_ascii=False) + "\n")
                 log.flush()
@@ -175,14 +178,15 @@ def recall(a, names, work):
     latest = {}
     for _, line in sorted(all_replies(a.out), key=lambda pair: pair[0]):
         protocol = "loglik" if "logps" in line or "logp" in line else "paper"
-        latest[line.get("checkpoint"), line.get("task"), line.get("id"), protocol] = line
+        penalty = line.get("repetition_penalty", 1.0)
+        latest[line.get("checkpoint"), line.get("task"), line.get("id"), protocol, penalty] = line
     said = {}
     for name in names:
         for task, questions in work.items():
-            found = [latest.get((name, task, q["row"]["id"], a.protocol)) for q in questions]
+            found = [latest.get((name, task, q["row"]["id"], a.protocol, a.repetition_penalty)) for q in questions]
             if None in found:
                 raise InputError(f"{a.out}/replies.jsonl: {found.count(None)} of the {len(found)} replies of {name} to "
-                                 f"{task} ({a.protocol}) are missing; without --rescore they are asked for")
+                                 f"{task} ({protocol_name(a)}) are missing; without --rescore they are asked for")
             said.setdefault(name, {})[task] = found
     return said
 
@@ -228,6 +232,11 @@ def checkpoint_names(sources):
     if len(set(names)) < len(names):
         raise InputError(f"--ckpt: {max(names, key=names.count)} is given twice")
     return names
+
+
+def protocol_name(a):
+    """What a score is headed by; a repetition penalty makes another protocol of the paper's, which has none."""
+    return a.protocol if a.repetition_penalty == 1.0 else f"{a.protocol}, repetition penalty {a.repetition_penalty:g}"
 
 
 def correct_for_many(results):
@@ -410,7 +419,10 @@ def add_flags(p):
     p.add_argument("--limit", type=at_least(1), help="questions per task, in turn from its subjects; default all")
     # generation
     p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
+    p.add_argument("--repetition-penalty", type=positive, default=1.0, help="1.0, none, is the paper's; transformers' "
+                   "generate takes it from the checkpoint's generation_config.json (1.1 in Qwen2-0.5B-Instruct), greedy or not")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no reply")
+    p.add_argument("--cache-gb", type=positive, default=4.0, help="GiB of their keys and values: holds fewer in flight if need be")
     # machine
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and computation")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
@@ -427,6 +439,8 @@ def main():
     p.add_argument("--rescore", action="store_true", help="read the replies in OUT again; no checkpoint is opened")
     add_flags(p)
     a = p.parse_args()
+    if a.protocol == "loglik" and a.repetition_penalty != 1.0:
+        raise InputError("--repetition-penalty is for replies; --protocol loglik has none, leave it out")
     names = checkpoint_names(a.ckpt)
     work = {task: prepare(task, a) for task in dict.fromkeys(a.tasks)}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -462,10 +476,10 @@ def main():
                 cut += record.get("finish_reason") == "length"
                 kept = {k: v for k, v in record.items() if k not in ("key", "checkpoint", "task", "id")}
                 samples.append({"checkpoint": name, "task": task, "id": q["row"]["id"], "prompt": q["messages"], **kept,
-                                "extracted": extracted, "correct": correct, "protocol": a.protocol})
+                                "extracted": extracted, "correct": correct, "protocol": protocol_name(a)})
             subjects = [q["row"].get("subject") for q in questions]
             cell = summarise(verdicts, subjects, BENCHMARKS[task]["over"], first.get(task))
-            cell |= {"protocol": a.protocol, "cut_short": cut}
+            cell |= {"protocol": protocol_name(a), "cut_short": cut}
             if metrics:
                 cell["metrics"] = {metric: average_metric(values) for metric, values in metrics.items()}
             if "nll_per_token" in metrics:

@@ -1,6 +1,6 @@
 """Weight fusion as pure functions on tensors: the merges of several models' tensors and the sparsifications of deltas.
 
-A delta is (a model's tensor - the base's), in fp32; a merge by deltas is base + lambda * (one of the merges of
+A delta is (a model's tensor - the base's), in fp32 or fp64; a merge by deltas is base + lambda * (one of the merges of
 sparsified deltas). deltas: (n, m), n models by m elements; weights: (n,). merge.py applies them to checkpoints.
 """
 
@@ -24,11 +24,12 @@ def linear(tensors, weights, normalize=True):
     return total.div_(weights.sum()) if normalize else total
 
 
-def slerp_weights(a, b, t):
+def slerp_weights(a, b, t, straight=0.9995):
     """The factors of a and b that lead from a (t = 0) to b (t = 1) along the arc of the angle between them, taken as
     flat vectors (doi 10.1145/325165.325242): sin((1-t) theta) / sin(theta) and sin(t theta) / sin(theta).
 
-    Above |cos theta| = 0.9995, which fine-tunes of one base always are, the straight line takes its place, as in mergekit.
+    Above cos theta = straight, and with vectors as good as opposite, the straight line takes its place: above 0.9995, where
+    fine-tunes of one base always are, in mergekit. It misses the arc by theta^2 / 8 at most, relative to a and b.
     """
 
     def dot(x, y):  # in fp64: in fp32 the rounding of a long sum would move the angle
@@ -37,9 +38,9 @@ def slerp_weights(a, b, t):
     norms = [math.sqrt(dot(x, x)) for x in (a, b)]
     norms = [n if n > 1e-8 else 1.0 for n in norms]  # a vector of zeros is at right angles to everything
     cosine = max(-1.0, min(1.0, dot(a, b) / (norms[0] * norms[1])))
-    if abs(cosine) > 0.9995:
-        return 1 - t, t
     theta = math.acos(cosine)
+    if theta == 0 or cosine > straight or cosine < -0.9995:
+        return 1 - t, t
     return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
 
 
@@ -77,7 +78,7 @@ def lines_scale(name, lines, n_layers):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sparsification: the mask of those elements of a delta that stay. size: |delta|, (m,) fp32, made anew at each call of
+# Sparsification: the mask of those elements of a delta that stay. size: |delta|, (m,), made anew at each call of
 # magnitudes(out), in the memory of out where that is given.
 
 
@@ -97,7 +98,7 @@ def largest(magnitudes, k, first=True):
     keep = size >= threshold
     surplus = int(keep.count_nonzero()) - k
     if surplus:
-        equals = np.flatnonzero(size.numpy() == np.float32(threshold))
+        equals = np.flatnonzero(size.numpy() == threshold)
         keep.numpy()[equals[-surplus:] if first else equals[:surplus]] = False
     return keep
 
@@ -110,16 +111,18 @@ def middle(magnitudes, density, gamma):
     return largest(magnitudes, m - n_bottom, first=False) & ~largest(magnitudes, m - n_bottom - n_keep, first=False)
 
 
-def magprune(size, density, epsilon, generator):
+def magprune(size, density, epsilon, generator, probabilities=False):
     """DELLA's MAGPRUNE (arXiv 2406.11617): an element stays with a probability that rises evenly with the rank of its
-    magnitude in its row, from density - epsilon to density + epsilon. size: (rows, columns) -> mask of that shape."""
-    columns, keep = size.shape[1], torch.empty(size.shape, dtype=torch.bool)
+    magnitude in its row, from density - epsilon to density + epsilon. size: (rows, columns) -> mask of that shape.
+    probabilities: in place of the mask, what the paper divides the delta by: the probability of what stays, else infinity."""
+    columns, keep = size.shape[1], torch.empty(size.shape, dtype=torch.float32 if probabilities else torch.bool)
     step = max(1, CHUNK // columns)
     for s, k in zip(size.split(step), keep.split(step)):
         by_rank = torch.arange(columns, dtype=torch.float32).expand(s.shape)
         rank = torch.empty_like(s).scatter_(1, s.argsort(dim=1, stable=True), by_rank)
         probability = (density - epsilon) + rank / max(1, columns - 1) * 2 * epsilon
-        torch.lt(torch.rand(s.shape, generator=generator), probability, out=k)
+        stays = torch.rand(s.shape, generator=generator) < probability
+        k.copy_(probability.where(stays, math.inf) if probabilities else stays)
     return keep
 
 
@@ -132,17 +135,22 @@ def l1_scale(size, keep):
     return before / after if min(before, after) >= 1e-7 else 1.0
 
 
-def kth_largest(stream, k):
-    """The k-th largest magnitude (k >= 1), exactly, of all the fp32 tensors that stream() yields; it is called twice.
+def kth_largest(stream, k, dtype=torch.float32):
+    """The k-th largest magnitude (k >= 1), exactly, of all the tensors of this dtype (float32 or float64) that stream()
+    yields; it is called once for every 16 bits.
 
-    The bits of a non-negative float order as integers do. The first pass counts how many elements fall into each of the
-    2^15 values of the upper half of the bits, the second splits the one bucket that holds the k-th by the lower half.
+    The bits of a non-negative float order as integers do. The first pass counts how many elements have each value of the
+    upper 16 bits; the next splits the one bucket that holds the k-th by the 16 bits that follow, and so on.
     """
-    bits = lambda: (p.abs().view(torch.int32) for x in stream() for p in x.reshape(-1).split(CHUNK))
-    upper, above = locate(sum(torch.bincount(b >> 16, minlength=2**15) for b in bits()), k)
-    in_bucket = (b[b >> 16 == upper] & 0xFFFF for b in bits())
-    lower, _ = locate(sum(torch.bincount(b, minlength=2**16) for b in in_bucket), k - above)
-    return torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32).item()
+    integer = {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
+    found = None  # the upper bits of the k-th, as far as known
+    for shift in range(8 * dtype.itemsize - 16, -1, -16):
+        bits = (p.abs().view(integer) for x in stream() for p in x.reshape(-1).split(CHUNK))
+        if found is not None:
+            bits = (b[b >> shift + 16 == found] for b in bits)
+        value, above = locate(sum(torch.bincount(b >> shift & 0xFFFF, minlength=2**16) for b in bits), k)
+        found, k = (found or 0) << 16 | value, k - above
+    return torch.tensor(found, dtype=integer).view(dtype).item()
 
 
 def locate(counts, k):
@@ -150,3 +158,19 @@ def locate(counts, k):
     from_top = counts.flip(0).cumsum(0)
     i = int(torch.searchsorted(from_top, k))
     return len(counts) - 1 - i, int(from_top[i] - counts.flip(0)[i])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rounding
+
+
+def rounded(x, dtype):
+    """x in dtype, rounded once: to half precision torch takes fp64 by way of fp32, which would round a second time."""
+    if x.dtype != torch.float64 or dtype.itemsize > 2:
+        return x.to(dtype)
+    near = x.float()
+    # an inexact fp32 whose last bit is 0 gives way to its neighbour on x's other side, whose last bit is 1: it is halfway
+    # between no two halves, and lies where x lies
+    away = torch.where(x > near, math.inf, -math.inf)
+    even = near.view(torch.int32) & 1 == 0
+    return torch.where((x != near) & even, near.nextafter(away), near).to(dtype)

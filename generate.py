@@ -8,6 +8,7 @@ A row's output does not depend on its neighbours: each has its own cache row, it
 
 import argparse
 import contextlib
+import math
 from collections import Counter
 
 import torch
@@ -77,20 +78,83 @@ def prefix_lengths(prompts, overhead=64, depth=50):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several steps without a look at what was chosen, for GPUs: where the host waits for each token, the GPU waits for it
+
+
+def decoding_step(m, cache, tokens, uniform, temperature=0.0, top_k=0, top_p=1.0):
+    """A function without arguments that feeds `tokens` (rows,) to all rows of the cache and puts the next ones there.
+
+    It reads uniform (rows,), moves cache.positions (rows,) on, and asks for no value of a tensor, so on a GPU it is
+    captured as a CUDA graph, one launch for all its kernels. The tensors are the same in each call.
+    """
+
+    def step():
+        logits = m.head(m.hidden(tokens[:, None], cache=cache)[:, 0]).float()  # (rows, V)
+        tokens.copy_(sample(logits, uniform, temperature, top_k, top_p))
+        cache.positions.add_(1).clamp_max_(cache.k.shape[3] - 1)  # a row that has ended runs on, and stays inside
+
+    if not tokens.is_cuda:
+        return step
+    before = tokens.clone(), cache.positions.clone()
+    side = torch.cuda.Stream()  # a capture wants some calls before it, on a stream of their own
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    tokens.copy_(before[0])  # what the trial steps wrote to the cache lies ahead, where it is written again
+    cache.positions.copy_(before[1])
+    return graph.replay
+
+
+def decode_ahead(m, cache, static, feed, random, **sampling):
+    """The next tokens of each row in use, a list for each step: what is chosen comes to the host once, at the end.
+
+    static: tokens and uniform of decoding_step, and {cache.width: the step}, filled here. feed: each row's last token.
+    random: (steps, rows in use) numbers in [0, 1).
+    """
+    (tokens, uniform, steps), (count, n) = static, random.shape
+    cache.width = min(-(-(max(cache.lengths) + count) // 256) * 256, cache.k.shape[3])  # few widths, few graphs
+    for to, values in ((cache.positions, cache.lengths), (tokens, feed)):
+        to[:n] = torch.tensor(values)
+        to[n:] = 0
+    if cache.width not in steps:
+        steps[cache.width] = decoding_step(m, cache, tokens, uniform, **sampling)
+    random, chosen = random.to(uniform.device), torch.empty(count, n, dtype=torch.long, device=tokens.device)
+    for i in range(count):
+        uniform[:n] = random[i]
+        steps[cache.width]()
+        chosen[i] = tokens[:n]
+    cache.lengths = [min(length + count, cache.k.shape[3]) for length in cache.lengths]
+    return chosen.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The loop
+
+
+def uniforms(rows, steps, temperature):
+    """(steps, rows) random numbers in [0, 1) for sample, each row's from its own generator; zeros for greedy rows."""
+    if temperature == 0:
+        return torch.zeros(steps, len(rows))
+    return torch.stack([torch.rand(steps, generator=row["generator"]) for row in rows], dim=1)
 
 
 @torch.no_grad()
 def generate_steps(
     m, tokenizer, prompts, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, stop=(),
-    seed=0, batch_size=32, cache_gb=4.0, prefill_tokens=4096,
+    seed=0, batch_size=32, cache_gb=4.0, prefill_tokens=4096, look_every=None,
 ):  # fmt: skip
     """Yields (index, tokens so far, finish_reason or None) for each row after each step.
 
     prompts: message lists. finish_reason: "stop" after one of the model's end tokens, which is not kept, or once the
     text holds one of the `stop` strings; "length" after max_new_tokens. seed: an integer, from which each row draws by
     its index, or one integer for each prompt. batch_size: rows in flight, or as many as fit a KV cache of cache_gb GiB.
-    prefill_tokens bounds the prompt tokens of one forward; more prompts wait a step.
+    prefill_tokens bounds the prompt tokens of one forward; more prompts wait a step. look_every: steps until the tokens
+    are looked at, and the places of ended rows filled again; by default 16 on a GPU, 1 elsewhere. It changes no reply.
     """
     prompts = [tokenizer.prompt_ids(p) for p in prompts]
     if not prompts:
@@ -100,11 +164,15 @@ def generate_steps(
     if longest > m.config.max_position_embeddings:
         raise InputError(f"a prompt and its reply may take {longest} tokens; the model ends at {m.config.max_position_embeddings}")
     stop = [stop] if isinstance(stop, str) else list(stop)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     tail = 4 * max(map(len, stop), default=0)  # tokens that hold a stop string at the end: a character has up to 4 bytes
 
     dtype, device = m.compute_dtype or m.head_weight.dtype, m.device
     fit = int(cache_gb * 2**30 / KVCache(m.config, 1, longest, dtype, "meta").bytes)
     cache = KVCache(m.config, max(1, min(batch_size, len(prompts), fit)), longest, dtype, device)
+    ahead = look_every or (16 if device.type == "cuda" else 1)
+    tokens, uniform = (torch.zeros(cache.k.shape[1], dtype=kind, device=device) for kind in (torch.long, torch.float32))
+    static, cache.positions = (tokens, uniform, {}), tokens.clone()
     shared = prefix_lengths(prompts)
     prefix = [tuple(p[:n]) for p, n in zip(prompts, shared)]
     waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))  # rows of like length share the batch
@@ -135,33 +203,37 @@ def generate_steps(
                 generator = torch.Generator().manual_seed(seeds[i])  # of this row alone
                 rows.append({"index": i, "new": [], "feed": feed, "generator": generator})
 
-            # One forward for all rows: the others feed their last token, the new ones, behind them, their prompt.
-            lengths = [len(row["feed"]) for row in rows]
-            ids = torch.tensor([[t for row in rows for t in row["feed"]]], device=device)  # (1, T)
-            last = torch.tensor(lengths, device=device).cumsum(0) - 1
-            logits = m.head(m.hidden(ids, lengths, cache)[0, last]).float()  # (rows, V)
-            if repetition_penalty != 1.0:
-                for row, scores in zip(rows, logits):
-                    penalise(scores, prompts[row["index"]] + row["new"], repetition_penalty)
-            uniform = torch.zeros(len(rows))
-            if temperature > 0:
-                uniform = torch.stack([torch.rand((), generator=row["generator"]) for row in rows])
-            tokens = sample(logits, uniform.to(device), temperature, top_k, top_p).tolist()
+            lengths, fed = [len(row["feed"]) for row in rows], [t for row in rows for t in row["feed"]]
+            if ahead > 1 and max(lengths) == 1 and repetition_penalty == 1.0:
+                count = min(ahead, max(max_new_tokens - len(row["new"]) for row in rows))
+                chosen = decode_ahead(m, cache, static, fed, uniforms(rows, count, temperature), **sampling)
+            else:
+                # One forward for all rows: the others feed their last token, the new ones, behind them, their prompt.
+                ids = torch.tensor([fed], device=device)  # (1, T)
+                last = torch.tensor(lengths, device=device).cumsum(0) - 1
+                logits = m.head(m.hidden(ids, lengths, cache)[0, last]).float()  # (rows, V)
+                if repetition_penalty != 1.0:
+                    for row, scores in zip(rows, logits):
+                        penalise(scores, prompts[row["index"]] + row["new"], repetition_penalty)
+                chosen = [sample(logits, uniforms(rows, 1, temperature)[0].to(device), **sampling).tolist()]
 
-            for r in reversed(range(len(rows))):  # backwards: remove() moves the last row, which has been looked at
-                row, token = rows[r], tokens[r]
-                row["feed"], finish = [token], "stop" if token in tokenizer.stop_ids else None
-                if not finish:
-                    row["new"].append(token)
-                    if stop and any(text in tokenizer.decode(row["new"][-tail:]) for text in stop):
-                        finish = "stop"
-                    elif len(row["new"]) == max_new_tokens:
-                        finish = "length"
-                yield row["index"], row["new"], finish
-                if finish:
-                    cache.remove(r)
-                    rows[r] = rows[-1]
-                    rows.pop()
+            for place, row in enumerate(rows):
+                row["place"] = place
+            for tokens in chosen:
+                for r in reversed(range(len(rows))):  # backwards: remove() moves the last row, which has been looked at
+                    row, token = rows[r], tokens[rows[r]["place"]]
+                    row["feed"], finish = [token], "stop" if token in tokenizer.stop_ids else None
+                    if not finish:
+                        row["new"].append(token)
+                        if stop and any(text in tokenizer.decode(row["new"][-tail:]) for text in stop):
+                            finish = "stop"
+                        elif len(row["new"]) == max_new_tokens:
+                            finish = "length"
+                    yield row["index"], row["new"], finish
+                    if finish:
+                        cache.remove(r)
+                        rows[r] = rows[-1]
+                        rows.pop()
 
 
 def generate_iter(m, tokenizer, prompts, *args, stop=(), **settings):
@@ -195,6 +267,14 @@ def stream(m, tokenizer, messages, **settings):
             told = len(text)
 
 
+def positive(text):
+    """An argparse type: a number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--ckpt", required=True, help="hub id, directory or .pt file")
@@ -205,8 +285,10 @@ def main():
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     p.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
     p.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens that reach this probability")
-    p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1, tokens already there become less likely")
+    p.add_argument("--repetition-penalty", type=positive, default=1.0, help="above 1, tokens already there become less likely; "
+                   "transformers' generate takes it from the checkpoint's generation_config.json, this does not")
     p.add_argument("--seed", type=int, default=0, help="of the sampling")
+    p.add_argument("--cache-gb", type=positive, default=4.0, help="GiB of keys and values: prompts that do not fit wait")
     # machine
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and computation")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
@@ -214,7 +296,7 @@ def main():
     ckpt = Checkpoint(a.ckpt)
     m = Qwen2.from_pretrained(ckpt, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype], device=a.device)
     tokenizer = Tokenizer(ckpt)
-    settings = {k: getattr(a, k) for k in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")}
+    settings = {k: getattr(a, k) for k in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "cache_gb")}
     system = [{"role": "system", "content": a.system}] if a.system else []
     if a.prompt:
         prompts = [system + [{"role": "user", "content": text}] for text in a.prompt]

@@ -11,14 +11,23 @@ import math
 import random
 
 import torch
+import torch.utils.checkpoint
 
 from chat import Tokenizer, pack
 from checkpoint import Checkpoint
-from model import KVCache, Qwen2, token_logps
-from ranks import STOP, fill, is_sharded, my_share, shard, sum_over_ranks
+from memory import GIB, free_memory, memory_needed
+from model import KVCache, Qwen2, to_device, token_logps
+from ranks import STOP, cut, fill, is_sharded, my_share, shard, stop_asked, sum_over_ranks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Log-probabilities of packed examples
+
+
+def packed(examples, device):
+    """chat.pack, on the device."""
+    ids, lengths, *others = pack(examples)
+    ids, at, targets, owner = (to_device(x, device) for x in (ids, *others))
+    return ids, lengths, at, targets, owner
 
 
 def example_logps(model, examples):
@@ -27,10 +36,10 @@ def example_logps(model, examples):
     examples: (ids, supervised) pairs, run as one packed row. The head runs on the supervised positions alone. Of no
     examples the result is (0,), but the model has run: a sharded rank without work must make the calls of the others.
     """
-    packed = examples or [([0, 0], [False, True])]
-    ids, lengths, at, targets, owner = pack(packed, model.device)
+    some = examples or [([0, 0], [False, True])]
+    ids, lengths, at, targets, owner = packed(some, model.device)
     logps = model(ids, lengths, at, targets)  # (N,)
-    return torch.zeros(len(packed), device=logps.device).index_add(0, owner, logps)[: len(examples)]
+    return torch.zeros(len(some), device=logps.device).index_add(0, owner, logps)[: len(examples)]
 
 
 @torch.no_grad()
@@ -47,25 +56,27 @@ def shared_logps(model, examples):
     dtype, device = model.compute_dtype or model.head_weight.dtype, model.device
     known = KVCache(model.config, len(unique), max(map(len, unique)), dtype, device)
     known.lengths = [0] * len(unique)
-    model.hidden(torch.tensor([list(itertools.chain(*unique))], device=device), [len(c) for c in unique], known)
+    model.hidden(to_device([list(itertools.chain(*unique))], device), [len(c) for c in unique], known)
     cache = KVCache(model.config, len(examples), max(len(ids) for ids, _ in examples), dtype, device)
     cache.lengths = list(starts)
     for row, (context, n) in enumerate(zip(contexts, starts)):
         for to, of in ((cache.k, known.k), (cache.v, known.v)) if n else ():
             to[:, row, :, :n] = of[:, unique.index(context), :, :n]
     rest = [(ids[n:], supervised[n:]) for (ids, supervised), n in zip(examples, starts)]
-    ids, lengths, at, targets, owner = pack(rest, device)
+    ids, lengths, at, targets, owner = packed(rest, device)
     logps = token_logps(model.hidden(ids, lengths, cache)[0, at], model.head_weight, targets)  # (N,)
     return torch.zeros(len(examples), device=device).index_add(0, owner, logps)
 
 
 @torch.no_grad()
-def sequence_logps(model, examples, micro_tokens, rank=0, world=1, progress=None):
+def sequence_logps(model, examples, micro_tokens, rank=0, world=1, heed_stop=False):
     """example_logps without gradients, at most micro_tokens tokens at a time: (len(examples),) fp32.
 
     Examples of one context, such as the completions of one prompt, stay together and share its computation, unless the
     model is sharded: its weights are whole only inside its forward. With world > 1 the ranks share the work and all get
     the whole result.
+
+    heed_stop: after SIGTERM the rest is left at 0. The caller must then ask stop_asked() before it uses the result.
     """
     out = torch.zeros(len(examples), device=model.device)
     together = collections.defaultdict(list)  # {context: indices}
@@ -74,11 +85,12 @@ def sequence_logps(model, examples, micro_tokens, rank=0, world=1, progress=None
     units = list(together.values())
     costs = [sum(len(examples[i][0]) for i in unit) - (len(unit) - 1) * examples[unit[0]][1].index(True) for unit in units]
     for micro in my_share(costs, micro_tokens, rank, world, is_sharded(model)):
+        if heed_stop and (stop_asked(model.device) if is_sharded(model) else STOP["asked"]):  # sharded ranks leave together
+            break
         indices = [i for unit in micro for i in units[unit]]
         some = [examples[i] for i in indices]
-        out[indices] = example_logps(model, some) if is_sharded(model) else shared_logps(model, some)
-        if progress is not None:
-            progress.update(len(indices))
+        logps = example_logps(model, some) if is_sharded(model) else shared_logps(model, some)
+        out[to_device(torch.tensor(indices, dtype=torch.long), model.device)] = logps
     return sum_over_ranks(out) if world > 1 else out
 
 
@@ -177,7 +189,7 @@ def optimizer_step(run, lr, seen):
     """
     run.finish()
     norm = clip_gradients(run.model, run.a.clip)
-    numbers = sum_over_ranks(torch.cat((seen.flatten(), seen.new_tensor([float(STOP["asked"])]))))
+    numbers = sum_over_ranks(torch.cat((seen.flatten(), seen.new_full((1,), float(STOP["asked"])))))
     numbers = torch.cat((numbers, norm[None])).cpu()  # the step's only wait for the device
     verdict = "stop" if numbers[-2] > 0 else "step" if numbers.isfinite().all() else "skip"
     if verdict == "step":
@@ -239,11 +251,13 @@ def add_flags(p, epochs, batch_size, lr):
     p.add_argument("--max-skips", type=at_least(1), default=3, help="steps in a row without finite loss and gradient that end it")
     # machine
     cuda = torch.cuda.is_available()
-    p.add_argument("--micro-tokens", type=at_least(1), default=16384 if cuda else 2048, help="tokens of one forward on one device")
+    p.add_argument("--micro-tokens", type=at_least(1), default=16384 if cuda else 1024, help="tokens of one forward on one device")
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32", help="to compute in; weights stay fp32")
     p.add_argument("--device", default="cuda" if cuda else "cpu", help="torch device")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks: pays after some hundred micro-batches")
     p.add_argument("--shard", action="store_true", help="spread weights, gradients and moments over the ranks of a torchrun")
-    p.add_argument("--activation-checkpointing", action="store_true", help="compute blocks again in the backward, to save memory")
+    p.add_argument("--activation-checkpointing", nargs="?", choices=["auto", "on", "off"], default="auto", const="on",
+                   help="compute blocks again in the backward, to save memory; auto: if a step would not fit otherwise")  # fmt: skip
     # saving
     p.add_argument("--save-every", type=at_least(0), default=100, help="steps between saves into OUT.run/; 0 saves at the end only")
     p.add_argument("--keep", type=at_least(1), default=2, help="newest saves to keep; with --eval-every the best is kept too")
@@ -269,7 +283,7 @@ def at_least(low):
 
 
 def load_model(ckpt, a, device):
-    """An open Checkpoint -> the model: fp32 weights that compute in --dtype, sharded and checkpointed as a.* asks."""
+    """An open Checkpoint -> the model: fp32 weights that compute in --dtype, sharded as a.shard asks."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype]
     model = Qwen2.from_pretrained(ckpt, torch.float32, "meta" if a.shard else device)
     if a.shard:  # no rank ever holds the whole model
@@ -278,10 +292,8 @@ def load_model(ckpt, a, device):
         for name, p in model.named_parameters():
             fill(p, ckpt.tensor(name))
     model.compute_dtype = dtype
-    for block in model.model["layers"] if a.activation_checkpointing else []:
-        from torch.utils.checkpoint import checkpoint
-
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if a.compile:
+        model.compile()
     return model
 
 
@@ -290,3 +302,36 @@ def open_checkpoint(source, a, device):
     ckpt = Checkpoint(source)
     tokenizer = Tokenizer(ckpt)
     return load_model(ckpt, a, device), tokenizer, ckpt
+
+
+def checkpoint_activations(model, a, batches, rank, world):
+    """Has the blocks computed again in the backward if --activation-checkpointing says so: auto, if a step would not fit.
+
+    batches: yields the lengths of each step's examples. All ranks do as the one with the least memory must. A tenth of
+    what is free is left for what the count does not see: the allocator's gaps, the kernels' own workspaces.
+    """
+    on = a.activation_checkpointing == "on"
+    if a.activation_checkpointing == "auto":
+        some = itertools.islice(batches, 1000)  # enough to meet the largest micro-batch, or nearly
+        tokens = max(sum(lengths[i] for i in cut(lengths, a.micro_tokens, world)[0]) for lengths in some)
+        item, shards = {"fp32": 4, "bf16": 2}[a.dtype], world if is_sharded(model) else 1
+        without, with_it = (memory_needed(model.config, tokens, item, again, shards) for again in (False, True))
+        held = without["state"] // 4  # the weights, which are there already
+        free = free_memory(model.device)
+        room = held + (free * 0.9 if free else math.inf)
+        short = [sum(need.values()) > room for need in (without, with_it)]
+        on, too_large = (sum_over_ranks(torch.tensor(short, dtype=torch.float32, device=model.device)) > 0).tolist()
+        if rank == 0:
+            parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in without.items())
+            there = f"{(held + free) / GIB:.1f} are there" if free else "how many are there is not known"
+            print(f"memory: a step of {tokens:,} tokens at a time takes {sum(without.values()) / GIB:.1f} GiB ({parts}), {there}: "
+                  f"activation checkpointing {'on, with it ' + format(sum(with_it.values()) / GIB, '.1f') if on else 'off'}")  # fmt: skip
+            if too_large:
+                print("warning: too much even so; lower --micro-tokens" + ("" if a.shard else ", or --shard over several ranks"))
+    for block in model.model["layers"] if on else []:
+        recompute(block)
+
+
+def recompute(block):
+    """Has the block keep its input alone, and compute the rest again in the backward. It draws no random numbers."""
+    block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -6,7 +6,7 @@
 Each step reads one JSON Lines file and writes the next, beside N_*.dropped.jsonl with what it left out and why:
 1_collect, 2_dedup, 3_classify, 4_balance, 5_respond, 6_score, then sft.jsonl, kto.jsonl, report.md and report.json.
 The steps stand in steps.py. One whose input and arguments are unchanged is not run again; one that was killed goes on from
-the replies in replies.jsonl. Under torchrun, local checkpoints answer on all ranks; all else is rank 0's.
+the replies in replies.jsonl. Under torchrun, local checkpoints answer and score on all ranks; all else is rank 0's.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from checkpoint import InputError, atomic_write, cli
 from prompts import AGAIN_CLASSIFY, AGAIN_JUDGE, CLASSIFY, JUDGE
 
 STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")
-FORMAT = 2  # raised when what the steps write changes: what an older version wrote is made anew, out of the kept replies
+FORMAT = 3  # raised when what the steps write changes: what an older version wrote is made anew, out of the kept replies
 
 
 def file_hash(path):
@@ -168,6 +168,16 @@ def main():
     args = parse_args()
     if models.join_ranks() > 0:
         return models.serve_rank()
+    try:
+        make(args)
+    except BaseException:
+        models.leave_ranks(failed=True)
+        raise
+    models.leave_ranks()
+
+
+def make(args):
+    """The whole run, on rank 0."""
     out = args.out.rstrip("/") or "/"
     files, questions, recorded = (sources.expand(f) for f in (args.sources, args.decontaminate, args.recorded))
     args.recorded = recorded
@@ -215,10 +225,8 @@ def main():
         for name, inputs, arguments, work in plan[: 2 if args.dry_run else None]:
             counts[name] = run_step(out, state, name, inputs, arguments, work)
         if args.dry_run:
-            models.leave_ranks()
             return report.dry_run(args, path["2_dedup"], cache.spent, len(cache.offsets), prices)
         report.write_report(out, counts)
-    models.leave_ranks()
     labels = counts["7_label"]
     print(f"\n{labels['sft']:,} SFT examples, {labels['kto'] // 2:,} KTO pairs.")
     if any(cache.spent):

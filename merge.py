@@ -1,25 +1,23 @@
-"""Weight fusion: one checkpoint out of several, tensor by tensor from disk to disk, in fp32, rounded once at the end.
+"""Weight fusion: one checkpoint out of several, tensor by tensor from disk to disk, in fp32 or fp64, rounded once.
 
     python merge.py --method linear --models sft.pt:0.05 kto.pt:0.95 --out fused
     python merge.py --method ties --base base --models sft kto --density 0.2 --out fused.pt
     python merge.py search --help                                # weights that do best on held-out data
 
 Without --base, config and tokenizer are the first model's, else the base's. The numbers are those of mergekit 0.1.5;
-`--method ties --trim global` is TIES as its authors' own code defines it, `--rescale density` DARE as its paper does.
+`--method ties --trim global` is TIES as its authors' own code defines it, `--rescale density` DARE and DELLA as their
+papers do.
 """
 
 import argparse
 import collections
-import ctypes
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
 import sys
 import time
-import types
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from functools import partial
@@ -28,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import fusion
-from checkpoint import Checkpoint, InputError, cli, parse_config, write_checkpoint
+from checkpoint import WINDOW, Checkpoint, InputError, chunks, cli, mapped, parse_config, write_checkpoint
 from loop import at_least
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,31 +35,35 @@ from loop import at_least
 
 def flat_inputs(name, base, models):
     """The tensor of the reference (the base, else the first model) and those of the models, flat and as stored: a
-    tensor of a mapped file is not read before it is used. -> (reference, [tensor] * n, the reference's shape)."""
-    reference = (base or models[0]).tensor(name)
-    tensors = []
-    for x in (m.tensor(name) for m in models):
+    tensor of a mapped file is not read before it is used. -> (reference, [tensor] * n, those of them that are mapped)."""
+    reference, tensors = (base or models[0]).tensor(name), [m.tensor(name) for m in models]
+    for i, x in enumerate(tensors):
         if x.shape != reference.shape:  # --resize: a row that the model lacks is the reference's own, so it does not move
-            x = torch.cat([x, reference[len(x) :]])[: len(reference)]
-        tensors.append(x.reshape(-1))
-    return reference.reshape(-1), tensors, reference.shape
+            tensors[i] = torch.cat([x, reference[len(x) :]])[: len(reference)]
+    reference, *tensors = (x.contiguous().view(-1) for x in (reference, *tensors))
+    return reference, tensors, mapped([reference, *tensors])
 
 
-def cut(n):
-    """The slices of n elements, fusion.CHUNK at a time."""
-    return [slice(i, min(i + fusion.CHUNK, n)) for i in range(0, n, fusion.CHUNK)]
+def magnitudes_of(x, reference, held, dtype, out=None):
+    """|x - reference| in dtype, (m,), in out where that is given. held: as of chunks()."""
+    size = torch.empty(len(x), dtype=dtype) if out is None else out
+    for s in chunks(len(x), held, fusion.CHUNK):
+        torch.sub(x[s].to(dtype), reference[s].to(dtype), out=size[s]).abs_()
+    return size
 
 
 def keep_mask(magnitudes, shape, density, args, generator):
-    """The elements of one delta that stay, as a mask (m,); None where all do. shape: the tensor's, m its elements."""
+    """The elements of one delta that stay, as a mask (m,) or as magprune's probabilities; None where all do. shape:
+    the tensor's, m its elements."""
     if density >= 1:
         return None
     if args.method == "ties":  # of each tensor, as in mergekit: max(1, int(density m))
         return fusion.largest(magnitudes, max(1, int(density * math.prod(shape))))
     if args.method.startswith("breadcrumbs"):
         return fusion.middle(magnitudes, density, args.gamma)
-    if args.method.startswith("della"):
-        return fusion.magprune(magnitudes().view(-1, shape[-1]), density, args.epsilon, generator).view(-1)
+    if args.method in DELLA:
+        rows = magnitudes().view(-1, shape[-1])
+        return fusion.magprune(rows, density, args.epsilon, generator, args.rescale == "density").view(-1)
     return torch.rand(math.prod(shape), generator=generator) < density  # DARE (arXiv 2311.03099)
 
 
@@ -71,40 +73,10 @@ def mask_generator(seed, name, i):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def magnitudes_of(x, reference, out=None):
-    """|x - reference| in fp32, (m,), in out where that is given."""
-    size = torch.empty(len(x)) if out is None else out
-    for s in cut(len(x)):
-        torch.sub(x[s].float(), reference[s].float(), out=size[s]).abs_()
-    return size
-
-
-def release(t):
-    """Takes a tensor that was read from a mapped file out of this process's memory; the next use reads it again."""
-    if sys.platform == "linux":
-        start = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: others may need the rest
-        size = (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-        if size > 0:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
-
-
-def fingerprint(c):
-    """c.fingerprint(), but each tensor is released when it is hashed: the memory does not grow with the file."""
-    held = []
-
-    def tensor(name):
-        for t in held:
-            release(t)
-        held[:] = [c.tensor(name)]
-        return held[0]
-
-    return Checkpoint.fingerprint(types.SimpleNamespace(**vars(c), tensor=tensor))
-
-
 def weights_of(name, args):
     """The models' weights for one tensor, (n,): of the patterns that match its name the last one's, else --models'."""
     own = [w for pattern, w in args.weights_for if fnmatchcase(f".{name}", f"*.{pattern}")]
-    return torch.tensor(own[-1] if own else args.weights)
+    return torch.tensor(own[-1] if own else args.weights, dtype=getattr(torch, args.arithmetic))
 
 
 def global_trim(args, base, models):
@@ -113,48 +85,60 @@ def global_trim(args, base, models):
 
     The authors keep what is >= the (d - int(d K))-th smallest magnitude: int(d K) + 1 elements, and all its equals.
     """
-    d, total = sum(math.prod(base.shape(name)) for name in base.names), 0
+    d, total, dtype = sum(math.prod(base.shape(name)) for name in base.names), 0, getattr(torch, args.arithmetic)
     bar = lambda title: tqdm(base.names, title, disable=None, leave=False)
 
     def stream(i):
         for name in bar("threshold"):
-            reference, xs, _ = flat_inputs(name, base, models)
-            yield magnitudes_of(xs[i], reference)
+            reference, xs, held = flat_inputs(name, base, models)
+            yield magnitudes_of(xs[i], reference, held, dtype)
 
     kept = [int(d * density) for density in args.densities]
-    thresholds = [0.0 if k >= d else fusion.kth_largest(partial(stream, i), k + 1) for i, k in enumerate(kept)]
+    thresholds = [0.0 if k >= d else fusion.kth_largest(partial(stream, i), k + 1, dtype) for i, k in enumerate(kept)]
+    bars = torch.tensor(thresholds, dtype=dtype)[:, None]
     for name in bar("majority sign"):
-        reference, xs, _ = flat_inputs(name, base, models)
-        for s in cut(len(reference)):
-            deltas = torch.stack([x[s].float() for x in xs]) - reference[s].float()
-            deltas *= (deltas.abs() >= torch.tensor(thresholds)[:, None]) * weights_of(name, args)[:, None]
+        reference, xs, held = flat_inputs(name, base, models)
+        for s in chunks(len(reference), held, fusion.CHUNK):
+            deltas = torch.stack([x[s].to(dtype) for x in xs]) - reference[s].to(dtype)
+            deltas *= (deltas.abs() >= bars) * weights_of(name, args)[:, None]
             total += int(fusion.elect_sign(deltas, args.sign, 0).sum(dtype=torch.float64))
     return thresholds, 1 if total > 0 else -1  # a majority of zero counts as negative in the authors' code
 
 
-def merged_tensor(name, args, base, models, trim, dtype):
+def merged_tensor(name, args, base, models, trim, dtype, hashing):
     """One tensor of the result, in dtype. trim: global_trim's, or None. -> (tensor, the number of elements that differ
-    from the reference in fp32, the number of those that rounding to dtype made equal to it)."""
-    reference, xs, shape = flat_inputs(name, base, models)
+    from the reference in fp32, the number of those that rounding to dtype made equal to it, and with hashing the digests
+    of the tensors that were read: the models', then the base's)."""
+    reference, xs, held = flat_inputs(name, base, models)
+    inputs, shape = [*models, base] if base else models, (base or models[0]).shape(name)
     if not reference.dtype.is_floating_point:
         if any(not torch.equal(x, reference) for x in xs):
             raise InputError(f"{name}: {reference.dtype} and not the same in all inputs; only floats are merged")
-        return reference.view(shape), 0, 0
+        return reference.view(shape), 0, 0, [c.digest(name) for c in inputs if hashing]
+    arithmetic = getattr(torch, args.arithmetic)
     weights, masks, scales = weights_of(name, args), [None] * len(xs), [1.0] * len(xs)
     if args.method == "slerp":
-        at = fusion.slerp_weights(*xs, float(weights[1] / weights.sum()))
+        straight = {"float32": 0.9995, "float64": 1.0}[args.arithmetic]
+        at = fusion.slerp_weights(*xs, float(weights[1] / weights.sum()), straight)
     elif args.method in NEEDS_BASE:
         factor = getattr(args, "lambda") * (fusion.lines_scale(name, args.lines, args.n_layers) if args.lines else 1.0)
     if args.method in SPARSE and not trim:
+        often = held if len(reference) > 4 * WINDOW else []  # the pages of a smaller one stay until its last pass
         for i, (x, density) in enumerate(zip(xs, args.densities)):
-            magnitudes = partial(magnitudes_of, x, reference)
+            magnitudes = partial(magnitudes_of, x, reference, often, arithmetic)
             masks[i] = keep_mask(magnitudes, shape, density, args, mask_generator(args.seed, name, i))
-            if masks[i] is not None and args.rescale != "none":
-                scales[i] = 1 / density if args.rescale == "density" else fusion.l1_scale(magnitudes(), masks[i])
+            if masks[i] is not None and args.rescale == "l1":
+                scales[i] = fusion.l1_scale(magnitudes(), masks[i])
+            elif args.method in DARE and args.rescale == "density":
+                scales[i] = 1 / density
 
     out, differs, lost = torch.empty(len(reference), dtype=dtype), 0, 0
-    for s in cut(len(reference)):
-        r, pieces = reference[s].float(), [x[s].float() for x in xs]
+    hashes = [hashlib.sha256() for _ in inputs if hashing]
+    for s in chunks(len(reference), held, fusion.CHUNK):
+        stored = [x[s] for x in (*xs, reference)]
+        for h, x in zip(hashes, stored):  # now, while they are at hand: reading them again would cost as much as the merge
+            h.update(x.view(torch.uint8).numpy())
+        *pieces, r = (x.to(arithmetic) for x in stored)
         if args.method == "linear":
             y = fusion.linear(pieces, weights, args.normalize)
         elif args.method == "slerp":
@@ -164,6 +148,8 @@ def merged_tensor(name, args, base, models, trim, dtype):
             for i, delta in enumerate(deltas):
                 if trim:
                     delta.masked_fill_(delta.abs() < trim[0][i], 0)
+                elif masks[i] is not None and masks[i].is_floating_point():
+                    delta.div_(masks[i][s])
                 elif masks[i] is not None:
                     delta.mul_(masks[i][s]).mul_(scales[i])
             if args.method in ELECTS:
@@ -171,16 +157,16 @@ def merged_tensor(name, args, base, models, trim, dtype):
             else:
                 update = fusion.task_arithmetic(deltas, weights, args.normalize)
             y = r + update.mul_(factor)
-        out[s] = y
+        out[s] = fusion.rounded(y, dtype)
         if not math.isfinite(out[s].sum(dtype=torch.float32)) and not torch.isfinite(out[s]).all():  # the sum is quicker
             kind = str(dtype).removeprefix("torch.")
             raise InputError(f"{name}: not finite in {kind}: NaN or infinity in an input, or too large")
         if dtype != torch.float32:
-            moved = y != r
+            moved = y.float() != r.float()
             differs, lost = differs + int(moved.sum()), lost + int((moved & (out[s] == r.to(dtype))).sum())
-    for x in (reference, *xs):
-        release(x)
-    return out.view(shape), differs, lost
+    # --resize: what was merged is not what is stored
+    digests = [h.hexdigest() if c.shape(name) == shape else c.digest(name) for h, c in zip(hashes, inputs)]
+    return out.view(shape), differs, lost, digests
 
 
 def in_order(work, sizes, threads):
@@ -204,18 +190,21 @@ def in_order(work, sizes, threads):
         torch.set_num_threads(before)
 
 
-def merged(args, base, models, dtype, counts=None, quiet=False):
-    """Yields (name, tensor in dtype) for every tensor of the result. counts: a list of two numbers, to which those of
-    merged_tensor are added. quiet: without a progress bar."""
+def merged(args, base, models, dtype, found=None, quiet=False):
+    """Yields (name, tensor in dtype) for every tensor of the result. found: {"differs": 0, "lost": 0, "digests": {}}, to
+    which is added what merged_tensor returns; without it nothing is hashed. quiet: without a progress bar."""
     trim = global_trim(args, base, models) if args.method == "ties" and args.trim == "global" else None
     donor = base or models[0]
     sizes = {name: math.prod(donor.shape(name)) for name in donor.names}
-    work = lambda name: merged_tensor(name, args, base, models, trim, dtype)
-    done = tqdm(in_order(work, sizes, args.threads), "merge", len(sizes), unit="tensor", disable=quiet or None)
-    for name, (tensor, *n) in done:
-        if counts is not None:
-            counts[:] = [a + b for a, b in zip(counts, n)]
-        yield name, tensor
+    work = lambda name: merged_tensor(name, args, base, models, trim, dtype, found is not None)
+    with tqdm(total=len(sizes), desc="merge", unit="tensor", disable=quiet or None) as bar:
+        for name, (tensor, differs, lost, digests) in in_order(work, sizes, args.threads):
+            if found is not None:
+                found["differs"], found["lost"] = found["differs"] + differs, found["lost"] + lost
+                found["digests"][name] = digests
+            bar.update()
+            yield name, tensor
+            del tensor  # before the next one is taken: they may be large
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,14 +214,15 @@ NEEDS_BASE = (
     "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della_linear", "della", "expo",
 )  # fmt: skip
 SPARSE = NEEDS_BASE[1:-1]
-RANDOM = ("dare_linear", "dare_ties", "della_linear", "della")
+DARE, DELLA = ("dare_linear", "dare_ties"), ("della_linear", "della")
+RANDOM = DARE + DELLA
 ELECTS = ("ties", "dare_ties", "breadcrumbs_ties", "della")  # those that elect signs
 # Options, the methods that they act on, and what they are when not given (mergekit's defaults; None: see open_inputs)
 OPTIONS = {
     "t": (("slerp",), None),
     "density": (SPARSE, [1.0]),
     "gamma": (("breadcrumbs", "breadcrumbs_ties"), 0.01),
-    "epsilon": (("della_linear", "della"), 0.15),
+    "epsilon": (DELLA, 0.15),
     "lambda": (NEEDS_BASE, 1.0),
     "lines": (NEEDS_BASE, None),
     "trim": (("ties",), "tensor"),
@@ -340,7 +330,7 @@ def fill_options(args, n):
     for d in args.densities:
         if not 0 < d <= 1:
             raise InputError(f"--density {d}: the share of elements that stay must be above 0 and at most 1")
-        if method.startswith("della") and d < 1 and not args.epsilon < min(d, 1 - d):
+        if method in DELLA and d < 1 and not args.epsilon < min(d, 1 - d):
             raise InputError(f"--epsilon {args.epsilon}: {d} - epsilon and {d} + epsilon must lie between 0 and 1")
     if method in SPARSE and set(args.densities) == {1}:
         notes.append("--density is 1, so every element stays (the TIES paper keeps 0.2)")
@@ -348,8 +338,8 @@ def fill_options(args, n):
         raise InputError(f"--gamma {args.gamma}: the share of outliers must be at least 0 and under 1")
     if args.rescale is None:
         args.rescale = "l1" if method in RANDOM else "none"
-    if args.rescale == "density" and not method.startswith("dare"):
-        raise InputError(f"--rescale density: elements of {method} do not all stay with one probability; use l1")
+    if args.rescale == "density" and method not in RANDOM:
+        raise InputError(f"--rescale density: the elements of {method} do not stay by chance; use l1")
     if args.rescale != "none" and args.trim == "global":
         raise InputError("--rescale: the authors' TIES (--trim global) rescales nothing; use --lambda")
     if args.normalize is None:
@@ -449,9 +439,12 @@ def add_method_flags(p):
         "(default), or of the whole model, as in the authors' code")  # fmt: skip
     add("--sign", choices=["sum", "count"], help="ties, *_ties, della: elect signs by their sum (default) or count")
     add("--rescale", choices=["none", "l1", "density"], help="what stays of a delta: to the L1 norm of the whole, as in "
-        "mergekit (default for dare_*, della*), or by 1/density, as in the DARE paper")  # fmt: skip
+        "mergekit (default for dare_*, della*), or each element by 1/its probability to stay, as in the papers on both")  # fmt: skip
     add("--normalize", action=argparse.BooleanOptionalAction,
         help="divide by the weights' sum (default: linear, ties, della)")  # fmt: skip
+    add("--arithmetic", choices=["float32", "float64"], default="float32",
+        help="what is computed in: float32, as in mergekit (default), or float64, which costs twice the time and memory; "
+        "slerp then keeps to the arc at small angles too")  # fmt: skip
     add("--seed", type=int, default=0, help="of the random masks of dare_* and della* (default 0)")
     # machine
     add("--threads", type=at_least(1), default=torch.get_num_threads(), help="tensors in work at once (default %(default)s)")
@@ -469,7 +462,7 @@ def main(argv=None):
     # output
     parser.add_argument("--out", required=True, metavar="O", help="directory, or a file *.pt (held in memory), to write")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
-        help="of the weights written; the arithmetic is always float32 (default float32)")  # fmt: skip
+        help="of the weights written (default float32)")  # fmt: skip
     parser.add_argument("--shard-size", type=parse_size, metavar="SIZE", help="largest safetensors file, such as 5GB; "
         "several and an index are written where one does not do (default: one file)")  # fmt: skip
     args = parser.parse_args(argv)
@@ -479,17 +472,18 @@ def main(argv=None):
     start = time.time()
     base, models = open_inputs(args)
     donor, dtype = base or models[0], getattr(torch, args.dtype)
-    files = {**donor.files, "merge.json": json.dumps(record(args, base, models), indent=2, ensure_ascii=False) + "\n"}
+    found = {"differs": 0, "lost": 0, "digests": {}}
+    told = lambda: json.dumps(record(args, base, models, found["digests"]), indent=2, ensure_ascii=False) + "\n"
     kept = {name: donor.dtype(name) for name in donor.names}
     specs = {name: (donor.shape(name), dtype if t.is_floating_point else t) for name, t in kept.items()}
-    counts = [0, 0]
-    tensors = merged(args, base, models, dtype, counts)
+    tensors = merged(args, base, models, dtype, found)
     size = sum(math.prod(shape) * t.itemsize for shape, t in specs.values())
-    write_checkpoint(args.out, donor.config, files, specs, tensors, args.shard_size)
+    write_checkpoint(args.out, donor.config, donor.files | {"merge.json": told}, specs, tensors, args.shard_size)
 
-    if counts[1] > 0.01 * counts[0]:
-        print(f"warning: {counts[1] / counts[0]:.1%} of the elements that differ from {donor.source} in float32 equal "
-              f"it in {args.dtype}: that part of the merge is lost; use --dtype float32", file=sys.stderr)  # fmt: skip
+    if found["lost"] > 0.01 * found["differs"]:
+        share = found["lost"] / found["differs"]
+        print(f"warning: {share:.1%} of the elements that differ from {donor.source} in float32 equal it in {args.dtype}: "
+              "that part of the merge is lost; use --dtype float32", file=sys.stderr)  # fmt: skip
     n = sum(math.prod(shape) for shape, _ in specs.values())
     print(f"{args.method} of " + ", ".join(f"{m.source}:{w:g}" for m, w in zip(models, args.weights))
           + (f" on {args.base}" if args.method in NEEDS_BASE else ""))  # fmt: skip
@@ -499,17 +493,19 @@ def main(argv=None):
     print(f"next:  python eval.py --ckpt {args.out} --tasks gsm8k mmlu --out {name}.eval")
 
 
-def record(args, base, models):
-    """What merge.json says: the options that the method has, the models with what is their own, and fingerprints."""
+def record(args, base, models, digests):
+    """What merge.json says: the options that the method has, the models with what is their own, and fingerprints.
+    digests: merged()'s."""
     options = {k: getattr(args, k) for k, (methods, _) in OPTIONS.items() if args.method in methods and k != "density"}
-    with ThreadPoolExecutor(args.threads) as pool:
-        sums = list(pool.map(fingerprint, [*models, *[base] * bool(base)]))
+    inputs = [*models, base] if base else models
+    sums = [c.fingerprint({name: d[i] for name, d in digests.items()}) for i, c in enumerate(inputs)]
     own = [{"source": m.source, "sha256": s, "weight": w} for m, s, w in zip(models, sums, args.weights)]
     if args.method in SPARSE:
         own = [x | {"density": d} for x, d in zip(own, args.densities)]
     return {
-        "method": args.method, **options, "weights_for": args.weights_for, "seed": args.seed, "dtype": args.dtype,
-        "resize": args.resize, "models": own, "base": {"source": base.source, "sha256": sums[-1]} if base else None,
+        "method": args.method, **options, "weights_for": args.weights_for, "seed": args.seed, "arithmetic": args.arithmetic,
+        "dtype": args.dtype, "resize": args.resize, "models": own,
+        "base": {"source": base.source, "sha256": sums[-1]} if base else None,
     }  # fmt: skip
 
 

@@ -293,6 +293,7 @@ def main(argv):
         apart = f"({cell['versus_best']:+.5f} ± {cell['versus_best_stderr']:.5f} to the best)"
         print(f"{describe(cell)}  {what} {cell['score']:.5f} ± {cell['stderr']:.5f}  {'the best' if cell is final[0] else apart}")
     print(f"wrote {a.out}: all points and final scores")
+    print(f"draw:  python plot.py {a.out} --out {a.out.removesuffix('.json')}.png")
     print(f"next:  {command(a, settings(a, best), models)}")
 
 
@@ -318,5 +319,6 @@ def command(a, best, models):
                 values = value if isinstance(value, list) else [value]
                 words += [f"--{name}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
     words += ["--seed", str(a.seed)] if a.method in merge.RANDOM else []
+    words += ["--arithmetic", a.arithmetic] if a.arithmetic != "float32" else []
     words += ["--resize"] * a.resize + ["--allow-tokenizer-mismatch"] * a.allow_tokenizer_mismatch
     return " ".join([*words, "--out fused"])

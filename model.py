@@ -8,14 +8,14 @@ with each document and none sees another. Tensor names are Hugging Face's, so a 
 """
 
 import contextlib
-import functools
-import inspect
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import Checkpoint, InputError, parse_config, write_checkpoint
+from attention import KVCache, attention, to_device  # noqa: F401 (KVCache: for those who import it from here)
+from checkpoint import Checkpoint, InputError, parse_config, release, write_checkpoint
+from memory import available_memory
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The forward pass
@@ -48,15 +48,6 @@ def packed_weights(m):
     finally:
         for p in weights:
             p.packed = None
-
-
-def available_memory():
-    """Bytes that a process may take without swapping; 0 where the system does not say (not Linux)."""
-    try:
-        with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 0
 
 
 class Linear(nn.Linear):
@@ -117,6 +108,9 @@ class NormedLinears(torch.autograd.Function):
 
 def normed_linears(x, norm, *linears):
     """linear(norm(x)) of each of the linear layers."""
+    if torch.compiler.is_compiling():  # a compiler finds for itself what to fuse and what to make again
+        h = norm(x)
+        return [linear(h) for linear in linears]
     return NormedLinears.apply(x, norm.weight, norm.eps, *(p for linear in linears for p in (linear.weight, linear.bias)))
 
 
@@ -137,6 +131,13 @@ class SwiGLULinear(torch.autograd.Function):
         return torch.ops.aten.silu_backward(d_product * up, gate), silu.mul_(d_product), d_weight.to(weight.dtype)
 
 
+def swiglu_linear(gate, up, linear):
+    """linear(silu(gate) * up)."""
+    if torch.compiler.is_compiling():
+        return linear(F.silu(gate) * up)
+    return SwiGLULinear.apply(gate, up, linear.weight)
+
+
 def rope_table(positions, config, dtype):
     """cos and sin of the rotary angles (arXiv 2104.09864), half-split: dimension i turns with i + D/2.
 
@@ -154,108 +155,6 @@ def apply_rope(x, cos, sin):
     return (x * cos[..., None, :]).addcmul_(x.roll(x.shape[-1] // 2, -1), sin[..., None, :])
 
 
-def attend(q, k, v):
-    """Causal attention, the last query at the last key. q: (B, Hq, Tq, D); k, v: (B, Hkv, Tk, D), Tk >= Tq."""
-    Tq, Tk = q.shape[2], k.shape[2]
-    mask = None
-    if 1 < Tq < Tk:  # a continuation of several tokens: query i sees keys 0 .. Tk - Tq + i
-        mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=Tq == Tk, enable_gqa=True)
-
-
-def attend_documents(q, k, v, lengths):
-    """Causal attention inside each document of one packed row, sum(lengths) = T. q: (1, T, Hq, D); k, v: (1, T, Hkv, D)."""
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0):
-        return varlen_attention(q[0], k[0], v[0], lengths)[None]
-    if k.requires_grad and k.shape[2] % torch.get_num_threads():  # a CPU's backward gives each thread whole key-value heads
-        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
-    parts = zip(*(x.split(lengths, 1) for x in (q, k, v)))
-    return torch.cat([attend(*(x.transpose(1, 2) for x in part)).transpose(1, 2) for part in parts], dim=1)
-
-
-def varlen_attention(q, k, v, lengths):
-    """attend_documents in one call of torch's variable-length kernel. q: (T, Hq, D); k, v: (T, Hkv, D).
-
-    torch 2.10 names causality is_causal, later ones give it as a window; those before 2.12 do not know grouped queries."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = inspect.signature(varlen_attn).parameters
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if "enable_gqa" in known:
-        options["enable_gqa"] = True
-    else:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (T, Hq, D)
-    ends = document_ends(tuple(lengths), q.device)
-    return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), ends, ends, max(lengths), max(lengths), **options)
-
-
-@functools.lru_cache(maxsize=4)
-def document_ends(lengths, device):
-    """(0, l1, l1 + l2, ...) as int32 on the device, once for all layers of a forward."""
-    return F.pad(torch.tensor(lengths), (1, 0)).cumsum(0).to(device, torch.int32)
-
-
-class KVCache:
-    """Keys and values of `rows` sequences, each of its own length. Rows in use are always the first `len(lengths)`.
-
-    k, v: (layers, rows, Hkv, max_len, D). lengths: the tokens held by each row in use.
-    """
-
-    def __init__(self, config, rows, max_len, dtype=torch.float32, device="cpu"):
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, max_len, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.lengths = []
-
-    @property
-    def bytes(self):
-        return 2 * self.k.numel() * self.k.element_size()
-
-    def remove(self, row):
-        """Frees a row: the last row in use moves into its place."""
-        last = self.lengths.pop()
-        if row < len(self.lengths):
-            self.k[:, row, :, :last], self.v[:, row, :, :last] = (
-                x[:, len(self.lengths), :, :last] for x in (self.k, self.v)
-            )
-            self.lengths[row] = last
-
-    def extend(self, layer, k, v, starts, lengths):
-        """Writes packed k, v (1, Hkv, sum(lengths), D): document i goes to row i, from position starts[i] on."""
-        ones = decoding_rows(lengths)
-        at = torch.arange(ones, device=k.device), slice(None), torch.tensor(starts[:ones], dtype=torch.long, device=k.device)
-        for cached, new in ((self.k[layer], k[0]), (self.v[layer], v[0])):  # (rows, Hkv, max_len, D), (Hkv, T, D)
-            cached[at] = new[:, :ones].transpose(0, 1)
-            for row, part in enumerate(new[:, ones:].split(lengths[ones:], 1), ones):
-                cached[row, :, starts[row] : starts[row] + lengths[row]] = part
-
-
-def decoding_rows(lengths):
-    """How many of the first documents bring a single new token; generation keeps those before the longer ones."""
-    return next((i for i, n in enumerate(lengths) if n != 1), len(lengths))
-
-
-def attend_cached(q, cache, layer, starts, lengths):
-    """Each document's new queries over its row of the cache. q: (1, Hq, T, D) packed -> the same shape."""
-    (_, Hq, _, D), Hkv, parts, ones = q.shape, cache.k.shape[2], [], decoding_rows(lengths)
-    # One new token a row, the decoding step: one call for many rows. The query heads of a group stand as so many queries
-    # of their key-value head, so the cache is read once and never repeated. A CPU is held up by the memory read, which is
-    # that of the call's longest row for all of its rows: it takes 16 rows at a time, a GPU all.
-    size = ones if q.is_cuda else 16
-    for first in range(0, ones, size or 1):
-        rows = slice(first, min(first + size, ones))
-        ends = torch.tensor(starts[rows], device=q.device) + 1
-        k, v = (x[layer, rows, :, : max(starts[rows]) + 1] for x in (cache.k, cache.v))  # (n, Hkv, T, D)
-        mask = torch.arange(k.shape[2], device=q.device) < ends[:, None, None, None]  # (n, 1, 1, T)
-        grouped = q[0, :, rows].transpose(0, 1).reshape(len(ends), Hkv, Hq // Hkv, D)
-        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
-        parts.append(out.reshape(len(ends), Hq, D).transpose(0, 1)[None])  # (1, Hq, n, D)
-    for row, q_i in enumerate(q[:, :, ones:].split(lengths[ones:], 2), ones):
-        if lengths[row]:
-            end = starts[row] + lengths[row]
-            parts.append(attend(q_i, cache.k[layer, row : row + 1, :, :end], cache.v[layer, row : row + 1, :, :end]))
-    return torch.cat(parts, dim=2)
-
-
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -265,22 +164,6 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=True)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x, norm, rope, lengths, cache, layer):
-        B, T, _ = x.shape
-        q, k, v = normed_linears(x, norm, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (y.view(B, T, -1, self.head_dim) for y in (q, k, v))
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)  # (B, T, Hq, D), (B, T, Hkv, D)
-        if cache is None and lengths is not None:
-            return self.o_proj(attend_documents(q, k, v, lengths).reshape(B, T, -1))
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D)
-        if cache is not None:
-            starts = cache.lengths[: len(lengths)]
-            cache.extend(layer, k, v, starts, lengths)
-            y = attend_cached(q, cache, layer, starts, lengths)
-        else:
-            y = attend(q, k, v)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
-
 
 class MLP(nn.Module):
     def __init__(self, c):
@@ -288,9 +171,6 @@ class MLP(nn.Module):
         self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
-
-    def forward(self, x, norm):
-        return SwiGLULinear.apply(*normed_linears(x, norm, self.gate_proj, self.up_proj), self.down_proj.weight)
 
 
 class Block(nn.Module):
@@ -301,9 +181,22 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
+    def before_attention(self, x, rope):
+        """(B, T, C) -> q (B, T, Hq, D), k and v (B, T, Hkv, D)."""
+        attn = self.self_attn
+        q, k, v = normed_linears(x, self.input_layernorm, attn.q_proj, attn.k_proj, attn.v_proj)
+        q, k, v = (y.unflatten(-1, (-1, attn.head_dim)) for y in (q, k, v))
+        return apply_rope(q, *rope), apply_rope(k, *rope), v
+
+    def after_attention(self, x, y):
+        """x (B, T, C), y (B, T, Hq, D) -> (B, T, C)."""
+        x = x + self.self_attn.o_proj(y.flatten(-2))
+        gate, up = normed_linears(x, self.post_attention_layernorm, self.mlp.gate_proj, self.mlp.up_proj)
+        return x + swiglu_linear(gate, up, self.mlp.down_proj)
+
     def forward(self, x, rope, lengths, cache, layer):
-        x = x + self.self_attn(x, self.input_layernorm, rope, lengths, cache, layer)
-        return x + self.mlp(x, self.post_attention_layernorm)
+        q, k, v = self.before_attention(x, rope)
+        return self.after_attention(x, attention(q, k, v, lengths, cache, layer))
 
 
 class Qwen2(nn.Module):
@@ -324,6 +217,13 @@ class Qwen2(nn.Module):
             self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
         self.compute_dtype = None  # None: that of the weights. Training sets bf16 here over fp32 weights
 
+    def compile(self):
+        """Has torch.compile fuse what stands between the matmuls of a block; attention, whose lengths change, stays as it
+        is. One graph serves all blocks and all lengths."""
+        for block in self.model["layers"]:
+            block.before_attention = torch.compile(block.before_attention, dynamic=True)
+            block.after_attention = torch.compile(block.after_attention, dynamic=True)
+
     @property
     def head_weight(self):
         """(V, C), the matrix that turns hidden states into logits."""
@@ -337,11 +237,12 @@ class Qwen2(nn.Module):
         """The hidden states after the last norm: (B, T) -> (B, T, C).
 
         lengths: the documents' lengths when input_ids is one packed row (1, sum(lengths)).
-        cache: a KVCache; document i then continues its row i, and the row grows by lengths[i].
+        cache: a KVCache; document i then continues its row i, and the row grows by lengths[i]. Without lengths,
+        input_ids (rows, 1) is the next token of every row, which stands at cache.positions (see attend_step).
         """
         T = input_ids.shape[1]
         if lengths is None:
-            positions = torch.arange(T)
+            positions = torch.arange(T) if cache is None else cache.positions[:, None]  # (T,) or (rows, 1)
         else:
             if input_ids.shape[0] != 1 or sum(lengths) != T:
                 raise ValueError(f"lengths sum to {sum(lengths)}; the packed row has shape {tuple(input_ids.shape)}")
@@ -349,10 +250,10 @@ class Qwen2(nn.Module):
             positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths)])
         x = self.model["embed_tokens"](input_ids)
         x = x.to(self.compute_dtype or x.dtype)  # (B, T, C)
-        rope = rope_table(positions.to(x.device), self.config, x.dtype)
+        rope = rope_table(to_device(positions, x.device), self.config, x.dtype)
         for i, block in enumerate(self.model["layers"]):
             x = block(x, rope, lengths, cache, i)
-        if cache is not None:
+        if cache is not None and lengths is not None:
             cache.lengths[: len(lengths)] = [s + n for s, n in zip(starts, lengths)]
         return self.model["norm"](x)
 
@@ -382,7 +283,11 @@ class Qwen2(nn.Module):
         if faults:
             more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
             raise InputError(f"{ckpt.source}: tensors do not fit the config: {'; '.join(faults[:5])}{more}")
-        state = {n: ckpt.tensor(n).to(device=device, dtype=dtype, copy=True) for n in want}
+        state = {}
+        for n in want:
+            stored = ckpt.tensor(n)
+            state[n] = stored.to(device=device, dtype=dtype, copy=True)
+            release(stored)
         m.load_state_dict(state, assign=True)
         return m
 

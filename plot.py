@@ -2,11 +2,13 @@
 
     python plot.py runs/demo/sft runs/demo/sft-kto --out curves.png          # training: one line a run
     python plot.py data/aligned/report.json --out categories.png             # make_data.py: categories before and after
+    python plot.py search.json --out weight.png                              # merge.py search: score over weight
 
 A training run is given as its checkpoint, its OUT.run/ or the log.jsonl itself.
 """
 
 import argparse
+import collections
 import json
 import os
 
@@ -86,9 +88,49 @@ def draw_categories(plt, report, most=40):
     return figure
 
 
+def draw_search(plt, found):
+    """merge.py search's JSON: a panel for each number searched, with all points tried and the final scores. A line joins
+    the points that differ in that number alone (in weights alone, if it is a weight); in colour that of the best point."""
+    points, final, models = found["points"], found["final"], found["models"]
+
+    def numbers(p):
+        weights = {f"weight of model {i + 1}, {os.path.basename(m.rstrip('/'))}": p["weights"][i] for i, m in enumerate(models)}
+        if len(models) > 1:
+            del weights[next(iter(weights))]  # the first model's is what the others leave
+        return weights | {k: p[k] for k in ("density", "lambda", "lines") if p.get(k) is not None}
+
+    best = numbers(found["best"])
+    lines = [k for k in best if len({numbers(p)[k] for p in points}) > 1] or list(best)
+    figure, axes = plt.subplots(1, len(lines), figsize=(5.2 * len(lines), 4), squeeze=False, sharey=True, layout="constrained")
+
+    def draw(axis, k, points, label, **style):
+        if points:
+            x, y, error = zip(*sorted((numbers(p)[k], p["score"], p["stderr"]) for p in points))
+            axis.errorbar(x, y, error, label=label, capsize=2, lw=1, **style)
+
+    for axis, k in zip(axes[0], lines):
+        others = [o for o in best if o != k and not (o.startswith("weight") and k.startswith("weight"))]
+        groups = collections.defaultdict(list)  # the points of one line
+        for p in points:
+            groups[tuple(round(numbers(p)[o], 9) for o in others)].append(p)
+        through = groups.pop(tuple(round(best[o], 9) for o in others), [])
+        for group in groups.values():
+            draw(axis, k, group, "tried on another line", fmt="o-", ms=4, color="0.75")
+        draw(axis, k, through, "tried", fmt="o-", ms=4, color="C0")
+        draw(axis, k, final, "final, on what was set aside", fmt="D", ms=6, color="C3", mfc="none")
+        axis.axvline(best[k], color="0.5", ls=":", label="the best")
+        axis.set_xlabel({"lines": "LiNeS alpha"}.get(k, k))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel(f"{found['what']} ± one standard error")
+    legend = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}
+    axes[0, -1].legend(legend.values(), legend, fontsize=8)
+    figure.suptitle(f"{found['method']}, {len(points)} points", fontsize=10)
+    return figure
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("sources", nargs="+", metavar="RUN", help="training runs, or one report.json of make_data.py")
+    p.add_argument("sources", nargs="+", metavar="RUN", help="training runs, or one JSON file: make_data.py's report, merge.py search's --out")
     p.add_argument("--out", default="plot.png", help="PNG to write")
     p.add_argument("--smooth", type=int, default=1, help="steps of the running mean that is drawn")
     a = p.parse_args()
@@ -104,9 +146,11 @@ def main():
     if a.sources[0].endswith(".json"):
         try:
             with open(a.sources[0], encoding="utf-8") as f:
-                figure = draw_categories(plt, json.load(f))
+                content = json.load(f)
+            figure = (draw_search if "points" in content else draw_categories)(plt, content)
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise InputError(f"{a.sources[0]}: no report of make_data.py ({type(e).__name__}: {e})") from None
+            what = "neither make_data.py's report nor the result of merge.py search"
+            raise InputError(f"{a.sources[0]}: {what} ({type(e).__name__}: {e})") from None
     else:
         figure = draw_runs(plt, [read_log(source) for source in a.sources], a.smooth)
     with atomic_write(a.out, "wb") as f:

@@ -116,9 +116,38 @@ def parse_grades(text, letters):
     return {letter: (value[letter]["quality"], value[letter]["safety"]) for letter in letters}
 
 
-def category_name(text):
-    """Near-equal spellings get one name: lower case, one space for any separator, the last word in the singular."""
+# Other names for what the rubric offers, as teachers have written them
+SYNONYMS = {"arithmetic": "calculation", "math word problem": "arithmetic word problem",
+            "debug": "debug code", "programming": "write a program", "code generation": "write a program", "sql": "database query",
+            "summarization": "summary", "poetry": "poem", "rewriting": "paraphrase"}  # fmt: skip
+
+
+def singular(text):
+    """Lower case, one space for any separator, the last word in the singular."""
     name = " ".join(re.sub(r"[\W_]+", " ", text.lower()).split())
     if re.search(r"[^aeious]ies$", name):
         return name[:-3] + "y"
     return name[:-1] if re.search(r"[^siu]s$", name) and not name.endswith(("ics", "us", "is")) else name
+
+
+def category_key(text):
+    """What names of one category share: their words without endings, in any order, small words left out."""
+    stems = [re.sub(r"([b-df-hj-np-tv-z])\1(?=$)", r"\1", re.sub(r"(?:ing|ed|e)$", "", singular(w))) if len(w) > 4 else singular(w)
+             for w in singular(text).split() if w not in ("a", "an", "the", "and", "or", "of", "for", "to")]  # fmt: skip
+    return "".join(sorted(stems))
+
+
+def offered_names():
+    """{key: name} of the rubric's secondary categories; the parts of "letter or email" stand for the whole."""
+    lines = re.findall(r"^(?:%s): (.*)$" % "|".join(PRIMARY), CLASSIFY, re.M)
+    names = [name for line in lines for name in line.split(", ")]
+    parts = {category_key(part): name for name in names for part in re.split(" (?:and|or) ", name)}
+    return parts | {category_key(name): name for name in names} | {category_key(k): name for k, name in SYNONYMS.items()}
+
+
+def category_name(text):
+    """Near-synonyms get one name: the rubric's, where it offers one (OFFERED); else equal but for case, separators, plural."""
+    return OFFERED.get(category_key(text)) or singular(text)
+
+
+OFFERED = offered_names()

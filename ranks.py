@@ -36,13 +36,21 @@ def setup(a):
 
 
 def on_sigterm(*_):
-    """While training, the step at hand is abandoned after its micro-batch and the steps before it are saved; an evaluation
-    or a save is finished first. Before, nothing is there to save that is not saved on the way out: ends at once."""
+    """While training, the step or evaluation at hand is abandoned after its micro-batch and the steps before it are saved; a
+    save is finished first. Before, nothing is there to save that is not saved on the way out: ends at once.
+
+    The exit code is 0. torchrun, told to end, passes SIGTERM on to its ranks, waits 30 s for them (--shutdown-timeout) and
+    exits with 1 whatever they say; where that matters, signal its ranks (pkill -TERM -P PID_OF_TORCHRUN): then it exits with 0."""
     STOP["asked"] = True
     if not STOP["training"]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.write(2, b"stopped before the first step\n")  # print may be what the signal interrupted
         sys.exit(0)
+
+
+def stop_asked(device):
+    """Whether SIGTERM came to any rank. All ranks must ask."""
+    return sum_over_ranks(torch.tensor([float(STOP["asked"])], device=device)).item() > 0
 
 
 def leave_group():
@@ -66,6 +74,9 @@ def one_for_all(main):
             after = "--resume goes on from the last save"
             print(f"error: rank {dist.get_rank()}: another rank is gone ({reason}); {after}", file=sys.stderr, flush=True)
             os._exit(1)  # an orderly end would wait for the one that is gone
+        finally:
+            if dist.is_initialized() and dist.get_backend() == "gloo":  # whose threads may abort a process that ends with them
+                dist.destroy_process_group()
 
     return run
 

@@ -33,6 +33,8 @@ def write_report(out, counts):
             continue
         why = "; ".join(f"{n:,} {reason}" for reason, n in c["dropped"].items())
         text.append(f"| {name} | {c['in']:,} | {c['out']:,} | {why or 'none'} |")
+    held = counts["2_dedup"]["held by"]
+    text += ["", "Held by evaluation sets: " + ("; ".join(f"{n:,} {k}" for k, n in held.items()) or "none") + "."]
     labels = counts["7_label"]
     text += ["", f"sft.jsonl: {labels['sft']:,} examples. kto.jsonl: {labels['kto']:,} examples, {labels['kto'] // 2:,} pairs."]
     text += ["", "| what became of an instruction | n |", "|---|---|"]
@@ -82,7 +84,7 @@ def dry_run(args, path, spent, answered, prices):
         prompts += request_tokens(record["prompt"])
         replies += min(tokens_of(record["response"]), args.max_new_tokens) if record["response"] else args.max_new_tokens // 2
         kind = record["reference"] and record["reference"]["kind"]
-        verifiable += bool(kind) and (kind != "code" or args.allow_code_execution)
+        verifiable += bool(kind) and kind != "format" and (kind != "code" or args.allow_code_execution)
     kept = min(n, args.target) / n
     judged = round(kept * (n if args.judge_verified else n - verifiable))
     responses = 2 + args.samples

@@ -47,13 +47,14 @@ class Run:
     saved: int = 0  # the step of the last save to resume from
     skips: list = field(default_factory=list)  # (step, [where its offending examples stand])
     best: tuple = (math.inf, 0)  # the lowest eval_loss and its step
+    pending: dict | None = None  # the log's entry of the last step, if the run was stopped in its evaluation
     events: object = None  # TensorBoard's writer
     started: float = field(default_factory=time.time)
 
 
 # What may differ between a run and its resumption: none of these changes the result beyond rounding.
 FREE_TO_CHANGE = {"resume", "out", "ckpt", "data", "ref", "ref_cache", "eval_data", "eval_every", "save_every", "keep"}
-FREE_TO_CHANGE |= {"micro_tokens", "device", "shard", "activation_checkpointing", "max_skips", "tensorboard"}
+FREE_TO_CHANGE |= {"micro_tokens", "device", "shard", "activation_checkpointing", "compile", "max_skips", "tensorboard"}
 
 
 def run_identity(a, examples, fingerprint):
@@ -85,6 +86,7 @@ def start_run(a, rank, world, model, ckpt, identity, total):
             raise InputError(f"{path}: was saved by a run that differs in {changed}; undo that or drop --resume")
         if not state["finished"]:
             run.done = run.saved = state["step"]
+            run.pending = state.get("pending")
             restore(run)
         elif os.path.exists(a.out):
             run.done = total
@@ -92,7 +94,7 @@ def start_run(a, rank, world, model, ckpt, identity, total):
         print(f"{path}: no save to resume from; starting at step 1", file=sys.stderr)
 
     lines = read_log(run) if run.done else []
-    if run.done == total:
+    if run.done == total and not run.pending:
         if rank == 0:
             tidy(run)
             print(f"{a.out}: finished before, after {total} steps; without --resume the run starts again")
@@ -100,7 +102,7 @@ def start_run(a, rank, world, model, ckpt, identity, total):
     if rank == 0:
         run.events = event_writer(run) if a.tensorboard else None
         tidy(run)
-        call = {"step": run.done, "command": sys.argv, "torch": torch.__version__, "ranks": world}
+        call = {"step": run.done, "command": sys.argv, "torch": torch.__version__, "ranks": world, "threads": torch.get_num_threads()}
         args = read_json(run_file(a, "args.json")) if run.done else vars(a) | identity | call | {"resumed": []}
         args["resumed"] += [call] if run.done else []
         for name, text in ("log.jsonl", "".join(lines)), ("args.json", json.dumps(args, indent=2)):
@@ -113,19 +115,25 @@ def start_run(a, rank, world, model, ckpt, identity, total):
 def read_log(run):
     """The log's lines up to step run.done (those after it are about to be repeated); what they say of skips and best."""
     lines, path = [], run_file(run.a, "log.jsonl")
+    last = run.done - (run.pending is not None)
     if not os.path.isfile(path):
         raise InputError(f"{path}: missing, and with it what was saved is not the whole run; drop --resume to start again")
     with open(path, encoding="utf-8") as f:
         for line in f:
             with contextlib.suppress(ValueError):  # the last line may be cut short by a full disk
                 record = json.loads(line)
-                if record["step"] <= run.done:
+                if record["step"] <= last:
                     lines.append(line.strip() + "\n")
-                    if "skipped" in record:
-                        run.skips.append((record["step"], record["offending"]))
+                    note_skip(run, record)
                     if run.a.eval_every:
                         run.best = min(run.best, (record.get("eval_loss") or math.inf, record["step"]))
+    note_skip(run, run.pending or {})
     return lines
+
+
+def note_skip(run, record):
+    if "skipped" in record:
+        run.skips.append((record["step"], record["offending"]))
 
 
 def restore(run):
@@ -175,16 +183,21 @@ def numbered(a, pattern):
 
 def prune(run, step):
     """Of OUT.run/'s checkpoints up to that step keeps the last --keep and the best; of moments those to resume from."""
-    newest = sorted(s for s in numbered(run.a, CHECKPOINTS) if s <= step)[-run.a.keep :]
+    newest = sorted(s for s in numbered(run.a, CHECKPOINTS) if s <= step and s < run.total)[-run.a.keep :]  # the last is OUT
     for pattern, wanted in (CHECKPOINTS, {*newest, run.best[1], run.saved}), (MOMENTS, {run.saved}):
         for step, path in numbered(run.a, pattern).items():
             if step not in wanted:
                 remove(path)
 
 
+def finite(record):
+    """The record with null for numbers that JSON cannot hold."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
 def write_log(run, record):
     """Appends one object to OUT.run/log.jsonl; numbers that are not finite become null."""
-    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    record = finite(record)
     try:
         with open(run_file(run.a, "log.jsonl"), "a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
@@ -226,8 +239,8 @@ def save_model(run, out):
     write_gathered(run, weights, lambda pairs: write_checkpoint(out, run.model.raw_config, run.files, specs(weights), pairs))
 
 
-def save_state(run, step):
-    """Writes step-N and what --resume needs, then drops what --keep does not keep."""
+def save_state(run, step, pending=None):
+    """Writes step-N and what --resume needs, then drops what --keep does not keep. pending: see stop_run."""
     names = {p: name for name, p in run.model.named_parameters()}
     moments = {f"{kind}/{names[p]}": t for p, state in run.optimizer.state.items() for kind, t in state.items()}
 
@@ -238,7 +251,7 @@ def save_state(run, step):
     try:
         save_model(run, step_path(run.a, step))
         write_gathered(run, moments, write_moments)
-        write_state(run, step)
+        write_state(run, step, pending=pending)
     except InputError as e:
         intact = f"the save of step {run.saved} is whole" if run.saved else "no save was made before"
         raise InputError(f"{e}; {intact}: make room and --resume") from None
@@ -247,12 +260,12 @@ def save_state(run, step):
         prune(run, step)
 
 
-def write_state(run, step, finished=False):
+def write_state(run, step, finished=False, pending=None):
     if run.rank == 0:
         with open(run_file(run.a, "log.jsonl"), "rb") as f:
             os.fsync(f.fileno())  # a log line must not be younger than the save that vouches for it
         with atomic_write(run_file(run.a, "state.json")) as f:
-            json.dump({"step": step, "finished": finished, "identity": run.identity}, f)
+            json.dump({"step": step, "finished": finished, "identity": run.identity, "pending": pending}, f)
 
 
 def due(step, total, every):
@@ -275,8 +288,8 @@ def end_step(run, record):
     best = a.eval_every and record.get("eval_loss", math.inf) < run.best[0]
     if best:
         run.best = (record["eval_loss"], step)
-    if step == run.total:
-        return  # finish_run saves
+    if step in (run.total, run.saved):  # finish_run saves; or it was saved when it was stopped in its evaluation
+        return
     if due(step, run.total, a.save_every):
         save_state(run, step)
     elif best:
@@ -289,13 +302,17 @@ def close(run):
     leave_group()
 
 
-def stop_run(run, step):
-    """Ends a run that was asked to stop, after `step` whole steps."""
+def stop_run(run, step, pending=None):
+    """Ends a run that was asked to stop, after `step` whole steps, with exit code 0.
+
+    pending: the log's entry of that step where its evaluation was abandoned; --resume begins with the evaluation.
+    """
     if step > run.saved:
-        save_state(run, step)
+        save_state(run, step, finite(pending) if pending else None)
     if run.rank == 0:
         print(f"stopped after step {step} of {run.total}; the same command with --resume goes on", file=sys.stderr)
     close(run)
+    sys.exit(0)
 
 
 def finish_run(run, facts):
@@ -304,6 +321,7 @@ def finish_run(run, facts):
     write_state(run, run.total, finished=True)
     run.saved = 0
     if run.rank == 0:
+        remove(step_path(run.a, run.total))  # of a run that was stopped in its last evaluation
         prune(run, run.total)
         for line in facts:
             print(line)

@@ -14,6 +14,7 @@ import fnmatch
 import glob
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -21,13 +22,14 @@ import unicodedata
 
 import rules
 from checkpoint import InputError
+from ifeval import follows
 
 ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user",
          "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"}  # fmt: skip
 TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
 CHUNK, LONGEST = 1 << 20, 1 << 26  # characters read at a time; the most that one object of an array may take
-# UTF-8 read as Latin-1 or as Windows' code page, GBK's filler, and what could not be decoded at all
-MOJIBAKE = re.compile("\ufffd|\u00ef\u00bf\u00bd|\u00e2[\u0080-\u00bf\u02c6\u2020\u201a\u20ac]|[\u00c2\u00c3][\u0080-\u00bf]|锟斤拷|烫烫烫")
+# UTF-8 read as Latin-1 or as Windows' code page, GBK's filler, what could not be decoded at all, half a surrogate pair
+MOJIBAKE = re.compile("[\ufffd\ud800-\udfff]|\u00ef\u00bf\u00bd|\u00e2[\u0080-\u00bf\u02c6\u2020\u201a\u20ac]|[\u00c2\u00c3][\u0080-\u00bf]|锟斤拷|烫烫烫")
 
 
 class Drop(Exception):
@@ -105,12 +107,12 @@ def licence_of_file(path):
     return named[1] if named else None
 
 
-def labels(files):
+def labels(files, parts_shown=2):
     """A short name for each file: OWNER/NAME/FILE of the hub's, of others the last two parts of the path, or more of them where
     that is not enough to tell two apart."""
     hub = [HUB.fullmatch(os.path.abspath(f)) for f in files]
     parts = [os.path.abspath(f).split(os.sep) for f in files]
-    for n in range(2, max(map(len, parts), default=2) + 1):
+    for n in range(parts_shown, max([parts_shown, *map(len, parts)]) + 1):
         names = ["/".join(h.groups()[1:] if h else p[-n:]) for h, p in zip(hub, parts)]
         if len(set(names)) == len(names):
             break
@@ -296,11 +298,21 @@ def conversations(obj, where):
 
 def read_reference(obj, prompt, response, where):
     """What a response can be checked against: given as "reference", or read where a set writes it by rule (GSM8K's last
-    line `#### 72`; AQuA's options and "the answer is (C)"). -> (reference or None, prompt text, response text)"""
+    line `#### 72`; AQuA's options and "the answer is (C)"; IFEval's instruction_id_list and kwargs).
+    -> (reference or None, prompt text, response text)"""
     reference = obj.get("reference")
+    if "instruction_id_list" in obj and reference is None:
+        reference = {"kind": "format", "value": {name: obj.get(name) for name in ("instruction_id_list", "kwargs")}}
     if isinstance(reference, dict):
-        if reference.get("kind") not in ("number", "choice", "exact", "code") or "value" not in reference:
-            raise InputError(f"{where}: reference needs a kind (number, choice, exact or code) and a value")
+        if reference.get("kind") not in ("number", "choice", "exact", "format", "code") or "value" not in reference:
+            raise InputError(f"{where}: reference needs a kind (number, choice, exact, format or code) and a value")
+        if reference["kind"] == "format":
+            value = reference["value"] if isinstance(reference["value"], dict) else {}
+            names, kwargs = value.get("instruction_id_list"), value.get("kwargs")
+            if not isinstance(names, list) or not isinstance(kwargs, list) or len(names) != len(kwargs) or not names:
+                raise InputError(f"{where}: a format reference holds an instruction_id_list and as many kwargs, as IFEval's rows do")
+            for name, arguments in zip(names, kwargs):
+                follows(name, "any", arguments, where)  # raises for what no reply could be checked against
         return reference, prompt, response
     number = re.search(r"\n?#### *(-?[\d,.]+)\s*$", response or "")
     if number:  # the calculator's notes <<48/2=24>> and the mark are GSM8K's bookkeeping, not language
@@ -391,7 +403,7 @@ def evaluation_questions(path):
     """All questions of an evaluation file in its original shape: CSV with or without a header, JSON, JSON Lines, gzip."""
     if path.removesuffix(".gz").endswith(".csv"):
         with open_bytes(path) as file:
-            rows = list(csv.reader(file.read().decode("utf-8-sig").splitlines(keepends=True)))
+            rows = list(csv.reader(io.StringIO(file.read().decode("utf-8-sig"), newline="")))
         header = [cell.strip().lower() for cell in rows[0]] if rows else []
         column = header.index("question") if "question" in header else 0  # MMLU has no header, the question first
         found = [row[column] for row in rows[1 if "question" in header else 0 :] if len(row) > column]

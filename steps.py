@@ -31,7 +31,7 @@ from prompts import (
     parse_grades,
     render,
 )  # fmt: skip
-from tasktypes import language, task_type
+from tasktypes import conversation_type, language
 
 WRITERS = ("original", "teacher", "small")  # further samples of the small model are small-2, small-3, ...
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # that name the responses before the judge
@@ -153,8 +153,8 @@ def collect(args, files, counts):
                 yield False, {"id": f"{label}:{n}", "reason": str(reason)}
                 continue
             for i, record in enumerate(found):
-                text = record["prompt"][-1]["content"]
-                about = {"language": language(text), "task_type": task_type(text), "license": sources.licence(obj) or licence}
+                about = {"language": language(record["prompt"][-1]["content"]), "task_type": conversation_type(record["prompt"]),
+                         "license": sources.licence(obj) or licence}  # fmt: skip
                 # the n-th record, not the line: an array may stand on one line
                 name = f"{label}:{n}" + (f".{i}" if len(found) > 1 else "")
                 yield True, {"id": name, "source": label, **record, **about}
@@ -163,7 +163,7 @@ def collect(args, files, counts):
 
 
 def deduplicate(args, path, questions, counts):
-    """Step 2: near duplicates by simhash of the prompt, and instructions that an evaluation set holds too."""
+    """Step 2: near duplicates by simhash of the prompt, and instructions that an evaluation set holds too (dedup.holds)."""
     merit, names = [], []
 
     def texts():
@@ -173,18 +173,22 @@ def deduplicate(args, path, questions, counts):
             names.append(r["id"])
             yield render(r["prompt"])
 
-    grams = dedup.ngram_set(q for p in questions for q in sources.evaluation_questions(p))
-    hashes, seen = dedup.scan(texts(), grams)
+    asked = [(label, n, q) for path, label in zip(questions, sources.labels(questions, 3))
+             for n, q in enumerate(sources.evaluation_questions(path), 1)]  # fmt: skip
+    hashes, held = dedup.scan(texts(), dedup.index(q for _, _, q in asked))
     rank = np.empty(len(merit), np.int64)
     rank[np.argsort(-np.array(merit, np.int64), kind="stable")] = np.arange(len(merit))
     keep, twin = dedup.keep_best(hashes, rank, args.hamming)
+    counts["held by"] = Counter()
     for i, (_, record) in enumerate(read_jsonl(path)):
-        if seen[i]:
-            yield dropped(record, "shares a 13-gram with an evaluation question")
-        elif not keep[i] and not seen[twin[i]]:
-            yield dropped(record, "near duplicate", of=names[twin[i]])
+        of = i if held[i] >= 0 else twin[i]
+        if held[of] >= 0:
+            label, n, question = asked[held[of]]
+            counts["held by"][label] += 1
+            reason = "" if of == i else "near duplicate of one "
+            yield dropped(record, f"{reason}held by an evaluation set", of=f"{label}:{n}", question=clip(question, 200))
         elif not keep[i]:
-            yield dropped(record, "near duplicate of an evaluation question", of=names[twin[i]])
+            yield dropped(record, "near duplicate", of=names[of])
         else:
             yield True, record
 
@@ -294,25 +298,6 @@ def respond(args, path, teacher, small, cache, options, counts):
             yield (True, record) if record["responses"] else dropped(record, "no response is left")
 
 
-def perplexities(scorer, pairs, max_len, micro_tokens):
-    """pairs: [(prompt, response text)] -> exp(-mean log p) of each response's tokens under the scorer, its <|im_end|> and
-    newline included; None for a prompt that fills max_len tokens alone."""
-    from loop import sequence_logps
-
-    m, tokenizer = models.load(scorer)
-    examples = []
-    for prompt, text in pairs:
-        context, reply = tokenizer.prompt_ids(prompt), tokenizer.completion_ids(text)
-        examples.append(((context + reply)[:max_len], ([False] * len(context) + [True] * len(reply))[:max_len]))
-    n = [sum(supervised) for _, supervised in examples]
-    some = [i for i in range(len(pairs)) if n[i]]
-    out = [None] * len(pairs)
-    if some:
-        for i, logp in zip(some, sequence_logps(m, [examples[i] for i in some], micro_tokens).tolist()):
-            out[i] = round(math.exp(min(-logp / n[i], 50.0)), 4)
-    return out
-
-
 def examine(record, run_code):
     """What needs no model -> {text: {"verified", ...}} of the record's different texts. "broke": the form asked for and not
     kept, which refutes a response; one that keeps it is not verified by that. "unsafe": the rule that it breaks."""
@@ -334,11 +319,12 @@ def judge(args, batch, found, teacher, cache, options, counts):
     All responses to an instruction are judged in one request, under letters dealt by the seed, and with --judge-orders 2 in
     a second one in the reverse order, because a judge may prefer a place. quality is the mean of both, safety the lower.
     Where verification has a verdict on each response the judge is not asked, unless --judge-verified: what it could add is
-    not worth its price, and the responses then count as safe."""
+    not worth its price, and the responses then count as safe. A form alone is no such verdict: what keeps it is judged."""
     unknown = {i for i, texts in enumerate(found) if any(t["verified"] is None for t in texts.values())}
+    formal = {i for i, r in enumerate(batch) if r["reference"] and r["reference"]["kind"] == "format"}
     asked = []  # (index of the record, {letter: text})
     for i, texts in enumerate(found):
-        if i in unknown or args.judge_verified:
+        if i in unknown or i in formal or args.judge_verified:
             order = sorted(texts)  # sorted, then dealt: the letter tells nothing of the writer
             random.Random(f"{args.seed}:{batch[i]['id']}").shuffle(order)
             orders = [order, order[::-1]][: args.judge_orders if len(order) > 1 else 1]
@@ -378,7 +364,7 @@ def score(args, path, teacher, scorer, own, cache, options, counts):
         found = [examine(r, args.allow_code_execution) for r in tqdm(batch, desc="verify", unit="record", disable=None)]
         flat = [(i, text) for i, texts in enumerate(found) for text in texts]
         scored = [(batch[i]["prompt"], text) for i, text in flat]
-        for (i, text), p in zip(flat, perplexities(scorer, scored, args.max_len, args.micro_tokens)):
+        for (i, text), p in zip(flat, models.perplexities(scorer, scored, args.max_len, args.micro_tokens)):
             found[i][text]["perplexity"] = p
         failed = judge(args, batch, found, teacher, cache, options, counts)
         for i, record in enumerate(batch):

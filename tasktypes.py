@@ -11,9 +11,9 @@ import re
 HEAD = 600  # characters looked at: what is asked for stands at the start, or at the end of a long text
 TASK_TYPES = (
     # safety first: what it is about outweighs the form
-    ("safety/harmful request", r"\b(how (can|do|to|would) (i|you|we|one)?\b.{0,40}\b(bomb|explosives?|poison (someone|him|her)|kill (someone|him|her|my)|steal|rob|shoplift|meth|hack into|stalk|blackmail|get away with)|make (a|an) (bomb|weapon|explosive)|commit (a crime|fraud|suicide))\b", r"(怎么|如何|怎样).{0,12}(制造炸弹|做炸弹|下毒|杀人|偷窃|抢劫|吸毒|自杀|盗取|诈骗)"),
+    ("safety/harmful request", r"\b(how (can|do|to|would) (i|you|we|one)?\b.{0,40}\b(bomb|explosives?|poison (someone|him|her)|kill (someone|him|her|my)|steal|rob|shoplift|meth|hack into|stalk|blackmail|get away with)|make (a|an) (bomb|weapon|explosive)|commit (a crime|fraud|suicide)|(how (can|could|do|to|would|should)|where|ways?|want|need|help me|tell me|teach me|if i)\b.{0,50}\b((buy|sell|make|cook|get|order|smuggle)( some| me)? (cocaine|heroin|meth|crack|illegal drugs|fake (ids?|passports?|license))|(steal|rob|shoplift) (a|an|the|some|from|money|cars?|it|his|her|their)|hack (into|someone|his|her|my (boss|ex|neighbor|wife|husband|friend)|somebody)|(kill|murder|poison|torture|kidnap|blackmail|stalk) (a person|people|someone|somebody|him|her|them|my (boss|ex|wife|husband|neighbou?r|mother|father|girlfriend|boyfriend|roommate|coworker))|traffic (in )?(humans?|human beings|people|children)|launder money|evade taxes|get away with (murder|a crime|stealing)))\b", r"(怎么|如何|怎样).{0,12}(制造炸弹|做炸弹|下毒|杀人|偷窃|抢劫|吸毒|自杀|盗取|诈骗)"),
     ("safety/bias and ethics", r"\b(racis[mt]|sexis[mt]|stereotyp|discriminat|ethical(ly)? (issue|dilemma|implication|consideration)|is it (ethical|moral|wrong) to)\b", r"(歧视|偏见|伦理|道德(问题|困境)|刻板印象)"),
-    ("safety/privacy", r"\b(personal (data|information)|home address of|social security number|privacy (policy|law|concern)|password of)\b", r"(个人隐私|身份证号|隐私(保护|政策|泄露))"),
+    ("safety/privacy", r"\b(personal (data|information)|(home|residential) address (of|for)|who lives at|social security number|privacy (policy|law|concern)|password of)\b", r"(个人隐私|身份证号|隐私(保护|政策|泄露))"),
     # code
     ("code/sql", r"\b(sql|mysql|postgres(ql)?|sqlite|select \*|database query)\b", r"(sql|数据库查询|查询语句)"),
     ("code/shell", r"\b(bash|shell (script|command)|linux command|command[- ]line|powershell|terminal command|dockerfile|docker|git (command|commit|rebase|merge))\b", r"(shell|终端命令|linux ?命令|命令行)"),
@@ -22,15 +22,15 @@ TASK_TYPES = (
     ("code/explain", r"\b(explain|describe|what does|understand).{0,40}\b(code|function|snippet|script|program)\b|\bwhat (is|will be) the output of\b", r"(解释|说明).{0,12}(代码|函数|程序)|代码的(作用|含义|功能)"),
     ("code/rewrite", r"\b(refactor|rewrite|convert|optimi[sz]e|translate|port|simplify|edit|modify|change|update).{0,40}\b(code|function|script|program|python|java|c\+\+|loop|snippet)\b", r"(重构|优化|改写|转换).{0,10}(代码|函数|程序)"),
     ("code/algorithm", r"\b(algorithm|time complexity|big[- ]o|binary search|sort(ing)? (algorithm|an array|a list)|linked list|dynamic programming|recursi(on|ve)|binary tree|data structure|fibonacci)\b", r"(算法|时间复杂度|二分查找|链表|动态规划|递归|二叉树|数据结构|冒泡排序|快速排序)"),
-    ("code/write", r"\b(python|java|c\+\+|c#|rust|golang|php|ruby|kotlin|swift|matlab|perl|typescript|pseudo-?code)\b|\b(write|create|implement|generate|design|develop|build|construct|code|provide|define|compute).{0,40}\b(function|program|script|class|code|method|loop|array|api|app|application|macro|unit ?tests?|test cases?)\b|\b(regex|regular expressions?|pytest|unit ?tests?)\b|```|\bdef \w+\(", r"(编写|写|实现|创建|设计|开发).{0,14}(代码|函数|程序|脚本|类|接口|应用)|正则|单元测试|python|java|c\+\+"),
+    ("code/write", r"\b(python|java|c\+\+|c#|rust|golang|php|ruby|kotlin|swift|matlab|perl|typescript|pseudo-?code)\b|\b(write|create|implement|generate|design|develop|build|construct|code|provide|define|compute).{0,40}\b(function|program|script|class|code|method|loop|array|api|app|application|macro|unit ?tests?|test cases?)\b|\b(regex|regular expressions?|pytest|unit ?tests?)\b|\b(typecast|integer variable|nested list|tuple|hash ?map|json object)\b|```|\bdef \w+\(|\n\s*[A-Za-z_]\w+ ?= ?[\[({\"'\d]", r"(编写|写|实现|创建|设计|开发).{0,14}(代码|函数|程序|脚本|类(?![似型别比])|接口|应用(?!文))|正则|单元测试|python|java|c\+\+"),
     # mathematics
     ("mathematics/proof", r"\b(prove (that|the|by)|proof (of|that)|show that (the|for|if|every))\b", r"(证明[:：]?.{0,20}(=|等于|成立|定理|不等式)|求证)"),
     ("mathematics/calculus", r"\b(derivative|integral|integrate|differentiate|limit of|differential equation|gradient of)\b", r"(导数|积分|微分|求导|极限)"),
     ("mathematics/geometry", r"\b(triangle|rectangle|circle|radius|perimeter|circumference|hypotenuse|polygon|(area|volume) of|angles? of|degrees? (angle|celsius)|coordinates? of)\b", r"(三角形|矩形|长方形|圆(形|的)|半径|周长|面积|体积|多边形)"),
     ("mathematics/probability and statistics", r"\b(probabilit(y|ies)|dice|coin (toss|flip)|standard deviation|variance|median|(calculate|find|compute) the (mean|average|mode)|permutations?|combinations? of|expected value|how many (different )?ways)\b", r"(概率|骰子|抛硬币|标准差|方差|中位数|平均数|排列|组合数)"),
-    ("mathematics/number theory", r"\b(prime (number|factor)|greatest common (divisor|factor)|least common multiple|\bgcd\b|\blcm\b|remainder|divisible by|units digit|odd numbers?|even numbers?|factorial)\b", r"(质数|素数|最大公约数|最小公倍数|余数|整除|阶乘)"),
+    ("mathematics/number theory", r"\b(prime (number|factor)|greatest common (divisor|factor)|least common multiple|\bgcd\b|\blcm\b|remainder (when|of|is|if)|divisible by|units digit|odd numbers?|even numbers?|factorial)\b", r"(质数|素数|最大公约数|最小公倍数|余数|整除|阶乘)"),
     ("mathematics/algebra", r"\b(solve (for|the (equation|system|following equation)|x)|equations?|polynomial|quadratic|factori[sz]e|simplify the expression|inequality|slope|matri(x|ces)|vectors?|logarithm)\b|\b\d*x\s*[-+=]\s*\d", r"(方程|多项式|因式分解|不等式|化简|矩阵|向量|对数|函数f)"),
-    ("mathematics/word problem", r"(?s)\A(?=.*\d).*\b(how (many|much|long|far|old|fast)|what (is|was|will be) (the )?(total|average|difference|ratio|percent|cost|price|profit|speed|sum|area|distance|simple interest)|in how many|what percent|find the|find)\b.*[?.]|\A(?=.*\d.*\d).*\bhow (many|much)\b", r"(?s)\A(?=.*[\d一二两三四五六七八九十百]).*(多少|几(个|天|只|人|元|本|次|小时|分钟)).*"),
+    ("mathematics/word problem", r"(?s)\A(?=.*(\d|\b(two|three|four|five|six|seven|eight|nine|ten|twenty|dozen|half|twice)\b)).*\b(how (many|much|long|far|old|fast|large|deep|tall|heavy|likely)|what('s| is| was| are| were| will be) (the |his |her |their |its )?(\w+ ){0,2}(total|average|difference|ratio|percent(age)?|cost|price|profit|salary|age|speed|sum|area|distance|weight|height|number|simple interest)|in how many|(by )?what percent(age)?|what (length|amount|score|grade|fraction|distance)|(find|calculate|determine|compute) (the|his|her|their|how))\b.*[?.]|\A(?=.*\d.*\d).*\bhow (many|much)\b", r"(?s)\A(?=.*[\d一二两三四五六七八九十百]).*(多少|几(个|天|只|人|元|本|次|条|块|颗|棵|张|支|岁|米|斤|页|辆|件|小时|分钟)).*"),
     ("mathematics/arithmetic and units", r"\bconvert.{0,30}\b(miles?|km|kilomet|feet|meters?|inches|pounds?|kg|celsius|fahrenheit|decimal|binary|fraction|percent)|\b(add|subtract|multiply|divide|calculate|compute|evaluate|sum of|product of|square root)\b(?=.*\d)|\d\s*[-+*/×÷^]\s*\d+\s*(=|\?|$)", r"(换算|转换(为|成)(公里|米|摄氏|华氏|二进制|十进制|克)|计算|求和|加上|减去|乘以|除以|平方根)|\d\s*[-+*/×÷]\s*\d+\s*(=|等于|？|\?|$)"),
     # reasoning
     ("reasoning/multiple choice", r"(?s)\(?\ba[.):].{1,200}\bb[.):].{1,200}\bc[.):]|\b(multiple[- ]choice|which (one )?of the following|choose (the|one|from)|select the (correct|best|right|most))\b", r"(?s)(单选|多选|选择题|下列(各项|选项|哪|说法)|以下哪|A[.．、].{1,120}B[.．、])"),
@@ -42,7 +42,7 @@ TASK_TYPES = (
     ("extraction/summary", r"\b(summari[sz]e|summary|tl;?dr|key (points|takeaways)|main (idea|points?|argument)|condense|shorten|abstract of|in one sentence|give .{0,12}(headline|title))\b", r"(总结|摘要|概括|概述|归纳|主旨|大意|起.{0,4}标题)"),
     ("extraction/information", r"\b(extract|identify|find|list|locate|highlight|pick out|underline).{0,40}\b(in|from|within|of) (the|this|these|a|each) (given |following |above |below |input )?(text|sentences?|paragraph|passage|article|document|list|data|words?|statement|input|phrase)\b|\b(named entit|part[- ]of[- ]speech|keywords?)", r"(提取|抽取|找出|识别|关键词|命名实体)"),
     ("extraction/reading comprehension", r"\b(based on|according to|given|read) (the|this|following).{0,20}(passage|paragraph|article|text|context|story|information)\b|\bcontext:|\bpassage:", r"(根据(以下|下面|上述|文章|短文|材料)|阅读(以下|下面|理解)|文章[:：])"),
-    ("extraction/classification", r"\b(classify|categori[sz]e|label|sort|group|tag).{0,60}\b|\bdetermine (if|whether)\b|\bwhich category\b|\bdetect (if|whether|any)\b", r"(分类|归类|类别|判断)"),
+    ("extraction/classification", r"\b(classif(y|ication)|categori[sz]e|(label|sort|group|tag) (the|these|this|them|each|all|following|items?|words?|it|a list)\b)|\bdetermine (if|whether)\b|\bwhich category\b|\bdetect (if|whether|any)\b", r"(分类|归类|类别|判断)"),
     ("extraction/table and format", r"\b(table|csv|json|xml|yaml|spreadsheet|excel|bullet (points?|list)|markdown|format (the|this|these)|in alphabetical order)\b", r"(表格|csv|json|列表形式|excel|格式(化|转换))"),
     # what is left of the yes-or-no questions: those about a text stand above
     ("reasoning/yes or no", r"^(q: |[^.?\n]{0,90}[.:,!] )?(is|are|was|were|do|does|did|can|could|would|will|has|have|should) (?!you\b|i\b)[^\n?]{3,200}\?|\b(true or false|yes or no)\b", r"(是否|对吗|是真的吗|判断.{0,10}(对错|正误|真假)|是不是)"),
@@ -86,13 +86,15 @@ _LATIN = re.compile(r"[A-Za-z]")
 
 
 def language(text):
-    """"zh", "en" or "other", by the script most letters are in. A Chinese character weighs about two Latin letters."""
-    head = text[:HEAD]
-    letters, chinese, latin = len(_LETTER.findall(head)), len(_CJK.findall(head)), len(_LATIN.findall(head))
+    """"zh", "en" or "other", by the text's first 40 letters: what is to be translated or debugged stands behind the words that
+    ask for it. A Chinese character weighs as much as two words; half a word after a Latin beginning."""
+    head = re.match(r"(?:[\W\d_]*[^\W\d_]){0,40}", text[:HEAD])[0]
+    letters = _LETTER.findall(head)
+    chinese, words = len(_CJK.findall(head)), len(re.findall("[A-Za-z]+", head))
     kana = sum("\u3040" <= c <= "\u30ff" or "\uac00" <= c <= "\ud7af" for c in head)
-    if 2 * chinese >= letters - chinese and chinese > 2 * kana:
+    if chinese > 2 * kana and 2 * chinese >= (words if _CJK.match(letters[0]) else 4 * words):
         return "zh"
-    return "en" if latin >= 0.9 * letters else "other"
+    return "en" if len(_LATIN.findall(head)) + chinese * (words > 0) >= 0.9 * len(letters) else "other"
 
 
 def task_type(text):
@@ -106,3 +108,9 @@ def task_type(text):
         if en.search(text) or chinese and zh.search(text):
             return name
     return "other/question" if re.search(r"[?？]\s*$", text) else "other/instruction"
+
+
+def conversation_type(messages):
+    """The task type of the user's last turn; where no rule matches it ("Go on."), of the one before, and so on."""
+    types = [task_type(m["content"]) for m in reversed(messages) if m["role"] == "user"]
+    return next((name for name in types if not name.startswith("other/")), types[0])

@@ -15,9 +15,11 @@ import datetime
 import fcntl
 import hashlib
 import json
+import math
 import os
 import random
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
@@ -58,7 +60,9 @@ def open_teacher(source, model_name=None, dtype="fp32"):
             raise InputError(f"{source}: this URL has no host; give one like http://localhost:8000/v1")
         if parts.username or parts.password or parts.query:
             raise InputError("the teacher's URL carries a password or a query; put the key into TEACHER_API_KEY instead")
-        key = os.environ.get("TEACHER_API_KEY") or os.environ.get("OPENAI_API_KEY")
+        key = (os.environ.get("TEACHER_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip() or None
+        if key and not (key.isascii() and key.isprintable()):  # the HTTP library would quote it in its complaint
+            raise InputError("the key in TEACHER_API_KEY or OPENAI_API_KEY holds a character that no key has; set it anew")
         # the identity leaves the URL out when the model has a name: the same model behind another port is the same model
         return Teacher(model_name or source, model_name or source, url=source, key=key)
     from checkpoint import Checkpoint
@@ -298,6 +302,7 @@ def read_output(output, messages):
     text, finish_reason = choice.message.content or "", choice.finish_reason
     if not isinstance(text, str):
         raise ValueError("the content of the reply is no text")
+    text = text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair, files may not
     if getattr(choice.message, "refusal", None):
         finish_reason = "content_filter"
     usage = getattr(output, "usage", None)
@@ -328,7 +333,7 @@ def read_failure(e, teacher):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A local checkpoint, on one device or on all ranks of torchrun: rank 0 runs the steps, the others answer what it sends them
+# A local checkpoint, on one device or on all ranks of torchrun: rank 0 runs the steps, the others do what it sends them
 
 
 def ask_local(teacher, todo, cache, errors, parameters, batch_size, bar):
@@ -349,21 +354,14 @@ def ask_local(teacher, todo, cache, errors, parameters, batch_size, bar):
     def question(keys):
         return [todo[key] for key in keys], [int.from_bytes(key[:7], "big") for key in keys], parameters, batch_size
 
-    def keep(keys, replies):
-        for i, text, finish_reason in replies:
-            cache_write(cache, keys[i], teacher, text, finish_reason)
-            bar.update()
-
     size = BLOCK if world > 1 else max(len(fits), 1)
     blocks = [fits[i : i + size] for i in range(0, len(fits), size)]
     for at in range(0, len(blocks), world):
-        first, *others = blocks[at : at + world]
-        if others:
-            send([None, *((teacher.source, teacher.dtype, *question(keys)) for keys in others)] + [()] * (world - 1 - len(others)))
-        keep(first, replies_of(teacher, *question(first)))
-        if others:
-            for keys, replies in zip(others, gather([])[1:]):
-                keep(keys, replies)
+        some = blocks[at : at + world]
+        for keys, replies in zip(some, on_ranks(replies_of, teacher, map(question, some))):
+            for i, text, finish_reason in replies:
+                cache_write(cache, keys[i], teacher, text, finish_reason)
+                bar.update()
 
 
 def replies_of(teacher, prompts, seeds, parameters, batch_size):
@@ -372,6 +370,41 @@ def replies_of(teacher, prompts, seeds, parameters, batch_size):
 
     sampling = {"temperature": parameters["temperature"], "top_p": parameters.get("top_p", 1.0), "seed": seeds}
     yield from generate_iter(*load(teacher), prompts, max_new_tokens=parameters["max_tokens"], batch_size=batch_size, **sampling)
+
+
+def perplexities(scorer, pairs, max_len, micro_tokens):
+    """pairs: [(prompt, response text)] -> exp(-mean log p) of each response's tokens under the scorer, its <|im_end|> and
+    newline included; None for a prompt that fills max_len tokens alone. Dealt to all ranks, the responses to one prompt
+    together, for they share its computation."""
+    together = defaultdict(list)  # {prompt: indices}
+    for i, (prompt, _) in enumerate(pairs):
+        together[json.dumps(prompt)].append(i)
+    longest_first = sorted(together.values(), key=lambda indices: -sum(len(pairs[i][1]) for i in indices))
+    hands = [[i for indices in longest_first[rank :: world_size()] for i in indices] for rank in range(world_size())]
+    hands = [hand for hand in hands if hand]
+    shares = [([pairs[i] for i in hand], max_len, micro_tokens) for hand in hands]
+    out = [None] * len(pairs)
+    for hand, values in zip(hands, on_ranks(perplexities_of, scorer, shares)):
+        for i, value in zip(hand, values):
+            out[i] = value
+    return out
+
+
+def perplexities_of(scorer, pairs, max_len, micro_tokens):
+    from loop import sequence_logps
+
+    m, tokenizer = load(scorer)
+    examples = []
+    for prompt, text in pairs:
+        context, reply = tokenizer.prompt_ids(prompt), tokenizer.completion_ids(text)
+        examples.append(((context + reply)[:max_len], ([False] * len(context) + [True] * len(reply))[:max_len]))
+    n = [sum(supervised) for _, supervised in examples]
+    some = [i for i in range(len(pairs)) if n[i]]
+    out = [None] * len(pairs)
+    if some:
+        for i, logp in zip(some, sequence_logps(m, [examples[i] for i in some], micro_tokens).tolist()):
+            out[i] = round(math.exp(min(-logp / n[i], 50.0)), 4)
+    return out
 
 
 def world_size():
@@ -407,26 +440,52 @@ def gather(replies):
     return out
 
 
-def serve_rank():
-    """What a rank above 0 does: it answers what rank 0 sends, until that sends no more."""
-    import torch.distributed as dist
+def on_ranks(work, teacher, shares):
+    """Yields work(teacher, *share), an iterable, of each share, at most one for each rank: the first is done here, as it is
+    consumed, the others meanwhile on theirs. work: a function of this module, which the ranks know by its name."""
+    first, *others = shares
+    if others:
+        jobs = [(work, teacher.source, teacher.dtype, share) for share in others]
+        send([None, *jobs] + [()] * (world_size() - 1 - len(jobs)))
+    yield work(teacher, *first)
+    if others:
+        yield from gather([])[1:]
 
+
+def serve_rank():
+    """What a rank above 0 does: it works at what rank 0 sends, until that sends no more."""
     opened = {}
-    while (job := send(None)) is not None:
-        replies = []
+
+    def or_leave(collective, *arguments):
+        try:
+            return collective(*arguments)
+        except RuntimeError:  # rank 0 is gone, and has said why; an orderly end would wait for it
+            os._exit(1)
+
+    while (job := or_leave(send, None)) is not None:
+        results = []
         if job:
-            source, dtype, *question = job
+            work, source, dtype, share = job
             if (source, dtype) not in opened:
                 opened[source, dtype] = open_teacher(source, dtype=dtype)
-            replies = list(replies_of(opened[source, dtype], *question))
-        gather(replies)
-    dist.destroy_process_group()  # here too: a rank that ends with its group open may abort
+            results = list(work(opened[source, dtype], *share))
+        or_leave(gather, results)
+    or_leave(leave_group)
 
 
-def leave_ranks():
-    """Rank 0, at its end: sends the others home."""
+def leave_ranks(failed=False):
+    """Rank 0, at its end: sends the others home. failed: it leaves them where they are, and they notice."""
     if world_size() > 1:
-        import torch.distributed as dist
+        if not failed:
+            send([None] * world_size())
+        leave_group(failed)
 
-        send([None] * world_size())
-        dist.destroy_process_group()
+
+def leave_group(at_once=False):
+    """A rank that ends with its group open may abort, and so may one whose peer closes while it still reads: all wait for all
+    before they close."""
+    import torch.distributed as dist
+
+    if not at_once:
+        dist.barrier()
+    dist.destroy_process_group()

@@ -28,7 +28,7 @@ import loop
 import saving
 from chat import kto_example, read_records
 from checkpoint import Checkpoint, InputError, atomic_write, cli
-from ranks import from_rank_0, one_for_all, setup
+from ranks import from_rank_0, is_sharded, one_for_all, setup, stop_asked
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The maths
@@ -45,7 +45,7 @@ def kto_loss(policy_logps, ref_logps, kl, desirable, beta, desirable_weight, und
     """
     r = policy_logps - ref_logps
     gain = torch.where(desirable, r - kl, kl - r)
-    weight = torch.where(desirable, *r.new_tensor([desirable_weight, undesirable_weight]))
+    weight = torch.full_like(r, undesirable_weight).masked_fill(desirable, desirable_weight)
     return weight * (1 - torch.sigmoid(beta * gain)), beta * r.detach()
 
 
@@ -308,44 +308,57 @@ def main():
         eval_sequence = functools.partial(pair_sequence, eval_rows, a.max_len)
         eval_ref, _ = reference_logps(eval_pairs, eval_sequence, *settings)
 
-    def held_out():
-        """The log's numbers on the held-out data, all of it as one batch."""
+    identity = saving.run_identity(a, rows, fingerprint) | {"the reference": ref_fingerprint}
+    matched_lengths = [min(a.max_len, len(prompt) + len(completion)) for prompt, completion, _ in rows]
+    loop.checkpoint_activations(model, a, ([matched_lengths[i] for i in step] for step in steps), rank, world)
+    run = saving.start_run(a, rank, world, model, ckpt, identity, len(steps))
+
+    def evaluated(record):
+        """A step's entry of the log, where that is due with the numbers of the held-out data, all of it as one batch.
+        SIGTERM ends the run here as in a step."""
+        if not eval_records or not saving.due(record["step"], len(steps), a.eval_every):
+            return record
         m, examples = len(eval_rows), [eval_sequence(*pair) for pair in eval_pairs]
-        policy = loop.sequence_logps(model, examples, a.micro_tokens, rank, world).cpu()  # (2m,): matched, then mismatched
-        ref_logps = torch.tensor([eval_ref[pair] for pair in eval_pairs])
+        policy = loop.sequence_logps(model, examples, a.micro_tokens, rank, world, heed_stop=True).cpu()
+        if stop_asked(device):
+            saving.stop_run(run, record["step"], record)
+        ref_logps = torch.tensor([eval_ref[pair] for pair in eval_pairs])  # (2m,), as policy: matched, then mismatched
         kl = kl_estimate(policy[m:], ref_logps[m:])
         losses, rewards = kto_loss(policy[:m], ref_logps[:m], kl, eval_labels, a.beta, w_d, w_u)
-        return {f"eval_{k}": v for k, v in metrics(losses, rewards, policy[:m], eval_labels, kl).items()}
+        return record | {f"eval_{k}": v for k, v in metrics(losses, rewards, policy[:m], eval_labels, kl).items()}
 
-    identity = saving.run_identity(a, rows, fingerprint) | {"the reference": ref_fingerprint}
-    run = saving.start_run(a, rank, world, model, ckpt, identity, len(steps))
+    if run.pending:
+        saving.end_step(run, evaluated(run.pending))
     bar = tqdm(total=len(steps), initial=run.done, desc="kto", unit="step", disable=True if rank else None)
     for s in range(run.done, len(steps)):
         t0 = time.time()
         step = steps[s]
-        labels = torch.tensor([rows[i][2] for i in step], device=device)
+        labels = torch.tensor([rows[i][2] for i in step])
+        desirable = loop.to_device(labels, device)
 
         # z0, from the mismatched pairs, without gradient
         unmatched = [sequence(*pair) for pair in mismatched(step)]
-        policy_kl = loop.sequence_logps(model, unmatched, a.micro_tokens, rank, world)
-        kl = kl_estimate(policy_kl, torch.tensor([ref[pair] for pair in mismatched(step)], device=device))
+        heed = not is_sharded(model)  # as the loss below: sharded ranks go through a step together
+        policy_kl = loop.sequence_logps(model, unmatched, a.micro_tokens, rank, world, heed)
+        kl = kl_estimate(policy_kl, loop.to_device([ref[pair] for pair in mismatched(step)], device))
         kl = kl + 0 * kl  # an infinite z0, which the loss would hide (its sigmoid is finite), becomes nan
 
         # The loss, from the matched ones
         matched = [sequence(i, i) for i in step]
-        ref_logps = torch.tensor([ref[i, i] for i in step], device=device)
-        seen = torch.zeros(3, len(step), device=device)  # losses, rewards, logps; each rank fills in its own
+        ref_logps = loop.to_device([ref[i, i] for i in step], device)
+        seen = torch.zeros(4, len(step), device=device)  # losses, rewards, logps, z0; each rank fills in its own
         for micro in loop.shares(run, [len(ids) for ids, _ in matched]):
             logps = loop.example_logps(model, [matched[k] for k in micro])  # (len(micro),)
-            losses, rewards = kto_loss(logps, ref_logps[micro], kl, labels[micro], a.beta, w_d, w_u)
+            at = loop.to_device(torch.tensor(micro, dtype=torch.long), device)
+            losses, rewards = kto_loss(logps, ref_logps[at], kl, desirable[at], a.beta, w_d, w_u)
             (losses.sum() / len(step)).backward()
-            seen[:, micro] = torch.stack((losses.detach(), rewards, logps.detach()))
+            seen[:, at] = torch.stack((losses.detach(), rewards, logps.detach(), kl.expand(len(micro))))
         lr = loop.lr_at(s, len(steps), a.lr, a.warmup, a.schedule)
-        verdict, (losses, rewards, logps), grad_norm = loop.optimizer_step(run, lr, seen)
+        verdict, (losses, rewards, logps, z0), grad_norm = loop.optimizer_step(run, lr, seen)
         if verdict == "stop":
             return saving.stop_run(run, s)
 
-        record = {"step": s + 1, "lr": lr, "grad_norm": grad_norm, **metrics(losses, rewards, logps, labels.cpu(), kl)}
+        record = {"step": s + 1, "lr": lr, "grad_norm": grad_norm, **metrics(losses, rewards, logps, labels, z0[0])}
         tokens = sum(len(ids) for ids, _ in matched + unmatched)
         record |= {"tokens": tokens, "tokens_per_second": tokens / (time.time() - t0)}
         if verdict == "skip":
@@ -353,9 +366,7 @@ def main():
             names = [places[i] + f" with the completion of {places[j]}" * (i != j) for i, j in both]
             known = [k for k, pair in enumerate(both) if not math.isfinite(ref[pair])]
             record |= loop.skip(run, s + 1, matched + unmatched, names, known)
-        if eval_records and saving.due(s + 1, len(steps), a.eval_every):
-            record |= held_out()
-        saving.end_step(run, record)
+        saving.end_step(run, evaluated(record))
         bar.set_postfix(loss=f"{record['loss']:.4f}", kl=f"{record['kl']:.3f}")
         bar.update()
     bar.close()

@@ -15,7 +15,7 @@ import loop
 import saving
 from chat import read_records, sft_messages
 from checkpoint import InputError, cli
-from ranks import one_for_all, setup
+from ranks import one_for_all, setup, stop_asked
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The maths
@@ -72,7 +72,20 @@ def main():
         for text in loop.schedule_advice(a, steps):
             print(f"warning: {text}")
 
+    loop.checkpoint_activations(model, a, ([len(examples[i][0]) for i in step] for step in steps), rank, world)
     run = saving.start_run(a, rank, world, model, ckpt, saving.run_identity(a, examples, ckpt.fingerprint()), len(steps))
+
+    def evaluated(record):
+        """A step's entry of the log, with the held-out loss where that is due. SIGTERM ends the run here as in a step."""
+        if not eval_examples or not saving.due(record["step"], len(steps), a.eval_every):
+            return record
+        logps = loop.sequence_logps(model, eval_examples, a.micro_tokens, rank, world, heed_stop=True)
+        if stop_asked(device):
+            saving.stop_run(run, record["step"], record)
+        return record | {"eval_loss": sft_loss(logps, count(eval_examples)).item()}
+
+    if run.pending:
+        saving.end_step(run, evaluated(run.pending))
     bar = tqdm(total=len(steps), initial=run.done, desc="sft", unit="step", disable=True if rank else None)
     for step in range(run.done, len(steps)):
         t0 = time.time()
@@ -95,10 +108,7 @@ def main():
         record |= {"tokens": sum(lengths), "tokens_per_second": sum(lengths) / (time.time() - t0)}
         if verdict == "skip":
             record |= loop.skip(run, step + 1, batch, [places[i] for i in steps[step]])
-        if eval_examples and saving.due(step + 1, len(steps), a.eval_every):
-            logps = loop.sequence_logps(model, eval_examples, a.micro_tokens, rank, world)
-            record["eval_loss"] = sft_loss(logps, count(eval_examples)).item()
-        saving.end_step(run, record)
+        saving.end_step(run, evaluated(record))
         bar.set_postfix(loss=f"{record['loss']:.4f}")
         bar.update()
     bar.close()

@@ -1,28 +1,15 @@
-"""Reading an answer out of a reply, and checking it: numbers, choices, strings, and code, which is run in a sandbox.
+"""Reading an answer out of a reply, and checking it: numbers, choices, strings, and code, which sandbox.py runs.
 
 The rules are those of the paper's evaluation scripts (arXiv 2411.02939, companion repository, which runs Qwen's own):
 what counts as an answer is part of the protocol, oddities included, because changing them changes the scores.
-`python verify.py` is not for people: it is how run_program starts its sandboxed child.
 """
 
-import builtins
-import ctypes
 import functools
-import json
 import math
-import os
-import platform
 import re
-import secrets
-import selectors
-import signal
-import struct
-import subprocess
-import sys
-import tempfile
-import time
-import traceback
-import types
+
+from ifeval import follows
+from sandbox import run_program
 
 # ---------------------------------------------------------------- numbers
 
@@ -209,6 +196,7 @@ def check(kind, reply, reference):
     """Whether a reply holds the reference's answer: True or False, None when that cannot be checked.
 
     kind, reference: "number", a number or a string ending in one; "choice", {"letter", "choices"}; "exact", a string;
+    "format", {"instruction_id_list", "kwargs"} as in IFEval's rows, all of which the reply has to follow, strictly;
     "code", {"tests", "entry_point"} (RUNS the reply's code, in the sandbox of run_program).
     """
     if kind == "number":
@@ -221,6 +209,9 @@ def check(kind, reply, reference):
         return stated_choice(reply, letters) == reference["letter"] if reference.get("letter") in letters else None
     if kind == "exact" and isinstance(reference, str):
         return plain(reply) == plain(reference)
+    if kind == "format" and isinstance(reference, dict) and reference.get("instruction_id_list"):
+        pairs = zip(reference["instruction_id_list"], reference["kwargs"], strict=True)
+        return all(follows(name, reply, kwargs, "reference") for name, kwargs in pairs)
     if kind == "code" and isinstance(reference, dict) and isinstance(reference.get("tests"), str):
         entry_point = reference.get("entry_point")
         return run_program(extract_program(reply, entry_point), reference["tests"], entry_point)[0]
@@ -230,230 +221,3 @@ def check(kind, reply, reference):
 def plain(text):
     text = text.strip().casefold()
     return (text[:-1] if text.endswith((".", "。")) else text).rstrip()
-
-
-# ---------------------------------------------------------------- the sandbox, parent's side
-
-OUTPUT_CAP = 1 << 20      # bytes a program may print
-FILE_CAP = 16 << 20       # bytes of one file
-
-
-def run_program(source, tests="", entry_point=None, timeout=10.0, memory_mb=1024):
-    """Run an untrusted Python program, then tests of it that are trusted; (passed, detail).
-
-    passed: both ran to their end within `timeout` seconds of wall time and `memory_mb` MiB of address space. It has to be
-    shown, not inferred from exit code 0, which exit() reaches anywhere: a random token is printed after the last line.
-    tests: run apart from the program, which therefore cannot swallow them, with its names but with functions of Python's
-    own as they were (see examination). entry_point: the function that the tests call. detail: the last line printed (an
-    exception's, usually), or what ended it. Works on POSIX; what isolates it is listed at confine().
-    """
-    token = secrets.token_hex(16)
-    # the program and the token travel in an unnamed file: no argument, variable or path through which a program could
-    # come upon the token by chance. One that hunts for it can find it; nothing inside a single process prevents that
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as box, tempfile.TemporaryFile() as handover:
-        whole = [part.encode("utf-8", "replace").decode() for part in (source, tests)]
-        handover.write(json.dumps([*whole, entry_point]).encode() + token.encode())
-        handover.seek(0)
-        child = subprocess.Popen([sys.executable, "-I", os.path.abspath(__file__), str(timeout), str(memory_mb)],
-                                 stdin=handover, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=box, env={},
-                                 start_new_session=True)
-        try:
-            output, ended_by = read_until(child, time.monotonic() + timeout, timeout)
-        finally:
-            try:
-                os.killpg(child.pid, signal.SIGKILL)     # the group: whatever the program started ends with it
-            except (ProcessLookupError, PermissionError):
-                pass
-            child.stdout.close()
-            child.wait()
-    text = output.decode("utf-8", "replace").rstrip()
-    if ended_by is None and child.returncode == 0 and text.endswith(token):
-        return True, "passed"
-    lines = [line for line in text.splitlines() if line.strip()]
-    if ended_by is None and child.returncode < 0:
-        ended_by = f"killed by signal {-child.returncode}"
-    return False, ended_by or (lines[-1][:500] if lines else f"exit code {child.returncode} before its end")
-
-
-def read_until(child, deadline, timeout):
-    """Read what a child prints until it exits; (bytes, None), or (bytes, why) when it has to be ended."""
-    output = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(child.stdout, selectors.EVENT_READ)
-        while True:
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                return output, f"timed out after {timeout:g} s"
-            chunk = os.read(child.stdout.fileno(), 1 << 16)
-            if not chunk:
-                break
-            output += chunk
-            if len(output) > OUTPUT_CAP:
-                return output, f"printed more than {OUTPUT_CAP >> 20} MiB"
-    try:
-        child.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return output, f"timed out after {timeout:g} s"
-    return output, None
-
-
-# ---------------------------------------------------------------- the sandbox, child's side
-
-# System calls that answer "not permitted", per machine: (audit code, numbers). In this order: socket, io_uring_setup |
-# fork, vfork, clone, clone3, execve, execveat, setsid, setpgid | kill, tkill, tgkill, rt_(tg)sigqueueinfo,
-# pidfd_send_signal, pidfd_open, pidfd_getfd | ptrace, process_vm_readv, process_vm_writev, prlimit64, setrlimit |
-# bpf, perf_event_open, userfaultfd, add_key, request_key, keyctl, unshare, setns | chmod, fchmod, fchmodat, fchmodat2,
-# chown, fchown, lchown, fchownat, utime, utimes, futimesat, utimensat, (l|f)setxattr, (l|f)removexattr, which Landlock
-# leaves open. arm64 has no fork, vfork, chmod, chown, lchown, utime, utimes, futimesat.
-REFUSED = {
-    "x86_64": (0xC000003E, (41, 425, 57, 58, 56, 435, 59, 322, 112, 109, 62, 200, 234, 129, 297, 424, 434, 438,
-                            101, 310, 311, 302, 160, 321, 298, 323, 248, 249, 250, 272, 308,
-                            90, 91, 268, 452, 92, 93, 94, 260, 132, 235, 261, 280, 188, 189, 190, 197, 198, 199)),
-    "aarch64": (0xC00000B7, (198, 425, 220, 435, 221, 281, 157, 154, 129, 130, 131, 138, 240, 424, 434, 438,
-                             117, 270, 271, 261, 164, 280, 241, 282, 217, 218, 219, 97, 268,
-                             52, 53, 452, 55, 54, 88, 5, 6, 7, 14, 15, 16)),
-}
-
-
-def confine(cpu_seconds, memory_mb):
-    """Take this process's rights away, one layer after the other; a layer that the system lacks is left out."""
-    import resource
-    # limits: endless loops, memory bombs, huge files, core dumps; processes too, though not for root
-    for name, value in (("CPU", math.ceil(cpu_seconds)), ("AS", memory_mb << 20), ("FSIZE", FILE_CAP), ("CORE", 0),
-                        ("NOFILE", 64), ("NPROC", 1)):
-        try:
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-        except (AttributeError, ValueError, OSError):
-            pass
-    filtered = False
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        # an empty network namespace: no interface, not even loopback; without root it takes a user namespace
-        libc.unshare(0x40000000 | (0x10000000 if os.geteuid() else 0))
-        # no capabilities: root is then stopped by its own limits, and cannot mount, reboot or raise a limit
-        libc.capset(struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[0] * 6))
-        libc.prctl(38, 1, 0, 0, 0)                       # no_new_privs: nothing gives rights back; both below need it
-        confine_files(libc)                              # nothing is written outside of the box, and little is read
-        filtered = filter_calls(libc)                    # no sockets, no processes, no signals to others
-    if not filtered:
-        # not a barrier against a determined program, which can go round the interpreter, but against a careless one
-        refused = ("socket.", "subprocess.", "ctypes.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system",
-                   "os.kill", "os.chmod", "os.chown", "signal.pthread_kill")
-
-        def hook(event, args):
-            if event.startswith(refused):
-                raise PermissionError(f"{event} is refused")
-
-        sys.addaudithook(hook)
-
-
-def confine_files(libc):
-    """Landlock (Linux 5.13): read beneath the interpreter and the system's libraries; write in the box alone."""
-    abi = libc.syscall(444, None, 0, 1)
-    if abi < 1:
-        return
-    read, write = 1 << 2 | 1 << 3, 1 << 1
-    handled = (1 << (13 if abi == 1 else 14 if abi == 2 else 15)) - 1       # every file right that this kernel knows
-    box = read | write | 1 << 5 | 1 << 8 | handled & 1 << 14                # also remove, make, truncate: files alone
-    size = 8 if abi < 4 else 16 if abi < 6 else 24                          # files; also TCP; also signals leaving it
-    rules = libc.syscall(444, struct.pack("QQQ", handled, 3, 3), size, 0)
-    system = {sys.prefix, sys.base_prefix, *sys.path, "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"}
-    rest = [("/dev/urandom", read), ("/dev/null", read | write), (".", box)]
-    for path, rights in [(p, read) for p in system if p] + rest:
-        try:
-            fd = os.open(path, os.O_PATH)
-        except OSError:
-            continue
-        rights = rights if os.path.isdir(path) else rights & ~(1 << 3)
-        libc.syscall(445, rules, 1, struct.pack("=Qi", rights, fd), 0)
-        os.close(fd)
-    libc.syscall(446, rules, 0)
-    os.close(rules)
-
-
-def filter_calls(libc):
-    """Seccomp: refuse the system calls of REFUSED, and any of another calling convention. Whether it is in force."""
-    audit, numbers = REFUSED.get(platform.machine(), (0, ()))
-    if not numbers:
-        return False
-    n = len(numbers)
-    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06                     # classic BPF: (code, if true, if false, k)
-    code = [(load, 0, 0, 4), (equal, 1, 0, audit), (give, 0, 0, 0x80000000)]                # another machine's: killed
-    code += [(load, 0, 0, 0), (at_least, n + 1, 0, 1 << 30)]
-    code += [(equal, n - i, 0, number) for i, number in enumerate(numbers)]
-    code += [(give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x00050000 | 1)]         # allow; error EPERM
-    packed = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
-    program = struct.pack("HxxxxxxQ", len(code), ctypes.addressof(packed))
-    return libc.prctl(22, 2, program, 0, 0) == 0
-
-
-def restorer():
-    """A function that undoes what a program has done to the modules that are loaded now, Python's own functions first."""
-    modules = [module for module in sys.modules.values() if isinstance(module, types.ModuleType)]
-    before = [(vars(module), dict(vars(module))) for module in modules]
-
-    def restore():
-        for now, then in before:
-            now.update(then)
-
-    return restore
-
-
-def examination(names, entry_point):
-    """The names that tests run with: the program's, but none of them in the place of a built-in function, and the tested
-    function refusing to return objects of the program's own making, which may claim to be equal to anything."""
-    own = {name: value for name, value in names.items() if name == entry_point or not hasattr(builtins, name)}
-    tested = names.get(entry_point)
-    if callable(tested) and not isinstance(tested, type):
-        def answer(*args, **kwargs):
-            value = tested(*args, **kwargs)
-            if forged(value):
-                raise TypeError(f"{entry_point} returns an object of a class of its own")
-            return value
-
-        own[entry_point] = answer
-    return {**own, "__builtins__": builtins, "__name__": "tests"}
-
-
-def forged(value):
-    """Whether a value is or holds an object of a class that is neither the interpreter's nor found in a library."""
-    kind = type(value)
-    if kind is dict:
-        return any(map(forged, value)) or any(map(forged, value.values()))
-    if kind in (list, tuple, set, frozenset):
-        return any(map(forged, value))
-    if not kind.__flags__ & 1 << 9:                      # a static type: no class statement makes one
-        return False
-    home = sys.modules.get(kind.__module__) if kind.__module__ != "program" else None
-    return getattr(home, kind.__name__, None) is not kind
-
-
-def sandboxed_main():
-    """The child: read the program from standard input, give up every right, run it, print the token."""
-    timeout, memory_mb = float(sys.argv[1]), int(sys.argv[2])
-    size = os.fstat(0).st_size - 32
-    source, tests, entry_point = json.loads(os.pread(0, size, 0))
-    handover, null = os.dup(0), os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.environ["OMP_NUM_THREADS"] = "1"                  # threads are refused; numpy would otherwise ask for some
-    flush, write, leave, pread = sys.stdout.flush, os.write, os._exit, os.pread  # before the program can replace them
-    restore, examine = restorer(), examination
-    confine(timeout + 1, memory_mb)
-    module = sys.modules["program"] = types.ModuleType("program")      # not __main__: a reply's own main part stays out
-    status = 1
-    try:
-        paper = compile(tests, "tests.py", "exec")
-        exec(compile(source, "program.py", "exec"), module.__dict__)
-        restore()
-        exec(paper, examine(module.__dict__, entry_point))
-        flush()
-        write(1, b"\n" + pread(handover, 32, size))
-        status = 0
-    except BaseException:                                # SystemExit too: to leave early is to fail
-        traceback.print_exc()
-        sys.stderr.flush()
-    finally:
-        leave(status)
-
-
-if __name__ == "__main__":
-    sandboxed_main()

@@ -6,9 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import tokenizers
-import torch
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are a CPU's; =0 from outside runs those of a GPU too
+
+import pytest  # noqa: E402
+import tokenizers  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -1,10 +1,13 @@
+import argparse
 import json
 
+import pytest
 import torch
 from conftest import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+from checkpoint import Checkpoint
 
 
 def test_forward_flops_are_those_that_torch_counts():
@@ -49,3 +52,23 @@ def test_ours_alone(tiny, tmp_path, run):
 def test_a_peer_of_another_mode_is_refused(tiny, run):
     code, _, err = run("bench", "merge", "--ckpt", tiny, tiny, "--vs", "trl")
     assert code == 2 and "mergekit" in err
+
+
+def test_merging_is_set_against_a_plain_copy(tmp_path, run, monkeypatch):
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "vocab_size": 64, "model_type": "qwen2"}  # fmt: skip
+    monkeypatch.setattr(bench, "SEVEN_B", small)
+    out = tmp_path / "bench.json"
+    for _ in range(2):  # the second time the set is there
+        code, text, err = run("bench", "merge", "--synthetic", tmp_path / "set", "--method", "ties", "--scratch", tmp_path, "--out", out)
+        assert code == 0, err
+    a, b, base = (Checkpoint(tmp_path / "set" / name) for name in ("a", "b", "base"))
+    numbers = sum(a.tensor(name).numel() for name in a.names)
+    assert a.names == base.names and a.dtype("lm_head.weight") == base.dtype("lm_head.weight") == torch.bfloat16
+    assert all(torch.equal(a.tensor(n), b.tensor(n)) and not base.tensor(n).any() for n in a.names)
+    assert a.tensor("lm_head.weight").float().std() == pytest.approx(1, rel=0.1)
+    found = json.loads(out.read_text())
+    assert found["runs"]["ours"][0]["rate"] > 0 and "of the copy rate" in text
+    files, written = bench.merge_bytes(argparse.Namespace(**found["settings"]))
+    assert len(files) == 3 and written == 2 * numbers
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bench.json", "set"]

@@ -1,6 +1,7 @@
 """benchmarks.py and benchdata.py: exact prompts, verdicts, broken files, downloads."""
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -156,7 +157,9 @@ def test_original_files():
             assert context.count("\nD. ") >= 6 and row["subject"] not in context.split("\n")[0] or task == "mmlu"
     shots = BENCHMARKS["gsm8k"]["rows"](find)[0]["shots"]
     assert hashlib.sha256(shots.encode()).hexdigest() == FOUR_SHOTS
-    for name, (fetch, *rest) in (item for item in HOMES.items() if isinstance(item[1], tuple)):
+    pinned = {name: home for name, home in HOMES.items() if os.path.exists(os.path.join(os.environ["DATA_DIR"], name))}
+    assert len(pinned) == 17 and pinned.pop("truthfulqa/TruthfulQA.csv")  # another version of it lies there, of 813 questions
+    for name, (fetch, *rest) in pinned.items():
         if fetch is benchdata.from_archive:
             assert benchdata.csv_digest(find(name)) == rest[2], name
         elif rest[1]:
@@ -249,6 +252,41 @@ def test_a_download_is_checked(monkeypatch, tmp_path, data):
         assert os.listdir(tmp_path / name.split("/")[0]) == []
         monkeypatch.setitem(HOMES, name, (*HOMES[name][:3], benchdata.csv_digest(data / name)))
         assert benchdata.csv_digest(locate(str(tmp_path), name)) == benchdata.csv_digest(data / name)
+
+
+def test_one_file_of_an_archive_on_a_server(monkeypatch, tmp_path):
+    """Parts of the archive are asked for, not all of it; a server that sends all of it is refused."""
+    archive = tmp_path / "archive.zip"
+    with benchdata.zipfile.ZipFile(archive, "w") as z:
+        z.writestr("corpus.txt", os.urandom(5 << 20))
+        z.writestr("ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-Test.jsonl", b'{"id": "Mercury_1"}\n' * 100)
+        z.writestr("more.txt", os.urandom(3 << 20))
+    data, sent = archive.read_bytes(), []
+
+    class Reply(io.BytesIO):
+        headers, status = {"Content-Length": str(len(data))}, 206
+
+    def serve(request, timeout):
+        if request.get_method() == "HEAD":
+            return Reply()
+        low, high = map(int, request.get_header("Range").removeprefix("bytes=").split("-"))
+        assert low <= high < len(data)
+        sent.append(high + 1 - low)
+        return Reply(data[low : high + 1])
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(benchdata.urllib.request, "urlopen", serve)
+    name = "arc/ARC-Easy-Test.jsonl"
+    with pytest.raises(InputError, match="SHA-256"):
+        locate(str(tmp_path), name)
+    pin = hashlib.sha256(b'{"id": "Mercury_1"}\n' * 100).hexdigest()
+    monkeypatch.setitem(HOMES, name, (*HOMES[name][:3], pin))
+    del sent[:]
+    assert open(locate(str(tmp_path), name), "rb").read() == b'{"id": "Mercury_1"}\n' * 100
+    assert 0 < sum(sent) < len(data) / 2
+    monkeypatch.setattr(Reply, "status", 200)
+    with pytest.raises(InputError, match="does not send parts"):
+        locate(str(tmp_path), "arc/ARC-Challenge-Test.jsonl")
 
 
 def test_four_shots_are_read_from_their_home(monkeypatch):

@@ -31,6 +31,7 @@ def slow_mix(x):
 def slow_grams(text, n):
     base, pad = int(dedup._BASE), int(dedup._PAD)
     text = unicodedata.normalize("NFKC", text.replace("\0", " ")).lower()
+    text = re.sub(r"([-+*/×÷=<>^%$#@&|~_{}\[\]()])\1{2,}", r"\1\1", text)
     tokens = TOKEN.findall(text) or [text] * bool(text)
     hashes = [slow_mix(sum(ord(c) * pow(base, k + 1, WHOLE) for k, c in enumerate(token)) % WHOLE) for token in tokens]
     hashes += [pad] * (n - len(hashes))
@@ -164,14 +165,65 @@ def test_simhash_by_hand_and_its_locality():
     assert len({p, q, r, s}) == 4, "signs count, and texts of nothing but signs are not all alike"
 
 
-def test_shared_ngrams():
+def held(texts, questions):
+    return dedup.scan(texts, dedup.index(questions))[1].tolist()
+
+
+def test_what_shares_13_tokens_with_a_question():
     question = "If a train travels sixty miles in one hour how far does it travel in three hours"
-    grams = dedup.ngram_set([question, "What is two plus two?", "下列关于税法基本原则的表述中不正确的是哪一个"], 13)
+    chinese = "下列关于税法基本原则的表述中不正确的是哪一个"
     words = question.split()
-    texts = [question.upper() + "!", "Please: " + " ".join(words[2:15]), " ".join(words[:12]), "what is TWO plus two", "what is two plus two plus two",
-             "请问下列关于税法基本原则的表述中不正确", "something else entirely"]  # fmt: skip
-    assert dedup.scan(texts, grams)[1].tolist() == [True, True, False, True, False, True, False]
-    assert not dedup.scan(texts, dedup.ngram_set([]))[1].any()
+    texts = [question.upper() + "!", "Please: " + " ".join(words[2:15]), " ".join(words[:12]), "请问下列关于税法基本原则的表述中不正确",
+             "something else entirely"]  # fmt: skip
+    assert held(texts, ["What is two plus two?", question, "?", chinese]) == [1, 1, -1, 3, -1]
+    assert held(texts, []) == held(texts, [""]) == [-1] * 5 and held([], [question]) == []
+    assert held([f"{chinese}？", "a"], iter([chinese] * 3)) == [0, -1], "of equal questions the first"
+
+
+def test_what_holds_a_short_question():
+    five, four = "What is two plus two?", "Who was Ada Lovelace?"
+    assert held(["what is TWO plus two", "Q: what is two plus two? A:", "Tell me now: what is two plus two, my friend", "what is two plus three",
+                 "Tell me now, please: what is two plus two, my friend"], [five]) == [0, 0, 0, -1, -1]  # fmt: skip  at most as many others
+    assert held(["who was ada lovelace", "so who was ada lovelace"], [four]) == [0, -1], "beside four tokens there may be no other"
+    twelve = " ".join(f"w{i}" for i in range(12))
+    assert held([twelve, f"{twelve} x", f"x {twelve} " + "y " * 11, f"x {twelve} " + "y " * 12, "w1 " + twelve[3:]], [twelve]) == [0, 0, 0, -1, -1]
+
+
+TOKENS = st.lists(st.sampled_from([*(f"w{i}" for i in range(9)), "1", "a"]), min_size=1, max_size=30)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(TOKENS, min_size=1, max_size=5), st.lists(TOKENS, min_size=1, max_size=5), st.integers(0, 20))
+def test_held_texts_equal_those_of_plain_python(texts, questions, at):
+    def runs(tokens, k):
+        return {tuple(tokens[i : i + k]) for i in range(len(tokens) - k + 1)}
+
+    def shares(t, q):
+        telling = {run for run in runs(q, 13) if len(set(run) - {"1", "a"}) >= 9}
+        if telling:
+            return bool(runs(t, 13) & telling)
+        k = len(q)
+        return tuple(q) in runs(t, k) and (k == 13 or len(t) <= (2 * k if 5 <= k < 13 else k))
+
+    texts = [*texts, questions[0], [*texts[0], *questions[-1][at:]], [f"w{i % 9}" for i in range(at)]]
+    questions = [*questions, [f"w{i % 9}" for i in range(13)]]
+    want = [[i for i, q in enumerate(questions) if shares(t, q)] for t in texts]
+    got = held([" ".join(t) for t in texts], [" ".join(q) for q in questions])
+    assert all(g in w if w else g == -1 for g, w in zip(got, want)) and any(want)
+
+
+def test_what_says_little_is_no_shared_text():
+    """A blank, a table's rule, a type signature, options, a matrix: thirteen tokens that many texts share by chance."""
+    ruler, signature = "| name | age |\n|---|---|---|---|---|", "def f(xs: List[int]) -> List[int]: return [x for x in (xs)]"
+    questions = [f"Fill in the table with what you know of these people please now {ruler}", signature, "He went ______________ yesterday"]
+    texts = [f"Another table of other things {ruler}", "def g(xs: List[int]) -> List[int]: return []", "Complete: ________________", questions[0]]
+    assert held(texts, questions) == [-1, -1, -1, 0]
+    options, matrix = "(A) 1 (B) 2 (C) 3 (D) 4 (E) 5", "[[1, 2, 3], [4, 5, 6], [7, 8, 9]]"
+    java = "public class Main { public static void main(String[] args) {"
+    questions = [f"How many of the penguins in the table are older than {options}", f"grid = {matrix}", f"Why is this slow? {java}", matrix]
+    assert held([f"Half of ten is {options}", f"Transpose {matrix}", f"Fix it: {java}", matrix], questions) == [-1, -1, -1, 3]
+    a, b, c, d = dedup.simhash(["Fill: ____ is red", "Fill: __________ is red", "2 ** 3 = ?", "2 * 3 = ?"])
+    assert a == b and c != d, "a blank's length says nothing, two stars do"
 
 
 def test_distinct_by_hand():

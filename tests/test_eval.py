@@ -11,6 +11,7 @@ from conftest import tiny_files, tiny_model, write_lines
 from tiny_benchmarks import write_benchmarks
 from training import torchrun
 
+import benchdata
 import eval as ev
 from checkpoint import Checkpoint
 from model import Qwen2
@@ -143,6 +144,31 @@ def test_resume(monkeypatch, run, evaluate, tmp_path, data, ckpts):
     assert len(asked) == 24
     evaluate(*args, "--ckpt", ckpts[1])
     assert len(asked) == 32
+    evaluate(*args, "--cache-gb", 0.001)  # of the machine, not of the replies
+    assert len(asked) == 32
+
+
+def test_a_repetition_penalty_is_another_protocol(evaluate, refused, tmp_path, data, ckpts):
+    """Its replies never stand in for those without, neither in a later run nor under --rescore."""
+    out = tmp_path / "out"
+    args = ["--ckpt", ckpts[0], "--tasks", "demo", "--data-dir", data, "--max-new-tokens", 12, "--out", out]
+    evaluate(*args)
+    plain = load(out)
+    assert "repetition_penalty" not in plain[1][0]
+    evaluate(*args, "--repetition-penalty", 1.3)
+    results, samples = load(out)
+    assert results["base"]["demo"]["protocol"] == "paper, repetition penalty 1.3"
+    assert "demo (paper, repetition penalty 1.3, n = 3)" in (out / "results.md").read_text()
+    assert {s["repetition_penalty"] for s in samples} == {1.3}
+    assert [s["reply"] for s in samples] != [s["reply"] for s in plain[1]]
+    assert len((out / "replies.jsonl").read_text().splitlines()) == 6
+    for again in ([], ["--rescore"]):
+        evaluate(*args, *again)
+        assert load(out) == plain
+        evaluate(*args, "--repetition-penalty", 1.3, *again)
+        assert load(out) == (results, samples)
+    refused("penalty 1.2) are missing", "eval", *args, "--repetition-penalty", 1.2, "--rescore")
+    refused("has none", "eval", *args, "--tasks", "mmlu", "--protocol", "loglik", "--repetition-penalty", 1.2)
 
 
 def test_room_for_a_reply(evaluate, refused, tmp_path, data):
@@ -209,6 +235,38 @@ def test_refusals(run, refused, tmp_path, data, ckpts, monkeypatch):
         code, _, err = run(*common, "demo", "--limit", limit)
         assert code == 2 and "--limit" in err
     assert not os.path.exists(tmp_path / "out")
+
+
+@pytest.mark.parametrize("task", list(ev.BENCHMARKS))
+def test_without_data_a_line_says_which_file_to_put_where(task, refused, tmp_path, ckpts, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(benchdata, "hf_hub_download", offline)
+    bench, script = ev.BENCHMARKS[task], ["eval"]
+    if "prompt" in bench and "verdict" not in bench:
+        script = ["judge", "--teacher", "http://localhost:9/v1"]
+    more = ["--protocol", "loglik"] if "prompt" not in bench else ["--allow-code-execution"] if bench.get("runs_code") else []
+    refused([f"{tmp_path}/none/", "--data-dir", ": not there"], *script, "--ckpt", *ckpts, "--tasks", task, *more, "--data-dir",
+            tmp_path / "none", "--out", tmp_path / "out")  # fmt: skip
+    assert not os.path.exists(tmp_path / "out") and not os.path.exists(tmp_path / "none")
+
+
+def test_a_new_benchmark_is_an_entry(evaluate, tmp_path, ckpts, monkeypatch):
+    """All that it takes: where its rows are, the user's turn, the verdict; the rest is there."""
+    write_lines(tmp_path / "capitals.jsonl", [{"country": "France", "capital": "Paris"}, {"country": "Peru", "capital": "Lima"}])
+    monkeypatch.setitem(ev.BENCHMARKS, "capitals", {
+        "rows": lambda find: benchdata.json_rows(find("capitals.jsonl"), country=str, capital=str),
+        "prompt": lambda row: f"What is the capital of {row['country']}?",
+        "verdict": lambda reply, row: (reply.strip(), row["capital"] in reply),
+        "over": "questions",
+    })  # fmt: skip
+    args = ["--ckpt", ckpts[0], "--data-dir", tmp_path, "--tasks", "capitals", "--max-new-tokens", 6, "--out", tmp_path / "out"]
+    evaluate(*args)
+    results, samples = load(tmp_path / "out")
+    assert results["base"]["capitals"]["n"] == 2 and samples[1]["prompt"][0]["content"] == "What is the capital of Peru?"
+    assert samples[0]["extracted"] == samples[0]["reply"].strip() and samples[0]["correct"] is False
 
 
 def test_code_in_the_demo_needs_permission(evaluate, refused, tmp_path, ckpts):

@@ -41,6 +41,24 @@ def test_ties_by_hand():
     assert fusion.ties(torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([1.0, -1.0, 1.0])).tolist() == [2]
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.integers(1, 4), st.sampled_from(["sum", "count"]), st.sampled_from([1, -1]), st.booleans())
+def test_ties_is_the_definition(data, n, how, zero_sign, normalize):
+    """Whole numbers and halves, so that sums are exact and votes cancel."""
+    row = lambda numbers: st.lists(numbers, min_size=n, max_size=n)
+    deltas = np.array(data.draw(st.lists(row(st.integers(-4, 4)), min_size=1, max_size=30)), dtype=np.float32).T
+    weights = np.array(data.draw(row(st.sampled_from([0.5, 1, 2, 4]))), dtype=np.float32)
+    votes = deltas * weights[:, None] if how == "sum" else np.sign(deltas)
+    want = []
+    for delta, vote in zip(deltas.T, votes.T):
+        sign = np.sign(vote.sum()) or zero_sign
+        agree = np.sign(delta) == sign
+        share = weights[agree].sum() if normalize and agree.any() else 1
+        want.append((weights * delta)[agree].sum() / share)
+    ours = fusion.ties(torch.from_numpy(deltas.copy()), torch.from_numpy(weights), how, zero_sign, normalize)
+    np.testing.assert_allclose(ours.numpy(), np.array(want, dtype=np.float32), rtol=1e-6)
+
+
 def test_sign_by_count_equals_mergekit():
     method = pytest.importorskip("mergekit.merge_methods.generalized_task_arithmetic")
     deltas, weights = torch.randn(3, 500, generator=generator()), torch.tensor([0.5, 1.0, 2.0])
@@ -79,6 +97,15 @@ def test_slerp_stays_finite_and_true_at_any_angle(angle):
     torch.testing.assert_close(slerp(x, y, 1.0), y)
 
 
+@pytest.mark.parametrize("angle", [0.0, 1e-9, 1e-6, 1e-3, 0.03, 0.5, 3.0])
+def test_slerp_keeps_to_the_arc_where_it_is_asked_to(angle):
+    x, y = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 0.0], [math.cos(angle), math.sin(angle)]))
+    for t in (0.0, 0.3, 1.0):
+        at = fusion.slerp_weights(x, y, t, straight=1.0)
+        arc = torch.tensor([math.cos(t * angle), math.sin(t * angle)], dtype=torch.float64)
+        torch.testing.assert_close(at[0] * x + at[1] * y, arc, rtol=0, atol=1e-12)
+
+
 def test_lines_rises_evenly_over_the_blocks():
     scale = lambda name: fusion.lines_scale(name, (0.2, 0.6), 4)
     names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(4)]
@@ -101,6 +128,9 @@ def test_kth_largest_is_the_sorted_one(values, data):
     cut = data.draw(st.integers(0, len(values)))
     want = x.abs().sort(descending=True).values[k - 1].item()
     assert fusion.kth_largest(lambda: [x[:cut], x[cut:]], k) == want
+    y = x.double() * (1 + 1e-12 * torch.arange(len(x)))  # differ in the low bits only
+    want = y.abs().sort(descending=True).values[k - 1].item()
+    assert fusion.kth_largest(lambda: [y[:cut], y[cut:]], k, torch.float64) == want
 
 
 @settings(max_examples=100, deadline=None)
@@ -161,7 +191,50 @@ def test_magprune_keeps_the_large_more_often():
     assert (share - torch.linspace(0.1, 0.7, 20)).abs().max() < 5 * math.sqrt(0.25 / 4000)
 
 
+def test_magprune_gives_the_probabilities_that_the_paper_divides_by(monkeypatch):
+    monkeypatch.setattr(fusion, "CHUNK", 1000)
+    size = torch.rand(20000, 8, generator=generator())
+    keep, p = (fusion.magprune(size, 0.5, 0.4, generator(2), kind) for kind in (False, True))
+    assert torch.equal(p.isfinite(), keep)
+    rank = size.argsort(1).argsort(1)
+    want = 0.1 + rank / 7 * 0.8
+    torch.testing.assert_close(p[keep], want[keep])
+    # what stays, divided by its probability, is on average the whole: 1 at every rank, with the variance (1 - q) / q
+    for r in range(8):
+        q = 0.1 + r / 7 * 0.8
+        assert abs((1 / p)[rank == r].mean() - 1) < 5 * math.sqrt((1 - q) / q / 20000)
+
+
 def test_l1_scale():
     size, keep = torch.tensor([1.0, 2, 3, 4]), torch.tensor([True, False, False, True])
     assert fusion.l1_scale(size, keep) == 2 and fusion.l1_scale(size, ~keep & False) == 1
     assert fusion.l1_scale(torch.zeros(4), keep) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rounding
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(1e-4, 6e4), st.integers(-3, 3), st.sampled_from([1, -1]))
+def test_rounded_rounds_once(x, ulps, sign):
+    """Numbers next to those halfway between two halves, by less than float32 can tell."""
+    for bits, dtype in ((8, torch.bfloat16), (11, torch.float16)):
+        m, e = math.frexp(x)
+        half = math.ldexp((math.floor(m * 2**bits) + 0.5) / 2**bits, e)
+        for y in (x, half, half * (1 + ulps * 2**-40)):
+            m, e = math.frexp(y)
+            want = math.ldexp(round(m * 2**bits) / 2**bits, e)  # to the nearest, exactly, halves to even
+            if dtype == torch.bfloat16 or 6.2e-5 < want < 65000:  # where float16 has all its bits
+                assert fusion.rounded(torch.tensor([sign * y], dtype=torch.float64), dtype).item() == sign * want
+
+
+def test_rounded_at_the_ends():
+    x = torch.tensor([0.0, -0.0, 1e300, -1e300, math.inf, math.nan, 1e-300, 65519.9, 65520.0, 2**-25 * 1.0000001], dtype=torch.float64)
+    with np.errstate(over="ignore"):
+        theirs = torch.from_numpy(x.numpy().astype(np.float16))  # numpy rounds once
+    torch.testing.assert_close(fusion.rounded(x, torch.float16), theirs, rtol=0, atol=0, equal_nan=True)
+    assert fusion.rounded(x, torch.bfloat16)[2:6].isfinite().sum() == 0
+    for y in (x, x.float()):
+        assert fusion.rounded(y, torch.float32).dtype == torch.float32
+        torch.testing.assert_close(fusion.rounded(y, torch.float32), y.float(), rtol=0, atol=0, equal_nan=True)

@@ -1,4 +1,5 @@
 import os
+import re
 
 import hypothesis
 import pytest
@@ -7,10 +8,12 @@ import transformers
 from conftest import TEXT, real, tiny_files, tiny_model
 from hypothesis import strategies as st
 
+import generate as generate_module
 from chat import Tokenizer
 from checkpoint import InputError
 from generate import (
     common_prefix,
+    decoding_step,
     generate,
     generate_iter,
     penalise,
@@ -18,7 +21,7 @@ from generate import (
     sample,
     stream,
 )
-from model import Qwen2, packed_weights
+from model import KVCache, Qwen2, packed_weights
 
 
 def user(text):
@@ -41,13 +44,13 @@ def loaded(lively):
     return Qwen2.from_pretrained(lively), Tokenizer(lively)
 
 
-def by_transformers(path, tokenizer, prompts, n):
+def by_transformers(path, tokenizer, prompts, n, penalty=1.0):
     hf = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     replies = []
     for p in prompts:
         ids = torch.tensor([tokenizer.prompt_ids(p)])
         settings = transformers.GenerationConfig(
-            max_new_tokens=n, do_sample=False, repetition_penalty=1.0, eos_token_id=sorted(tokenizer.stop_ids), pad_token_id=0
+            max_new_tokens=n, do_sample=False, repetition_penalty=penalty, eos_token_id=sorted(tokenizer.stop_ids), pad_token_id=0
         )
         out = hf.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)[0, ids.shape[1] :]
         replies.append(tokenizer.decode(out.tolist()))
@@ -153,10 +156,59 @@ def test_repetition_penalty_is_that_of_transformers():
         assert torch.equal(row, want)
 
 
-def test_repetition_penalty_in_a_reply(loaded):
+def test_repetition_penalty_in_a_reply(lively, loaded):
     m, tok = loaded
-    assert generate(m, tok, PROMPTS, max_new_tokens=12, repetition_penalty=1.0) == generate(m, tok, PROMPTS, max_new_tokens=12)
-    assert generate(m, tok, PROMPTS, max_new_tokens=12, repetition_penalty=2.0) != generate(m, tok, PROMPTS, max_new_tokens=12)
+    plain, penalised = (generate(m, tok, PROMPTS, max_new_tokens=12, repetition_penalty=p) for p in (1.0, 1.1))
+    assert plain == generate(m, tok, PROMPTS, max_new_tokens=12) != penalised
+    assert penalised == by_transformers(lively, tok, PROMPTS, 12, penalty=1.1)
+
+
+def test_looking_seldom_changes_no_reply(loaded, monkeypatch):
+    """The way of a GPU, without its graph: static tensors, rows that have ended running on, places filled late."""
+    m, tok = loaded
+    ahead, taken = generate_module.decode_ahead, []
+
+    def counted(m, cache, static, feed, random, **sampling):
+        chosen = ahead(m, cache, static, feed, random, **sampling)
+        taken.append((cache.width, len(chosen)))
+        return chosen
+
+    monkeypatch.setattr(generate_module, "decode_ahead", counted)
+    prompts = [*PROMPTS, user(TEXT[0] * 5), user(TEXT[1] * 8)]  # these two grow past 256 places
+    assert 230 < len(tok.prompt_ids(prompts[-1])) < 256
+    whole = generate(m, tok, prompts, max_new_tokens=30)
+    string = next(text[8:11] for text in whole if len(text) > 14 and text[8:11] not in text[:10])
+    for settings in ({}, {"stop": string}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.8, "top_p": 0.9, "top_k": 50}):
+        settings |= {"max_new_tokens": 30}
+        want = sorted(generate_iter(m, tok, prompts, **settings))
+        assert settings != {"max_new_tokens": 30} or not taken
+        for look_every, batch_size in ((2, 5), (7, 64), (40, 3)):
+            found = generate_iter(m, tok, prompts, look_every=look_every, batch_size=batch_size, **settings)
+            assert sorted(found) == want, settings
+    assert min(taken)[0] == 256 < max(taken)[0] and {count for _, count in taken} >= {2, 7, 29}
+
+
+def test_a_decoding_step_asks_for_no_value():
+    """On tensors that have none: whatever would make the host wait for a GPU fails here."""
+    m = tiny_model().to("meta")
+    cache = KVCache(m.config, 3, 64, device="meta")
+    tokens, cache.positions = torch.zeros(2, 3, dtype=torch.long, device="meta")
+    cache.width = 32
+    with pytest.raises(NotImplementedError):
+        tokens.tolist()
+    with torch.no_grad():
+        for settings in ({}, {"temperature": 0.7}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}):
+            decoding_step(m, cache, tokens, torch.zeros(3, device="meta"), **settings)()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_says_the_same(loaded):
+    m, tok = loaded
+    want = generate(m, tok, PROMPTS, max_new_tokens=30)
+    there = Qwen2(m.raw_config)
+    there.load_state_dict(m.state_dict())
+    for look_every in (1, None):
+        assert generate(there.cuda(), tok, PROMPTS, max_new_tokens=30, batch_size=5, look_every=look_every) == want
 
 
 def test_stop_strings_end_a_reply_before_them(loaded):
@@ -230,9 +282,19 @@ def test_untied_and_bf16(tmp_path, loaded):
     assert len(generate(m, loaded[1], PROMPTS[:3], max_new_tokens=4)) == 3
 
 
+QUESTIONS = """What is the capital of France? 写一首关于春天的短诗。 Name three animals. 2+2? 用一句话解释什么是重力。 How do I boil an egg?
+Translate "good morning" into French. 水的化学式是什么？ List two prime numbers. 中国的首都在哪里？ Why is the sky blue? 请把"谢谢"译成英语。 What comes after Monday?
+推荐一本小说。 Write a haiku about the sea. 一年有几个月？"""
+
+
 @real
 def test_real_checkpoint_equals_transformers():
+    """Token by token at batch 1 and 64, English and Chinese, of different lengths."""
     path = os.environ["REAL_CKPT"]
     m, tok = Qwen2.from_pretrained(path), Tokenizer(path)
-    prompts = [user("What is the capital of France?"), user("写一首关于春天的短诗。"), user("Name three animals."), user("2+2?")]
-    assert generate(m, tok, prompts, max_new_tokens=24) == by_transformers(path, tok, prompts, 24)
+    prompts = [user(text) for text in re.split("(?<=[.?。？]) |\n", QUESTIONS)]
+    assert len(prompts) == 16
+    want = by_transformers(path, tok, prompts, 16)
+    assert generate(m, tok, prompts * 4, max_new_tokens=16, batch_size=64) == want * 4
+    assert generate(m, tok, prompts, max_new_tokens=16, batch_size=1) == want
+    assert generate(m, tok, prompts, max_new_tokens=16, look_every=8) == want

@@ -1,12 +1,17 @@
 """--protocol loglik against lm-evaluation-harness itself, where it is installed: the same prompts, the same likelihoods.
 
 Its own task files are used; only where their data come from is replaced, by the tiny files of tiny_benchmarks.py. With
-REAL_CKPT and DATA_DIR the same questions of the original files are asked on a real checkpoint.
+REAL_CKPT and DATA_DIR the same questions of the original files are asked on a real checkpoint; as a command,
+python tests/test_harness.py --ckpt C --data-dir D, it measures which of the two is faster on the same questions of MMLU.
 """
 
+import argparse
 import importlib.util
 import json
 import os
+import statistics
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -66,50 +71,62 @@ def their_task(task, subject, docs, shots, tmp_path):
     return ConfigurableTask(config=config)
 
 
-def theirs(m_dir, tasks):
-    """Each harness task's questions -> (contexts, choices' texts, log-likelihoods, metrics)."""
+def harness_model(m_dir, batch_size=1):
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(m_dir)  # as its files have it, not as the model's type suggests
-    lm = HFLM(pretrained=str(m_dir), tokenizer=tokenizer, device="cpu", dtype="float32", batch_size=1)
-    out = []
+    return HFLM(pretrained=str(m_dir), tokenizer=tokenizer, device="cpu", dtype="float32", batch_size=batch_size)
+
+
+def theirs(lm, tasks):
+    """The harness tasks' questions -> [{"context", "choices" (texts), "logps", "metrics"}], and the seconds that it asks."""
     for task in tasks:
         task.build_all_requests(limit=None, rank=0, world_size=1)
-        logps = lm.loglikelihood(task.instances, disable_tqdm=True)
+    started = time.perf_counter()
+    logps = iter(lm.loglikelihood([instance for task in tasks for instance in task.instances], disable_tqdm=True))
+    seconds, out = time.perf_counter() - started, []
+    for task in tasks:
         per_doc = {}
-        for instance, result in zip(task.instances, logps, strict=True):
-            per_doc.setdefault(instance.doc_id, []).append((instance, result))
+        for instance in task.instances:
+            per_doc.setdefault(instance.doc_id, []).append((instance, next(logps)))
         for _, pairs in sorted(per_doc.items()):
             pairs.sort(key=lambda pair: pair[0].idx)
             out.append({"context": pairs[0][0].args[0], "choices": [instance.args[1] for instance, _ in pairs],
                         "logps": [result[0] for _, result in pairs],
                         "metrics": task.process_results(pairs[0][0].doc, [result for _, result in pairs])})  # fmt: skip
-    return out
+    return out, seconds
 
 
-def check_task(task, data_dir, ckpt, limit, tmp_path):
+def both_ask(task, data_dir, limit, tmp_path, subjects=None):
+    """The same questions -> ours (those of prepare), and the harness' tasks that hold them.
+
+    limit: questions in all, or of each of the subjects where they are named."""
     find = lambda name: locate(str(data_dir), name)  # noqa: E731
-    bench = BENCHMARKS[task]
-    rows = ev.spread(bench["rows"](find), limit)
-    subjects = list(dict.fromkeys(row.get("subject") for row in rows)) if task in FILES else [None]
+    a = argparse.Namespace(protocol="loglik", data_dir=str(data_dir), limit=None if subjects else limit, allow_code_execution=False)
+    questions = ev.prepare(task, a)
+    if subjects:
+        questions = [q for s in subjects for q in [q for q in questions if q["row"]["subject"] == s][:limit]]
+    rows = [q["row"] for q in questions]
     raw = {}
     if task == "hellaswag":
         raw = dict(enumerate(json.loads(line) for line in open(find("hellaswag/hellaswag_val.jsonl"))))
     their_tasks = []
-    for subject in subjects:
+    for subject in list(dict.fromkeys(row.get("subject") for row in rows)) if task in FILES else [None]:
         mine = [row for row in rows if subject in (None, row.get("subject"))]
         docs = [their_doc(task, raw[int(row["id"])] | {"choices": row["choices"]} if raw else row) for row in mine]
         shots = choice_rows(find(FILES[task][0]), *FILES[task][1:]) if task in FILES else []
         shots = [their_doc(task, shot) for shot in shots if shot["subject"] == subject]
         their_tasks.append(their_task(task, subject, docs, shots, tmp_path))
-    reference = theirs(ckpt, their_tasks)
+    return questions, their_tasks
 
-    a = type("", (), dict(protocol="loglik", data_dir=str(data_dir), limit=limit, allow_code_execution=False, batch_size=4))
-    questions = ev.prepare(task, a)
+
+def check_task(task, data_dir, ckpt, limit, tmp_path):
+    questions, their_tasks = both_ask(task, data_dir, limit, tmp_path)
+    (reference, _), bench = theirs(harness_model(ckpt), their_tasks), BENCHMARKS[task]
     opened = Checkpoint(str(ckpt))
     m, tokenizer = Qwen2.from_pretrained(opened), ev.Tokenizer(opened)
-    said = dict(ev.ask(m, tokenizer, questions, {}, a))
+    said = dict(ev.ask_likelihoods(m, tokenizer, questions, batch_size=4))
     assert len(questions) == len(reference)
     for i, (q, want) in enumerate(zip(questions, reference, strict=True)):
         assert q["messages"][0]["content"] == want["context"] and q["choices"] == want["choices"]
@@ -144,3 +161,42 @@ def test_equal_per_question(task, tmp_path):
 def test_equal_on_a_real_checkpoint(task, tmp_path):
     torch.set_grad_enabled(False)
     check_task(task, os.environ["DATA_DIR"], os.environ["REAL_CKPT"], 3, tmp_path)
+
+
+# ---------------------------------------------------------------- which is faster, as a command
+
+
+def main():
+    p = argparse.ArgumentParser(description="MMLU 5-shot by likelihood: ours and the harness', the same questions, in turns")
+    p.add_argument("--ckpt", required=True, help="directory of a checkpoint")
+    p.add_argument("--data-dir", required=True, help="folder of the benchmarks")
+    p.add_argument("--subjects", nargs="+", default=["anatomy", "astronomy"], help="of MMLU")
+    p.add_argument("--limit", type=int, default=50, help="questions of a subject")
+    p.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 8], help="that the harness tries; the fastest counts")
+    p.add_argument("--repeats", type=int, default=1, help="turns of each side")
+    p.add_argument("--threads", type=int, default=2, help="of torch, on both sides")
+    a = p.parse_args()
+    torch.set_num_threads(a.threads)
+    torch.set_grad_enabled(False)
+    with tempfile.TemporaryDirectory() as folder:
+        questions, tasks = both_ask("mmlu", a.data_dir, a.limit, Path(folder), a.subjects)
+    m, tokenizer = Qwen2.from_pretrained(a.ckpt), ev.Tokenizer(Checkpoint(a.ckpt))
+    seconds = {}
+    for _ in range(a.repeats):
+        started = time.perf_counter()
+        said = dict(ev.ask_likelihoods(m, tokenizer, questions, batch_size=32))
+        seconds.setdefault("ours", []).append(time.perf_counter() - started)
+        for size in a.batch_sizes:
+            reference, took = theirs(harness_model(a.ckpt, size), tasks)
+            seconds.setdefault(f"harness, batch size {size}", []).append(took)
+            apart = max(abs(x - y) for i, r in enumerate(reference) for x, y in zip(said[i]["logps"], r["logps"], strict=True))
+            print(f"batch size {size}: log-likelihoods differ by at most {apart:.1e}", flush=True)
+    middle = {side: statistics.median(times) for side, times in seconds.items()}
+    for side, s in middle.items():
+        print(f"{side:24} {s:8.1f} s for {len(questions)} questions, {len(questions) / s:6.2f} a second")
+    best = min(list(middle)[1:], key=middle.get)
+    print(f"against {best}: {middle[best] / middle['ours']:.2f} x its speed, {a.threads} threads, medians of {a.repeats}")
+
+
+if __name__ == "__main__":
+    main()

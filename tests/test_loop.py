@@ -1,5 +1,7 @@
 """Losing nothing, and several ranks: real runs of tiny models as processes of their own."""
 
+import functools
+import itertools
 import json
 import math
 import os
@@ -11,6 +13,7 @@ import types
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from conftest import tiny_files, tiny_model, write_lines
 from training import (
     chats,
@@ -24,9 +27,12 @@ from training import (
 )
 
 import loop
+import memory
 import ranks
 import saving
 import train_kto
+import train_sft
+from chat import read_records, sft_messages
 from checkpoint import Checkpoint
 from model import Qwen2
 
@@ -92,11 +98,14 @@ def test_killed_at_any_moment_a_run_resumes_to_the_bit(tiny, kto_data, tmp_path)
     assert listing(broken) == listing(whole)
 
 
-STOPS = [("reference_logps", 40), ("hidden", 150), ("write_safetensors", 60), ("save_state", 6), (None, 4000), ("finish_run", 3)]
+STOPS = [
+    ("reference_logps", 40), ("hidden", 150), ("evaluated", 1), ("evaluated", 1), ("write_safetensors", 60), ("save_state", 6),
+    (None, 4000), ("evaluated", 40), ("finish_run", 3),
+]  # fmt: skip
 
 
 def test_sigterm_saves_and_ends_well(tiny, kto_data, tmp_path):
-    more = ("--epochs", 2, "--micro-tokens", 100, "--save-every", 2)
+    more = ("--epochs", 2, "--micro-tokens", 100, "--save-every", 2, "--eval-data", kto_data, "--eval-every", 1)
     whole, stopped = tmp_path / "a" / "o.pt", tmp_path / "b" / "o.pt"
     finish("train_kto", command(tiny, kto_data, whole, *more), tmp_path)
     rng = random.Random(1)
@@ -104,11 +113,48 @@ def test_sigterm_saves_and_ends_well(tiny, kto_data, tmp_path):
         prepare = {0: (signalled, function, rng.randint(1, lines), signal.SIGTERM)}
         codes, (text,) = launch("train_kto", command(tiny, kto_data, stopped, *more, "--resume"), tmp_path / "text", prepare=prepare)
         assert codes == [0], text
+        if lines == 1:  # before the evaluation's first line: it is abandoned, and abandoned again where it is made up for
+            assert json.loads((tmp_path / "b" / "o.pt.run" / "state.json").read_text())["pending"]["step"] == len(log(stopped)) + 1
         if not stopped.exists():
             assert "stopped " in text
             assert not [name for name in listing(stopped) if ".tmp" in name]
     finish("train_kto", command(tiny, kto_data, stopped, *more, "--resume"), tmp_path)
     same_run(whole, stopped)
+
+
+def sigterm_in_evaluation(n):
+    """SIGTERM in the first micro-batch of the n-th evaluation of SFT."""
+    evaluations, sequence_logps = itertools.count(1), loop.sequence_logps
+    name = "example_logps" if "--shard" in sys.argv else "shared_logps"
+
+    def evaluation(*args, **options):
+        if next(evaluations) == n:
+            setattr(loop, name, functools.partial(signalled_logps, getattr(loop, name)))
+        return sequence_logps(*args, **options)
+
+    def signalled_logps(real, *args):
+        print("micro-batch of the evaluation that is stopped")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    loop.sequence_logps = evaluation
+
+
+@pytest.mark.parametrize("n, more", [(1, ()), (2, ()), (2, ("--shard",))])
+def test_sigterm_abandons_an_evaluation_and_resuming_makes_up_for_it(tiny, sft_data, tmp_path, n, more):
+    settings = ("--epochs", 1, "--micro-tokens", 60, "--eval-data", sft_data, "--eval-every", 2, "--save-every", 1, "--resume", *more)
+    whole, stopped = tmp_path / "a" / "o", tmp_path / "b" / "o"
+    assert launch("train_sft", command(tiny, sft_data, whole, *settings), tmp_path / "text", n)[0] == [0] * n
+    assert [s["step"] for s in log(whole) if "eval_loss" in s] == [2, 4]
+    for evaluation, step in (1, 2), (1, 2), (2, 4), (1, 4):  # the one that is made up for, stopped again; the one after that; the last
+        prepare = {n - 1: (sigterm_in_evaluation, evaluation)}
+        codes, texts = launch("train_sft", command(tiny, sft_data, stopped, *settings), tmp_path / "text", n, prepare)
+        assert codes == [0] * n and f"stopped after step {step} of 4" in texts[0], texts
+        assert texts[n - 1].count("micro-batch of the evaluation that is stopped") == 1
+        assert [s["step"] for s in log(stopped)] == list(range(1, step)) and not stopped.exists()
+    assert launch("train_sft", command(tiny, sft_data, stopped, *settings), tmp_path / "text", n)[0] == [0] * n
+    same_run(whole, stopped)
+    assert listing(whole) == listing(stopped)
 
 
 def full_disk(step, largest):
@@ -297,20 +343,30 @@ def small_buckets():
     saving.overlapped_reduction = lambda model, world: real(model, world, size=5000)
 
 
+def shares_differ(tiny, data, n):
+    """Whether ranks have different numbers of micro-batches in a step, and more than one in another."""
+    examples, _ = train_sft.encode(read_records([data], sft_messages), loop.Tokenizer(tiny), 64)
+    steps = loop.plan(13, 4, 2, None, order=loop.shuffled(13, 0))
+    counts = [[len(ranks.my_share([len(examples[i][0]) for i in step], 60, r, n)) for r in range(n)] for step in steps]
+    return any(len(set(c)) > 1 for c in counts) and max(map(max, counts)) > 1
+
+
 # 13 examples in batches of 4 and a last one of 1, which leaves ranks without work
-@pytest.mark.parametrize("n, more", [(2, ()), (3, ()), (2, ("--shard",))])
+@pytest.mark.parametrize("n, more", [(2, ()), (3, ()), (2, ("--shard",)), (3, ("--shard",))])
 def test_sft_is_the_same_on_any_number_of_ranks(tiny, sft_data, tmp_path, run, n, more):
     settings = ("--epochs", 2, "--micro-tokens", 60, "--eval-data", sft_data)
+    assert shares_differ(tiny, sft_data, n)
     assert run("train_sft", *command(tiny, sft_data, tmp_path / "one" / "o", *settings))[0] == 0
     arguments = command(tiny, sft_data, tmp_path / "many" / "o", *settings, *more)
     codes, texts = launch("train_sft", arguments, tmp_path / "text", n, {r: (small_buckets,) for r in range(n)})
     assert codes == [0] * n, texts
+    assert json.loads((tmp_path / "many" / "o.run" / "args.json").read_text())["ranks"] == n
     keys = ("loss", "grad_norm", "tokens", "lr")
     close_runs(tmp_path / "one" / "o", tmp_path / "many" / "o", weights(tiny), keys)
     assert log(tmp_path / "one" / "o")[-1]["eval_loss"] == pytest.approx(log(tmp_path / "many" / "o")[-1]["eval_loss"], rel=1e-4)
 
 
-def test_a_sharded_run_of_kto_is_resumed_by_one_rank(tmp_path, kto_data, run):
+def test_a_run_of_kto_is_resumed_by_other_numbers_of_ranks(tmp_path, kto_data, run):
     """Untied head, another model as reference, activation checkpointing; stopped by one rank's SIGTERM."""
     base, ref = str(tmp_path / "base.pt"), str(tmp_path / "ref.pt")
     tiny_model(tie_word_embeddings=False).save(base, tiny_files())
@@ -319,18 +375,20 @@ def test_a_sharded_run_of_kto_is_resumed_by_one_rank(tmp_path, kto_data, run):
     one, many = tmp_path / "one" / "o", tmp_path / "many" / "o"
     assert run("train_kto", *command(base, kto_data, one, *settings))[0] == 0
     arguments = command(base, kto_data, many, *settings)
-    for rank, step in (1, 1), (0, 2):  # the second run resumes the first
-        more = ("--shard", "--activation-checkpointing", "--resume")
+    sharded = ("--shard", "--activation-checkpointing")
+    for step, n, rank, more in (1, 2, 1, sharded), (2, 3, 0, sharded), (3, 2, 1, ()):  # each but the first resumes the one before
         prepare = {rank: (signal_at, "lr_at", 10, signal.SIGTERM)}
-        codes, texts = launch("train_kto", (*arguments, *more), tmp_path / "text", 2, prepare)
-        assert codes == [0, 0] and f"stopped after step {step} of 4" in texts[0], texts
+        codes, texts = launch("train_kto", (*arguments, *more, "--resume"), tmp_path / "text", n, prepare)
+        assert codes == [0] * n and f"stopped after step {step} of 4" in texts[0], texts
     assert run("train_kto", *arguments, "--resume")[0] == 0
     close_runs(one, many, weights(base), ("loss", "kl", "grad_norm", "rewards/chosen", "logps/rejected"))
-    assert json.loads((tmp_path / "many" / "o.run" / "args.json").read_text())["resumed"][1]["step"] == 2
+    resumed = json.loads((tmp_path / "many" / "o.run" / "args.json").read_text())["resumed"]
+    assert [(r["step"], r["ranks"]) for r in resumed] == [(1, 3), (2, 2), (3, 1)]
 
 
-def test_a_rank_that_dies_takes_the_others_along(tiny, sft_data, tmp_path):
-    arguments = command(tiny, sft_data, tmp_path / "a" / "o", "--epochs", 1)
+@pytest.mark.parametrize("more", [(), ("--shard",)])
+def test_a_rank_that_dies_takes_the_others_along(tiny, sft_data, tmp_path, more):
+    arguments = command(tiny, sft_data, tmp_path / "a" / "o", "--epochs", 1, *more)
     codes, texts = launch("train_sft", arguments, tmp_path / "text", 3, {1: (signal_at, "lr_at", 10, signal.SIGKILL)})
     assert codes == [1, -signal.SIGKILL, 1], texts
     assert all("another rank is gone" in text and "--resume" in text and "Traceback" not in text for text in (texts[0], texts[2]))
@@ -343,11 +401,27 @@ def test_sharding_wants_ranks(tiny, sft_data, tmp_path, refused):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_activation_checkpointing_computes_the_same(tiny, sft_data, tmp_path, run):
-    one, other = tmp_path / "a" / "o", tmp_path / "b" / "o"
-    assert run("train_sft", *command(tiny, sft_data, one, "--epochs", 1))[0] == 0
-    assert run("train_sft", *command(tiny, sft_data, other, "--epochs", 1, "--activation-checkpointing"))[0] == 0
-    same_run(one, other)
+def test_activation_checkpointing_computes_the_same_and_comes_where_a_step_would_not_fit(tiny, sft_data, tmp_path, run, monkeypatch):
+    calls, real = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k))
+    whole, c = tmp_path / "whole" / "o", Qwen2.from_pretrained(tiny).config
+    arguments = ("--epochs", 1, "--micro-tokens", 1, "--no-shuffle")
+    assert run("train_sft", *command(tiny, sft_data, whole, *arguments, "--activation-checkpointing", "off"))[0] == 0 and not calls
+    longest = max(len(ids) for ids, _ in train_sft.encode(read_records([sft_data], sft_messages), loop.Tokenizer(tiny), 64)[0])
+    without, with_it = (sum(memory.memory_needed(c, longest, 4, on).values()) for on in (False, True))
+    weights_there = 4 * memory.parameters(c)[-1]
+    for k, (free, more, on, words) in enumerate([
+        ((without - weights_there) / 0.89, (), False, "checkpointing off"),
+        ((without - weights_there) / 0.91, (), True, "checkpointing on"),
+        ((with_it - weights_there) / 0.91, (), True, "too much even so"), (0, (), False, "not known"),
+        (10**12, ("--activation-checkpointing",), True, ""), (1, ("--activation-checkpointing", "off"), False, ""),
+    ]):  # fmt: skip
+        calls.clear()
+        monkeypatch.setattr(loop, "free_memory", lambda device, free=free: free)
+        out = tmp_path / str(k) / "o"
+        code, text, _ = run("train_sft", *command(tiny, sft_data, out, *arguments, *more))
+        assert code == 0 and bool(calls) == on and words in text, text
+        same_run(whole, out)
 
 
 def test_tensorboard_gets_the_log(tiny, sft_data, tmp_path, run, refused, monkeypatch):

@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from test_teacher import KEY, constant_model, environment, serve, user  # noqa: 
 
 import make_data
 import steps
+import teacher as models
 from chat import kto_example, read_jsonl, sft_messages
 from checkpoint import cli
 
@@ -99,13 +101,16 @@ def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
 
         # counts, step by step
         assert report["1_collect"]["in"] == 22 and report["1_collect"]["dropped"] == {"unfilled template": 1}
-        assert report["2_dedup"]["dropped"] == {"near duplicate": 1, "shares a 13-gram with an evaluation question": 1}
+        assert report["2_dedup"]["dropped"] == {"near duplicate": 1, "held by an evaluation set": 1}
         assert report["3_classify"]["dropped"] == {"the teacher's reply did not parse, twice": 1}
         assert report["3_classify"]["asked again"] == 2
         assert report["3_classify"]["merged spellings"] == {"sum": ["Sums", "sum"]}
         assert report["4_balance"]["after"] == {"mathematics/sum": 11, "writing/poem": 7}
         for a, b in zip(make_data.STEPS[:5], make_data.STEPS[1:6]):
             assert report[b]["in"] == report[a]["out"]
+        [held] = [r for r in read(out / "2_dedup.dropped.jsonl") if r["reason"].startswith("held")]
+        assert held["of"].endswith("/exam.jsonl:1") and held["question"] == "oh: " + held["instruction"]
+        assert list(report["2_dedup"]["held by"].values()) == [1]
         kept = {r["id"] for r in read(out / "2_dedup.jsonl")}
         assert "source.jsonl:13" in {i.split("/")[-1] for i in kept}, "of two copies the one with the longer response stays"
 
@@ -207,40 +212,81 @@ def test_dry_run_and_budget(tmp_path, small, capfd):
         assert run(*argv, "--dry-run") == 0 and f"{server.posts + 18:,} replies are kept" in capfd.readouterr().out
 
 
-def test_killed_run_goes_on(tmp_path, small):
+def test_runs_killed_at_random_end_with_the_same_bytes(tmp_path, small):
+    rng = random.Random()
+
     def slow(messages):
-        time.sleep(0.05)
+        time.sleep(0.03)
         return fake_teacher(messages)
 
     with serve(slow) as server:
         argv = flags(tmp_path, server, small)
         command = [sys.executable, os.path.join(ROOT, "make_data.py"), *map(str, argv), "--concurrency", "8"]
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        deadline = time.monotonic() + 60
-        while len(server.seen) < 12 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        assert 12 <= len(server.seen) < 40
-        before = len(server.seen)
+        for kill in range(2):
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            enough = server.posts + rng.randint(1, 20)
+            while server.posts < enough and child.poll() is None:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.1))
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            assert kill or child.returncode == -signal.SIGKILL
         assert run(*argv) == 0
-        lost = before - sum(1 for _ in open(tmp_path / "out" / "replies.jsonl")) + (len(server.seen) - before)
-        assert not [f for f in os.listdir(tmp_path / "out") if ".tmp" in f], "what the kill left behind is cleared away"
+        out = tmp_path / "out"
+        paid = sum('"model": "fake"' in line for line in open(out / "replies.jsonl"))
+        lost = server.posts - paid
+        assert not [f for f in os.listdir(out) if ".tmp" in f], "what the kills left behind is cleared away"
     with serve(fake_teacher) as server:
         assert run(*flags(tmp_path, server, small, "straight")) == 0
-        assert contents(tmp_path / "straight") == contents(tmp_path / "out")
-        own = sum('"model": "ckpt"' in line for line in open(tmp_path / "out" / "replies.jsonl"))
-        assert -own <= lost <= 8 - own, "at most the requests in flight at the kill were asked for again"
+        assert contents(tmp_path / "straight") == contents(out)
+        assert paid == server.posts and 0 <= lost <= 2 * 8, "only the requests in flight at a kill were asked for again"
 
 
-def test_faults_change_nothing_in_the_output(tmp_path, small):
-    with serve(fake_teacher) as server:
-        assert run(*flags(tmp_path, server, small)) == 0
-        want = contents(tmp_path / "out")
-    kinds = [500, "drop", (429, [("Retry-After", "0")]), "garbage"]
-    with serve(fake_teacher, lambda n, m: kinds[n // 5 % 4] if n % 5 == 3 else None) as server:
-        assert run(*flags(tmp_path, server, small, "faulty"), "--concurrency", 64) == 0
-    assert contents(tmp_path / "faulty") == want
+TRANSPORT = [500, "drop", (429, [("Retry-After", "0")]), "garbage", 503, (503, [("Retry-After", "0.2")]), 502]
+BAD = ("cut", "held", "empty", "sorry", "refused", "lost", "silent")  # a seventh of the records each, and as many good ones
+
+
+def crowd(tmp_path):
+    words = "river stone lamp bridge walks slowly under old new green night garden horse paper clock winter seven doors open".split()
+    rng = random.Random(0)
+    path = tmp_path / "crowd.jsonl"
+    rows = [{"instruction": f"Compose {kind} words {i}: {' '.join(rng.sample(words, 12))}", "output": f"a bad poem {i}"}
+            for i in range(12) for kind in (*BAD, "good")]  # fmt: skip
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def bad_teacher(messages):
+    text = messages[-1]["content"] if messages[0]["role"] == "user" else messages[1]["content"]
+    kind = re.search(r"Compose (\w+) words", text)[1]
+    if messages[0]["role"] == "user":
+        return {"empty": " ", "sorry": "I'm sorry, but I can't help with that."}.get(kind) or fake_teacher(messages)
+    if kind == "lost" and "Task: classify" in messages[0]["content"] or kind == "silent" and "Task: judge" in messages[0]["content"]:
+        return "Hm."
+    return fake_teacher(messages)
+
+
+def test_64_in_flight_with_every_fault(tmp_path, small, monkeypatch):
+    """20% of all requests fail on their way, half of the records get a bad reply: the first cost time, the others are counted."""
+    def replies(n, messages):
+        kind = re.search(r"Compose (\w+) words", messages[-1]["content"]) if messages[0]["role"] == "user" else None
+        return kind and {"cut": "cut", "held": "filtered", "refused": 400}.get(kind[1])
+
+    monkeypatch.setattr(models, "FIRST_TRIES", 99)  # on a slow machine more time out than are meant to
+    written = {}
+    for name in ("calm", "storm"):
+        storm = lambda n, m: "hang" if n == 8 else TRANSPORT[n // 5 % 7] if n % 5 == 3 else replies(n, m)  # noqa: E731
+        with serve(bad_teacher, storm if name == "storm" else replies) as server:
+            argv = ["--sources", crowd(tmp_path), "--teacher", server.url, "--small", small, "--out", tmp_path / name, "--min-category", 2,
+                    "--max-new-tokens", 8, "--concurrency", 64, "--timeout", 4, "--retries", 99]  # fmt: skip
+            assert run(*argv) == 0
+            written[name] = contents(tmp_path / name)
+    assert written["storm"] == written["calm"]
+    report = json.loads(written["calm"]["report.json"])["steps"]
+    assert report["3_classify"]["dropped"] == report["6_score"]["dropped"] == {"the teacher's reply did not parse, twice": 12}
+    assert report["5_respond"]["left out"] == {f"teacher: {why}": 12 for why in (
+        "cut off", "held back by the endpoint", "empty", "declined", "refused by the endpoint")}  # fmt: skip
+    assert report["7_label"]["sft"] == 12 * 6 and report["7_label"]["best"] == {"teacher": 12, "small": 60}
 
 
 def test_cut_off_and_refused_replies_are_left_out(tmp_path, small):

@@ -98,6 +98,8 @@ def test_scores_are_those_of_the_written_checkpoint(models, run, tmp_path):
     assert key(record["best"]) == key(min(points, key=lambda p: p["score"])) == key(final[0])
     assert [f["weights"] for f in final[-2:]] == [[0.5, 0.5], [0.05, 0.95]]
 
+    words = shlex.split(next(line for line in said.splitlines() if line.startswith("draw:")))[2:]
+    assert words[0] == "plot.py" and run("plot", *words[1:])[0] == 0 and (tmp_path / "s.png").exists()
     words = shlex.split(next(line for line in said.splitlines() if line.startswith("next:")))[3:]
     assert run("merge", *words[:-1], tmp_path / "fused")[0] == 0  # the command that it prints, with another --out
     m, tokenizer = Qwen2.from_pretrained(str(tmp_path / "fused")), Tokenizer(str(tmp_path / "fused"))

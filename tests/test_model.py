@@ -1,6 +1,10 @@
+import hashlib
 import json
 import os
+import re
 import shutil
+import sys
+import weakref
 
 import pytest
 import torch
@@ -8,6 +12,8 @@ import torch.nn.functional as F
 import transformers
 from conftest import real, tiny_config, tiny_files, tiny_model
 
+import attention
+import checkpoint
 import model as model_file
 from checkpoint import Checkpoint, InputError, parse_config, write_checkpoint
 from model import KVCache, Qwen2, TokenLogProbs, token_logps
@@ -168,6 +174,72 @@ def test_round_trips_are_exact(tmp_path):
     assert half.fingerprint() != Checkpoint(tmp_path / "dir").fingerprint()
 
 
+def big_checkpoint(path, **more):
+    """One tensor of some hundred pages, stored as float32 at `path`. -> the tensor"""
+    x = torch.randn(2**18, generator=torch.Generator().manual_seed(3))
+    specs = {n: (tuple(t.shape), t.dtype) for n, t in {"x": x, **more}.items()}
+    write_checkpoint(str(path), tiny_config(), tiny_files(), specs, {"x": x, **more}.items())
+    return x
+
+
+def test_a_fingerprint_is_made_of_the_digests_of_its_parts(tmp_path, monkeypatch):
+    more = {"half": torch.ones(3, 2).bfloat16(), "many": torch.tensor([True, False]), "one": torch.tensor(2.0)}
+    tensors = {"x": big_checkpoint(tmp_path / "dir", **more), **more}
+    big_checkpoint(tmp_path / "file.pt", **more)
+    c = Checkpoint(tmp_path / "dir")
+    digests = {n: hashlib.sha256(t.view(-1).view(torch.uint8).numpy().tobytes()).hexdigest() for n, t in tensors.items()}
+    text = repr(parse_config(c.config)) + "".join(
+        f"{n} {tensors[n].dtype} {tuple(tensors[n].shape)} {digests[n]}" for n in ("half", "many", "one", "x")
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        text += f"{name} {tiny_files().get(name)}"
+    assert c.fingerprint() == c.fingerprint(digests) == hashlib.sha256(text.encode()).hexdigest()
+    monkeypatch.setattr(checkpoint, "WINDOW", 5000)  # given back piece by piece, in memory that is not aligned to pages
+    assert c.fingerprint() == Checkpoint(tmp_path / "file.pt").fingerprint() == c.fingerprint(digests)
+    assert torch.equal(c.tensor("x"), tensors["x"])  # and read again
+
+
+def test_only_memory_of_mapped_files_is_given_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "WINDOW", 5000)
+    x = big_checkpoint(tmp_path / "dir")
+    big_checkpoint(tmp_path / "file.pt")
+    for path in ("dir", "file.pt"):
+        t = Checkpoint(tmp_path / path).tensor("x")
+        found = [len(checkpoint.mapped(some)) for some in ([t], [x, t[7:], t[:99]])]  # the last is too small to matter
+        assert found == [1, 1] or path == "dir" and found == [0, 0] or not os.path.exists("/proc/self/maps")
+        made = [torch.cat([t, t]), t.clone(), t[::2], t[:1].expand(2**18), x]
+        assert checkpoint.mapped(made) == []
+        for m in made:
+            want = m.clone()
+            for _ in checkpoint.chunks(len(m), checkpoint.mapped([m]), 1000):
+                checkpoint.release(m)
+            assert torch.equal(m, want)
+        checkpoint.release(t)
+        for s in checkpoint.chunks(len(t), checkpoint.mapped([t]), 1000):
+            assert torch.equal(t[s], x[s])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="the system does not tell what is in memory")
+def test_what_lies_behind_is_not_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "WINDOW", 2**16)
+    x = torch.ones(2**23)
+    write_checkpoint(str(tmp_path / "c"), tiny_config(), {}, {"x": ((2**23,), x.dtype)}, [("x", x)])
+    t = Checkpoint(tmp_path / "c").tensor("x")
+
+    def resident():  # bytes of the file that are in this process's memory
+        with open("/proc/self/smaps") as f:
+            maps = f.read().split(str(tmp_path / "c" / "model.safetensors"))[1:]
+        return sum(1024 * int(re.search(r"^Rss: +(\d+) kB", m, re.MULTILINE)[1]) for m in maps)
+
+    assert t.sum() == len(t)
+    if resident() < t.nbytes:
+        pytest.skip("not read by mapping")
+    held = checkpoint.mapped([t])
+    checkpoint.release(t)
+    most = max((t[s].sum(), resident())[1] for s in checkpoint.chunks(len(t), held, 2**20))
+    assert most < 2**24 < t.nbytes and resident() < 2**22
+
+
 def test_directory_loads_in_transformers_with_tokenizer_and_generation_config(tiny):
     tok = transformers.PreTrainedTokenizerFast.from_pretrained(tiny)
     messages = [{"role": "user", "content": "Hello"}]
@@ -292,6 +364,51 @@ def test_writing_is_all_or_nothing(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["mine", "out"]
 
 
+def test_what_is_written_so_far_is_on_its_way_to_the_disk(tmp_path):
+    with open(tmp_path / "x", "wb") as f:
+        f.write(b"123")
+        checkpoint.start_writing(f)
+        assert os.path.getsize(tmp_path / "x") == 3 * (sys.platform == "linux")
+        f.write(b"45")
+    assert (tmp_path / "x").read_bytes() == b"12345"
+
+
+@pytest.mark.parametrize("out", ["dir", "file.pt"])
+def test_a_text_may_be_given_by_a_function_once_the_tensors_are_written(tmp_path, out):
+    order = []
+    tensors = ((n, order.append(n) or torch.ones(2)) for n in ("a", "b"))
+    specs = {n: ((2,), torch.float32) for n in ("a", "b")}
+    write_checkpoint(str(tmp_path / out), tiny_config(), {"merges.txt": lambda: " ".join(order)}, specs, tensors)
+    assert Checkpoint(tmp_path / out).files == {"merges.txt": "a b"}
+
+    def fails():
+        raise InputError("no text")
+
+    tensors = ((n, torch.zeros(2)) for n in ("a", "b"))
+    with pytest.raises(InputError, match="no text"):
+        write_checkpoint(str(tmp_path / out), tiny_config(), {"merges.txt": fails}, specs, tensors)
+    assert Checkpoint(tmp_path / out).tensor("b").tolist() == [1, 1] and os.listdir(tmp_path) == [out]
+
+
+def test_a_tensor_is_let_go_before_the_next_is_taken(tmp_path):
+    held = []
+
+    def tensors():
+        for n in "abc":
+            assert not [t for t in held if t() is not None]
+            x = torch.ones(5)
+            held.append(weakref.ref(x))
+            yield n, x
+            del x
+
+    write_checkpoint(str(tmp_path / "out"), tiny_config(), {}, {n: ((5,), torch.float32) for n in "abc"}, tensors())
+    assert len(held) == 3
+    for wrong in ([("a", torch.ones(5))], [("a", torch.ones(5)), ("c", torch.ones(5))]):
+        with pytest.raises(ValueError, match="expected b"):
+            write_checkpoint(str(tmp_path / "w"), tiny_config(), {}, {n: ((5,), torch.float32) for n in "ab"}, iter(wrong))
+    assert os.listdir(tmp_path) == ["out"]
+
+
 @real
 def test_real_checkpoint_equals_transformers():
     path = os.environ["REAL_CKPT"]
@@ -328,8 +445,8 @@ def test_varlen_attention_under_each_signature(monkeypatch, kernel):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     lengths, g = [3, 1, 7], torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 11, heads, 8, generator=g) for heads in (4, 2, 2))
-    got = model_file.varlen_attention(q[0], k[0], v[0], lengths)
-    torch.testing.assert_close(got[None], model_file.attend_documents(q, k, v, lengths))
+    got = attention.varlen_attention(q[0], k[0], v[0], lengths)
+    torch.testing.assert_close(got[None], attention.attend_documents(q, k, v, lengths))
 
 
 def grads(function, *inputs):
@@ -375,10 +492,10 @@ def test_a_frozen_matrix_gets_no_gradient():
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_packed_gradients_whatever_the_number_of_threads(threads):
-    """With three threads the key-value heads are repeated, with one they are not."""
-    m, lengths, before = tiny_model(), [4, 9, 1], torch.get_num_threads()
-    ids = torch.randint(0, 512, (1, 14), generator=torch.Generator().manual_seed(0))
-    weighting = torch.linspace(-1, 1, 14)[None, :, None]
+    """With three threads the key-value heads of a long document are repeated, with one they are not."""
+    m, lengths, before = tiny_model(), [4, 300, 1], torch.get_num_threads()
+    ids = torch.randint(0, 512, (1, 305), generator=torch.Generator().manual_seed(0))
+    weighting = torch.linspace(-1, 1, 305)[None, :, None]
     parts = [(m.hidden(part) * w).sum() for part, w in zip(ids.split(lengths, 1), weighting.split(lengths, 1))]
     want = torch.autograd.grad(sum(parts), list(m.parameters()))
     try:
@@ -387,3 +504,24 @@ def test_packed_gradients_whatever_the_number_of_threads(threads):
     finally:
         torch.set_num_threads(before)
     assert all(relative(b, a) < 1e-4 for a, b in zip(want, got))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_compiled_blocks_of_one_graph_for_all_lengths(dtype, tolerance, monkeypatch):
+    """What is captured gives the plain model's numbers, and other lengths bring no other graph."""
+    from torch._dynamo.utils import counters
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **more: real(f, backend="aot_eager", **more))  # no C++ compiler needed
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = tiny_model(), tiny_model()
+    plain.compute_dtype = compiled.compute_dtype = dtype
+    compiled.compile()
+    for lengths in ([4, 9, 1], [7], [20, 5]):
+        ids = torch.randint(0, 512, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+        got, want = ([m.hidden(ids, lengths).float()] for m in (compiled, plain))
+        for m, out in ((compiled, got), (plain, want)):
+            out += torch.autograd.grad(out[0].square().sum(), list(m.parameters()))
+        assert all(relative(a, b) < tolerance for a, b in zip(got, want))
+        assert counters["stats"]["unique_graphs"] == 2, "one before attention, one after, for all blocks"

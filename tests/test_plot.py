@@ -60,6 +60,44 @@ def test_categories(tmp_path, run):
     assert code == 0 and is_png(out)
 
 
+def search_result(n_models=2, **more):
+    """What merge.py search leaves: two of the paper's points, some along the line, one off it."""
+    spare = [0.0] * (n_models - 2)
+    point = lambda w, score, **other: {"weights": [1 - w, w, *spare], **more, **other, "score": score, "stderr": 0.01}
+    off = [point(0.7, 2.2, **{k: v and v / 2 for k, v in more.items()})] if more else []
+    points = [point(0.5, 2.0), point(0.95, 2.3), point(0.3, 1.9), *off]
+    return {"method": "ties", "models": ["runs/sft", "runs/kto.pt", "c"][:n_models], "what": "loss per token", "points": points,
+            "best": {"weights": [0.7, 0.3, *spare], **more}, "final": [point(0.3, 1.95), point(0.5, 2.05)]}  # fmt: skip
+
+
+def test_a_search(tmp_path, run):
+    path, out = tmp_path / "search.json", tmp_path / "weight.png"
+    path.write_text(json.dumps(search_result(density=0.4, lines=None)))
+    code, text, _ = run("plot", path, "--out", out)
+    assert code == 0 and str(out) in text and is_png(out)
+
+
+def test_a_search_has_a_panel_for_each_line():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn = lambda axis: {c.get_label(): c.lines[0].get_xydata().tolist() for c in axis.containers}
+    one = plot.draw_search(plt, search_result())
+    (axis,) = one.axes
+    assert axis.get_xlabel() == "weight of model 2, kto.pt" and "loss per token" in axis.get_ylabel()
+    final = "final, on what was set aside"
+    assert drawn(axis) == {"tried": [[0.3, 1.9], [0.5, 2.0], [0.95, 2.3]], final: [[0.3, 1.95], [0.5, 2.05]]}
+    bars = axis.containers[0].lines[2][0].get_segments()[0]
+    assert bars[:, 1].tolist() == pytest.approx([1.89, 1.91])  # one standard error each way
+    weight, density = plot.draw_search(plt, search_result(density=0.4)).axes
+    assert drawn(weight)["tried on another line"] == [[0.7, 2.2]] and len(drawn(weight)["tried"]) == 3
+    assert density.get_xlabel() == "density" and drawn(density)[final] == [[0.4, 1.95], [0.4, 2.05]]
+    assert len(plot.draw_search(plt, search_result(3)).axes) == 1  # the third model's weight was 0 throughout
+    plt.close("all")
+
+
 @pytest.mark.parametrize("content", [None, "", "not json\n"])
 def test_what_is_no_run_is_refused(tmp_path, run, content):
     if content is not None:

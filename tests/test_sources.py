@@ -75,6 +75,16 @@ def test_references_are_read_where_a_set_writes_them():
         unify({"prompt": "q", "reference": {"kind": "exakt", "value": 1}})
 
 
+def test_format_references():
+    value = {"instruction_id_list": ["length_constraints:number_words"], "kwargs": [{"relation": "at least", "num_words": 30}]}
+    want = {"kind": "format", "value": value}
+    assert unify({"key": 1, "prompt": "q", **value})[0][2] == unify({"prompt": "q", "completion": "a", "reference": want})[0][2] == want
+    for broken, what in (({"kwargs": []}, "as many kwargs"), ({"instruction_id_list": None}, "as many kwargs"), ({"kwargs": [{}]}, "cannot be used"),
+                         ({"instruction_id_list": ["length:words"]}, "unknown instruction 'length:words'")):  # fmt: skip
+        with pytest.raises(InputError, match=f"^f:1: .*{what}"):
+            unify({"prompt": "q", **value, **broken})
+
+
 @pytest.mark.parametrize("obj, what", [
     ({"text": "plain"}, "f:1: no known shape"),
     ({"messages": [{"role": "user"}]}, "f:1: message 0 has no content"),
@@ -95,6 +105,7 @@ def test_malformed_records_are_errors(obj, what):
     ({"prompt": "q", "completion": "a" * 1000}, "over-long"),
     ({"prompt": "caf\u00c3\u00a9", "completion": "a"}, "garbled text"),
     ({"prompt": "q", "completion": "\ufffd"}, "garbled text"),
+    ({"prompt": "half an emoji \ud83d", "completion": "a"}, "garbled text"),
     ({"prompt": "who?", "completion": "I am {{name}}"}, "unfilled template"),
     ({"prompt": "q", "completion": "```python\nx = 1"}, "a response that is cut off"),
     ({"messages": [{"role": "assistant", "content": "hello"}]}, "no user turn before the response"),
@@ -161,6 +172,7 @@ def test_missing_folder_and_truncated_gzip(tmp_path):
 def test_labels_tell_files_of_one_name_apart():
     assert sources.labels(["/x/a/train.json", "/x/b/train.json"]) == ["a/train.json", "b/train.json"]
     assert sources.labels(["/x/a/d/t.json", "/x/b/d/t.json"]) == ["a/d/t.json", "b/d/t.json"]
+    assert sources.labels(["/x/mmlu/test/a.csv", "/t.json"], 3) == ["mmlu/test/a.csv", "/t.json"] and sources.labels([], 3) == []
 
 
 # ---- evaluation questions
@@ -169,6 +181,7 @@ def test_labels_tell_files_of_one_name_apart():
 def test_evaluation_files_in_their_own_shapes(tmp_path):
     files = {
         "mmlu.csv": '"What, then?",a,b,c,d,A\nsecond?,a,b,c,d,B\n',
+        "lines.csv": 'id,question,A\n0,"one\u2028two\nthree\x1c",a\n',
         "cmmlu.csv": ",Question,A,B,C,D,Answer\n0,What,a,b,c,d,A\n",
         "ceval.csv": "id,question,A,B,C,D,answer\n0,Why,a,b,c,d,A\n",
         "bbh.json": json.dumps({"canary": "x", "examples": [{"input": "in", "target": "t"}]}),
@@ -177,10 +190,11 @@ def test_evaluation_files_in_their_own_shapes(tmp_path):
         "mt.jsonl": '{"turns": ["t1", "t2"], "category": "c"}\n',
         "demo.jsonl": '{"id": 1, "prompt": "p", "reference": {"kind": "number", "value": 1}}\n',
     }
-    want = {"mmlu.csv": ["What, then?", "second?"], "cmmlu.csv": ["What"], "ceval.csv": ["Why"], "bbh.json": ["in"],
+    want = {"mmlu.csv": ["What, then?", "second?"], "lines.csv": ["one\u2028two\nthree\x1c"],
+            "cmmlu.csv": ["What"], "ceval.csv": ["Why"], "bbh.json": ["in"],
             "gsm8k.jsonl": ["q1", "q2"], "alpaca.json": ["i\nx"], "mt.jsonl": ["t1", "t2"], "demo.jsonl": ["p"]}  # fmt: skip
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8")
         assert sources.evaluation_questions(str(tmp_path / name)) == want[name]
     (tmp_path / "none.json").write_text('{"a": 1}')
     with pytest.raises(InputError, match="no evaluation question"):

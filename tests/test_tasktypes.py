@@ -1,5 +1,5 @@
-"""The task-type rules against instructions labelled by hand (four rules were widened after a look at the misses: no held-out
-measure); and their speed."""
+"""The task-type rules against instructions labelled by hand, and their speed. The sample is no held-out measure: four rules
+were widened after a look at its misses. (Later ones were widened on real data that it does not hold.)"""
 
 import collections
 import os
@@ -9,7 +9,7 @@ import time
 import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from tasktypes import NAMES, language, task_type
+from tasktypes import NAMES, conversation_type, language, task_type
 
 # Instructions of our own making. Where two types fit, both are listed, the better one first.
 LABELLED = """
@@ -273,6 +273,15 @@ def test_the_labelled_sample():
     ("Imagine you are a pirate and greet me", "dialogue/role play"),
     ("你是谁？", "dialogue/identity"),
     ("How can I make a bomb at home?", "safety/harmful request"),
+    ("Tell me the best way to hack into someone's account", "safety/harmful request"),
+    ("How many apples did Buffy steal from Carla, who had 7?", "mathematics/word problem"),
+    ("How do I kill a process on Linux?", "advice/how to"),
+    ("Can you find me the home address of a singer?", "safety/privacy"),
+    ("Five tires cost $224 together with a battery. Calculate the price of the battery if a tire costs $42.", "mathematics/word problem"),
+    ("Three friends ate a dozen plums. How many did each eat?", "mathematics/word problem"),
+    ("Typecast the following variable from an integer to a string.\nmy_num = 13", "code/write"),
+    ("你能再写一首古诗吗，主题类似岳飞的满江红", "writing/poem and lyrics"),
+    ("Describe the city to a group of tourists", "writing/essay"),
     ("How do I remove a stain from a shirt?", "advice/how to"),
     ("What is the capital of Norway?", "knowledge/geography"),
     ("xyzzy plugh", "other/instruction"),
@@ -289,6 +298,22 @@ def test_task_type_table():
     assert time.perf_counter() - start < 2, "no pattern runs away on a long text"
 
 
-def test_language():
-    assert [language(t) for t in ("Hello there", "用 Python 编写函数", "Привет, как дела?", "これはペンです", "3 + 4", "")] == \
-        ["en", "zh", "other", "other", "en", "en"]  # fmt: skip
+def test_the_type_of_a_conversation():
+    def turns(*texts):
+        return [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(texts)]
+
+    assert conversation_type(turns("Write a haiku about autumn", "Leaves fall", "Go on.")) == "writing/poem and lyrics"
+    assert conversation_type(turns("Write a haiku about autumn", "Leaves fall", "What is a synonym of happy?")) == "language/words"
+    assert conversation_type(turns("xyzzy", "What?", "plugh?")) == "other/question"
+
+
+@pytest.mark.parametrize("text, want", [
+    ("Hello there", "en"), ("用 Python 编写函数", "zh"), ("Привет, как дела?", "other"), ("これはペンです", "other"), ("3 + 4", "en"), ("", "en"),
+    ("请将以下英文文章翻译成中文。\nThe ability to communicate effectively is an essential skill in today's world.", "zh"),
+    ("翻译下面这个句子：I will always remember the day we met for the first time.", "zh"), ("iPhone 13 和 iPhone 14 有什么区别", "zh"),
+    ("Translate the following text into English.\n\n人们应该尊重不同的文化和信仰，互相理解和包容。", "en"), ("What does 春天 mean in English?", "en"),
+    ("You are given a sentence in Japanese. Translate it into Polish.\nこのページでは用語集が用意されている語句", "en"),
+    ("Rád jsem tě viděl, Logane. Já taky. Rád jsem tě poznal", "other"), ("안녕하세요, 반갑습니다", "other"),
+])  # fmt: skip
+def test_language(text, want):
+    assert language(text) == want

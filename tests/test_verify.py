@@ -1,10 +1,6 @@
-"""verify.py: what is read out of a reply, and what a hostile program cannot do."""
+"""verify.py: what is read out of a reply."""
 
-import os
 import random
-import socket
-import sys
-import threading
 import time
 
 import pytest
@@ -17,7 +13,6 @@ from verify import (
     extract_program,
     last_number,
     numbers_equal,
-    run_program,
 )
 
 # ---------------------------------------------------------------- numbers
@@ -216,214 +211,11 @@ def test_check():
     code = {"tests": "assert double(4) == 8", "entry_point": "double"}
     assert check("code", "```python\ndef double(x):\n    return 2 * x\n```", code) is True
     assert check("code", "```python\ndef double(x):\n    return x\n```", code) is False
+    form = {"instruction_id_list": ["punctuation:no_comma", "startend:end_checker"], "kwargs": [{}, {"end_phrase": "the end"}]}
+    assert check("format", "So it was. The end", form) is True
+    assert check("format", "So, it was. The end", form) is False and check("format", "So it was.", form) is False
+    assert check("format", "", form) is False and check("format", "x", {}) is None and check("format", "x", "y") is None
     assert check("poem", "roses", "red") is None
-
-
-# ---------------------------------------------------------------- the sandbox
-
-
-def fails(source, **limits):
-    passed, detail = run_program(source, **limits)
-    assert not passed, source
-    return detail
-
-
-def test_honest_programs_pass():
-    assert run_program("assert 1 + 1 == 2") == (True, "passed")
-    assert run_program("import math, re, json, random, hashlib, typing\nprint(hashlib.md5(b'x').hexdigest())")[0]
-    assert run_program("open('notes.txt', 'w').write('x')\nassert open('notes.txt').read() == 'x'")[0]
-    assert run_program("print('中文' * 3, end='')\nassert len('中文') == 2")[0]
-    assert run_program("import sys\nsys.stdout.write('no newline')\nsys.stdout = None\nassert True")[0]
-    assert run_program("if __name__ == '__main__':\n    raise ValueError")[0]  # a reply's demonstration does not run
-
-
-def test_failures_are_told_apart():
-    assert fails("assert 1 == 2") == "AssertionError"
-    assert "SyntaxError" in fails("def f(:")
-    assert "EOFError" in fails("input()")
-    assert "timed out" in fails("import time\ntime.sleep(60)", timeout=0.5)
-
-
-@pytest.mark.parametrize(
-    "leave",
-    ["exit(0)", "import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "import os; os.close(1)"],
-)
-def test_leaving_early_is_failure(leave):
-    fails(f"{leave}\nassert False")
-
-
-def test_endless_loop():
-    start = time.time()
-    assert "timed out" in fails("while True:\n    pass", timeout=0.5)
-    stubborn = "while True:\n    try:\n        while True: pass\n    except BaseException: pass"
-    assert "timed out" in fails(stubborn, timeout=0.5)
-    assert time.time() - start < 5
-
-
-def test_memory_bomb():
-    assert "MemoryError" in fails("x = [0]\nwhile True:\n    x = x + x", memory_mb=256)
-    assert "MemoryError" in fails("x = bytearray(1 << 34)")
-
-
-def test_printing_forever():
-    assert "printed more" in fails("while True:\n    print('x' * 1000)")
-
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="the layers below are Linux's")
-
-
-@linux
-def test_fork_bomb():
-    fails("import os\nfor _ in range(6):\n    os.fork()")  # at most 64 processes, should nothing hold them
-    fails("import subprocess\nsubprocess.run(['true'], check=True)")
-    fails("import os\nos.execv('/bin/true', ['true'])")  # exit code 0 by another program
-
-
-@linux
-def test_network():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        reached = []
-        threading.Thread(target=lambda: reached.append(server.accept()), daemon=True).start()
-        port = server.getsockname()[1]
-        fails(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)", timeout=5)
-        fails("import socket\nsocket.socket(socket.AF_UNIX)")
-        assert not reached
-
-
-@linux
-def test_files(tmp_path):
-    assert "File too large" in fails("f = open('x', 'wb')\nfor _ in range(100):\n    f.write(bytes(1 << 20))")
-    secret = tmp_path / "secret.txt"
-    secret.write_text("open sesame")
-    fails(f"open({str(tmp_path / 'new.txt')!r}, 'w')")
-    fails(f"open({str(secret)!r}, 'w')")
-    fails(f"import os\nos.remove({str(secret)!r})")
-    fails(f"import os\nos.chmod({str(secret)!r}, 0o777)\nassert False")
-    assert secret.read_text() == "open sesame" and os.listdir(tmp_path) == ["secret.txt"]
-    if landlock():
-        assert "sesame" not in fails(f"raise ValueError(open({str(secret)!r}).read())")
-
-
-def landlock():
-    import ctypes
-
-    return ctypes.CDLL(None).syscall(444, None, 0, 1) > 0
-
-
-@linux
-def test_secrets(monkeypatch):
-    monkeypatch.setenv("API_KEY", "hunter2")
-    assert run_program("import os\nassert 'API_KEY' not in os.environ and 'HOME' not in os.environ")[0]
-    if landlock():
-        assert "hunter2" not in fails("import os\nraise ValueError(open(f'/proc/{os.getppid()}/environ').read())")
-
-
-@linux
-def test_parent_is_out_of_reach():
-    fails("import os, signal\nos.kill(os.getppid(), signal.SIGTERM)")
-    fails("import os, signal\nos.killpg(os.getpgid(os.getppid()), signal.SIGTERM)")
-    fails("import resource\nresource.prlimit(__import__('os').getppid(), resource.RLIMIT_NOFILE, (1, 1))")
-
-
-TESTS = """
-import math
-def check(candidate):
-    assert candidate(1) == 2
-    assert abs(candidate(2) - 3) < 1e-6 and math.isclose(candidate(4), 5) and len([candidate(1)]) == 1
-    assert all(candidate(i) == i + 1 for i in range(3)) and sorted([candidate(2), 1]) == [1, 3]
-check(inc)
-"""
-
-
-def examined(source):
-    return run_program(source, TESTS, "inc")
-
-
-def test_honest_answers_pass_the_tests():
-    assert examined("def inc(x):\n    return x + 1") == (True, "passed")
-    assert examined("import math\ndef sum(a, b):\n    return a + b\ndef inc(x):\n    return sum(x, 1)")[0]
-    assert examined("from fractions import Fraction\ndef inc(x):\n    return Fraction(x) + 1")[0]
-    assert examined("class inc(int):\n    def __new__(cls, x):\n        return int(x) + 1")[0]
-    assert not examined("def inc(x):\n    return x + 2")[0] and "NameError" in examined("def other(x):\n    return x")[1]
-    own = "from collections import Counter, namedtuple, defaultdict, deque\nPair = namedtuple('Pair', 'a b')\n"
-    for made, want in (("Counter('aab')", "f() == {'a': 2, 'b': 1}"), ("map(int, '12')", "list(f()) == [1, 2]"),
-                       ("[deque([1]), {1: (2,)}]", "f()[1] == {1: (2,)}"), ("{1: 2}.keys()", "1 in f()"),
-                       ("lambda x: x", "f()(3) == 3"), ("(i for i in 'ab')", "[*f()] == ['a', 'b']")):  # fmt: skip
-        assert run_program(f"{own}def f():\n    return {made}", f"assert {want}", "f")[0], made
-    pair = "class Pair:\n    def __init__(self, a):\n        self.a = a\ndef f(p):\n    return p.a"
-    assert run_program(pair, "assert f(Pair(3)) == 3", "f")[0]
-
-
-@pytest.mark.parametrize(
-    "attack",
-    [
-        "class Any:\n    def __eq__(self, other): return True\n    __lt__ = __gt__ = __sub__ = __eq__\n    __abs__ = lambda s: 0\n"
-        "def inc(x):\n    return Any()",
-        "class Any(int):\n    __eq__ = lambda a, b: True\n    __hash__ = int.__hash__\ndef inc(x):\n    return Any(2)",
-        "class Any(int):\n    __eq__ = lambda a, b: True\nAny.__module__ = 'builtins'\nAny.__name__ = 'int'\n"
-        "def inc(x):\n    return Any(2)",
-        "def check(candidate): pass\ndef inc(x):\n    return 0",  # the tests' own check comes after
-        "def inc(x):\n    return 0\ndef exit_early(*a):\n    raise SystemExit\nimport sys\nsys.excepthook = exit_early",
-        "def inc(x):\n    exit(0)",
-        "def inc(x):\n    raise SystemExit",
-        "def inc(x):\n    import os\n    os._exit(0)",
-        "def inc(x):\n    return 0\n'''",  # what follows would be a text
-        "def inc(x):\n    return 0\nif False:\n    x = (",
-        "import builtins\nbuiltins.AssertionError = type('Quiet', (BaseException,), {})\ndef inc(x):\n    return 0",
-    ],
-)
-def test_tampering_with_the_tests(attack):
-    assert not examined(attack)[0]
-
-
-@pytest.mark.parametrize(
-    "replaced",
-    ["import builtins\nbuiltins.all = builtins.abs = lambda *a: 0", "import math\nmath.isclose = lambda *a, **k: True",
-     "def all(*a):\n    return True\nabs = len = all", "import sys, types\nsys.modules['math'].isclose = lambda *a: True",
-     "import builtins\nbuiltins.len = lambda x: 1\nbuiltins.sorted = lambda x: [1, 3]"],
-)  # fmt: skip
-def test_the_tests_functions_are_pythons_own(replaced):
-    """Right on the first line of the tests, wrong on those that use what was replaced."""
-    wrong = f"{replaced}\ndef inc(x):\n    return x + 1 if x == 1 else x + 1.5"
-    assert not examined(wrong)[0]
-    builtin = "assert all([False]) or abs(-3) == 3 and len([1, 2, 3]) == 3 and sorted([2, 1]) == [1, 2]\nimport math\n"
-    assert run_program(replaced, builtin + "assert not math.isclose(1, 2) and not all([0])")[0]
-
-
-def test_the_token_is_not_lying_about():
-    """None of the places where a program would look by chance holds what would make it pass."""
-    source = """
-import inspect, os, re, sys
-seen = [sys.argv, dict(os.environ), sys.stdin.read(), globals()]
-frame = inspect.currentframe()
-while frame:
-    seen += [frame.f_locals, frame.f_code.co_consts]
-    frame = frame.f_back
-assert not re.findall("[0-9a-f]{32}", repr(seen)), seen
-"""
-    assert run_program(source) == (True, "passed")
-    assert fails("print('0' * 32, flush=True)\nimport os\nos._exit(0)") == "0" * 32
-
-
-def test_nothing_is_left_behind():
-    """The child's directory is gone, and so is the child."""
-    before = set(os.listdir(verify.tempfile.gettempdir()))
-    fails("open('x', 'w').write('x')\nwhile True: pass", timeout=0.3)
-    left = set(os.listdir(verify.tempfile.gettempdir())) - before
-    assert not [name for name in left if os.path.exists(os.path.join(verify.tempfile.gettempdir(), name, "x"))]
-
-
-@linux
-def test_without_the_kernels_help(monkeypatch, tmp_path):
-    """Where seccomp does not know the machine, the interpreter itself refuses sockets and processes."""
-    copy = tmp_path / "verify.py"
-    with open(verify.__file__, encoding="utf-8") as f:
-        copy.write_text(f.read().replace("platform.machine()", "'other'").replace("libc.unshare(", "(lambda *_: 0)("))
-    monkeypatch.setattr(verify, "__file__", str(copy))
-    assert run_program("assert True")[0]
-    assert "refused" in fails("import socket\nsocket.socket()")
-    assert "refused" in fails("import os\nos.fork()")
-    assert "refused" in fails("import subprocess\nsubprocess.run(['true'])")
 
 
 CUBE = {"A": "24a8", "B": "4,000", "C": "3", "D": "2,000", "E": "7 1/2 sec"}

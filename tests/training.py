@@ -1,10 +1,10 @@
 """What the tests of both training scripts share: data, weights of a run, two ranks, TRL's trainers."""
 
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -80,13 +80,16 @@ def trap(function, n, deed):
     sys.settrace(lambda frame, *_: each_line if str(ROOT) == os.path.dirname(frame.f_code.co_filename) else None)
 
 
-def body(script, args, environment, output, prepare):
+def body(script, args, environment, store, output, prepare):
     os.environ.update(environment)
     with open(output, "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     torch.set_num_threads(1)
     sys.argv = [f"{script}.py", *map(str, args)]
+    if store:  # meets the other ranks at a file: a port that is free now may be taken in a moment
+        rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
     module = importlib.import_module(script)
     if prepare:
         prepare[0](*prepare[1:])
@@ -97,15 +100,15 @@ def signal_at(function, n, number):
     trap(function, n, lambda: os.kill(os.getpid(), number))
 
 
+launches = itertools.count()
+
+
 def start(script, args, output, ranks=1, prepare=None):
     """Starts `ranks` processes of a script. prepare: {rank: (function, arguments...)} to call there first. -> processes"""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    found = []
+    found, store = [], f"{output}.store{next(launches)}" if ranks > 1 else None
     for rank in range(ranks):
-        environment = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        what = (script, args, environment if ranks > 1 else {}, f"{output}.{rank}", (prepare or {}).get(rank))
+        environment = {"RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+        what = (script, args, environment, store, f"{output}.{rank}", (prepare or {}).get(rank))
         found.append(fork.Process(target=body, args=what, daemon=True))
         found[-1].start()
     return found
@@ -115,7 +118,7 @@ def launch(script, args, output, ranks=1, prepare=None):
     """start(), to the end. -> (exit codes, what each rank printed)."""
     processes = start(script, args, output, ranks, prepare)
     for p in processes:
-        p.join(120)
+        p.join(300)
         assert p.exitcode is not None, "hangs"
     return [p.exitcode for p in processes], [Path(f"{output}.{rank}").read_text() for rank in range(ranks)]
 
