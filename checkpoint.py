@@ -15,7 +15,9 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -103,7 +105,9 @@ SAFETENSORS_DTYPES = {
 
 
 def cli(main):
-    """Runs a script's main(). Bad input ends with one line on stderr and exit code 2, Ctrl-C with 130."""
+    """Runs a script's main(). Bad input ends with one line on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by the way out, on which half-written files are removed
     try:
         main()
     except InputError as e:

@@ -340,3 +340,25 @@ def test_from_the_command_line(faulty, tmp_path):
     assert good.returncode == 0 and "wrote" in good.stdout
     # deltas are 1 and 2 everywhere, all equal, so all stay: base + (1 + 2 * 2) / 3
     torch.testing.assert_close(load(tmp_path / "out")["x"], load(base)["x"] + 5 / 3)
+
+
+SIGTERM = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import checkpoint, merge
+
+def stopped(*args, real=merge.merged, **more):
+    for n, pair in enumerate(real(*args, **more)):
+        if n == 3:
+            assert len(os.listdir(sys.argv[2])) == 1, "it writes into a temporary folder"
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield pair
+
+merge.merged = stopped
+checkpoint.cli(lambda: merge.main(["--method", "linear", "--out", os.path.join(sys.argv[2], "out"), "--models", *sys.argv[3:]]))
+"""
+
+
+def test_sigterm_leaves_nothing_half_written(tiny, tmp_path):
+    done = subprocess.run([sys.executable, "-c", SIGTERM, ROOT, tmp_path, tiny, tiny], capture_output=True, text=True)
+    assert done.returncode == 143 and os.listdir(tmp_path) == [], done.stderr
