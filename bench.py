@@ -28,6 +28,7 @@ import torch
 from chat import Tokenizer, kto_example, read_records, sft_messages
 from checkpoint import Checkpoint, InputError, cli, nbytes, parse_config, write_checkpoint
 from loop import at_least
+from memory import SHAPES, raw_config
 from model import Qwen2
 
 PEERS = {  # mode: {the name of --vs: the settings of that peer that are tried; the fastest counts}
@@ -68,10 +69,7 @@ def matmul_rate(device, dtype, seconds=2.0):
     return best
 
 
-SEVEN_B = {  # the shape of Qwen2-7B
-    "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-    "num_attention_heads": 28, "num_key_value_heads": 4, "rope_theta": 1e6,
-}  # fmt: skip
+SEVEN_B = raw_config(*SHAPES["7B"])
 
 
 def merge_bytes(a):

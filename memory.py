@@ -92,9 +92,14 @@ SHAPES = {  # of Qwen2's config.json: hidden and intermediate size, blocks, quer
 }
 
 
-def shape(*numbers):
+def raw_config(*numbers):
+    """A config.json of that shape, as a dict."""
     names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size tie_word_embeddings"
-    return parse_config({"model_type": "qwen2"} | dict(zip(names.split(), numbers, strict=True)))
+    return {"model_type": "qwen2"} | dict(zip(names.split(), numbers, strict=True))
+
+
+def shape(*numbers):
+    return parse_config(raw_config(*numbers))
 
 
 def table(configs, tokens, rate, examples, length, supervised):
