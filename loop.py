@@ -1,6 +1,7 @@
 """What both training loops share and nobody edits to do research: models, batches, optimizer, schedule, flags.
 
-Plain functions. Files, saves and resuming are in saving.py; ranks, sharding and signals in ranks.py. The loops themselves stand in train_sft.py and train_kto.py.
+Plain functions. Files, saves and resuming are in saving.py; ranks, sharding and signals in ranks.py; what a step takes in
+memory.py. The loops themselves stand in train_sft.py and train_kto.py.
 """
 
 import argparse
