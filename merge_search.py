@@ -306,7 +306,8 @@ def describe(point):
 def command(a, best, models):
     """The command that writes the merge of the best point."""
     words = ["python merge.py --method", a.method, "--models"]
-    words += [f"{m.source}:{w:.6g}" for m, w in zip(models, best.weights) if w]
+    # a model of weight 0 is left out of a mean; elsewhere it has its place among the densities and the random masks
+    words += [f"{m.source}:{w:.6g}" for m, w in zip(models, best.weights) if w or a.method != "linear"]
     words += ["--base", a.base] if a.base else []
     for name, (methods, default) in merge.OPTIONS.items():
         value = best.densities if name == "density" else getattr(best, name)

@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_files, tiny_model, write_lines
 
 import loop
+import merge
 import merge_search
 from chat import Tokenizer, read_records, sft_messages
 from checkpoint import Checkpoint
@@ -143,3 +144,16 @@ def test_bad_input(models, refused, tmp_path, words, more):
             tmp_path / "s.json", *more)  # fmt: skip
     refused("--method is linear", "merge", "search", "--method", "ties", "--base", models / "base", "--models", models / "a",
             "--out", tmp_path / "s.json", "--greedy", "--data", one)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
+def test_the_closing_command_makes_the_best_merge_where_a_weight_is_zero(models, run, tmp_path, method):
+    paths, out = [str(models / name) for name in "ab"], tmp_path / "written"
+    more = ["--method", method] if method == "linear" else ["--method", method, "--base", str(models / "base"), "--density", "0.5"]
+    a = merge_search.parse([*more, "--models", *paths, "--data", "x", "--out", "s.json", "--seed", "4"])
+    base, opened = merge.open_inputs(a)
+    best = merge_search.settings(a, {"weights": [0.0, 1.0]})
+    want = dict(merge.merged(best, base, opened, torch.float32, quiet=True))
+    words = shlex.split(merge_search.command(a, best, opened))[2:]
+    assert run("merge", *words[:-1], out)[0] == 0
+    assert all(torch.equal(Checkpoint(str(out)).tensor(name), tensor) for name, tensor in want.items())
