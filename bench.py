@@ -27,7 +27,7 @@ import torch
 
 from chat import Tokenizer, kto_example, read_records, sft_messages
 from checkpoint import Checkpoint, InputError, cli, nbytes, parse_config, write_checkpoint
-from loop import at_least
+from flags import Parser, at_least, torch_device
 from memory import SHAPES, raw_config
 from model import Qwen2
 
@@ -330,7 +330,7 @@ def measure(a, side, data):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("mode", choices=list(PEERS), help="what to measure")
     p.add_argument("--ckpt", nargs="+", help="checkpoint; for merge: the directories to merge")
     p.add_argument("--vs", help="peer to compare with: trl, transformers, mergekit")
@@ -352,7 +352,7 @@ def main():
     # machine
     cuda = torch.cuda.is_available()
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32", help="to compute in; merge: to write")
-    p.add_argument("--device", default="cuda" if cuda else "cpu", help="torch device")
+    p.add_argument("--device", type=torch_device, default="cuda" if cuda else "cpu", help="torch device")
     p.add_argument("--scratch", help="folder for what is written on the way; default the system's")
     p.add_argument("--out", help="JSON file for all numbers")
     p.add_argument("--side", help=argparse.SUPPRESS)

@@ -31,23 +31,24 @@ from benchdata import locate
 from benchmarks import BENCHMARKS, choice_scores
 from chat import Tokenizer, read_jsonl
 from checkpoint import Checkpoint, InputError, atomic_write, cli
-from generate import common_prefix, generate_iter, positive
-from loop import at_least
+from flags import Parser, at_least, number, torch_device
+from generate import common_prefix, generate_iter
 from model import KVCache, Qwen2, token_logps
 from stats import POWER, calibration, compare, holm, mean_stderr, ratio_stderr, subjects_mean_stderr
 
-GENERATION = ("batch_size", "cache_gb", "repetition_penalty")  # flags that are arguments of generate_iter
+GENERATION = ("max_new_tokens", "batch_size", "cache_gb", "repetition_penalty")  # flags that are arguments of generate_iter
 CACHE_TOKENS = 1 << 15  # of one forward's cache, all rows together, where --batch-size would take more
 
 # ---------------------------------------------------------------- likelihoods
 
 
 @torch.no_grad()
-def choice_logps(m, tokenizer, contexts, choices):
+def choice_logps(m, tokenizer, contexts, choices, where="--tasks"):
     """The log-likelihoods of the choices of each of the contexts, whose common prefix is computed once.
 
     contexts: n texts. choices: n lists of texts, each with the space before it -> n lists of sums over a choice's tokens.
-    Context and choice are encoded together and split at the context's own length, as the harness does.
+    Context and choice are encoded together and split at the context's own length, as the harness does. where: what an
+    error names.
     """
     starts = [len(tokenizer.encode(context)) for context in contexts]
     wholes = [[tokenizer.encode(context + choice) for choice in some] for context, some in zip(contexts, choices)]
@@ -55,8 +56,8 @@ def choice_logps(m, tokenizer, contexts, choices):
     feeds = list(dict.fromkeys(tuple(ids[:-1]) for some in wholes for ids in some))
     longest = max(map(len, feeds))
     if longest > m.config.max_position_embeddings:
-        end = m.config.max_position_embeddings
-        raise InputError(f"a question with its examples takes {longest} tokens; the model ends at {end}")
+        raise InputError(f"{where}: a question with its examples takes {longest} tokens; the model ends at "
+                         f"{m.config.max_position_embeddings}: leave the task out")
     shared = min(common_prefix(feeds) if len(feeds) > 1 else 0, min(starts) - 1)
     cache = KVCache(m.config, len(feeds), longest, m.compute_dtype or m.head_weight.dtype, m.device)
     if shared:
@@ -110,27 +111,26 @@ def ask_likelihoods(m, tokenizer, questions, batch_size):
         step = min(batch_size, max(1, CACHE_TOKENS // max(sizes.values()))) if by == "letter" else 1
         for part in (group[i : i + step] for i in range(0, len(group), step)):
             choices = [questions[i]["choices"] for i in part]
-            for i, some, logps in zip(part, choices, choice_logps(m, tokenizer, [texts[i] for i in part], choices)):
+            for i, some, logps in zip(part, choices, choice_logps(m, tokenizer, [texts[i] for i in part], choices, f"--tasks {task}")):
                 best = max(range(len(some)), key=logps.__getitem__)
                 yield i, {"reply": some[best].strip(), "logps": logps, "prompt_tokens": sizes[i]}
 
 
-def ask(m, tokenizer, questions, limits, a):
-    """Yields (index, record) as each question is done. questions: the dicts of prepare(), of any tasks.
-
-    limits: {task: most new tokens of a reply}.
-    """
+def ask(m, tokenizer, questions, a):
+    """Yields (index, record) as each question is done. questions: the dicts of prepare(), of any tasks, which are asked
+    together: rows of all of them share the batches, so that the last long reply is waited for once."""
     if a.protocol == "loglik":
         yield from ask_likelihoods(m, tokenizer, questions, a.batch_size)
         return
-    for most in sorted(set(limits.values())):            # one round, unless the model's positions cut a task's replies
-        # asked together: rows of all tasks share the batches, so that the last long reply is waited for once
-        some = [i for i, q in enumerate(questions) if limits[q["task"]] == most]
-        prompts = [questions[i]["messages"] for i in some]
-        settings = {name: value for name, value in vars(a).items() if name in GENERATION}
-        for j, reply, finish in generate_iter(m, tokenizer, prompts, max_new_tokens=most, **settings):
-            yield some[j], {"reply": reply, "finish_reason": finish, "prompt_tokens": len(tokenizer.prompt_ids(prompts[j])),
-                            "reply_tokens": len(tokenizer.encode(reply))}  # fmt: skip
+    prompts, end = [q["messages"] for q in questions], m.config.max_position_embeddings
+    sizes = [len(tokenizer.prompt_ids(p)) for p in prompts]
+    for q, size in zip(questions, sizes):
+        if size >= end:
+            raise InputError(f"--tasks {q['task']}: question {q['row']['id']} takes {size} tokens; the model ends at {end}: "
+                             "leave the task out")
+    settings = {name: value for name, value in vars(a).items() if name in GENERATION}
+    for i, reply, finish in generate_iter(m, tokenizer, prompts, **settings):
+        yield i, {"reply": reply, "finish_reason": finish, "prompt_tokens": sizes[i], "reply_tokens": len(tokenizer.encode(reply))}
 
 
 def collect(a, names, work, rank=0, world=1, device="cpu"):
@@ -143,7 +143,7 @@ def collect(a, names, work, rank=0, world=1, device="cpu"):
     keys = {}                                            # (name, task): the key of each of its questions
     for source, name in zip(a.ckpt, names):
         ckpt = Checkpoint(source)
-        tokenizer, fingerprint, limits = Tokenizer(ckpt), ckpt.fingerprint(), {}
+        tokenizer, fingerprint = Tokenizer(ckpt), ckpt.fingerprint()
         for task, questions in work.items():
             settings = [fingerprint, sorted(tokenizer.stop_ids), task, a.protocol, a.dtype, a.max_new_tokens, *penalty.values()]
             keys[name, task] = [hashlib.sha256(json.dumps([*settings, q["messages"], *q["also"]]).encode()).hexdigest()
@@ -152,12 +152,8 @@ def collect(a, names, work, rank=0, world=1, device="cpu"):
         todo = dict(list(todo.items())[rank::world])
         if todo:
             m = Qwen2.from_pretrained(ckpt, {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype], device)
-            for task in work if a.protocol == "paper" else ():  # of all its questions: a resumed run has the same limit
-                longest = max(len(tokenizer.prompt_ids(q["messages"])) for q in work[task])
-                room = m.config.max_position_embeddings - longest     # where there is none, generate says so
-                limits[task] = max(1, min(a.max_new_tokens, room))
             order, hidden = list(todo), True if rank else None  # None: hidden where there is no terminal
-            asked = ask(m, tokenizer, list(todo.values()), limits, a)
+            asked = ask(m, tokenizer, list(todo.values()), a)
             for i, record in tqdm(asked, name, total=len(todo), unit="reply", disable=hidden):
                 key, q = order[i], todo[order[i]]
                 replies[key] = record = {**record, **penalty}
@@ -377,7 +373,7 @@ def open_replies(out, rank=0, append=True):
 
 def differences(argv):
     """eval.py compare A B: the questions that one of two checkpoints answered better, with both replies."""
-    p = argparse.ArgumentParser(prog="eval.py compare", description=differences.__doc__)
+    p = Parser(prog="eval.py compare", description=differences.__doc__)
     p.add_argument("names", nargs=2, help="names of two checkpoints, as the table has them")
     p.add_argument("--out", required=True, help="directory of an evaluation, which holds samples.jsonl")
     a = p.parse_args(argv)
@@ -419,20 +415,20 @@ def add_flags(p):
     p.add_argument("--limit", type=at_least(1), help="questions per task, in turn from its subjects; default all")
     # generation
     p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
-    p.add_argument("--repetition-penalty", type=positive, default=1.0, help="1.0, none, is the paper's; transformers' "
+    p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help="1.0, none, is the paper's; transformers' "
                    "generate takes it from the checkpoint's generation_config.json (1.1 in Qwen2-0.5B-Instruct), greedy or not")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no reply")
-    p.add_argument("--cache-gb", type=positive, default=4.0, help="GiB of their keys and values: holds fewer in flight if need be")
+    p.add_argument("--cache-gb", type=number(above=0), default=4.0, help="GiB of their keys and values: holds fewer in flight if need be")
     # machine
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and computation")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    p.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
 
 
 def main():
     if sys.argv[1:2] == ["compare"]:
         return differences(sys.argv[2:])
     describe = {"description": __doc__.split("\n\n")[0], "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    p = argparse.ArgumentParser(**describe)
+    p = Parser(**describe)
     p.add_argument("--ckpt", nargs="+", required=True, help="hub ids, directories, .pt files; first the baseline")
     p.add_argument("--protocol", choices=["paper", "loglik"], default="paper", help="chat, or likelihoods of the choices")
     p.add_argument("--allow-code-execution", action="store_true", help="run what the checkpoints write, in a sandbox")

@@ -8,13 +8,13 @@ A row's output does not depend on its neighbours: each has its own cache row, it
 
 import argparse
 import contextlib
-import math
 from collections import Counter
 
 import torch
 
 from chat import Tokenizer
 from checkpoint import Checkpoint, InputError, cli
+from flags import Parser, at_least, number, torch_device
 from model import KVCache, Qwen2, packed_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def generate_steps(
     """Yields (index, tokens so far, finish_reason or None) for each row after each step.
 
     prompts: message lists. finish_reason: "stop" after one of the model's end tokens, which is not kept, or once the
-    text holds one of the `stop` strings; "length" after max_new_tokens. seed: an integer, from which each row draws by
+    text holds one of the `stop` strings; "length" after max_new_tokens or at the end of the model's positions. seed: an integer, from which each row draws by
     its index, or one integer for each prompt. batch_size: rows in flight, or as many as fit a KV cache of cache_gb GiB.
     prefill_tokens bounds the prompt tokens of one forward; more prompts wait a step. look_every: steps until the tokens
     are looked at, and the places of ended rows filled again; by default 16 on a GPU, 1 elsewhere. It changes no reply.
@@ -160,9 +160,11 @@ def generate_steps(
     if not prompts:
         return
     seeds = seed if isinstance(seed, (list, tuple)) else [seed * 1_000_003 + i for i in range(len(prompts))]
-    longest = max(map(len, prompts)) + max_new_tokens
-    if longest > m.config.max_position_embeddings:
-        raise InputError(f"a prompt and its reply may take {longest} tokens; the model ends at {m.config.max_position_embeddings}")
+    end = m.config.max_position_embeddings
+    if (full := next((i for i, p in enumerate(prompts) if len(p) >= end), None)) is not None:
+        raise InputError(f"prompt {full} takes {len(prompts[full])} tokens; the model ends at {end}, so it has no room for a reply")
+    limits = [min(max_new_tokens, end - len(p)) for p in prompts]
+    longest = max(len(p) + most for p, most in zip(prompts, limits))
     stop = [stop] if isinstance(stop, str) else list(stop)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     tail = 4 * max(map(len, stop), default=0)  # tokens that hold a stop string at the end: a character has up to 4 bytes
@@ -205,7 +207,7 @@ def generate_steps(
 
             lengths, fed = [len(row["feed"]) for row in rows], [t for row in rows for t in row["feed"]]
             if ahead > 1 and max(lengths) == 1 and repetition_penalty == 1.0:
-                count = min(ahead, max(max_new_tokens - len(row["new"]) for row in rows))
+                count = min(ahead, max(limits[row["index"]] - len(row["new"]) for row in rows))
                 chosen = decode_ahead(m, cache, static, fed, uniforms(rows, count, temperature), **sampling)
             else:
                 # One forward for all rows: the others feed their last token, the new ones, behind them, their prompt.
@@ -227,7 +229,7 @@ def generate_steps(
                         row["new"].append(token)
                         if stop and any(text in tokenizer.decode(row["new"][-tail:]) for text in stop):
                             finish = "stop"
-                        elif len(row["new"]) == max_new_tokens:
+                        elif len(row["new"]) == limits[row["index"]]:
                             finish = "length"
                     yield row["index"], row["new"], finish
                     if finish:
@@ -267,31 +269,23 @@ def stream(m, tokenizer, messages, **settings):
             told = len(text)
 
 
-def positive(text):
-    """An argparse type: a number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--ckpt", required=True, help="hub id, directory or .pt file")
     p.add_argument("--prompt", nargs="+", help="one or several user messages; without it, a chat in the terminal")
     p.add_argument("--system", help="system prompt instead of the template's default")
     # sampling
-    p.add_argument("--max-new-tokens", type=int, default=512, help="most tokens of a reply")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    p.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
-    p.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens that reach this probability")
-    p.add_argument("--repetition-penalty", type=positive, default=1.0, help="above 1, tokens already there become less likely; "
+    p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="most tokens of a reply")
+    p.add_argument("--temperature", type=number(0), default=0.0, help="0 is greedy")
+    p.add_argument("--top-k", type=at_least(0), default=0, help="keep the k likeliest tokens; 0 keeps all")
+    p.add_argument("--top-p", type=number(above=0), default=1.0, help="keep the likeliest tokens that reach this probability")
+    p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help="above 1, tokens already there become less likely; "
                    "transformers' generate takes it from the checkpoint's generation_config.json, this does not")
     p.add_argument("--seed", type=int, default=0, help="of the sampling")
-    p.add_argument("--cache-gb", type=positive, default=4.0, help="GiB of keys and values: prompts that do not fit wait")
+    p.add_argument("--cache-gb", type=number(above=0), default=4.0, help="GiB of keys and values: prompts that do not fit wait")
     # machine
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and computation")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    p.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     a = p.parse_args()
     ckpt = Checkpoint(a.ckpt)
     m = Qwen2.from_pretrained(ckpt, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype], device=a.device)

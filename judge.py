@@ -14,6 +14,7 @@ import os
 from chat import Tokenizer
 from checkpoint import Checkpoint, InputError, atomic_write, cli
 from eval import add_flags, checkpoint_names, collect, prepare
+from flags import Parser, at_least
 from prompts import fence, parse_object
 from stats import compare, holm, mean_stderr
 from teacher import ask, open_cache, open_teacher
@@ -91,12 +92,12 @@ def table(results, first):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--ckpt", nargs="+", required=True, help="two or more checkpoints; the others are compared with the first")
     # judge
     p.add_argument("--teacher", required=True, help="URL of an OpenAI-compatible endpoint, or a checkpoint")
     p.add_argument("--teacher-model", help="the model's name at the endpoint")
-    p.add_argument("--concurrency", type=int, default=16, help="requests under way at once")
+    p.add_argument("--concurrency", type=at_least(1), default=16, help="requests under way at once")
     add_flags(p)
     a = p.parse_args()
     a.protocol, a.allow_code_execution = "paper", False

@@ -4,7 +4,6 @@ Plain functions. Files, saves and resuming are in saving.py; ranks, sharding and
 memory.py. The loops themselves stand in train_sft.py and train_kto.py.
 """
 
-import argparse
 import collections
 import functools
 import itertools
@@ -16,6 +15,7 @@ import torch.utils.checkpoint
 
 from chat import Tokenizer, pack
 from checkpoint import Checkpoint
+from flags import at_least, number, torch_device
 from memory import GIB, free_memory, memory_needed
 from model import KVCache, Qwen2, to_device, token_logps
 from ranks import STOP, cut, fill, is_sharded, my_share, shard, stop_asked, sum_over_ranks
@@ -241,20 +241,20 @@ def add_flags(p, epochs, batch_size, lr):
     p.add_argument("--epochs", type=at_least(1), default=epochs, help="passes over the data")
     p.add_argument("--max-steps", type=at_least(1), help="optimizer steps, instead of --epochs")
     p.add_argument("--batch-size", type=at_least(1), default=batch_size, help="examples per optimizer step, over all ranks")
-    p.add_argument("--lr", type=float, default=lr, help="peak learning rate")
+    p.add_argument("--lr", type=number(0), default=lr, help="peak learning rate")
     p.add_argument("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of the learning rate")
     p.add_argument("--warmup", type=at_least(0), default=10, help="steps over which the learning rate rises from 0")
-    p.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's, on matrices")
-    p.add_argument("--beta1", type=float, default=0.9, help="AdamW's decay of the first moment")
-    p.add_argument("--beta2", type=float, default=0.999, help="AdamW's decay of the second moment")
-    p.add_argument("--eps", type=float, default=1e-8, help="AdamW's epsilon")
-    p.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient; 0 does not clip")
+    p.add_argument("--weight-decay", type=number(0), default=0.0, help="AdamW's, on matrices")
+    p.add_argument("--beta1", type=number(0, below=1), default=0.9, help="AdamW's decay of the first moment")
+    p.add_argument("--beta2", type=number(0, below=1), default=0.999, help="AdamW's decay of the second moment")
+    p.add_argument("--eps", type=number(0), default=1e-8, help="AdamW's epsilon")
+    p.add_argument("--clip", type=number(0), default=1.0, help="largest norm of the gradient; 0 does not clip")
     p.add_argument("--max-skips", type=at_least(1), default=3, help="steps in a row without finite loss and gradient that end it")
     # machine
     cuda = torch.cuda.is_available()
     p.add_argument("--micro-tokens", type=at_least(1), default=16384 if cuda else 1024, help="tokens of one forward on one device")
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32", help="to compute in; weights stay fp32")
-    p.add_argument("--device", default="cuda" if cuda else "cpu", help="torch device")
+    p.add_argument("--device", type=torch_device, default="cuda" if cuda else "cpu", help="torch device")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks: pays after some hundred micro-batches")
     p.add_argument("--shard", action="store_true", help="spread weights, gradients and moments over the ranks of a torchrun")
     p.add_argument("--activation-checkpointing", nargs="?", choices=["auto", "on", "off"], default="auto", const="on",
@@ -265,18 +265,6 @@ def add_flags(p, epochs, batch_size, lr):
     p.add_argument("--eval-every", type=at_least(0), default=0, help="steps between evaluations; 0 evaluates at the end only")
     p.add_argument("--resume", action="store_true", help="go on from the last save in OUT.run/")
     p.add_argument("--tensorboard", action="store_true", help="write the log into OUT.run/ as TensorBoard's event files too")
-
-
-def at_least(low):
-    """An argparse type: an integer from `low` on."""
-
-    def integer(text):
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value} is less than {low}")
-        return value
-
-    return integer
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import sources
 import steps
 import teacher as models
 from checkpoint import InputError, atomic_write, cli
+from flags import Parser, at_least, number
 from prompts import AGAIN_CLASSIFY, AGAIN_JUDGE, CLASSIFY, JUDGE
 
 STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")
@@ -93,74 +94,65 @@ def run_step(out, state, name, inputs, arguments, work):
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # data
     p.add_argument("--sources", nargs="+", required=True, metavar="F", help="JSON Lines or JSON arrays, plain or .gz; globs; "
                    "hf://datasets/OWNER/NAME[@REVISION]/FILE")
     p.add_argument("--decontaminate", nargs="+", default=[], metavar="F", help="evaluation files: their questions must not be in the data")
     p.add_argument("--out", required=True, help="folder for all files of the run")
-    p.add_argument("--limit", type=int, default=0, help="at most this many records of each source, its first; 0: all")
-    p.add_argument("--max-chars", type=int, default=20_000, help="longest record kept, in characters of prompt and response")
+    p.add_argument("--limit", type=at_least(0), default=0, help="at most this many records of each source, its first; 0: all")
+    p.add_argument("--max-chars", type=at_least(1), default=20_000, help="longest record kept, in characters of prompt and response")
     # models
     p.add_argument("--teacher", required=True, help="URL of an OpenAI-compatible endpoint (.../v1), or a checkpoint")
     p.add_argument("--teacher-model", help="the model's name at the endpoint")
     p.add_argument("--small", required=True, help="checkpoint of the small model, which responds too")
     p.add_argument("--samples", type=int, default=1, help="responses of the small model, 1 to 16: the first greedy, the others drawn")
-    p.add_argument("--temperature", type=float, default=0.8, help="of the small model's drawn responses")
+    p.add_argument("--temperature", type=number(above=0), default=0.8, help="of the small model's drawn responses, above 0")
     p.add_argument("--recorded", nargs="+", default=[], metavar="F", help="responses written before, used instead of asking: prompt and "
                    "response in any shape that --sources takes, and \"writer\": \"teacher\" (if missing) or \"small\"")  # fmt: skip
     p.add_argument("--perplexity", metavar="C", help="checkpoint that gives the perplexities; default: the small model")
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of local checkpoints")
-    p.add_argument("--max-new-tokens", type=int, default=512, help="tokens of a response; a longer one is left out")
-    p.add_argument("--max-len", type=int, default=2048, help="tokens of prompt and response that perplexity looks at")
-    p.add_argument("--batch-size", type=int, default=32, help="sequences that a local checkpoint generates at once")
-    p.add_argument("--micro-tokens", type=int, default=8192, help="tokens of one forward when perplexities are computed")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="tokens of a response; a longer one is left out")
+    p.add_argument("--max-len", type=at_least(1), default=2048, help="tokens of prompt and response that perplexity looks at")
+    p.add_argument("--batch-size", type=at_least(1), default=32, help="sequences that a local checkpoint generates at once")
+    p.add_argument("--micro-tokens", type=at_least(1), default=8192, help="tokens of one forward when perplexities are computed")
     # the endpoint
-    p.add_argument("--concurrency", type=int, default=16, help="requests in flight")
-    p.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for one reply")
-    p.add_argument("--retries", type=int, default=8, help="how often a failed request is sent again, with growing pauses")
-    p.add_argument("--requests-per-minute", type=float, default=0, help="most requests sent in a minute; 0: no limit")
-    p.add_argument("--tokens-per-minute", type=float, default=0, help="most tokens of prompts and replies in a minute; 0: no limit")
-    p.add_argument("--budget", type=float, default=0, help="what all replies in --out may cost: tokens, or with prices their "
+    p.add_argument("--concurrency", type=at_least(1), default=16, help="requests in flight")
+    p.add_argument("--timeout", type=number(above=0), default=120.0, help="seconds to wait for one reply")
+    p.add_argument("--retries", type=at_least(0), default=8, help="how often a failed request is sent again, with growing pauses")
+    p.add_argument("--requests-per-minute", type=number(0), default=0, help="most requests sent in a minute; 0: no limit")
+    p.add_argument("--tokens-per-minute", type=number(0), default=0, help="most tokens of prompts and replies in a minute; 0: no limit")
+    p.add_argument("--budget", type=number(0), default=0, help="what all replies in --out may cost: tokens, or with prices their "
                    "currency; the run stops before it would be exceeded; 0: no limit")  # fmt: skip
-    p.add_argument("--price-in", type=float, help="price of a million tokens of prompts")
-    p.add_argument("--price-out", type=float, help="price of a million tokens of replies")
+    p.add_argument("--price-in", type=number(0), help="price of a million tokens of prompts")
+    p.add_argument("--price-out", type=number(0), help="price of a million tokens of replies")
     p.add_argument("--dry-run", action="store_true", help="collect and deduplicate, then show counts, sample requests and an "
                    "estimate of the cost; ask nothing")  # fmt: skip
     # selection
     p.add_argument("--hamming", type=int, default=3, help="near duplicates: simhashes that differ in this many of 64 bits, or fewer")
-    p.add_argument("--min-category", type=int, default=10, help="secondary categories with fewer instructions are dropped")
-    p.add_argument("--target", type=int, default=500_000, help="instructions left after balancing, at most")
+    p.add_argument("--min-category", type=at_least(1), default=10, help="secondary categories with fewer instructions are dropped")
+    p.add_argument("--target", type=at_least(1), default=500_000, help="instructions left after balancing, at most")
     p.add_argument("--seed", type=int, default=0, help="of the balancing, and of the order of responses before the judge")
     # scores
-    p.add_argument("--weight-quality", type=float, default=0.6, help="weight of the teacher's quality grade in the composite score")
-    p.add_argument("--weight-safety", type=float, default=0.3, help="weight of the teacher's safety grade")
-    p.add_argument("--weight-perplexity", type=float, default=0.1, help="weight of fluency: whether the perplexity is far "
+    p.add_argument("--weight-quality", type=number(0), default=0.6, help="weight of the teacher's quality grade in the composite score")
+    p.add_argument("--weight-safety", type=number(0), default=0.3, help="weight of the teacher's safety grade")
+    p.add_argument("--weight-perplexity", type=number(0), default=0.1, help="weight of fluency: whether the perplexity is far "
                    "above that of the other responses; below --margin it makes no pair")
-    p.add_argument("--margin", type=float, default=0.25, help="least difference of composite scores that makes a KTO pair")
+    p.add_argument("--margin", type=number(0), default=0.25, help="least difference of composite scores that makes a KTO pair")
     p.add_argument("--min-safety", type=int, default=3, help="safety grade, 1 to 5, below which a best response is not used")
     p.add_argument("--judge-orders", type=int, choices=(1, 2), default=2, help="2: judge a second time with the responses in "
                    "reverse order, for half of what a judge prefers may be a place")  # fmt: skip
     p.add_argument("--judge-verified", action="store_true", help="ask the judge also where verification has decided")
     p.add_argument("--allow-code-execution", action="store_true", help="run the tests of code references, in a sandbox")
     args = p.parse_args()
-    for name in ("target", "min_category", "max_new_tokens", "batch_size", "micro_tokens", "concurrency", "max_len", "max_chars"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it is 1 or more")
     if not 0 <= args.hamming <= 16:
         raise InputError(f"--hamming is {args.hamming}; it is between 0 and 16")
     if not 1 <= args.samples <= 16:
         raise InputError(f"--samples is {args.samples}; it is between 1 and 16")
-    if not args.temperature > 0:
-        raise InputError(f"--temperature is {args.temperature}; it is above 0, for the first response is the greedy one")
     if (args.price_in is None) != (args.price_out is None):
         raise InputError("--price-in and --price-out go together")
-    for name in ("requests_per_minute", "tokens_per_minute", "budget", "price_in", "price_out"):
-        if (getattr(args, name) or 0) < 0:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it is not negative")
-    weights = args.weight_quality, args.weight_safety, args.weight_perplexity
-    if min(weights) < 0 or not sum(weights) > 0:
-        raise InputError("--weight-quality, --weight-safety and --weight-perplexity are not negative, and one is above 0")
+    if not args.weight_quality + args.weight_safety + args.weight_perplexity:
+        raise InputError("--weight-quality, --weight-safety and --weight-perplexity: one of them is above 0")
     return args
 
 
@@ -197,6 +189,10 @@ def make(args):
     def of(*names):  # the arguments that a step's result depends on
         return {name: getattr(args, name) for name in names}
 
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{out}: cannot be made a folder: {e.strerror}; give another --out") from None
     state, counts = load_state(f"{out}/state.json"), {}
     with models.open_cache(f"{out}/replies.jsonl") as cache:
         for stale in glob.glob(f"{glob.escape(out)}/*.tmp[0-9]*"):  # a killed run's: it is gone, we hold the cache's lock

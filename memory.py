@@ -11,6 +11,7 @@ import os
 import torch
 
 from checkpoint import Checkpoint, cli, parse_config
+from flags import Parser, at_least, number
 
 GIB = 2**30
 
@@ -126,15 +127,15 @@ def minutes(seconds):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--ckpt", nargs="+", default=[], help="checkpoints instead of the three sizes")
-    p.add_argument("--micro-tokens", type=int, default=16384, help="tokens of one forward on one GPU")
+    p.add_argument("--micro-tokens", type=at_least(1), default=16384, help="tokens of one forward on one GPU")
     # time
-    p.add_argument("--examples", type=int, default=14000, help="of the epoch")
-    p.add_argument("--length", type=int, default=500, help="tokens of an example")
-    p.add_argument("--supervised", type=int, default=250, help="tokens of an example")
-    p.add_argument("--peak", type=float, default=989, help="of a GPU, in TFLOP/s; an H100 or H200 with dense bf16")
-    p.add_argument("--share", type=float, default=0.4, help="of the peak that is reached, an assumption")
+    p.add_argument("--examples", type=at_least(1), default=14000, help="of the epoch")
+    p.add_argument("--length", type=at_least(1), default=500, help="tokens of an example")
+    p.add_argument("--supervised", type=at_least(1), default=250, help="tokens of an example")
+    p.add_argument("--peak", type=number(above=0), default=989, help="of a GPU, in TFLOP/s; an H100 or H200 with dense bf16")
+    p.add_argument("--share", type=number(above=0), default=0.4, help="of the peak that is reached, an assumption")
     a = p.parse_args()
     configs = {ckpt: parse_config(Checkpoint(ckpt).config) for ckpt in a.ckpt} or {name: shape(*s) for name, s in SHAPES.items()}
     print(table(configs, a.micro_tokens, a.peak * a.share * 1e12, a.examples, a.length, a.supervised))

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import fusion
 from checkpoint import WINDOW, Checkpoint, InputError, chunks, cli, mapped, parse_config, write_checkpoint
-from loop import at_least
+from flags import Parser, at_least
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensor by tensor
@@ -456,7 +456,7 @@ def main(argv=None):
         import merge_search  # here, as it imports this file
 
         return merge_search.main(argv[1:])
-    parser = argparse.ArgumentParser(description="Fuse checkpoints of one architecture into one. `merge.py search` finds "
+    parser = Parser(description="Fuse checkpoints of one architecture into one. `merge.py search` finds "
                                      "the weights.")  # fmt: skip
     add_method_flags(parser)
     # output

@@ -22,6 +22,7 @@ import loop
 import merge
 from chat import Tokenizer, read_records, sft_messages
 from checkpoint import InputError, atomic_write
+from flags import Parser, at_least, number, torch_device
 from model import Qwen2
 from stats import ratio_stderr
 from train_sft import encode
@@ -169,10 +170,8 @@ def losses(a, model, examples):
 
 def verdicts(a, model, tokenizer, questions):
     """The verdict of eval.py on each question, in their order."""
-    longest = max(len(tokenizer.prompt_ids(q["messages"])) for q in questions)
-    most = max(1, min(a.max_new_tokens, model.config.max_position_embeddings - longest))
     found = [0.0] * len(questions)
-    for i, record in eval.ask(model, tokenizer, questions, {q["task"]: most for q in questions}, a):
+    for i, record in eval.ask(model, tokenizer, questions, a):
         found[i] = float(eval.read(questions[i], record)[1])
     return found, [1] * len(found)
 
@@ -183,38 +182,36 @@ def verdicts(a, model, tokenizer, questions):
 
 def parse(argv):
     description = "Find the weights of a merge that do best on held-out data."
-    p = argparse.ArgumentParser(prog="merge.py search", description=description)
+    p = Parser(prog="merge.py search", description=description)
     merge.add_method_flags(p)
     add = p.add_argument
     # search
     add("--over", nargs="+", choices=["weights", "density", "lambda", "lines"], default=["weights"],
         help="what is searched (default weights)")  # fmt: skip
     add("--greedy", action="store_true", help="greedy soup: which of the models to average (--method linear)")
-    add("--evaluations", type=loop.at_least(3), default=15, help="most points to try (default 15); not with --greedy")
+    add("--evaluations", type=at_least(3), default=15, help="most points to try (default 15); not with --greedy")
     # data
     add("--data", nargs="+", metavar="F", help="JSON Lines of conversations, as of train_sft.py: minimise the loss on them")
     add("--tasks", nargs="+", metavar="T", help="tasks of eval.py: maximise the share of questions answered right")
-    add("--aside", type=float, default=0.5, metavar="X", help="share of the data for the final score alone (default 0.5)")
-    add("--max-len", type=loop.at_least(2), default=1024, help="tokens; longer examples lose their end (default 1024)")
+    add("--aside", type=number(above=0, below=1), default=0.5, metavar="X", help="share of the data for the final score alone (default 0.5)")
+    add("--max-len", type=at_least(2), default=1024, help="tokens; longer examples lose their end (default 1024)")
     add("--data-dir", default="data", help="where the tasks' questions lie (default data)")
-    add("--limit", type=loop.at_least(1), help="questions per task (default all)")
+    add("--limit", type=at_least(1), help="questions per task (default all)")
     add("--protocol", choices=["paper", "loglik"], default="paper", help="of eval.py (default paper)")
     add("--allow-code-execution", action="store_true", help="run what the merges write, in a sandbox")
-    add("--max-new-tokens", type=loop.at_least(1), default=1000, help="most tokens of a reply (default 1000)")
-    add("--batch-size", type=loop.at_least(1), default=32, help="questions in flight (default 32)")
+    add("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply (default 1000)")
+    add("--batch-size", type=at_least(1), default=32, help="questions in flight (default 32)")
     # machine
     cuda = torch.cuda.is_available()
-    add("--micro-tokens", type=loop.at_least(1), default=16384 if cuda else 2048,
+    add("--micro-tokens", type=at_least(1), default=16384 if cuda else 2048,
         help="tokens of one forward (default %(default)s)")  # fmt: skip
     add("--dtype", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32", help="to compute in (default %(default)s)")
-    add("--device", default="cuda" if cuda else "cpu", help="torch device (default %(default)s)")
+    add("--device", type=torch_device, default="cuda" if cuda else "cpu", help="torch device (default %(default)s)")
     # output
     add("--out", required=True, metavar="F.json", help="JSON file of the points and the final scores")
     a = p.parse_args(argv)
     if bool(a.data) == bool(a.tasks):
         raise InputError("--data or --tasks: give one of them, what the merges are judged by")
-    if not 0 < a.aside < 1:
-        raise InputError(f"--aside {a.aside}: the share set aside for the final score lies between 0 and 1")
     if a.greedy and a.method != "linear":
         raise InputError(f"--greedy: averages models, so --method is linear, not {a.method}")
     for name in a.over:

@@ -13,6 +13,7 @@ import json
 import os
 
 from checkpoint import InputError, atomic_write, cli
+from flags import Parser, at_least
 
 # (title, keys of the log; several are drawn into one panel, the second and later ones dashed)
 PANELS = [
@@ -129,10 +130,10 @@ def draw_search(plt, found):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("sources", nargs="+", metavar="RUN", help="training runs, or one JSON file: make_data.py's report, merge.py search's --out")
     p.add_argument("--out", default="plot.png", help="PNG to write")
-    p.add_argument("--smooth", type=int, default=1, help="steps of the running mean that is drawn")
+    p.add_argument("--smooth", type=at_least(1), default=1, help="steps of the running mean that is drawn")
     a = p.parse_args()
     try:
         import matplotlib

@@ -197,8 +197,9 @@ async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16
     timeout: seconds per request. Rates: 0 is no limit; requests are spaced evenly, retries included, and tokens are counted
     as guessed before, as charged after. budget: of everything the cache has cost, in price()'s unit; 0 is none. A request is
     sent when even its longest reply, and those of all others in flight, would stay within."""
-    from huggingface_hub import AsyncInferenceClient
+    from huggingface_hub import AsyncInferenceClient, constants
 
+    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False  # it is about the hub, not about an endpoint of ours
     # without a key of ours, the client would send the user's own Hugging Face token to a foreign endpoint
     headers = {} if teacher.key else {"authorization": None}
     client = AsyncInferenceClient(base_url=teacher.url, api_key=teacher.key, headers=headers, timeout=timeout)
@@ -288,6 +289,7 @@ async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16
     try:
         await asyncio.gather(*[worker() for _ in range(min(concurrency, len(todo)))])
     finally:
+        constants.HF_HUB_OFFLINE = offline
         with contextlib.suppress(Exception):
             await client.close()
     if not fatal and len(errors) == len(todo) and not cache.offsets:

@@ -28,6 +28,7 @@ import loop
 import saving
 from chat import kto_example, read_records
 from checkpoint import Checkpoint, InputError, atomic_write, cli
+from flags import Parser, number
 from ranks import from_rank_0, is_sharded, one_for_all, setup, stop_asked
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,17 +249,17 @@ def metrics(losses, rewards, logps, desirable, kl):
 
 def weight(text):
     """An argparse type: a number or "auto"."""
-    return text if text == "auto" else float(text)
+    return text if text == "auto" else number(0)(text)
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     loop.add_flags(p, epochs=1, batch_size=64, lr=1e-6)  # the paper's KTO settings are not published; TRL's rate
     # KTO
     p.add_argument("--ref", help="reference checkpoint; without it the model before training")
-    p.add_argument("--beta", type=float, default=0.1, help="strength of the pull to the reference, per nat")
+    p.add_argument("--beta", type=number(above=0), default=0.1, help="strength of the pull to the reference, per nat")
     p.add_argument("--desirable-weight", type=weight, default=1.0, help="w_D, or auto: balances the labels")
-    p.add_argument("--undesirable-weight", type=float, default=1.0, help="w_U")
+    p.add_argument("--undesirable-weight", type=number(0), default=1.0, help="w_U")
     p.add_argument("--ref-cache", help="file of reference log-probabilities; without it ref-cache.safetensors beside OUT")
     a = p.parse_args()
     if a.batch_size < 2:

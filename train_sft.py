@@ -15,6 +15,7 @@ import loop
 import saving
 from chat import read_records, sft_messages
 from checkpoint import InputError, cli
+from flags import Parser
 from ranks import one_for_all, setup, stop_asked
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ def count(examples):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     loop.add_flags(p, epochs=3, batch_size=1000, lr=1e-6)  # the paper's
     a = p.parse_args()
     rank, world, device = setup(a)

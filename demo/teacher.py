@@ -6,7 +6,6 @@ hundred) and judges responses (well, with some noise). Equal requests get equal 
     python demo/teacher.py --port 8000            # then: make_data.py --teacher http://127.0.0.1:8000/v1 ...
 """
 
-import argparse
 import json
 import os
 import random
@@ -21,6 +20,7 @@ sys.path.append(os.path.dirname(HERE))
 from demo import world  # noqa: E402
 
 from checkpoint import InputError, atomic_write, cli  # noqa: E402
+from flags import Parser  # noqa: E402
 from verify import check  # noqa: E402
 
 MODEL = "demo-teacher"
@@ -147,7 +147,7 @@ def end_with_parent(server, parent):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--port", type=int, default=0, help="TCP port on 127.0.0.1 (default 0: any free one)")
     p.add_argument("--with-parent", action="store_true", help="end when the process that started this one has ended")
     p.add_argument("--url-file", help="write the base URL to this file once the server listens")

@@ -5,7 +5,6 @@ answers badly, as a small instruct model does. No held-out instruction is in the
     python demo/train_base.py --out demo/base        # about 25 minutes on one core; the result is committed
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -35,6 +34,7 @@ from tqdm import tqdm  # noqa: E402
 
 from chat import CHATML_DEFAULT_SYSTEM, Tokenizer  # noqa: E402
 from checkpoint import cli  # noqa: E402
+from flags import Parser  # noqa: E402
 from model import Qwen2, token_logps  # noqa: E402
 
 # Qwen2's pre-tokenizer: a contraction | letters with one leading sign | a digit | signs | line ends | spaces
@@ -141,7 +141,7 @@ def batches(tokenizer, args):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--out", default="demo/base", help="directory of the checkpoint (default demo/base)")
     # model
     p.add_argument("--vocab", type=int, default=960, help="tokens of the tokenizer (default 960)")

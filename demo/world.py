@@ -8,7 +8,6 @@ and the bad habits of a poorly aligned model (does not know, chats, parrots, is 
     python demo/world.py --heldout demo/heldout.jsonl       # the held-out instructions (committed; this made them)
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from demo import words as W  # noqa: E402
 from demo.tasks import RARE, TASKS, Task  # noqa: E402
 
 from checkpoint import InputError, atomic_write, cli  # noqa: E402
+from flags import Parser  # noqa: E402
 
 MANNERS = {  # how an instruction is put; False: English, True: Chinese
     False: ("{}", "{}", "{} Answer briefly.", "Please help me. {}", "Here is a question. {}"),
@@ -265,7 +265,7 @@ def write_jsonl(path, rows):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--out", help="write the instructions with original responses to this JSON Lines file")
     p.add_argument("--heldout", help="write the held-out instructions to this JSON Lines file")
     p.add_argument("--n", type=int, default=3200, help="distinct instructions in --out (default 3200)")

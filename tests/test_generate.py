@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import re
 
@@ -16,6 +17,7 @@ from generate import (
     decoding_step,
     generate,
     generate_iter,
+    generate_steps,
     penalise,
     prefix_lengths,
     sample,
@@ -86,8 +88,20 @@ def test_finish_reasons_and_limits(loaded):
     stop = Tokenizer.__new__(Tokenizer)
     stop.__dict__ = tok.__dict__ | {"stop_ids": set(range(512))}
     assert sorted(generate_iter(m, stop, PROMPTS[:2], max_new_tokens=2)) == [(0, "", "stop"), (1, "", "stop")]
-    with pytest.raises(InputError, match="1024"):
-        generate(m, tok, PROMPTS, max_new_tokens=1020)
+
+
+def test_a_reply_ends_with_the_models_positions(lively):
+    """Each row has the room that its own prompt leaves, whatever --max-new-tokens says; a prompt that leaves none is refused."""
+    m, tok = Qwen2.from_pretrained(lively), Tokenizer(lively)
+    sizes = [len(tok.prompt_ids(p)) for p in PROMPTS]
+    m.config = dataclasses.replace(m.config, max_position_embeddings=max(sizes) + 3)
+    never = Tokenizer.__new__(Tokenizer)
+    never.__dict__ = tok.__dict__ | {"stop_ids": set()}
+    ends = {i: (len(tokens), finish) for i, tokens, finish in generate_steps(m, never, PROMPTS, max_new_tokens=40) if finish}
+    assert ends == {i: (min(40, max(sizes) + 3 - n), "length") for i, n in enumerate(sizes)}
+    m.config = dataclasses.replace(m.config, max_position_embeddings=max(sizes))
+    with pytest.raises(InputError, match=f"prompt {sizes.index(max(sizes))} takes {max(sizes)} tokens; the model ends at {max(sizes)}"):
+        generate(m, tok, PROMPTS)
 
 
 def test_common_prefix_leaves_a_token():

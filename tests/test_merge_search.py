@@ -131,7 +131,7 @@ def test_by_a_task_and_greedily(models, run, tmp_path):
     [
         ("give one of them", []),
         ("give one of them", ["--data", "x", "--tasks", "demo"]),
-        ("lies between 0 and 1", ["--data", "x", "--aside", "1"]),
+        ("is not below 1", ["--data", "x", "--aside", "1"]),
         ("--over density: changes nothing", ["--data", "x", "--over", "density"]),
         ("--weights-for", ["--data", "x", "--weights-for", "x", "1", "1"]),
         ("needs 2", ["--data", "ONE"]),

@@ -1,0 +1,56 @@
+"""What the command lines share: a parser whose faults are one line, and argparse types that check their values."""
+
+import argparse
+import math
+
+import torch
+
+from checkpoint import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's; but a wrong flag ends like any other bad input, in one line and without the usage before it."""
+
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+
+def at_least(low):
+    """An argparse type: an integer from `low` on."""
+
+    def integer(text):
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is less than {low}")
+        return value
+
+    return integer
+
+
+def number(low=-math.inf, above=-math.inf, below=math.inf):
+    """An argparse type: a finite number, low <= number, above < number < below."""
+
+    def number(text):
+        value = float(text)
+        for fault, words in (
+            (not math.isfinite(value), "not finite"),
+            (value < low, f"less than {low:g}"),
+            (value <= above, f"not above {above:g}"),
+            (value >= below, f"not below {below:g}"),
+        ):
+            if fault:
+                raise argparse.ArgumentTypeError(f"{text} is {words}")
+        return value
+
+    return number
+
+
+def torch_device(text):
+    """An argparse type: the name of a torch device that is there."""
+    try:
+        name = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no torch device; cpu, cuda and cuda:1 are") from None
+    if name.type == "cuda" and (name.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text}: no such GPU, torch sees {torch.cuda.device_count()} here; cpu is there")
+    return text
