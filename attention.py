@@ -58,8 +58,7 @@ def document_ends(lengths, device):
 def to_device(x, device):
     """A list or tensor on the device. A GPU is not waited for: out of pinned memory the copy joins the queue of its work.
 
-    So the host is free to pack the next micro-batch, and after the last one the next step's first, while the device
-    computes. torch.tensor(x, device=...) and an index that is a list would wait for all that the device has still to do.
+    So the host packs the next micro-batch while the device computes this one. torch.tensor(x, device=...) and an index that is a list would wait for all that the device has still to do.
     """
     x = torch.as_tensor(x)
     ahead = x.is_cpu and torch.device(device).type == "cuda"
@@ -81,6 +80,12 @@ class KVCache:
     @property
     def bytes(self):
         return 2 * self.k.numel() * self.k.element_size()
+
+    def copy_start(self, row, other, other_row, n):
+        """Row `row` begins with the first n tokens of another cache's row."""
+        for to, of in ((self.k, other.k), (self.v, other.v)):
+            to[:, row, :, :n] = of[:, other_row, :, :n]
+        self.lengths[row] = n
 
     def remove(self, row):
         """Frees a row: the last row in use moves into its place."""

@@ -28,7 +28,7 @@ import torch
 from chat import Tokenizer, kto_example, read_records, sft_messages
 from checkpoint import Checkpoint, InputError, cli, nbytes, parse_config, write_checkpoint
 from flags import Parser, at_least, torch_device
-from memory import SHAPES, raw_config
+from memory import SHAPES, forward_flops, raw_config
 from model import Qwen2
 
 PEERS = {  # mode: {the name of --vs: the settings of that peer that are tried; the fastest counts}
@@ -40,19 +40,6 @@ PEERS = {  # mode: {the name of --vs: the settings of that peer that are tried; 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the maths needs
-
-
-def forward_flops(config, lengths, outputs):
-    """FLOPs of one forward over documents of these lengths, with logits at `outputs` positions.
-
-    A matrix takes 2 per weight and token, causal attention 2 matmuls of 2 D per pair of query and key and head, of
-    which a document of T tokens has T (T + 1) / 2. Norms, activations and softmax are not counted."""
-    c = config
-    attention = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
-    matrices = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
-    pairs = sum(n * (n + 1) // 2 for n in lengths)
-    scores = c.num_hidden_layers * c.num_attention_heads * 4 * c.head_dim * pairs
-    return 2 * matrices * sum(lengths) + scores + 2 * c.vocab_size * c.hidden_size * outputs
 
 
 def matmul_rate(device, dtype, seconds=2.0):

@@ -14,7 +14,7 @@ import re
 import tokenizers
 import torch
 
-from checkpoint import Checkpoint, InputError
+from checkpoint import Checkpoint, InputError, json_object
 
 ROLES = ("system", "user", "assistant")
 
@@ -67,7 +67,7 @@ class Tokenizer:
             raise InputError(f"{where}: missing; a checkpoint needs it beside its weights") from None
         except Exception as e:  # the library raises plain Exception
             raise InputError(f"{where}: corrupt: {e}") from None
-        settings = json.loads(ckpt.files.get("tokenizer_config.json", "{}"))
+        settings = json_object(ckpt.files.get("tokenizer_config.json", "{}"), f"{ckpt.source}/tokenizer_config.json")
         template = ckpt.files.get("chat_template.jinja") or settings.get("chat_template")
         if not isinstance(template, str):
             raise InputError(f"{ckpt.source}/tokenizer_config.json: no chat_template; an instruct checkpoint has one")
@@ -79,7 +79,8 @@ class Tokenizer:
         if largest >= size:
             raise InputError(f"{where}: token id {largest} does not fit the model's vocabulary of {size} rows")
         self.newline = self.encode("\n")
-        eos = json.loads(ckpt.files.get("generation_config.json", "{}")).get("eos_token_id", ckpt.config.get("eos_token_id"))
+        generation = json_object(ckpt.files.get("generation_config.json", "{}"), f"{ckpt.source}/generation_config.json")
+        eos = generation.get("eos_token_id", ckpt.config.get("eos_token_id"))
         self.stop_ids = {self.im_end, *(eos if isinstance(eos, list) else [eos])} - {None}
 
     def encode(self, text):
@@ -122,6 +123,17 @@ class Tokenizer:
         return self.chat_ids(messages)[0] + self.assistant_header()
 
 
+def vocabulary(ckpt):
+    """What the tokenizer.json of a Checkpoint makes of text, however it is formatted: vocabulary, merges, added tokens."""
+    try:
+        spec = json.loads(ckpt.files["tokenizer.json"])
+        model = spec.get("model") or {}
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []]
+        return model.get("vocab"), merges, sorted((t["id"], t["content"]) for t in spec.get("added_tokens") or [])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{ckpt.source}/tokenizer.json: corrupt: not the file of a tokenizer; fetch it again") from None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
@@ -129,7 +141,7 @@ class Tokenizer:
 def read_jsonl(path):
     """Yields (line number, object) for each line of a JSON Lines file. Blank lines are passed over."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:  # some editors put a mark of the byte order first
             for number, line in enumerate(f, 1):
                 if not line.strip():
                     continue
@@ -157,6 +169,10 @@ def as_messages(value, where, role="user"):
             raise InputError(f"{where}: message {i} needs a role, one of {', '.join(ROLES)}")
         if not isinstance(m.get("content"), str):
             raise InputError(f"{where}: message {i} ({m['role']}) has no content; content is a text")
+        try:
+            m["content"].encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{where}: message {i} ({m['role']}) holds half of a surrogate pair; remove the record") from None
         if m.get("tool_calls"):
             raise InputError(f"{where}: message {i} calls tools, which are not supported; remove the record")
     return [{"role": m["role"], "content": m["content"]} for m in value]
@@ -223,23 +239,6 @@ def read_records(paths, parse):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Packing
-
-
-def micro_batches(lengths, max_tokens):
-    """Cuts a batch into micro-batches of at most max_tokens tokens: lists of indices, first fit, longest first.
-
-    An example that is longer by itself gets a micro-batch of its own.
-    """
-    bins, room = [], []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # stable: the cut depends on the lengths alone
-        b = next((b for b, free in enumerate(room) if lengths[i] <= free), None)
-        if b is None:
-            bins.append([])
-            room.append(max_tokens)
-            b = len(bins) - 1
-        bins[b].append(i)
-        room[b] -= lengths[i]
-    return bins
 
 
 def pack(examples, device="cpu"):

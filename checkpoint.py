@@ -77,7 +77,7 @@ def parse_config(raw, where="config.json"):
             num_hidden_layers=int(raw["num_hidden_layers"]),
             num_attention_heads=n_heads,
             num_key_value_heads=int(raw.get("num_key_value_heads") or n_heads),
-            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // n_heads),
+            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // max(n_heads, 1)),
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
@@ -85,6 +85,9 @@ def parse_config(raw, where="config.json"):
         )
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"{where}: {e} is missing or not a number") from None
+    for name, value in vars(config).items():
+        if value <= 0 and not isinstance(value, bool):
+            raise InputError(f"{where}: {name} is {value}; it is above 0")
     if config.num_attention_heads % config.num_key_value_heads:
         refuse(f"{config.num_attention_heads} query heads do not divide into {config.num_key_value_heads} key-value heads")
     return config
@@ -111,7 +114,7 @@ def cli(main):
     try:
         main()
     except InputError as e:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks meet the same error
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun the ranks of a machine meet the same error
             print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -133,16 +136,31 @@ def atomic_write(path, mode="w"):
     except OSError as e:
         raise InputError(f"{path}: cannot be written: {e.strerror or e}") from None
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.remove(temporary)
 
 
-def read_json(path):
+def read_text(path):
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read as JSON: {e}") from None
+            return f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot be read as text: {e}") from None
+
+
+def json_object(text, where):
+    """The dict of a JSON text. where: the file, for the error."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{where}: cannot be read as JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def read_json(path):
+    return json_object(read_text(path), path)
 
 
 class Checkpoint:
@@ -173,11 +191,13 @@ class Checkpoint:
         self.files = {}
         for name in SIDE_FILES:
             if os.path.isfile(os.path.join(path, name)):
-                with open(os.path.join(path, name), encoding="utf-8") as f:
-                    self.files[name] = f.read()
+                self.files[name] = read_text(os.path.join(path, name))
         index = os.path.join(path, "model.safetensors.index.json")
         if os.path.isfile(index):
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            try:
+                shards = sorted(set(read_json(index)["weight_map"].values()))
+            except (KeyError, TypeError, AttributeError):
+                raise InputError(f"{index}: has no weight_map of tensors to files; fetch it again") from None
         else:
             shards = sorted(n for n in os.listdir(path) if n.endswith(".safetensors"))
         if not shards:
@@ -195,6 +215,9 @@ class Checkpoint:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             self.config, self._where = content["config"], content["weights"]
             self.files = {name: text for name, text in content["files"].items() if name in SIDE_FILES}
+            kinds = {type(self.config) is dict, *(isinstance(t, torch.Tensor) for t in self._where.values())}
+            if kinds | {isinstance(text, str) for text in self.files.values()} != {True}:
+                raise TypeError
         except pickle.UnpicklingError:
             raise InputError(f"{path}: holds more than tensors and plain data (or is no .pt file); not loaded") from None
         except (RuntimeError, OSError, EOFError) as e:
@@ -350,18 +373,35 @@ def plan_shards(specs, shard_size):
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
+def check_out(out):
+    """InputError unless a checkpoint can be written there. Asked before the work, so that the work is not lost."""
+    path = parent = os.path.realpath(out)
+    if out.endswith(".pt") and os.path.isdir(path):
+        raise InputError(f"{out}: is a directory; a .pt checkpoint is a file; give another --out")
+    if not out.endswith(".pt") and os.path.isfile(path):
+        raise InputError(f"{out}: is a file; give a directory, or a name that ends in .pt, as --out")
+    if os.path.isdir(path) and os.listdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise InputError(f"{out}: exists and is no checkpoint; give another --out")
+    while not os.path.exists(parent := os.path.dirname(parent)):
+        pass
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+        raise InputError(f"{out}: nothing can be written in {parent}; give another --out")
+
+
 @contextlib.contextmanager
 def atomic_directory(out):
     """Gives a directory beside `out` to write in; on success it takes the name of out, on failure nothing is left."""
-    out = os.path.abspath(out)
-    if os.path.isdir(out) and os.listdir(out) and not os.path.isfile(os.path.join(out, "config.json")):
-        raise InputError(f"{out}: exists and is no checkpoint; give another --out")
+    check_out(out)
+    out = os.path.realpath(out)  # of a link it is what the link points to that is replaced
     temporary = f"{out}.tmp{os.getpid()}"
     try:
         yield temporary
-        if os.path.isdir(out):  # rename cannot replace a directory that is not empty
-            os.rename(out, f"{temporary}.old")
-        os.rename(temporary, out)
+        try:
+            if os.path.isdir(out):  # rename cannot replace a directory that is not empty
+                os.rename(out, f"{temporary}.old")
+            os.rename(temporary, out)
+        except OSError as e:
+            raise InputError(f"{out}: cannot be replaced: {e.strerror}; give another --out") from None
     finally:
         for leftover in (temporary, f"{temporary}.old"):
             shutil.rmtree(leftover, ignore_errors=True)

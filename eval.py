@@ -30,13 +30,14 @@ from tqdm import tqdm
 from benchdata import locate
 from benchmarks import BENCHMARKS, choice_scores
 from chat import Tokenizer, read_jsonl
-from checkpoint import Checkpoint, InputError, atomic_write, cli
+from checkpoint import Checkpoint, InputError, atomic_write, cli, read_json
 from flags import Parser, at_least, number, torch_device
 from generate import common_prefix, generate_iter
-from model import KVCache, Qwen2, token_logps
+from model import Qwen2, token_logps
 from stats import POWER, calibration, compare, holm, mean_stderr, ratio_stderr, subjects_mean_stderr
 
 GENERATION = ("max_new_tokens", "batch_size", "cache_gb", "repetition_penalty")  # flags that are arguments of generate_iter
+CHECKPOINTS = "checkpoints.json"
 CACHE_TOKENS = 1 << 15  # of one forward's cache, all rows together, where --batch-size would take more
 
 # ---------------------------------------------------------------- likelihoods
@@ -59,13 +60,14 @@ def choice_logps(m, tokenizer, contexts, choices, where="--tasks"):
         raise InputError(f"{where}: a question with its examples takes {longest} tokens; the model ends at "
                          f"{m.config.max_position_embeddings}: leave the task out")
     shared = min(common_prefix(feeds) if len(feeds) > 1 else 0, min(starts) - 1)
-    cache = KVCache(m.config, len(feeds), longest, m.compute_dtype or m.head_weight.dtype, m.device)
+    cache = m.new_cache(len(feeds), longest)
+    cache.lengths = [0] * len(feeds)
     if shared:
-        cache.lengths = [0]
-        m.hidden(torch.tensor([feeds[0][:shared]], device=m.device), [shared], cache)
-        for x in (cache.k, cache.v):
-            x[:, 1:, :, :shared] = x[:, :1, :, :shared]
-    cache.lengths = [shared] * len(feeds)
+        first = m.new_cache(1, shared)
+        first.lengths = [0]
+        m.hidden(torch.tensor([feeds[0][:shared]], device=m.device), [shared], first)
+        for row in range(len(feeds)):
+            cache.copy_start(row, first, 0, shared)
     rest = [len(feed) - shared for feed in feeds]
     ids = torch.tensor([[t for feed in feeds for t in feed[shared:]]], device=m.device)          # (1, T)
     hidden = dict(zip(feeds, m.hidden(ids, rest, cache)[0].split(rest)))                         # feed -> (tokens, C)
@@ -133,22 +135,34 @@ def ask(m, tokenizer, questions, a):
         yield i, {"reply": reply, "finish_reason": finish, "prompt_tokens": sizes[i], "reply_tokens": len(tokenizer.encode(reply))}
 
 
+def question_keys(a, work, fingerprint, stop_ids):
+    """{task: the key of each of its replies}: all that a reply depends on. Nothing else may share it."""
+    settings = [a.protocol, a.dtype, a.max_new_tokens, *([] if a.repetition_penalty == 1.0 else [a.repetition_penalty])]
+    return {task: [hashlib.sha256(json.dumps([fingerprint, stop_ids, task, *settings, q["messages"], *q["also"]]).encode())
+                   .hexdigest() for q in questions] for task, questions in work.items()}  # fmt: skip
+
+
 def collect(a, names, work, rank=0, world=1, device="cpu"):
     """Asks each checkpoint what OUT does not hold yet -> {name: {task: [record of each question]}}.
 
     Of several ranks each asks every world-th question and writes a file of its own; what is returned is complete on all.
+    OUT/checkpoints.json remembers what the keys need of a checkpoint, for recall().
     """
     replies, log = open_replies(a.out, rank)
+    if world > 1:
+        dist.barrier()                                   # all have read the same replies before one writes another
     penalty = {} if a.repetition_penalty == 1.0 else {"repetition_penalty": a.repetition_penalty}
-    keys = {}                                            # (name, task): the key of each of its questions
+    keys = {}                                            # name: question_keys
     for source, name in zip(a.ckpt, names):
         ckpt = Checkpoint(source)
         tokenizer, fingerprint = Tokenizer(ckpt), ckpt.fingerprint()
-        for task, questions in work.items():
-            settings = [fingerprint, sorted(tokenizer.stop_ids), task, a.protocol, a.dtype, a.max_new_tokens, *penalty.values()]
-            keys[name, task] = [hashlib.sha256(json.dumps([*settings, q["messages"], *q["also"]]).encode()).hexdigest()
-                                for q in questions]  # fmt: skip
-        todo = {key: q for task in work for key, q in zip(keys[name, task], work[task]) if key not in replies}
+        stop_ids = sorted(tokenizer.stop_ids)
+        keys[name] = question_keys(a, work, fingerprint, stop_ids)
+        if rank == 0:
+            known = known_checkpoints(a.out) | {source: {"fingerprint": fingerprint, "stop_ids": stop_ids}}
+            with atomic_write(os.path.join(a.out, CHECKPOINTS)) as f:
+                json.dump(known, f, indent=1)
+        todo = {key: q for task in work for key, q in zip(keys[name][task], work[task]) if key not in replies}
         todo = dict(list(todo.items())[rank::world])
         if todo:
             m = Qwen2.from_pretrained(ckpt, {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype], device)
@@ -165,25 +179,23 @@ def collect(a, names, work, rank=0, world=1, device="cpu"):
     log.close()
     if world > 1:
         dist.barrier()
-        replies = open_replies(a.out, rank, append=False)
-    return {name: {task: [replies[key] for key in keys[name, task]] for task in work} for name in names}
+        replies = read_replies(a.out)
+    return {name: {task: [replies[key] for key in keys[name][task]] for task in work} for name in names}
 
 
 def recall(a, names, work):
-    """What OUT holds of each checkpoint, by its name and the questions' ids, the latest of several -> as collect()."""
-    latest = {}
-    for _, line in sorted(all_replies(a.out), key=lambda pair: pair[0]):
-        protocol = "loglik" if "logps" in line or "logp" in line else "paper"
-        penalty = line.get("repetition_penalty", 1.0)
-        latest[line.get("checkpoint"), line.get("task"), line.get("id"), protocol, penalty] = line
-    said = {}
-    for name in names:
-        for task, questions in work.items():
-            found = [latest.get((name, task, q["row"]["id"], a.protocol, a.repetition_penalty)) for q in questions]
+    """As collect(), from what OUT holds; no checkpoint is opened: of each, the one that was evaluated last under its path."""
+    replies, known, said = read_replies(a.out), known_checkpoints(a.out), {}
+    for source, name in zip(a.ckpt, names):
+        if source not in known:
+            raise InputError(f"{a.out}/{CHECKPOINTS}: no {source}, only {', '.join(known) or 'nothing'}; name it as "
+                             "the run did, or leave --rescore out: no reply that is there is asked for again")
+        for task, keys in question_keys(a, work, **known[source]).items():
+            said.setdefault(name, {})[task] = found = [replies.get(key) for key in keys]
             if None in found:
                 raise InputError(f"{a.out}/replies.jsonl: {found.count(None)} of the {len(found)} replies of {name} to "
-                                 f"{task} ({protocol_name(a)}) are missing; without --rescore they are asked for")
-            said.setdefault(name, {})[task] = found
+                                 f"{task} ({protocol_name(a)}, {a.dtype}, at most {a.max_new_tokens} tokens) are missing; give "
+                                 "the flags and the data of that run; without --rescore they are asked for")
     return said
 
 
@@ -342,33 +354,38 @@ def prepare(task, a, judged=False):
     return questions
 
 
-def all_replies(out):
-    """Yields (file's time, record) of each whole line in OUT/replies*.jsonl."""
+def read_replies(out):
+    """OUT/replies*.jsonl -> {key: record}. A line that was cut short is passed over."""
+    replies = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(out), "replies*.jsonl"))):
         with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
-                with contextlib.suppress(ValueError, TypeError):  # a line that was cut short is passed over
+                with contextlib.suppress(ValueError, TypeError):
                     record = json.loads(line)
                     if "key" in record and "reply" in record:
-                        yield os.path.getmtime(path), record
+                        replies[record["key"]] = record
+    return replies
 
 
-def open_replies(out, rank=0, append=True):
-    """OUT/replies*.jsonl -> {key: record}, and the file that this rank appends to."""
+def open_replies(out, rank=0):
+    """-> what read_replies finds, and the file that this rank appends to."""
     path = os.path.join(out, f"replies.rank{rank}.jsonl" if rank else "replies.jsonl")
     try:
         os.makedirs(out, exist_ok=True)
-        replies = {record["key"]: record for _, record in all_replies(out)}
-        if not append:
-            return replies
-        log = open(path, "a+b")
-        if log.tell():
-            log.seek(-1, os.SEEK_END)
-            if log.read(1) != b"\n":
-                log.write(b"\n")
-        return replies, open(path, "a", encoding="utf-8")
+        with open(path, "a+b") as log:
+            if log.tell():
+                log.seek(-1, os.SEEK_END)
+                if log.read(1) != b"\n":
+                    log.write(b"\n")
+        return read_replies(out), open(path, "a", encoding="utf-8")
     except OSError as e:
         raise InputError(f"{path}: cannot be written: {e.strerror}; give another --out") from None
+
+
+def known_checkpoints(out):
+    """OUT/checkpoints.json -> {source as it was given: {"fingerprint", "stop_ids"}}, of those evaluated there."""
+    path = os.path.join(out, CHECKPOINTS)
+    return read_json(path) if os.path.exists(path) else {}
 
 
 def differences(argv):
@@ -412,13 +429,14 @@ def add_flags(p):
     # questions
     p.add_argument("--tasks", nargs="+", required=True, help=f"of {', '.join(BENCHMARKS)}")
     p.add_argument("--data-dir", default="data", help="where the benchmarks lie, or are downloaded to")
-    p.add_argument("--limit", type=at_least(1), help="questions per task, in turn from its subjects; default all")
+    p.add_argument("--limit", type=at_least(1),
+                   help="questions per task, in turn from its subjects (default: all%(default).0s)")  # .0s: None, unseen
     # generation
     p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
     p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help="1.0, none, is the paper's; transformers' "
                    "generate takes it from the checkpoint's generation_config.json (1.1 in Qwen2-0.5B-Instruct), greedy or not")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no reply")
-    p.add_argument("--cache-gb", type=number(above=0), default=4.0, help="GiB of their keys and values: holds fewer in flight if need be")
+    p.add_argument("--cache-gb", type=number(above=0), default=4.0, help="KV-cache budget in GiB; fewer questions run at once when it is full")
     # machine
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and computation")
     p.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
@@ -432,7 +450,8 @@ def main():
     p.add_argument("--ckpt", nargs="+", required=True, help="hub ids, directories, .pt files; first the baseline")
     p.add_argument("--protocol", choices=["paper", "loglik"], default="paper", help="chat, or likelihoods of the choices")
     p.add_argument("--allow-code-execution", action="store_true", help="run what the checkpoints write, in a sandbox")
-    p.add_argument("--rescore", action="store_true", help="read the replies in OUT again; no checkpoint is opened")
+    p.add_argument("--rescore", action="store_true", help="read the replies in OUT again; no checkpoint is opened, "
+                   "the other flags are those of the run that asked for them")
     add_flags(p)
     a = p.parse_args()
     if a.protocol == "loglik" and a.repetition_penalty != 1.0:
@@ -441,7 +460,7 @@ def main():
     work = {task: prepare(task, a) for task in dict.fromkeys(a.tasks)}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and a.device == "cuda" else a.device
-    if world > 1:                                        # for one barrier: a rank may wait long for another
+    if world > 1:                                        # for two barriers: a rank may wait long for another
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     if rank == 0:
         for task, questions in work.items():

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from checkpoint import InputError
+from checkpoint import InputError, check_out
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,6 +43,13 @@ def number(low=-math.inf, above=-math.inf, below=math.inf):
         return value
 
     return number
+
+
+def checkpoint_out(text):
+    """An argparse type: where a checkpoint can be written. A slash at its end goes, for OUT.run stands beside OUT."""
+    out = text.rstrip("/") or "/"
+    check_out(out)
+    return out
 
 
 def torch_device(text):

@@ -15,7 +15,7 @@ import torch
 from chat import Tokenizer
 from checkpoint import Checkpoint, InputError, cli
 from flags import Parser, at_least, number, torch_device
-from model import KVCache, Qwen2, packed_weights
+from model import Qwen2, packed_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Choosing the next token
@@ -78,7 +78,7 @@ def prefix_lengths(prompts, overhead=64, depth=50):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several steps without a look at what was chosen, for GPUs: where the host waits for each token, the GPU waits for it
+# Several steps before the tokens are read back, for GPUs: one that is read back after each token stands still meanwhile
 
 
 def decoding_step(m, cache, tokens, uniform, temperature=0.0, top_k=0, top_p=1.0):
@@ -169,9 +169,9 @@ def generate_steps(
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     tail = 4 * max(map(len, stop), default=0)  # tokens that hold a stop string at the end: a character has up to 4 bytes
 
-    dtype, device = m.compute_dtype or m.head_weight.dtype, m.device
-    fit = int(cache_gb * 2**30 / KVCache(m.config, 1, longest, dtype, "meta").bytes)
-    cache = KVCache(m.config, max(1, min(batch_size, len(prompts), fit)), longest, dtype, device)
+    device = m.device
+    fit = int(cache_gb * 2**30 / m.new_cache(1, longest, "meta").bytes)
+    cache = m.new_cache(max(1, min(batch_size, len(prompts), fit)), longest)
     ahead = look_every or (16 if device.type == "cuda" else 1)
     tokens, uniform = (torch.zeros(cache.k.shape[1], dtype=kind, device=device) for kind in (torch.long, torch.float32))
     static, cache.positions = (tokens, uniform, {}), tokens.clone()
@@ -192,16 +192,15 @@ def generate_steps(
                 waiting.pop(0)
                 budget -= len(feed)
                 if prefix[i] not in computed:
-                    computed[prefix[i]] = known = KVCache(m.config, 1, n, dtype, device)
+                    computed[prefix[i]] = known = m.new_cache(1, n)
                     known.lengths = [0]
                     m.hidden(torch.tensor([prefix[i]], device=device), [n], known)
+                cache.lengths.append(0)
                 if n:
-                    cache.k[:, len(rows), :, :n] = computed[prefix[i]].k[:, 0]
-                    cache.v[:, len(rows), :, :n] = computed[prefix[i]].v[:, 0]
+                    cache.copy_start(len(rows), computed[prefix[i]], 0, n)
                     uses[prefix[i]] -= 1
                     if not uses[prefix[i]]:
                         del computed[prefix[i]]
-                cache.lengths.append(n)
                 generator = torch.Generator().manual_seed(seeds[i])  # of this row alone
                 rows.append({"index": i, "new": [], "feed": feed, "generator": generator})
 

@@ -4,7 +4,6 @@ Plain functions. Files, saves and resuming are in saving.py; ranks, sharding and
 memory.py. The loops themselves stand in train_sft.py and train_kto.py.
 """
 
-import collections
 import functools
 import itertools
 import math
@@ -13,11 +12,12 @@ import random
 import torch
 import torch.utils.checkpoint
 
+from attention import to_device
 from chat import Tokenizer, pack
 from checkpoint import Checkpoint
-from flags import at_least, number, torch_device
+from flags import at_least, checkpoint_out, number, torch_device
 from memory import GIB, free_memory, memory_needed
-from model import KVCache, Qwen2, to_device, token_logps
+from model import Qwen2, token_logps
 from ranks import STOP, cut, fill, is_sharded, my_share, shard, stop_asked, sum_over_ranks
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,15 +54,16 @@ def shared_logps(model, examples):
     unique = [context for context in dict.fromkeys(contexts) if context]
     if len(unique) == sum(map(bool, contexts)):
         return example_logps(model, examples)
-    dtype, device = model.compute_dtype or model.head_weight.dtype, model.device
-    known = KVCache(model.config, len(unique), max(map(len, unique)), dtype, device)
+    device = model.device
+    known = model.new_cache(len(unique), max(map(len, unique)))
     known.lengths = [0] * len(unique)
     model.hidden(to_device([list(itertools.chain(*unique))], device), [len(c) for c in unique], known)
-    cache = KVCache(model.config, len(examples), max(len(ids) for ids, _ in examples), dtype, device)
-    cache.lengths = list(starts)
+    cache = model.new_cache(len(examples), max(len(ids) for ids, _ in examples))
+    cache.lengths = [0] * len(examples)
+    places = {context: i for i, context in enumerate(unique)}
     for row, (context, n) in enumerate(zip(contexts, starts)):
-        for to, of in ((cache.k, known.k), (cache.v, known.v)) if n else ():
-            to[:, row, :, :n] = of[:, unique.index(context), :, :n]
+        if n:
+            cache.copy_start(row, known, places[context], n)
     rest = [(ids[n:], supervised[n:]) for (ids, supervised), n in zip(examples, starts)]
     ids, lengths, at, targets, owner = packed(rest, device)
     logps = token_logps(model.hidden(ids, lengths, cache)[0, at], model.head_weight, targets)  # (N,)
@@ -73,24 +74,31 @@ def shared_logps(model, examples):
 def sequence_logps(model, examples, micro_tokens, rank=0, world=1, heed_stop=False):
     """example_logps without gradients, at most micro_tokens tokens at a time: (len(examples),) fp32.
 
-    Examples of one context, such as the completions of one prompt, stay together and share its computation, unless the
-    model is sharded: its weights are whole only inside its forward. With world > 1 the ranks share the work and all get
+    Examples of one context, such as the completions of one prompt, stay together and share its computation, as far as
+    micro_tokens go; but not if the model is sharded, whose weights are whole only inside its forward, nor on a GPU, where
+    the many small calls that it takes would cost more than they save. With world > 1 the ranks share the work and all get
     the whole result.
 
     heed_stop: after SIGTERM the rest is left at 0. The caller must then ask stop_asked() before it uses the result.
     """
     out = torch.zeros(len(examples), device=model.device)
-    together = collections.defaultdict(list)  # {context: indices}
+    share = model.device.type == "cpu" and not is_sharded(model)
+    units, costs, unit_of = [], [], {}  # lists of indices; tokens to compute; {context: the unit that it adds to}
     for i, (ids, supervised) in enumerate(examples):
-        together[i if is_sharded(model) else tuple(ids[: supervised.index(True)])].append(i)
-    units = list(together.values())
-    costs = [sum(len(examples[i][0]) for i in unit) - (len(unit) - 1) * examples[unit[0]][1].index(True) for unit in units]
+        n = supervised.index(True) if share else 0
+        unit = unit_of.get(tuple(ids[:n])) if n else None
+        if unit is None or costs[unit] + len(ids) - n > micro_tokens:
+            unit = unit_of[tuple(ids[:n])] = len(units)
+            units.append([])
+            costs.append(n)
+        units[unit].append(i)
+        costs[unit] += len(ids) - n
     for micro in my_share(costs, micro_tokens, rank, world, is_sharded(model)):
         if heed_stop and (stop_asked(model.device) if is_sharded(model) else STOP["asked"]):  # sharded ranks leave together
             break
         indices = [i for unit in micro for i in units[unit]]
         some = [examples[i] for i in indices]
-        logps = example_logps(model, some) if is_sharded(model) else shared_logps(model, some)
+        logps = shared_logps(model, some) if share else example_logps(model, some)
         out[to_device(torch.tensor(indices, dtype=torch.long), model.device)] = logps
     return sum_over_ranks(out) if world > 1 else out
 
@@ -230,13 +238,13 @@ def add_flags(p, epochs, batch_size, lr):
     """The flags that both training scripts have; the three arguments are their own defaults."""
     # checkpoints
     p.add_argument("--ckpt", required=True, help="model to start from: hub id, directory or .pt file")
-    p.add_argument("--out", required=True, help="checkpoint to write: a directory, or a .pt file by its suffix")
+    p.add_argument("--out", type=checkpoint_out, required=True, help="checkpoint to write: a directory, or a .pt file by its suffix")
     # data
     p.add_argument("--data", nargs="+", required=True, help="JSON Lines files to train on")
     p.add_argument("--eval-data", nargs="+", help="held-out JSON Lines files")
     p.add_argument("--max-len", type=at_least(2), default=1024, help="tokens; longer examples lose their end")
     p.add_argument("--no-shuffle", action="store_true", help="keep the order of the files in every epoch")
-    p.add_argument("--seed", type=int, default=0, help="of the order of the data")
+    p.add_argument("--seed", type=int, default=0, help="seed of the order of the data")
     # optimisation
     p.add_argument("--epochs", type=at_least(1), default=epochs, help="passes over the data")
     p.add_argument("--max-steps", type=at_least(1), help="optimizer steps, instead of --epochs")
@@ -249,7 +257,7 @@ def add_flags(p, epochs, batch_size, lr):
     p.add_argument("--beta2", type=number(0, below=1), default=0.999, help="AdamW's decay of the second moment")
     p.add_argument("--eps", type=number(0), default=1e-8, help="AdamW's epsilon")
     p.add_argument("--clip", type=number(0), default=1.0, help="largest norm of the gradient; 0 does not clip")
-    p.add_argument("--max-skips", type=at_least(1), default=3, help="steps in a row without finite loss and gradient that end it")
+    p.add_argument("--max-skips", type=at_least(1), default=3, help="end the run after this many steps in a row whose loss or gradient is not finite")
     # machine
     cuda = torch.cuda.is_available()
     p.add_argument("--micro-tokens", type=at_least(1), default=16384 if cuda else 1024, help="tokens of one forward on one device")
@@ -304,7 +312,7 @@ def checkpoint_activations(model, a, batches, rank, world):
         some = itertools.islice(batches, 1000)  # enough to meet the largest micro-batch, or nearly
         tokens = max(sum(lengths[i] for i in cut(lengths, a.micro_tokens, world)[0]) for lengths in some)
         item, shards = {"fp32": 4, "bf16": 2}[a.dtype], world if is_sharded(model) else 1
-        without, with_it = (memory_needed(model.config, tokens, item, again, shards) for again in (False, True))
+        without, with_it = (memory_needed(model.config, tokens, item, again, shards, model.device.type) for again in (False, True))
         held = without["state"] // 4  # the weights, which are there already
         free = free_memory(model.device)
         room = held + (free * 0.9 if free else math.inf)

@@ -24,7 +24,26 @@ def parameters(c):
     return block, vocabulary, c.num_hidden_layers * block + vocabulary + C
 
 
-def memory_needed(c, tokens, item, checkpointing=False, shards=1):
+def forward_flops(config, lengths, outputs):
+    """FLOPs of one forward over documents of these lengths, with logits at `outputs` positions.
+
+    A matrix takes 2 per weight and token, causal attention 2 matmuls of 2 D per pair of query and key and head, of
+    which a document of T tokens has T (T + 1) / 2. Norms, activations and softmax are not counted."""
+    c = config
+    attention = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
+    matrices = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+    pairs = sum(n * (n + 1) // 2 for n in lengths)
+    scores = c.num_hidden_layers * c.num_attention_heads * 4 * c.head_dim * pairs
+    return 2 * matrices * sum(lengths) + scores + 2 * c.vocab_size * c.hidden_size * outputs
+
+
+def head_rows(vocab_size, kind):
+    """How many states the head turns into fp32 logits at once: 128 MiB of them, on a GPU 1 GiB, for its matmuls want more
+    rows and each chunk adds a product of the weight's size to the weight's gradient. kind: "cpu" or "cuda"."""
+    return max(1, (2**28 if kind == "cuda" else 2**25) // vocab_size)
+
+
+def memory_needed(c, tokens, item, checkpointing=False, shards=1, kind="cpu"):
     """Bytes at the peak of a training step on one device: {"state", "activations", "work"}, whose sum is the peak.
 
     c: Config. tokens: of the largest micro-batch, all supervised. item: bytes of a number of the compute dtype.
@@ -38,7 +57,7 @@ def memory_needed(c, tokens, item, checkpointing=False, shards=1):
                  fp32 o_proj's matrix in that dtype (not if sharded: that is gathered again). Around the blocks: 2C of
                  the last norm, C of the states that the head takes, the rotary angles. With checkpointing a block keeps
                  its input alone, C numbers a token.
-    work         what is there for a while. With the head: one chunk of logits (see token_logps), the head's own gradient, the
+    work         what is there for a while. With the head: one chunk of logits (see head_rows), the head's own gradient, the
                  copies of both below fp32. Or with a block's backward: four tensors of the MLP's width, one of its
                  matrices' gradients, the head's if that is the embedding too; with checkpointing also all that the block
                  keeps. Sharded: embedding and head, whole, and two blocks with their gradients.
@@ -53,7 +72,7 @@ def memory_needed(c, tokens, item, checkpointing=False, shards=1):
     around = tokens * (item * (3 * C + 2 * c.head_dim) + 48)  # 48: ids, positions, targets, owners as int64, fp32 sums
     activations = around + L * (tokens * item * C if checkpointing else kept)
 
-    rows = min(tokens, max(1, 2**25 // V))
+    rows = min(tokens, head_rows(V, kind))
     head = rows * V * (4 + low) + V * C * (4 + 2 * low) + tokens * C * item
     mlp = tokens * item * (4 * I + 2 * C) + C * I * (4 + 2 * low) + (4 * V * C if c.tie_word_embeddings else 0)
     mlp += kept if checkpointing else 0
@@ -104,17 +123,15 @@ def shape(*numbers):
 
 
 def table(configs, tokens, rate, examples, length, supervised):
-    """Markdown: GiB a GPU at that many micro-tokens, bf16 over fp32; hours of one epoch at `rate` FLOP/s a GPU.
+    """Markdown: GiB a GPU at that many micro-tokens, bf16 over fp32; minutes or hours of one epoch at `rate` FLOP/s a GPU.
 
     configs: {name: Config}. examples, length, supervised: how many, and the tokens of each. Recomputing costs a forward.
     """
-    from bench import forward_flops
-
     lines = ["| model | GPUs | GiB a GPU | with checkpointing | SFT | KTO |", "|---|---|---|---|---|---|"]
     for name, c in configs.items():
         forward = examples * forward_flops(c, [length], supervised)
         for gpus, shards, how in (1, 1, "1"), (8, 1, "8, replicated"), (8, 8, "8, `--shard`"):
-            whole, less = (sum(memory_needed(c, tokens, 2, on, shards).values()) / GIB for on in (False, True))
+            whole, less = (sum(memory_needed(c, tokens, 2, on, shards, "cuda").values()) / GIB for on in (False, True))
             times = []
             for forwards in 3, 6:  # forward and backward; KTO also the mismatched pairs and the reference of both
                 times.append(" / ".join(minutes(n * forward / gpus / rate) for n in (forwards, forwards + 1)))
@@ -131,11 +148,11 @@ def main():
     p.add_argument("--ckpt", nargs="+", default=[], help="checkpoints instead of the three sizes")
     p.add_argument("--micro-tokens", type=at_least(1), default=16384, help="tokens of one forward on one GPU")
     # time
-    p.add_argument("--examples", type=at_least(1), default=14000, help="of the epoch")
-    p.add_argument("--length", type=at_least(1), default=500, help="tokens of an example")
-    p.add_argument("--supervised", type=at_least(1), default=250, help="tokens of an example")
-    p.add_argument("--peak", type=number(above=0), default=989, help="of a GPU, in TFLOP/s; an H100 or H200 with dense bf16")
-    p.add_argument("--share", type=number(above=0), default=0.4, help="of the peak that is reached, an assumption")
+    p.add_argument("--examples", type=at_least(1), default=14000, help="examples of the epoch")
+    p.add_argument("--length", type=at_least(1), default=500, help="tokens per example")
+    p.add_argument("--supervised", type=at_least(1), default=250, help="supervised tokens among them")
+    p.add_argument("--peak", type=number(above=0), default=989, help="TFLOP/s of a GPU; default: an H100 or H200 with dense bf16")
+    p.add_argument("--share", type=number(above=0), default=0.4, help="assumed fraction of the peak that is reached")
     a = p.parse_args()
     configs = {ckpt: parse_config(Checkpoint(ckpt).config) for ckpt in a.ckpt} or {name: shape(*s) for name, s in SHAPES.items()}
     print(table(configs, a.micro_tokens, a.peak * a.share * 1e12, a.examples, a.length, a.supervised))

@@ -26,8 +26,9 @@ import torch
 from tqdm import tqdm
 
 import fusion
+from chat import vocabulary
 from checkpoint import WINDOW, Checkpoint, InputError, chunks, cli, mapped, parse_config, write_checkpoint
-from flags import Parser, at_least
+from flags import Parser, at_least, checkpoint_out
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensor by tensor
@@ -265,17 +266,6 @@ def parse_size(text):
     return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
 
 
-def vocabulary(c):
-    """What the tokenizer.json of a checkpoint makes of text, however it is formatted: vocabulary, merges, added tokens."""
-    try:
-        spec = json.loads(c.files["tokenizer.json"])
-        model = spec.get("model") or {}
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []]
-        return model.get("vocab"), merges, sorted((t["id"], t["content"]) for t in spec.get("added_tokens") or [])
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise InputError(f"{c.source}/tokenizer.json: corrupt: not the file of a tokenizer; fetch it again") from None
-
-
 def check_alike(a, b, resize, allow_tokenizer_mismatch):
     """InputError unless checkpoint b has the tensors and shapes of a, a config of the same forward pass, and a
     tokenizer of the same tokens. resize: embeddings may differ in their rows. -> notes, a list of texts."""
@@ -460,7 +450,7 @@ def main(argv=None):
                                      "the weights.")  # fmt: skip
     add_method_flags(parser)
     # output
-    parser.add_argument("--out", required=True, metavar="O", help="directory, or a file *.pt (held in memory), to write")
+    parser.add_argument("--out", type=checkpoint_out, required=True, metavar="O", help="directory, or a file *.pt (held in memory), to write")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
         help="of the weights written (default float32)")  # fmt: skip
     parser.add_argument("--shard-size", type=parse_size, metavar="SIZE", help="largest safetensors file, such as 5GB; "
@@ -489,7 +479,7 @@ def main(argv=None):
           + (f" on {args.base}" if args.method in NEEDS_BASE else ""))  # fmt: skip
     print(f"wrote {args.out}: {len(specs)} tensors, {n / 1e6:.1f} M parameters, {args.dtype}, {size / 1e6:.1f} MB in "
           f"{time.time() - start:.1f} s")  # fmt: skip
-    name = args.out.rstrip("/").removesuffix(".pt")
+    name = args.out.removesuffix(".pt")
     print(f"next:  python eval.py --ckpt {args.out} --tasks gsm8k mmlu --out {name}.eval")
 
 

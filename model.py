@@ -13,9 +13,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import KVCache, attention, to_device  # noqa: F401 (KVCache: for those who import it from here)
+from attention import KVCache, attention, to_device
 from checkpoint import Checkpoint, InputError, parse_config, release, write_checkpoint
-from memory import available_memory
+from memory import available_memory, head_rows
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The forward pass
@@ -218,7 +218,7 @@ class Qwen2(nn.Module):
         self.compute_dtype = None  # None: that of the weights. Training sets bf16 here over fp32 weights
 
     def compile(self):
-        """Has torch.compile fuse what stands between the matmuls of a block; attention, whose lengths change, stays as it
+        """Has torch.compile fuse the elementwise work between the matmuls of a block; attention, whose lengths change, stays as it
         is. One graph serves all blocks and all lengths."""
         for block in self.model["layers"]:
             block.before_attention = torch.compile(block.before_attention, dynamic=True)
@@ -232,6 +232,10 @@ class Qwen2(nn.Module):
     @property
     def device(self):
         return self.head_weight.device
+
+    def new_cache(self, rows, max_len, device=None):
+        """An empty KVCache for this model, on its device or another."""
+        return KVCache(self.config, rows, max_len, self.compute_dtype or self.head_weight.dtype, device or self.device)
 
     def hidden(self, input_ids, lengths=None, cache=None):
         """The hidden states after the last norm: (B, T) -> (B, T, C).
@@ -309,7 +313,7 @@ class Qwen2(nn.Module):
         write_checkpoint(out, self.raw_config, files, specs, tensors)
 
 
-def in_cache(logits):
+def rows_in_cache(logits):
     """How many rows of the logits are worked on at once: on a CPU so few (4 MiB) that they stay in its cache, on a GPU all."""
     return len(logits) if logits.is_cuda else max(1, 2**20 // logits.shape[1])
 
@@ -328,7 +332,7 @@ class TokenLogProbs(torch.autograd.Function):
         for h, t in zip(hidden.split(chunk), targets.split(chunk)):
             logits = (h @ w.T).float()  # (chunk, V)
             own.append(logits.gather(1, t[:, None])[:, 0])
-            for rows in logits.split(in_cache(logits)):
+            for rows in logits.split(rows_in_cache(logits)):
                 top = rows.amax(-1)
                 lses.append(rows.sub_(top[:, None]).exp_().sum(-1).log_().add_(top))  # in place: logsumexp() copies twice
         lse = torch.cat(lses)
@@ -345,7 +349,7 @@ class TokenLogProbs(torch.autograd.Function):
         pieces = (x.split(ctx.chunk) for x in (hidden, targets, lse, grad, d_hidden))
         for h, t, z, g, d_h in zip(*pieces):
             d_logits = (h @ w.T).float()  # (chunk, V)
-            n = in_cache(d_logits)
+            n = rows_in_cache(d_logits)
             for rows, z_rows, g_rows in zip(d_logits.split(n), z.split(n), g.split(n)):
                 rows.sub_(z_rows[:, None]).exp_().mul_(-g_rows[:, None])
             d_logits.scatter_add_(1, t[:, None], g[:, None])
@@ -363,5 +367,4 @@ def token_logps(hidden, weight, targets):
     """The log-probability of each target. hidden: (N, C), weight: (V, C), targets: (N,) -> (N,) fp32."""
     if len(targets) == 0:
         return hidden.sum(-1).float()  # (0,), still part of the graph
-    chunk = max(1, 2**25 // weight.shape[0])  # logits of a chunk: 128 MiB in fp32, rows enough to keep the matmul busy
-    return TokenLogProbs.apply(hidden, weight, targets, chunk)
+    return TokenLogProbs.apply(hidden, weight, targets, head_rows(weight.shape[0], hidden.device.type))

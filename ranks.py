@@ -37,7 +37,7 @@ def setup(a):
 
 def on_sigterm(*_):
     """While training, the step or evaluation at hand is abandoned after its micro-batch and the steps before it are saved; a
-    save is finished first. Before, nothing is there to save that is not saved on the way out: ends at once.
+    save is finished first. Before training there is nothing to save (the reference pass saves its own on the way out): ends at once.
 
     The exit code is 0. torchrun, told to end, passes SIGTERM on to its ranks, waits 30 s for them (--shutdown-timeout) and
     exits with 1 whatever they say; where that matters, signal its ranks (pkill -TERM -P PID_OF_TORCHRUN): then it exits with 0."""
@@ -203,6 +203,8 @@ def fill(p, whole):
 
 
 def gathered(tensors):
-    """{name: tensor} -> yields (name, the whole tensor on the CPU). If they are sharded, all ranks must take them all."""
+    """{name: tensor} -> yields (name, the whole tensor, on rank 0 on the CPU). If they are sharded, all ranks must take them
+    all."""
     for name, t in tensors.items():
-        yield name, (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().cpu()
+        whole = (t.full_tensor() if hasattr(t, "full_tensor") else t).detach()
+        yield name, whole if dist.is_initialized() and dist.get_rank() else whole.cpu()

@@ -26,12 +26,12 @@ from safetensors import SafetensorError, safe_open
 from checkpoint import Checkpoint, InputError, atomic_write, read_json, write_checkpoint, write_safetensors
 from loop import make_optimizer
 from model import Qwen2
-from ranks import STOP, fill, gathered, is_sharded, leave_group, overlapped_reduction
+from ranks import STOP, fill, from_rank_0, gathered, is_sharded, leave_group, overlapped_reduction, sum_over_ranks
 
 
 @dataclass
 class Run:
-    """What the functions that end a step or write files must know of the run. Plain data; start_run makes it."""
+    """What the functions that end a step or write files must know of the run. start_run makes it."""
 
     a: argparse.Namespace
     rank: int
@@ -59,8 +59,11 @@ FREE_TO_CHANGE |= {"micro_tokens", "device", "shard", "activation_checkpointing"
 
 def run_identity(a, examples, fingerprint):
     """What a resumed run must share with the one it continues: the arguments that matter, the model and the token ids."""
-    data = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
-    return {k: v for k, v in vars(a).items() if k not in FREE_TO_CHANGE} | {"the data": data, "the model": fingerprint}
+    data = hashlib.sha256()
+    for example in examples:  # one at a time: all of them as one text would be gigabytes
+        data.update(json.dumps(example).encode() + b"\n")
+    own = {"the data": data.hexdigest(), "the model": fingerprint}
+    return {k: v for k, v in vars(a).items() if k not in FREE_TO_CHANGE} | own
 
 
 CHECKPOINTS, MOMENTS = r"step-(\d+)(?:\.pt)?", r"optimizer-(\d+)\.safetensors"
@@ -87,12 +90,16 @@ def start_run(a, rank, world, model, ckpt, identity, total):
         if not state["finished"]:
             run.done = run.saved = state["step"]
             run.pending = state.get("pending")
-            restore(run)
         elif os.path.exists(a.out):
             run.done = total
     elif a.resume and rank == 0:
         print(f"{path}: no save to resume from; starting at step 1", file=sys.stderr)
 
+    others = from_rank_0(torch.tensor([float(run.done)], device=model.device)).item() != run.done
+    if sum_over_ranks(torch.tensor([float(others)], device=model.device)).item():
+        raise InputError(f"{path}: not all ranks find the same save; {a.out}.run must lie on a disk that all nodes share")
+    if run.saved:
+        restore(run)
     lines = read_log(run) if run.done else []
     if run.done == total and not run.pending:
         if rank == 0:
@@ -157,7 +164,7 @@ def restore(run):
 
 def tidy(run):
     """Removes what a killed run left half-written, in OUT.run/ and beside OUT, and saves from after where this one starts."""
-    beside = glob.glob(f"{glob.escape(run.a.out)}.tmp[0-9]*")  # .old: an earlier checkpoint, which a whole new one ends
+    beside = glob.glob(f"{glob.escape(run.a.out)}.tmp[0-9]*")  # .old: the checkpoint that was there before
     for path in [p for p in beside if not p.endswith(".old")] + glob.glob(f"{glob.escape(run.a.out)}.run/*.tmp[0-9]*"):
         remove(path)
     if not run.done:
@@ -185,8 +192,8 @@ def prune(run, step):
     """Of OUT.run/'s checkpoints up to that step keeps the last --keep and the best; of moments those to resume from."""
     newest = sorted(s for s in numbered(run.a, CHECKPOINTS) if s <= step and s < run.total)[-run.a.keep :]  # the last is OUT
     for pattern, wanted in (CHECKPOINTS, {*newest, run.best[1], run.saved}), (MOMENTS, {run.saved}):
-        for step, path in numbered(run.a, pattern).items():
-            if step not in wanted:
+        for number, path in numbered(run.a, pattern).items():
+            if number not in wanted:
                 remove(path)
 
 
@@ -294,6 +301,8 @@ def end_step(run, record):
         save_state(run, step)
     elif best:
         save_model(run, step_path(a, step))
+        if run.rank == 0:
+            prune(run, step)
 
 
 def close(run):

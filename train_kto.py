@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import loop
 import saving
-from chat import kto_example, read_records
+from chat import Tokenizer, kto_example, read_records, vocabulary
 from checkpoint import Checkpoint, InputError, atomic_write, cli
 from flags import Parser, number
 from ranks import from_rank_0, is_sharded, one_for_all, setup, stop_asked
@@ -69,6 +69,8 @@ def advice(n_desirable, n_undesirable, w_d, w_u):
     """What Eq. 8 says against these weights: a list of warnings."""
     if not n_desirable or not n_undesirable:
         return [f"all {n_desirable + n_undesirable} labels are {str(n_desirable > 0).lower()}: nothing to tell apart"]
+    if not w_d or not w_u:  # by intent: one label is left out
+        return []
     if 1 - 1e-9 <= w_d * n_desirable / (w_u * n_undesirable) <= 4 / 3 + 1e-9:
         return []
     low, high = balanced_weight(n_desirable, n_undesirable, w_u), w_d * n_desirable / n_undesirable
@@ -189,7 +191,7 @@ def reference_logps(pairs, sequence, path, reference, load, device, micro_tokens
             if rank == 0 and known:
                 write_cache(path, read_cache(path) | known)  # another run may have added to the file
 
-        # What is computed together depends on all pairs and not on what is missing, and is saved together: a run that
+        # The edges of the chunks depend on all pairs, and what a chunk lacks is computed and saved together: a run that
         # was killed in this pass and is resumed finds the same values to the bit.
         chunk_of = [end // (8 * micro_tokens * world) for end in itertools.accumulate(length[d] for d in order)]
         try:
@@ -291,6 +293,10 @@ def main():
 
     # The reference, once and for all epochs
     reference = Checkpoint(a.ref) if a.ref else ckpt
+    if a.ref:
+        Tokenizer(reference)  # refuses one whose ids the embedding has no rows for
+    if a.ref and vocabulary(reference) != vocabulary(ckpt):
+        raise InputError(f"--ref {a.ref}: its tokenizer is not that of {a.ckpt}, whose token ids it would be given")
     fingerprint = ckpt.fingerprint()
     ref_fingerprint = reference.fingerprint() if a.ref else fingerprint
 
@@ -304,6 +310,12 @@ def main():
     ref, computed = reference_logps(sorted(pairs), sequence, *settings)
     if eval_records:
         eval_rows, _ = encode(eval_records, tokenizer, a.max_len)
+        if not a.no_shuffle:  # best and worst of a prompt stand side by side in a file, and would be each other's mismatch
+            eval_order = separated_order([p for p, _, _ in eval_rows], [len(eval_rows)], random.Random(a.seed))
+            eval_rows = [eval_rows[i] for i in eval_order]
+        clashes = shared_prompts([range(len(eval_rows))], [p for p, _, _ in eval_rows])
+        if rank == 0 and clashes:
+            print(f"warning: {clashes} mismatched pairs of --eval-data share their prompt, so they match" + "; shuffle" * a.no_shuffle)
         eval_labels = torch.tensor([label for _, _, label in eval_rows])
         eval_pairs = [(i, i) for i in range(len(eval_rows))] + mismatched(range(len(eval_rows)))
         eval_sequence = functools.partial(pair_sequence, eval_rows, a.max_len)

@@ -9,7 +9,6 @@ from chat import (
     CHATML,
     Tokenizer,
     kto_example,
-    micro_batches,
     pack,
     read_jsonl,
     read_records,
@@ -171,12 +170,12 @@ def test_lines_that_are_no_json(tmp_path):
         read_records([tmp_path / "empty.jsonl"], sft_messages)
 
 
-def test_micro_batches_keep_every_index_and_the_bound():
-    lengths = [5, 90, 3, 40, 40, 17, 60, 1, 100, 130]
-    cut = micro_batches(lengths, 100)
-    assert sorted(i for b in cut for i in b) == list(range(10))
-    assert all(sum(lengths[i] for i in b) <= 100 or len(b) == 1 for b in cut)
-    assert cut[0] == [9] and len(cut) == 5  # the others are 356 tokens and need 4
+def test_a_byte_order_mark_and_half_a_surrogate_pair(tmp_path):
+    (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\n')
+    assert list(read_jsonl(tmp_path / "bom.jsonl")) == [(1, {"prompt": "a", "completion": "b"})]
+    for record in ({"prompt": "\ud800 a", "completion": "b"}, {"instruction": "a", "output": "b\udc00"}):
+        with pytest.raises(InputError, match="x:1: message 0 .* half of a surrogate pair"):
+            sft_messages(record, "x:1")
 
 
 def test_pack_points_at_the_position_before_each_supervised_token():

@@ -1,5 +1,6 @@
 """eval.py: whole runs on a tiny random model and tiny data; resuming, rescoring, comparing, ranks."""
 
+import argparse
 import glob
 import json
 import math
@@ -128,7 +129,7 @@ def test_resume(monkeypatch, run, evaluate, tmp_path, data, ckpts):
 
     monkeypatch.setattr(ev, "generate_iter", lambda *a, **k: counting(*a, stop_after=5, **k))
     assert run("eval", *args)[0] == 130
-    assert os.listdir(out) == ["replies.jsonl"]
+    assert sorted(os.listdir(out)) == ["checkpoints.json", "replies.jsonl"]
     with open(out / "replies.jsonl", "a") as f:
         f.write('{"key": "torn')
     monkeypatch.setattr(ev, "generate_iter", counting)
@@ -167,7 +168,7 @@ def test_a_repetition_penalty_is_another_protocol(evaluate, refused, tmp_path, d
         assert load(out) == plain
         evaluate(*args, "--repetition-penalty", 1.3, *again)
         assert load(out) == (results, samples)
-    refused("penalty 1.2) are missing", "eval", *args, "--repetition-penalty", 1.2, "--rescore")
+    refused("penalty 1.2, fp32, at most 12 tokens) are missing", "eval", *args, "--repetition-penalty", 1.2, "--rescore")
     refused("has none", "eval", *args, "--tasks", "mmlu", "--protocol", "loglik", "--repetition-penalty", 1.2)
 
 
@@ -224,7 +225,7 @@ def test_refusals(run, refused, tmp_path, data, ckpts, monkeypatch):
     refused("not implemented for truthfulqa_mc1", *common, "truthfulqa_mc1")
     refused("judge.py", *common, "mt_bench")
     refused("--allow-code-execution", *common, "mbpp")
-    refused("3 of the 3 replies of base to demo", *common, "demo", "--rescore")
+    refused([f"no {ckpts[0]}, only nothing", "leave --rescore out"], *common, "demo", "--rescore")
     refused("twice", *common, "demo", "--ckpt", ckpts[0], ckpts[0])
     refused("nothere", *common, "demo", "--ckpt", ckpts[0], tmp_path / "nothere")
     refused("heldout.jsonl", *common, "demo", "--data-dir", tmp_path)
@@ -342,7 +343,7 @@ def test_perplexity(evaluate, tmp_path, data):
 
 
 def test_rescore(evaluate, tmp_path, data, ckpts, monkeypatch):
-    """The same results from replies.jsonl alone, the checkpoints gone; another extraction gives other verdicts."""
+    """The same results from what OUT holds alone; another extraction gives other verdicts."""
     out = tmp_path / "out"
     args = ["--tasks", "demo", "mmlu", "--data-dir", data, "--max-new-tokens", 5, "--out", out]
     evaluate("--ckpt", *ckpts, *args)
@@ -350,11 +351,49 @@ def test_rescore(evaluate, tmp_path, data, ckpts, monkeypatch):
     evaluate("--ckpt", *ckpts, *args)
     whole = load(out)
     monkeypatch.setattr(ev, "Checkpoint", None)
-    evaluate("--ckpt", "gone/base", "gone/sft.pt", *args, "--rescore")
+    evaluate("--ckpt", *ckpts, *args, "--rescore")
     assert load(out) == whole
     monkeypatch.setitem(ev.BENCHMARKS["mmlu"], "verdict", lambda reply, row: ("A", True))
-    evaluate("--ckpt", "gone/base", *args, "--rescore")
+    evaluate("--ckpt", ckpts[0], *args, "--rescore")
     assert load(out)[0]["base"]["mmlu"]["score"] == 1
+
+
+def test_rescore_reads_the_replies_to_these_questions_of_this_checkpoint(evaluate, refused, tmp_path, ckpts):
+    """Equal prompts and equal checkpoints share their replies; other checkpoints, questions and settings share none."""
+    question = lambda id, prompt, value: {"id": id, "prompt": prompt, "reference": {"kind": "exact", "value": value}}
+    for folder in ("demo", "other/demo"):
+        (tmp_path / folder).mkdir(parents=True)
+    write_lines(tmp_path / "demo/heldout.jsonl", [question(1, "Hi?", "a"), question(2, "Hi?", "b"), question(3, "Ho?", "c")])
+    write_lines(tmp_path / "other/demo/heldout.jsonl", [question(1, "Hi?", "a"), question(2, "He?", "b"), question(3, "Ho?", "c")])
+    a, b = (tiny_checkpoint(tmp_path / f"{x}/model", seed) for x, seed in (("a", 1), ("b", 2)))
+    args = ["--tasks", "demo", "--data-dir", tmp_path, "--max-new-tokens", 6, "--out", tmp_path / "out"]
+
+    def samples(*args):
+        evaluate(*args)
+        return load(tmp_path / "out")[1]
+
+    both = samples("--ckpt", a, ckpts[0], *args)  # the two are equal
+    assert len((tmp_path / "out/replies.jsonl").read_text().splitlines()) == 2
+    assert samples("--ckpt", a, ckpts[0], *args, "--rescore") == both
+    first, second = both[:3], samples("--ckpt", b, *args)  # of the same short name
+    assert [s["reply"] for s in first] != [s["reply"] for s in second]
+    assert samples("--ckpt", a, *args, "--rescore") == first
+    assert samples("--ckpt", b, *args, "--rescore") == second
+    for more, words in ((["--data-dir", tmp_path / "other"], "1 of the 3"), (["--max-new-tokens", 5], "3 of the 3"),
+                        (["--dtype", "bf16"], "bf16"), (["--ckpt", tmp_path / "c"], f"no {tmp_path / 'c'}, only {a}")):  # fmt: skip
+        refused(words, "eval", "--ckpt", a, *args, *more, "--rescore")
+    tiny_checkpoint(a, 2)  # trained again: now what b is
+    assert samples("--ckpt", a, *args) == samples("--ckpt", a, *args, "--rescore") == second
+
+
+def test_keys_do_not_change(data):
+    """The replies of earlier runs are found by them."""
+    a = argparse.Namespace(protocol="paper", dtype="fp32", max_new_tokens=9, repetition_penalty=1.0)
+    q = {"messages": [{"role": "user", "content": "Hé?"}], "also": []}
+    first = ev.question_keys(a, {"demo": [q]}, "f", [1, 2])
+    assert first == {"demo": ["0e87d8c5210b47f1a5d3f8fb7f128e929044388c27a6e3c983fb6019f2b61de1"]}
+    a.repetition_penalty, q["also"] = 1.5, [["x"]]
+    assert ev.question_keys(a, {"demo": [q]}, "f", [1, 2]) == {"demo": ["2ed83ae0110d94a9dd5e4b97ad1cb6ad9c1936ba96cf624d3cfe923b28e309ed"]}
 
 
 def test_compare_two(run, refused, tmp_path):
@@ -386,3 +425,20 @@ def test_two_ranks_are_one(evaluate, tmp_path, data, ckpts):
     assert sum(counts) == 2 * (3 + 5) and abs(counts[0] - counts[1]) <= 4
     evaluate(*args, "--out", two)  # and one process goes on where two were
     assert load(two) == load(tmp_path / "one")
+
+
+def test_a_rank_that_is_late_asks_its_own_share(tmp_path, data, ckpts, monkeypatch):
+    """Rank 0 asks all of its questions at the first barrier of rank 1, which must have read OUT by then."""
+    a = argparse.Namespace(ckpt=ckpts[:1], out=str(tmp_path / "out"), data_dir=str(data), limit=None, protocol="paper",
+        max_new_tokens=4, repetition_penalty=1.0, batch_size=4, cache_gb=1.0, dtype="fp32", allow_code_execution=False)  # fmt: skip
+    work, met = {"demo": ev.prepare("demo", a)}, []
+
+    def barrier():
+        met.append(len(met))
+        if len(met) == 1:
+            with pytest.raises(KeyError):  # of what is rank 1's
+                ev.collect(a, ["base"], work, rank=0, world=2)
+
+    monkeypatch.setattr(ev.dist, "barrier", barrier)
+    said = ev.collect(a, ["base"], work, rank=1, world=2)["base"]["demo"]
+    assert [record["id"] for record in said] == ["sum-1", "say-1", "pick-1"] and len(met) == 4

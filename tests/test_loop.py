@@ -460,8 +460,48 @@ def test_completions_of_one_prompt_share_its_computation(tiny, monkeypatch):
     torch.testing.assert_close(loop.shared_logps(m, examples), want, rtol=1e-5, atol=1e-5)
     run, real = [], m.hidden
     monkeypatch.setattr(m, "hidden", lambda ids, *more: run.append(ids.shape[1]) or real(ids, *more))
-    for micro_tokens in (8, 30, 1000):
+    for micro_tokens in (30, 1000):
         run.clear()
         torch.testing.assert_close(loop.sequence_logps(m, examples, micro_tokens), want, rtol=1e-5, atol=1e-5)
         contexts = sum(len(p) - 1 for p in prompts)
         assert sum(run) == contexts + sum(len(ids) - (supervised + [True]).index(True) + 1 for ids, supervised in examples) - 1
+
+
+def test_many_completions_of_one_prompt_stay_within_micro_tokens(tiny, monkeypatch):
+    m, g = Qwen2.from_pretrained(tiny), random.Random(1)
+    prompt = [g.randrange(3, 500) for _ in range(20)]
+    examples = [(prompt + [g.randrange(3, 500)] * n, [False] * 20 + [True] * n) for n in range(1, 25)]
+    with torch.no_grad():
+        want = torch.cat([loop.example_logps(m, [e]) for e in examples])
+    run, real = [], loop.shared_logps
+    monkeypatch.setattr(loop, "shared_logps", lambda m, some: run.append(20 + sum(len(ids) - 20 for ids, _ in some)) or real(m, some))
+    torch.testing.assert_close(loop.sequence_logps(m, examples, 64), want, rtol=1e-5, atol=1e-5)
+    assert max(run) <= 64 and sum(run) < 0.8 * sum(len(ids) for ids, _ in examples)
+
+
+def test_a_resumed_rank_that_does_not_find_the_save_ends_all(tiny, sft_data, tmp_path):
+    """OUT.run on a disk of the first rank's own: going on would add up gradients of different weights."""
+    arguments = command(tiny, sft_data, tmp_path / "a" / "o", "--epochs", 1)
+    stop = {0: (signal_at, "lr_at", 10, signal.SIGTERM)}
+    assert launch("train_sft", arguments, tmp_path / "text", 2, stop)[0] == [0, 0]
+    codes, texts = launch("train_sft", (*arguments, "--resume"), tmp_path / "text", 2, {1: (hidden_saves,)})
+    assert codes == [2, 2] and "not all ranks find the same save" in texts[0], texts
+
+
+def hidden_saves():
+    isfile = os.path.isfile
+    os.path.isfile = lambda path: not str(path).endswith("state.json") and isfile(path)
+
+
+def test_the_best_so_far_takes_the_place_of_the_one_before(tiny, sft_data, tmp_path, run, monkeypatch):
+    kept, real, losses = [], saving.end_step, iter(range(100, 0, -1))  # each evaluation is the best
+    out = tmp_path / "a" / "o"
+
+    def end_step(run, record):
+        real(run, record | {"eval_loss": float(next(losses))})
+        kept.append([name for name in listing(out) if name.startswith("step-")])
+
+    monkeypatch.setattr(saving, "end_step", end_step)
+    more = ("--epochs", 1, "--save-every", 0, "--eval-every", 1, "--eval-data", sft_data, "--keep", 1)
+    assert run("train_sft", *command(tiny, sft_data, out, *more))[0] == 0
+    assert len(kept) > 2 and kept[:-1] == [[f"step-{n}"] for n in range(1, len(kept))]

@@ -15,6 +15,7 @@ from conftest import real, tiny_config, tiny_files, tiny_model
 import attention
 import checkpoint
 import model as model_file
+from chat import Tokenizer
 from checkpoint import Checkpoint, InputError, parse_config, write_checkpoint
 from model import KVCache, Qwen2, TokenLogProbs, token_logps
 
@@ -294,6 +295,35 @@ def test_truncated_safetensors_and_missing_shards(tiny, tmp_path):
     os.remove(tmp_path / "cut" / "config.json")
     with pytest.raises(InputError, match="config.json"):
         Checkpoint(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("tokenizer_config.json", "{oops", "tokenizer_config.json"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: holds a JSON list"),
+        ("generation_config.json", "{oops", "generation_config.json"),
+        ("generation_config.json", b"\xff\xfe", "generation_config.json"),
+        ("config.json", "[]", "config.json: holds a JSON list"),
+        ("config.json", json.dumps(tiny_config() | {"num_attention_heads": 0}), "num_attention_heads is 0"),
+        ("model.safetensors.index.json", "[]", "model.safetensors.index.json"),
+        ("model.safetensors.index.json", "{}", "model.safetensors.index.json: has no weight_map"),
+    ],
+)
+def test_corrupt_files_are_named(tiny, tmp_path, name, text, words):
+    shutil.copytree(tiny, tmp_path / "c")
+    (tmp_path / "c" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=words):
+        ckpt = Checkpoint(tmp_path / "c")
+        Tokenizer(ckpt)
+        Qwen2.from_pretrained(ckpt)
+
+
+def test_a_pt_file_of_other_things_is_refused(tmp_path):
+    for i, content in enumerate(({"config": "text", "files": {}, "weights": {}}, {"config": {}, "files": {}, "weights": {"a": 1}})):
+        torch.save(content, tmp_path / f"{i}.pt")
+        with pytest.raises(InputError, match=f"{i}.pt: a .pt checkpoint of this project has the keys"):
+            Checkpoint(tmp_path / f"{i}.pt")
 
 
 class Payload:

@@ -243,7 +243,30 @@ def test_bad_input(tiny, data, tmp_path, refused):
     (tmp_path / "broken").write_text("not a cache")
     refused(["broken", "remove it"], "train_kto", *flags(tiny, data, tmp_path / "o", "--ref-cache", tmp_path / "broken"))
     refused("no such checkpoint", "train_kto", *flags(tiny, data, tmp_path / "o", "--ref", "/no/where"))
+    files = tiny_files()
+    files["tokenizer.json"] = files["tokenizer.json"].replace("<|endoftext|>", "<|end|>")
+    tiny_model().save(str(tmp_path / "other"), files)
+    refused("its tokenizer is not that of", "train_kto", *flags(tiny, data, tmp_path / "o", "--ref", tmp_path / "other"))
     assert not os.path.exists(tmp_path / "o") and not os.path.exists(tmp_path / "o.run")
+
+
+def test_a_weight_of_zero_leaves_a_label_out(tiny, data, tmp_path, run):
+    """The mean stays over all of the step, so the losses of either label alone add up to that of both."""
+    losses = {}
+    for name, more in {"both": (), "desirable": ("--undesirable-weight", 0), "undesirable": ("--desirable-weight", 0)}.items():
+        code, out, _ = run("train_kto", *flags(tiny, data, tmp_path / name, "--max-steps", 1, *more))
+        assert code == 0 and "recommended" not in out
+        losses[name] = log(tmp_path / name)[0]["loss"]
+    assert losses["desirable"] + losses["undesirable"] == pytest.approx(losses["both"], rel=1e-6)
+    assert 0 < losses["desirable"] < losses["both"]
+
+
+def test_held_out_pairs_of_one_prompt_are_not_each_others_mismatch(tiny, tmp_path, run):
+    data = write_lines(tmp_path / "d.jsonl", feedback(12))
+    held_out = write_lines(tmp_path / "e.jsonl", feedback(12, seed=1))  # two of each prompt, side by side
+    words = "mismatched pairs of --eval-data"
+    assert words not in run("train_kto", *flags(tiny, data, tmp_path / "o", "--eval-data", held_out))[1]
+    assert f"6 {words}" in run("train_kto", *flags(tiny, data, tmp_path / "p", "--eval-data", held_out, "--no-shuffle"))[1]
 
 
 def test_the_command_as_the_readme_has_it(tiny, data, tmp_path):
