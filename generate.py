@@ -218,11 +218,9 @@ def generate_steps(
                         penalise(scores, prompts[row["index"]] + row["new"], repetition_penalty)
                 chosen = [sample(logits, uniforms(rows, 1, temperature)[0].to(device), **sampling).tolist()]
 
-            for place, row in enumerate(rows):
-                row["place"] = place
-            for tokens in chosen:
-                for r in reversed(range(len(rows))):  # backwards: remove() moves the last row, which has been looked at
-                    row, token = rows[r], tokens[rows[r]["place"]]
+            for r in reversed(range(len(rows))):  # backwards: remove() moves the last row, which has been looked at
+                row = rows[r]
+                for token in (tokens[r] for tokens in chosen):
                     row["feed"], finish = [token], "stop" if token in tokenizer.stop_ids else None
                     if not finish:
                         row["new"].append(token)
@@ -235,6 +233,7 @@ def generate_steps(
                         cache.remove(r)
                         rows[r] = rows[-1]
                         rows.pop()
+                        break
 
 
 def generate_iter(m, tokenizer, prompts, *args, stop=(), **settings):

@@ -106,23 +106,19 @@ def global_trim(args, base, models):
     return thresholds, 1 if total > 0 else -1  # a majority of zero counts as negative in the authors' code
 
 
-def merged_tensor(name, args, base, models, trim, dtype, hashing):
-    """One tensor of the result, in dtype. trim: global_trim's, or None. -> (tensor, the number of elements that differ
-    from the reference in fp32, the number of those that rounding to dtype made equal to it, and with hashing the digests
-    of the tensors that were read: the models', then the base's)."""
-    reference, xs, held = flat_inputs(name, base, models)
-    inputs, shape = [*models, base] if base else models, (base or models[0]).shape(name)
-    if not reference.dtype.is_floating_point:
-        if any(not torch.equal(x, reference) for x in xs):
-            raise InputError(f"{name}: {reference.dtype} and not the same in all inputs; only floats are merged")
-        return reference.view(shape), 0, 0, [c.digest(name) for c in inputs if hashing]
-    arithmetic = getattr(torch, args.arithmetic)
-    weights, masks, scales = weights_of(name, args), [None] * len(xs), [1.0] * len(xs)
+def recipe(name, args, reference, xs, held, shape, trim):
+    """All that must be known of one tensor before its first chunk: factors, thresholds, masks. -> merge(s, pieces, r), the
+    elements s of the result out of those of the models and of the reference."""
+    arithmetic, weights = getattr(torch, args.arithmetic), weights_of(name, args)
+    if args.method == "linear":
+        return lambda s, pieces, r: fusion.linear(pieces, weights, args.normalize)
     if args.method == "slerp":
         straight = {"float32": 0.9995, "float64": 1.0}[args.arithmetic]
-        at = fusion.slerp_weights(*xs, float(weights[1] / weights.sum()), straight)
-    elif args.method in NEEDS_BASE:
-        factor = getattr(args, "lambda") * (fusion.lines_scale(name, args.lines, args.n_layers) if args.lines else 1.0)
+        a, b = fusion.slerp_weights(*xs, float(weights[1] / weights.sum()), straight)
+        return lambda s, pieces, r: (pieces[0] * a).add_(pieces[1] * b)
+
+    factor = getattr(args, "lambda") * (fusion.lines_scale(name, args.lines, args.n_layers) if args.lines else 1.0)
+    masks, scales = [None] * len(xs), [1.0] * len(xs)
     if args.method in SPARSE and not trim:
         often = held if len(reference) > 4 * WINDOW else []  # the pages of a smaller one stay until its last pass
         for i, (x, density) in enumerate(zip(xs, args.densities)):
@@ -133,31 +129,43 @@ def merged_tensor(name, args, base, models, trim, dtype, hashing):
             elif args.method in DARE and args.rescale == "density":
                 scales[i] = 1 / density
 
+    def merge(s, pieces, r):
+        deltas = torch.stack(pieces).sub_(r)  # (n, chunk)
+        for i, (delta, mask) in enumerate(zip(deltas, masks)):
+            if trim:
+                delta.masked_fill_(delta.abs() < trim[0][i], 0)
+            elif mask is not None and mask.is_floating_point():
+                delta.div_(mask[s])
+            elif mask is not None:
+                delta.mul_(mask[s]).mul_(scales[i])
+        if args.method in ELECTS:
+            update = fusion.ties(deltas, weights, args.sign, trim[1] if trim else 1, args.normalize)
+        else:
+            update = fusion.task_arithmetic(deltas, weights, args.normalize)
+        return r + update.mul_(factor)
+
+    return merge
+
+
+def merged_tensor(name, args, base, models, trim, dtype, hashing):
+    """One tensor of the result, in dtype. trim: global_trim's, or None. -> (tensor, the number of elements that differ
+    from the reference in fp32, the number of those that rounding to dtype made equal to it, and with hashing the digests
+    of the tensors that were read: the models', then the base's)."""
+    reference, xs, held = flat_inputs(name, base, models)
+    inputs, shape = [*models, base] if base else models, (base or models[0]).shape(name)
+    if not reference.dtype.is_floating_point:
+        if any(not torch.equal(x, reference) for x in xs):
+            raise InputError(f"{name}: {reference.dtype} and not the same in all inputs; only floats are merged")
+        return reference.view(shape), 0, 0, [c.digest(name) for c in inputs if hashing]
+    merge = recipe(name, args, reference, xs, held, shape, trim)
     out, differs, lost = torch.empty(len(reference), dtype=dtype), 0, 0
     hashes = [hashlib.sha256() for _ in inputs if hashing]
     for s in chunks(len(reference), held, fusion.CHUNK):
         stored = [x[s] for x in (*xs, reference)]
         for h, x in zip(hashes, stored):  # now, while they are at hand: reading them again would cost as much as the merge
             h.update(x.view(torch.uint8).numpy())
-        *pieces, r = (x.to(arithmetic) for x in stored)
-        if args.method == "linear":
-            y = fusion.linear(pieces, weights, args.normalize)
-        elif args.method == "slerp":
-            y = (pieces[0] * at[0]).add_(pieces[1] * at[1])
-        else:
-            deltas = torch.stack(pieces).sub_(r)  # (n, chunk)
-            for i, delta in enumerate(deltas):
-                if trim:
-                    delta.masked_fill_(delta.abs() < trim[0][i], 0)
-                elif masks[i] is not None and masks[i].is_floating_point():
-                    delta.div_(masks[i][s])
-                elif masks[i] is not None:
-                    delta.mul_(masks[i][s]).mul_(scales[i])
-            if args.method in ELECTS:
-                update = fusion.ties(deltas, weights, args.sign, trim[1] if trim else 1, args.normalize)
-            else:
-                update = fusion.task_arithmetic(deltas, weights, args.normalize)
-            y = r + update.mul_(factor)
+        *pieces, r = (x.to(getattr(torch, args.arithmetic)) for x in stored)
+        y = merge(s, pieces, r)
         out[s] = fusion.rounded(y, dtype)
         if not math.isfinite(out[s].sum(dtype=torch.float32)) and not torch.isfinite(out[s]).all():  # the sum is quicker
             kind = str(dtype).removeprefix("torch.")
