@@ -123,12 +123,10 @@ def ours_train(a, folder):
     sys.argv += ["--warmup", "0", "--no-shuffle", "--dtype", a.dtype, "--device", a.device, "--save-every", "0"]
     sys.argv += ["--micro-tokens", str(a.micro_tokens)] if a.micro_tokens else []
     sys.argv += ["--compile"] * a.compile
-    started = time.time()
     script.main()
     with open(f"{out}.run/log.jsonl") as f:
         log = [json.loads(line) for line in f]
-    return {"train_s": time.time() - started, "step_s": sum(r["tokens"] / r["tokens_per_second"] for r in log),
-            "losses": [r["loss"] for r in log]}  # fmt: skip
+    return {"step_s": sum(r["tokens"] / r["tokens_per_second"] for r in log), "losses": [r["loss"] for r in log]}
 
 
 def trl_train(a, folder):
@@ -157,14 +155,12 @@ def trl_train(a, folder):
         free = a.side == "trl-padding-free"  # it takes no length to cut to: give it data of which nothing is cut
         config = SFTConfig(padding_free=free, train_sampling_strategy="sequential", **(settings | {"max_length": None} if free else settings))
         trainer = SFTTrainer
-    started = time.time()
     t = trainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     set_up = time.time()
     t.train()
     stepped = time.time() - set_up
     t.model.save_pretrained(os.path.join(folder, "out"))  # ours writes its checkpoint too
-    return {"train_s": time.time() - started, "step_s": stepped,
-            "losses": [h["loss"] for h in t.state.log_history if "loss" in h]}  # fmt: skip
+    return {"step_s": stepped, "losses": [h["loss"] for h in t.state.log_history if "loss" in h]}
 
 
 def read_prompts(a):
@@ -185,7 +181,7 @@ def ours_generate(a, folder):
         if finish:
             made += len(tokens)
             texts[i] = tokenizer.decode(tokens)
-    return {"train_s": time.time() - started, "step_s": time.time() - started, "made": made, "texts": texts}
+    return {"step_s": time.time() - started, "made": made, "texts": texts}
 
 
 def transformers_generate(a, folder):
@@ -215,7 +211,7 @@ def transformers_generate(a, folder):
             end = next((k for k, t in enumerate(tokens) if t in stops), len(tokens))
             made += end
             texts[i] = tokenizer.decode(tokens[:end])
-    return {"train_s": time.time() - started, "step_s": time.time() - started, "made": made, "texts": texts}
+    return {"step_s": time.time() - started, "made": made, "texts": texts}
 
 
 def ours_merge(a, folder):
@@ -227,7 +223,7 @@ def ours_merge(a, folder):
     sys.argv += ["--dtype", "bfloat16", "--shard-size", "5GB"] if a.dtype == "bf16" else []
     started = time.time()
     merge.main()
-    return {"train_s": time.time() - started, "step_s": time.time() - started}
+    return {"step_s": time.time() - started}
 
 
 def mergekit_merge(a, folder):
@@ -243,7 +239,7 @@ def mergekit_merge(a, folder):
     started = time.time()
     run_merge(MergeConfiguration.model_validate(yaml.safe_load(yaml.dump(config))), os.path.join(folder, "out"),
               MergeOptions(lazy_unpickle=True, quiet=True, copy_tokenizer=True))  # fmt: skip
-    return {"train_s": time.time() - started, "step_s": time.time() - started}
+    return {"step_s": time.time() - started}
 
 
 SIDES = {

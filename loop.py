@@ -209,7 +209,7 @@ def optimizer_step(run, lr, seen):
     return verdict, numbers[:-2].view(seen.shape), numbers[-1].item()
 
 
-def skip(run, step, examples, where, known=()):
+def note_skipped(run, step, examples, where, known=()):
     """Notes that a step was skipped. -> the log's entries about it.
 
     examples: the step's. where: their "file:line". known: indices of those that are known to be at fault.

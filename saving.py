@@ -131,14 +131,14 @@ def read_log(run):
                 record = json.loads(line)
                 if record["step"] <= last:
                     lines.append(line.strip() + "\n")
-                    note_skip(run, record)
+                    read_skip(run, record)
                     if run.a.eval_every:
                         run.best = min(run.best, (record.get("eval_loss") or math.inf, record["step"]))
-    note_skip(run, run.pending or {})
+    read_skip(run, run.pending or {})
     return lines
 
 
-def note_skip(run, record):
+def read_skip(run, record):
     if "skipped" in record:
         run.skips.append((record["step"], record["offending"]))
 

@@ -378,7 +378,7 @@ def main():
             both = [(i, i) for i in step] + mismatched(step)
             names = [places[i] + f" with the completion of {places[j]}" * (i != j) for i, j in both]
             known = [k for k, pair in enumerate(both) if not math.isfinite(ref[pair])]
-            record |= loop.skip(run, s + 1, matched + unmatched, names, known)
+            record |= loop.note_skipped(run, s + 1, matched + unmatched, names, known)
         saving.end_step(run, evaluated(record))
         bar.set_postfix(loss=f"{record['loss']:.4f}", kl=f"{record['kl']:.3f}")
         bar.update()

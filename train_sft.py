@@ -108,7 +108,7 @@ def main():
         record = {"step": step + 1, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm}
         record |= {"tokens": sum(lengths), "tokens_per_second": sum(lengths) / (time.time() - t0)}
         if verdict == "skip":
-            record |= loop.skip(run, step + 1, batch, [places[i] for i in steps[step]])
+            record |= loop.note_skipped(run, step + 1, batch, [places[i] for i in steps[step]])
         saving.end_step(run, evaluated(record))
         bar.set_postfix(loss=f"{record['loss']:.4f}")
         bar.update()
