@@ -23,10 +23,11 @@ import numpy as np
 
 CHUNK = 1 << 18  # characters hashed at a time: few enough that their arrays stay near the processor's cache
 LONG, TELLING = 13, 9  # so many tokens in a row, so many of them different words, are not shared by chance
+SHORT = 5  # fewer tokens are a question only when they stand alone
 # A Chinese, Japanese or Korean character is a token by itself; elsewhere a word is. Signs that change what is asked are
-# tokens too ("3 + 5" is not "3 - 5"), other punctuation is not.
+# tokens too ("3 + 5" is not "3 - 5"): Unicode's mathematical signs, currencies and other symbols, and these. Punctuation is not.
 _ALONE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]")
-_SIGNS = "-+*/×÷=<>^%$#@&|~_{}[]()"
+_SIGNS = "-*/^%#@&_{}[]()"
 _PAD = np.uint64(0x9E3779B97F4A7C15)
 _BASE = np.uint64(0xD6E8FEB86659FD93)  # of the rolling hashes: odd, so that multiplying by it loses no bit
 _LANES = np.uint64(0x0101010101010101)
@@ -43,18 +44,19 @@ def mix(x):
 def kinds():
     """(0x110000,) uint8, what a code point is: 0 nothing, 1 part of a word, 2 a token by itself, 3 a sign, which is one too."""
     table = np.zeros(0x110000, np.uint8)
-    table[:0x40000] = [2 if _ALONE.match(c) else c.isalnum() for c in map(chr, range(0x40000))]  # above stand no letters
-    table[[*map(ord, _SIGNS)]] = 3
+    table[:0x40000] = [2 if _ALONE.match(c) else 3 if unicodedata.category(c) in ("Sm", "Sc", "So") or c in _SIGNS else c.isalnum()
+                       for c in map(chr, range(0x40000))]  # fmt: skip  above stand no letters
     return table
 
 
 def token_hashes(texts):
-    """-> (hashes (W,) uint64 of all tokens of all texts, counts (N,): each text's). A text of signs alone is one token, and a
-    sign repeated more than twice is two: the length of a blank or a ruler says nothing."""
+    """-> (hashes (W,) uint64 of all tokens of all texts, counts (N,): each text's). A text of punctuation alone is one token, "!"
+    behind a digit is a sign, and a sign repeated more than twice is two: the length of a blank or a ruler says nothing."""
     # normalised and lower-cased as one string; NUL parts the texts, and composes with nothing
     joined = unicodedata.normalize("NFKC", "".join(text.replace("\0", " ") + "\0" for text in texts)).lower()
     points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
     kind = kinds()[points]
+    kind[1:][(points[1:] == ord("!")) & (points[:-1] - np.uint32(ord("0")) < 10)] = 3  # a factorial; what is below "0" wraps around
     kind[2:][(kind[2:] == 3) & (points[2:] == points[1:-1]) & (points[1:-1] == points[:-2])] = 0
     ends = np.flatnonzero(points == 0)  # (N,)
     begins = np.concatenate(([0], ends[:-1] + 1))
@@ -163,17 +165,30 @@ def simhash(texts, n=3):
 @functools.cache
 def dull():
     """The hashes of tokens that tell no text from another: signs, single letters, numbers."""
-    return token_hashes([" ".join([*_SIGNS, *"abcdefghijklmnopqrstuvwxyz", *map(str, range(10_000))])])[0]
+    words = token_hashes([" ".join([*"abcdefghijklmnopqrstuvwxyz", *map(str, range(10_000))])])[0]
+    return np.concatenate((words, mix(np.append(np.flatnonzero(kinds() == 3), ord("!")).astype(np.uint64) * _BASE)))
+
+
+def bags(hashes, counts, low, high):
+    """Of the texts of `low` to `high` tokens: (which (T,), sums (T,): of the hashes of all its tokens, in any order; of (W,): the
+    text of each token, tokens (W,), without (W,): the sum of the others)."""
+    some = (counts >= low) & (counts <= high)
+    which, n, tokens = np.flatnonzero(some), counts[some], hashes[np.repeat(some, counts)]
+    sums = np.add.reduceat(tokens, np.cumsum(n) - n) if len(n) else tokens
+    return which, sums, np.repeat(which, n), tokens, np.repeat(sums, n) - tokens
 
 
 def index(questions):
-    """Texts -> {k: (sorted hashes of k tokens in a row, the text that each is of)}: of every text of LONG tokens or more its runs
-    of LONG, but for those with fewer than TELLING different tokens that are not dull() (a list of options, the matrix of
-    1 to 9, `public static void main`); a text without any such run, and a shorter one, as a whole."""
+    """Texts -> {kind: (sorted hashes, the text that each is of)}, for holds(). The kinds:
+
+    "run": of a text of LONG tokens or more its runs of LONG, but for those with fewer than TELLING different tokens that are
+    not dull() (a list of options, the matrix of 1 to 9, `public static void main`);
+    k: a text of k tokens as a whole, if it has no such run; "bag" and "less": a text of SHORT to 2 * LONG - 1 tokens in any order,
+    and with one missing that is not dull(): so few may be left without a run when one is changed."""
     found, at = {}, 0
 
-    def add(k, h, of):
-        found.setdefault(k, []).append((h, at + of))
+    def add(kind, h, of):
+        found.setdefault(kind, []).append((h, at + of))
 
     for chunk in batches(questions):
         hashes, counts = token_hashes(chunk)
@@ -187,33 +202,53 @@ def index(questions):
             runs = np.sort(np.lib.stride_tricks.sliding_window_view(telling, LONG)[begin], axis=1)  # (G, LONG)
             enough = (runs[:, 0] != 0) + ((runs[:, 1:] != runs[:, :-1]) & (runs[:, 1:] != 0)).sum(1) >= TELLING
             of = np.flatnonzero(long)[run[enough]]
-            add(LONG, h[enough], of)
+            add("run", h[enough], of)
             told[of] = True
         for k in np.unique(counts[~told & (counts > 0)]).tolist():
             whole = ~told & (counts == k)
             add(k, windows(hashes[np.repeat(whole, counts)], counts[whole], k)[0], np.flatnonzero(whole))
+        which, sums, of, tokens, without = bags(hashes, counts, SHORT, 2 * LONG - 1)
+        add("bag", sums, which)
+        says = ~np.isin(tokens, dull())
+        add("less", without[says], of[says])
         at += len(chunk)
     out = {}
-    for k, parts in found.items():
+    for kind, parts in found.items():
         hashes, of = (np.concatenate(part) for part in zip(*parts))
         hashes, first = np.unique(hashes, return_index=True)
         if len(hashes):
-            out[k] = hashes, of[first]
+            out[kind] = hashes, of[first]
     return out
 
 
 def holds(hashes, counts, questions):
-    """hashes, counts: of token_hashes. questions: of index() -> (N,) int64: the question with which a text shares LONG tokens
-    in a row, or whose other number of tokens it holds all, with at most as many more (none beside fewer than 5 or more than
-    LONG); -1 for none."""
+    """hashes, counts: of token_hashes. questions: of index() -> (N,) int64: the question that a text holds, -1 for none. It does
+
+    - with a run of LONG telling tokens that the question has too;
+    - with all of a question without such a run, in a row, and beside them no more tokens than the question has, nor than
+      LONG - 1, and none where it has fewer than SHORT;
+    - when it is a question of SHORT to 2 * LONG - 1 tokens but for one word more or less."""
     out = np.full(len(counts), -1)
-    for k, (known, of) in questions.items():
-        some = (counts >= k) & ((k == LONG) | (counts <= (2 * k if 5 <= k < LONG else k)))
+
+    def found(kind, h):
+        known, of = questions[kind]
+        at = np.searchsorted(known, h).clip(max=len(known) - 1)
+        return np.where(known[at] == h, of[at], -1)
+
+    for kind in questions.keys() - {"bag", "less"}:
+        k, most = (LONG, np.inf) if kind == "run" else (kind, kind + min(kind, LONG - 1) if kind >= SHORT else kind)
+        some = (counts >= k) & (counts <= most)
         if some.any():
             h, starts = windows(hashes[np.repeat(some, counts)], counts[some], k)
-            at = np.searchsorted(known, h).clip(max=len(known) - 1)
-            hit = np.where(known[at] == h, of[at], -1)
-            out[some] = np.maximum(out[some], np.maximum.reduceat(hit, starts))
+            out[some] = np.maximum(out[some], np.maximum.reduceat(found(kind, h), starts))
+    if "bag" in questions:
+        which, sums, of, tokens, without = bags(hashes, counts, SHORT - 1, 2 * LONG)
+        if "less" in questions:
+            out[which] = np.maximum(out[which], found("less", sums))
+        hit = found("bag", without)
+        few = np.flatnonzero(hit >= 0)
+        few = few[~np.isin(tokens[few], dull())]
+        np.maximum.at(out, of[few], hit[few])
     return out
 
 

@@ -23,7 +23,7 @@ import steps
 import teacher as models
 from checkpoint import InputError, atomic_write, cli
 from flags import Parser, at_least, number
-from prompts import AGAIN_CLASSIFY, AGAIN_JUDGE, CLASSIFY, JUDGE
+from prompts import AGAIN_JUDGE, JUDGE
 
 STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")
 FORMAT = 3  # raised when what the steps write changes: what an older version wrote is made anew, out of the kept replies
@@ -38,6 +38,12 @@ def file_hash(path):
     except OSError as e:
         raise InputError(f"{path}: cannot be read: {e.strerror or e}") from None
     return h.hexdigest()
+
+
+def code(*modules):
+    """What a step's result depends on besides its input: the rules and tables of these modules, which are there to be edited."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    return {"code": [file_hash(f"{here}/{module}.py") for module in modules]}
 
 
 def load_state(path):
@@ -203,17 +209,19 @@ def make(args):
         drawing = of("samples", "temperature", "seed") if args.samples > 1 else {}
         teachers = {"teacher": teacher.identity}
         plan = [  # step, files it reads, arguments its result depends on, work
-            ("1_collect", files, of("limit", "max_chars") | {"labels": sources.labels(files)},
+            ("1_collect", files, of("limit", "max_chars") | {"labels": sources.labels(files)} | code("sources", "rules", "tasktypes"),
              lambda c: steps.collect(args, files, c)),
-            ("2_dedup", [path["1_collect"], *questions], of("hamming"),
+            ("2_dedup", [path["1_collect"], *questions], of("hamming") | code("sources", "dedup"),
              lambda c: steps.deduplicate(args, path["1_collect"], questions, c)),
-            ("3_classify", [path["2_dedup"]], teachers | {"prompt": [CLASSIFY, AGAIN_CLASSIFY]},
-             lambda c: steps.classify(args, path["2_dedup"], teacher, cache, short, c)),
+            ("3_classify", [path["2_dedup"]], teachers | code("prompts"),
+             lambda c: steps.classify(path["2_dedup"], teacher, cache, short, c)),
             ("4_balance", [path["3_classify"]], of("min_category", "target", "seed"),
              lambda c: steps.balance(args, path["3_classify"], c)),
-            ("5_respond", [path["4_balance"], *recorded], of("max_new_tokens") | drawing | teachers | {"small": small.identity},
+            ("5_respond", [path["4_balance"], *recorded],
+             of("max_new_tokens") | drawing | teachers | {"small": small.identity} | code("sources", "rules"),
              lambda c: steps.respond(args, path["4_balance"], teacher, small, cache, long, c)),
-            ("6_score", [path["5_respond"]], of(*weighing) | teachers | {"scorer": [scorer.identity, own], "prompt": [JUDGE, AGAIN_JUDGE]},
+            ("6_score", [path["5_respond"]],
+             of(*weighing) | teachers | {"scorer": [scorer.identity, own], "prompt": [JUDGE, AGAIN_JUDGE]} | code("rules", "verify", "ifeval"),
              lambda c: steps.score(args, path["5_respond"], teacher, scorer, own, cache, short, c)),
             ("7_label", [path["6_score"]], of("margin", "min_safety"),
              lambda c: steps.label(args, path["6_score"], c)),
@@ -221,7 +229,7 @@ def make(args):
         for name, inputs, arguments, work in plan[: 2 if args.dry_run else None]:
             counts[name] = run_step(out, state, name, inputs, arguments, work)
         if args.dry_run:
-            return report.dry_run(args, path["2_dedup"], cache.spent, len(cache.offsets), prices)
+            return report.dry_run(args, path["2_dedup"], short["max_tokens"], cache.spent, len(cache.offsets), prices)
         report.write_report(out, counts)
     labels = counts["7_label"]
     print(f"\n{labels['sft']:,} SFT examples, {labels['kto'] // 2:,} KTO pairs.")

@@ -87,7 +87,7 @@ def parse_object(text):
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.S)
     try:
         value = json.loads(fenced[1] if fenced else text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -118,23 +118,33 @@ def parse_grades(text, letters):
 
 # Other names for what the rubric offers, as teachers have written them
 SYNONYMS = {"arithmetic": "calculation", "math word problem": "arithmetic word problem",
-            "debug": "debug code", "programming": "write a program", "code generation": "write a program", "sql": "database query",
+            "debug": "debug code", **dict.fromkeys(("programming", "coding", "code", "code generation"), "write a program"), "sql": "database query",
             "summarization": "summary", "poetry": "poem", "rewriting": "paraphrase"}  # fmt: skip
 
 
+# Words whose singular no rule below tells
+SINGULARS = {**{w: w for w in "news series species bias gas canvas atlas lens christmas".split()}, "ads": "ad", "biases": "bias", "gases": "gas",
+             "lenses": "lens", "buses": "bus", "viruses": "virus", "quizzes": "quiz", "heroes": "hero", "headaches": "headache", "children": "child",
+             **{w + "s": w for w in "movie cookie calorie brownie smoothie zombie selfie".split()}}  # fmt: skip
+
+
 def singular(text):
-    """Lower case, one space for any separator, the last word in the singular."""
-    name = " ".join(re.sub(r"[\W_]+", " ", text.lower()).split())
-    if re.search(r"[^aeious]ies$", name):
-        return name[:-3] + "y"
-    return name[:-1] if re.search(r"[^siu]s$", name) and not name.endswith(("ics", "us", "is")) else name
+    """Lower case, one space for any separator ("c++" and "c#" are words), the last word in the singular."""
+    *words, last = re.sub(r"(?<![\w+#])[+#]+|[^\w+#]+|_+", " ", text.lower()).split() or [""]
+    if last in SINGULARS:
+        last = SINGULARS[last]
+    elif len(last) > 3 and last.endswith("s") and not last.endswith(("ss", "us", "is", "ics")):
+        last = last[:-3] + "y" if re.search("[^aeious]ies$", last) else last[:-2] if re.search("(ss|x|ch|sh)es$", last) else last[:-1]
+    return " ".join([*words, last])
 
 
 def category_key(text):
-    """What names of one category share: their words without endings, in any order, small words left out."""
+    """What names of one category share: their words without endings, small words left out, in any order unless one leads "to"
+    another."""
+    words = singular(text).split()
     stems = [re.sub(r"([b-df-hj-np-tv-z])\1(?=$)", r"\1", re.sub(r"(?:ing|ed|e)$", "", singular(w))) if len(w) > 4 else singular(w)
-             for w in singular(text).split() if w not in ("a", "an", "the", "and", "or", "of", "for", "to")]  # fmt: skip
-    return "".join(sorted(stems))
+             for w in words if w not in ("a", "an", "the", "and", "or", "of", "for", "to")]  # fmt: skip
+    return "".join(stems if "to" in words else sorted(stems))
 
 
 def offered_names():

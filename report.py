@@ -5,11 +5,12 @@ import math
 
 from chat import read_jsonl
 from checkpoint import atomic_write
-from prompts import classify_request, judge_request
+from prompts import AGAIN_CLASSIFY, AGAIN_JUDGE, JUDGE_CHARS, classify_request, clip, judge_request
 from steps import LETTERS, WRITERS, evenness
 from teacher import price, request_tokens, tokens_of
 
-CATEGORY_TOKENS, GRADE_TOKENS = 20, 16  # of a reply: a category; the grades of one response
+CATEGORY_TOKENS, GRADE_TOKENS = 20, 16  # of a likely reply: a category; the grades of one response
+FENCE_TOKENS = 20  # around each response in a request of the judge
 
 
 def histogram(counts, most=40):
@@ -70,42 +71,49 @@ def write_report(out, counts):
         f.write("\n".join(text) + "\n")
 
 
-def dry_run(args, path, spent, answered, prices):
-    """Prints, for the records of step 2 in `path`, what the teacher would be asked at most, three samples of it, and an
-    estimate of its tokens and price. Counts are upper bounds: nothing has been dropped as unclassified or rare yet, and
-    responses that turn out equal are judged once. Where a record has no response, one of half --max-new-tokens is assumed."""
-    n = verifiable = prompts = replies = 0
-    classify = 0  # tokens of the requests
-    sample = None
+def dry_run(args, path, short, spent, answered, prices):
+    """Prints, for the records of step 2 in `path`, what the teacher would be asked and cost, at most and likely, and three samples
+    of it. short: the longest reply of a category or of grades, in tokens.
+
+    At most: no record is dropped as unclassified or rare, all replies are as long as they may be, no two responses are equal, no
+    verdict spares the judge, and every category and all grades are asked for twice, as those are that do not parse. Likely:
+    replies are as long as the record's own response, or half of --max-new-tokens where it has none."""
+    n, verifiable, sample, responses = 0, 0, None, 2 + args.samples
+    classify, respond, judge = [], [], []  # of each record: tokens of its request; of the judge's, at most
+    likely_replies = likely_judge = 0
     for _, record in read_jsonl(path):
         n += 1
         sample = sample or record
-        classify += request_tokens(classify_request(record["prompt"]))
-        prompts += request_tokens(record["prompt"])
-        replies += min(tokens_of(record["response"]), args.max_new_tokens) if record["response"] else args.max_new_tokens // 2
+        response = record["response"] or ""
+        reply = min(tokens_of(response), args.max_new_tokens) if response else args.max_new_tokens // 2
+        own = request_tokens(judge_request(record["prompt"], {})) + tokens_of(clip(response, JUDGE_CHARS)) + FENCE_TOKENS * responses
+        classify.append(request_tokens(classify_request(record["prompt"])))
+        respond.append(request_tokens(record["prompt"]))
+        judge.append(own + (1 + args.samples) * args.max_new_tokens)
+        likely_replies += reply
+        likely_judge += own + (1 + args.samples) * reply
         kind = record["reference"] and record["reference"]["kind"]
         verifiable += bool(kind) and kind != "format" and (kind != "code" or args.allow_code_execution)
-    kept = min(n, args.target) / n
-    judged = round(kept * (n if args.judge_verified else n - verifiable))
-    responses = 2 + args.samples
-    rubric = request_tokens(judge_request([{"role": "user", "content": ""}], {}))
-    rows = [  # step, requests, tokens of the prompts, tokens of the replies
-        ("classify", n, classify, CATEGORY_TOKENS * n),
-        ("respond", round(kept * n), kept * prompts, kept * replies),
-        ("judge", judged * args.judge_orders, judged * args.judge_orders * (rubric + prompts / n + responses * (replies / n + 20)),
-         judged * args.judge_orders * responses * GRADE_TOKENS),
+    left, asked = min(n, args.target), sum(respond)
+    respond, judge = (sorted(tokens)[-left:] for tokens in (respond, judge))  # the longest may be those that are left
+    again = [short + tokens_of(text) + 8 for text in (AGAIN_CLASSIFY, AGAIN_JUDGE)]  # what a request is longer by the second time
+    orders, judged = args.judge_orders, 1 if args.judge_verified else (n - verifiable) / n
+    rows = [  # step, and at most: requests, tokens of the prompts, tokens of the replies; likely: tokens of either
+        ("classify", 2 * n, 2 * sum(classify) + n * again[0], 2 * n * short, sum(classify), n * CATEGORY_TOKENS),
+        ("respond", left, sum(respond), left * args.max_new_tokens, left / n * asked, left / n * likely_replies),
+        ("judge", 2 * left * orders, orders * (2 * sum(judge) + left * again[1]), 2 * left * orders * short,
+         left / n * judged * orders * likely_judge, left * judged * orders * responses * GRADE_TOKENS),
     ]  # fmt: skip
     rows.append(("together", *map(sum, list(zip(*rows))[1:])))
-    unit = "price" if prices else "tokens"
-    print(f"\n{'asked of the teacher':<22}{'requests':>12}{'tokens in':>16}{'tokens out':>16}{unit:>16}")
-    for name, requests, into, out in rows:
-        cost = price((into, out), prices)
-        print(f"{name:<22}{requests:>12,}{into:>16,.0f}{out:>16,.0f}{cost:>16,.{2 if prices else 0}f}")
-    total = price(rows[-1][2:], prices)
+    unit, digits = ("price", 2) if prices else ("tokens", 0)
+    print(f"\n{'asked of the teacher':<22}{'requests':>12}{'tokens in':>16}{'tokens out':>16}{unit + ' at most':>18}{'likely':>16}")
+    for name, requests, into, out, *likely in rows:
+        most, guess = price((into, out), prices), price(likely, prices)
+        print(f"{name:<22}{requests:>12,}{into:>16,}{out:>16,}{most:>18,.{digits}f}{guess:>16,.{digits}f}")
     spent = price(spent, prices)
-    print(f"At most, by a guess of three bytes a token. {answered:,} replies are kept already; {spent:,.6g} is spent.")
+    print(f"At most, but for the last column; by a guess of three bytes a token. {answered:,} replies are kept already; {spent:,.6g} is spent.")
     if args.budget:
-        enough = "suffices" if spent + total <= args.budget else "may not suffice: the run stops before it is exceeded, and goes on with more"
+        enough = "suffices" if spent + most <= args.budget else "may not suffice: the run stops before it is exceeded, and goes on with more"
         print(f"The budget of {args.budget:,g} {enough}.")
     shown = dict(zip(LETTERS, [sample["response"] or "(none)", "(the teacher's response)", "(the small model's response)"]))
     for name, messages in (("classify", classify_request(sample["prompt"])), ("respond", sample["prompt"]),

@@ -28,8 +28,12 @@ ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"
          "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"}  # fmt: skip
 TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
 CHUNK, LONGEST = 1 << 20, 1 << 26  # characters read at a time; the most that one object of an array may take
-# UTF-8 read as Latin-1 or as Windows' code page, GBK's filler, what could not be decoded at all, half a surrogate pair
-MOJIBAKE = re.compile("[\ufffd\ud800-\udfff]|\u00ef\u00bf\u00bd|\u00e2[\u0080-\u00bf\u02c6\u2020\u201a\u20ac]|[\u00c2\u00c3][\u0080-\u00bf]|锟斤拷|烫烫烫")
+# What could not be decoded, half a surrogate pair, GBK's filler, and UTF-8 read as Latin-1 or as Windows' code page: marks that
+# stand in no good text, or two Chinese characters (one alone may be French: "é »")
+FOLLOWS = "\u0080-\u00bf" + bytes(range(0x80, 0xA0)).decode("cp1252", "ignore")
+MOJIBAKE = re.compile("[\ufffd\ud800-\udfff]|锟斤拷|烫烫烫|\u00ef\u00bf\u00bd|\u00e2[\u0080-\u00bf\u02c6\u2020\u201a\u20ac]|"
+                      "[\u00c2\u00c3][\u0080-\u00bf]|"
+                      f"[\u00c4-\u00f4][\u00a0-\u00bf]?[\u0080-\u009f]|(?:[\u00e3-\u00e9][{FOLLOWS}]{{2}}){{2}}")  # fmt: skip
 
 
 class Drop(Exception):
@@ -143,7 +147,7 @@ def read_lines(file, path):
         if line.strip():
             try:
                 obj = json.loads(line)
-            except ValueError as e:  # bytes that are no UTF-8 included
+            except (ValueError, RecursionError) as e:  # bytes that are no UTF-8 included
                 raise InputError(f"{path}:{number}: not JSON: {e}; one object a line, or one array, is expected") from None
             if not isinstance(obj, dict):
                 raise InputError(f"{path}:{number}: a {type(obj).__name__}, not an object; one object a line is expected")
@@ -199,6 +203,8 @@ def read_array(file, path):
                     line += buffer.count("\n", at, getattr(e, "pos", at))
                     fail(f"not JSON: {getattr(e, 'msg', e)}")
                 fill()
+            except RecursionError as e:
+                fail(f"not JSON: {e}")
         yield line, obj
         line += buffer.count("\n", at, end)
         at, expected = end, ","
@@ -220,6 +226,8 @@ def content_text(value, where):
         value = "".join(str(part.get("text", part.get("value", ""))) for part in value)
     if not isinstance(value, str):
         raise InputError(f"{where} has no content; content is a text")
+    if MOJIBAKE.search(value):  # before cleaning, which takes some of it away
+        raise Drop("garbled text")
     return clean(value)
 
 
@@ -301,6 +309,8 @@ def read_reference(obj, prompt, response, where):
     line `#### 72`; AQuA's options and "the answer is (C)"; IFEval's instruction_id_list and kwargs).
     -> (reference or None, prompt text, response text)"""
     reference = obj.get("reference")
+    if escaped := re.search(r"Options:\s*\\n\s*\(A\)", prompt):  # AQuA writes its line ends as \n
+        prompt = prompt.replace("\\n", "\n")
     if "instruction_id_list" in obj and reference is None:
         reference = {"kind": "format", "value": {name: obj.get(name) for name in ("instruction_id_list", "kwargs")}}
     if isinstance(reference, dict):
@@ -321,7 +331,7 @@ def read_reference(obj, prompt, response, where):
         return {"kind": "number", "value": value}, prompt, f"{body}\nThe answer is {value}.".strip()
     letter = re.search(r"\banswer(?: is)?:? \(([A-E])\)\.?\s*$", response or "")
     if letter and "Options:" in prompt:
-        prompt, response = (text.replace("\\n", "\n") for text in (prompt, response))  # AQuA writes its line ends as \n
+        response = response.replace("\\n", "\n") if escaped else response
         choices = {name: text.strip() for name, text in AQUA_OPTION.findall(prompt)}
         if letter[1] in choices and len(choices) > 1:
             return {"kind": "choice", "value": {"letter": letter[1], "choices": choices}}, prompt, response
@@ -346,8 +356,6 @@ def instructions(obj, where, max_chars):
             raise Drop("an empty turn")
         if sum(map(len, texts)) > max_chars:
             raise Drop("over-long")
-        if any(MOJIBAKE.search(t) for t in texts):
-            raise Drop("garbled text")
         if any(re.search(r"\{\{ ?\w+ ?\}\}", t) and "```" not in t for t in texts):
             raise Drop("unfilled template")
         if rules.cut_off(response or ""):
@@ -364,31 +372,34 @@ def prompt_key(messages):
     return hashlib.sha256(json.dumps([[m["role"], m["content"]] for m in messages]).encode()).digest()
 
 
+def said_in(obj, where):
+    """Yields (writer, prompt, text) of a record of any shape that `conversations` knows, with a "writer", or of step 5's own: a
+    prompt and {writer: response}."""
+    if isinstance(obj.get("responses"), dict):
+        prompt = messages_of(obj.get("prompt"), where)
+        for writer, r in obj["responses"].items():
+            if writer != "original":
+                yield writer.partition("-")[0], prompt, r["text"] if isinstance(r, dict) and "text" in r else r
+    else:
+        for r in instructions(obj, where, 1 << 30):
+            yield obj.get("writer", "teacher"), r["prompt"], r["response"]
+
+
 def recorded_responses(files, wanted):
     """-> {("teacher" or "small", prompt_key): its replies, in the files' order} for the prompts in `wanted` (a set of keys). A
-    record is of any shape that `conversations` knows, with a "writer", or step 5's own: a prompt and {writer: response}. A
     reply: {"text", "finish_reason", "recorded": the file's label}."""
     found = {}
     for path, label in zip(files, labels(files)):
         for line, obj in read_objects(path):
             where = f"{path}:{line}"
-            if isinstance(obj.get("responses"), dict):
-                prompt = messages_of(obj.get("prompt"), where)
-                said = [(writer.partition("-")[0], prompt, r["text"] if isinstance(r, dict) and "text" in r else r)
-                        for writer, r in obj["responses"].items() if writer != "original"]  # fmt: skip
-            else:
-                try:
-                    records = instructions(obj, where, 1 << 30)
-                except Drop:
-                    continue
-                said = [(obj.get("writer", "teacher"), r["prompt"], r["response"]) for r in records]
-            for writer, prompt, text in said:
-                if writer not in ("teacher", "small"):
-                    raise InputError(f"{where}: the writer is {writer!r}; it is teacher or small")
-                key = prompt_key(prompt)
-                if key in wanted and text:
-                    reply = {"text": content_text(text, where), "finish_reason": "stop", "recorded": label}
-                    found.setdefault((writer, key), []).append(reply)
+            with contextlib.suppress(Drop):
+                for writer, prompt, text in said_in(obj, where):
+                    if writer not in ("teacher", "small"):
+                        raise InputError(f"{where}: the writer is {writer!r}; it is teacher or small")
+                    key = prompt_key(prompt)
+                    if key in wanted and text:
+                        reply = {"text": content_text(text, where), "finish_reason": "stop", "recorded": label}
+                        found.setdefault((writer, key), []).append(reply)
     return found
 
 
@@ -412,7 +423,7 @@ def evaluation_questions(path):
             text = file.read()
         try:
             objects = [json.loads(text)]
-        except ValueError:
+        except (ValueError, RecursionError):
             objects = [obj for _, obj in read_objects(path)]
         found = [q for obj in objects for q in questions_in(obj)]
     if not found:

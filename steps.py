@@ -120,7 +120,7 @@ def choose(scores, margin, min_safety):
         return best, None, "only one response"
     if scores[worst]["verified"] is True:
         return best, None, "all responses verified"
-    if scores[best]["composite"] - scores[worst]["composite"] < margin - 1e-9:
+    if scores[best]["composite"] - scores[worst]["composite"] < max(margin - 1e-9, 1e-9):  # of equals neither is worse
         return best, None, "no difference in quality"
     return best, worst, "pair"
 
@@ -206,7 +206,7 @@ def ask_parsed(teacher, requests, parse, again, cache, options, desc):
     return out, len(failed)
 
 
-def classify(args, path, teacher, cache, options, counts):
+def classify(path, teacher, cache, options, counts):
     """Step 3: a primary and a secondary category from the teacher."""
     spellings, counts["asked again"] = defaultdict(set), 0
     for batch in chunks((r for _, r in read_jsonl(path)), CHUNK):

@@ -172,8 +172,9 @@ def ask(teacher, prompts, cache, max_tokens=256, temperature=0.0, top_p=1.0, see
 
     Equal prompts are asked once. finish_reason: "stop"; "length" for a reply cut off at max_tokens; "content_filter" for one
     that the endpoint held back. A teacher that cannot be reached, or refuses the key, or would cost more than the budget,
-    raises InputError after the replies that did come are safe in the cache; a single request refused with another 4xx status
-    gets {"error"} and is not cached. http: see ask_http."""
+    raises InputError after the replies that did come are safe in the cache, and so does, once all others are answered, a request
+    that got none: what passes costs no record. One refused with another 4xx status gets {"error"} and is not cached. http: see
+    ask_http."""
     parameters = {"max_tokens": max_tokens, "temperature": temperature}
     if temperature > 0:
         parameters |= {"top_p": top_p, "seed": seed}
@@ -205,7 +206,7 @@ async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16
     client = AsyncInferenceClient(base_url=teacher.url, api_key=teacher.key, headers=headers, timeout=timeout)
     model = None if teacher.name == teacher.url else teacher.name
     queue, stop = iter(todo.items()), asyncio.Event()
-    fatal, answered_at = [], [0.0]  # why the run ends; when the endpoint last answered a request
+    fatal, unanswered, answered_at = [], [], [0.0]  # why the run ends; the last failures; when the endpoint last answered
     held = [0, 0]  # tokens that the requests in flight may cost
     free = {"requests": 0.0, "tokens": 0.0}  # when the next request may go
     before = price(cache.spent, prices)
@@ -262,7 +263,7 @@ async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16
                     return
                 elif tries > retries or (status is None and not answered_at[0] and tries >= FIRST_TRIES):
                     if answered_at[0] > started:  # others were answered meanwhile: it is this request, not the teacher
-                        errors[key] = f"no answer after {tries} tries: {what}"
+                        unanswered.append(what)
                         return
                     end(f"no answer after {tries} tries (last: {what}); see that it is running")
                 else:
@@ -292,6 +293,9 @@ async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16
         constants.HF_HUB_OFFLINE = offline
         with contextlib.suppress(Exception):
             await client.close()
+    if unanswered and not fatal:
+        n = len(unanswered)
+        fatal.append(f"{n:,} request{'s' * (n > 1)} got no answer after {retries + 1} tries (last: {unanswered[-1]})")
     if not fatal and len(errors) == len(todo) and not cache.offsets:
         fatal.append(f"it refused every request: {next(iter(errors.values()))}")
     if fatal:

@@ -1,5 +1,6 @@
 """dedup.py against brute force and against hashing in plain Python, one text and one word at a time."""
 
+import collections
 import os
 import re
 import sys
@@ -16,9 +17,11 @@ import dedup
 # ---- the hashes, by a second and slower hand
 
 WHOLE = 2**64
+SIGN = "".join(c for c in map(chr, range(sys.maxunicode)) if unicodedata.category(c) in ("Sm", "Sc", "So") or c in "-*/^%#@&_{}[]()")
+SIGN = f"[{re.escape(SIGN)}]"
 TOKEN = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]+"
-    r"|[-+*/×÷=<>^%$#@&|~_{}\[\]()]"
+    rf"|{SIGN}|(?<=[0-9])!"
 )
 
 
@@ -31,7 +34,7 @@ def slow_mix(x):
 def slow_grams(text, n):
     base, pad = int(dedup._BASE), int(dedup._PAD)
     text = unicodedata.normalize("NFKC", text.replace("\0", " ")).lower()
-    text = re.sub(r"([-+*/×÷=<>^%$#@&|~_{}\[\]()])\1{2,}", r"\1\1", text)
+    text = re.sub(rf"({SIGN})\1{{2,}}", r"\1\1", text)
     tokens = TOKEN.findall(text) or [text] * bool(text)
     hashes = [slow_mix(sum(ord(c) * pow(base, k + 1, WHOLE) for k, c in enumerate(token)) % WHOLE) for token in tokens]
     hashes += [pad] * (n - len(hashes))
@@ -44,7 +47,7 @@ def slow_simhash(text, n=3):
     return sum(1 << b for b in range(64) if 2 * sum(g >> b & 1 for g in grams) > len(grams))
 
 
-TEXTS = st.text(st.one_of(st.characters(), st.sampled_from("ab 9_+-.,!Σİﬁé\u0301\u3000你好的一カ한\0\n")), max_size=40)
+TEXTS = st.text(st.one_of(st.characters(), st.sampled_from("ab 9_+-.,!≤√∩€😀Σİﬁé\u0301\u3000你好的一カ한\0\n")), max_size=40)
 
 
 @settings(max_examples=150, deadline=None)
@@ -165,6 +168,15 @@ def test_simhash_by_hand_and_its_locality():
     assert len({p, q, r, s}) == 4, "signs count, and texts of nothing but signs are not all alike"
 
 
+@pytest.mark.parametrize("one, other", [
+    ("2x + 3 ≤ 7", "2x + 3 ≥ 7"), ("√2", "2"), ("A ∩ B", "A ∪ B"), ("Explain 😀", "Explain 😢"), ("5 €", "5 £"), ("5! / 3!", "5 / 3!"),
+])  # fmt: skip
+def test_signs_that_change_the_meaning_are_told_apart(one, other):
+    a, b, c = dedup.simhash([one, other, f"“{one}”…"])
+    assert a != b and a == c
+    assert held([f"What is {one}?"], [f"What is {one} ?", f"What is {other}"]) == [0] and held([one, other], [one]) == [0, -1]
+
+
 def held(texts, questions):
     return dedup.scan(texts, dedup.index(questions))[1].tolist()
 
@@ -187,6 +199,21 @@ def test_what_holds_a_short_question():
     assert held(["who was ada lovelace", "so who was ada lovelace"], [four]) == [0, -1], "beside four tokens there may be no other"
     twelve = " ".join(f"w{i}" for i in range(12))
     assert held([twelve, f"{twelve} x", f"x {twelve} " + "y " * 11, f"x {twelve} " + "y " * 12, "w1 " + twelve[3:]], [twelve]) == [0, 0, 0, -1, -1]
+    sums = "((-1 + 2 + 9 * 5) - (-2 + -4 + -4 * -7)) ="  # 26 tokens, none of which tells
+    assert held([f"Please answer this question: {sums}", sums, f"{'x ' * 12}{sums}", f"{'x ' * 13}{sums}", sums[2:]], [sums]) == [0, 0, 0, -1, -1]
+
+
+def test_what_is_a_question_but_for_one_word():
+    question = "What happens if you crack your knuckles a lot?"
+    texts = ["What really happens if you crack your knuckles a lot?", "What happens if you crack knuckles a lot",
+             "What happens if you crack knuckles very a lot", "What 2 happens if you crack your knuckles a lot",
+             "What happens if you crack your knuckles lot", "What truly really happens if you crack your knuckles a lot",
+             "What happens if you crack"]  # fmt: skip
+    assert held(texts, [question]) == [0, 0, -1, -1, -1, -1, -1], "neither another word nor a number nor two"
+    words = [f"w{i}" for i in range(26)]
+    for n, found in ((4, -1), (5, 0), (12, 0), (25, 0), (26, 0)):  # 26: a run of 13 stays whatever is changed
+        for i in range(1, n - 1):
+            assert held([" ".join([*words[:i], "more", *words[i:n]]), " ".join(words[:i] + words[i + 1 : n])], [" ".join(words[:n])]) == [found] * 2
 
 
 TOKENS = st.lists(st.sampled_from([*(f"w{i}" for i in range(9)), "1", "a"]), min_size=1, max_size=30)
@@ -203,11 +230,16 @@ def test_held_texts_equal_those_of_plain_python(texts, questions, at):
         if telling:
             return bool(runs(t, 13) & telling)
         k = len(q)
-        return tuple(q) in runs(t, k) and (k == 13 or len(t) <= (2 * k if 5 <= k < 13 else k))
+        return tuple(q) in runs(t, k) and len(t) - k <= (min(k, 12) if k >= 5 else 0)
 
-    texts = [*texts, questions[0], [*texts[0], *questions[-1][at:]], [f"w{i % 9}" for i in range(at)]]
+    def one_off(t, q):
+        t, q = collections.Counter(t), collections.Counter(q)
+        return 5 <= q.total() <= 25 and ((t - q).total(), (q - t).total()) in ((0, 1), (1, 0)) and not {"1", "a"} & {*(t - q), *(q - t)}
+
+    texts = [*texts, questions[0], [*texts[0], *questions[-1][at:]], [f"w{i % 9}" for i in range(at)], questions[0][:at] + questions[0][at + 1 :],
+             [*questions[0][:at], texts[0][0], *questions[0][at:]]]  # fmt: skip
     questions = [*questions, [f"w{i % 9}" for i in range(13)]]
-    want = [[i for i, q in enumerate(questions) if shares(t, q)] for t in texts]
+    want = [[i for i, q in enumerate(questions) if shares(t, q) or one_off(t, q)] for t in texts]
     got = held([" ".join(t) for t in texts], [" ".join(q) for q in questions])
     assert all(g in w if w else g == -1 for g, w in zip(got, want)) and any(want)
 
@@ -221,7 +253,8 @@ def test_what_says_little_is_no_shared_text():
     options, matrix = "(A) 1 (B) 2 (C) 3 (D) 4 (E) 5", "[[1, 2, 3], [4, 5, 6], [7, 8, 9]]"
     java = "public class Main { public static void main(String[] args) {"
     questions = [f"How many of the penguins in the table are older than {options}", f"grid = {matrix}", f"Why is this slow? {java}", matrix]
-    assert held([f"Half of ten is {options}", f"Transpose {matrix}", f"Fix it: {java}", matrix], questions) == [-1, -1, -1, 3]
+    texts = [f"Half of ten is {options}", f"Transpose {matrix}", f"Fix it: {java}", matrix]
+    assert held(texts, questions[:3]) == [-1] * 4 and held(texts, questions) == [-1, 3, -1, 3], "a whole question in few other words is one"
     a, b, c, d = dedup.simhash(["Fill: ____ is red", "Fill: __________ is red", "2 ** 3 = ?", "2 * 3 = ?"])
     assert a == b and c != d, "a blank's length says nothing, two stars do"
 

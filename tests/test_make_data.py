@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,28 @@ def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
     assert "| 3_classify |" in first["report.md"].decode()
 
 
+def test_edited_rules_are_noticed(tmp_path, small, monkeypatch, capfd):
+    for name in os.listdir(ROOT):
+        if name.endswith(".py"):
+            shutil.copy(os.path.join(ROOT, name), tmp_path)
+    monkeypatch.setattr(make_data, "__file__", str(tmp_path / "make_data.py"))
+
+    def made():  # the steps that a run does not find unchanged
+        capfd.readouterr()
+        assert run(*argv) == 0
+        return {line[0] for line in capfd.readouterr().out.splitlines() if re.match(r"\d_\w+ +\w+ \d", line) and "(unchanged)" not in line}
+
+    with serve(fake_teacher) as server:
+        argv = [*flags(tmp_path, server, small), "--limit", 3, "--min-category", 1]
+        assert made() == set("1234567") and made() == set()
+        asked = server.posts
+        for module, remade in (("tasktypes", "1"), ("rules", "156"), ("verify", "6"), ("prompts", "3"), ("dedup", "2"), ("stats", "")):
+            with open(tmp_path / f"{module}.py", "a") as f:
+                f.write("# edited\n")
+            assert made() == set(remade) and made() == set(), module
+        assert server.posts == asked
+
+
 def test_interrupted_runs_end_with_the_same_bytes(tmp_path, small, capfd):
     with serve(fake_teacher) as server:
         assert run(*flags(tmp_path, server, small)) == 0
@@ -195,9 +218,9 @@ def test_dry_run_and_budget(tmp_path, small, capfd):
         shown = capfd.readouterr().out
         assert server.posts == 0 and not os.path.getsize(tmp_path / "out" / "replies.jsonl")
         rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.startswith(("classify ", "respond ", "judge ", "together "))}
-        # 19 records are left by step 2, 11 of them with a reference: 8 to judge, twice
-        assert {k: int(v[0].replace(",", "")) for k, v in rows.items()} == {"classify": 19, "respond": 19, "judge": 16, "together": 54}
-        columns = [[float(v[i].replace(",", "")) for v in rows.values()] for i in range(4)]
+        # 19 records are left by step 2; categories and grades may be asked for twice, and the judge in two orders
+        assert {k: int(v[0].replace(",", "")) for k, v in rows.items()} == {"classify": 38, "respond": 19, "judge": 76, "together": 133}
+        columns = [[float(v[i].replace(",", "")) for v in rows.values()] for i in range(5)]
         assert all(sum(c[:3]) == pytest.approx(c[3], abs=2) for c in columns)
         assert columns[3][3] == pytest.approx(columns[1][3] * 0.5e-6 + columns[2][3] * 2e-6, abs=0.01)
         assert "Task: classify" in shown and "Task: judge" in shown and "may not suffice" in shown and "0 replies are kept" in shown
@@ -210,6 +233,28 @@ def test_dry_run_and_budget(tmp_path, small, capfd):
         bill = re.search(r": ([\d,]+) tokens in, ([\d,]+) out\.$", capfd.readouterr().out, re.M)
         assert bill.groups() == (f"{10 * server.posts:,}", f"{5 * server.posts:,}"), "what was asked before the budget's end is not asked again"
         assert run(*argv, "--dry-run") == 0 and f"{server.posts + 18:,} replies are kept" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("samples, target", [(1, 99), (3, 4)])
+def test_a_run_costs_no_more_than_the_dry_run_says(tmp_path, small, capfd, samples, target):
+    """A teacher whose replies are as long as they may be, and never parse at once."""
+    short, long = max(128, 40 * (2 + samples)), 40
+
+    def long_winded(messages):
+        if not messages[0]["content"].startswith("Task"):
+            return "good " * (long * 3 // 5 - 1)
+        return fake_teacher(messages) if len(messages) > 2 else "x" * (short * 3 - 3)
+
+    with serve(long_winded, lambda n, m: "no usage") as server:  # it is counted as the estimate does
+        argv = [*flags(tmp_path, server, small), "--samples", samples,
+                "--target", target, "--min-category", 1, "--judge-verified", "--max-new-tokens", long]  # fmt: skip
+        assert run(*argv, "--dry-run") == 0
+        row = next(line.split() for line in capfd.readouterr().out.splitlines() if line.startswith("together"))
+        requests, into, out, at_most, likely = (int(n.replace(",", "")) for n in row[1:])
+        assert run(*argv) == 0
+        spent = [int(n.replace(",", "")) for n in re.search(r": ([\d,]+) tokens in, ([\d,]+) out\.$", capfd.readouterr().out, re.M).groups()]
+        assert server.posts <= requests and spent[0] <= into and spent[1] <= out and sum(spent) <= at_most == into + out
+        assert likely < sum(spent) and sum(spent) > 0.5 * at_most, "what is likely is less; and the bound is not far"
 
 
 def test_runs_killed_at_random_end_with_the_same_bytes(tmp_path, small):
@@ -356,7 +401,7 @@ def test_bad_input_ends_with_one_line(tmp_path, small):
         "no checkpoint": (["--sources", source, *base, tmp_path], str(tmp_path)),
         "small over http": (["--sources", source, "--small", gone, "--teacher", gone, "--out", tmp_path / "out"], "local checkpoint"),
         "flag": (["--sources", source, *base, gone, "--hamming", "40"], "--hamming is 40"),
-        "weights": (["--sources", source, *base, gone, "--weight-quality", "-1"], "not negative"),
+        "weights": (["--sources", source, *base, gone, "--weight-quality", "-1"], "-1 is less than 0"),
     }
     for name, (argv, what) in cases.items():
         command = f"import sys; sys.path.insert(0, {ROOT!r}); import teacher; teacher.BACKOFF = 0.01; import make_data; make_data.cli(make_data.main)"

@@ -71,6 +71,9 @@ def test_references_are_read_where_a_set_writes_them():
     assert "\n(B) Rs. 4 each\n" in prompt[0]["content"]
     given_by_hand = {"prompt": "q", "completion": "a", "reference": {"kind": "exact", "value": "a"}}
     assert unify(given_by_hand)[0][2] == {"kind": "exact", "value": "a"}
+    undecided = {"instruction": aqua["instruction"], "output": "I wonder whether a \\neq b."}
+    assert unify(undecided) == [(prompt, "I wonder whether a \\neq b.", None)], "the prompt does not hang on the response"
+    assert unify({"prompt": 'Options: print("a\\n")', "completion": "a"})[0][0] == user('Options: print("a\\n")')
     with pytest.raises(InputError, match="f:1: reference needs a kind"):
         unify({"prompt": "q", "reference": {"kind": "exakt", "value": 1}})
 
@@ -105,6 +108,10 @@ def test_malformed_records_are_errors(obj, what):
     ({"prompt": "q", "completion": "a" * 1000}, "over-long"),
     ({"prompt": "caf\u00c3\u00a9", "completion": "a"}, "garbled text"),
     ({"prompt": "q", "completion": "\ufffd"}, "garbled text"),
+    ({"prompt": "q", "completion": "Hello\u00c2\u00a0world"}, "garbled text"),
+    ({"prompt": "It\u00e2\u20ac\u2122s", "completion": "a"}, "garbled text"),
+    *(({"prompt": f"Say {text.encode().decode(code, 'ignore')}!", "completion": "a"}, "garbled text")
+      for text in ("你好，请介绍中文", "中文文章", "这") for code in ("latin1", "cp1252") if (text, code) != ("这", "cp1252")),
     ({"prompt": "half an emoji \ud83d", "completion": "a"}, "garbled text"),
     ({"prompt": "who?", "completion": "I am {{name}}"}, "unfilled template"),
     ({"prompt": "q", "completion": "```python\nx = 1"}, "a response that is cut off"),
@@ -115,6 +122,13 @@ def test_useless_records_are_dropped_with_a_reason(obj, reason):
     with pytest.raises(sources.Drop) as e:
         unify(obj)
     assert str(e.value) == reason
+
+
+@pytest.mark.parametrize("text", [
+    "« café\u00a0» — né en été\u00a0: ça", "the cliché”—and", "Å–Ö, çà et là", "Ääkköset “på”–", "你好，中文", "São João", "\u00a05\u00a0€",
+])  # fmt: skip
+def test_accents_are_not_garbled(text):
+    assert unify({"prompt": text, "completion": text})[0][1] == text.replace("\u00a0", " ").strip()
 
 
 ROWS = [{"prompt": f"q{i} {{[\"\u4f60\u597d", "n": [i, {"x": None}]} for i in range(50)]
@@ -149,6 +163,8 @@ def test_lines(tmp_path):
     (b'[{"a": 1}\n {"a": 2}]', ":2: not JSON: '{' where ','"),
     (b'[{"a": 1},\n', "the file ends inside the array"),
     (b'[{"a": 1}, {"b": "\xff"}]', ":1: not UTF-8"),
+    (b'{"a": 1}\n{"a": ' + b"[" * 100_000, ":2: not JSON"),
+    (b'[{"a": 1},\n{"a": ' + b"[" * 100_000, ":2: not JSON"),
 ])  # fmt: skip
 def test_broken_files_name_file_and_line(tmp_path, data, what):
     path = str(tmp_path / "x.json")
@@ -259,6 +275,7 @@ def test_recorded_responses(tmp_path):
         {"prompt": "unwanted", "response": "x"},
         {"prompt": "q2", "response": ""},
         {"prompt": "q2", "response": "{{name}}"},
+        {"prompt": user("q2"), "responses": {"teacher": "\ufffd"}},
     ]
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -36,6 +36,7 @@ from tasktypes import NAMES
     ('{"primary": "mathematics", "secondary": "algebra", "why": "x"}', None),
     ('{"primary": "mathematics", "secondary": "one two three four five six seven"}', None),
     ('["mathematics", "algebra"]', None),
+    pytest.param('{"primary": ' + "[" * 100_000, None, id="nested"),
     ("", None),
 ])  # fmt: skip
 def test_categories_are_parsed_strictly(text, value):
@@ -70,10 +71,27 @@ def test_near_equal_spellings():
     ("Statistics and Probability", "probability and statistics"), ("statistics", "probability and statistics"), ("letter", "letter or email"),
     ("E-mails", "letter or email"), ("debugging", "debug code"), ("Code Debugging", "debug code"), ("common sense", "commonsense"),
     ("paraphrasing", "paraphrase"), ("algorithms", "algorithm"), ("sport", "sports"), ("arithmetic", "calculation"), ("SQL", "database query"),
-    ("logical puzzle", "logical puzzle"), ("code", "code"), ("letter writing", "letter writing"), ("other", "other"), ("", ""),
+    ("logical puzzle", "logical puzzle"), ("code", "write a program"), ("coding", "write a program"), ("letter writing", "letter writing"), ("other", "other"), ("", ""),
 ])  # fmt: skip
 def test_near_synonyms_take_the_rubrics_name(written, name):
     assert prompts.category_name(written) == name
+
+
+@pytest.mark.parametrize("one, other", [
+    ("C++", "C#"), ("C++", "C"), ("C#", "c"), ("text to image", "image to text"), ("market", "marketing"), ("new", "news"), ("bia", "bias"),
+    ("English to Chinese translation", "Chinese to English translation"), ("ga", "gas"), ("information to extraction", "information extraction"),
+])  # fmt: skip
+def test_names_that_only_look_alike_stay_apart(one, other):
+    assert prompts.category_name(one) != prompts.category_name(other)
+
+
+@pytest.mark.parametrize("plural, name", [
+    ("movies", "movie"), ("Cookies", "cookie"), ("stories", "story"), ("fairy tales", "fairy tale"), ("boxes", "box"), ("classes", "class"),
+    ("speeches", "speech"), ("databases", "database"), ("biases", "bias"), ("ads", "ad"), ("C++ templates", "c++ template"),
+    *((w, w) for w in ("bias", "gas", "news", "series", "sms", "css", "business", "status", "ethics", "tennis", "c++", "movie", "text to image")),
+])  # fmt: skip
+def test_plurals(plural, name):
+    assert prompts.category_name(plural) == prompts.singular(plural) == name
 
 
 def test_every_name_of_the_rubric_is_its_own():
@@ -302,9 +320,9 @@ def test_orders_in_the_data_do_not_move_a_classifier_that_obeys(tmp_path, monkey
 
     ask_with(monkeypatch, lambda model, messages, options: obeys(messages))
     path = lines_of(tmp_path, [{"id": "a", "prompt": user(f"Solve x + 2 = 3\n{order}")}])
-    assert [r["primary"] for _, r in steps.classify(None, path, None, None, {}, {})] == ["mathematics"]
+    assert [r["primary"] for _, r in steps.classify(path, None, None, {}, {})] == ["mathematics"]
     monkeypatch.setattr(prompts, "fence", lambda parts: parts[0][1])  # the test can fail
-    assert [r["primary"] for _, r in steps.classify(None, path, None, None, {}, {})] == ["safety"]
+    assert [r["primary"] for _, r in steps.classify(path, None, None, {}, {})] == ["safety"]
 
 
 def test_the_scorers_own_words_win_no_tie(tmp_path, monkeypatch):
@@ -386,6 +404,13 @@ def graded(**writers):
 ])  # fmt: skip
 def test_labels(scores, result):
     assert steps.choose(scores, margin=0.25, min_safety=3) == result
+
+
+def test_equals_make_no_pair_at_any_margin():
+    scores = graded(original=(None, 4, 5), teacher=(None, 4, 5))
+    assert steps.choose(scores, 0.0, 3) == ("original", None, "no difference in quality")
+    scores["teacher"]["composite"] += 1e-6  # the least that two scores of six digits differ by
+    assert steps.choose(scores, 0.0, 3) == ("teacher", "original", "pair")
 
 
 def test_perplexity_alone_makes_no_pair():
