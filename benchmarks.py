@@ -17,7 +17,7 @@ from benchdata import LETTERS, choice_rows, json_rows, render_shots
 from checkpoint import InputError
 from ifeval import follows
 from sandbox import run_program
-from verify import check, extract_choice, extract_code, extract_program, last_number, numbers_equal
+from verify import check, extract_choice, extract_code, extract_program, last_number, numbers_equal, stated_choice
 
 INSTRUCTION = ("The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D "
                "as the answer to this question.\n\n")
@@ -121,11 +121,17 @@ def demo_rows(find):
 
 def demo_verdict(reply, row):
     kind, value = row["reference"].get("kind"), row["reference"].get("value")
+    choices = value.get("choices") if kind == "choice" and isinstance(value, dict) else None
+    if isinstance(choices, dict) and value.get("letter") in choices:
+        choices = {letter: str(text) for letter, text in choices.items()}
+        extracted = stated_choice(reply, choices)
+        if extracted is None:                            # none is stated: the paper's cascade finds one in any reply
+            extracted = extract_choice(reply, choices)
+        return extracted, extracted == value["letter"]
     correct = check(kind, reply, value)
     if correct is None:
         raise InputError(f"{row['where']}: the reference cannot be checked; see the kinds in verify.py")
-    readers = {"number": last_number, "choice": lambda text: extract_choice(text, value["choices"]),
-               "code": lambda text: extract_program(text, value.get("entry_point"))}
+    readers = {"number": last_number, "code": lambda text: extract_program(text, value.get("entry_point"))}
     return readers.get(kind, str.strip)(reply), correct
 
 

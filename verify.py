@@ -180,16 +180,72 @@ def boxed(reply):
     return re.sub(r"\\text\{([^{}]*)\}", r"\1", found[-1]).strip() if found else None
 
 
-def stated_choice(reply, choices):
-    """The letter that a reply puts into a box, by itself or as the only choice of that number; else extract_choice's.
+# ---------------------------------------------------------------- what a reply states, for data
 
-    The box outranks the protocol's cascade, which takes the first letter that looks like an answer."""
-    answer = boxed(reply) or ""
-    if found := re.fullmatch(rf"\(?([{re.escape(''.join(choices))}])\)?[.:)]?(\s.*)?", answer):
+@functools.lru_cache
+def statements(letters):
+    """Patterns of a choice that is stated outright, the surest first; group 1 is the letter.
+
+    A letter by itself may be an article ("The answer is A man"), so no word but a few may follow it, and no second letter.
+    """
+    second = rf"(?![)）]?\s*(?:,|、|/|&|and|or|和|或|及|与)\s*[(（]?[{letters}](?![A-Za-z]))"
+    article = r"(?!\s+(?!(?:is|was|because|since|as|which|with)\b)[a-z])"
+    x = rf"[\s:：*_\\(（\[【“\"$]*(?:[Oo]ption |[Cc]hoice |选项)?[*(（]*([{letters}])(?![A-Za-z'’=^_]){article}{second}"
+    is_en, is_zh = r"[\s*_]*(?:is|:|(?:must|should|would|will) be)", r"(?:应该?|应当|就|只能)?(?:是|为|选|：|:|】)"
+    refused = "".join(f"(?<!{no})" for no in ("不", "不应", "不能", "不该", "不应该", "可", "别"))
+    return [re.compile(pattern) for pattern in (
+        rf"(?:\b(?:[Aa]nswer|ANSWER|[Cc]hoice|[Oo]ption){is_en}|(?:答案|选项){is_zh}){x}",
+        rf"(?<!not )(?<!n't )(?:\b(?:[Cc]hoose|[Ss]elect|[Pp]ick)\b|{refused}选[择定]?(?!项)){x}",
+        rf"(?<![A-Za-z])([{letters}])[)）*]*(?: (?:is|was) (?:the )?(?:correct|right)\b|(?:选?项)?(?:是正确|正确|符合))",
+    )]  # fmt: skip
+
+
+def unlatex(text):
+    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", text).replace("\\sqrt", "√").replace("\\pi", "π")
+    return re.sub(r"\\(?:text(?:bf)?|math(?:rm|bf)|left|right)\b|[\\{}$]|\.\s*\Z", " ", text).strip().casefold()
+
+
+def flat(text):
+    """A text without what LaTeX, spaces, case and the sign of a power add to it: "24a^{2} \\text{ Cm}" -> "24a2cm"."""
+    return re.sub(r"\s|(?<=[a-z])\^", "", re.sub(r"\^\s+", "^", unlatex(text)))
+
+
+def amount(text):
+    """The value of a text that is one number, its unit aside: "$2,000", "7 1/2 sec", "58\\%"; None for "2:3" or "8^6 ways"."""
+    number = r"(-?)(?:(\d+)\s+(?=\d+/))?(\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/([1-9]\d*))?"
+    unit = r"\s*(?:[%°]|\s[a-z./ %²³]+|[a-z]{2,}[a-z./ ²³]*)?"
+    if not (found := re.fullmatch(rf"(?:rs\.?|[€£])?\s*{number}{unit}", unlatex(text))):
+        return None
+    sign, whole, value, below = found.groups()
+    return (-1 if sign else 1) * (int(whole or 0) + float(value.replace(",", "")) / int(below or 1))
+
+
+def stated_choice(reply, choices):
+    """The letter that a reply states, as far as that is beyond doubt; "" for a value that is none of the choices, else None.
+
+    The last box, by letter, text or number; else the last statement ("The answer is (B)."); else a reply that is or opens
+    with nothing but a choice. extract_choice always gives a letter, and four or five wrong replies would have one right.
+    """
+    letters, answer = re.escape("".join(choices)), boxed(reply) or ""
+    if found := re.fullmatch(rf"(?:[Oo]ption |[Cc]hoice )?\(?([{letters}])\)?(?:[.:)].*)?", answer, re.DOTALL):
         return found.group(1)
-    value = last_number(answer) if re.fullmatch(r"\\?\$?-?[\d.,]+\s*\\?%?", answer) else None
-    same = [letter for letter, text in choices.items() if value is not None and numbers_equal(value, last_number(text))]
-    return same[0] if len(same) == 1 else extract_choice(reply, choices)
+    value, amounts = amount(answer), {letter: amount(text) for letter, text in choices.items()}
+    equal = [letter for letter, text in choices.items() if flat(text) == flat(answer or reply) != ""]
+    equal = equal or [letter for letter in choices if numbers_equal(value, amounts[letter])]
+    if len(equal) == 1:
+        return equal[0]
+    for pattern in statements(letters):
+        if found := pattern.findall(reply):
+            return found[-1]
+    heads = re.findall(rf"^[^\w\n]*([{letters}])(?!\w)[^\w\n]*(.*)$", reply, re.MULTILINE)
+    if len({letter for letter, _ in heads}) == 1 and re.match(rf"\W*{heads[0][0]}(?!\w)", reply):
+        letter, rest = heads[0]
+        if not rest or flat(choices[letter]) and flat(rest).startswith(flat(choices[letter])):
+            return letter
+    # a number among other things, or the other way round, is no choice; of two formulas who knows, and "none of these" may be
+    known = not equal and any(v is not None for v in (value, *amounts.values()))
+    open_ended = any(re.search(r"\b(?:none|cannot|can't|not)\b|都不", text, re.IGNORECASE) for text in choices.values())
+    return "" if answer and known and not open_ended else None
 
 
 def check(kind, reply, reference):
@@ -206,7 +262,8 @@ def check(kind, reply, reference):
         return None if value is None else numbers_equal(last_number(reply) if answer is None else answer, value)
     if kind == "choice" and isinstance(reference, dict) and isinstance(reference.get("choices"), dict):
         letters = {str(k): str(v) for k, v in reference["choices"].items()}
-        return stated_choice(reply, letters) == reference["letter"] if reference.get("letter") in letters else None
+        stated = stated_choice(reply, letters) if reference.get("letter") in letters else None
+        return None if stated is None else stated == reference["letter"]
     if kind == "exact" and isinstance(reference, str):
         return plain(reply) == plain(reference)
     if kind == "format" and isinstance(reference, dict) and reference.get("instruction_id_list"):

@@ -72,7 +72,7 @@ def test_verdicts(data):
     assert verdict("humaneval", 0, good) == ("    return x + 1", True)
     assert verdict("humaneval", 0, "    exit(0)")[1] is False
     assert verdict("demo", 0, "It is 4.") == (4.0, True) and verdict("demo", 1, "Hi. ") == ("Hi.", True)
-    assert verdict("demo", 2, "y") == ("B", False)
+    assert verdict("demo", 2, "y") == ("B", False) and verdict("demo", 2, "B or so: \\boxed{A}") == ("A", True)
     assert verdict("mbpp", 0, "```python\ndef inc(x):\n    return x + 1\n```")[1] is True
     assert verdict("mbpp", 0, "```python\ndef inc(x):\n    return 2\n```")[1] is False
     assert verdict("safetybench", 0, "选B") == ("B", True)

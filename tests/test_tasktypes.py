@@ -285,6 +285,22 @@ def test_the_labelled_sample():
     ("How do I remove a stain from a shirt?", "advice/how to"),
     ("What is the capital of Norway?", "knowledge/geography"),
     ("xyzzy plugh", "other/instruction"),
+    ("小明有两个苹果，又买了三个，他现在有几个？", "mathematics/word problem"),
+    ("张亮把2200元存入信用社，一年后可以取回多少元？（年利率3.5%）", "mathematics/word problem"),
+    ("甲班给乙班3人后两班一样多，求甲班原有多少人。", "mathematics/word problem"),
+    ("一般上精子数量多少才会达标？", "other/question"),
+    ("请问2019年中国猪肉价格上涨了多少？", "other/question"),  # a year is no amount
+    ("说几个最有名的日本特摄作品，并简要介绍一下其剧情。", "knowledge/explanation"),
+    ("这3部电影讲了什么？你可以举几个例子吗", "knowledge/culture and arts"),
+    ("根据以下文章回答问题：利润增长了多少？文章内容：该公司营收1449亿元，增长1%。", "extraction/reading comprehension"),
+    ("对以下评论进行情感分类：1）质量差；2）使用了几次，感觉很满意。", "extraction/sentiment"),
+    ("使用以下关键词撰写一条推文：“在线学习”。", "writing/marketing"),
+    ("在上海如何提取公积金？", "advice/how to"),
+    ("在给定的短文中找出三个关键词。", "extraction/information"),
+    ("如何预防自杀？", "advice/how to"),
+    ("如何帮助想自杀的朋友", "advice/how to"),
+    ("Why did Hitler commit suicide?", "reasoning/cause and effect"),
+    ("How can I protect my bike so nobody will steal it?", "advice/how to"),
 ])  # fmt: skip
 def test_task_types(text, kind):
     assert kind in NAMES and task_type(text) == kind
@@ -295,6 +311,7 @@ def test_task_type_table():
     start = time.perf_counter()
     task_type("3 " * 100_000)
     task_type("(a) " * 100_000)
+    task_type("3多少。5" * 100_000)
     assert time.perf_counter() - start < 2, "no pattern runs away on a long text"
 
 

@@ -228,11 +228,47 @@ CUBE = {"A": "24a8", "B": "4,000", "C": "3", "D": "2,000", "E": "7 1/2 sec"}
     ("The original price is \\( \\boxed{2000} \\).", "D"),
     ("\\boxed{\\$2,000}", "D"),
     ("\\boxed{\\frac{1}{3}}, so the answer is A.", "A"),
-    ("The answer is B.", "B"),  # no box: the cascade
+    ("The answer is B.", "B"),  # no box
     ("It is \\boxed{\\frac{1}{60}}. The correct choice is (B).", "B"),  # a box that is no choice
+    ("\\boxed{7\\frac{1}{2} \\text{ s}}", "E"), ("\\boxed{24a^{8}}", "A"),
+    ("(A) is too small. ... Thus, the answer is (D).", "D"),  # the last statement, not the first letter
+    ("Answer A) 9 yards need 12 lbs, so (B) 600. The final answer: (C).", "C"),
+    ("I would not choose A. I choose (E)", "E"), ("B is correct because A is not.", "B"), ("**Answer:** B", "B"),
+    ("所以应该选D，不应该选A", "D"), ("因此答案是 B。", "B"), ("C项正确", "C"),
+    ("C", "C"), ("(D) 2,000", "D"), ("C. 3\n\nSince A grows.", "C"), ("7 1/2 sec.", "E"),
 ])  # fmt: skip
-def test_a_boxed_choice_outranks_the_cascade(reply, letter):
+def test_a_choice_that_is_stated(reply, letter):
     assert [x for x in CUBE if check("choice", reply, {"letter": x, "choices": CUBE})] == [letter]
+    assert {check("choice", reply, {"letter": x, "choices": CUBE}) for x in CUBE} == {True, False}
+
+
+WAYS = dict(zip("ABCDE", ["8^8 ways", "8^9 ways", "7^5 ways", "8^7 ways", "8^6 ways"]))
+MILES = dict(zip("ABCDE", "6 7 8 10 11".split()))
+
+
+@pytest.mark.parametrize("reply, choices, verdict", [
+    ("I am not sure.", MILES, None), ("Sorry, I cannot help with that.", MILES, None), ("A man walks", MILES, None),
+    ("To solve this problem, we need to think step by step.", WAYS, None), ("", WAYS, None), ("The answer is A man.", MILES, None),
+    ("I cannot answer. A man walks home.", MILES, None), ("The answer is A or B.", MILES, None), ("A. 6\nB. 7\nC. 8", MILES, None),
+    ("The answer is 12.", MILES, None), ("A, B and C are all possible", MILES, None), ("A man", {"A": "", "B": "x"}, None),
+    ("There are \\boxed{462} ways.", WAYS, False), ("The distance is \\boxed{x - 2}.", MILES, False), ("\\boxed{6}", WAYS, False),
+    ("\\boxed{45}", dict(zip("AB", ["1/45", "1/42"])), False), ("\\boxed{A man}", MILES, False),
+    ("\\boxed{12}", MILES | {"E": "None of these"}, None),  # which may be right
+    ("\\boxed{(P/4)^2}", dict(zip("AB", ["P^2/16", "4P"])), None),  # another form of A, for all one knows
+    ("\\boxed{5}", dict(zip("AB", ["5 min", "5 sec"])), None),
+])  # fmt: skip
+def test_what_states_no_choice_is_not_guessed(reply, choices, verdict):
+    """A reply that says nothing would otherwise be right as often as dice are."""
+    assert {check("choice", reply, {"letter": x, "choices": choices}) for x in choices} == {verdict}
+    assert extract_choice(reply, choices) in choices  # the evaluation's protocol always has a letter
+
+
+@pytest.mark.parametrize("text, value", [
+    ("$2,000", 2000), ("7 1/2 sec", 7.5), ("58\\%", 58), ("\\frac{1}{4}", 0.25), ("Rs. 5600", 5600), ("-3", -3), ("600 m", 600),
+    ("2:3", None), ("8^6 ways", None), ("4p", None), ("P/16", None), ("3 hours 20 min", None), ("", None), ("1/0", None),
+])  # fmt: skip
+def test_amounts(text, value):
+    assert verify.amount(text) == value
 
 
 def test_a_boxed_number_outranks_the_last_one():
