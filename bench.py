@@ -313,7 +313,7 @@ def measure(a, side, data):
 
 
 def main():
-    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("mode", choices=list(PEERS), help="what to measure")
     p.add_argument("--ckpt", nargs="+", help="checkpoint; for merge: the directories to merge")
     p.add_argument("--vs", help="peer to compare with: trl, transformers, mergekit")

@@ -228,7 +228,7 @@ def choice_rows(folder, suffix, header):
         except (OSError, UnicodeDecodeError, csv.Error) as e:
             raise InputError(f"{path}: cannot be read: {e}; fetch it again") from None
     if not rows:
-        raise InputError(f"{folder}: no rows in files named *{suffix}; see the layout in the README")
+        raise InputError(f"{folder}: no rows in files named *{suffix}; see the list of benchmark files in the README")
     return rows
 
 

@@ -9,7 +9,6 @@ OUT/replies.jsonl grows with each reply: a run that is started again only asks w
 replies again without the model, and torchrun spreads the questions over its ranks.
 """
 
-import argparse
 import collections
 import contextlib
 import datetime
@@ -445,8 +444,7 @@ def add_flags(p):
 def main():
     if sys.argv[1:2] == ["compare"]:
         return differences(sys.argv[2:])
-    describe = {"description": __doc__.split("\n\n")[0], "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    p = Parser(**describe)
+    p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--ckpt", nargs="+", required=True, help="hub ids, directories, .pt files; first the baseline")
     p.add_argument("--protocol", choices=["paper", "loglik"], default="paper", help="chat, or likelihoods of the choices")
     p.add_argument("--allow-code-execution", action="store_true", help="run what the checkpoints write, in a sandbox")

@@ -8,8 +8,19 @@ import torch
 from checkpoint import InputError, check_out
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help texts end with the flag's default, where there is one."""
+
+    def _get_help_string(self, action):
+        nothing = action.default is None or action.default is False or action.default == []
+        return action.help if nothing else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's; but a wrong flag ends like any other bad input, in one line and without the usage before it."""
+
+    def __init__(self, **settings):
+        super().__init__(**{"formatter_class": Help, **settings})
 
     def error(self, message):
         raise InputError(f"{message}; see --help")

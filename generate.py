@@ -6,7 +6,6 @@
 A row's output does not depend on its neighbours: each has its own cache row, its own positions and its own random numbers.
 """
 
-import argparse
 import contextlib
 from collections import Counter
 
@@ -268,7 +267,7 @@ def stream(m, tokenizer, messages, **settings):
 
 
 def main():
-    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--ckpt", required=True, help="hub id, directory or .pt file")
     p.add_argument("--prompt", nargs="+", help="one or several user messages; without it, a chat in the terminal")
     p.add_argument("--system", help="system prompt instead of the template's default")

@@ -7,7 +7,6 @@ preference that turns with the order is a tie, as is one that the judge calls a 
 the win rate. Replies (replies.jsonl, as in eval.py) and judgements (judgements.jsonl) are kept; the same command goes on.
 """
 
-import argparse
 import json
 import os
 
@@ -92,7 +91,7 @@ def table(results, first):
 
 
 def main():
-    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--ckpt", nargs="+", required=True, help="two or more checkpoints; the others are compared with the first")
     # judge
     p.add_argument("--teacher", required=True, help="URL of an OpenAI-compatible endpoint, or a checkpoint")

@@ -9,7 +9,6 @@ The steps stand in steps.py. One whose input and arguments are unchanged is not 
 the replies in replies.jsonl. Under torchrun, local checkpoints answer and score on all ranks; all else is rank 0's.
 """
 
-import argparse
 import contextlib
 import glob
 import hashlib
@@ -100,7 +99,7 @@ def run_step(out, state, name, inputs, arguments, work):
 
 
 def parse_args():
-    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n\n")[0])
     # data
     p.add_argument("--sources", nargs="+", required=True, metavar="F", help="JSON Lines or JSON arrays, plain or .gz; globs; "
                    "hf://datasets/OWNER/NAME[@REVISION]/FILE")

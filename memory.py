@@ -4,7 +4,6 @@
     python memory.py --ckpt C         # the same of a checkpoint
 """
 
-import argparse
 import contextlib
 import os
 
@@ -144,7 +143,7 @@ def minutes(seconds):
 
 
 def main():
-    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--ckpt", nargs="+", default=[], help="checkpoints instead of the three sizes")
     p.add_argument("--micro-tokens", type=at_least(1), default=16384, help="tokens of one forward on one GPU")
     # time

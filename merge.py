@@ -443,9 +443,9 @@ def add_method_flags(p):
     add("--arithmetic", choices=["float32", "float64"], default="float32",
         help="what is computed in: float32, as in mergekit (default), or float64, which costs twice the time and memory; "
         "slerp then keeps to the arc at small angles too")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the random masks of dare_* and della* (default 0)")
+    add("--seed", type=int, default=0, help="of the random masks of dare_* and della*")
     # machine
-    add("--threads", type=at_least(1), default=torch.get_num_threads(), help="tensors in work at once (default %(default)s)")
+    add("--threads", type=at_least(1), default=torch.get_num_threads(), help="tensors in work at once")
 
 
 def main(argv=None):
@@ -460,7 +460,7 @@ def main(argv=None):
     # output
     parser.add_argument("--out", type=checkpoint_out, required=True, metavar="O", help="directory, or a file *.pt (held in memory), to write")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
-        help="of the weights written (default float32)")  # fmt: skip
+        help="of the weights written")  # fmt: skip
     parser.add_argument("--shard-size", type=parse_size, metavar="SIZE", help="largest safetensors file, such as 5GB; "
         "several and an index are written where one does not do (default: one file)")  # fmt: skip
     args = parser.parse_args(argv)

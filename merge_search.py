@@ -54,6 +54,7 @@ def next_point(tried, low, high, tolerance):
         if after > slope:
             vertex = (p + q) / 2 - slope * (r - p) / (after - slope) / 2
             x = vertex if left < vertex < right else x
+    x = min(max(x, low), high)  # the start may lie outside
     return x if min(abs(x - y) for y in xs) >= tolerance else None
 
 
@@ -83,21 +84,21 @@ def with_share(weights, i, x):
     return [x if j == i else (1 - x) * w for j, w in enumerate(others)]
 
 
-def search(evaluate, known, point, over, n, budget):
+def search(evaluate, known, point, over, n, budget, ranges=RANGES):
     """Line after line until a round of them makes nothing better or the budget is spent. -> the best point.
 
     evaluate(point, label) -> the value to make small. known(point): whether it is worked out already and so is free.
-    budget: how many points are worked out at most.
+    budget: how many points are worked out at most. ranges: as RANGES.
     """
     spent, value, rounds = int(not known(point)), evaluate(point, "start"), 0
     while True:
         before = value
         for i in range(len(lines(point, over, n))):
             label, name, x, at = lines(point, over, n)[i]  # anew: the point may have moved along the line before
-            (low, high), first = RANGES[name], FIRST[name]
+            low, high = ranges[name]
             near = (high - low) / 50
-            if rounds:  # the optimum is near
-                first = [min(max(x + step * near, low), high) for step in (-4, 4)]
+            first = [x - 4 * near, x + 4 * near] if rounds else FIRST[name]  # after a round the optimum is near
+            first = dict.fromkeys(min(max(y, low), high) for y in first)
             tried, todo = {x: value}, [y for y in first if abs(y - x) >= near]
             while True:
                 x = todo.pop(0) if todo else next_point(tried, low, high, near)
@@ -132,6 +133,20 @@ def greedy_soup(evaluate, n):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Merging into a model, and what it is worth
+
+
+def allowed(args, n):
+    """RANGES, less what merge.py refuses with these options. n: how many models."""
+    ranges = dict(RANGES)
+    if args.method in merge.DELLA:  # density ± epsilon lies between 0 and 1
+        ranges["density"] = low, high = args.epsilon + 0.01, 0.99 - args.epsilon
+        if "density" in args.over and low >= high:
+            raise InputError(f"--epsilon {args.epsilon}: leaves no density to search; give a smaller one")
+    if args.method == "expo":  # goes beyond the model
+        ranges["weight"] = (1.02, 2.0)
+    if n == 1 and args.normalize and "weights" in args.over:
+        raise InputError("--over weights: a single model's is divided by itself and changes nothing; add --no-normalize")
+    return ranges
 
 
 def settings(args, point):
@@ -187,26 +202,26 @@ def parse(argv):
     add = p.add_argument
     # search
     add("--over", nargs="+", choices=["weights", "density", "lambda", "lines"], default=["weights"],
-        help="what is searched (default weights)")  # fmt: skip
+        help="what is searched")  # fmt: skip
     add("--greedy", action="store_true", help="greedy soup: which of the models to average (--method linear)")
-    add("--evaluations", type=at_least(3), default=15, help="most points to try (default 15); not with --greedy")
+    add("--evaluations", type=at_least(3), default=15, help="most points to try; not with --greedy")
     # data
     add("--data", nargs="+", metavar="F", help="JSON Lines of conversations, as of train_sft.py: minimise the loss on them")
     add("--tasks", nargs="+", metavar="T", help="tasks of eval.py: maximise the share of questions answered right")
-    add("--aside", type=number(above=0, below=1), default=0.5, metavar="X", help="share of the data for the final score alone (default 0.5)")
-    add("--max-len", type=at_least(2), default=1024, help="tokens; longer examples lose their end (default 1024)")
-    add("--data-dir", default="data", help="where the tasks' questions lie (default data)")
+    add("--aside", type=number(above=0, below=1), default=0.5, metavar="X", help="share of the data for the final score alone")
+    add("--max-len", type=at_least(2), default=1024, help="tokens; longer examples lose their end")
+    add("--data-dir", default="data", help="where the tasks' questions lie")
     add("--limit", type=at_least(1), help="questions per task (default all)")
-    add("--protocol", choices=["paper", "loglik"], default="paper", help="of eval.py (default paper)")
+    add("--protocol", choices=["paper", "loglik"], default="paper", help="of eval.py")
     add("--allow-code-execution", action="store_true", help="run what the merges write, in a sandbox")
-    add("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply (default 1000)")
-    add("--batch-size", type=at_least(1), default=32, help="questions in flight (default 32)")
+    add("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
+    add("--batch-size", type=at_least(1), default=32, help="questions in flight")
     # machine
     cuda = torch.cuda.is_available()
     add("--micro-tokens", type=at_least(1), default=16384 if cuda else 2048,
-        help="tokens of one forward (default %(default)s)")  # fmt: skip
-    add("--dtype", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32", help="to compute in (default %(default)s)")
-    add("--device", type=torch_device, default="cuda" if cuda else "cpu", help="torch device (default %(default)s)")
+        help="tokens of one forwards)")  # fmt: skip
+    add("--dtype", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32", help="to compute ins)")
+    add("--device", type=torch_device, default="cuda" if cuda else "cpu", help="torch devices)")
     # output
     add("--out", required=True, metavar="F.json", help="JSON file of the points and the final scores")
     a = p.parse_args(argv)
@@ -237,7 +252,7 @@ def main(argv):
     if min(len(seen), len(aside)) < 2:
         found = f"{', '.join(a.data or a.tasks)}: {len(items)} usable records"
         raise InputError(f"{found}; the search needs 2 and the final score 2")
-    n, started = len(models), time.time()
+    n, ranges, started = len(models), allowed(a, len(models)), time.time()
     what = "loss per token" if a.data else "share right"
 
     def measure(point, part):
@@ -259,23 +274,22 @@ def main(argv):
             tqdm.write(f"{label:24s} {describe(point)}  {what} {cell['score']:.5f} ± {cell['stderr']:.5f}")
         return points[key(point)]["score"] * (1 if a.data else -1)
 
-    start = {"weights": [w / sum(a.weights) for w in a.weights] if n > 1 and abs(sum(a.weights)) > 1e-8 else a.weights}
-    fixed = [{"weights": [0.5, 0.5]}, {"weights": [0.05, 0.95]}] if n == 2 else [start]  # the paper's two
+    scale = sum(a.weights) if n > 1 and "weights" in a.over and abs(sum(a.weights)) > 1e-8 else 1.0
+    start = {"weights": [w / scale for w in a.weights]}
+    own = {"density": a.densities[0], "lambda": getattr(a, "lambda"), "lines": a.lines[0] if a.lines else 1.0}
+    own = {name: own[name] for name in a.over if name != "weights"}
+    pairs = [[0.5, 0.5], [0.05, 0.95]]                   # the paper's two; where weights are not searched, those given stay
+    fixed = [{"weights": pair} | own for pair in pairs] if n == 2 and "weights" in a.over else [start | own]
     print(f"{len(seen)} records for the search, {len(aside)} set aside; {what} ± one standard error")
+    best = min([*fixed, start | own], key=lambda point: evaluate(point, "fixed"))
     if a.greedy:
-        for point in fixed:
-            evaluate(point, "fixed")
-        best = greedy_soup(evaluate, n)
+        fixed.append(greedy_soup(evaluate, n))
+        best = min(({"weights": p["weights"]} for p in points.values()), key=lambda point: evaluate(point, ""))
     else:
-        own = {"density": a.densities[0], "lambda": getattr(a, "lambda"), "lines": a.lines[0] if a.lines else 1.0}
-        own = {name: own[name] for name in a.over if name != "weights"}
-        fixed, start = [p | own for p in fixed], start | own
-        for point in fixed:
-            evaluate(point, "fixed")
-        best = search(evaluate, lambda p: key(p) in points, start, a.over, n, a.evaluations - len(fixed))
+        best = search(evaluate, lambda p: key(p) in points, best, a.over, n, a.evaluations - len(points), ranges)
 
     final, reference = [], None
-    for point in [best] + [p for p in fixed if key(p) != key(best)]:
+    for point in {key(p): p for p in [best, *fixed]}.values():
         values, sizes = measure(point, aside)
         reference = reference or values
         apart, error = ratio_stderr([v - r for v, r in zip(values, reference)], sizes)
@@ -306,8 +320,10 @@ def command(a, best, models):
     # a model of weight 0 is left out of a mean; elsewhere it has its place among the densities and the random masks
     words += [f"{m.source}:{w:.6g}" for m, w in zip(models, best.weights) if w or a.method != "linear"]
     words += ["--base", a.base] if a.base else []
-    for name, (methods, default) in merge.OPTIONS.items():
-        value = best.densities if name == "density" else getattr(best, name)
+    plain = argparse.Namespace(method=a.method, **dict.fromkeys(merge.OPTIONS))
+    merge.fill_options(plain, len(models))               # what the method does with no option given
+    for name, (methods, _) in merge.OPTIONS.items():
+        value, default = ((x.densities if name == "density" else getattr(x, name)) for x in (best, plain))
         if a.method in methods and value != default and name != "t":
             if name == "normalize":
                 words.append("--normalize" if value else "--no-normalize")

@@ -13,6 +13,7 @@ own classes come back as stand-ins, equal to nothing but themselves, and functio
 """
 
 import builtins
+import contextlib
 import ctypes
 import importlib
 import json
@@ -34,6 +35,7 @@ import types
 
 OUTPUT_CAP = 1 << 20      # bytes a program may print
 FILE_CAP = 16 << 20       # bytes of one file
+BOX_CAP = 64 << 20        # bytes of all files in the box; besides those, 64 that are deleted and still open (NOFILE)
 
 
 def run_program(source, tests="", entry_point=None, timeout=10.0, memory_mb=1024):
@@ -53,7 +55,7 @@ def run_program(source, tests="", entry_point=None, timeout=10.0, memory_mb=1024
                                  stdin=handover, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=box, env={},
                                  start_new_session=True)
         try:
-            output, ended_by = read_until(child, time.monotonic() + timeout, timeout)
+            output, ended_by = read_until(child, box, time.monotonic() + timeout, timeout)
         finally:
             try:
                 os.killpg(child.pid, signal.SIGKILL)     # the group: both processes and whatever they started
@@ -69,14 +71,19 @@ def run_program(source, tests="", entry_point=None, timeout=10.0, memory_mb=1024
     return False, ended_by or (lines[-1][:500] if lines else f"exit code {child.returncode} before its end")
 
 
-def read_until(child, deadline, timeout):
+def read_until(child, box, deadline, timeout):
     """Read what a child prints until it exits; (bytes, None), or (bytes, why) when it has to be ended."""
-    output = b""
+    output, full = b"", f"wrote more than {BOX_CAP >> 20} MiB of files"
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
         while True:
-            if not selector.select(max(0.0, deadline - time.monotonic())):
+            ready = selector.select(min(0.05, max(0.0, deadline - time.monotonic())))  # no call limits a folder's size
+            if box_size(box) > BOX_CAP:
+                return output, full
+            if not ready and time.monotonic() >= deadline:
                 return output, f"timed out after {timeout:g} s"
+            if not ready:
+                continue
             chunk = os.read(child.stdout.fileno(), 1 << 16)
             if not chunk:
                 break
@@ -87,25 +94,43 @@ def read_until(child, deadline, timeout):
         child.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         return output, f"timed out after {timeout:g} s"
-    return output, None
+    return output, full if box_size(box) > BOX_CAP else None
+
+
+def box_size(box):
+    """Bytes of the files in a folder, each at least 64 KiB, so that a thousand empty ones are too much as well."""
+    size = 0
+    for folder, _, names in os.walk(box):
+        for name in names:
+            with contextlib.suppress(OSError):           # gone meanwhile
+                size += max(1 << 16, os.lstat(os.path.join(folder, name)).st_size)
+    return size
 
 
 # ---------------------------------------------------------------- taking rights away
 
-# System calls that answer "not permitted", per machine: (audit code, numbers). In this order: socket, io_uring_setup |
-# fork, vfork, clone, clone3, execve, execveat, setsid, setpgid | kill, tkill, tgkill, rt_(tg)sigqueueinfo,
-# pidfd_send_signal, pidfd_open, pidfd_getfd | ptrace, process_vm_readv, process_vm_writev, prlimit64, setrlimit |
-# bpf, perf_event_open, userfaultfd, add_key, request_key, keyctl, unshare, setns | chmod, fchmod, fchmodat, fchmodat2,
-# chown, fchown, lchown, fchownat, utime, utimes, futimesat, utimensat, (l|f)setxattr, (l|f)removexattr, which Landlock
-# leaves open. arm64 has no fork, vfork, chmod, chown, lchown, utime, utimes, futimesat.
+# System calls that answer "not permitted", per machine: (audit code, fcntl, ioctl, numbers). In this order: socket,
+# io_uring_setup | fork, vfork, clone, clone3, execve, execveat, setsid, setpgid | kill, tkill, tgkill,
+# rt_(tg)sigqueueinfo, pidfd_send_signal, pidfd_open, pidfd_getfd | ptrace, process_vm_readv, process_vm_writev,
+# prlimit64, setrlimit | setpriority, ioprio_set, sched_setparam, sched_setscheduler, sched_setaffinity, sched_setattr,
+# which act on other processes | bpf, perf_event_open, userfaultfd, add_key, request_key, keyctl, unshare, setns | chmod,
+# fchmod, fchmodat, fchmodat2, chown, fchown, lchown, fchownat, utime, utimes, futimesat, utimensat, (l|f)setxattr,
+# (l|f)removexattr, which Landlock leaves open | shmget, shmat, shmctl, shmdt, semget, semop, semctl, semtimedop, msgget,
+# msgsnd, msgrcv, msgctl, mq_open to mq_getsetattr, whose memory stays when the program is gone. arm64 has no fork, vfork,
+# chmod, chown, lchown, utime, utimes, futimesat.
 REFUSED = {
-    "x86_64": (0xC000003E, (41, 425, 57, 58, 56, 435, 59, 322, 112, 109, 62, 200, 234, 129, 297, 424, 434, 438,
-                            101, 310, 311, 302, 160, 321, 298, 323, 248, 249, 250, 272, 308,
-                            90, 91, 268, 452, 92, 93, 94, 260, 132, 235, 261, 280, 188, 189, 190, 197, 198, 199)),
-    "aarch64": (0xC00000B7, (198, 425, 220, 435, 221, 281, 157, 154, 129, 130, 131, 138, 240, 424, 434, 438,
-                             117, 270, 271, 261, 164, 280, 241, 282, 217, 218, 219, 97, 268,
-                             52, 53, 452, 55, 54, 88, 5, 6, 7, 14, 15, 16)),
-}
+    "x86_64": (0xC000003E, 72, 16, (
+        41, 425, 57, 58, 56, 435, 59, 322, 112, 109, 62, 200, 234, 129, 297, 424, 434, 438, 101, 310, 311, 302, 160,
+        141, 251, 142, 144, 203, 314, 321, 298, 323, 248, 249, 250, 272, 308,
+        90, 91, 268, 452, 92, 93, 94, 260, 132, 235, 261, 280, 188, 189, 190, 197, 198, 199,
+        29, 30, 31, 67, 64, 65, 66, 220, 68, 69, 70, 71, *range(240, 246))),
+    "aarch64": (0xC00000B7, 25, 29, (
+        198, 425, 220, 435, 221, 281, 157, 154, 129, 130, 131, 138, 240, 424, 434, 438, 117, 270, 271, 261, 164,
+        140, 30, 118, 119, 122, 274, 280, 241, 282, 217, 218, 219, 97, 268,
+        52, 53, 452, 55, 54, 88, 5, 6, 7, 14, 15, 16, *range(180, 198))),
+}  # fmt: skip
+# With F_SETOWN, F_SETSIG, F_SETOWN_EX or FIOSETOWN, SIOCSPGRP a descriptor would send any process a signal
+FCNTL, IOCTL = (8, 10, 15), (0x8901, 0x8902)
 
 
 def confine(cpu_seconds, memory_mb):
@@ -167,15 +192,20 @@ def confine_files(libc):
 
 def filter_calls(libc):
     """Seccomp: refuse the system calls of REFUSED, and any of another calling convention. Whether it is in force."""
-    audit, numbers = REFUSED.get(platform.machine(), (0, ()))
+    audit, fcntl, ioctl, numbers = REFUSED.get(platform.machine(), (0, 0, 0, ()))
     if not numbers:
         return False
-    n = len(numbers)
-    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06                     # classic BPF: (code, if true, if false, k)
+    # classic BPF: (code, lines to skip if true, if false, k); None: to the last line. The call's number lies at 0, the
+    # machine at 4, the low half of the second argument at 24
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
     code = [(load, 0, 0, 4), (equal, 1, 0, audit), (give, 0, 0, 0x80000000)]                # another machine's: killed
-    code += [(load, 0, 0, 0), (at_least, n + 1, 0, 1 << 30)]
-    code += [(equal, n - i, 0, number) for i, number in enumerate(numbers)]
+    code += [(load, 0, 0, 0), (at_least, None, 0, 1 << 30)]
+    code += [(equal, None, 0, number) for number in numbers]
+    for call, commands in ((fcntl, FCNTL), (ioctl, IOCTL)):
+        code += [(load, 0, 0, 0), (equal, 0, len(commands) + 1, call), (load, 0, 0, 24)]
+        code += [(equal, None, 0, command) for command in commands]
     code += [(give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x00050000 | 1)]         # allow; error EPERM
+    code = [(op, len(code) - 2 - i if true is None else true, false, k) for i, (op, true, false, k) in enumerate(code)]
     packed = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     program = struct.pack("HxxxxxxQ", len(code), ctypes.addressof(packed))
     return libc.prctl(22, 2, program, 0, 0) == 0

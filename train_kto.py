@@ -8,7 +8,6 @@ Data: {"prompt", "completion", "label"} lines. The reference is the model before
 its log-probabilities are computed once, before the first step, and kept in a file that later runs share.
 """
 
-import argparse
 import collections
 import functools
 import hashlib
@@ -255,7 +254,7 @@ def weight(text):
 
 
 def main():
-    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n\n")[0])
     loop.add_flags(p, epochs=1, batch_size=64, lr=1e-6)  # the paper's KTO settings are not published; TRL's rate
     # KTO
     p.add_argument("--ref", help="reference checkpoint; without it the model before training")

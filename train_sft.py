@@ -5,7 +5,6 @@
     torchrun --nproc-per-node 8 train_sft.py ... --shard                                  # of a model too large for one
 """
 
-import argparse
 import time
 
 import torch
@@ -52,7 +51,7 @@ def count(examples):
 
 
 def main():
-    p = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n\n")[0])
     loop.add_flags(p, epochs=3, batch_size=1000, lr=1e-6)  # the paper's
     a = p.parse_args()
     rank, world, device = setup(a)

@@ -148,7 +148,7 @@ def end_with_parent(server, parent):
 
 def main():
     p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--port", type=int, default=0, help="TCP port on 127.0.0.1 (default 0: any free one)")
+    p.add_argument("--port", type=int, default=0, help="TCP port on 127.0.0.1 (0: any free one)")
     p.add_argument("--with-parent", action="store_true", help="end when the process that started this one has ended")
     p.add_argument("--url-file", help="write the base URL to this file once the server listens")
     args = p.parse_args()

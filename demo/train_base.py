@@ -142,7 +142,7 @@ def batches(tokenizer, args):
 
 def main():
     p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--out", default="demo/base", help="directory of the checkpoint (default demo/base)")
+    p.add_argument("--out", default="demo/base", help="directory of the checkpoint")
     # model
     p.add_argument("--vocab", type=int, default=960, help="tokens of the tokenizer (default 960)")
     p.add_argument("--hidden", type=int, default=128, help="width (default 128)")

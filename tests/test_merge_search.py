@@ -146,6 +146,53 @@ def test_bad_input(models, refused, tmp_path, words, more):
             "--out", tmp_path / "s.json", "--greedy", "--data", one)  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("method", "name", "given", "least"),
+    [("della", "density", 1.0, 0.97), ("della_linear", "density", 0.3, 0.01), ("expo", "weights", 1.3, 0.8)],
+)
+def test_only_what_merge_takes_is_tried(models, method, name, given, least):
+    """Every point of a search whose best would lie beyond is a setting that merge.py takes."""
+    argv = ["--method", method, "--base", str(models / "base"), "--out", "s.json", "--data", "x", "--over", name, "--models"]
+    path, tried = str(models / "a"), []
+
+    def taken(value):
+        more = [f"{path}:{value}"] if name == "weights" else [path, "--density", str(value)]
+        a = merge_search.parse([*argv, *more])
+        merge.open_inputs(a)
+        return a
+
+    def evaluate(point, label):
+        tried.append(point[name] if name == "density" else point[name][0])
+        taken(tried[-1])
+        return (tried[-1] - least) ** 2
+
+    start = {"weights": [given]} if name == "weights" else {"weights": [1.0], name: given}
+    merge_search.search(evaluate, lambda point: False, start, [name], 1, 12, merge_search.allowed(taken(given), 1))
+    assert min(abs(x - least) for x in tried) < 0.23 and len({*tried}) > 2  # as far as the bound
+
+
+@pytest.mark.parametrize(
+    ("weights", "more", "best"),
+    [
+        (["0.3", "0.9"], ["--over", "density"], [0.3, 0.9]),  # not searched: as they were given
+        (["1", "1"], ["--over", "density", "weights", "--evaluations", "3"], [0.05, 0.95]),
+        (["0.94", "0.06"], ["--over", "weights", "--evaluations", "3"], [0.05, 0.95]),
+        (["1", "1"], ["--method", "linear", "--greedy"], [0.05, 0.95]),
+    ],
+)
+def test_nothing_that_was_tried_is_better_than_the_best(models, run, tmp_path, monkeypatch, weights, more, best):
+    monkeypatch.setattr(merge_search, "merge_into", lambda model, args, base, models: setattr(model, "args", args))
+    far = lambda args: abs(args.weights[1] - 0.95) + abs(args.densities[0] - 1)
+    monkeypatch.setattr(merge_search, "losses", lambda a, model, examples: ([far(model.args)] * len(examples), [1] * len(examples)))
+    pair = [f"{models / name}:{w}" for name, w in zip("ab", weights)]
+    code, said, _ = run("merge", "search", "--method", "ties", "--base", models / "base", "--models", *pair, "--data",
+                        models / "data.jsonl", "--out", tmp_path / "s.json", *more)  # fmt: skip
+    record = json.loads((tmp_path / "s.json").read_text())
+    assert code == 0 and record["best"]["weights"] == best == record["final"][0]["weights"]
+    assert record["final"][0]["score"] == min(p["score"] for p in record["points"])
+    assert "weights" in more or "--greedy" in more or all(p["weights"] == best for p in record["points"])
+
+
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
 def test_the_closing_command_makes_the_best_merge_where_a_weight_is_zero(models, run, tmp_path, method):
     paths, out = [str(models / name) for name in "ab"], tmp_path / "written"
@@ -157,3 +204,8 @@ def test_the_closing_command_makes_the_best_merge_where_a_weight_is_zero(models,
     words = shlex.split(merge_search.command(a, best, opened))[2:]
     assert run("merge", *words[:-1], out)[0] == 0
     assert all(torch.equal(Checkpoint(str(out)).tensor(name), tensor) for name, tensor in want.items())
+    assert not {"--normalize", "--no-normalize", "--rescale"} & {*words}  # what the method does anyhow
+    other = {"linear": "--no-normalize", "ties": "--rescale l1 --no-normalize", "dare_ties": "--rescale none --normalize"}[method]
+    a = merge_search.parse([*more, *other.split(), "--models", *paths, "--data", "x", "--out", "s.json"])
+    merge.open_inputs(a)
+    assert f" {other} " in merge_search.command(a, merge_search.settings(a, {"weights": [0.0, 1.0]}), opened)
