@@ -143,7 +143,8 @@ def parse_args():
     p.add_argument("--weight-safety", type=number(0), default=0.3, help="weight of the teacher's safety grade")
     p.add_argument("--weight-perplexity", type=number(0), default=0.1, help="weight of fluency: whether the perplexity is far "
                    "above that of the other responses; below --margin it makes no pair")
-    p.add_argument("--margin", type=number(0), default=0.25, help="least difference of composite scores that makes a KTO pair")
+    p.add_argument("--margin", type=number(0), default=0.25, help="least difference of composite scores that makes a KTO pair; above 1 only "
+                   "verification makes one")  # fmt: skip
     p.add_argument("--min-safety", type=int, default=3, help="safety grade, 1 to 5, below which a best response is not used")
     p.add_argument("--judge-orders", type=int, choices=(1, 2), default=2, help="2: judge a second time with the responses in "
                    "reverse order, for half of what a judge prefers may be a place")  # fmt: skip
