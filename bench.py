@@ -27,7 +27,7 @@ import torch
 
 from chat import Tokenizer, kto_example, read_records, sft_messages
 from checkpoint import Checkpoint, InputError, cli, nbytes, parse_config, write_checkpoint
-from flags import Parser, at_least, torch_device
+from flags import DTYPES, Parser, at_least, torch_device
 from memory import SHAPES, forward_flops, raw_config
 from model import Qwen2
 
@@ -171,7 +171,7 @@ def read_prompts(a):
 def ours_generate(a, folder):
     from generate import generate_steps
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype]
+    dtype = DTYPES[a.dtype]
     m, tokenizer = Qwen2.from_pretrained(a.ckpt[0], dtype, a.device), Tokenizer(a.ckpt[0])
     started, made = time.time(), 0
     prompts = read_prompts(a)
@@ -192,7 +192,7 @@ def transformers_generate(a, folder):
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype]
+    dtype = DTYPES[a.dtype]
     model = AutoModelForCausalLM.from_pretrained(a.ckpt[0], dtype=dtype).to(a.device)
     tokenizer = Tokenizer(a.ckpt[0])
     batch = int(a.side.rsplit("-")[-1])
@@ -334,7 +334,7 @@ def main():
     p.add_argument("--method", default="ties", help="linear, ties, ...; TIES at density 0.2")
     # machine
     cuda = torch.cuda.is_available()
-    p.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32", help="to compute in; merge: to write")
+    p.add_argument("--dtype", choices=DTYPES, default="bf16" if cuda else "fp32", help="to compute in; merge: to write")
     p.add_argument("--device", type=torch_device, default="cuda" if cuda else "cpu", help="torch device")
     p.add_argument("--scratch", help="folder for what is written on the way; default the system's")
     p.add_argument("--out", help="JSON file for all numbers")

@@ -30,7 +30,7 @@ from benchdata import locate
 from benchmarks import BENCHMARKS, choice_scores
 from chat import Tokenizer, read_jsonl
 from checkpoint import Checkpoint, InputError, atomic_write, cli, read_json
-from flags import Parser, at_least, number, torch_device
+from flags import DTYPES, Parser, at_least, number, torch_device
 from generate import common_prefix, generate_iter
 from model import Qwen2, token_logps
 from stats import POWER, calibration, compare, holm, mean_stderr, ratio_stderr, subjects_mean_stderr
@@ -164,7 +164,7 @@ def collect(a, names, work, rank=0, world=1, device="cpu"):
         todo = {key: q for task in work for key, q in zip(keys[name][task], work[task]) if key not in replies}
         todo = dict(list(todo.items())[rank::world])
         if todo:
-            m = Qwen2.from_pretrained(ckpt, {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype], device)
+            m = Qwen2.from_pretrained(ckpt, DTYPES[a.dtype], device)
             order, hidden = list(todo), True if rank else None  # None: hidden where there is no terminal
             asked = ask(m, tokenizer, list(todo.values()), a)
             for i, record in tqdm(asked, name, total=len(todo), unit="reply", disable=hidden):
@@ -394,11 +394,11 @@ def differences(argv):
     p.add_argument("--out", required=True, help="directory of an evaluation, which holds samples.jsonl")
     a = p.parse_args(argv)
     samples, path = {}, os.path.join(a.out, "samples.jsonl")
-    for number, s in read_jsonl(path):
+    for line, s in read_jsonl(path):
         try:
             samples[s["checkpoint"], s["task"], s["id"]] = s
         except KeyError as e:
-            raise InputError(f"{path}:{number}: no {e}; run the evaluation again") from None
+            raise InputError(f"{path}:{line}: no {e}; run the evaluation again") from None
     known = list(dict.fromkeys(name for name, _, _ in samples))
     for name in a.names:
         if name not in known:
@@ -428,8 +428,7 @@ def add_flags(p):
     # questions
     p.add_argument("--tasks", nargs="+", required=True, help=f"of {', '.join(BENCHMARKS)}")
     p.add_argument("--data-dir", default="data", help="where the benchmarks lie, or are downloaded to")
-    p.add_argument("--limit", type=at_least(1),
-                   help="questions per task, in turn from its subjects (default: all%(default).0s)")  # .0s: None, unseen
+    p.add_argument("--limit", type=at_least(1), help="questions per task, in turn from its subjects (default: all)")
     # generation
     p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
     p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help="1.0, none, is the paper's; transformers' "
@@ -437,7 +436,7 @@ def add_flags(p):
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no reply")
     p.add_argument("--cache-gb", type=number(above=0), default=4.0, help="KV-cache budget in GiB; fewer questions run at once when it is full")
     # machine
-    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and computation")
+    p.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and computation")
     p.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
 
 

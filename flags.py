@@ -2,10 +2,14 @@
 
 import argparse
 import math
+import os
 
 import torch
 
 from checkpoint import InputError, check_out
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what --dtype says
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -59,7 +63,8 @@ def number(low=-math.inf, above=-math.inf, below=math.inf):
 def checkpoint_out(text):
     """An argparse type: where a checkpoint can be written. A slash at its end goes, for OUT.run stands beside OUT."""
     out = text.rstrip("/") or "/"
-    check_out(out)
+    if os.environ.get("RANK", "0") == "0":  # which is the rank that writes; another machine's disk may be another
+        check_out(out)
     return out
 
 

@@ -13,7 +13,7 @@ import torch
 
 from chat import Tokenizer
 from checkpoint import Checkpoint, InputError, cli
-from flags import Parser, at_least, number, torch_device
+from flags import DTYPES, Parser, at_least, number, torch_device
 from model import Qwen2, packed_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,11 +281,11 @@ def main():
     p.add_argument("--seed", type=int, default=0, help="of the sampling")
     p.add_argument("--cache-gb", type=number(above=0), default=4.0, help="GiB of keys and values: prompts that do not fit wait")
     # machine
-    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and computation")
+    p.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and computation")
     p.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     a = p.parse_args()
     ckpt = Checkpoint(a.ckpt)
-    m = Qwen2.from_pretrained(ckpt, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype], device=a.device)
+    m = Qwen2.from_pretrained(ckpt, dtype=DTYPES[a.dtype], device=a.device)
     tokenizer = Tokenizer(ckpt)
     settings = {k: getattr(a, k) for k in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "cache_gb")}
     system = [{"role": "system", "content": a.system}] if a.system else []

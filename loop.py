@@ -15,7 +15,7 @@ import torch.utils.checkpoint
 from attention import to_device
 from chat import Tokenizer, pack
 from checkpoint import Checkpoint
-from flags import at_least, checkpoint_out, number, torch_device
+from flags import DTYPES, at_least, checkpoint_out, number, torch_device
 from memory import GIB, free_memory, memory_needed
 from model import Qwen2, token_logps
 from ranks import STOP, cut, fill, is_sharded, my_share, shard, stop_asked, sum_over_ranks
@@ -261,7 +261,7 @@ def add_flags(p, epochs, batch_size, lr):
     # machine
     cuda = torch.cuda.is_available()
     p.add_argument("--micro-tokens", type=at_least(1), default=16384 if cuda else 1024, help="tokens of one forward on one device")
-    p.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32", help="to compute in; weights stay fp32")
+    p.add_argument("--dtype", choices=DTYPES, default="bf16" if cuda else "fp32", help="to compute in; weights stay fp32")
     p.add_argument("--device", type=torch_device, default="cuda" if cuda else "cpu", help="torch device")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks: pays after some hundred micro-batches")
     p.add_argument("--shard", action="store_true", help="spread weights, gradients and moments over the ranks of a torchrun")
@@ -281,7 +281,7 @@ def add_flags(p, epochs, batch_size, lr):
 
 def load_model(ckpt, a, device):
     """An open Checkpoint -> the model: fp32 weights that compute in --dtype, sharded as a.shard asks."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype]
+    dtype = DTYPES[a.dtype]
     model = Qwen2.from_pretrained(ckpt, torch.float32, "meta" if a.shard else device)
     if a.shard:  # no rank ever holds the whole model
         shard(model, device, dtype)
@@ -311,7 +311,7 @@ def checkpoint_activations(model, a, batches, rank, world):
     if a.activation_checkpointing == "auto":
         some = itertools.islice(batches, 1000)  # enough to meet the largest micro-batch, or nearly
         tokens = max(sum(lengths[i] for i in cut(lengths, a.micro_tokens, world)[0]) for lengths in some)
-        item, shards = {"fp32": 4, "bf16": 2}[a.dtype], world if is_sharded(model) else 1
+        item, shards = DTYPES[a.dtype].itemsize, world if is_sharded(model) else 1
         without, with_it = (memory_needed(model.config, tokens, item, again, shards, model.device.type) for again in (False, True))
         held = without["state"] // 4  # the weights, which are there already
         free = free_memory(model.device)

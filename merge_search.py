@@ -22,7 +22,7 @@ import loop
 import merge
 from chat import Tokenizer, read_records, sft_messages
 from checkpoint import InputError, atomic_write
-from flags import Parser, at_least, number, torch_device
+from flags import DTYPES, Parser, at_least, number, torch_device
 from model import Qwen2
 from stats import ratio_stderr
 from train_sft import encode
@@ -219,9 +219,9 @@ def parse(argv):
     # machine
     cuda = torch.cuda.is_available()
     add("--micro-tokens", type=at_least(1), default=16384 if cuda else 2048,
-        help="tokens of one forwards)")  # fmt: skip
-    add("--dtype", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32", help="to compute ins)")
-    add("--device", type=torch_device, default="cuda" if cuda else "cpu", help="torch devices)")
+        help="tokens of one forward")  # fmt: skip
+    add("--dtype", choices=DTYPES, default="bf16" if cuda else "fp32", help="to compute in")
+    add("--device", type=torch_device, default="cuda" if cuda else "cpu", help="torch device")
     # output
     add("--out", required=True, metavar="F.json", help="JSON file of the points and the final scores")
     a = p.parse_args(argv)
@@ -243,7 +243,7 @@ def main(argv):
     base, models = merge.open_inputs(a)
     tokenizer = Tokenizer(base or models[0])
     model = Qwen2.from_pretrained(base or models[0], torch.float32, a.device)
-    model.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype]
+    model.compute_dtype = DTYPES[a.dtype]
     if a.data:
         items, _ = encode(read_records(a.data, sft_messages), tokenizer, a.max_len)
     else:

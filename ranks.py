@@ -53,10 +53,12 @@ def stop_asked(device):
     return sum_over_ranks(torch.tensor([float(STOP["asked"])], device=device)).item() > 0
 
 
-def leave_group():
-    """The run is over: waits for the other ranks."""
+def leave_group(at_once=False):
+    """The run is over. A rank that ends with its group open may abort, and so may one whose peer closes while it still reads:
+    all wait for all before they close, unless one leaves the others where they are."""
     if dist.is_initialized():
-        dist.barrier()
+        if not at_once:
+            dist.barrier()
         dist.destroy_process_group()
 
 

@@ -4,10 +4,10 @@ declines, that it was cut off. Tables to read and to edit.
 A rule here never praises. What it finds is stated so narrowly that a hit means something; what it does not find means nothing.
 """
 
-import json
 import math
 import re
 
+from ifeval import is_json
 from tasktypes import task_type
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,15 +63,6 @@ def sentences(text):
 
 def points(text):
     return (len(re.findall(r"^\s*(?:[-*•]|\d+[.)、])\s*\S", text, re.M)),) * 2
-
-
-def is_json(text):
-    fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.S)
-    try:
-        json.loads(fenced[1] if fenced else text)
-    except (ValueError, RecursionError):  # the latter for a thousand brackets, one in another
-        return False
-    return True
 
 
 COUNTS = (  # what is counted, by which function, its name in English, its name in Chinese

@@ -78,9 +78,10 @@ def load(teacher):
         import torch
 
         from chat import Tokenizer
+        from flags import DTYPES
         from model import Qwen2
 
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[teacher.dtype]
+        dtype = DTYPES[teacher.dtype]
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         m = Qwen2.from_pretrained(teacher.checkpoint, dtype=dtype, device=device).eval()
         teacher.loaded = (m, Tokenizer(teacher.checkpoint))
@@ -460,6 +461,8 @@ def on_ranks(work, teacher, shares):
 
 def serve_rank():
     """What a rank above 0 does: it works at what rank 0 sends, until that sends no more."""
+    from ranks import leave_group
+
     opened = {}
 
     def or_leave(collective, *arguments):
@@ -482,16 +485,8 @@ def serve_rank():
 def leave_ranks(failed=False):
     """Rank 0, at its end: sends the others home. failed: it leaves them where they are, and they notice."""
     if world_size() > 1:
+        from ranks import leave_group
+
         if not failed:
             send([None] * world_size())
         leave_group(failed)
-
-
-def leave_group(at_once=False):
-    """A rank that ends with its group open may abort, and so may one whose peer closes while it still reads: all wait for all
-    before they close."""
-    import torch.distributed as dist
-
-    if not at_once:
-        dist.barrier()
-    dist.destroy_process_group()
