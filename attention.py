@@ -58,7 +58,8 @@ def document_ends(lengths, device):
 def to_device(x, device):
     """A list or tensor on the device. A GPU is not waited for: out of pinned memory the copy joins the queue of its work.
 
-    So the host packs the next micro-batch while the device computes this one. torch.tensor(x, device=...) and an index that is a list would wait for all that the device has still to do.
+    So the host packs the next micro-batch while the device computes this one. torch.tensor(x, device=...) and an index that
+    is a list would wait for all that the device has still to do.
     """
     x = torch.as_tensor(x)
     ahead = x.is_cpu and torch.device(device).type == "cuda"

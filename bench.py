@@ -43,17 +43,17 @@ PEERS = {  # mode: {the name of --vs: the settings of that peer that are tried; 
 
 
 def matmul_rate(device, dtype, seconds=2.0):
-    """The rate of a large matmul of the shape of an MLP, in FLOP/s: the best of repeated runs."""
+    """The rate of a large square matmul in FLOP/s: the median of repeated runs, as a training step cannot choose its moments."""
     n = 2048 if device == "cpu" else 8192
     x, w = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best, end = 0.0, time.perf_counter() + seconds
+    rates, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
         synchronise(device)
         start = time.perf_counter()
         x @ w
         synchronise(device)
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
+        rates.append(2 * n**3 / (time.perf_counter() - start))
+    return statistics.median(rates)
 
 
 SEVEN_B = raw_config(*SHAPES["7B"])

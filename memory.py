@@ -36,10 +36,10 @@ def forward_flops(config, lengths, outputs):
     return 2 * matrices * sum(lengths) + scores + 2 * c.vocab_size * c.hidden_size * outputs
 
 
-def head_rows(vocab_size, kind):
-    """How many states the head turns into fp32 logits at once: 128 MiB of them, on a GPU 1 GiB, for its matmuls want more
-    rows and each chunk adds a product of the weight's size to the weight's gradient. kind: "cpu" or "cuda"."""
-    return max(1, (2**28 if kind == "cuda" else 2**25) // vocab_size)
+def head_columns(kind):
+    """Of how many words the head makes the logits at once. On a CPU few, so that a thousand rows of them (16 MiB) stay in its
+    cache between the passes over them; a GPU's matmuls want more. kind: "cpu" or "cuda"."""
+    return 16384 if kind == "cuda" else 4096
 
 
 def memory_needed(c, tokens, item, checkpointing=False, shards=1, kind="cpu"):
@@ -56,10 +56,11 @@ def memory_needed(c, tokens, item, checkpointing=False, shards=1, kind="cpu"):
                  fp32 o_proj's matrix in that dtype (not if sharded: that is gathered again). Around the blocks: 2C of
                  the last norm, C of the states that the head takes, the rotary angles. With checkpointing a block keeps
                  its input alone, C numbers a token.
-    work         what is there for a while. With the head: one chunk of logits (see head_rows), the head's own gradient, the
-                 copies of both below fp32. Or with a block's backward: four tensors of the MLP's width, one of its
-                 matrices' gradients, the head's if that is the embedding too; with checkpointing also all that the block
-                 keeps. Sharded: embedding and head, whole, and two blocks with their gradients.
+    work         what is there for a while. With the head: a tile of logits (see head_columns), the head's own gradient, that
+                 of the states, below fp32 also what is made of a tile in that dtype. Or with a block's backward: four tensors
+                 of the MLP's width, one of its matrices' gradients, the head's if that is the embedding too; with
+                 checkpointing also all that the block keeps. Sharded: embedding and head, whole, and two blocks with their
+                 gradients.
     Gradients are counted although those of the first micro-batch do not stand beside its activations yet.
     """
     C, A, K = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -71,8 +72,8 @@ def memory_needed(c, tokens, item, checkpointing=False, shards=1, kind="cpu"):
     around = tokens * (item * (3 * C + 2 * c.head_dim) + 48)  # 48: ids, positions, targets, owners as int64, fp32 sums
     activations = around + L * (tokens * item * C if checkpointing else kept)
 
-    rows = min(tokens, head_rows(V, kind))
-    head = rows * V * (4 + low) + V * C * (4 + 2 * low) + tokens * C * item
+    words = min(V, head_columns(kind))
+    head = tokens * words * (4 + low) + 4 * V * C + words * C * 2 * low + tokens * C * (4 + low)
     mlp = tokens * item * (4 * I + 2 * C) + C * I * (4 + 2 * low) + (4 * V * C if c.tie_word_embeddings else 0)
     mlp += kept if checkpointing else 0
     work = max(head, mlp) + (4 * vocabulary + 2 * block * (2 * item + 4) if shards > 1 else 0)

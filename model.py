@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from attention import KVCache, attention, to_device
 from checkpoint import Checkpoint, InputError, parse_config, release, write_checkpoint
-from memory import available_memory, head_rows
+from memory import available_memory, head_columns
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The forward pass
@@ -313,58 +313,65 @@ class Qwen2(nn.Module):
         write_checkpoint(out, self.raw_config, files, specs, tensors)
 
 
-def rows_in_cache(logits):
-    """How many rows of the logits are worked on at once: on a CPU so few (4 MiB) that they stay in its cache, on a GPU all."""
-    return len(logits) if logits.is_cuda else max(1, 2**20 // logits.shape[1])
-
-
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(h W^T)[target], row by row, in chunks: no (N, V) tensor outlives its chunk; the backward recomputes it.
+    """log softmax(h W^T)[target] of each row, over W in tiles of `columns` words: no (N, V) tensor is ever there.
 
-    hidden: (N, C), weight: (V, C) in any dtype, targets: (N,) -> (N,) fp32. The softmax is taken in fp32.
-    d logp / d logits = onehot(target) - softmax(logits).
+    hidden: (N, C), weight: (V, C) in any dtype, targets: (N,) -> (N,) fp32. The softmax is taken in fp32, its sum tile by
+    tile relative to the largest logit so far. The backward makes the logits again: each tile has its own part of the
+    weight's gradient, and adds to that of the states. d logp / d logits = onehot(target) - softmax(logits).
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk):
-        w = weight.to(hidden.dtype)
-        own, lses = [], []
-        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-            logits = (h @ w.T).float()  # (chunk, V)
-            own.append(logits.gather(1, t[:, None])[:, 0])
-            for rows in logits.split(rows_in_cache(logits)):
-                top = rows.amax(-1)
-                lses.append(rows.sub_(top[:, None]).exp_().sum(-1).log_().add_(top))  # in place: logsumexp() copies twice
-        lse = torch.cat(lses)
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.chunk = chunk
-        return torch.cat(own).sub_(lse)
+    def forward(ctx, hidden, weight, targets, columns):
+        own, total = torch.zeros(2, len(hidden), device=hidden.device)
+        top = torch.full_like(own, -torch.inf)
+        for start, w in tiles(weight, hidden.dtype, columns):
+            logits = (hidden @ w.T).float()  # (N, columns)
+            at, inside = in_tile(targets, start, len(w))
+            own = torch.where(inside, logits.gather(1, at[:, None])[:, 0], own)
+            below, top = top, torch.maximum(top, logits.amax(-1))
+            total = total * (below - top).exp() + logits.sub_(top[:, None]).exp_().sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, top + total.log())
+        ctx.columns = columns
+        return (own - top) - total.log()
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, targets, lse = ctx.saved_tensors
-        w = weight.to(hidden.dtype)
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        pieces = (x.split(ctx.chunk) for x in (hidden, targets, lse, grad, d_hidden))
-        for h, t, z, g, d_h in zip(*pieces):
-            d_logits = (h @ w.T).float()  # (chunk, V)
-            n = rows_in_cache(d_logits)
-            for rows, z_rows, g_rows in zip(d_logits.split(n), z.split(n), g.split(n)):
-                rows.sub_(z_rows[:, None]).exp_().mul_(-g_rows[:, None])
-            d_logits.scatter_add_(1, t[:, None], g[:, None])
-            d_logits = d_logits.to(h.dtype)
-            torch.mm(d_logits, w, out=d_h)
+        d_hidden = torch.zeros(hidden.shape, device=hidden.device)  # in fp32, whatever the dtype of what it sums
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for start, w in tiles(weight, hidden.dtype, ctx.columns):
+            d_logits = (hidden @ w.T).float().sub_(lse[:, None]).exp_().mul_(-grad[:, None])
+            at, inside = in_tile(targets, start, len(w))
+            d_logits.scatter_add_(1, at[:, None], torch.where(inside, grad, 0.0)[:, None])
+            d_logits = d_logits.to(hidden.dtype)
+            if hidden.dtype == torch.float32:
+                d_hidden.addmm_(d_logits, w)
+            else:
+                d_hidden += d_logits @ w
             if d_weight is not None:
-                if d_weight.dtype == h.dtype:
-                    d_weight.addmm_(d_logits.T, h)
+                d_w = d_weight[start : start + len(w)]
+                if d_w.dtype == hidden.dtype:
+                    torch.mm(d_logits.T, hidden, out=d_w)
                 else:
-                    d_weight += d_logits.T @ h
-        return d_hidden, d_weight, None, None
+                    d_w.copy_(d_logits.T @ hidden)
+        return d_hidden.to(hidden.dtype), d_weight, None, None
+
+
+def tiles(weight, dtype, columns):
+    """Yields (the first word, the rows of weight (V, C) for it and the next ones, `columns` in all) in a dtype."""
+    for start in range(0, len(weight), columns):
+        yield start, weight[start : start + columns].to(dtype)
+
+
+def in_tile(targets, start, size):
+    """-> (the targets' places in the tile of `size` words from `start` on, or one of its ends; whether they lie in it)."""
+    at = targets - start
+    return at.clamp(0, size - 1), (at >= 0) & (at < size)
 
 
 def token_logps(hidden, weight, targets):
     """The log-probability of each target. hidden: (N, C), weight: (V, C), targets: (N,) -> (N,) fp32."""
     if len(targets) == 0:
         return hidden.sum(-1).float()  # (0,), still part of the graph
-    return TokenLogProbs.apply(hidden, weight, targets, head_rows(weight.shape[0], hidden.device.type))
+    return TokenLogProbs.apply(hidden, weight, targets, head_columns(hidden.device.type))

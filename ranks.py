@@ -181,7 +181,7 @@ def shard(model, device, dtype):
     """Spreads parameters, and with them gradients and optimizer state, over the ranks: FSDP2, per block and the rest.
 
     Weights are whole only while they compute. Those of the blocks travel in the dtype they compute in; embedding and
-    head stay fp32, so that the head's gradient adds up over its chunks in fp32.
+    head stay fp32, so that their gradients, where the two are one matrix, add up in fp32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

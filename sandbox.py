@@ -116,18 +116,21 @@ def box_size(box):
 # which act on other processes | bpf, perf_event_open, userfaultfd, add_key, request_key, keyctl, unshare, setns | chmod,
 # fchmod, fchmodat, fchmodat2, chown, fchown, lchown, fchownat, utime, utimes, futimesat, utimensat, (l|f)setxattr,
 # (l|f)removexattr, which Landlock leaves open | shmget, shmat, shmctl, shmdt, semget, semop, semctl, semtimedop, msgget,
-# msgsnd, msgrcv, msgctl, mq_open to mq_getsetattr, whose memory stays when the program is gone. arm64 has no fork, vfork,
-# chmod, chown, lchown, utime, utimes, futimesat.
+# msgsnd, msgrcv, msgctl, mq_open to mq_getsetattr, whose memory stays when the program is gone | memfd_create,
+# memfd_secret, files in memory that no limit counts. arm64 has no fork, vfork, chmod, chown, lchown, utime, utimes,
+# futimesat.
 REFUSED = {
     "x86_64": (0xC000003E, 72, 16, (
         41, 425, 57, 58, 56, 435, 59, 322, 112, 109, 62, 200, 234, 129, 297, 424, 434, 438, 101, 310, 311, 302, 160,
         141, 251, 142, 144, 203, 314, 321, 298, 323, 248, 249, 250, 272, 308,
         90, 91, 268, 452, 92, 93, 94, 260, 132, 235, 261, 280, 188, 189, 190, 197, 198, 199,
-        29, 30, 31, 67, 64, 65, 66, 220, 68, 69, 70, 71, *range(240, 246))),
+        29, 30, 31, 67, 64, 65, 66, 220, 68, 69, 70, 71, *range(240, 246),
+        319, 447)),
     "aarch64": (0xC00000B7, 25, 29, (
         198, 425, 220, 435, 221, 281, 157, 154, 129, 130, 131, 138, 240, 424, 434, 438, 117, 270, 271, 261, 164,
         140, 30, 118, 119, 122, 274, 280, 241, 282, 217, 218, 219, 97, 268,
-        52, 53, 452, 55, 54, 88, 5, 6, 7, 14, 15, 16, *range(180, 198))),
+        52, 53, 452, 55, 54, 88, 5, 6, 7, 14, 15, 16, *range(180, 198),
+        279, 447)),
 }  # fmt: skip
 # With F_SETOWN, F_SETSIG, F_SETOWN_EX or FIOSETOWN, SIOCSPGRP a descriptor would send any process a signal
 FCNTL, IOCTL = (8, 10, 15), (0x8901, 0x8902)

@@ -102,20 +102,29 @@ def test_cached_equals_uncached_in_pieces_and_after_removal():
         torch.testing.assert_close(logits, torch.stack([full[2][seen[2]], full[1][seen[1]]]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("vocab", [7, 2**25, 2**26 // 3])  # chunks: one for all, 2 rows, 3 rows
-def test_token_logps_equal_log_softmax(vocab, monkeypatch):
-    size = 7 if vocab == 7 else 11
-    chunk = max(1, 2**26 // vocab)
+@pytest.mark.parametrize("columns", [1, 4, 11, 100])  # of 11 words: one by one, three tiles, one, one
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_logps_equal_log_softmax(columns, dtype):
     g = torch.Generator().manual_seed(5)
-    hidden = torch.randn(8, 6, generator=g, requires_grad=True)
-    weight = torch.randn(size, 6, generator=g, requires_grad=True)
-    targets, out_grad = torch.randint(0, size, (8,), generator=g), torch.randn(8, generator=g)
-    plain = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    ours = TokenLogProbs.apply(hidden, weight, targets, chunk)
+    hidden = torch.randn(8, 6, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(11, 6, generator=g, requires_grad=True)  # fp32, as training has it
+    targets, out_grad = torch.randint(0, 11, (8,), generator=g), torch.randn(8, generator=g)
+    plain = (hidden @ weight.to(dtype).T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    ours = TokenLogProbs.apply(hidden, weight, targets, columns)
     torch.testing.assert_close(ours, plain)
-    for a, b in zip(torch.autograd.grad(ours, (hidden, weight), out_grad), torch.autograd.grad(plain, (hidden, weight), out_grad)):
-        torch.testing.assert_close(a, b)
+    grads = [torch.autograd.grad(y, (hidden, weight), out_grad) for y in (ours, plain)]
+    for a, b in zip(*grads):
+        assert a.dtype == b.dtype
+        assert relative(a, b) < (1e-6 if dtype == torch.float32 else 1e-2)
     assert token_logps(hidden[:0], weight, targets[:0]).shape == (0,)
+
+
+def test_token_logps_far_apart():
+    """Logits whose exponentials overflow fp32, rising and falling from tile to tile."""
+    hidden, weight = torch.tensor([[1.0], [-1.0]]), torch.tensor([[-900.0], [0.0], [5.0], [900.0], [899.0]])
+    plain = (hidden @ weight.T).log_softmax(-1)
+    for word in range(5):
+        torch.testing.assert_close(TokenLogProbs.apply(hidden, weight, torch.tensor([word, word]), 2), plain[:, word])
 
 
 def test_bf16_compute_over_fp32_weights():

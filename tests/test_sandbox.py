@@ -142,8 +142,8 @@ def test_no_signals_by_way_of_a_descriptor(monkeypatch, tmp_path):
 
 @linux
 def test_nothing_of_others_is_changed_or_outlives_the_program():
-    """System V's and POSIX' memory, semaphores and queues, and the scheduling of processes: without rights to them, a
-    call on a thing that is not there says so in another way."""
+    """System V's and POSIX' memory, semaphores and queues, files in memory, and the scheduling of processes: without rights
+    to them, a call on a thing that is not there says so in another way, or succeeds."""
     source = """
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
@@ -152,7 +152,7 @@ calls = {"shmget": (key, 64, 0), "shmat": (-1, None, 0), "shmctl": (-1, 0, None)
          "semop": (-1, text, 1), "semctl": (-1, 0, 0), "semtimedop": (-1, text, 1, None), "msgget": (key, 0),
          "msgsnd": (-1, text, 1, 0), "msgrcv": (-1, text, 1, 0, 0), "msgctl": (-1, 0, None), "mq_open": (b"/no-such", 0),
          "mq_unlink": (b"/no-such",), "mq_notify": (-1, None), "setpriority": (0, 0, 0),
-         "sched_setaffinity": (0, 64, text)}
+         "sched_setaffinity": (0, 64, text), "memfd_create": (b"name", 0)}
 open_to_all = []
 for name, arguments in calls.items():
     if hasattr(libc, name):
