@@ -63,7 +63,7 @@ def merge_bytes(a):
     """-> (the files that a merge reads, the bytes of what it writes)."""
     sources = [*a.ckpt, *[a.base] * bool(a.base)]
     files = [os.path.join(c, n) for c in sources for n in sorted(os.listdir(c)) if n.endswith(".safetensors")]
-    c, dtype = Checkpoint(a.ckpt[0]), torch.bfloat16 if a.dtype == "bf16" else torch.float32
+    c, dtype = Checkpoint(a.ckpt[0]), DTYPES[a.dtype]
     return files, sum(nbytes((c.shape(name), dtype)) for name in c.names)
 
 
@@ -296,8 +296,7 @@ def needed(a):
 
 def measure(a, side, data):
     """Runs one side -> its numbers, with "wall_s", the whole process, and "rate", the machine's rate just before it."""
-    dtype = torch.bfloat16 if a.dtype == "bf16" else torch.float32
-    rate = copy_rate(a) if a.mode == "merge" else matmul_rate(a.device, dtype)
+    rate = copy_rate(a) if a.mode == "merge" else matmul_rate(a.device, DTYPES[a.dtype])
     command = [sys.executable, os.path.abspath(__file__), a.mode, "--side", side, "--ckpt", *a.ckpt]
     for name in ("base", "method", "steps", "batch_size", "peer_batch", "max_len", "max_new_tokens", "limit", "dtype", "device",
                  "micro_tokens", "scratch"):  # fmt: skip

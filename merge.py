@@ -441,7 +441,7 @@ def add_method_flags(p):
     add("--normalize", action=argparse.BooleanOptionalAction,
         help="divide by the weights' sum (default: linear, ties, della)")  # fmt: skip
     add("--arithmetic", choices=["float32", "float64"], default="float32",
-        help="what is computed in: float32, as in mergekit (default), or float64, which costs twice the time and memory; "
+        help="what is computed in: float32, as in mergekit, or float64, which costs twice the time and memory; "
         "slerp then keeps to the arc at small angles too")  # fmt: skip
     add("--seed", type=int, default=0, help="of the random masks of dare_* and della*")
     # machine

@@ -268,8 +268,8 @@ def main():
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--out", help="write the instructions with original responses to this JSON Lines file")
     p.add_argument("--heldout", help="write the held-out instructions to this JSON Lines file")
-    p.add_argument("--n", type=int, default=3200, help="distinct instructions in --out (default 3200)")
-    p.add_argument("--seed", type=int, default=0, help="seed of --out (default 0); the held-out set has its own")
+    p.add_argument("--n", type=int, default=3200, help="distinct instructions in --out")
+    p.add_argument("--seed", type=int, default=0, help="seed of --out; the held-out set has its own")
     args = p.parse_args()
     if not (args.out or args.heldout):
         raise InputError("nothing to write: give --out FILE or --heldout FILE")
