@@ -9,6 +9,9 @@ import inspect
 import torch
 import torch.nn.functional as F
 
+# From torch 2.11 on Hopper's first choice would be cuDNN, which makes a plan for each new shape: here nearly every call has one.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def attend(q, k, v):
     """Causal attention, the last query at the last key. q: (B, Hq, Tq, D); k, v: (B, Hkv, Tk, D), Tk >= Tq."""
@@ -16,6 +19,8 @@ def attend(q, k, v):
     mask = None
     if 1 < Tq < Tk:  # a continuation of several tokens: query i sees keys 0 .. Tk - Tq + i
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32):  # the kernel for these knows no grouped queries
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=Tq == Tk, enable_gqa=True)
 
 
@@ -24,13 +29,13 @@ def attend_documents(q, k, v, lengths):
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0):
         return varlen_attention(q[0], k[0], v[0], lengths)[None]
     parts = []
-    for part in zip(*(x.split(lengths, 1) for x in (q, k, v))):
+    for part in zip(*(x.split(lengths, 1) for x in (q, k, v))) if len(lengths) > 1 else [(q, k, v)]:  # one is not cut and joined
         q_i, k_i, v_i = (x.transpose(1, 2) for x in part)  # (1, H, T_i, D)
         # a CPU's backward gives each thread whole key-value heads: where these do not go round, long documents repeat them
         if k.requires_grad and k_i.shape[2] > 256 and k_i.shape[1] % torch.get_num_threads():
             k_i, v_i = (x.repeat_interleave(q_i.shape[1] // x.shape[1], dim=1) for x in (k_i, v_i))
         parts.append(attend(q_i, k_i, v_i).transpose(1, 2))
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 def varlen_attention(q, k, v, lengths):
@@ -53,6 +58,12 @@ def varlen_attention(q, k, v, lengths):
 def document_ends(lengths, device):
     """(0, l1, l1 + l2, ...) as int32 on the device, once for all layers of a forward."""
     return to_device(F.pad(torch.tensor(lengths), (1, 0)).cumsum(0, dtype=torch.int32), device)
+
+
+@functools.lru_cache(maxsize=16)
+def on_device(numbers, device):
+    """A tuple of integers as a tensor on the device, once for all layers of a forward."""
+    return to_device(torch.tensor(numbers, dtype=torch.long), device)
 
 
 def to_device(x, device):
@@ -100,7 +111,7 @@ class KVCache:
     def extend(self, layer, k, v, starts, lengths):
         """Writes packed k, v (1, Hkv, sum(lengths), D): document i goes to row i, from position starts[i] on."""
         ones = decoding_rows(lengths)
-        at = torch.arange(ones, device=k.device), slice(None), torch.tensor(starts[:ones], dtype=torch.long, device=k.device)
+        at = torch.arange(ones, device=k.device), slice(None), on_device(tuple(starts[:ones]), k.device)
         for cached, new in ((self.k[layer], k[0]), (self.v[layer], v[0])):  # (rows, Hkv, max_len, D), (Hkv, T, D)
             cached[at] = new[:, :ones].transpose(0, 1)
             for row, part in enumerate(new[:, ones:].split(lengths[ones:], 1), ones):
@@ -121,7 +132,7 @@ def attend_cached(q, cache, layer, starts, lengths):
     size = ones if q.is_cuda else 16
     for first in range(0, ones, size or 1):
         rows = slice(first, min(first + size, ones))
-        ends = torch.tensor(starts[rows], device=q.device) + 1
+        ends = on_device(tuple(starts[rows]), q.device) + 1
         k, v = (x[layer, rows, :, : max(starts[rows]) + 1] for x in (cache.k, cache.v))  # (n, Hkv, T, D)
         mask = torch.arange(k.shape[2], device=q.device) < ends[:, None, None, None]  # (n, 1, 1, T)
         grouped = q[0, :, rows].transpose(0, 1).reshape(len(ends), Hkv, Hq // Hkv, D)

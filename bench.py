@@ -53,6 +53,9 @@ def matmul_rate(device, dtype, seconds=2.0):
         x @ w
         synchronise(device)
         rates.append(2 * n**3 / (time.perf_counter() - start))
+    if device != "cpu":
+        del x, w
+        torch.cuda.empty_cache()  # the sides, which are other processes, have the whole GPU
     return statistics.median(rates)
 
 
@@ -108,7 +111,7 @@ def synthetic(folder):
 
 def synchronise(device):
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,7 +258,7 @@ def run_side(a):
         found = SIDES[a.mode, a.side.split("-")[0]](a, folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     if a.device != "cpu":
-        peak = torch.cuda.max_memory_allocated() / 2**30
+        peak = torch.cuda.max_memory_allocated(a.device) / 2**30
     print("\n" + json.dumps(found | {"peak_gb": peak}))
 
 

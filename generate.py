@@ -11,6 +11,7 @@ from collections import Counter
 
 import torch
 
+from attention import to_device
 from chat import Tokenizer
 from checkpoint import Checkpoint, InputError, cli
 from flags import DTYPES, Parser, at_least, number, torch_device
@@ -28,14 +29,18 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)  # (B, V)
+    logits, order = logits / temperature, None
+    if top_k or top_p < 1:  # sorting the vocabulary costs more than the model's step: only where a filter asks for it
+        logits, order = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
     if top_k:
         logits, order = logits[:, :top_k], order[:, :top_k]
     p = logits.softmax(-1)
-    before = p.cumsum(-1) - p  # the probability of everything likelier
-    cumulative = p.masked_fill(before >= top_p, 0.0).double().cumsum(-1)
+    if top_p < 1:
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # those before it, all likelier, reach top_p
+    cumulative = p.double().cumsum(-1)
     pick = torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True)
-    return order.gather(1, pick.clamp_max(order.shape[1] - 1))[:, 0]
+    pick = pick.clamp_max(p.shape[1] - 1)  # (B, 1)
+    return (pick if order is None else order.gather(1, pick))[:, 0]
 
 
 def penalise(logits, seen, penalty):
@@ -95,15 +100,16 @@ def decoding_step(m, cache, tokens, uniform, temperature=0.0, top_k=0, top_p=1.0
     if not tokens.is_cuda:
         return step
     before = tokens.clone(), cache.positions.clone()
-    side = torch.cuda.Stream()  # a capture wants some calls before it, on a stream of their own
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
+    with torch.cuda.device(tokens.device):  # streams and graphs are those of the current device
+        side = torch.cuda.Stream()  # a capture wants some calls before it, on a stream of their own
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
     tokens.copy_(before[0])  # what the trial steps wrote to the cache lies ahead, where it is written again
     cache.positions.copy_(before[1])
     return graph.replay
@@ -210,8 +216,8 @@ def generate_steps(
                 chosen = decode_ahead(m, cache, static, fed, uniforms(rows, count, temperature), **sampling)
             else:
                 # One forward for all rows: the others feed their last token, the new ones, behind them, their prompt.
-                ids = torch.tensor([fed], device=device)  # (1, T)
-                last = torch.tensor(lengths, device=device).cumsum(0) - 1
+                ids = to_device([fed], device)  # (1, T)
+                last = to_device(lengths, device).cumsum(0) - 1
                 logits = m.head(m.hidden(ids, lengths, cache)[0, last]).float()  # (rows, V)
                 if repetition_penalty != 1.0:
                     for row, scores in zip(rows, logits):

@@ -3,6 +3,7 @@
 Plain functions, each of which is right for a single process too.
 """
 
+import datetime
 import functools
 import heapq
 import math
@@ -24,11 +25,15 @@ STOP = {"training": False, "asked": False}  # asked: whether SIGTERM came
 def setup(a):
     """-> (rank, world, device). Under torchrun joins the process group: nccl on GPUs, gloo on CPUs."""
     world, rank, device = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)), a.device
+    # micro-batches differ in length, and what is free of one must serve the next
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        gpu = torch.device(device) if device.startswith("cuda") else None
+        patience = datetime.timedelta(hours=1)  # nccl's own ten minutes may be too short for rank 0's save of a large model
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=patience, device_id=gpu)
     if a.shard and not dist.is_initialized():
         raise InputError("--shard: splits the model over the ranks of a torchrun; start the script with torchrun")
     STOP.update(training=False, asked=False)
