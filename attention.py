@@ -60,7 +60,7 @@ def document_ends(lengths, device):
     return to_device(F.pad(torch.tensor(lengths), (1, 0)).cumsum(0, dtype=torch.int32), device)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)  # a CPU asks for every few rows
 def on_device(numbers, device):
     """A tuple of integers as a tensor on the device, once for all layers of a forward."""
     return to_device(torch.tensor(numbers, dtype=torch.long), device)
@@ -128,8 +128,8 @@ def attend_cached(q, cache, layer, starts, lengths):
     (_, Hq, _, D), Hkv, parts, ones = q.shape, cache.k.shape[2], [], decoding_rows(lengths)
     # One new token a row, the decoding step: one call for many rows. The query heads of a group stand as so many queries
     # of their key-value head, so the cache is read once and never repeated. A CPU is held up by the memory read, which is
-    # that of the call's longest row for all of its rows: it takes 16 rows at a time, a GPU all.
-    size = ones if q.is_cuda else 16
+    # that of the call's longest row for all of its rows: it takes 4 rows at a time, a GPU all.
+    size = ones if q.is_cuda else 4
     for first in range(0, ones, size or 1):
         rows = slice(first, min(first + size, ones))
         ends = on_device(tuple(starts[rows]), q.device) + 1
