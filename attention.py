@@ -29,13 +29,13 @@ def attend_documents(q, k, v, lengths):
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0):
         return varlen_attention(q[0], k[0], v[0], lengths)[None]
     parts = []
-    for part in zip(*(x.split(lengths, 1) for x in (q, k, v))) if len(lengths) > 1 else [(q, k, v)]:  # one is not cut and joined
+    for part in zip(*(x.split(lengths, 1) for x in (q, k, v))):
         q_i, k_i, v_i = (x.transpose(1, 2) for x in part)  # (1, H, T_i, D)
         # a CPU's backward gives each thread whole key-value heads: where these do not go round, long documents repeat them
         if k.requires_grad and k_i.shape[2] > 256 and k_i.shape[1] % torch.get_num_threads():
             k_i, v_i = (x.repeat_interleave(q_i.shape[1] // x.shape[1], dim=1) for x in (k_i, v_i))
         parts.append(attend(q_i, k_i, v_i).transpose(1, 2))
-    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    return torch.cat(parts, dim=1)
 
 
 def varlen_attention(q, k, v, lengths):
