@@ -461,12 +461,8 @@ def test_ranks_share_the_questions_of_a_local_checkpoint(tiny, tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
                "127.0.0.1:0", str(tmp_path / "ranks.py"), ROOT, tiny, str(tmp_path / "two.jsonl")]  # fmt: skip
-    for _ in range(2):  # gloo's threads may abort a rank on its way out, about once in a hundred runs
-        (tmp_path / "two.jsonl").unlink(missing_ok=True)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if "SIGABRT" not in done.stderr:
-            break
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[:4000]  # a rank's own words come before torchrun's
     with models.open_cache(tmp_path / "one.jsonl") as cache:
         alone = [models.ask(models.open_teacher(tiny), [user(f"q{i}" * (i + 1)) for i in range(7)], cache, max_tokens=5, **more)
                  for more in ({}, {"temperature": 1.0})]  # fmt: skip
