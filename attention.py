@@ -66,6 +66,12 @@ def on_device(numbers, device):
     return to_device(torch.tensor(numbers, dtype=torch.long), device)
 
 
+@functools.lru_cache(maxsize=64)
+def seen_keys(starts, device):
+    """Which keys the new token of each row may look at, itself at starts[i]: (n, 1, 1, max(starts) + 1)."""
+    return torch.arange(max(starts) + 1, device=device) <= on_device(starts, device)[:, None, None, None]
+
+
 def to_device(x, device):
     """A list or tensor on the device. A GPU is not waited for: out of pinned memory the copy joins the queue of its work.
 
@@ -132,12 +138,11 @@ def attend_cached(q, cache, layer, starts, lengths):
     size = ones if q.is_cuda else 4
     for first in range(0, ones, size or 1):
         rows = slice(first, min(first + size, ones))
-        ends = on_device(tuple(starts[rows]), q.device) + 1
-        k, v = (x[layer, rows, :, : max(starts[rows]) + 1] for x in (cache.k, cache.v))  # (n, Hkv, T, D)
-        mask = torch.arange(k.shape[2], device=q.device) < ends[:, None, None, None]  # (n, 1, 1, T)
-        grouped = q[0, :, rows].transpose(0, 1).reshape(len(ends), Hkv, Hq // Hkv, D)
+        mask = seen_keys(tuple(starts[rows]), q.device)  # (n, 1, 1, T)
+        k, v = (x[layer, rows, :, : mask.shape[-1]] for x in (cache.k, cache.v))  # (n, Hkv, T, D)
+        grouped = q[0, :, rows].transpose(0, 1).reshape(len(mask), Hkv, Hq // Hkv, D)
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
-        parts.append(out.reshape(len(ends), Hq, D).transpose(0, 1)[None])  # (1, Hq, n, D)
+        parts.append(out.reshape(len(mask), Hq, D).transpose(0, 1)[None])  # (1, Hq, n, D)
     for row, q_i in enumerate(q[:, :, ones:].split(lengths[ones:], 2), ones):
         if lengths[row]:
             end = starts[row] + lengths[row]

@@ -30,7 +30,7 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     if temperature == 0:
         return logits.argmax(-1)
     logits, order = logits / temperature, None
-    if top_k or top_p < 1:  # sorting the vocabulary costs more than the model's step: only where a filter asks for it
+    if top_k or top_p < 1:  # only a filter needs the vocabulary sorted
         logits, order = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
     if top_k:
         logits, order = logits[:, :top_k], order[:, :top_k]

@@ -39,9 +39,9 @@ def packed_weights(m):
     """
     weights = [p for p in m.parameters() if p.ndim == 2 and p is not m.model["embed_tokens"].weight or p is m.head_weight]
     size = sum(p.numel() * p.element_size() for p in weights)
-    fits = torch.backends.mkldnn.is_available() and 2 * size < available_memory()
-    kernels = {torch.float32: True, torch.bfloat16: fits and torch.ops.mkldnn._is_mkldnn_bf16_supported()}
-    if fits and all(p.is_cpu and kernels.get(p.dtype) for p in weights):
+    dtype, there = m.head_weight.dtype, m.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    known = there and (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if known and 2 * size < available_memory():
         for p in weights:
             p.packed = torch.ops.mkldnn._reorder_linear_weight(p.detach(), 64)
     try:
