@@ -51,6 +51,12 @@ def packed_weights(m):
             p.packed = None
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        if not self.weight.is_meta:  # where normal_ would load half of torch's compiler, a second, to fill nothing
+            super().reset_parameters()
+
+
 class Linear(nn.Linear):
     def forward(self, x):
         return project(x, self.weight, self.bias)
@@ -209,7 +215,7 @@ class Qwen2(nn.Module):
         c = self.config
         self.model = nn.ModuleDict(
             {
-                "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
+                "embed_tokens": Embedding(c.vocab_size, c.hidden_size),
                 "layers": nn.ModuleList([Block(c) for _ in range(c.num_hidden_layers)]),
                 "norm": RMSNorm(c.hidden_size, c.rms_norm_eps),
             }
