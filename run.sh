@@ -70,6 +70,7 @@ done
 demo=""
 if [[ -z $ckpt && -z $teacher && ${#sources[@]} == 0 ]]; then
   demo=yes ckpt=$here/demo/base run=${run:-runs/demo}
+  export CUDA_VISIBLE_DEVICES= # a CPU is fast enough for it, and gives everybody the README's table
   ((${#tasks[@]})) || tasks=(demo)
   # Later flags win in argparse, so what was typed stands after the demo's own values. The tiny model takes rates that
   # would ruin a real one.

@@ -6,7 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are a CPU's; =0 from outside runs those of a GPU too
+if not os.environ.get("TEST_GPU"):  # the tests are a CPU's, and so are the scripts' defaults in them; TEST_GPU=1 pytest -k gpu
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402
 import tokenizers  # noqa: E402

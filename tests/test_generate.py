@@ -219,7 +219,7 @@ def test_a_decoding_step_asks_for_no_value():
             decoding_step(m, cache, tokens, torch.zeros(3, device="meta"), **settings)()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: TEST_GPU=1")
 def test_a_gpu_says_the_same(loaded):
     m, tok = loaded
     want = generate(m, tok, PROMPTS, max_new_tokens=30)

@@ -14,6 +14,7 @@ from conftest import real, tiny_config, tiny_files, tiny_model
 
 import attention
 import checkpoint
+import loop
 import model as model_file
 from chat import Tokenizer
 from checkpoint import Checkpoint, InputError, parse_config, write_checkpoint
@@ -564,3 +565,25 @@ def test_compiled_blocks_of_one_graph_for_all_lengths(dtype, tolerance, monkeypa
             out += torch.autograd.grad(out[0].square().sum(), list(m.parameters()))
         assert all(relative(a, b) < tolerance for a, b in zip(got, want))
         assert counters["stats"]["unique_graphs"] == 2, "one before attention, one after, for all blocks"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: TEST_GPU=1")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_a_gpu_gives_the_log_probabilities_and_gradients_of_a_cpu(dtype, tolerance):
+    """Packed documents, with activation checkpointing and without; bf16 against the CPU's fp32."""
+    g, examples = torch.Generator().manual_seed(5), []
+    for n in (40, 3, 300, 1100):
+        examples.append((torch.randint(0, 512, (n,), generator=g).tolist(), [t > n // 3 for t in range(n)]))
+    want = loop.example_logps(m := tiny_model(max_position_embeddings=2048), examples)
+    gradients = torch.autograd.grad(want.sum() / 100, list(m.parameters()))
+    for again in (False, True):
+        m = tiny_model(max_position_embeddings=2048).to("cuda")
+        m.compute_dtype = dtype
+        for block in m.model["layers"] if again else []:
+            loop.recompute(block)
+        got = loop.example_logps(m, examples)
+        assert relative(got.cpu(), want) < tolerance / 10
+        assert relative(loop.sequence_logps(m, examples, 400).cpu(), want) < tolerance / 10
+        for a, b in zip(torch.autograd.grad(got.sum() / 100, list(m.parameters())), gradients):
+            assert a.dtype == torch.float32
+            assert relative(a.cpu(), b) < tolerance
