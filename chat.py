@@ -11,6 +11,7 @@ import json
 import os
 import re
 
+import numpy as np
 import tokenizers
 import torch
 
@@ -241,18 +242,15 @@ def read_records(paths, parse):
 # Packing
 
 
-def pack(examples, device="cpu"):
+def pack(examples):
     """Examples -> (input_ids, lengths, at, targets, owner), one row without padding.
 
     input_ids: (1, T). lengths: the documents' lengths, sum T. For the N supervised tokens: at (N,) is the position
     whose hidden state predicts the token (the one before it), targets (N,) the token, owner (N,) its example's index.
     """
-    ids, at, targets, owner = [], [], [], []
-    for e, (tokens, supervised) in enumerate(examples):
-        learn = [t for t in range(1, len(tokens)) if supervised[t]]
-        at += [len(ids) + t - 1 for t in learn]
-        targets += [tokens[t] for t in learn]
-        owner += [e] * len(learn)
-        ids += tokens
-    at, targets, owner = (torch.tensor(x, dtype=torch.long, device=device) for x in (at, targets, owner))
-    return torch.tensor([ids], device=device), [len(t) for t, _ in examples], at, targets, owner
+    lengths = [len(ids) for ids, _ in examples]
+    ids, learn = (torch.from_numpy(np.concatenate(lists)) for lists in zip(*examples))  # (T,) int64, (T,) bool
+    ends = torch.tensor(lengths).cumsum(0)
+    learn[ends - torch.tensor(lengths)] = False  # a document's first token: nothing before it predicts it
+    at = learn.nonzero()[:, 0]  # (N,)
+    return ids[None], lengths, at - 1, ids[at], torch.searchsorted(ends, at, right=True)

@@ -64,6 +64,7 @@ def draw_runs(plt, runs, window):
                     axis.plot(steps, smooth(values, window), style, color=f"C{number % 10}", lw=1.2, marker=marker, label=label)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
