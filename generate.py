@@ -200,7 +200,7 @@ def generate_steps(
                 if prefix[i] not in computed:
                     computed[prefix[i]] = known = m.new_cache(1, n)
                     known.lengths = [0]
-                    m.hidden(torch.tensor([prefix[i]], device=device), [n], known)
+                    m.hidden(to_device([prefix[i]], device), [n], known)
                 cache.lengths.append(0)
                 if n:
                     cache.copy_start(len(rows), computed[prefix[i]], 0, n)
