@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+import types
 import weakref
 
 import pytest
@@ -565,6 +566,57 @@ def test_compiled_blocks_of_one_graph_for_all_lengths(dtype, tolerance, monkeypa
             out += torch.autograd.grad(out[0].square().sum(), list(m.parameters()))
         assert all(relative(a, b) < tolerance for a, b in zip(got, want))
         assert counters["stats"]["unique_graphs"] == 2, "one before attention, one after, for all blocks"
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch was built without CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ways_of_a_gpu_fit_together(dtype, monkeypatch):
+    """What only CUDA tensors run through, on such that have a shape and no values, so no GPU is needed: the forward of training,
+    prefill, continuation, decoding, and the hand-written backwards. The engine that runs these asks for a device."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    torch._C._ensureCUDADeviceGuardSet()
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="cuda")
+
+    def ids(n):
+        return torch.zeros(1, n, dtype=torch.long, device="cuda")
+
+    def check(got, like):
+        assert all((a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, "cuda") for a, b in zip(got, like, strict=True))
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        m = Qwen2(tiny_config())
+        for module in m.modules():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(empty(*p.shape, dtype=torch.float32)))
+        m.compute_dtype = dtype
+        check([m(ids(27), [20, 7], ids(11)[0], ids(11)[0])], [empty(11, dtype=torch.float32)])
+
+        cache = m.new_cache(4, 64)
+        cache.lengths = [0] * 3
+        for more, lengths in (0, [10, 10, 7]), (1, [1, 1, 1, 5]), (0, [1, 2, 2, 1]):  # prefill, beside a step, continuation
+            cache.lengths += [0] * more
+            check([m.hidden(ids(sum(lengths)), lengths, cache)], [empty(1, sum(lengths), 32)])
+        cache.positions, cache.width = ids(4)[0], 32
+        check([m.hidden(ids(4).T, cache=cache)], [empty(4, 1, 32)])
+
+        x, w, wide = empty(1, 27, 32), empty(64, 32, dtype=torch.float32), empty(1, 27, 64)
+        for function, inputs, out in (
+            (model_file.NormedLinears, (x, w[0], 1e-6, w, w[:, 0], w, None), (wide, wide)),
+            (model_file.SwiGLULinear, (wide, wide, w.T), (x,)),
+            (TokenLogProbs, (x[0], w, ids(27)[0], 24), (empty(27, dtype=torch.float32),)),
+        ):
+            ctx = types.SimpleNamespace(needs_input_grad=[torch.is_tensor(i) and i.is_floating_point() for i in inputs])
+            ctx.save_for_backward = lambda *saved: setattr(ctx, "saved_tensors", saved)
+            got = function.forward(ctx, *inputs)
+            check(got if isinstance(got, tuple) else (got,), out)
+            gradients = function.backward(ctx, *out)
+            wanted = [(a, b) for a, b, needed in zip(gradients, inputs, ctx.needs_input_grad, strict=True) if needed]
+            check(*zip(*wanted))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: TEST_GPU=1")
