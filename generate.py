@@ -218,7 +218,7 @@ def generate_steps(
                 # One forward for all rows: the others feed their last token, the new ones, behind them, their prompt.
                 ids = to_device([fed], device)  # (1, T)
                 last = to_device(lengths, device).cumsum(0) - 1
-                logits = m.head(m.hidden(ids, lengths, cache)[0, last]).float()  # (rows, V)
+                logits = m.head(m.hidden(ids, lengths, cache, last)[0]).float()  # (rows, V)
                 if repetition_penalty != 1.0:
                     for row, scores in zip(rows, logits):
                         penalise(scores, prompts[row["index"]] + row["new"], repetition_penalty)

@@ -66,7 +66,7 @@ def shared_logps(model, examples):
             cache.copy_start(row, known, places[context], n)
     rest = [(ids[n:], supervised[n:]) for (ids, supervised), n in zip(examples, starts)]
     ids, lengths, at, targets, owner = packed(rest, device)
-    logps = token_logps(model.hidden(ids, lengths, cache)[0, at], model.head_weight, targets)  # (N,)
+    logps = token_logps(model.hidden(ids, lengths, cache, at)[0], model.head_weight, targets)  # (N,)
     return torch.zeros(len(examples), device=device).index_add(0, owner, logps)
 
 

@@ -27,13 +27,15 @@ def forward_flops(config, lengths, outputs):
     """FLOPs of one forward over documents of these lengths, with logits at `outputs` positions.
 
     A matrix takes 2 per weight and token, causal attention 2 matmuls of 2 D per pair of query and key and head, of
-    which a document of T tokens has T (T + 1) / 2. Norms, activations and softmax are not counted."""
+    which a document of T tokens has T (T + 1) / 2. The last block's own output is needed at `outputs` positions alone.
+    Norms, activations and softmax are not counted."""
     c = config
-    attention = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
-    matrices = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+    before = c.hidden_size * c.head_dim * (c.num_attention_heads + 2 * c.num_key_value_heads)  # attention
+    after = c.hidden_size * (c.head_dim * c.num_attention_heads + 3 * c.intermediate_size)
+    matrices = before + (c.num_hidden_layers - 1) * (before + after)
     pairs = sum(n * (n + 1) // 2 for n in lengths)
     scores = c.num_hidden_layers * c.num_attention_heads * 4 * c.head_dim * pairs
-    return 2 * matrices * sum(lengths) + scores + 2 * c.vocab_size * c.hidden_size * outputs
+    return 2 * matrices * sum(lengths) + scores + 2 * (after + c.vocab_size * c.hidden_size) * outputs
 
 
 def head_columns(kind):

@@ -201,9 +201,12 @@ class Block(nn.Module):
         gate, up = normed_linears(x, self.post_attention_layernorm, self.mlp.gate_proj, self.mlp.up_proj)
         return x + swiglu_linear(gate, up, self.mlp.down_proj)
 
-    def forward(self, x, rope, lengths, cache, layer):
+    def forward(self, x, rope, lengths, cache, layer, at=None):
         q, k, v = self.before_attention(x, rope)
-        return self.after_attention(x, attention(q, k, v, lengths, cache, layer))
+        y = attention(q, k, v, lengths, cache, layer)
+        if at is not None:
+            x, y = x.index_select(1, at), y.index_select(1, at)
+        return self.after_attention(x, y)
 
 
 class Qwen2(nn.Module):
@@ -244,9 +247,11 @@ class Qwen2(nn.Module):
         """An empty KVCache for this model, on its device or another."""
         return KVCache(self.config, rows, max_len, self.compute_dtype or self.head_weight.dtype, device or self.device)
 
-    def hidden(self, input_ids, lengths=None, cache=None):
-        """The hidden states after the last norm: (B, T) -> (B, T, C).
+    def hidden(self, input_ids, lengths=None, cache=None, at=None):
+        """The hidden states after the last norm: (B, T) -> (B, T, C), or (B, N, C) of the positions at (N,) alone.
 
+        at: the positions that anybody looks at, such as those before supervised tokens. The last block computes the others as
+        far as its keys and values, which these look at, and no further.
         lengths: the documents' lengths when input_ids is one packed row (1, sum(lengths)).
         cache: a KVCache; document i then continues its row i, and the row grows by lengths[i]. Without lengths,
         input_ids (rows, 1) is the next token of every row, which stands at cache.positions (see attend_step).
@@ -262,8 +267,10 @@ class Qwen2(nn.Module):
         x = self.model["embed_tokens"](input_ids)
         x = x.to(self.compute_dtype or x.dtype)  # (B, T, C)
         rope = rope_table(to_device(positions, x.device), self.config, x.dtype)
-        for i, block in enumerate(self.model["layers"]):
+        *blocks, last = self.model["layers"]
+        for i, block in enumerate(blocks):
             x = block(x, rope, lengths, cache, i)
+        x = last(x, rope, lengths, cache, len(blocks), at)
         if cache is not None and lengths is not None:
             cache.lengths[: len(lengths)] = [s + n for s, n in zip(starts, lengths)]
         return self.model["norm"](x)
@@ -273,12 +280,13 @@ class Qwen2(nn.Module):
         return project(x, self.head_weight)
 
     def forward(self, input_ids, lengths=None, at=None, targets=None):
-        """-> logits (B, T, V); or, of a packed row, the log-probabilities (N,) of targets (N,) by the states at (N,).
+        """-> logits (B, T, V); or, of a packed row, the log-probabilities (N,) of targets (N,) by the states at the positions
+        at (N,).
 
         Training asks for the latter here and not through hidden(): sharded weights are whole only inside forward.
         """
-        hidden = self.hidden(input_ids, lengths)
-        return self.head(hidden) if targets is None else token_logps(hidden[0, at], self.head_weight, targets)
+        hidden = self.hidden(input_ids, lengths, at=at)
+        return self.head(hidden) if targets is None else token_logps(hidden[0], self.head_weight, targets)
 
     @classmethod
     def from_pretrained(cls, source, dtype=torch.float32, device="cpu"):

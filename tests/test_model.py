@@ -85,6 +85,21 @@ def test_a_document_does_not_see_another():
     assert torch.equal(m(ids, lengths=[8, 12])[:, 8:], m(other, lengths=[8, 12])[:, 8:])
 
 
+@pytest.mark.parametrize("at", [[3, 4, 7, 19], [19, 0], []])
+def test_states_of_some_positions_are_those_of_all(at):
+    m, at = tiny_model(), torch.tensor(at, dtype=torch.long)
+    ids = torch.randint(0, 512, (1, 20), generator=torch.Generator().manual_seed(4))
+    weighting = torch.linspace(-1, 1, 32)
+    some, all_of_them = m.hidden(ids, [8, 12], at=at), m.hidden(ids, [8, 12])[:, at]
+    torch.testing.assert_close(some, all_of_them)
+    for a, b in zip(*(torch.autograd.grad((x * weighting).sum(), list(m.parameters())) for x in (some, all_of_them))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        cache = m.new_cache(2, 12)
+        cache.lengths = [0, 0]
+        torch.testing.assert_close(m.hidden(ids, [8, 12], cache, at), some)
+
+
 def test_cached_equals_uncached_in_pieces_and_after_removal():
     m, g = tiny_model(), torch.Generator().manual_seed(4)
     documents = [torch.randint(0, 512, (1, 25), generator=g) for _ in range(3)]
@@ -600,7 +615,7 @@ def test_the_ways_of_a_gpu_fit_together(dtype, monkeypatch):
         cache.lengths = [0] * 3
         for more, lengths in (0, [10, 10, 7]), (1, [1, 1, 1, 5]), (0, [1, 2, 2, 1]):  # prefill, beside a step, continuation
             cache.lengths += [0] * more
-            check([m.hidden(ids(sum(lengths)), lengths, cache)], [empty(1, sum(lengths), 32)])
+            check([m.hidden(ids(sum(lengths)), lengths, cache, ids(3)[0])], [empty(1, 3, 32)])
         cache.positions, cache.width = ids(4)[0], 32
         check([m.hidden(ids(4).T, cache=cache)], [empty(4, 1, 32)])
 
