@@ -220,6 +220,14 @@ def amount(text):
     return (-1 if sign else 1) * (int(whole or 0) + float(value.replace(",", "")) / int(below or 1))
 
 
+def stated_number(text):
+    """The value of a text that is one number, else the last number in it; unlike last_number, "\\frac{1}{2}" and "1/2" are 0.5."""
+    value, found = amount(text), re.findall(rf"({NUMBER.pattern})(?:/([1-9][0-9]*))?", text)
+    if value is None and found:
+        value = float(found[-1][0].replace(",", "")) / int(found[-1][1] or 1)
+    return value
+
+
 def stated_choice(reply, choices):
     """The letter that a reply states, as far as that is beyond doubt; "" for a value that is none of the choices, else None.
 
@@ -257,9 +265,9 @@ def check(kind, reply, reference):
     """
     if kind == "number":
         number = isinstance(reference, (int, float)) and not isinstance(reference, bool)
-        value = float(reference) if number else last_number(reference) if isinstance(reference, str) else None
-        answer = last_number(boxed(reply) or "")
-        return None if value is None else numbers_equal(last_number(reply) if answer is None else answer, value)
+        value = float(reference) if number else stated_number(reference) if isinstance(reference, str) else None
+        answer = stated_number(boxed(reply) or "")
+        return None if value is None else numbers_equal(stated_number(reply) if answer is None else answer, value)
     if kind == "choice" and isinstance(reference, dict) and isinstance(reference.get("choices"), dict):
         letters = {str(k): str(v) for k, v in reference["choices"].items()}
         stated = stated_choice(reply, letters) if reference.get("letter") in letters else None

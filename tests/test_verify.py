@@ -275,3 +275,6 @@ def test_a_boxed_number_outranks_the_last_one():
     assert check("number", "He makes \\(\\boxed{10000}\\) dollars in 20 weeks.", "10,000") is True
     assert check("number", "He makes \\(\\boxed{10000}\\) dollars in 20 weeks.", 20) is False
     assert check("number", "\\boxed{x}, so 20", 20) is True
+    assert check("number", "That leaves \\boxed{\\frac{1}{2}} of 6.", 0.5) is True
+    assert check("number", "so half of it, 1/2.", "1/2") is True and check("number", "so 2", "1/2") is False
+    assert check("number", "so 1,200/3", 400) is True and check("number", "6/2 = 3", "3") is True
