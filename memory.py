@@ -11,6 +11,7 @@ import torch
 
 from checkpoint import Checkpoint, cli, parse_config
 from flags import Parser, at_least, number
+from layers import head_columns
 
 GIB = 2**30
 
@@ -36,12 +37,6 @@ def forward_flops(config, lengths, outputs):
     pairs = sum(n * (n + 1) // 2 for n in lengths)
     scores = c.num_hidden_layers * c.num_attention_heads * 4 * c.head_dim * pairs
     return 2 * matrices * sum(lengths) + scores + 2 * (after + c.vocab_size * c.hidden_size) * outputs
-
-
-def head_columns(kind):
-    """Of how many words the head makes the logits at once. On a CPU few, so that a thousand rows of them (16 MiB) stay in its
-    cache between the passes over them; a GPU's matmuls want more. kind: "cpu" or "cuda"."""
-    return 16384 if kind == "cuda" else 4096
 
 
 def memory_needed(c, tokens, item, checkpointing=False, shards=1, kind="cpu"):

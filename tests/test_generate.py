@@ -18,12 +18,13 @@ from generate import (
     generate,
     generate_iter,
     generate_steps,
+    packed_weights,
     penalise,
     prefix_lengths,
     sample,
     stream,
 )
-from model import KVCache, Qwen2, packed_weights
+from model import KVCache, Qwen2
 
 
 def user(text):

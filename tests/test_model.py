@@ -16,10 +16,10 @@ from conftest import real, tiny_config, tiny_files, tiny_model
 import attention
 import checkpoint
 import loop
-import model as model_file
 from chat import Tokenizer
 from checkpoint import Checkpoint, InputError, parse_config, write_checkpoint
-from model import KVCache, Qwen2, TokenLogProbs, token_logps
+from layers import Linear, NormedLinears, SwiGLULinear, TokenLogProbs, token_logps
+from model import KVCache, Qwen2
 
 
 def oracle(m, tmp_path):
@@ -522,7 +522,7 @@ def test_fused_layers_against_plain_autograd(dtype, tolerance):
         return torch.cat([F.linear(h, layers[0], layers[1]), F.linear(h, layers[2], bias)], -1)
 
     def fused_norm(x, w, *layers):
-        return torch.cat(model_file.NormedLinears.apply(x, w, 1e-6, *layers, bias), -1)
+        return torch.cat(NormedLinears.apply(x, w, 1e-6, *layers, bias), -1)
 
     def plain_swiglu(gate, up, w):
         return F.linear(F.silu(gate) * up, w.to(gate.dtype))
@@ -532,10 +532,42 @@ def test_fused_layers_against_plain_autograd(dtype, tolerance):
     w, b, u, d = (torch.randn(shape, generator=g) for shape in ((24, 32), (24,), (16, 32), (8, 32)))  # masters in fp32
     norm, bias = 1 + 0.3 * torch.randn(32, generator=g), None
     pairs = [(grads(plain_norm, x, norm, w, b, u), grads(fused_norm, x, norm, w, b, u)),
-             (grads(plain_swiglu, gate, up, d), grads(model_file.SwiGLULinear.apply, gate, up, d))]  # fmt: skip
+             (grads(plain_swiglu, gate, up, d), grads(SwiGLULinear.apply, gate, up, d))]  # fmt: skip
     for want, got in pairs:
         for a, b in zip(want, got, strict=True):
             assert a.dtype == b.dtype and relative(b.float(), a.float()) < tolerance
+
+
+class LoRA(Linear):
+    """A Linear with an update of rank 1, which a user would write."""
+
+    def __init__(self, of):
+        super().__init__(of.in_features, of.out_features, of.bias is not None)
+        self.load_state_dict(of.state_dict())
+        self.A, self.B = (torch.nn.Parameter(torch.full(shape, 0.1)) for shape in ((of.in_features, 1), (1, of.out_features)))
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.A @ self.B
+
+
+def test_what_stands_in_place_of_a_layer_is_called():
+    """Each projection in turn as its LoRA, which equals the model with the product added to its matrix; and hooks."""
+    ids = torch.arange(9)[None]
+    for part, names in ("self_attn", "qkvo"), ("mlp", ("gate", "up", "down")):
+        for name in (f"{n}_proj" for n in names):
+            m, merged = tiny_model(), tiny_model()
+            block, twin = (getattr(x.model["layers"][0], part) for x in (m, merged))
+            setattr(block, name, lora := LoRA(getattr(block, name)))
+            with torch.no_grad():
+                getattr(twin, name).weight += (lora.A @ lora.B).T
+            torch.testing.assert_close(got := m(ids), merged(ids))
+            got.square().sum().backward()
+            assert lora.A.grad.abs().sum() > 0, name
+    m, seen = tiny_model(), []
+    for module in m.modules():
+        module.register_forward_hook(lambda module, *_: seen.append(module))
+    m(ids)
+    assert {*m.modules()} - {*seen} <= {m.model, m.model["layers"], *(x for b in m.model["layers"] for x in (b.self_attn, b.mlp))}
 
 
 def test_a_frozen_matrix_gets_no_gradient():
@@ -621,8 +653,8 @@ def test_the_ways_of_a_gpu_fit_together(dtype, monkeypatch):
 
         x, w, wide = empty(1, 27, 32), empty(64, 32, dtype=torch.float32), empty(1, 27, 64)
         for function, inputs, out in (
-            (model_file.NormedLinears, (x, w[0], 1e-6, w, w[:, 0], w, None), (wide, wide)),
-            (model_file.SwiGLULinear, (wide, wide, w.T), (x,)),
+            (NormedLinears, (x, w[0], 1e-6, w, w[:, 0], w, None), (wide, wide)),
+            (SwiGLULinear, (wide, wide, w.T), (x,)),
             (TokenLogProbs, (x[0], w, ids(27)[0], 24), (empty(27, dtype=torch.float32),)),
         ):
             ctx = types.SimpleNamespace(needs_input_grad=[torch.is_tensor(i) and i.is_floating_point() for i in inputs])
