@@ -41,17 +41,14 @@ def attend_documents(q, k, v, lengths):
 def varlen_attention(q, k, v, lengths):
     """attend_documents in one call of torch's variable-length kernel. q: (T, Hq, D); k, v: (T, Hkv, D).
 
-    torch 2.10 names causality is_causal, later ones give it as a window; those before 2.12 do not know grouped queries."""
+    Causality is a window that reaches back without end. The kernel groups queries in any version; from torch 2.12 on it asks
+    whether that is meant."""
     from torch.nn.attention.varlen import varlen_attn
 
-    known = inspect.signature(varlen_attn).parameters
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if "enable_gqa" in known:
-        options["enable_gqa"] = True
-    else:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (T, Hq, D)
-    ends = document_ends(tuple(lengths), q.device)
-    return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), ends, ends, max(lengths), max(lengths), **options)
+    options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    ends, longest = document_ends(tuple(lengths), q.device), max(lengths)
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), **options)
 
 
 @functools.lru_cache(maxsize=4)
@@ -86,14 +83,22 @@ def to_device(x, device):
 class KVCache:
     """Keys and values of `rows` sequences, each of its own length. Rows in use are always the first `len(lengths)`.
 
-    k, v: (layers, rows, Hkv, max_len, D). lengths: the tokens held by each row in use. positions (rows,) and width: of
-    attend_step, whoever calls it sets them.
+    k, v: (layers, rows, Hkv, max_len, D). lengths: the tokens held by each row in use. positions (rows,) and width: see
+    begin_step; whoever decodes by it sets them.
     """
 
     def __init__(self, config, rows, max_len, dtype=torch.float32, device="cpu"):
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, max_len, config.head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.lengths = []
+
+    def begin_step(self, dtype):
+        """A step of decoding with one new token in every row, at `positions`, of which the first `width` places are looked at:
+        makes what all layers share, the rows' numbers and the mask (rows, 1, 1, width) that is added to the scores."""
+        device = self.k.device
+        self.rows = torch.arange(len(self.positions), device=device)
+        hidden = torch.arange(self.width, device=device) > self.positions[:, None, None, None]
+        self.mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
     @property
     def bytes(self):
@@ -153,16 +158,15 @@ def attend_cached(q, cache, layer, starts, lengths):
 def attend_step(q, k, v, cache, layer):
     """One new token in every row of the cache, in shapes that do not change and by lengths that Python never sees.
 
-    q: (rows, Hq, 1, D); k, v: (rows, Hkv, 1, D) are written at cache.positions -> (rows, Hq, 1, D). Only the first
-    cache.width places are looked at. So the step can be a CUDA graph.
+    q: (rows, Hq, 1, D); k, v: (rows, Hkv, 1, D) are written at cache.positions -> (rows, Hq, 1, D). See KVCache.begin_step.
+    So the step can be a CUDA graph.
     """
     (rows, Hq, _, D), Hkv = q.shape, k.shape[1]
-    at = torch.arange(rows, device=q.device), slice(None), cache.positions
+    at = cache.rows, slice(None), cache.positions
     cache.k[layer][at], cache.v[layer][at] = k[:, :, 0], v[:, :, 0]  # (rows, Hkv, D)
     k, v = (x[layer, :, :, : cache.width] for x in (cache.k, cache.v))  # (rows, Hkv, width, D)
-    mask = torch.arange(cache.width, device=q.device) <= cache.positions[:, None, None, None]  # (rows, 1, 1, width)
     grouped = q.reshape(rows, Hkv, Hq // Hkv, D)  # as in attend_cached
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(rows, Hq, 1, D)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=cache.mask).reshape(rows, Hq, 1, D)
 
 
 def attention(q, k, v, lengths, cache, layer):

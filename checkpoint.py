@@ -58,9 +58,9 @@ def parse_config(raw, where="config.json"):
     if raw.get("model_type") != "qwen2":
         refuse(f"model_type is {raw.get('model_type')!r}, not 'qwen2'")
     rope = raw.get("rope_parameters") or {}  # transformers >= 5 keeps rope_theta in here
-    scaling = {**(raw.get("rope_scaling") or {}), **rope}
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        refuse(f"rope scaling {scaling} is asked for")
+    for scaling in raw.get("rope_scaling") or {}, rope:
+        if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
+            refuse(f"rope scaling {scaling} is asked for")
     layer_types = set(raw.get("layer_types") or ["full_attention"])
     if raw.get("use_sliding_window") or layer_types != {"full_attention"}:
         refuse("sliding-window attention is asked for")

@@ -29,6 +29,13 @@ class Linear(nn.Linear):
         return project(x, self.weight, self.bias)
 
 
+def product(a, b, dtype):
+    """The matrices' product in a dtype. On a GPU it leaves a matmul of bf16 as the fp32 that it is summed in."""
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
 def inverse_rms(x, eps):
     """1 / sqrt(mean(x^2) + eps) of each row, in fp32: (..., C) -> (..., 1)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
@@ -40,13 +47,21 @@ def scaled(x, r, weight):
     return (x * r).to(x.dtype) * weight.to(x.dtype)
 
 
+def rms_norm(x, weight, eps):
+    """-> RMSNorm of x, and inverse_rms(x)."""
+    if x.is_cuda:  # whose kernel reads x once
+        return torch.ops.aten._fused_rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    r = inverse_rms(x, eps)
+    return scaled(x, r, weight), r
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        return scaled(x, inverse_rms(x, self.eps), self.weight)
+        return rms_norm(x, self.weight, self.eps)[0]
 
 
 def written_here(*modules):
@@ -66,22 +81,25 @@ class NormedLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, eps, *layers):
-        r = inverse_rms(x, eps)
+        h, r = rms_norm(x, w, eps)
         ctx.save_for_backward(x, r, w, *layers[::2])
-        h = scaled(x, r, w)
+        ctx.eps = eps
         return tuple(project(h, weight, bias) for weight, bias in zip(layers[::2], layers[1::2]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         x, r, w, *weights = ctx.saved_tensors
-        h = scaled(x, r, w).flatten(0, -2)  # (T, C)
+        h = (rms_norm(x, w, ctx.eps)[0] if x.is_cuda else scaled(x, r, w)).flatten(0, -2)  # (T, C)
         g, d_layers = torch.empty_like(h), []
         for i, (d_y, weight) in enumerate(zip(grads, weights)):
             d_y = d_y.flatten(0, -2)  # (T, O)
             torch.addmm(g, d_y, weight.to(d_y.dtype), beta=min(i, 1), out=g)
-            for wanted, of in zip(ctx.needs_input_grad[3 + 2 * i :], (lambda: d_y.T @ h, lambda: d_y.sum(0))):
-                d_layers.append(of().to(weight.dtype) if wanted else None)
+            for wanted, of in zip(ctx.needs_input_grad[3 + 2 * i :], (lambda: product(d_y.T, h, weight.dtype), lambda: d_y.sum(0, dtype=weight.dtype))):  # fmt: skip
+                d_layers.append(of() if wanted else None)
+        if x.is_cuda:
+            d_x, d_w = torch.ops.aten._fused_rms_norm_backward(g.view(x.shape), x, w.shape, r, w.to(x.dtype), [True, True])
+            return d_x, d_w.to(w.dtype), None, *d_layers
         n, g = (x * r).flatten(0, -2), g.float()  # the rest in fp32
         gn = g * n
         mean = (gn @ w.float()).div_(x.shape[-1])  # (T,)
@@ -111,8 +129,8 @@ class SwiGLULinear(torch.autograd.Function):
         gate, up, weight = ctx.saved_tensors
         d_product = g @ weight.to(g.dtype)
         silu = F.silu(gate)
-        d_weight = g.flatten(0, -2).T @ (silu * up).flatten(0, -2)
-        return torch.ops.aten.silu_backward(d_product * up, gate), silu.mul_(d_product), d_weight.to(weight.dtype)
+        d_weight = product(g.flatten(0, -2).T, (silu * up).flatten(0, -2), weight.dtype)
+        return torch.ops.aten.silu_backward(d_product * up, gate), silu.mul_(d_product), d_weight
 
 
 def swiglu_linear(gate, up, linear):
@@ -128,53 +146,56 @@ def swiglu_linear(gate, up, linear):
 
 def head_columns(kind):
     """Of how many words the head makes the logits at once. On a CPU few, so that a thousand rows of them (16 MiB) stay in its
-    cache between the passes over them; a GPU's matmuls want more. kind: "cpu" or "cuda"."""
-    return 16384 if kind == "cuda" else 4096
+    cache between the passes over them; on a GPU as many as its softmax holds in registers. kind: "cpu" or "cuda"."""
+    return 8192 if kind == "cuda" else 4096
 
 
 class TokenLogProbs(torch.autograd.Function):
     """log softmax(h W^T)[target] of each row, over W in tiles of `columns` words: no (N, V) tensor is ever there.
 
-    hidden: (N, C), weight: (V, C) in any dtype, targets: (N,) -> (N,) fp32. The softmax is taken in fp32, its sum tile by
-    tile relative to the largest logit so far. The backward makes the logits again: each tile has its own part of the
+    hidden: (N, C), weight: (V, C) in any dtype, targets: (N,) -> (N,) fp32. The softmax is taken in fp32: each tile's by
+    itself, times the tile's share of the whole sum. The backward makes the logits again: each tile has its own part of the
     weight's gradient, and adds to that of the states. d logp / d logits = onehot(target) - softmax(logits).
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, columns):
-        own, total = torch.zeros(2, len(hidden), device=hidden.device)
-        top = torch.full_like(own, -torch.inf)
+        own, tops, logs = torch.zeros(len(hidden), device=hidden.device), [], []
         for start, w in tiles(weight, hidden.dtype, columns):
-            logits = tile_logits(hidden, w)  # (N, columns)
+            logits = product(hidden, w.T, torch.float32)  # (N, columns)
             at, inside = in_tile(targets, start, len(w))
             own = torch.where(inside, logits.gather(1, at[:, None])[:, 0], own)
-            below, top = top, torch.maximum(top, logits.amax(-1))
-            total = total * (below - top).exp() + logits.sub_(top[:, None]).exp_().sum(-1)
-        ctx.save_for_backward(hidden, weight, targets, top + total.log())
+            tops.append(logits.amax(-1))
+            logs.append(-logits.log_softmax(-1).amax(-1))  # logsumexp(logits - top) of the tile, in fewer passes over it
+        tops, logs = torch.stack(tops), torch.stack(logs)  # (tiles, N)
+        top = tops.amax(0)
+        logs += tops - top
+        log = logs.logsumexp(0)  # that of all words, which with top makes the whole; apart, they keep their digits
+        logps = own - top - log
+        ctx.save_for_backward(hidden, weight, targets, (logs - log).exp(), logps)
         ctx.columns = columns
-        return (own - top) - total.log()
+        return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        hidden, weight, targets, lse = ctx.saved_tensors
+        hidden, weight, targets, shares, logps = ctx.saved_tensors
         d_hidden = torch.zeros(hidden.shape, device=hidden.device)  # in fp32, whatever the dtype of what it sums
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for start, w in tiles(weight, hidden.dtype, ctx.columns):
-            d_logits = tile_logits(hidden, w).sub_(lse[:, None]).exp_().mul_(-grad[:, None])
+        d_own = (-grad * logps.expm1()).to(hidden.dtype)  # (N,)
+        for (start, w), share in zip(tiles(weight, hidden.dtype, ctx.columns), shares):
+            p = product(hidden, w.T, torch.float32).softmax(-1)  # (N, columns)
+            d_logits = p if p.dtype == hidden.dtype else torch.empty_like(p, dtype=hidden.dtype)
+            torch.mul(p, (-grad * share)[:, None], out=d_logits)  # scales and rounds in one pass
             at, inside = in_tile(targets, start, len(w))
-            d_logits.scatter_add_(1, at[:, None], torch.where(inside, grad, 0.0)[:, None])
-            d_logits = d_logits.to(hidden.dtype)
-            if hidden.dtype == torch.float32:
-                d_hidden.addmm_(d_logits, w)
-            else:
-                d_hidden += d_logits @ w
+            d_logits.scatter_(1, at[:, None], torch.where(inside, d_own, d_logits.gather(1, at[:, None])[:, 0])[:, None])
+            d_hidden += product(d_logits, w, torch.float32)
             if d_weight is not None:
                 d_w = d_weight[start : start + len(w)]
                 if d_w.dtype == hidden.dtype:
                     torch.mm(d_logits.T, hidden, out=d_w)
                 else:
-                    d_w.copy_(d_logits.T @ hidden)
+                    d_w.copy_(product(d_logits.T, hidden, d_w.dtype))
         return d_hidden.to(hidden.dtype), d_weight, None, None
 
 
@@ -182,13 +203,6 @@ def tiles(weight, dtype, columns):
     """Yields (the first word, the rows of weight (V, C) for it and the next ones, `columns` in all) in a dtype."""
     for start in range(0, len(weight), columns):
         yield start, weight[start : start + columns].to(dtype)
-
-
-def tile_logits(hidden, w):
-    """(N, C), (columns, C) -> (N, columns) fp32; on a GPU they leave a matmul of bf16 as the fp32 that it sums in."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, w.T, out_dtype=torch.float32)
-    return (hidden @ w.T).float()
 
 
 def in_tile(targets, start, size):

@@ -53,8 +53,8 @@ def memory_needed(c, tokens, item, checkpointing=False, shards=1, kind="cpu"):
                  fp32 o_proj's matrix in that dtype (not if sharded: that is gathered again). Around the blocks: 2C of
                  the last norm, C of the states that the head takes, the rotary angles. With checkpointing a block keeps
                  its input alone, C numbers a token.
-    work         what is there for a while. With the head: a tile of logits (see head_columns), the head's own gradient, that
-                 of the states, below fp32 also what is made of a tile in that dtype. Or with a block's backward: four tensors
+    work         what is there for a while. With the head: a tile of logits (see head_columns) and its softmax, the head's own
+                 gradient, that of the states, below fp32 also the tile of the head in that dtype. Or with a block's backward: four tensors
                  of the MLP's width, one of its matrices' gradients, the head's if that is the embedding too; with
                  checkpointing also all that the block keeps. Sharded: embedding and head, whole, and two blocks with their
                  gradients.
@@ -70,7 +70,7 @@ def memory_needed(c, tokens, item, checkpointing=False, shards=1, kind="cpu"):
     activations = around + L * (tokens * item * C if checkpointing else kept)
 
     words = min(V, head_columns(kind))
-    head = tokens * words * (4 + low) + 4 * V * C + words * C * 2 * low + tokens * C * (4 + low)
+    head = tokens * words * 8 + 4 * V * C + words * C * 2 * low + tokens * C * (4 + low)
     mlp = tokens * item * (4 * I + 2 * C) + C * I * (4 + 2 * low) + (4 * V * C if c.tie_word_embeddings else 0)
     mlp += kept if checkpointing else 0
     work = max(head, mlp) + (4 * vocabulary + 2 * block * (2 * item + 4) if shards > 1 else 0)

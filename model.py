@@ -132,6 +132,8 @@ class Qwen2(nn.Module):
         T = input_ids.shape[1]
         if lengths is None:
             positions = torch.arange(T) if cache is None else cache.positions[:, None]  # (T,) or (rows, 1)
+            if cache is not None:
+                cache.begin_step(self.compute_dtype or self.head_weight.dtype)
         else:
             if input_ids.shape[0] != 1 or sum(lengths) != T:
                 raise ValueError(f"lengths sum to {sum(lengths)}; the packed row has shape {tuple(input_ids.shape)}")

@@ -18,7 +18,7 @@ import checkpoint
 import loop
 from chat import Tokenizer
 from checkpoint import Checkpoint, InputError, parse_config, write_checkpoint
-from layers import Linear, NormedLinears, SwiGLULinear, TokenLogProbs, token_logps
+from layers import Linear, NormedLinears, SwiGLULinear, TokenLogProbs, rms_norm, token_logps
 from model import KVCache, Qwen2
 
 
@@ -483,19 +483,15 @@ def plain_varlen(q, k, v, ends, lengths_of_k, max_q, max_k, causal, gqa):
     return torch.cat(out, dim=1).transpose(0, 1)
 
 
-def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    return plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, False)
-
-
 def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
-    return plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size == (-1, 0), False)
+    return plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size == (-1, 0), True)
 
 
 def varlen_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
     return plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size == (-1, 0), enable_gqa)
 
 
-@pytest.mark.parametrize("kernel", [varlen_2_10, varlen_2_11, varlen_2_13])
+@pytest.mark.parametrize("kernel", [varlen_2_11, varlen_2_13])
 def test_varlen_attention_under_each_signature(monkeypatch, kernel):
     """The kernel itself runs on GPUs only; what it is called with is checked here."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
@@ -536,6 +532,20 @@ def test_fused_layers_against_plain_autograd(dtype, tolerance):
     for want, got in pairs:
         for a, b in zip(want, got, strict=True):
             assert a.dtype == b.dtype and relative(b.float(), a.float()) < tolerance
+
+
+def test_the_kernels_of_a_gpu_for_rmsnorm_are_the_same_functions():
+    """They run on GPUs only; here it is what torch says they compute."""
+    table, aten = torch._decomp.decomposition_table, torch.ops.aten
+    g = torch.Generator().manual_seed(1)
+    x, d_h = (torch.randn(2, 5, 32, generator=g, requires_grad=True) for _ in range(2))
+    w = torch.rand(32, generator=g, requires_grad=True)
+    h, r = rms_norm(x, w, 1e-2)
+    want = h, r, *torch.autograd.grad(h, (x, w), d_h)
+    got = (*table[aten._fused_rms_norm.default](x, w.shape, w, 1e-2),
+           *table[aten._fused_rms_norm_backward.default](d_h, x, w.shape, r, w, [True, True]))  # fmt: skip
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 class LoRA(Linear):
