@@ -68,23 +68,28 @@ def parse_config(raw, where="config.json"):
         refuse(f"hidden_act is {raw['hidden_act']!r}, not 'silu'")
     if raw.get("quantization_config"):
         refuse("the weights are quantised")
-    try:
-        n_heads = int(raw["num_attention_heads"])
-        config = Config(
-            vocab_size=int(raw["vocab_size"]),
-            hidden_size=int(raw["hidden_size"]),
-            intermediate_size=int(raw["intermediate_size"]),
-            num_hidden_layers=int(raw["num_hidden_layers"]),
-            num_attention_heads=n_heads,
-            num_key_value_heads=int(raw.get("num_key_value_heads") or n_heads),
-            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // max(n_heads, 1)),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            max_position_embeddings=int(raw.get("max_position_embeddings", 32768)),
-        )
-    except (KeyError, TypeError, ValueError) as e:
-        raise InputError(f"{where}: {e} is missing or not a number") from None
+
+    def field(name, default=None, kind=int):
+        value = default if raw.get(name) is None else raw[name]
+        try:
+            return kind(value)
+        except (TypeError, ValueError):
+            raise InputError(f"{where}: {name} is {'missing' if value is None else f'{value!r}, not a number'}") from None
+
+    heads, size = field("num_attention_heads"), field("hidden_size")
+    config = Config(
+        vocab_size=field("vocab_size"),
+        hidden_size=size,
+        intermediate_size=field("intermediate_size"),
+        num_hidden_layers=field("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=field("num_key_value_heads", heads),
+        head_dim=field("head_dim", size // max(heads, 1)),
+        rms_norm_eps=field("rms_norm_eps", 1e-6, float),
+        rope_theta=field("rope_theta", rope.get("rope_theta", 10000.0), float),
+        tie_word_embeddings=field("tie_word_embeddings", False, bool),
+        max_position_embeddings=field("max_position_embeddings", 32768),
+    )
     for name, value in vars(config).items():
         if value <= 0 and not isinstance(value, bool):
             raise InputError(f"{where}: {name} is {value}; it is above 0")
@@ -220,8 +225,10 @@ class Checkpoint:
                 raise TypeError
         except pickle.UnpicklingError:
             raise InputError(f"{path}: holds more than tensors and plain data (or is no .pt file); not loaded") from None
-        except (RuntimeError, OSError, EOFError) as e:
-            raise InputError(f"{path}: missing or corrupt ({str(e).splitlines()[0]})") from None
+        except (RuntimeError, EOFError):
+            raise InputError(f"{path}: a corrupt .pt checkpoint, or none; a hub id, a directory or a .pt of this project is one") from None
+        except OSError as e:
+            raise InputError(f"{path}: cannot be read: {e.strerror}") from None
         except (KeyError, TypeError, IndexError, AttributeError):
             raise InputError(f"{path}: a .pt checkpoint of this project has the keys config, files, weights") from None
 

@@ -74,6 +74,8 @@ def torch_device(text):
         name = torch.device(text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r} is no torch device; cpu, cuda and cuda:1 are") from None
+    if name.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text}: runs on cpu and cuda only")
     if name.type == "cuda" and (name.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"{text}: no such GPU, torch sees {torch.cuda.device_count()} here; cpu is there")
     return text

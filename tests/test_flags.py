@@ -13,7 +13,7 @@ from checkpoint import InputError
         (flags.at_least(2), ["2", "17"], ["1", "-3", "2.5", "two"]),
         (flags.number(0, below=1), ["0", "0.5", "1e-9"], ["1", "-0.1", "nan", "inf", "x"]),
         (flags.number(above=0), ["1e-9", "3"], ["0", "-1", "inf"]),
-        (flags.torch_device, ["cpu"], ["gpu", "cuda:99", "cpu:x"]),
+        (flags.torch_device, ["cpu"], ["gpu", "cuda:99", "cpu:x", "mps", "meta"]),
     ],
 )
 def test_values_are_checked(kind, good, bad):

@@ -169,7 +169,9 @@ def test_bf16_compute_over_fp32_weights():
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"num_key_value_heads": 3}, "heads"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
-        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"vocab_size": "many"}, "vocab_size is 'many', not a number"),
+        ({"rope_scaling": "yarn"}, "rope"),
     ],
 )
 def test_configs_that_are_not_implemented_are_refused(changes, word):
