@@ -26,7 +26,7 @@ import time
 import torch
 
 from chat import Tokenizer, kto_example, read_records, sft_messages
-from checkpoint import Checkpoint, InputError, cli, nbytes, parse_config, write_checkpoint
+from checkpoint import Checkpoint, InputError, atomic_write, cli, nbytes, parse_config, write_checkpoint
 from flags import DTYPES, Parser, at_least, torch_device
 from memory import SHAPES, forward_flops, raw_config
 from model import Qwen2
@@ -404,8 +404,6 @@ def main():
         pairs = list(zip(runs["ours"][0]["losses"], runs[sides[1]][0]["losses"]))
         print("losses, ours and theirs: " + ", ".join(f"{x:.6f} {y:.6f}" for x, y in pairs))
     if a.out:
-        from checkpoint import atomic_write
-
         with atomic_write(a.out) as f:
             settings = {k: v for k, v in vars(a).items() if k != "side"}
             json.dump({"settings": settings, "torch": torch.__version__, "runs": runs}, f, indent=1)

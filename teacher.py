@@ -24,9 +24,17 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
+import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import InputError
+from chat import Tokenizer
+from checkpoint import Checkpoint, InputError
+from flags import DTYPES
+from generate import generate_iter
+from loop import sequence_logps
+from model import Qwen2
+from ranks import leave_group
 
 BACKOFF, BACKOFF_CAP = 1.0, 60.0  # seconds before the first retry, doubled each time up to the cap
 FATAL = {401: "set TEACHER_API_KEY", 402: "the account has no credit", 403: "the key may not use this model",
@@ -65,8 +73,6 @@ def open_teacher(source, model_name=None, dtype="fp32"):
             raise InputError("the key in TEACHER_API_KEY or OPENAI_API_KEY holds a character that no key has; set it anew")
         # the identity leaves the URL out when the model has a name: the same model behind another port is the same model
         return Teacher(model_name or source, model_name or source, url=source, key=key)
-    from checkpoint import Checkpoint
-
     checkpoint = Checkpoint(source)
     name = model_name or os.path.basename(os.path.normpath(source))
     return Teacher(name, f"{checkpoint.fingerprint()} {dtype}", source=source, checkpoint=checkpoint, dtype=dtype)
@@ -75,15 +81,8 @@ def open_teacher(source, model_name=None, dtype="fp32"):
 def load(teacher):
     """The (model, tokenizer) of a local checkpoint, on this rank's GPU when there is one."""
     if teacher.loaded is None:
-        import torch
-
-        from chat import Tokenizer
-        from flags import DTYPES
-        from model import Qwen2
-
-        dtype = DTYPES[teacher.dtype]
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        m = Qwen2.from_pretrained(teacher.checkpoint, dtype=dtype, device=device).eval()
+        m = Qwen2.from_pretrained(teacher.checkpoint, DTYPES[teacher.dtype], device).eval()
         teacher.loaded = (m, Tokenizer(teacher.checkpoint))
     return teacher.loaded
 
@@ -373,8 +372,6 @@ def ask_local(teacher, todo, cache, errors, parameters, batch_size, bar):
 
 def replies_of(teacher, prompts, seeds, parameters, batch_size):
     """Yields (index, text, finish_reason)."""
-    from generate import generate_iter
-
     sampling = {"temperature": parameters["temperature"], "top_p": parameters.get("top_p", 1.0), "seed": seeds}
     yield from generate_iter(*load(teacher), prompts, max_new_tokens=parameters["max_tokens"], batch_size=batch_size, **sampling)
 
@@ -398,8 +395,6 @@ def perplexities(scorer, pairs, max_len, micro_tokens):
 
 
 def perplexities_of(scorer, pairs, max_len, micro_tokens):
-    from loop import sequence_logps
-
     m, tokenizer = load(scorer)
     examples = []
     for prompt, text in pairs:
@@ -421,8 +416,6 @@ def world_size():
 def join_ranks():
     """Under torchrun, joins the others. -> this process's rank."""
     if world_size() > 1:
-        import torch.distributed as dist
-
         # texts go through gloo; rank 0 may ask an endpoint, or score, for days before the others are needed again
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         return dist.get_rank()
@@ -431,8 +424,6 @@ def join_ranks():
 
 def send(jobs):
     """Rank 0: one job to each rank; () is none for now, None is none ever. The others: -> theirs."""
-    import torch.distributed as dist
-
     mine = [None]
     dist.scatter_object_list(mine, jobs, src=0)
     return mine[0]
@@ -440,8 +431,6 @@ def send(jobs):
 
 def gather(replies):
     """Every rank's replies -> on rank 0 a list of them, one a rank."""
-    import torch.distributed as dist
-
     out = [None] * world_size() if dist.get_rank() == 0 else None
     dist.gather_object(replies, out, dst=0)
     return out
@@ -461,8 +450,6 @@ def on_ranks(work, teacher, shares):
 
 def serve_rank():
     """What a rank above 0 does: it works at what rank 0 sends, until that sends no more."""
-    from ranks import leave_group
-
     opened = {}
 
     def or_leave(collective, *arguments):
@@ -485,8 +472,6 @@ def serve_rank():
 def leave_ranks(failed=False):
     """Rank 0, at its end: sends the others home. failed: it leaves them where they are, and they notice."""
     if world_size() > 1:
-        from ranks import leave_group
-
         if not failed:
             send([None] * world_size())
         leave_group(failed)
