@@ -11,7 +11,6 @@ replies again without the model, and torchrun spreads the questions over its ran
 
 import collections
 import contextlib
-import datetime
 import functools
 import gc
 import glob
@@ -33,6 +32,7 @@ from checkpoint import Checkpoint, InputError, atomic_write, cli, read_json
 from flags import DTYPES, Parser, at_least, number, torch_device
 from generate import common_prefix, generate_iter
 from model import Qwen2, token_logps
+from ranks import join, leave_group, own_device
 from stats import POWER, calibration, compare, holm, mean_stderr, ratio_stderr, subjects_mean_stderr
 
 GENERATION = ("max_new_tokens", "batch_size", "cache_gb", "repetition_penalty")  # flags that are arguments of generate_iter
@@ -455,10 +455,7 @@ def main():
         raise InputError("--repetition-penalty is for replies; --protocol loglik has none, leave it out")
     names = checkpoint_names(a.ckpt)
     work = {task: prepare(task, a) for task in dict.fromkeys(a.tasks)}
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and a.device == "cuda" else a.device
-    if world > 1:                                        # for two barriers: a rank may wait long for another
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    rank, world = join(hours=7 * 24)                     # for two barriers: a rank may wait long for another
     if rank == 0:
         for task, questions in work.items():
             subjects = len({q["row"].get("subject") for q in questions})
@@ -468,9 +465,8 @@ def main():
     else:
         for source in a.ckpt:
             Tokenizer(Checkpoint(source))                # a broken one is better known now than in an hour
-        said = collect(a, names, work, rank, world, device)
-    if world > 1:
-        dist.destroy_process_group()
+        said = collect(a, names, work, rank, world, own_device(a.device))
+    leave_group()
     if rank:
         return
 

@@ -22,18 +22,29 @@ from checkpoint import InputError
 STOP = {"training": False, "asked": False}  # asked: whether SIGTERM came
 
 
+def own_device(device):
+    """A rank's own GPU for "cuda"; any other device as it is."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+
+
+def join(hours, gpu=None):
+    """Under torchrun joins the process group: nccl for the rank's gpu, else gloo. -> (rank, world).
+
+    hours: how long a rank waits for the others before it gives up."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(hours=hours), device_id=gpu)
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def setup(a):
-    """-> (rank, world, device). Under torchrun joins the process group: nccl on GPUs, gloo on CPUs."""
-    world, rank, device = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)), a.device
+    """What a training script begins with. -> (rank, world, device)."""
     # micro-batches differ in length, and what is free of one must serve the next
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        gpu = torch.device(device) if device.startswith("cuda") else None
-        patience = datetime.timedelta(hours=1)  # nccl's own ten minutes may be too short for rank 0's save of a large model
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=patience, device_id=gpu)
+    device = own_device(a.device)
+    gpu = torch.device(device) if device.startswith("cuda") else None
+    if a.device == "cuda":
+        torch.cuda.set_device(gpu)
+    rank, world = join(hours=1, gpu=gpu)  # nccl's own ten minutes may be too short for rank 0's save of a large model
     if a.shard and not dist.is_initialized():
         raise InputError("--shard: splits the model over the ranks of a torchrun; start the script with torchrun")
     STOP.update(training=False, asked=False)

@@ -11,7 +11,6 @@ rates and a budget are kept to; under torchrun a local checkpoint answers on all
 
 import asyncio
 import contextlib
-import datetime
 import fcntl
 import hashlib
 import json
@@ -34,7 +33,7 @@ from flags import DTYPES
 from generate import generate_iter
 from loop import sequence_logps
 from model import Qwen2
-from ranks import leave_group
+from ranks import join, leave_group, own_device
 
 BACKOFF, BACKOFF_CAP = 1.0, 60.0  # seconds before the first retry, doubled each time up to the cap
 FATAL = {401: "set TEACHER_API_KEY", 402: "the account has no credit", 403: "the key may not use this model",
@@ -81,7 +80,7 @@ def open_teacher(source, model_name=None, dtype="fp32"):
 def load(teacher):
     """The (model, tokenizer) of a local checkpoint, on this rank's GPU when there is one."""
     if teacher.loaded is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        device = own_device("cuda" if torch.cuda.is_available() else "cpu")
         m = Qwen2.from_pretrained(teacher.checkpoint, DTYPES[teacher.dtype], device).eval()
         teacher.loaded = (m, Tokenizer(teacher.checkpoint))
     return teacher.loaded
@@ -415,11 +414,8 @@ def world_size():
 
 def join_ranks():
     """Under torchrun, joins the others. -> this process's rank."""
-    if world_size() > 1:
-        # texts go through gloo; rank 0 may ask an endpoint, or score, for days before the others are needed again
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        return dist.get_rank()
-    return 0
+    rank, _ = join(hours=30 * 24)  # rank 0 may ask an endpoint, or score, for days before the others are needed again
+    return rank
 
 
 def send(jobs):
@@ -471,7 +467,6 @@ def serve_rank():
 
 def leave_ranks(failed=False):
     """Rank 0, at its end: sends the others home. failed: it leaves them where they are, and they notice."""
-    if world_size() > 1:
-        if not failed:
-            send([None] * world_size())
-        leave_group(failed)
+    if world_size() > 1 and not failed:
+        send([None] * world_size())
+    leave_group(failed)
