@@ -2,7 +2,6 @@
 
 import csv
 import glob
-import gzip
 import hashlib
 import io
 import json
@@ -11,7 +10,6 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
-import zlib
 
 from huggingface_hub import hf_hub_download
 
@@ -233,18 +231,11 @@ def choice_rows(folder, suffix, header):
 
 
 def json_rows(path, **keys):
-    """Rows of a JSON Lines file (gzipped by its suffix). keys: what every row has, and of which type (answer=str)."""
-    if path.endswith(".gz"):
-        try:
-            with gzip.open(path, "rt", encoding="utf-8") as f:
-                rows = [(i, json.loads(line)) for i, line in enumerate(f, 1) if line.strip()]
-        except (OSError, EOFError, ValueError, zlib.error) as e:
-            raise InputError(f"{path}: not gzipped JSON Lines: {e}; fetch it again") from None
-    else:
-        rows = list(read_jsonl(path))
+    """Rows of a JSON Lines file. keys: what every row has, and of which type (answer=str)."""
+    rows = list(read_jsonl(path))
     for number, row in rows:
         for key, kind in keys.items():
-            if not isinstance(row, dict) or not isinstance(row.get(key), kind):
+            if not isinstance(row.get(key), kind):
                 raise InputError(f"{path}:{number}: {key!r} is missing or of a wrong type; a row has {', '.join(keys)}")
     if not rows:
         raise InputError(f"{path}: no rows")

@@ -6,10 +6,13 @@
 An example is a pair (ids, supervised): token ids and, for each, whether the model is trained to produce it.
 """
 
+import contextlib
+import gzip
 import hashlib
 import json
 import os
 import re
+import zlib
 
 import numpy as np
 import tokenizers
@@ -139,24 +142,36 @@ def vocabulary(ckpt):
 # Data
 
 
-def read_jsonl(path):
-    """Yields (line number, object) for each line of a JSON Lines file. Blank lines are passed over."""
+@contextlib.contextmanager
+def open_bytes(path):
+    """A file opened for reading bytes, unzipped if its name ends in .gz."""
     try:
-        with open(path, encoding="utf-8-sig") as f:  # some editors put a mark of the byte order first
-            for number, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except ValueError as e:
-                    raise InputError(f"{path}:{number}: not JSON: {e}; one object a line is expected") from None
-                if not isinstance(record, dict):
-                    raise InputError(f"{path}:{number}: a {type(record).__name__}, not an object; one object a line is expected")
-                yield number, record
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not UTF-8: {e}; convert it first") from None
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror}") from None
+        with gzip.open(path) if os.fspath(path).endswith(".gz") else open(path, "rb") as f:
+            yield f
+    except (OSError, EOFError, zlib.error) as e:
+        raise InputError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
+
+
+def read_jsonl(path):
+    """Yields (line number, object) for each line of a JSON Lines file, which may be gzipped."""
+    with open_bytes(path) as f:
+        yield from json_lines(f, path)
+
+
+def json_lines(file, path):
+    """read_jsonl of an open file. Blank lines are passed over. path: for the errors."""
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8-sig"))  # some editors put a mark of the byte order first
+        except UnicodeDecodeError as e:
+            raise InputError(f"{path}:{number}: not UTF-8: {e}; convert it first") from None
+        except (ValueError, RecursionError) as e:
+            raise InputError(f"{path}:{number}: not JSON: {e}; one object a line is expected") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{path}:{number}: a {type(record).__name__}, not an object; one object a line is expected")
+        yield number, record
 
 
 def as_messages(value, where, role="user"):

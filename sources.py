@@ -12,7 +12,6 @@ import contextlib
 import csv
 import fnmatch
 import glob
-import gzip
 import hashlib
 import io
 import json
@@ -21,6 +20,7 @@ import re
 import unicodedata
 
 import rules
+from chat import json_lines, open_bytes
 from checkpoint import InputError
 from ifeval import follows
 
@@ -123,35 +123,11 @@ def labels(files, parts_shown=2):
     return names
 
 
-def open_bytes(path):
-    try:
-        return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror or e}") from None
-
-
 def read_objects(path):
     """Yields (line number, object) of a JSON Lines file or a JSON array, streaming either."""
-    try:
-        with open_bytes(path) as file:
-            array = file.peek(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
-            yield from read_array(file, path) if array else read_lines(file, path)
-    except (OSError, EOFError) as e:
-        raise InputError(f"{path}: cannot be read: {e}") from None
-
-
-def read_lines(file, path):
-    for number, line in enumerate(file, 1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
-            try:
-                obj = json.loads(line)
-            except (ValueError, RecursionError) as e:  # bytes that are no UTF-8 included
-                raise InputError(f"{path}:{number}: not JSON: {e}; one object a line, or one array, is expected") from None
-            if not isinstance(obj, dict):
-                raise InputError(f"{path}:{number}: a {type(obj).__name__}, not an object; one object a line is expected")
-            yield number, obj
+    with open_bytes(path) as file:
+        array = file.peek(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+        yield from read_array(file, path) if array else json_lines(file, path)
 
 
 def read_array(file, path):

@@ -161,7 +161,7 @@ def test_lines_that_are_no_json(tmp_path):
     with pytest.raises(InputError, match="b.jsonl:1: a list"):
         list(read_jsonl(tmp_path / "b.jsonl"))
     (tmp_path / "c.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="c.jsonl: not UTF-8"):
+    with pytest.raises(InputError, match="c.jsonl:1: not UTF-8"):
         list(read_jsonl(tmp_path / "c.jsonl"))
     with pytest.raises(InputError, match="gone.jsonl: cannot be read"):
         list(read_jsonl(tmp_path / "gone.jsonl"))

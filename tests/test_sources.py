@@ -157,7 +157,7 @@ def test_lines(tmp_path):
 @pytest.mark.parametrize("data, what", [
     (b'{"a": 1}\n{"a": \n', ":2: not JSON"),
     (b'{"a": 1}\n3\n', ":2: a int, not an object"),
-    (b'{"a": 1}\n{"a": "\xff"}\n', ":2: not JSON"),
+    (b'{"a": 1}\n{"a": "\xff"}\n', ":2: not UTF-8"),
     (b'[{"a": 1},\n {"a": }]', ":2: not JSON"),
     (b'[{"a": 1},\n 3]', ":2: not JSON: '3' where an object"),
     (b'[{"a": 1}\n {"a": 2}]', ":2: not JSON: '{' where ','"),
