@@ -11,6 +11,7 @@ import collections
 import json
 import os
 
+from chat import read_jsonl
 from checkpoint import InputError, atomic_write, cli
 from flags import Parser, at_least
 
@@ -30,13 +31,9 @@ def read_log(source):
     """-> (name, records) of a training run."""
     name = source.rstrip("/").removesuffix("/log.jsonl").removesuffix(".run")
     path = source if source.endswith(".jsonl") else f"{name}.run/log.jsonl"
-    try:
-        with open(path, encoding="utf-8") as f:
-            records = [json.loads(line) for line in f]
-    except OSError as e:
-        raise InputError(f"{path}: {e.strerror}; give a checkpoint that train_sft.py or train_kto.py wrote") from None
-    except ValueError as e:
-        raise InputError(f"{path}: not a log of JSON lines: {e}") from None
+    if not os.path.exists(path):
+        raise InputError(f"{path}: not there; give a checkpoint that train_sft.py or train_kto.py wrote")
+    records = [record for _, record in read_jsonl(path)]
     if not records:
         raise InputError(f"{path}: no step is logged yet")
     return os.path.basename(name), records
@@ -142,8 +139,6 @@ def main():
         import matplotlib.pyplot as plt
     except ImportError:
         raise InputError("plot.py needs matplotlib: pip install -r requirements-dev.txt") from None
-    if a.smooth < 1:
-        raise InputError(f"--smooth is {a.smooth}; it is 1 or more")
     if a.sources[0].endswith(".json"):
         try:
             with open(a.sources[0], encoding="utf-8") as f:
