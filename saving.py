@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 import torch
 from safetensors import SafetensorError, safe_open
 
+import loop
 from checkpoint import Checkpoint, InputError, atomic_write, read_json, write_checkpoint, write_safetensors
-from loop import make_optimizer
 from model import Qwen2
-from ranks import STOP, fill, from_rank_0, gathered, is_sharded, leave_group, overlapped_reduction, sum_over_ranks
+from ranks import STOP, fill, from_rank_0, gathered, is_sharded, leave_group, overlapped_reduction, stop_asked, sum_over_ranks
 
 
 @dataclass
@@ -80,7 +80,7 @@ def step_path(a, step):
 def start_run(a, rank, world, model, ckpt, identity, total):
     """Opens OUT.run/ and, with --resume, restores the last save. total: the run's steps. -> Run."""
     expect, finish = overlapped_reduction(model, world)
-    run = Run(a, rank, world, model, make_optimizer(model, a), expect, finish, ckpt.files, identity, total)
+    run = Run(a, rank, world, model, loop.make_optimizer(model, a), expect, finish, ckpt.files, identity, total)
     path = run_file(a, "state.json")
     if a.resume and os.path.isfile(path):
         state = read_json(path)
@@ -278,6 +278,17 @@ def write_state(run, step, finished=False, pending=None):
 def due(step, total, every):
     """Whether something that is done every so many steps (0: only at the end) is done after this step."""
     return step == total or every > 0 and step % every == 0
+
+
+def eval_logps(run, record, examples):
+    """The log-probabilities of held-out examples where an evaluation is due after the step that record logs, else None.
+    SIGTERM ends the run here as in a step."""
+    if not examples or not due(record["step"], run.total, run.a.eval_every):
+        return None
+    logps = loop.sequence_logps(run.model, examples, run.a.micro_tokens, run.rank, run.world, heed_stop=True)
+    if stop_asked(run.model.device):
+        stop_run(run, record["step"], record)
+    return logps
 
 
 def end_step(run, record):

@@ -28,7 +28,7 @@ import saving
 from chat import Tokenizer, kto_example, read_records, vocabulary
 from checkpoint import Checkpoint, InputError, atomic_write, cli
 from flags import Parser, number
-from ranks import from_rank_0, is_sharded, one_for_all, setup, stop_asked
+from ranks import from_rank_0, is_sharded, one_for_all, setup
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The maths
@@ -307,6 +307,7 @@ def main():
     sequence = functools.partial(pair_sequence, rows, a.max_len)  # (i, j) -> (ids, supervised)
     pairs = {pair for step in steps for pair in [(i, i) for i in step] + mismatched(step)}
     ref, computed = reference_logps(sorted(pairs), sequence, *settings)
+    eval_examples = []
     if eval_records:
         eval_rows, _ = encode(eval_records, tokenizer, a.max_len)
         if not a.no_shuffle:  # best and worst of a prompt stand side by side in a file, and would be each other's mismatch
@@ -318,7 +319,9 @@ def main():
         eval_labels = torch.tensor([label for _, _, label in eval_rows])
         eval_pairs = [(i, i) for i in range(len(eval_rows))] + mismatched(range(len(eval_rows)))
         eval_sequence = functools.partial(pair_sequence, eval_rows, a.max_len)
-        eval_ref, _ = reference_logps(eval_pairs, eval_sequence, *settings)
+        eval_examples = [eval_sequence(*pair) for pair in eval_pairs]
+        known, _ = reference_logps(eval_pairs, eval_sequence, *settings)
+        eval_ref = torch.tensor([known[pair] for pair in eval_pairs])  # (2m,): matched, then mismatched
 
     identity = saving.run_identity(a, rows, fingerprint) | {"the reference": ref_fingerprint}
     matched_lengths = [min(a.max_len, len(prompt) + len(completion)) for prompt, completion, _ in rows]
@@ -326,17 +329,13 @@ def main():
     run = saving.start_run(a, rank, world, model, ckpt, identity, len(steps))
 
     def evaluated(record):
-        """A step's entry of the log, where that is due with the numbers of the held-out data, all of it as one batch.
-        SIGTERM ends the run here as in a step."""
-        if not eval_records or not saving.due(record["step"], len(steps), a.eval_every):
+        """A step's entry of the log, where that is due with the numbers of the held-out data, all of it as one batch."""
+        policy = saving.eval_logps(run, record, eval_examples)
+        if policy is None:
             return record
-        m, examples = len(eval_rows), [eval_sequence(*pair) for pair in eval_pairs]
-        policy = loop.sequence_logps(model, examples, a.micro_tokens, rank, world, heed_stop=True).cpu()
-        if stop_asked(device):
-            saving.stop_run(run, record["step"], record)
-        ref_logps = torch.tensor([eval_ref[pair] for pair in eval_pairs])  # (2m,), as policy: matched, then mismatched
-        kl = kl_estimate(policy[m:], ref_logps[m:])
-        losses, rewards = kto_loss(policy[:m], ref_logps[:m], kl, eval_labels, a.beta, w_d, w_u)
+        m, policy = len(eval_rows), policy.cpu()  # (2m,), as eval_ref
+        kl = kl_estimate(policy[m:], eval_ref[m:])
+        losses, rewards = kto_loss(policy[:m], eval_ref[:m], kl, eval_labels, a.beta, w_d, w_u)
         return record | {f"eval_{k}": v for k, v in metrics(losses, rewards, policy[:m], eval_labels, kl).items()}
 
     if run.pending:

@@ -15,7 +15,7 @@ import saving
 from chat import read_records, sft_messages
 from checkpoint import InputError, cli
 from flags import Parser
-from ranks import one_for_all, setup, stop_asked
+from ranks import one_for_all, setup
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The maths
@@ -76,12 +76,10 @@ def main():
     run = saving.start_run(a, rank, world, model, ckpt, saving.run_identity(a, examples, ckpt.fingerprint()), len(steps))
 
     def evaluated(record):
-        """A step's entry of the log, with the held-out loss where that is due. SIGTERM ends the run here as in a step."""
-        if not eval_examples or not saving.due(record["step"], len(steps), a.eval_every):
+        """A step's entry of the log, with the held-out loss where that is due."""
+        logps = saving.eval_logps(run, record, eval_examples)
+        if logps is None:
             return record
-        logps = loop.sequence_logps(model, eval_examples, a.micro_tokens, rank, world, heed_stop=True)
-        if stop_asked(device):
-            saving.stop_run(run, record["step"], record)
         return record | {"eval_loss": sft_loss(logps, count(eval_examples)).item()}
 
     if run.pending:
