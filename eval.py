@@ -232,6 +232,35 @@ def summarise(verdicts, subjects, over, first=None):
     return cell
 
 
+def score(names, work, said, protocol):
+    """What was said -> (the content of results.json, the lines of samples.jsonl)."""
+    results, samples = {name: {} for name in names}, []
+    first = {}                                           # the first checkpoint's verdicts on each task
+    for name, (task, questions) in itertools.product(names, work.items()):
+        records = said[name][task]
+        bar = tqdm(records, f"{name} {task}: verdicts", disable=None, leave=False)
+        found = [read(q, record) for record, q in zip(bar, questions)]  # anew for earlier replies too: reading is cheap
+        extracted, verdicts, metrics, confidences = zip(*found)
+        for q, record, text, correct in zip(questions, records, extracted, verdicts):
+            kept = {k: v for k, v in record.items() if k not in ("key", "checkpoint", "task", "id")}
+            samples.append({"checkpoint": name, "task": task, "id": q["row"]["id"], "prompt": q["messages"], **kept,
+                            "extracted": text, "correct": correct, "protocol": protocol})
+        subjects = [q["row"].get("subject") for q in questions]
+        cell = summarise(verdicts, subjects, BENCHMARKS[task]["over"], first.get(task))
+        cell |= {"protocol": protocol, "cut_short": sum(r.get("finish_reason") == "length" for r in records)}
+        if metrics[0]:
+            cell["metrics"] = {metric: average_metric([m[metric] for m in metrics]) for metric in metrics[0]}
+        if "nll_per_token" in metrics[0]:
+            nll, error = cell["metrics"]["nll_per_token"].values()
+            cell["metrics"]["perplexity"] = {"score": math.exp(nll), "stderr": error and math.exp(nll) * error}
+        if None not in confidences:
+            cell["calibration"] = calibration(confidences, verdicts)
+        results[name][task] = cell
+        first.setdefault(task, verdicts)
+    correct_for_many(results)
+    return results, samples
+
+
 def checkpoint_names(sources):
     """Short names, the last part of each path without .pt, if they differ; else the sources as they were given."""
     short = [os.path.basename(s.rstrip("/")).removesuffix(".pt") for s in sources]
@@ -470,35 +499,7 @@ def main():
     if rank:
         return
 
-    results, samples, first = {name: {} for name in names}, [], {}
-    for name in names:
-        for task, questions in work.items():
-            verdicts, confidences, metrics, cut = [], [], collections.defaultdict(list), 0
-            label = f"{name} {task}: verdicts"           # always anew, also for earlier replies: reading is cheap
-            for record, q in zip(tqdm(said[name][task], label, disable=None, leave=False), questions):
-                extracted, correct, more, confidence = read(q, record)
-                verdicts.append(correct)
-                confidences.append(confidence)
-                for metric, value in more.items():
-                    metrics[metric].append(value)
-                cut += record.get("finish_reason") == "length"
-                kept = {k: v for k, v in record.items() if k not in ("key", "checkpoint", "task", "id")}
-                samples.append({"checkpoint": name, "task": task, "id": q["row"]["id"], "prompt": q["messages"], **kept,
-                                "extracted": extracted, "correct": correct, "protocol": protocol_name(a)})
-            subjects = [q["row"].get("subject") for q in questions]
-            cell = summarise(verdicts, subjects, BENCHMARKS[task]["over"], first.get(task))
-            cell |= {"protocol": protocol_name(a), "cut_short": cut}
-            if metrics:
-                cell["metrics"] = {metric: average_metric(values) for metric, values in metrics.items()}
-            if "nll_per_token" in metrics:
-                nll, error = cell["metrics"]["nll_per_token"].values()
-                cell["metrics"]["perplexity"] = {"score": math.exp(nll), "stderr": error and math.exp(nll) * error}
-            if None not in confidences:
-                cell["calibration"] = calibration(confidences, verdicts)
-            results[name][task] = cell
-            first.setdefault(task, verdicts)
-    correct_for_many(results)
-
+    results, samples = score(names, work, said, protocol_name(a))
     with atomic_write(os.path.join(a.out, "samples.jsonl")) as f:
         f.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
     with atomic_write(os.path.join(a.out, "results.json")) as f:
