@@ -11,7 +11,6 @@ replies again without the model, and torchrun spreads the questions over its ran
 
 import collections
 import contextlib
-import functools
 import gc
 import glob
 import hashlib
@@ -25,8 +24,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from benchdata import locate
-from benchmarks import BENCHMARKS, choice_scores
+from benchmarks import BENCHMARKS, prepare, read
 from chat import Tokenizer, read_jsonl
 from checkpoint import Checkpoint, InputError, atomic_write, cli, read_json
 from flags import DTYPES, Parser, at_least, number, torch_device
@@ -198,20 +196,7 @@ def recall(a, names, work):
     return said
 
 
-# ---------------------------------------------------------------- reading and summing up
-
-
-def read(q, record):
-    """A question and its record -> (what was read, the verdict, {metric: value}, confidence in the choice or None)."""
-    bench = BENCHMARKS[q["task"]]
-    if "logps" in record:
-        return choice_scores(record["logps"], q["row"], bench["by"], bench.get("mass"))
-    if "logp" in record:
-        nll, tokens, size = -record["logp"], record["prompt_tokens"], len(q["row"]["text"].encode())
-        metrics = {"nll_per_token": (nll, tokens), "bits_per_byte": (nll / math.log(2), size)}
-        return None, math.exp(-nll / max(1, tokens)), metrics, None
-    extracted, correct, *metrics = bench["verdict"](record["reply"], q["row"])
-    return extracted, correct, metrics[0] if metrics else {}, None
+# ---------------------------------------------------------------- summing up
 
 
 def average_metric(values):
@@ -341,45 +326,6 @@ def metric_lines(results):
 
 
 # ---------------------------------------------------------------- the run
-
-
-def spread(rows, limit):
-    """The first `limit` rows taken in turn from each subject (first questions first), in the order of the file."""
-    rank, taken = collections.Counter(), []
-    for i, row in enumerate(rows):
-        taken.append((rank[row.get("subject")], i))
-        rank[row.get("subject")] += 1
-    return [rows[i] for i in sorted(i for _, i in sorted(taken)[:limit])]
-
-
-def prepare(task, a, judged=False):
-    """The questions of a task: [{"task", "row", "messages", "choices", "also"}]. Refuses whatever can be refused before
-    anything is run. judged: the replies are for a judge, so a task needs no verdict of its own."""
-    if task not in BENCHMARKS:
-        raise InputError(f"--tasks: unknown task {task!r}; known are {', '.join(BENCHMARKS)}")
-    bench, part = BENCHMARKS[task], "prompt" if a.protocol == "paper" else "contexts"
-    if part not in bench:
-        able = ", ".join(name for name, b in BENCHMARKS.items() if part in b)
-        raise InputError(f"--protocol {a.protocol} is not implemented for {task}, only for {able}; use another --protocol")
-    if a.protocol == "paper" and "verdict" not in bench and not judged:
-        raise InputError(f"{task} has no right answers; let a teacher judge: python judge.py --tasks {task}")
-    closed = InputError(f"{task} runs programs that the checkpoints write; allow that with --allow-code-execution")
-    if bench.get("runs_code") and not a.allow_code_execution:
-        raise closed
-    find = functools.partial(locate, a.data_dir)
-    rows = bench["rows"](find)
-    rows = spread(rows, a.limit or len(rows))
-    if any(row.get("reference", {}).get("kind") == "code" for row in rows) and not a.allow_code_execution and not judged:
-        raise closed
-    turns = [bench["prompt"](row) for row in rows] if a.protocol == "paper" else bench["contexts"](rows, find)
-    questions = []
-    for row, turn in zip(rows, turns, strict=True):
-        choices = row.get("choices", {})
-        choices = [f" {x}" for x in (choices.values() if bench.get("by") == "text" else choices)]
-        also = [choices] if a.protocol == "loglik" and bench["by"] == "text" else []  # what else its key depends on
-        questions.append({"task": task, "row": row, "messages": [{"role": "user", "content": turn}], "choices": choices,
-                          "also": also})  # fmt: skip
-    return questions
 
 
 def read_replies(out):

@@ -10,9 +10,10 @@ the win rate. Replies (replies.jsonl, as in eval.py) and judgements (judgements.
 import json
 import os
 
+from benchmarks import prepare
 from chat import Tokenizer
 from checkpoint import Checkpoint, InputError, atomic_write, cli
-from eval import add_flags, checkpoint_names, collect, prepare
+from eval import add_flags, checkpoint_names, collect
 from flags import Parser, at_least
 from prompts import fence, parse_object
 from stats import compare, holm, mean_stderr

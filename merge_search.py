@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import benchmarks
 import eval
 import loop
 import merge
@@ -187,7 +188,7 @@ def verdicts(a, model, tokenizer, questions):
     """The verdict of eval.py on each question, in their order."""
     found = [0.0] * len(questions)
     for i, record in eval.ask(model, tokenizer, questions, a):
-        found[i] = float(eval.read(questions[i], record)[1])
+        found[i] = float(benchmarks.read(questions[i], record)[1])
     return found, [1] * len(found)
 
 
@@ -247,7 +248,7 @@ def main(argv):
     if a.data:
         items, _ = encode(read_records(a.data, sft_messages), tokenizer, a.max_len)
     else:
-        items = [q for task in dict.fromkeys(a.tasks) for q in eval.prepare(task, a)]
+        items = [q for task in dict.fromkeys(a.tasks) for q in benchmarks.prepare(task, a)]
     seen, aside = split(items, a.aside, a.seed)
     if min(len(seen), len(aside)) < 2:
         found = f"{', '.join(a.data or a.tasks)}: {len(items)} usable records"

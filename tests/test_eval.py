@@ -13,6 +13,7 @@ from tiny_benchmarks import write_benchmarks
 from training import torchrun
 
 import benchdata
+import benchmarks
 import eval as ev
 from checkpoint import Checkpoint
 from model import Qwen2
@@ -25,10 +26,10 @@ def data(tmp_path_factory):
 
 def test_limit_takes_turns():
     rows = [{"subject": s, "id": f"{s}{i}"} for s, n in (("a", 4), ("b", 1), ("c", 3)) for i in range(n)]
-    assert [r["id"] for r in ev.spread(rows, 2)] == ["a0", "b0"]
-    assert [r["id"] for r in ev.spread(rows, 5)] == ["a0", "a1", "b0", "c0", "c1"]
-    assert ev.spread(rows, 100) == rows
-    assert [r["id"] for r in ev.spread([{"id": i} for i in range(5)], 3)] == [0, 1, 2]
+    assert [r["id"] for r in benchmarks.spread(rows, 2)] == ["a0", "b0"]
+    assert [r["id"] for r in benchmarks.spread(rows, 5)] == ["a0", "a1", "b0", "c0", "c1"]
+    assert benchmarks.spread(rows, 100) == rows
+    assert [r["id"] for r in benchmarks.spread([{"id": i} for i in range(5)], 3)] == [0, 1, 2]
 
 
 # ---------------------------------------------------------------- a tiny checkpoint
@@ -219,7 +220,7 @@ def test_loglik(evaluate, tmp_path, data, ckpts):
 def test_refusals(run, refused, tmp_path, data, ckpts, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     common = ["eval", "--ckpt", ckpts[0], "--data-dir", data, "--out", tmp_path / "out", "--tasks"]
-    refused(["gsm9k", *ev.BENCHMARKS], *common, "demo", "gsm9k")
+    refused(["gsm9k", *benchmarks.BENCHMARKS], *common, "demo", "gsm9k")
     refused("--allow-code-execution", *common, "gsm8k", "humaneval")
     refused("not implemented for gsm8k", *common, "gsm8k", "--protocol", "loglik")
     refused("not implemented for truthfulqa_mc1", *common, "truthfulqa_mc1")
@@ -238,14 +239,14 @@ def test_refusals(run, refused, tmp_path, data, ckpts, monkeypatch):
     assert not os.path.exists(tmp_path / "out")
 
 
-@pytest.mark.parametrize("task", list(ev.BENCHMARKS))
+@pytest.mark.parametrize("task", list(benchmarks.BENCHMARKS))
 def test_without_data_a_line_says_which_file_to_put_where(task, refused, tmp_path, ckpts, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no network")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(benchdata, "hf_hub_download", offline)
-    bench, script = ev.BENCHMARKS[task], ["eval"]
+    bench, script = benchmarks.BENCHMARKS[task], ["eval"]
     if "prompt" in bench and "verdict" not in bench:
         script = ["judge", "--teacher", "http://localhost:9/v1"]
     more = ["--protocol", "loglik"] if "prompt" not in bench else ["--allow-code-execution"] if bench.get("runs_code") else []
@@ -257,7 +258,7 @@ def test_without_data_a_line_says_which_file_to_put_where(task, refused, tmp_pat
 def test_a_new_benchmark_is_an_entry(evaluate, tmp_path, ckpts, monkeypatch):
     """All that it takes: where its rows are, the user's turn, the verdict; the rest is there."""
     write_lines(tmp_path / "capitals.jsonl", [{"country": "France", "capital": "Paris"}, {"country": "Peru", "capital": "Lima"}])
-    monkeypatch.setitem(ev.BENCHMARKS, "capitals", {
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "capitals", {
         "rows": lambda find: benchdata.json_rows(find("capitals.jsonl"), country=str, capital=str),
         "prompt": lambda row: f"What is the capital of {row['country']}?",
         "verdict": lambda reply, row: (reply.strip(), row["capital"] in reply),
@@ -303,9 +304,9 @@ def test_loglik_of_all_tasks(evaluate, tmp_path, data, ckpts):
     assert list(results["base"]) == tasks
     ckpt = Checkpoint(ckpts[0])
     m, tokenizer = Qwen2.from_pretrained(ckpt), ev.Tokenizer(ckpt)
-    rows = {(task, row["id"]): row for task in tasks for row in ev.BENCHMARKS[task]["rows"](lambda n: str(data / n))}
+    rows = {(task, row["id"]): row for task in tasks for row in benchmarks.BENCHMARKS[task]["rows"](lambda n: str(data / n))}
     for s in (s for s in samples if s["checkpoint"] == "base"):
-        row, by = rows[s["task"], s["id"]], ev.BENCHMARKS[s["task"]]["by"]
+        row, by = rows[s["task"], s["id"]], benchmarks.BENCHMARKS[s["task"]]["by"]
         texts = [f" {x}" for x in (row["choices"] if by == "letter" else row["choices"].values())]
         want = [logp_of(m, tokenizer, s["prompt"][0]["content"], text) for text in texts]
         assert s["logps"] == pytest.approx(want, abs=2e-4)
@@ -353,7 +354,7 @@ def test_rescore(evaluate, tmp_path, data, ckpts, monkeypatch):
     monkeypatch.setattr(ev, "Checkpoint", None)
     evaluate("--ckpt", *ckpts, *args, "--rescore")
     assert load(out) == whole
-    monkeypatch.setitem(ev.BENCHMARKS["mmlu"], "verdict", lambda reply, row: ("A", True))
+    monkeypatch.setitem(benchmarks.BENCHMARKS["mmlu"], "verdict", lambda reply, row: ("A", True))
     evaluate("--ckpt", ckpts[0], *args, "--rescore")
     assert load(out)[0]["base"]["mmlu"]["score"] == 1
 
@@ -431,7 +432,7 @@ def test_a_rank_that_is_late_asks_its_own_share(tmp_path, data, ckpts, monkeypat
     """Rank 0 asks all of its questions at the first barrier of rank 1, which must have read OUT by then."""
     a = argparse.Namespace(ckpt=ckpts[:1], out=str(tmp_path / "out"), data_dir=str(data), limit=None, protocol="paper",
         max_new_tokens=4, repetition_penalty=1.0, batch_size=4, cache_gb=1.0, dtype="fp32", allow_code_execution=False)  # fmt: skip
-    work, met = {"demo": ev.prepare("demo", a)}, []
+    work, met = {"demo": benchmarks.prepare("demo", a)}, []
 
     def barrier():
         met.append(len(met))

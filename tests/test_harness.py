@@ -19,6 +19,7 @@ import torch
 from conftest import tiny_files, tiny_model, write_lines
 from tiny_benchmarks import write_benchmarks
 
+import benchmarks
 import eval as ev
 from benchdata import choice_rows, locate
 from benchmarks import BENCHMARKS
@@ -104,7 +105,7 @@ def both_ask(task, data_dir, limit, tmp_path, subjects=None):
     limit: questions in all, or of each of the subjects where they are named."""
     find = lambda name: locate(str(data_dir), name)  # noqa: E731
     a = argparse.Namespace(protocol="loglik", data_dir=str(data_dir), limit=None if subjects else limit, allow_code_execution=False)
-    questions = ev.prepare(task, a)
+    questions = benchmarks.prepare(task, a)
     if subjects:
         questions = [q for s in subjects for q in [q for q in questions if q["row"]["subject"] == s][:limit]]
     rows = [q["row"] for q in questions]
@@ -131,7 +132,7 @@ def check_task(task, data_dir, ckpt, limit, tmp_path):
     for i, (q, want) in enumerate(zip(questions, reference, strict=True)):
         assert q["messages"][0]["content"] == want["context"] and q["choices"] == want["choices"]
         assert said[i]["logps"] == pytest.approx(want["logps"], abs=2e-4, rel=2e-5)
-        _, verdict, metrics, _ = ev.read(q, said[i])
+        _, verdict, metrics, _ = benchmarks.read(q, said[i])
         assert verdict == pytest.approx(float(want["metrics"]["acc"]), abs=1e-5)
         if "acc_norm" in want["metrics"] and bench["by"] == "text":
             assert metrics["acc_norm"] == want["metrics"]["acc_norm"]
