@@ -172,8 +172,8 @@ def ask(teacher, prompts, cache, max_tokens=256, temperature=0.0, top_p=1.0, see
     Equal prompts are asked once. finish_reason: "stop"; "length" for a reply cut off at max_tokens; "content_filter" for one
     that the endpoint held back. A teacher that cannot be reached, or refuses the key, or would cost more than the budget,
     raises InputError after the replies that did come are safe in the cache, and so does, once all others are answered, a request
-    that got none: what passes costs no record. One refused with another 4xx status gets {"error"} and is not cached. http: see
-    ask_http."""
+    that got none: what passes costs no record. One refused with another 4xx status gets {"error"} and is not cached. http: the
+    last arguments of ask_http."""
     parameters = {"max_tokens": max_tokens, "temperature": temperature}
     if temperature > 0:
         parameters |= {"top_p": top_p, "seed": seed}
@@ -189,26 +189,73 @@ def ask(teacher, prompts, cache, max_tokens=256, temperature=0.0, top_p=1.0, see
     return [{"error": errors[key]} if key in errors else cache_read(cache, key) for key in keys]
 
 
-async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16, timeout=120.0, retries=8,
-                   requests_per_minute=0, tokens_per_minute=0, budget=0, prices=None):  # fmt: skip
-    """`concurrency` workers take requests from one queue. What ends the run (an unreachable teacher, a refused key, an empty
-    purse) lets the requests in flight finish first: their replies may have cost money.
-
-    timeout: seconds per request. Rates: 0 is no limit; requests are spaced evenly, retries included, and tokens are counted
-    as guessed before, as charged after. budget: of everything the cache has cost, in price()'s unit; 0 is none. A request is
-    sent when even its longest reply, and those of all others in flight, would stay within."""
+@contextlib.asynccontextmanager
+async def open_client(teacher, timeout):
     from huggingface_hub import AsyncInferenceClient, constants
 
     offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False  # it is about the hub, not about an endpoint of ours
     # without a key of ours, the client would send the user's own Hugging Face token to a foreign endpoint
     headers = {} if teacher.key else {"authorization": None}
     client = AsyncInferenceClient(base_url=teacher.url, api_key=teacher.key, headers=headers, timeout=timeout)
+    try:
+        yield client
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        with contextlib.suppress(Exception):
+            await client.close()
+
+
+class Limits:
+    """An endpoint's rates and the budget; 0 is no limit. A size: tokens [of a prompt, of its reply].
+
+    Requests are spaced evenly, retries included; tokens are counted as guessed before, as charged after. budget: of everything
+    the cache has cost, in price()'s unit."""
+
+    def __init__(self, cache, requests_per_minute=0, tokens_per_minute=0, budget=0, prices=None):
+        self.cache, self.budget, self.prices = cache, budget, prices
+        self.requests_per_minute, self.tokens_per_minute = requests_per_minute, tokens_per_minute
+        self.next_request = self.next_token = 0.0  # when another one may go
+        self.held = [0, 0]  # tokens that the requests in flight may cost
+
+    def spent(self):
+        return price(self.cache.spent, self.prices)
+
+    def affords(self, size):
+        """Whether the longest reply to one more request, and to all in flight, would stay within the budget."""
+        return not self.budget or price(map(sum, zip(self.cache.spent, self.held, size)), self.prices) <= self.budget
+
+    def hold(self, size):
+        self.held = [a + b for a, b in zip(self.held, size)]
+
+    def let_go(self, size):
+        self.held = [a - b for a, b in zip(self.held, size)]
+
+    def wait(self, size):
+        """The seconds until one more request may go; what comes after it waits for it."""
+        now = time.monotonic()
+        start = max(now, self.next_request, self.next_token)
+        if self.requests_per_minute:
+            self.next_request = start + 60 / self.requests_per_minute
+        if self.tokens_per_minute:
+            self.next_token = start + 60 * sum(size) / self.tokens_per_minute
+        return start - now
+
+    def charge(self, size, used):
+        """What a request of that size has used in truth."""
+        if self.tokens_per_minute:
+            self.next_token += 60 * (sum(used) - sum(size)) / self.tokens_per_minute
+
+
+async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16, timeout=120.0, retries=8, **bounds):
+    """`concurrency` workers take requests from one queue. What ends the run (an unreachable teacher, a refused key, an empty
+    purse) lets the requests in flight finish first: their replies may have cost money.
+
+    timeout: seconds per request. bounds: the arguments of Limits."""
     model = None if teacher.name == teacher.url else teacher.name
     queue, stop = iter(todo.items()), asyncio.Event()
     fatal, unanswered, answered_at = [], [], [0.0]  # why the run ends; the last failures; when the endpoint last answered
-    held = [0, 0]  # tokens that the requests in flight may cost
-    free = {"requests": 0.0, "tokens": 0.0}  # when the next request may go
-    before = price(cache.spent, prices)
+    limits = Limits(cache, **bounds)
+    before, digits = limits.spent(), 2 if limits.prices else 0
 
     def end(why):
         fatal.append(why)
@@ -218,35 +265,23 @@ async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(stop.wait(), seconds)
 
-    def within_budget(size):
-        return not budget or price([a + b + c for a, b, c in zip(cache.spent, held, size)], prices) <= budget
-
     async def afford(size):
-        while not stop.is_set() and not within_budget(size):
-            if not any(held):  # nothing in flight that could turn out cheaper
-                end(f"the budget of {budget:,g} is used up ({price(cache.spent, prices):,.6g} spent); raise --budget to go on")
+        while not stop.is_set() and not limits.affords(size):
+            if not any(limits.held):  # nothing in flight that could turn out cheaper
+                end(f"the budget of {limits.budget:,g} is used up ({limits.spent():,.6g} spent); raise --budget to go on")
             await pause(0.02)
-        held[0], held[1] = held[0] + size[0], held[1] + size[1]
-
-    async def pace(size):
-        now = time.monotonic()
-        start = max(now, *free.values())
-        if requests_per_minute:
-            free["requests"] = start + 60 / requests_per_minute
-        if tokens_per_minute:
-            free["tokens"] = start + 60 * sum(size) / tokens_per_minute
-        if start > now:
-            await pause(start - now)
+        limits.hold(size)
 
     def show():
-        spent = price(cache.spent, prices)
+        spent = limits.spent()
         at_end = before + (spent - before) * bar.total / max(bar.n, 1)
-        bar.set_postfix_str(f"{spent:,.{2 if prices else 0}f}, about {at_end:,.{2 if prices else 0}f} at its end", refresh=False)
+        bar.set_postfix_str(f"{spent:,.{digits}f}, about {at_end:,.{digits}f} at its end", refresh=False)
 
     async def request(key, messages, size):
         tries, started = 0, time.monotonic()
         while not stop.is_set():
-            await pace(size)
+            if (seconds := limits.wait(size)) > 0:
+                await pause(seconds)
             if stop.is_set():
                 return
             try:
@@ -270,8 +305,7 @@ async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16
                     await pause(max(wait, backoff))
             else:
                 answered_at[0] = time.monotonic()
-                if tokens_per_minute:
-                    free["tokens"] += 60 * (sum(used) - sum(size)) / tokens_per_minute
+                limits.charge(size, used)
                 cache_write(cache, key, teacher, text, finish_reason, used)
                 return
 
@@ -280,18 +314,14 @@ async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16
             size = [request_tokens(messages), parameters["max_tokens"]]
             await afford(size)
             await request(key, messages, size)
-            held[0], held[1] = held[0] - size[0], held[1] - size[1]
+            limits.let_go(size)
             if stop.is_set():
                 return
             bar.update()
             show()
 
-    try:
+    async with open_client(teacher, timeout) as client:
         await asyncio.gather(*[worker() for _ in range(min(concurrency, len(todo)))])
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-        with contextlib.suppress(Exception):
-            await client.close()
     if unanswered and not fatal:
         n = len(unanswered)
         fatal.append(f"{n:,} request{'s' * (n > 1)} got no answer after {retries + 1} tries (last: {unanswered[-1]})")
