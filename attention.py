@@ -90,7 +90,7 @@ class KVCache:
     def __init__(self, config, rows, max_len, dtype=torch.float32, device="cpu"):
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, max_len, config.head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.lengths = []
+        self.lengths = [0] * rows
 
     def begin_step(self, dtype):
         """A step of decoding with one new token in every row, at `positions`, of which the first `width` places are looked at:

@@ -58,10 +58,8 @@ def choice_logps(m, tokenizer, contexts, choices, where="--tasks"):
                          f"{m.config.max_position_embeddings}: leave the task out")
     shared = min(common_prefix(feeds) if len(feeds) > 1 else 0, min(starts) - 1)
     cache = m.new_cache(len(feeds), longest)
-    cache.lengths = [0] * len(feeds)
     if shared:
         first = m.new_cache(1, shared)
-        first.lengths = [0]
         m.hidden(torch.tensor([feeds[0][:shared]], device=m.device), [shared], first)
         for row in range(len(feeds)):
             cache.copy_start(row, first, 0, shared)

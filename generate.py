@@ -205,6 +205,7 @@ def generate_steps(
     device = m.device
     fit = int(cache_gb * 2**30 / m.new_cache(1, longest, "meta").bytes)
     cache = m.new_cache(max(1, min(batch_size, len(prompts), fit)), longest)
+    cache.lengths = []  # no row is in use yet
     ahead = look_every or (16 if device.type == "cuda" else 1)
     tokens, uniform = (torch.zeros(cache.k.shape[1], dtype=kind, device=device) for kind in (torch.long, torch.float32))
     static, cache.positions = (tokens, uniform, {}), tokens.clone()
@@ -226,7 +227,6 @@ def generate_steps(
                 budget -= len(feed)
                 if prefix[i] not in computed:
                     computed[prefix[i]] = known = m.new_cache(1, n)
-                    known.lengths = [0]
                     m.hidden(to_device([prefix[i]], device), [n], known)
                 cache.lengths.append(0)
                 if n:

@@ -106,7 +106,6 @@ def test_cached_equals_uncached_in_pieces_and_after_removal():
     with torch.no_grad():
         full = [m(d)[0] for d in documents]
         cache, seen = KVCache(m.config, 3, 40), [0, 0, 0]
-        cache.lengths = [0, 0, 0]
         for lengths in ([5, 9, 2], [1, 1, 1], [0, 4, 3], [1, 1, 1]):
             pieces = [d[:, s : s + n] for d, s, n in zip(documents, seen, lengths)]
             logits = m.head(m.hidden(torch.cat(pieces, 1), lengths, cache))[0].split(lengths)
