@@ -215,28 +215,32 @@ def generate_steps(
     uses, computed = Counter(prefix), {(): None}  # {prefix: its KV cache, from the first prompt that has it to the last}
 
     rows = []  # in flight, one a row of the cache: {"index", "new": tokens so far, "feed": tokens the model sees next}
+
+    def admit():
+        """Gives the cache's free rows to waiting prompts, as far as prefill_tokens go; a longer prompt comes alone."""
+        budget = prefill_tokens
+        while waiting and len(rows) < cache.k.shape[1]:
+            i, n = waiting[0], shared[waiting[0]]
+            feed = prompts[i][n:]
+            if budget < min(len(feed), prefill_tokens):
+                break
+            waiting.pop(0)
+            budget -= len(feed)
+            if prefix[i] not in computed:
+                computed[prefix[i]] = known = m.new_cache(1, n)
+                m.hidden(to_device([prefix[i]], device), [n], known)
+            cache.lengths.append(0)
+            if n:
+                cache.copy_start(len(rows), computed[prefix[i]], 0, n)
+                uses[prefix[i]] -= 1
+                if not uses[prefix[i]]:
+                    del computed[prefix[i]]
+            generator = torch.Generator().manual_seed(seeds[i])  # of this row alone
+            rows.append({"index": i, "new": [], "feed": feed, "generator": generator})
+
     with packed_weights(m) if len(prompts) > 1 else contextlib.nullcontext():
         while waiting or rows:
-            budget = prefill_tokens
-            while waiting and len(rows) < cache.k.shape[1]:
-                i, n = waiting[0], shared[waiting[0]]
-                feed = prompts[i][n:]
-                if budget < min(len(feed), prefill_tokens):
-                    break
-                waiting.pop(0)
-                budget -= len(feed)
-                if prefix[i] not in computed:
-                    computed[prefix[i]] = known = m.new_cache(1, n)
-                    m.hidden(to_device([prefix[i]], device), [n], known)
-                cache.lengths.append(0)
-                if n:
-                    cache.copy_start(len(rows), computed[prefix[i]], 0, n)
-                    uses[prefix[i]] -= 1
-                    if not uses[prefix[i]]:
-                        del computed[prefix[i]]
-                generator = torch.Generator().manual_seed(seeds[i])  # of this row alone
-                rows.append({"index": i, "new": [], "feed": feed, "generator": generator})
-
+            admit()
             lengths, fed = [len(row["feed"]) for row in rows], [t for row in rows for t in row["feed"]]
             if ahead > 1 and max(lengths) == 1 and repetition_penalty == 1.0:
                 count = min(ahead, max(limits[row["index"]] - len(row["new"]) for row in rows))
