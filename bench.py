@@ -314,7 +314,7 @@ def measure(a, side, data):
     return json.loads(done.stdout.strip().splitlines()[-1]) | {"wall_s": wall, "rate": rate}
 
 
-def main():
+def parse_args():
     p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("mode", choices=list(PEERS), help="what to measure")
     p.add_argument("--ckpt", nargs="+", help="checkpoint; for merge: the directories to merge")
@@ -342,8 +342,7 @@ def main():
     p.add_argument("--out", help="JSON file for all numbers")
     p.add_argument("--side", help=argparse.SUPPRESS)
     a = p.parse_args()
-    training = a.mode in ("sft", "kto")
-    a.limit = a.limit or (a.steps * a.batch_size if training else 32)
+    a.limit = a.limit or (a.steps * a.batch_size if a.mode in ("sft", "kto") else 32)
     if a.mode != "merge" and not a.data:
         raise InputError(f"{a.mode} needs --data")
     if a.mode == "merge":
@@ -352,10 +351,16 @@ def main():
         (*a.ckpt, a.base), a.dtype = synthetic(a.synthetic), "bf16"
     if not a.ckpt:
         raise InputError("--ckpt C: say what to measure with")
-    if a.side:
-        return run_side(a)
     if a.vs and a.vs not in PEERS[a.mode]:
         raise InputError(f"--vs {a.vs}: {a.mode} is compared with {', '.join(PEERS[a.mode])}")
+    return a
+
+
+def main():
+    a = parse_args()
+    if a.side:
+        return run_side(a)
+    training, work = a.mode in ("sft", "kto"), None
     sides = ["ours"] + (PEERS[a.mode][a.vs] if a.vs else [])
     if a.mode == "generate":  # batches of more than there are prompts are all the same
         sides = [side for side in sides if side == "ours" or int(side.rsplit("-")[-1]) <= a.limit]
@@ -363,7 +368,7 @@ def main():
         data = first_lines(a, folder) if a.data else None
         if training:
             a.data = data
-            tokens, supervised, flops, step_flops = needed(a)
+            work = tokens, supervised, flops, _ = needed(a)
             print(f"{a.limit} examples, {tokens:,} tokens, {supervised:,} supervised; the maths needs {flops / 1e12:.2f} TFLOP")
         runs = {side: [] for side in sides}
         for turn in range(a.repeats):
@@ -373,9 +378,20 @@ def main():
                 print(f"{side:<18} {r['wall_s']:7.1f} s in all, {r['step_s']:7.1f} s in {'steps' if training else 'work'}, "
                       f"peak {r['peak_gb']:.2f} GiB, " + (f"copy {r['rate'] / 1e9:.2f} GB/s" if a.mode == "merge" else
                       f"matmul {r['rate'] / 1e9:,.0f} GFLOP/s"), flush=True)  # fmt: skip
+    summarise(a, runs, work)
+    if a.out:
+        with atomic_write(a.out) as f:
+            settings = {k: v for k, v in vars(a).items() if k != "side"}
+            json.dump({"settings": settings, "torch": torch.__version__, "runs": runs}, f, indent=1)
+        print(f"wrote {a.out}")
+
+
+def summarise(a, runs, work):
+    """Prints the medians of the runs and their ratios. runs: {side: its runs}. work: needed(a), of a training run."""
     middle = {side: {k: statistics.median(r[k] for r in rs) for k in ("wall_s", "step_s", "peak_gb", "rate")} for side, rs in runs.items()}
-    us = middle["ours"]
-    if training:
+    us, peers = middle["ours"], list(runs)[1:]
+    if work:
+        tokens, supervised, flops, step_flops = work
         print(f"ours: {a.limit / us['step_s']:.2f} examples/s, {tokens / us['step_s']:,.0f} tokens/s, {supervised / us['step_s']:,.0f} "
               f"supervised/s; {step_flops / us['step_s'] / 1e9:,.0f} GFLOP/s in the steps, {step_flops / us['step_s'] / us['rate']:.0%} "
               f"of the matmul rate; {flops / us['wall_s'] / us['rate']:.0%} from start to end")  # fmt: skip
@@ -395,19 +411,14 @@ def main():
         key = "per_token"
     else:
         key = "wall_s"
-    alone = [side for side in sides[1:] if side.endswith("-1")]  # the loop over single prompts is a peer of its own
-    for group in ([side for side in sides[1:] if side not in alone], alone):
+    alone = [side for side in peers if side.endswith("-1")]  # the loop over single prompts is a peer of its own
+    for group in ([side for side in peers if side not in alone], alone):
         if group:
             best = min(group, key=lambda side: middle[side][key])
             print(f"against {best}: {middle[best][key] / us[key]:.2f} x its speed, {us['peak_gb'] / middle[best]['peak_gb']:.2f} x its peak memory")
-    if training and a.vs:
-        pairs = list(zip(runs["ours"][0]["losses"], runs[sides[1]][0]["losses"]))
+    if work and peers:
+        pairs = zip(runs["ours"][0]["losses"], runs[peers[0]][0]["losses"])
         print("losses, ours and theirs: " + ", ".join(f"{x:.6f} {y:.6f}" for x, y in pairs))
-    if a.out:
-        with atomic_write(a.out) as f:
-            settings = {k: v for k, v in vars(a).items() if k != "side"}
-            json.dump({"settings": settings, "torch": torch.__version__, "runs": runs}, f, indent=1)
-        print(f"wrote {a.out}")
 
 
 if __name__ == "__main__":
