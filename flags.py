@@ -30,13 +30,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def at_least(low):
-    """An argparse type: an integer from `low` on."""
+def at_least(low, high=math.inf):
+    """An argparse type: an integer from `low` to `high`."""
 
     def integer(text):
         value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value} is less than {low}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is " + (f"less than {low}" if value < low else f"more than {high}"))
         return value
 
     return integer

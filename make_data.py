@@ -111,7 +111,8 @@ def parse_args():
     p.add_argument("--teacher", required=True, help="URL of an OpenAI-compatible endpoint (.../v1), or a checkpoint")
     p.add_argument("--teacher-model", help="the model's name at the endpoint")
     p.add_argument("--small", required=True, help="checkpoint of the small model, which responds too")
-    p.add_argument("--samples", type=int, default=1, help="responses of the small model, 1 to 16: the first greedy, the others drawn")
+    p.add_argument("--samples", type=at_least(1, high=16), default=1, help="responses of the small model, 1 to 16: the first "
+                   "greedy, the others drawn")
     p.add_argument("--temperature", type=number(above=0), default=0.8, help="of the small model's drawn responses, above 0")
     p.add_argument("--recorded", nargs="+", default=[], metavar="F", help="responses written before, used instead of asking: prompt and "
                    "response in any shape that --sources takes, and \"writer\": \"teacher\" (if missing) or \"small\"")  # fmt: skip
@@ -134,7 +135,8 @@ def parse_args():
     p.add_argument("--dry-run", action="store_true", help="collect and deduplicate, then show counts, sample requests and an "
                    "estimate of the cost; ask nothing")  # fmt: skip
     # selection
-    p.add_argument("--hamming", type=int, default=3, help="near duplicates: simhashes that differ in this many of 64 bits, or fewer")
+    p.add_argument("--hamming", type=at_least(0, high=16), default=3, help="near duplicates: simhashes that differ in this many "
+                   "of 64 bits, or fewer")
     p.add_argument("--min-category", type=at_least(1), default=10, help="secondary categories with fewer instructions are dropped")
     p.add_argument("--target", type=at_least(1), default=500_000, help="instructions left after balancing, at most")
     p.add_argument("--seed", type=int, default=0, help="of the balancing, and of the order of responses before the judge")
@@ -151,10 +153,6 @@ def parse_args():
     p.add_argument("--judge-verified", action="store_true", help="ask the judge also where verification has decided")
     p.add_argument("--allow-code-execution", action="store_true", help="run the tests of code references, in a sandbox")
     args = p.parse_args()
-    if not 0 <= args.hamming <= 16:
-        raise InputError(f"--hamming is {args.hamming}; it is between 0 and 16")
-    if not 1 <= args.samples <= 16:
-        raise InputError(f"--samples is {args.samples}; it is between 1 and 16")
     if (args.price_in is None) != (args.price_out is None):
         raise InputError("--price-in and --price-out go together")
     if not args.weight_quality + args.weight_safety + args.weight_perplexity:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import fusion
 from chat import vocabulary
 from checkpoint import WINDOW, Checkpoint, InputError, chunks, cli, mapped, parse_config, write_checkpoint
-from flags import Parser, at_least, checkpoint_out
+from flags import Parser, at_least, checkpoint_out, number
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensor by tensor
@@ -245,7 +245,7 @@ def same(a, b):
     return os.path.realpath(a) == os.path.realpath(b)
 
 
-def number(text, where):
+def finite(text, where):
     """InputError unless the text is a finite number."""
     try:
         value = float(text)
@@ -263,7 +263,7 @@ def parse_model(text):
         return text, None
     if not source:
         raise InputError(f"--models {text}: write C or C:WEIGHT")
-    return source, number(weight, f"--models {text}: what follows the colon")
+    return source, finite(weight, f"--models {text}: what follows the colon")
 
 
 def parse_size(text):
@@ -320,8 +320,6 @@ def fill_options(args, n):
             given[option] = default
         elif method not in methods:
             notes.append(f"--{option} changes nothing with --method {method}")
-        if isinstance(given[option], float):
-            number(given[option], f"--{option}")
     if len(args.density) not in (1, n):
         raise InputError(f"--density: {len(args.density)} numbers for {n} models; give one, or one for each")
     args.densities = args.density * (1 if len(args.density) == n else n)
@@ -332,8 +330,6 @@ def fill_options(args, n):
             raise InputError(f"--epsilon {args.epsilon}: {d} - epsilon and {d} + epsilon must lie between 0 and 1")
     if method in SPARSE and set(args.densities) == {1}:
         notes.append("--density is 1, so every element stays (the TIES paper keeps 0.2)")
-    if not 0 <= args.gamma < 1:
-        raise InputError(f"--gamma {args.gamma}: the share of outliers must be at least 0 and under 1")
     if args.rescale is None:
         args.rescale = "l1" if method in RANDOM else "none"
     if args.rescale == "density" and method not in RANDOM:
@@ -344,8 +340,8 @@ def fill_options(args, n):
         args.normalize = method in ("linear", "ties", "della")
     if isinstance(args.lines, str):
         alpha, colon, beta = args.lines.partition(":")
-        alpha = number(alpha, f"--lines {args.lines}")
-        args.lines = [alpha, number(beta, f"--lines {args.lines}") if colon else 1 - alpha]
+        alpha = finite(alpha, f"--lines {args.lines}")
+        args.lines = [alpha, finite(beta, f"--lines {args.lines}") if colon else 1 - alpha]
     return notes
 
 
@@ -360,7 +356,7 @@ def open_inputs(args):
     for pattern, *numbers in args.weights_for or []:
         if len(numbers) != n:
             raise InputError(f"--weights-for {pattern}: {len(numbers)} weights for {n} models; give one for each")
-        groups.append((pattern, [number(w, f"--weights-for {pattern}") for w in numbers]))
+        groups.append((pattern, [finite(w, f"--weights-for {pattern}") for w in numbers]))
 
     keep = list(range(n))  # the models that are no base
     if method in NEEDS_BASE:
@@ -423,14 +419,14 @@ def add_method_flags(p):
     add("--weights-for", action="append", nargs="+", metavar="X",
         help="PATTERN W W ...: other weights, one a model, for the tensors whose names end in the pattern, such as "
         "'layers.[0-7].*' or '*mlp*'; may be repeated, the last that matches decides")  # fmt: skip
-    add("--t", type=float, help="slerp: 0 is the first model (the base, if it is one of the two), 1 the other "
+    add("--t", type=number(), help="slerp: 0 is the first model (the base, if it is one of the two), 1 the other "
         "(default: w2 / (w1 + w2), so 0.5 without weights)")  # fmt: skip
-    add("--density", type=float, nargs="+", metavar="X",
+    add("--density", type=number(), nargs="+", metavar="X",
         help="ties, dare_*, breadcrumbs*, della*: share of a delta's elements that stay; one, or one a model "
         "(default 1)")  # fmt: skip
-    add("--gamma", type=float, metavar="X", help="breadcrumbs*: share of the largest elements that go (default 0.01)")
-    add("--epsilon", type=float, metavar="X", help="della*: elements stay with probability density ± this (default 0.15)")
-    add("--lambda", type=float, metavar="X", help="factor on the merged delta (default 1)")
+    add("--gamma", type=number(0, below=1), metavar="X", help="breadcrumbs*: share of the largest elements that go (default 0.01)")
+    add("--epsilon", type=number(), metavar="X", help="della*: elements stay with probability density ± this (default 0.15)")
+    add("--lambda", type=number(), metavar="X", help="factor on the merged delta (default 1)")
     add("--lines", metavar="ALPHA[:BETA]", help="scale the merged delta by ALPHA in the first block, rising evenly to "
         "ALPHA + BETA in the last (default BETA: 1 - ALPHA)")  # fmt: skip
     add("--trim", choices=["tensor", "global"], help="ties: the largest of each tensor stay, as in mergekit "

@@ -400,7 +400,7 @@ def test_bad_input_ends_with_one_line(tmp_path, small):
         "missing": (["--sources", tmp_path / "no.jsonl", *base, gone], "no such file"),
         "no checkpoint": (["--sources", source, *base, tmp_path], str(tmp_path)),
         "small over http": (["--sources", source, "--small", gone, "--teacher", gone, "--out", tmp_path / "out"], "local checkpoint"),
-        "flag": (["--sources", source, *base, gone, "--hamming", "40"], "--hamming is 40"),
+        "flag": (["--sources", source, *base, gone, "--hamming", "40"], "--hamming: 40 is more than 16"),
         "weights": (["--sources", source, *base, gone, "--weight-quality", "-1"], "-1 is less than 0"),
     }
     for name, (argv, what) in cases.items():

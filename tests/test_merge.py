@@ -274,7 +274,7 @@ BAD = [
     ("ties {a} {b} --base {base} --rescale density", "use l1"),
     ("ties {a} {b} --base {base} --rescale l1 --trim global", "rescales nothing"),
     ("della {a} {b} --base {base} --density 0.1", "--epsilon 0.15"),
-    ("breadcrumbs {a} {b} --base {base} --gamma 1", "--gamma 1.0"),
+    ("breadcrumbs {a} {b} --base {base} --gamma 1", "--gamma: 1 is not below 1"),
     ("expo {a} --base {base}", "weight above 1"),
     ("expo {a}:1.5 {b}:1.5 --base {base}", "give one"),
     ("linear {a} {b} --weights-for x 1", "1 weights for 2 models"),
