@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 import torch
 
-from checkpoint import Checkpoint, InputError, json_object
+from checkpoint import Checkpoint, InputError, atomic_write, json_object
 
 ROLES = ("system", "user", "assistant")
 
@@ -172,6 +172,11 @@ def json_lines(file, path):
         if not isinstance(record, dict):
             raise InputError(f"{path}:{number}: a {type(record).__name__}, not an object; one object a line is expected")
         yield number, record
+
+
+def write_jsonl(path, rows):
+    with atomic_write(path) as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def as_messages(value, where, role="user"):

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from benchmarks import BENCHMARKS, prepare, read
-from chat import Tokenizer, read_jsonl
+from chat import Tokenizer, read_jsonl, write_jsonl
 from checkpoint import Checkpoint, InputError, atomic_write, cli, read_json
 from flags import DTYPES, Parser, at_least, number, torch_device
 from generate import common_prefix, generate_iter
@@ -444,8 +444,7 @@ def main():
         return
 
     results, samples = score(names, work, said, protocol_name(a))
-    with atomic_write(os.path.join(a.out, "samples.jsonl")) as f:
-        f.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
+    write_jsonl(os.path.join(a.out, "samples.jsonl"), samples)
     with atomic_write(os.path.join(a.out, "results.json")) as f:
         json.dump(results, f, indent=1)
     with atomic_write(os.path.join(a.out, "results.md")) as f:

@@ -11,7 +11,7 @@ import json
 import os
 
 from benchmarks import prepare
-from chat import Tokenizer
+from chat import Tokenizer, write_jsonl
 from checkpoint import Checkpoint, InputError, atomic_write, cli
 from eval import add_flags, checkpoint_names, collect
 from flags import Parser, at_least
@@ -135,8 +135,8 @@ def main():
     for cell, p_holm in zip(cells, holm([cell["p"] for cell in cells])):
         cell["p_holm"] = p_holm
     text = table(results, names[0])
-    for file, content in (("judged.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)),
-                          ("judge.json", json.dumps(results, indent=1)), ("judge.md", text)):  # fmt: skip
+    write_jsonl(os.path.join(a.out, "judged.jsonl"), samples)
+    for file, content in (("judge.json", json.dumps(results, indent=1)), ("judge.md", text)):
         with atomic_write(os.path.join(a.out, file)) as f:
             f.write(content)
     print(f"\n{text}\nIn {a.out}: judge.json, judge.md, judged.jsonl (both replies and each preference).\n"

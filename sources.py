@@ -20,7 +20,7 @@ import re
 import unicodedata
 
 import rules
-from chat import json_lines, open_bytes
+from chat import alpaca_prompt, json_lines, open_bytes
 from checkpoint import InputError
 from ifeval import follows
 
@@ -260,10 +260,8 @@ def conversations(obj, where):
         reply = obj["output_2"] if obj.get("preference") == 2 else obj["output_1"]
     instruction = first(obj, "instruction", "Instruction")
     if instruction is not None:
-        extra = obj.get("input") or ""
-        if not isinstance(instruction, str) or not isinstance(extra, str):
-            raise InputError(f"{where}: instruction and input are texts")
-        prompt = [{"role": "user", "content": f"{instruction}\n{extra}" if extra.strip() else instruction}]
+        text = alpaca_prompt({"instruction": instruction, "input": obj.get("input")}, where)
+        prompt = [{"role": "user", "content": text}]
         for pair in reversed(obj.get("history") or []):  # [[user, assistant], ...]
             if not isinstance(pair, list) or len(pair) != 2:
                 raise InputError(f"{where}: history is a list of [question, answer] pairs")

@@ -9,7 +9,6 @@ and the bad habits of a poorly aligned model (does not know, chats, parrots, is 
 """
 
 import hashlib
-import json
 import os
 import random
 import re
@@ -21,7 +20,8 @@ sys.path.append(os.path.dirname(HERE))  # last: the root has a teacher.py of its
 from demo import words as W  # noqa: E402
 from demo.tasks import RARE, TASKS, Task  # noqa: E402
 
-from checkpoint import InputError, atomic_write, cli  # noqa: E402
+from chat import write_jsonl  # noqa: E402
+from checkpoint import InputError, cli  # noqa: E402
 from flags import Parser  # noqa: E402
 
 MANNERS = {  # how an instruction is put; False: English, True: Chinese
@@ -256,12 +256,6 @@ def make_sources(seed, n, heldout):
         records.append(dict(zip(("prompt", "completion"), broken)))
     rng.shuffle(records)
     return records
-
-
-def write_jsonl(path, rows):
-    with atomic_write(path) as f:
-        for row in rows:
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def main():
