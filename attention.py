@@ -9,7 +9,7 @@ import inspect
 import torch
 import torch.nn.functional as F
 
-# From torch 2.11 on Hopper's first choice would be cuDNN, which makes a plan for each new shape: here nearly every call has one.
+# From torch 2.11 on, Hopper would try cuDNN first, which plans anew for each new shape; and here nearly every call has a new one.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 

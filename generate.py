@@ -109,13 +109,13 @@ def packed_weights(m):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several steps before the tokens are read back, for GPUs: one that is read back after each token stands still meanwhile
+# Several steps before the tokens are read back, for GPUs: to read them after each step would leave the GPU idle meanwhile
 
 
 def decoding_step(m, cache, tokens, uniform, temperature=0.0, top_k=0, top_p=1.0):
     """A function without arguments that feeds `tokens` (rows,) to all rows of the cache and puts the next ones there.
 
-    It reads uniform (rows,), moves cache.positions (rows,) on, and asks for no value of a tensor, so on a GPU it is
+    It reads uniform (rows,), advances cache.positions (rows,), and needs no tensor's value on the host, so on a GPU it is
     captured as a CUDA graph, one launch for all its kernels. The tensors are the same in each call.
     """
 

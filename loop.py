@@ -1,6 +1,6 @@
 """What both training loops share and nobody edits to do research: models, batches, optimizer, schedule, flags.
 
-Plain functions. Files, saves and resuming are in saving.py; ranks, sharding and signals in ranks.py; what a step takes in
+Plain functions. Files, saves and resuming are in saving.py; ranks, sharding and signals in ranks.py; the memory of a step in
 memory.py. The loops themselves stand in train_sft.py and train_kto.py.
 """
 
@@ -34,8 +34,8 @@ def packed(examples, device):
 def example_logps(model, examples):
     """The log-probability that the model gives to the supervised tokens of each example, summed: (len(examples),) fp32.
 
-    examples: (ids, supervised) pairs, run as one packed row. The head runs on the supervised positions alone. Of no
-    examples the result is (0,), but the model has run: a sharded rank without work must make the calls of the others.
+    examples: (ids, supervised) pairs, run as one packed row. The head runs on the supervised positions alone. Without
+    examples the result is (0,), but the model runs all the same: a sharded rank without work must join the others' calls.
     """
     some = examples or [([0, 0], [False, True])]
     ids, lengths, at, targets, owner = packed(some, model.device)
@@ -47,8 +47,8 @@ def example_logps(model, examples):
 def shared_logps(model, examples):
     """example_logps without gradients, where several examples begin alike: each context is computed once.
 
-    The context is what stands before the first supervised token, but for its last token, which is fed with the rest:
-    its state predicts the first supervised one."""
+    The context is what stands before the first supervised token, less its own last token: that one is fed with the rest,
+    since its state predicts the first supervised token."""
     starts = [max(0, supervised.index(True) - 1) for _, supervised in examples]
     contexts = [tuple(ids[:n]) for (ids, _), n in zip(examples, starts)]
     unique = [context for context in dict.fromkeys(contexts) if context]
@@ -300,7 +300,7 @@ def open_checkpoint(source, a, device):
 
 
 def checkpoint_activations(model, a, batches, rank, world):
-    """Has the blocks computed again in the backward if --activation-checkpointing says so: auto, if a step would not fit.
+    """Has the backward recompute the blocks if --activation-checkpointing says so; with auto, if a step would not fit otherwise.
 
     batches: yields the lengths of each step's examples. All ranks do as the one with the least memory must. A tenth of
     what is free is left for what the count does not see: the allocator's gaps, the kernels' own workspaces.
@@ -328,5 +328,5 @@ def checkpoint_activations(model, a, batches, rank, world):
 
 
 def recompute(block):
-    """Has the block keep its input alone, and compute the rest again in the backward. It draws no random numbers."""
+    """Makes the block keep only its input and recompute the rest in the backward. It draws no random numbers to restore."""
     block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -61,9 +61,9 @@ def save_state(path, state):
 
 
 def run_step(out, state, name, inputs, arguments, work):
-    """Runs work(counts), an iterator of (kind, line), into its files, unless they are there and came of the same input and
-    arguments. kind True or False: the step's own file or its .dropped file; a text: that file. A file that was edited by hand
-    since is kept, and what follows it is made anew. -> the step's counts."""
+    """Writes the lines that work(counts) yields, as (kind, line), into the step's files, unless these are there already and
+    came from the same input and arguments. kind True or False: the step's own file or its .dropped file; a text: that file. A
+    file that was edited by hand since is kept, and what follows from it is made anew. -> the step's counts."""
     files = {k: f"{out}/{k}.jsonl" for k in ("sft", "kto")} if name == STEPS[-1] else \
         {True: f"{out}/{name}.jsonl", False: f"{out}/{name}.dropped.jsonl"}  # fmt: skip
     key = hashlib.sha256(json.dumps([FORMAT, arguments, [file_hash(p) for p in inputs]], sort_keys=True).encode()).hexdigest()

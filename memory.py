@@ -78,8 +78,8 @@ def memory_needed(c, tokens, item, checkpointing=False, shards=1, kind="cpu"):
 
 
 def available_memory():
-    """Bytes that a process may take without swapping, of the machine and of its container; 0 where the system does not say
-    (not Linux)."""
+    """Bytes that a process may take without swapping, within the machine and its container; 0 where the system (any but Linux)
+    does not say."""
     try:
         with open("/proc/meminfo") as f:
             free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))

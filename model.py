@@ -101,8 +101,8 @@ class Qwen2(nn.Module):
         self.compute_dtype = None  # None: that of the weights. Training sets bf16 here over fp32 weights
 
     def compile(self):
-        """Has torch.compile fuse the elementwise work between the matmuls of a block; attention, whose lengths change, stays as it
-        is. One graph serves all blocks and all lengths."""
+        """Fuses the elementwise work between the matmuls of a block with torch.compile; attention, whose lengths change, is left
+        alone. One graph serves all blocks and all lengths."""
         for block in self.model["layers"]:
             block.before_attention = torch.compile(block.before_attention, dynamic=True)
             block.after_attention = torch.compile(block.after_attention, dynamic=True)

@@ -70,8 +70,8 @@ def stop_asked(device):
 
 
 def leave_group(at_once=False):
-    """The run is over. A rank that ends with its group open may abort, and so may one whose peer closes while it still reads:
-    all wait for all before they close, unless one leaves the others where they are."""
+    """Closes the process group. A rank that exits with its group open may abort, and so may one whose peer closes while it is
+    still reading, so all wait for one another first. at_once: this rank does not wait."""
     if dist.is_initialized():
         if not at_once:
             dist.barrier()

@@ -163,7 +163,7 @@ def restore(run):
 
 
 def tidy(run):
-    """Removes what a killed run left half-written, in OUT.run/ and beside OUT, and saves from after where this one starts."""
+    """Removes what a killed run left half-written, in OUT.run/ and beside OUT, and saves of later steps than this one starts at."""
     beside = glob.glob(f"{glob.escape(run.a.out)}.tmp[0-9]*")  # .old: the checkpoint that was there before
     for path in [p for p in beside if not p.endswith(".old")] + glob.glob(f"{glob.escape(run.a.out)}.run/*.tmp[0-9]*"):
         remove(path)
@@ -173,7 +173,7 @@ def tidy(run):
 
 
 def remove(path):
-    """Removes a file or directory. It loses its name first: what has a name is whole."""
+    """Removes a file or directory. It loses its name first, so that whatever has a name is whole."""
     if os.path.isdir(path):
         os.rename(path, f"{path}.tmp{os.getpid()}")
         shutil.rmtree(f"{path}.tmp{os.getpid()}")
@@ -218,7 +218,7 @@ def write_log(run, record):
 
 
 def event_writer(run):
-    """TensorBoard's, if its package is there. Events after the step that is gone on from are taken back."""
+    """TensorBoard's writer, if its package is installed. Events from after the step that the run resumes at are discarded."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -449,7 +449,7 @@ def join_ranks():
 
 
 def send(jobs):
-    """Rank 0: one job to each rank; () is none for now, None is none ever. The others: -> theirs."""
+    """Rank 0 sends a job to each rank: () is none for now, None is the end. The others give None as jobs. -> one's own job."""
     mine = [None]
     dist.scatter_object_list(mine, jobs, src=0)
     return mine[0]
@@ -463,8 +463,8 @@ def gather(replies):
 
 
 def on_ranks(work, teacher, shares):
-    """Yields work(teacher, *share), an iterable, of each share, at most one for each rank: the first is done here, as it is
-    consumed, the others meanwhile on theirs. work: a function of this module, which the ranks know by its name."""
+    """Yields work(teacher, *share), an iterable, for each share. There are no more shares than ranks: rank 0 does the first, as
+    it is consumed, while the other ranks do theirs. work: a function of this module, which the ranks know by its name."""
     first, *others = shares
     if others:
         jobs = [(work, teacher.source, teacher.dtype, share) for share in others]
@@ -475,7 +475,7 @@ def on_ranks(work, teacher, shares):
 
 
 def serve_rank():
-    """What a rank above 0 does: it works at what rank 0 sends, until that sends no more."""
+    """What a rank above 0 does: the jobs that rank 0 sends, until the last."""
     opened = {}
 
     def or_leave(collective, *arguments):
@@ -496,7 +496,7 @@ def serve_rank():
 
 
 def leave_ranks(failed=False):
-    """Rank 0, at its end: sends the others home. failed: it leaves them where they are, and they notice."""
+    """Rank 0's last call: it ends the others. failed: it goes without a word, and they notice."""
     if world_size() > 1 and not failed:
         send([None] * world_size())
     leave_group(failed)
