@@ -153,6 +153,12 @@ def read_text(path):
         raise InputError(f"{path}: cannot be read as text: {e}") from None
 
 
+def code_hash(*modules):
+    """Of the source of these modules, which are there to be edited: what was computed with other code is not used again."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    return hashlib.sha256("".join(read_text(f"{here}/{module}.py") for module in modules).encode()).hexdigest()
+
+
 def json_object(text, where):
     """The dict of a JSON text. where: the file, for the error."""
     try:
@@ -378,6 +384,11 @@ def plan_shards(specs, shard_size):
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def same(a, b):
+    """Whether two paths are of one file or directory."""
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def check_out(out):

@@ -7,6 +7,7 @@ memory.py. The loops themselves stand in train_sft.py and train_kto.py.
 import functools
 import itertools
 import math
+import os
 import random
 
 import torch
@@ -14,7 +15,7 @@ import torch.utils.checkpoint
 
 from attention import to_device
 from chat import Tokenizer, pack
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, InputError, same
 from flags import DTYPES, at_least, checkpoint_out, number, torch_device
 from memory import GIB, free_memory, memory_needed
 from model import Qwen2, token_logps
@@ -31,16 +32,21 @@ def packed(examples, device):
     return ids, lengths, at, targets, owner
 
 
-def example_logps(model, examples):
-    """The log-probability that the model gives to the supervised tokens of each example, summed: (len(examples),) fp32.
+def supervised_logps(model, examples):
+    """The log-probability that the model gives to each supervised token: (logps (N,) fp32, owner (N,): its example's index).
 
     examples: (ids, supervised) pairs, run as one packed row. The head runs on the supervised positions alone. Without
-    examples the result is (0,), but the model runs all the same: a sharded rank without work must join the others' calls.
+    examples N is 0, but the model runs all the same: a sharded rank without work must join the others' calls.
     """
-    some = examples or [([0, 0], [False, True])]
-    ids, lengths, at, targets, owner = packed(some, model.device)
-    logps = model(ids, lengths, at, targets)  # (N,)
-    return torch.zeros(len(some), device=logps.device).index_add(0, owner, logps)[: len(examples)]
+    ids, lengths, at, targets, owner = packed(examples or [([0, 0], [False, True])], model.device)
+    logps = model(ids, lengths, at, targets)
+    return (logps, owner) if examples else (logps[:0], owner[:0])
+
+
+def example_logps(model, examples):
+    """supervised_logps summed over the tokens of each example: (len(examples),) fp32."""
+    logps, owner = supervised_logps(model, examples)
+    return logps.new_zeros(len(examples)).index_add(0, owner, logps)
 
 
 @torch.no_grad()
@@ -294,9 +300,16 @@ def load_model(ckpt, a, device):
 
 def open_checkpoint(source, a, device):
     """-> (model, tokenizer, checkpoint)."""
+    for flag in "ckpt", "ref":
+        if same(a.out, vars(a).get(flag) or ""):
+            raise InputError(f"--out {a.out}: is what --{flag} starts from, and what --resume would start from; give another name")
     ckpt = Checkpoint(source)
-    tokenizer = Tokenizer(ckpt)
-    return load_model(ckpt, a, device), tokenizer, ckpt
+    tokenizer, model = Tokenizer(ckpt), load_model(ckpt, a, device)
+    if a.max_len > model.config.max_position_embeddings:
+        a.max_len = model.config.max_position_embeddings
+        if os.environ.get("RANK", "0") == "0":
+            print(f"--max-len: the model's positions end at {a.max_len}; longer examples lose their end there")
+    return model, tokenizer, ckpt
 
 
 def checkpoint_activations(model, a, batches, rank, world):

@@ -20,7 +20,7 @@ import report
 import sources
 import steps
 import teacher as models
-from checkpoint import InputError, atomic_write, cli
+from checkpoint import InputError, atomic_write, cli, code_hash
 from flags import DTYPES, Parser, at_least, number
 from prompts import AGAIN_JUDGE, JUDGE
 
@@ -37,12 +37,6 @@ def file_hash(path):
     except OSError as e:
         raise InputError(f"{path}: cannot be read: {e.strerror or e}") from None
     return h.hexdigest()
-
-
-def code(*modules):
-    """What a step's result depends on besides its input: the rules and tables of these modules, which are there to be edited."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    return {"code": [file_hash(f"{here}/{module}.py") for module in modules]}
 
 
 def load_state(path):
@@ -147,7 +141,7 @@ def parse_args():
                    "above that of the other responses; below --margin it makes no pair")
     p.add_argument("--margin", type=number(0), default=0.25, help="least difference of composite scores that makes a KTO pair; above 1 only "
                    "verification makes one")  # fmt: skip
-    p.add_argument("--min-safety", type=int, default=3, help="safety grade, 1 to 5, below which a best response is not used")
+    p.add_argument("--min-safety", type=at_least(1, high=5), default=3, help="safety grade, 1 to 5, below which a best response is not used")
     p.add_argument("--judge-orders", type=int, choices=(1, 2), default=2, help="2: judge a second time with the responses in "
                    "reverse order, for half of what a judge prefers may be a place")  # fmt: skip
     p.add_argument("--judge-verified", action="store_true", help="ask the judge also where verification has decided")
@@ -207,19 +201,20 @@ def make(args):
         drawing = of("samples", "temperature", "seed") if args.samples > 1 else {}
         teachers = {"teacher": teacher.identity}
         plan = [  # step, files it reads, arguments its result depends on, work
-            ("1_collect", files, of("limit", "max_chars") | {"labels": sources.labels(files)} | code("sources", "rules", "tasktypes"),
+            ("1_collect", files, of("limit", "max_chars") | {"labels": sources.labels(files), "code": code_hash("sources", "rules", "tasktypes")},
              lambda c: steps.collect(args, files, c)),
-            ("2_dedup", [path["1_collect"], *questions], of("hamming") | code("sources", "dedup"),
+            ("2_dedup", [path["1_collect"], *questions], of("hamming") | {"code": code_hash("sources", "dedup")},
              lambda c: steps.deduplicate(args, path["1_collect"], questions, c)),
-            ("3_classify", [path["2_dedup"]], teachers | code("prompts"),
+            ("3_classify", [path["2_dedup"]], teachers | {"code": code_hash("prompts")},
              lambda c: steps.classify(path["2_dedup"], teacher, cache, short, c)),
             ("4_balance", [path["3_classify"]], of("min_category", "target", "seed"),
              lambda c: steps.balance(args, path["3_classify"], c)),
             ("5_respond", [path["4_balance"], *recorded],
-             of("max_new_tokens") | drawing | teachers | {"small": small.identity} | code("sources", "rules"),
+             of("max_new_tokens") | drawing | teachers | {"small": small.identity, "code": code_hash("sources", "rules")},
              lambda c: steps.respond(args, path["4_balance"], teacher, small, cache, long, c)),
             ("6_score", [path["5_respond"]],
-             of(*weighing) | teachers | {"scorer": [scorer.identity, own], "prompt": [JUDGE, AGAIN_JUDGE]} | code("rules", "verify", "ifeval"),
+             of(*weighing) | teachers | {"scorer": [scorer.identity, own], "prompt": [JUDGE, AGAIN_JUDGE],
+                                         "code": code_hash("rules", "verify", "ifeval")},
              lambda c: steps.score(args, path["5_respond"], teacher, scorer, own, cache, short, c)),
             ("7_label", [path["6_score"]], of("margin", "min_safety"),
              lambda c: steps.label(args, path["6_score"], c)),

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import fusion
 from chat import vocabulary
-from checkpoint import WINDOW, Checkpoint, InputError, chunks, cli, mapped, parse_config, write_checkpoint
+from checkpoint import WINDOW, Checkpoint, InputError, chunks, cli, mapped, parse_config, same, write_checkpoint
 from flags import Parser, at_least, checkpoint_out, number
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,10 +239,6 @@ OPTIONS = {
     "rescale": (SPARSE, None),
     "normalize": (("linear", *NEEDS_BASE[:-1]), None),
 }
-
-
-def same(a, b):
-    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def finite(text, where):

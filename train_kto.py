@@ -26,7 +26,7 @@ from tqdm import tqdm
 import loop
 import saving
 from chat import Tokenizer, kto_example, read_records, vocabulary
-from checkpoint import Checkpoint, InputError, atomic_write, cli
+from checkpoint import Checkpoint, InputError, atomic_write, cli, code_hash
 from flags import Parser, number
 from ranks import from_rank_0, is_sharded, one_for_all, setup
 
@@ -38,12 +38,12 @@ def kto_loss(policy_logps, ref_logps, kl, desirable, beta, desirable_weight, und
     """KTO's loss per example and its implicit reward (arXiv 2402.01306, Eq. 7 and 8).
 
     policy_logps, ref_logps: (n,) log-probabilities of the completions, summed over their tokens, in nats.
-    kl: the reference point z0 >= 0 in nats, without gradient. desirable: (n,) bool. -> (losses (n,), rewards (n,)).
+    kl: the reference point z0 >= 0 in nats; no gradient flows into it. desirable: (n,) bool. -> (losses (n,), rewards (n,)).
 
         r = policy_logps - ref_logps        loss = w_D (1 - sigmoid(beta (r - z0)))  desirable
         reward = beta r                            w_U (1 - sigmoid(beta (z0 - r)))  undesirable
     """
-    r = policy_logps - ref_logps
+    r, kl = policy_logps - ref_logps, torch.as_tensor(kl).detach()
     gain = torch.where(desirable, r - kl, kl - r)
     weight = torch.full_like(r, undesirable_weight).masked_fill(desirable, desirable_weight)
     return weight * (1 - torch.sigmoid(beta * gain)), beta * r.detach()
@@ -57,6 +57,11 @@ def kl_estimate(policy_logps, ref_logps):
 def mismatched(step):
     """A step's pairs (prompt of i, completion of j): each takes its predecessor's completion, the first the last's."""
     return [(i, step[k - 1]) for k, i in enumerate(step)]
+
+
+def both_pairs(step):
+    """A step's matched pairs, then its mismatched ones."""
+    return [(i, i) for i in step] + mismatched(step)
 
 
 def balanced_weight(n_desirable, n_undesirable, undesirable_weight):
@@ -86,7 +91,7 @@ def advice(n_desirable, n_undesirable, w_d, w_u):
 def separated_order(prompts, sizes, rng):
     """A random permutation, cut into batches of `sizes`, in which neighbours in a batch's cycle differ in their prompt.
 
-    prompts: a hashable a example. Draws a plain shuffle and mends its clashes by random swaps; where that fails, deals
+    prompts: a hashable for each example. Draws a plain shuffle and mends its clashes by random swaps; where that fails, deals
     the examples out by prompt, which succeeds whenever a clash-free order exists. rng: random.Random.
     """
     starts = [sum(sizes[:b]) for b in range(len(sizes))]
@@ -125,6 +130,15 @@ def separated_order(prompts, sizes, rng):
     return mend([dealt[k] for k in range(len(order))])
 
 
+def separated(prompts, seed):
+    """loop.plan's order for an epoch shuffled so: another permutation each epoch, the same for the same seed."""
+
+    def order(epoch, sizes):
+        return separated_order(prompts, sizes, random.Random(f"{seed} {epoch}"))
+
+    return order
+
+
 def shared_prompts(steps, prompts):
     """How many mismatched pairs of the steps share their prompt."""
     return sum(prompts[i] == prompts[j] for step in steps for i, j in mismatched(step))
@@ -155,7 +169,7 @@ def write_cache(path, cache):
 
 
 def digest(reference, example):
-    """What a reference log-probability depends on: the reference (weights and compute dtype), the ids, where they are
+    """What a reference log-probability depends on: the reference (weights, compute dtype, code), the ids, where they are
     supervised."""
     ids, supervised = example
     h = hashlib.sha256(reference.encode())
@@ -198,7 +212,7 @@ def reference_logps(pairs, sequence, path, reference, load, device, micro_tokens
                 part = [k for k in chunk if missing[k]]
                 if part:
                     examples = [sequence(*pair_of[order[k]]) for k in part]
-                    logps[part] = loop.sequence_logps(model, examples, micro_tokens, rank, world)
+                    logps[loop.to_device(torch.tensor(part), device)] = loop.sequence_logps(model, examples, micro_tokens, rank, world)
                     bar.update(len(part))
                 if time.time() - saved > SAVE_CACHE_EVERY:
                     save()
@@ -222,9 +236,9 @@ def encode(records, tokenizer, max_len):
         if len(prompt) < max_len:
             rows.append((prompt, tuple(tokenizer.completion_ids(completion)), label))
             places.append(where)
-    where = records[0][0].rsplit(":", 1)[0]
     if len(rows) < 2:
-        raise InputError(f"{where}: {len(rows)} examples whose prompt is under --max-len {max_len}; a mismatched pair takes two")
+        files = ", ".join(dict.fromkeys(where.rsplit(":", 1)[0] for where, _ in records))
+        raise InputError(f"{files}: {len(rows)} examples whose prompt is under --max-len {max_len}; a mismatched pair takes two")
     return rows, places
 
 
@@ -265,21 +279,25 @@ def main():
     a = p.parse_args()
     if a.batch_size < 2:
         raise InputError("--batch-size 1: no mismatched pair exists in a batch of one; give at least 2")
+    ref_cache = a.ref_cache or os.path.join(os.path.dirname(os.path.abspath(a.out)), "ref-cache.safetensors")
+    if os.path.isdir(ref_cache):
+        raise InputError(f"--ref-cache {ref_cache}: is a directory; give a file, such as {ref_cache}/ref-cache.safetensors")
     rank, world, device = setup(a)
 
-    # Data
+    # Data, and every step of the run, and with it every mismatched pair. What is held out is one large step
+    def prepare(records, files, *sizes):
+        rows, places = encode(records, tokenizer, a.max_len)
+        prompts = [prompt for prompt, _, _ in rows]
+        steps = loop.plan(len(rows), *sizes, smallest=2, order=None if a.no_shuffle else separated(prompts, a.seed))
+        if rank == 0 and (clashes := shared_prompts(steps, prompts)):
+            print(f"warning: {', '.join(files)}: {clashes} mismatched pairs share their prompt, so they match" + "; shuffle" * a.no_shuffle)
+        return rows, places, steps
+
     records = read_records(a.data, kto_example)
     eval_records = read_records(a.eval_data, kto_example) if a.eval_data else []
     model, tokenizer, ckpt = loop.open_checkpoint(a.ckpt, a, device)
-    rows, places = encode(records, tokenizer, a.max_len)
+    rows, places, steps = prepare(records, a.data, a.batch_size, a.epochs, a.max_steps)
     n, n_d = len(rows), sum(label for _, _, label in rows)
-    prompts = [prompt for prompt, _, _ in rows]
-
-    # Every step of the run, and with it every mismatched pair
-    def order(epoch, sizes):
-        return separated_order(prompts, sizes, random.Random(f"{a.seed} {epoch}"))
-
-    steps = loop.plan(n, a.batch_size, a.epochs, a.max_steps, smallest=2, order=None if a.no_shuffle else order)
 
     # The weights of the two labels, Eq. 8
     w_u = a.undesirable_weight
@@ -287,8 +305,6 @@ def main():
     if rank == 0:
         for text in advice(n_d, n - n_d, w_d, w_u) + loop.schedule_advice(a, steps):
             print(f"warning: {text}")
-        if clashes := shared_prompts(steps, prompts):
-            print(f"warning: {clashes} mismatched pairs share their prompt, so they match" + "; shuffle" * a.no_shuffle)
 
     # The reference, once and for all epochs
     reference = Checkpoint(a.ref) if a.ref else ckpt
@@ -302,23 +318,16 @@ def main():
     def load_reference():
         return model if ref_fingerprint == fingerprint else loop.load_model(reference, a, device)  # model: not trained yet
 
-    ref_cache = a.ref_cache or os.path.join(os.path.dirname(os.path.abspath(a.out)), "ref-cache.safetensors")
-    settings = (ref_cache, f"{ref_fingerprint} {a.dtype}", load_reference, device, a.micro_tokens, rank, world)
+    identified_by = f"{ref_fingerprint} {a.dtype} {code_hash('model', 'layers', 'attention', 'loop')}"
+    settings = (ref_cache, identified_by, load_reference, device, a.micro_tokens, rank, world)
     sequence = functools.partial(pair_sequence, rows, a.max_len)  # (i, j) -> (ids, supervised)
-    pairs = {pair for step in steps for pair in [(i, i) for i in step] + mismatched(step)}
+    pairs = {pair for step in steps for pair in both_pairs(step)}
     ref, computed = reference_logps(sorted(pairs), sequence, *settings)
     eval_examples = []
     if eval_records:
-        eval_rows, _ = encode(eval_records, tokenizer, a.max_len)
-        if not a.no_shuffle:  # best and worst of a prompt stand side by side in a file, and would be each other's mismatch
-            eval_order = separated_order([p for p, _, _ in eval_rows], [len(eval_rows)], random.Random(a.seed))
-            eval_rows = [eval_rows[i] for i in eval_order]
-        clashes = shared_prompts([range(len(eval_rows))], [p for p, _, _ in eval_rows])
-        if rank == 0 and clashes:
-            print(f"warning: {clashes} mismatched pairs of --eval-data share their prompt, so they match" + "; shuffle" * a.no_shuffle)
-        eval_labels = torch.tensor([label for _, _, label in eval_rows])
-        eval_pairs = [(i, i) for i in range(len(eval_rows))] + mismatched(range(len(eval_rows)))
-        eval_sequence = functools.partial(pair_sequence, eval_rows, a.max_len)
+        eval_rows, _, (eval_step,) = prepare(eval_records, a.eval_data, len(eval_records), 1, None)
+        eval_labels = torch.tensor([eval_rows[i][2] for i in eval_step])  # (m,)
+        eval_sequence, eval_pairs = functools.partial(pair_sequence, eval_rows, a.max_len), both_pairs(eval_step)
         eval_examples = [eval_sequence(*pair) for pair in eval_pairs]
         known, _ = reference_logps(eval_pairs, eval_sequence, *settings)
         eval_ref = torch.tensor([known[pair] for pair in eval_pairs])  # (2m,): matched, then mismatched
@@ -333,7 +342,7 @@ def main():
         policy = saving.eval_logps(run, record, eval_examples)
         if policy is None:
             return record
-        m, policy = len(eval_rows), policy.cpu()  # (2m,), as eval_ref
+        m, policy = len(eval_labels), policy.cpu()  # (2m,), as eval_ref
         kl = kl_estimate(policy[m:], eval_ref[m:])
         losses, rewards = kto_loss(policy[:m], eval_ref[:m], kl, eval_labels, a.beta, w_d, w_u)
         return record | {f"eval_{k}": v for k, v in metrics(losses, rewards, policy[:m], eval_labels, kl).items()}
@@ -352,12 +361,12 @@ def main():
         heed = not is_sharded(model)  # as the loss below: sharded ranks go through a step together
         policy_kl = loop.sequence_logps(model, unmatched, a.micro_tokens, rank, world, heed)
         kl = kl_estimate(policy_kl, loop.to_device([ref[pair] for pair in mismatched(step)], device))
-        kl = kl + 0 * kl  # an infinite z0, which the loss would hide (its sigmoid is finite), becomes nan
 
         # The loss, from the matched ones
         matched = [sequence(i, i) for i in step]
         ref_logps = loop.to_device([ref[i, i] for i in step], device)
-        seen = torch.zeros(4, len(step), device=device)  # losses, rewards, logps, z0; each rank fills in its own
+        # Losses, rewards, logps and z0, which if infinite skips the step (the loss's sigmoid hides it); each rank fills in its own
+        seen = torch.zeros(4, len(step), device=device)
         for micro in loop.shares(run, [len(ids) for ids, _ in matched]):
             logps = loop.example_logps(model, [matched[k] for k in micro])  # (len(micro),)
             at = loop.to_device(torch.tensor(micro, dtype=torch.long), device)
@@ -373,9 +382,8 @@ def main():
         tokens = sum(len(ids) for ids, _ in matched + unmatched)
         record |= {"tokens": tokens, "tokens_per_second": tokens / (time.time() - t0)}
         if verdict == "skip":
-            both = [(i, i) for i in step] + mismatched(step)
-            names = [places[i] + f" with the completion of {places[j]}" * (i != j) for i, j in both]
-            known = [k for k, pair in enumerate(both) if not math.isfinite(ref[pair])]
+            names = [places[i] + f" with the completion of {places[j]}" * (i != j) for i, j in both_pairs(step)]
+            known = [k for k, pair in enumerate(both_pairs(step)) if not math.isfinite(ref[pair])]
             record |= loop.note_skipped(run, s + 1, matched + unmatched, names, known)
         saving.end_step(run, evaluated(record))
         bar.set_postfix(loss=f"{record['loss']:.4f}", kl=f"{record['kl']:.3f}")

@@ -24,9 +24,9 @@ from ranks import one_for_all, setup
 def sft_loss(logps, n_supervised):
     """Cross-entropy per supervised token of the whole step.
 
-    logps: (n,) log-probabilities of examples, each summed over its supervised tokens; any part of the step's examples.
-    n_supervised: the supervised tokens of the step, over all micro-batches and ranks. The losses of the parts add up to
-    the loss of the step, so the result does not depend on how the step was cut (a mean of the parts' means would).
+    logps: (N,) log-probabilities of the supervised tokens of any part of the step's examples. n_supervised: how many the step
+    has, over all micro-batches and ranks. The losses of the parts add up to the loss of the step, so the result does not
+    depend on how the step was cut (a mean of the parts' means would).
     """
     return -logps.sum() / n_supervised
 
@@ -80,7 +80,7 @@ def main():
         logps = saving.eval_logps(run, record, eval_examples)
         if logps is None:
             return record
-        return record | {"eval_loss": sft_loss(logps, count(eval_examples)).item()}
+        return record | {"eval_loss": -logps.sum().item() / count(eval_examples)}  # cross-entropy, whatever sft_loss may become
 
     if run.pending:
         saving.end_step(run, evaluated(run.pending))
@@ -93,7 +93,7 @@ def main():
 
         loss = torch.zeros((), device=device)
         for micro in loop.shares(run, lengths):
-            logps = loop.example_logps(model, [batch[i] for i in micro])  # (len(micro),)
+            logps, _ = loop.supervised_logps(model, [batch[i] for i in micro])  # (N,), one per supervised token
             part = sft_loss(logps, n_supervised)
             part.backward()
             loss += part.detach()

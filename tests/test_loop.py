@@ -258,14 +258,14 @@ def test_steps_without_a_finite_loss_are_skipped_counted_and_named(poisoned, tmp
 
 def test_an_infinite_gradient_of_a_finite_loss_is_found_too(tiny, tmp_path, run, monkeypatch):
     data = poisoned_data(tmp_path / "d.jsonl", 1, chats(13))
-    rare, real = loop.Tokenizer(tiny).encode(RARE)[0], loop.example_logps
+    rare, real = loop.Tokenizer(tiny).encode(RARE)[0], loop.supervised_logps
 
-    def example_logps(model, examples):
-        logps = real(model, examples)
-        at = torch.tensor([i for i, (ids, _) in enumerate(examples) if rare in ids], dtype=torch.long)
-        return logps.index_add(0, at, (logps[at] * 0).sqrt())  # adds nothing, with an infinite slope
+    def supervised_logps(model, examples):
+        logps, owner = real(model, examples)
+        bad = torch.tensor([rare in ids for ids, _ in examples])[owner]
+        return logps + torch.where(bad, logps * 0, 1.0).sqrt() * bad, owner  # adds nothing, with an infinite slope
 
-    monkeypatch.setattr(loop, "example_logps", example_logps)
+    monkeypatch.setattr(loop, "supervised_logps", supervised_logps)
     assert run("train_sft", *command(tiny, data, tmp_path / "a" / "o", "--no-shuffle", "--epochs", 1))[0] == 0
     first, *others = log(tmp_path / "a" / "o")
     assert first["offending"] == [f"{data}:2"] and first["loss"] > 0 and first["grad_norm"] is None

@@ -18,6 +18,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 from test_steps import FENCED
 from test_teacher import KEY, constant_model, environment, serve, user  # noqa: F401  (environment is a fixture)
 
+import checkpoint
 import make_data
 import steps
 import teacher as models
@@ -176,7 +177,7 @@ def test_edited_rules_are_noticed(tmp_path, small, monkeypatch, capfd):
     for name in os.listdir(ROOT):
         if name.endswith(".py"):
             shutil.copy(os.path.join(ROOT, name), tmp_path)
-    monkeypatch.setattr(make_data, "__file__", str(tmp_path / "make_data.py"))
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
 
     def made():  # the steps that a run does not find unchanged
         capfd.readouterr()

@@ -40,8 +40,9 @@ def test_loss_is_cross_entropy_per_supervised_token_of_the_step(tiny):
             if supervised[t]:
                 total, tokens = total - logps[t - 1, ids[t]].item(), tokens + 1
     assert tokens == n
-    parts = [sft_loss(loop.example_logps(m, part), n).item() for part in (examples[:2], examples[2:])]
+    parts = [sft_loss(loop.supervised_logps(m, part)[0], n).item() for part in (examples[:2], examples[2:])]
     assert sum(parts) == pytest.approx(total / n, rel=1e-5)
+    assert -loop.example_logps(m, examples).sum().item() == pytest.approx(total, rel=1e-5)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -64,10 +65,10 @@ def compare_with_trl(model_dir, lr, tmp_path, run):
     ours = log(tmp_path / "ours")
     assert len(theirs) == len(ours) == 4
     for a, b in zip(theirs, ours):
-        assert float(a["loss"]) == pytest.approx(b["loss"], rel=1e-4)
-        assert float(a["grad_norm"]) == pytest.approx(b["grad_norm"], rel=1e-3)
+        for key in ("loss", "grad_norm"):
+            assert float(a[key]) == pytest.approx(b[key], rel=2e-5)
     base = weights(model_dir)
-    assert update_error(weights(tmp_path / "trl"), weights(tmp_path / "ours"), base) < 0.02
+    assert update_error(weights(tmp_path / "trl"), weights(tmp_path / "ours"), base) < 1e-3
 
 
 def test_four_steps_equal_trl(tiny, tmp_path, run):
@@ -77,6 +78,17 @@ def test_four_steps_equal_trl(tiny, tmp_path, run):
 @real
 def test_four_steps_of_a_real_checkpoint_equal_trl(tmp_path, run):
     compare_with_trl(os.environ["REAL_CKPT"], 1e-5, tmp_path, run)
+
+
+def test_the_model_that_a_run_starts_from_is_not_written_over(tiny, data, tmp_path, refused):
+    refused("is what --ckpt starts from", "train_sft", *flags(tiny, data, str(tiny) + "/"))
+
+
+def test_examples_end_where_the_positions_do(data, tmp_path, run):
+    tiny_model(max_position_embeddings=50).save(str(tmp_path / "short"), tiny_files())
+    code, text, _ = run("train_sft", *flags(tmp_path / "short", data, tmp_path / "o", "--max-steps", 1, "--batch-size", 3))
+    assert code == 0 and "positions end at 50" in text and log(tmp_path / "o")[0]["tokens"] <= 3 * 50
+    assert json.loads((tmp_path / "o.run" / "args.json").read_text())["max_len"] == 50
 
 
 def test_any_cut_gives_the_same_step(tiny, data, tmp_path, run):
