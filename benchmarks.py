@@ -423,7 +423,8 @@ def prepare(task, a, judged=False):
     for row, turn in zip(rows, turns, strict=True):
         choices = row.get("choices", {})
         choices = [f" {x}" for x in (choices.values() if bench.get("by") == "text" else choices)]
-        also = [choices] if a.protocol == "loglik" and bench["by"] == "text" else []  # what else its key depends on
+        # What else its key depends on
+        also = {"text": [choices], "whole": ["from the prefix token on"]}.get(bench.get("by"), []) if a.protocol == "loglik" else []
         questions.append({"task": task, "row": row, "messages": [{"role": "user", "content": turn}], "choices": choices,
                           "also": also})  # fmt: skip
     return questions

@@ -55,7 +55,8 @@ def default_system(template, where):
 class Tokenizer:
     """The tokenizer and the chat template of a checkpoint (a Checkpoint or anything that Checkpoint opens).
 
-    stop_ids: the tokens that end a reply. default_system: the system prompt added where a conversation brings none.
+    stop_ids: the tokens that end a reply. default_system: the system prompt added where a conversation brings none. prefix: the
+    token that stands before a plain text, whose first token would be predicted from nothing else.
     """
 
     def __init__(self, source):
@@ -82,6 +83,9 @@ class Tokenizer:
         size, largest = ckpt.config.get("vocab_size", 0), max(self.full.get_vocab(with_added_tokens=True).values())
         if largest >= size:
             raise InputError(f"{where}: token id {largest} does not fit the model's vocabulary of {size} rows")
+        control = [settings.get(name) for name in ("bos_token", "eos_token")]  # texts, or objects with one, or null
+        control = [self.full.token_to_id(t["content"] if isinstance(t, dict) else t) for t in control if t]
+        self.prefix = next((t for t in control if t is not None), self.im_end)
         self.newline = self.encode("\n")
         generation = json_object(ckpt.files.get("generation_config.json", "{}"), f"{ckpt.source}/generation_config.json")
         eos = generation.get("eos_token_id", ckpt.config.get("eos_token_id"))

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from attention import to_device
 from benchmarks import BENCHMARKS, prepare, read
 from chat import Tokenizer, read_jsonl, write_jsonl
 from checkpoint import Checkpoint, InputError, atomic_write, cli, read_json
@@ -60,30 +61,38 @@ def choice_logps(m, tokenizer, contexts, choices, where="--tasks"):
     cache = m.new_cache(len(feeds), longest)
     if shared:
         first = m.new_cache(1, shared)
-        m.hidden(torch.tensor([feeds[0][:shared]], device=m.device), [shared], first)
+        m.prefill([feeds[0][:shared]], first)
         for row in range(len(feeds)):
             cache.copy_start(row, first, 0, shared)
     rest = [len(feed) - shared for feed in feeds]
-    ids = torch.tensor([[t for feed in feeds for t in feed[shared:]]], device=m.device)          # (1, T)
-    hidden = dict(zip(feeds, m.hidden(ids, rest, cache)[0].split(rest)))                         # feed -> (tokens, C)
-
-    def logp(ids, start):
-        table = m.head(hidden[tuple(ids[:-1])][start - 1 - shared:]).float().log_softmax(-1)  # (the choice's tokens, V)
-        return table.gather(1, torch.tensor(ids[start:], device=m.device)[:, None]).sum().item()
-
-    return [[logp(ids, start) for ids in some] for start, some in zip(starts, wholes)]
+    ends = dict(zip(feeds, itertools.accumulate(rest)))                                          # of each feed in the packed row
+    at, targets, counts = [], [], []                                                             # of all choices' tokens, in turn
+    for start, some in zip(starts, wholes):
+        for ids in some:
+            at += range(ends[tuple(ids[:-1])] - len(ids) + start, ends[tuple(ids[:-1])])
+            targets += ids[start:]
+            counts.append(len(ids) - start)
+    ids, at, targets = (to_device(x, m.device) for x in ([[t for feed in feeds for t in feed[shared:]]], at, targets))
+    logps = token_logps(m.hidden(ids, rest, cache, at)[0], m.head_weight, targets).double().cpu()  # (tokens of all choices,)
+    sums = iter(part.sum().item() for part in logps.split(counts))
+    return [[next(sums) for _ in some] for some in wholes]
 
 
 @torch.no_grad()
 def text_logp(m, tokenizer, text):
-    """(log-likelihood, tokens) of a text, every token but the first given those before it.
+    """(log-likelihood, tokens) of a text, every token given those before it, the first the tokenizer's prefix token.
 
-    A text longer than the model's positions is cut into windows; each begins with the last token of the one before.
+    The harness' windows: a text longer than the model's positions is predicted by one full window after the other, each
+    from the last token before it on; the last one reaches back as far as the positions go.
     """
-    ids, size, total = tokenizer.encode(text), m.config.max_position_embeddings, 0.0
-    for i in range(0, len(ids) - 1, size - 1):
-        window = torch.tensor(ids[i : i + size], device=m.device)
-        total += token_logps(m.hidden(window[None])[0, :-1], m.head_weight, window[1:]).double().sum().item()
+    ids, size, total = [tokenizer.prefix, *tokenizer.encode(text)], m.config.max_position_embeddings, 0.0
+    for start in range(1, len(ids), size):
+        end = min(start + size, len(ids))
+        window = to_device(ids[max(0, end - 1 - size) : end], m.device)                          # at most size + 1
+        targets = window[start - end :]
+        at = torch.arange(len(window) - 1 - len(targets), len(window) - 1, device=m.device)
+        hidden = m.hidden(window[None, :-1], [len(window) - 1], at=at)[0]
+        total += token_logps(hidden, m.head_weight, targets).double().sum().item()
     return total, len(ids) - 1
 
 

@@ -228,7 +228,7 @@ def generate_steps(
             budget -= len(feed)
             if prefix[i] not in computed:
                 computed[prefix[i]] = known = m.new_cache(1, n)
-                m.hidden(to_device([prefix[i]], device), [n], known)
+                m.prefill([prefix[i]], known)
             cache.lengths.append(0)
             if n:
                 cache.copy_start(len(rows), computed[prefix[i]], 0, n)

@@ -62,7 +62,7 @@ def shared_logps(model, examples):
         return example_logps(model, examples)
     device = model.device
     known = model.new_cache(len(unique), max(map(len, unique)))
-    model.hidden(to_device([list(itertools.chain(*unique))], device), [len(c) for c in unique], known)
+    model.prefill(unique, known)
     cache = model.new_cache(len(examples), max(len(ids) for ids, _ in examples))
     places = {context: i for i, context in enumerate(unique)}
     for row, (context, n) in enumerate(zip(contexts, starts)):

@@ -150,6 +150,11 @@ class Qwen2(nn.Module):
             cache.lengths[: len(lengths)] = [s + n for s, n in zip(starts, lengths)]
         return self.model["norm"](x)
 
+    def prefill(self, sequences, cache):
+        """Begins the first rows of an empty cache with these token lists, from which nothing is predicted yet."""
+        ids = to_device([[t for sequence in sequences for t in sequence]], self.device)
+        self.hidden(ids, list(map(len, sequences)), cache, at=ids.new_zeros(1))
+
     def head(self, x):
         """Hidden states (..., C) -> logits (..., V)."""
         return project(x, self.head_weight)

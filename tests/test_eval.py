@@ -320,15 +320,16 @@ def test_loglik_of_all_tasks(evaluate, tmp_path, data, ckpts):
 
 
 def test_perplexity(evaluate, tmp_path, data):
-    """Also of a text longer than the model's positions: windows that share one token."""
+    """Also of a text longer than the model's positions, in the windows of the harness."""
     short = tiny_checkpoint(tmp_path / "short", 3, positions=20)
     evaluate("--ckpt", short, "--tasks", "perplexity", "--protocol", "loglik", "--data-dir", data, "--out", tmp_path / "out")
     results, samples = load(tmp_path / "out")
     m, tokenizer = Qwen2.from_pretrained(short), ev.Tokenizer(Checkpoint(short))
     for s in samples:
-        ids = torch.tensor(tokenizer.encode(s["prompt"][0]["content"]))
-        # token t is predicted from what its window of 20 holds before it; windows begin at 0, 19, 38, ...
-        before = [ids[None, (t - 1) // 19 * 19 : t] for t in range(1, len(ids))]
+        ids = torch.tensor([tokenizer.prefix, *tokenizer.encode(s["prompt"][0]["content"])])
+        # token t is predicted from what its window holds before it: those of 20 begin at 0, 20, 40, ..., the last one earlier
+        n = len(ids) - 1
+        before = [ids[None, max(0, min((t - 1) // 20 * 20, n - 20)) : t] for t in range(1, len(ids))]
         with torch.no_grad():
             logps = [m(x)[0, -1].log_softmax(-1)[ids[t]].item() for t, x in enumerate(before, 1)]
         assert s["logp"] == pytest.approx(sum(logps), rel=1e-5) and s["prompt_tokens"] == len(ids) - 1

@@ -164,6 +164,22 @@ def test_equal_on_a_real_checkpoint(task, tmp_path):
     check_task(task, os.environ["DATA_DIR"], os.environ["REAL_CKPT"], 3, tmp_path)
 
 
+@pytest.mark.parametrize("positions", [20, 512])
+def test_equal_of_whole_texts(positions, tmp_path):
+    """The harness' rolling likelihoods, which perplexities are made of."""
+    from lm_eval.api.instance import Instance
+
+    m = tiny_model(1, tie_word_embeddings=False, initializer_range=0.5, max_position_embeddings=positions)
+    m.save(str(tmp_path / "ckpt"), tiny_files())
+    tokenizer, lm = ev.Tokenizer(Checkpoint(tmp_path / "ckpt")), harness_model(tmp_path / "ckpt")
+    texts = [" ".join(["The capital of France is Paris", "两只狗", "2 + 2 = 4"][i % 3] for i in range(n)) for n in (1, 5, 40)]
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
+    for text, want in zip(texts, lm.loglikelihood_rolling(requests, disable_tqdm=True), strict=True):
+        logp, tokens = ev.text_logp(m, tokenizer, text)
+        assert logp == pytest.approx(want, rel=1e-5) and tokens == len(tokenizer.encode(text))
+    assert tokens > 40
+
+
 # ---------------------------------------------------------------- which is faster, as a command
 
 

@@ -459,7 +459,7 @@ def test_completions_of_one_prompt_share_its_computation(tiny, monkeypatch):
         want = torch.cat([loop.example_logps(m, [e]) for e in examples])
     torch.testing.assert_close(loop.shared_logps(m, examples), want, rtol=1e-5, atol=1e-5)
     run, real = [], m.hidden
-    monkeypatch.setattr(m, "hidden", lambda ids, *more: run.append(ids.shape[1]) or real(ids, *more))
+    monkeypatch.setattr(m, "hidden", lambda ids, *more, **at: run.append(ids.shape[1]) or real(ids, *more, **at))
     for micro_tokens in (30, 1000):
         run.clear()
         torch.testing.assert_close(loop.sequence_logps(m, examples, micro_tokens), want, rtol=1e-5, atol=1e-5)
