@@ -27,7 +27,7 @@ import torch
 
 from chat import Tokenizer, kto_example, read_records, sft_messages
 from checkpoint import Checkpoint, InputError, atomic_write, cli, nbytes, parse_config, write_checkpoint
-from flags import DTYPES, Parser, at_least, torch_device
+from flags import DEVICE, DTYPE, DTYPES, Parser, at_least, torch_device
 from memory import SHAPES, forward_flops, raw_config
 from model import Qwen2
 
@@ -335,9 +335,8 @@ def parse_args():
     p.add_argument("--synthetic", metavar="FOLDER", help="merge checkpoints of 7B that are written there first (15 GB) if it has none")
     p.add_argument("--method", default="ties", help="linear, ties, ...; TIES at density 0.2")
     # machine
-    cuda = torch.cuda.is_available()
-    p.add_argument("--dtype", choices=DTYPES, default="bf16" if cuda else "fp32", help="to compute in; merge: to write")
-    p.add_argument("--device", type=torch_device, default="cuda" if cuda else "cpu", help="torch device")
+    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="to compute in; merge: to write")
+    p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
     p.add_argument("--scratch", help="folder for what is written on the way; default the system's")
     p.add_argument("--out", help="JSON file for all numbers")
     p.add_argument("--side", help=argparse.SUPPRESS)

@@ -28,7 +28,7 @@ from attention import to_device
 from benchmarks import BENCHMARKS, prepare, read
 from chat import Tokenizer, read_jsonl, write_jsonl
 from checkpoint import Checkpoint, InputError, atomic_write, cli, read_json
-from flags import DTYPES, Parser, at_least, number, torch_device
+from flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
 from generate import common_prefix, generate_iter
 from model import Qwen2, token_logps
 from ranks import join, leave_group, own_device
@@ -418,8 +418,8 @@ def add_flags(p):
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no reply")
     p.add_argument("--cache-gb", type=number(above=0), default=4.0, help="KV-cache budget in GiB; fewer questions run at once when it is full")
     # machine
-    p.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and computation")
-    p.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="of weights and computation")
+    p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
 
 
 def main():

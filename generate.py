@@ -12,9 +12,9 @@ from collections import Counter
 import torch
 
 from attention import to_device
-from chat import Tokenizer
+from chat import Tokenizer, as_messages
 from checkpoint import Checkpoint, InputError, cli
-from flags import DTYPES, Parser, at_least, number, torch_device
+from flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
 from memory import available_memory
 from model import Qwen2
 
@@ -182,14 +182,16 @@ def generate_steps(
 ):  # fmt: skip
     """Yields (index, tokens so far, finish_reason or None) for each row after each step.
 
-    prompts: message lists. finish_reason: "stop" after one of the model's end tokens, which is not kept, or once the
+    prompts: message lists, or texts as user messages. finish_reason: "stop" after one of the model's end tokens, which is not kept, or once the
     text holds one of the `stop` strings; "length" after max_new_tokens or at the end of the model's positions. seed: an
     integer, from which each row draws by its index, or one integer for each prompt. batch_size: rows in flight, or as
     many as fit a KV cache of cache_gb GiB.
     prefill_tokens bounds the prompt tokens of one forward; more prompts wait a step. look_every: steps until the tokens
     are looked at, and the places of ended rows filled again; by default 16 on a GPU, 1 elsewhere. It changes no reply.
     """
-    prompts = [tokenizer.prompt_ids(p) for p in prompts]
+    if max_new_tokens < 1 or temperature < 0:
+        raise InputError(f"max_new_tokens is {max_new_tokens}, temperature {temperature}; they are at least 1 and at least 0")
+    prompts = [tokenizer.prompt_ids(as_messages(p, f"prompt {i}")) for i, p in enumerate(prompts)]
     if not prompts:
         return
     seeds = seed if isinstance(seed, (list, tuple)) else [seed * 1_000_003 + i for i in range(len(prompts))]
@@ -285,7 +287,7 @@ def generate_iter(m, tokenizer, prompts, *args, stop=(), **settings):
 
 
 def generate(m, tokenizer, prompts, max_new_tokens=256, temperature=0.0, **settings):
-    """prompts: list of message lists -> their replies, a list of texts in the same order. Arguments as in generate_steps.
+    """prompts: list of message lists or texts -> their replies, a list of texts in the same order. Arguments as in generate_steps.
 
     Several samples of one prompt: repeat the prompt; what its copies share is computed once."""
     texts = [""] * len(prompts)
@@ -319,8 +321,8 @@ def main():
     p.add_argument("--seed", type=int, default=0, help="of the sampling")
     p.add_argument("--cache-gb", type=number(above=0), default=4.0, help="GiB of keys and values: prompts that do not fit wait")
     # machine
-    p.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and computation")
-    p.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="of weights and computation")
+    p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
     a = p.parse_args()
     ckpt = Checkpoint(a.ckpt)
     m = Qwen2.from_pretrained(ckpt, dtype=DTYPES[a.dtype], device=a.device)

@@ -16,7 +16,7 @@ import torch.utils.checkpoint
 from attention import to_device
 from chat import Tokenizer, pack
 from checkpoint import Checkpoint, InputError, same
-from flags import DTYPES, at_least, checkpoint_out, number, torch_device
+from flags import DEVICE, DTYPE, DTYPES, at_least, checkpoint_out, number, torch_device
 from memory import GIB, free_memory, memory_needed
 from model import Qwen2, token_logps
 from ranks import STOP, cut, fill, is_sharded, my_share, shard, stop_asked, sum_over_ranks
@@ -263,10 +263,9 @@ def add_flags(p, epochs, batch_size, lr):
     p.add_argument("--clip", type=number(0), default=1.0, help="largest norm of the gradient; 0 does not clip")
     p.add_argument("--max-skips", type=at_least(1), default=3, help="end the run after this many steps in a row whose loss or gradient is not finite")
     # machine
-    cuda = torch.cuda.is_available()
-    p.add_argument("--micro-tokens", type=at_least(1), default=16384 if cuda else 1024, help="tokens of one forward on one device")
-    p.add_argument("--dtype", choices=DTYPES, default="bf16" if cuda else "fp32", help="to compute in; weights stay fp32")
-    p.add_argument("--device", type=torch_device, default="cuda" if cuda else "cpu", help="torch device")
+    p.add_argument("--micro-tokens", type=at_least(1), default=16384 if DEVICE == "cuda" else 1024, help="tokens of one forward on one device")
+    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="to compute in; weights stay fp32")
+    p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks: pays after some hundred micro-batches")
     p.add_argument("--shard", action="store_true", help="spread weights, gradients and moments over the ranks of a torchrun")
     p.add_argument("--activation-checkpointing", nargs="?", choices=["auto", "on", "off"], default="auto", const="on",

@@ -21,7 +21,7 @@ import sources
 import steps
 import teacher as models
 from checkpoint import InputError, atomic_write, cli, code_hash
-from flags import DTYPES, Parser, at_least, number
+from flags import DTYPE, DTYPES, Parser, at_least, number
 from prompts import AGAIN_JUDGE, JUDGE
 
 STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")
@@ -111,7 +111,7 @@ def parse_args():
     p.add_argument("--recorded", nargs="+", default=[], metavar="F", help="responses written before, used instead of asking: prompt and "
                    "response in any shape that --sources takes, and \"writer\": \"teacher\" (if missing) or \"small\"")  # fmt: skip
     p.add_argument("--perplexity", metavar="C", help="checkpoint that gives the perplexities; default: the small model")
-    p.add_argument("--dtype", choices=DTYPES, default="fp32", help="of local checkpoints")
+    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="of local checkpoints")
     p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="tokens of a response; a longer one is left out")
     p.add_argument("--max-len", type=at_least(1), default=2048, help="tokens of prompt and response that perplexity looks at")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="sequences that a local checkpoint generates at once")

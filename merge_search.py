@@ -23,7 +23,7 @@ import loop
 import merge
 from chat import Tokenizer, read_records, sft_messages
 from checkpoint import InputError, atomic_write
-from flags import DTYPES, Parser, at_least, number, torch_device
+from flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
 from model import Qwen2
 from stats import ratio_stderr
 from train_sft import encode
@@ -218,11 +218,10 @@ def parse(argv):
     add("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
     add("--batch-size", type=at_least(1), default=32, help="questions in flight")
     # machine
-    cuda = torch.cuda.is_available()
-    add("--micro-tokens", type=at_least(1), default=16384 if cuda else 2048,
+    add("--micro-tokens", type=at_least(1), default=16384 if DEVICE == "cuda" else 2048,
         help="tokens of one forward")  # fmt: skip
-    add("--dtype", choices=DTYPES, default="bf16" if cuda else "fp32", help="to compute in")
-    add("--device", type=torch_device, default="cuda" if cuda else "cpu", help="torch device")
+    add("--dtype", choices=DTYPES, default=DTYPE, help="to compute in")
+    add("--device", type=torch_device, default=DEVICE, help="torch device")
     # output
     add("--out", required=True, metavar="F.json", help="JSON file of the points and the final scores")
     a = p.parse_args(argv)

@@ -23,13 +23,12 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from chat import Tokenizer
 from checkpoint import Checkpoint, InputError
-from flags import DTYPES
+from flags import DEVICE, DTYPES
 from generate import generate_iter
 from loop import sequence_logps
 from model import Qwen2
@@ -80,7 +79,7 @@ def open_teacher(source, model_name=None, dtype="fp32"):
 def load(teacher):
     """The (model, tokenizer) of a local checkpoint, on this rank's GPU when there is one."""
     if teacher.loaded is None:
-        device = own_device("cuda" if torch.cuda.is_available() else "cpu")
+        device = own_device(DEVICE)
         m = Qwen2.from_pretrained(teacher.checkpoint, DTYPES[teacher.dtype], device).eval()
         teacher.loaded = (m, Tokenizer(teacher.checkpoint))
     return teacher.loaded

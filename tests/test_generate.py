@@ -105,6 +105,17 @@ def test_a_reply_ends_with_the_models_positions(lively):
         generate(m, tok, PROMPTS)
 
 
+def test_what_generate_refuses(loaded):
+    with pytest.raises(InputError, match="prompt 0: expected a text or a list"):
+        generate(*loaded, PROMPTS[0])  # one conversation where a list of them is expected
+    with pytest.raises(InputError, match="prompt 1: expected"):
+        generate(*loaded, [PROMPTS[0], []])
+    for settings in {"max_new_tokens": 0}, {"temperature": -1.0}:
+        with pytest.raises(InputError, match="at least"):
+            generate(*loaded, PROMPTS, **settings)
+    assert generate(*loaded, ["Hello"], 4) == generate(*loaded, [user("Hello")], 4)
+
+
 def test_common_prefix_leaves_a_token():
     assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2]]) == 1
     assert common_prefix([[1, 2, 3], [1, 2, 3]]) == 2
