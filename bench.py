@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import torch
 
 from chat import Tokenizer, kto_example, read_records, sft_messages
@@ -129,7 +130,8 @@ def ours_train(a, folder):
     script.main()
     with open(f"{out}.run/log.jsonl") as f:
         log = [json.loads(line) for line in f]
-    return {"step_s": sum(r["tokens"] / r["tokens_per_second"] for r in log), "losses": [r["loss"] for r in log]}
+    times = [r["tokens"] / r["tokens_per_second"] for r in log]
+    return {"step_s": sum(times), "step_times": times, "losses": [r["loss"] for r in log]}
 
 
 def trl_train(a, folder):
@@ -274,27 +276,30 @@ def first_lines(a, folder):
 
 
 def needed(a):
-    """-> (all tokens, supervised tokens, FLOPs the maths needs, those of the steps alone) of a training run."""
-    tokenizer, config = Tokenizer(a.ckpt[0]), parse_config(Checkpoint(a.ckpt[0]).config)
-    if a.mode == "sft":
-        import train_sft
-
-        examples, _ = train_sft.encode(read_records([a.data], sft_messages), tokenizer, a.max_len)
-        lengths, supervised = [len(ids) for ids, _ in examples], train_sft.count(examples)
-        flops = 3 * forward_flops(config, lengths, supervised)
-        return sum(lengths), supervised, flops, flops
+    """-> (all tokens, supervised tokens, FLOPs the maths needs, those of each step) of a training run."""
     import train_kto
+    import train_sft
 
+    tokenizer, config = Tokenizer(a.ckpt[0]), parse_config(Checkpoint(a.ckpt[0]).config)
+
+    def count(examples):
+        """-> (tokens, supervised tokens, FLOPs of a forward), an array."""
+        lengths, supervised = [len(ids) for ids, _ in examples], train_sft.count(examples)
+        return np.array([sum(lengths), supervised, forward_flops(config, lengths, supervised)])
+
+    if a.mode == "sft":
+        examples, _ = train_sft.encode(read_records([a.data], sft_messages), tokenizer, a.max_len)
+        steps = [count(examples[k : k + a.batch_size]) for k in range(0, len(examples), a.batch_size)]
+        tokens, supervised, forward = sum(steps)
+        return tokens, supervised, 3 * forward, [3 * step[2] for step in steps]
     rows, _ = train_kto.encode(read_records([a.data], kto_example), tokenizer, a.max_len)
-    steps = [range(k, min(k + a.batch_size, len(rows))) for k in range(0, len(rows), a.batch_size)]
-    flops, tokens, outputs = [], 0, 0
-    for pairs in ([(i, i) for i in range(len(rows))], [p for step in steps for p in train_kto.mismatched(list(step))]):
+    sides = []  # of each step the matched and the mismatched pairs
+    for k in range(0, len(rows), a.batch_size):
+        pairs = train_kto.both_pairs(range(len(rows))[k : k + a.batch_size])
         examples = [train_kto.pair_sequence(rows, a.max_len, *pair) for pair in pairs]
-        flops.append(forward_flops(config, [len(ids) for ids, _ in examples], sum(sum(s) for _, s in examples)))
-        tokens += sum(len(ids) for ids, _ in examples)
-        outputs += sum(sum(s) for _, s in examples)
-    matched, mismatched = flops
-    return tokens, outputs, 4 * matched + 2 * mismatched, 3 * matched + mismatched  # the reference is a forward of each
+        sides.append((count(examples[: len(pairs) // 2]), count(examples[len(pairs) // 2 :])))
+    (tokens, supervised, forward), steps = sum(map(sum, sides)), [3 * m[2] + mm[2] for m, mm in sides]
+    return tokens, supervised, sum(steps) + forward, steps  # and the reference's forward of all
 
 
 def measure(a, side, data):
@@ -391,8 +396,10 @@ def summarise(a, runs, work):
     us, peers = middle["ours"], list(runs)[1:]
     if work:
         tokens, supervised, flops, step_flops = work
+        warm = 1 if len(step_flops) > 1 else 0  # the first step loads kernels, and --compile compiles in it
+        rate = statistics.median(sum(step_flops[warm:]) / sum(r["step_times"][warm:]) for r in runs["ours"])
         print(f"ours: {a.limit / us['step_s']:.2f} examples/s, {tokens / us['step_s']:,.0f} tokens/s, {supervised / us['step_s']:,.0f} "
-              f"supervised/s; {step_flops / us['step_s'] / 1e9:,.0f} GFLOP/s in the steps, {step_flops / us['step_s'] / us['rate']:.0%} "
+              f"supervised/s; {rate / 1e9:,.0f} GFLOP/s in the steps{' after the first' * warm}, {rate / us['rate']:.0%} "
               f"of the matmul rate; {flops / us['wall_s'] / us['rate']:.0%} from start to end")  # fmt: skip
     if a.mode == "merge":
         files, written = merge_bytes(a)

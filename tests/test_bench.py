@@ -30,11 +30,12 @@ def test_needed_counts_the_kto_pairs(tiny, tmp_path):
     rows = [{"prompt": "Hello", "completion": "a" * n, "label": n % 2 == 0} for n in (1, 2, 3, 4)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     class a: mode, ckpt, data, max_len, batch_size = "kto", [tiny], str(path), 64, 4  # noqa: E701
-    tokens, supervised, flops, step_flops = bench.needed(a)
+    tokens, supervised, flops, steps = bench.needed(a)
     a.mode = "sft"
-    sft_tokens, sft_supervised, sft_flops, _ = bench.needed(a)
+    sft_tokens, sft_supervised, sft_flops, sft_steps = bench.needed(a)
     assert (tokens, supervised) == (2 * sft_tokens, 2 * sft_supervised)  # the same completions, matched and mismatched
-    assert flops == 2 * sft_flops and step_flops < flops  # 3 + 1 (step) + 2 (reference) forwards of like length
+    assert flops == 2 * sft_flops and sum(sft_steps) == sft_flops  # 3 + 1 (step) + 2 (reference) forwards of like length
+    assert len(steps) == len(sft_steps) == 1 and sum(steps) == flops * 4 // 6
 
 
 def test_ours_alone(tiny, tmp_path, run):
