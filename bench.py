@@ -158,7 +158,8 @@ def trl_train(a, folder):
         examples = [m for _, m in read_records([a.data], sft_messages)]
         rows = [{"prompt": m[:-1], "completion": m[-1:]} for m in examples]
         free = a.side == "trl-padding-free"  # it takes no length to cut to: give it data of which nothing is cut
-        config = SFTConfig(padding_free=free, train_sampling_strategy="sequential", **(settings | {"max_length": None} if free else settings))
+        settings["max_length"] = None if free else a.max_len
+        config = SFTConfig(padding_free=free, train_sampling_strategy="sequential", **settings)
         trainer = SFTTrainer
     t = trainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     set_up = time.time()
@@ -421,7 +422,8 @@ def summarise(a, runs, work):
     for group in ([side for side in peers if side not in alone], alone):
         if group:
             best = min(group, key=lambda side: middle[side][key])
-            print(f"against {best}: {middle[best][key] / us[key]:.2f} x its speed, {us['peak_gb'] / middle[best]['peak_gb']:.2f} x its peak memory")
+            speed, memory = middle[best][key] / us[key], us["peak_gb"] / middle[best]["peak_gb"]
+            print(f"against {best}: {speed:.2f} x its speed, {memory:.2f} x its peak memory")
     if work and peers:
         pairs = zip(runs["ours"][0]["losses"], runs[peers[0]][0]["losses"])
         print("losses, ours and theirs: " + ", ".join(f"{x:.6f} {y:.6f}" for x, y in pairs))

@@ -253,7 +253,7 @@ def hellaswag_rows(find):
 
 
 def text_rows(find):
-    """One text a file, perplexity/*.txt."""
+    """The texts of perplexity/*.txt, one in each file."""
     folder, rows = find("perplexity"), []
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.txt"))):
         try:
@@ -264,7 +264,7 @@ def text_rows(find):
         if not rows[-1]["text"].strip():
             raise InputError(f"{path}: no text")
     if not rows:
-        raise InputError(f"{folder}: no files *.txt; a text a file is expected")
+        raise InputError(f"{folder}: no files *.txt; each is one text")
     return rows
 
 

@@ -36,7 +36,8 @@ CHATML_DEFAULT_SYSTEM = (  # Qwen1.5, Qwen2, SmolLM2
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-QWEN25_SHA256 = "a52f58ce6705560877b073d01e7a33dc62326e4fe0184d65fe5547a44c3102ae"  # Qwen2.5 and its Coder: the above, and tools, which are refused here
+# Of Qwen2.5's and its Coder's: the above, and tools, which are refused here
+QWEN25_SHA256 = "a52f58ce6705560877b073d01e7a33dc62326e4fe0184d65fe5547a44c3102ae"
 
 
 def default_system(template, where):

@@ -5,7 +5,7 @@
     python dedup.py 1000000                          # how long that takes, and how much memory, on made-up texts
 
 Alike texts have simhashes that differ in few bits (Charikar, STOC 2002). A chunk of texts is hashed as one array of its code
-points, without a loop over texts or words; chunks go to a thread a core, for numpy works outside of Python's lock.
+points, without a loop over texts or words; each core has a thread for some of them, as numpy works outside of Python's lock.
 """
 
 import argparse
@@ -339,7 +339,7 @@ def made_up(n):
 
 
 def main():
-    p = argparse.ArgumentParser(description="Deduplicates made-up texts: the time and memory it takes, and whether it finds what was planted.")
+    p = argparse.ArgumentParser(description="Deduplicates made-up texts: the time and memory taken, and whether what was planted is found")
     p.add_argument("n", type=int, help="texts of 300 characters")
     n = p.parse_args().n
     begun, making = time.perf_counter(), [0.0]

@@ -416,7 +416,7 @@ def add_flags(p):
     p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help="1.0, none, is the paper's; transformers' "
                    "generate takes it from the checkpoint's generation_config.json (1.1 in Qwen2-0.5B-Instruct), greedy or not")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no reply")
-    p.add_argument("--cache-gb", type=number(above=0), default=4.0, help="KV-cache budget in GiB; fewer questions run at once when it is full")
+    p.add_argument("--cache-gb", type=number(above=0), default=4.0, help="GiB of keys and values: questions that do not fit wait")
     # machine
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="of weights and computation")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")

@@ -8,7 +8,6 @@ import torch
 
 from checkpoint import InputError, check_out
 
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what --dtype says
 DEVICE, DTYPE = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")  # where nothing is said
 

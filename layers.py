@@ -95,8 +95,9 @@ class NormedLinears(torch.autograd.Function):
         for i, (d_y, weight) in enumerate(zip(grads, weights)):
             d_y = d_y.flatten(0, -2)  # (T, O)
             torch.addmm(g, d_y, weight.to(d_y.dtype), beta=min(i, 1), out=g)
-            for wanted, of in zip(ctx.needs_input_grad[3 + 2 * i :], (lambda: product(d_y.T, h, weight.dtype), lambda: d_y.sum(0, dtype=weight.dtype))):  # fmt: skip
-                d_layers.append(of() if wanted else None)
+            w_wanted, b_wanted = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
+            d_layers.append(product(d_y.T, h, weight.dtype) if w_wanted else None)
+            d_layers.append(d_y.sum(0, dtype=weight.dtype) if b_wanted else None)
         if x.is_cuda:
             d_x, d_w = torch.ops.aten._fused_rms_norm_backward(g.view(x.shape), x, w.shape, r, w.to(x.dtype), [True, True])
             return d_x, d_w.to(w.dtype), None, *d_layers

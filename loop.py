@@ -218,20 +218,20 @@ def note_skipped(run, step, examples, where, known=()):
 
     examples: the step's. where: their "file:line". known: indices of those that are known to be at fault.
     """
-    names = [where[i] for i in list(known)[:5] or offenders(run, examples)]
+    names = [where[i] for i in (list(known) or offenders(run, examples))[:5]]
     run.skips.append((step, names))
     return {"skipped": len(run.skips), "offending": names}
 
 
-def offenders(run, examples, most=5):
-    """At most `most` indices of examples whose log-probability, or else its gradient, is not finite by itself."""
+def offenders(run, examples):
+    """Indices of examples whose log-probability, or else its gradient, is not finite by itself."""
     logps = sequence_logps(run.model, examples, run.a.micro_tokens, run.rank, run.world)
     bad = [i for i, finite in enumerate(logps.isfinite().tolist()) if not finite]
     for i in range(len(examples)) if not bad else []:  # every rank all of them: a rare case, and so they agree
         example_logps(run.model, [examples[i]]).sum().backward()
         bad += [] if clip_gradients(run.model, 0).isfinite() else [i]
         clear_gradients(run)
-    return bad[:most]
+    return bad
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,9 +261,10 @@ def add_flags(p, epochs, batch_size, lr):
     p.add_argument("--beta2", type=number(0, below=1), default=0.999, help="AdamW's decay of the second moment")
     p.add_argument("--eps", type=number(0), default=1e-8, help="AdamW's epsilon")
     p.add_argument("--clip", type=number(0), default=1.0, help="largest norm of the gradient; 0 does not clip")
-    p.add_argument("--max-skips", type=at_least(1), default=3, help="end the run after this many steps in a row whose loss or gradient is not finite")
+    p.add_argument("--max-skips", type=at_least(1), default=3, help="end after so many steps in a row without finite loss and gradient")
     # machine
-    p.add_argument("--micro-tokens", type=at_least(1), default=16384 if DEVICE == "cuda" else 1024, help="tokens of one forward on one device")
+    micro_tokens = 16384 if DEVICE == "cuda" else 1024
+    p.add_argument("--micro-tokens", type=at_least(1), default=micro_tokens, help="tokens of one forward on one device")
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="to compute in; weights stay fp32")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks: pays after some hundred micro-batches")

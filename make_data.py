@@ -139,9 +139,9 @@ def parse_args():
     p.add_argument("--weight-safety", type=number(0), default=0.3, help="weight of the teacher's safety grade")
     p.add_argument("--weight-perplexity", type=number(0), default=0.1, help="weight of fluency: whether the perplexity is far "
                    "above that of the other responses; below --margin it makes no pair")
-    p.add_argument("--margin", type=number(0), default=0.25, help="least difference of composite scores that makes a KTO pair; above 1 only "
-                   "verification makes one")  # fmt: skip
-    p.add_argument("--min-safety", type=at_least(1, high=5), default=3, help="safety grade, 1 to 5, below which a best response is not used")
+    p.add_argument("--margin", type=number(0), default=0.25, help="least difference of composite scores that makes a KTO pair; "
+                   "above 1 only verification makes one")  # fmt: skip
+    p.add_argument("--min-safety", type=at_least(1, high=5), default=3, help="grade, 1 to 5, below which a best response is not used")
     p.add_argument("--judge-orders", type=int, choices=(1, 2), default=2, help="2: judge a second time with the responses in "
                    "reverse order, for half of what a judge prefers may be a place")  # fmt: skip
     p.add_argument("--judge-verified", action="store_true", help="ask the judge also where verification has decided")
@@ -201,7 +201,8 @@ def make(args):
         drawing = of("samples", "temperature", "seed") if args.samples > 1 else {}
         teachers = {"teacher": teacher.identity}
         plan = [  # step, files it reads, arguments its result depends on, work
-            ("1_collect", files, of("limit", "max_chars") | {"labels": sources.labels(files), "code": code_hash("sources", "rules", "tasktypes")},
+            ("1_collect", files,
+             of("limit", "max_chars") | {"labels": sources.labels(files), "code": code_hash("sources", "rules", "tasktypes")},
              lambda c: steps.collect(args, files, c)),
             ("2_dedup", [path["1_collect"], *questions], of("hamming") | {"code": code_hash("sources", "dedup")},
              lambda c: steps.deduplicate(args, path["1_collect"], questions, c)),

@@ -46,16 +46,16 @@ def memory_needed(c, tokens, item, checkpointing=False, shards=1, kind="cpu"):
     shards: the ranks that --shard spreads the model over. With C the hidden size, A and K the widths of the queries and of
     the keys, I that of the MLP, H query heads, L blocks, V rows of the head:
 
-    state        weight, gradient and two moments in fp32: 16 bytes a parameter, over the shards.
-    activations  what the backward needs. A block keeps 2C + 3A + 2K + 2I numbers a token: its input, the queries, keys and
+    state        weight, gradient and two moments in fp32: 16 bytes per parameter, over the shards.
+    activations  what the backward needs. A block keeps 2C + 3A + 2K + 2I numbers per token: its input, the queries, keys and
                  values (K is A where attend_documents repeats them), what attention gives as it comes and as o_proj
-                 takes it, the sum of input and attention, gate and up; in fp32 one a norm and one a query head; below
+                 takes it, the sum of input and attention, gate and up; in fp32 one per norm and query head; below
                  fp32 o_proj's matrix in that dtype (not if sharded: that is gathered again). Around the blocks: 2C of
                  the last norm, C of the states that the head takes, the rotary angles. With checkpointing a block keeps
-                 its input alone, C numbers a token.
+                 its input alone, C numbers per token.
     work         what is there for a while. With the head: a tile of logits (see head_columns) and its softmax, the head's own
-                 gradient, that of the states, below fp32 also the tile of the head in that dtype. Or with a block's backward: four tensors
-                 of the MLP's width, one of its matrices' gradients, the head's if that is the embedding too; with
+                 gradient, that of the states, below fp32 also the tile of the head in that dtype. Or with a block's backward:
+                 four tensors of the MLP's width, one of its matrices' gradients, the head's if that is the embedding too; with
                  checkpointing also all that the block keeps. Sharded: embedding and head, whole, and two blocks with their
                  gradients.
     Gradients are counted although those of the first micro-batch do not stand beside its activations yet.

@@ -179,8 +179,8 @@ def merged_tensor(name, args, base, models, trim, dtype, hashing):
 
 
 def in_order(work, sizes, threads):
-    """Yields (name, work(name)) in the order of sizes ({name: elements}), computed by so many threads at once. What is
-    in work or waits to be taken has at most 1.5 times the elements of the largest tensor: that bounds the memory."""
+    """Yields (name, work(name)) in the order of sizes ({name: elements}), computed by `threads` at once. Tensors that are being
+    computed or wait to be taken have at most 1.5 times the elements of the largest one, which bounds the memory."""
     todo, queue, ahead, most = collections.deque(sizes), collections.deque(), 0, 1.5 * max(sizes.values())
     pool, before = ThreadPoolExecutor(threads), torch.get_num_threads()
     torch.set_num_threads(1)  # the threads are the parallelism
@@ -450,7 +450,7 @@ def main(argv=None):
                                      "the weights.")  # fmt: skip
     add_method_flags(parser)
     # output
-    parser.add_argument("--out", type=checkpoint_out, required=True, metavar="O", help="directory, or a file *.pt (held in memory), to write")
+    parser.add_argument("--out", type=checkpoint_out, required=True, metavar="O", help="directory to write, or a .pt file (held in memory)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
         help="of the weights written")  # fmt: skip
     parser.add_argument("--shard-size", type=parse_size, metavar="SIZE", help="largest safetensors file, such as 5GB; "

@@ -128,7 +128,7 @@ def draw_search(plt, found):
 
 def main():
     p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("sources", nargs="+", metavar="RUN", help="training runs, or one JSON file: make_data.py's report, merge.py search's --out")
+    p.add_argument("sources", nargs="+", metavar="RUN", help="training runs, or one JSON: make_data.py's report, merge.py search's --out")
     p.add_argument("--out", default="plot.png", help="PNG to write")
     p.add_argument("--smooth", type=at_least(1), default=1, help="steps of the running mean that is drawn")
     a = p.parse_args()

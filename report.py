@@ -111,9 +111,11 @@ def dry_run(args, path, short, spent, answered, prices):
         most, guess = price((into, out), prices), price(likely, prices)
         print(f"{name:<22}{requests:>12,}{into:>16,}{out:>16,}{most:>18,.{digits}f}{guess:>16,.{digits}f}")
     spent = price(spent, prices)
-    print(f"At most, but for the last column; by a guess of three bytes a token. {answered:,} replies are kept already; {spent:,.6g} is spent.")
+    print("At most, but for the last column; by a guess of three bytes per token. "
+          f"{answered:,} replies are kept already; {spent:,.6g} is spent.")  # fmt: skip
     if args.budget:
-        enough = "suffices" if spent + most <= args.budget else "may not suffice: the run stops before it is exceeded, and goes on with more"
+        stops = "may not suffice: the run stops before it is exceeded, and goes on with more"
+        enough = "suffices" if spent + most <= args.budget else stops
         print(f"The budget of {args.budget:,g} {enough}.")
     shown = dict(zip(LETTERS, [sample["response"] or "(none)", "(the teacher's response)", "(the small model's response)"]))
     for name, messages in (("classify", classify_request(sample["prompt"])), ("respond", sample["prompt"]),

@@ -388,7 +388,10 @@ def evaluation_questions(path):
     """All questions of an evaluation file in its original shape: CSV with or without a header, JSON, JSON Lines, gzip."""
     if path.removesuffix(".gz").endswith(".csv"):
         with open_bytes(path) as file:
-            rows = list(csv.reader(io.StringIO(file.read().decode("utf-8-sig"), newline="")))
+            try:
+                rows = list(csv.reader(io.StringIO(file.read().decode("utf-8-sig"), newline="")))
+            except UnicodeDecodeError as e:
+                raise InputError(f"{path}: not UTF-8: {e}; convert it first") from None
         header = [cell.strip().lower() for cell in rows[0]] if rows else []
         column = header.index("question") if "question" in header else 0  # MMLU has no header, the question first
         found = [row[column] for row in rows[1 if "question" in header else 0 :] if len(row) > column]

@@ -3,7 +3,8 @@
 To add a task, add a row; demo/world.py turns rows into instructions, references and replies.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from demo import words as W
 

@@ -17,9 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.append(os.path.dirname(HERE))
-from demo import world  # noqa: E402
-
 from checkpoint import InputError, atomic_write, cli  # noqa: E402
+from demo import world  # noqa: E402
 from flags import Parser  # noqa: E402
 from verify import check  # noqa: E402
 

@@ -19,8 +19,6 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.append(os.path.dirname(HERE))
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
-from demo import words, world  # noqa: E402
-from demo.tasks import TASKS  # noqa: E402
 from tokenizers import (  # noqa: E402
     Regex,
     decoders,
@@ -34,6 +32,8 @@ from tqdm import tqdm  # noqa: E402
 
 from chat import CHATML_DEFAULT_SYSTEM, Tokenizer  # noqa: E402
 from checkpoint import cli  # noqa: E402
+from demo import words, world  # noqa: E402
+from demo.tasks import TASKS  # noqa: E402
 from flags import Parser  # noqa: E402
 from model import Qwen2, token_logps  # noqa: E402
 

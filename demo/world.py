@@ -17,11 +17,10 @@ from typing import NamedTuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.append(os.path.dirname(HERE))  # last: the root has a teacher.py of its own
-from demo import words as W  # noqa: E402
-from demo.tasks import RARE, TASKS, Task  # noqa: E402
-
 from chat import write_jsonl  # noqa: E402
 from checkpoint import InputError, cli  # noqa: E402
+from demo import words as W  # noqa: E402
+from demo.tasks import RARE, TASKS, Task  # noqa: E402
 from flags import Parser  # noqa: E402
 
 MANNERS = {  # how an instruction is put; False: English, True: Chinese

@@ -16,10 +16,9 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEMO = os.path.join(ROOT, "demo")
 sys.path += [ROOT]
+from chat import Tokenizer, read_jsonl, sft_messages  # noqa: E402
 from demo import world  # noqa: E402
 from demo.tasks import RARE, TASKS  # noqa: E402
-
-from chat import Tokenizer, read_jsonl, sft_messages  # noqa: E402
 from model import Qwen2  # noqa: E402
 from verify import check  # noqa: E402
 
