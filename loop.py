@@ -78,10 +78,10 @@ def shared_logps(model, examples):
 def sequence_logps(model, examples, micro_tokens, rank=0, world=1, heed_stop=False):
     """example_logps without gradients, at most micro_tokens tokens at a time: (len(examples),) fp32.
 
-    Examples of one context, such as the completions of one prompt, stay together and share its computation, as far as
-    micro_tokens go; but not if the model is sharded, whose weights are whole only inside its forward, nor on a GPU, where
-    the many small calls that it takes would cost more than they save. With world > 1 the ranks share the work and all get
-    the whole result.
+    Examples of one context, such as the completions of one prompt, stay together and share its computation, up to four times
+    micro_tokens, which takes less memory than a training step of micro_tokens does; but not if the model is sharded, whose
+    weights are whole only inside its forward, nor on a GPU, where the many small calls that it takes would cost more than they
+    save. With world > 1 the ranks share the work and all get the whole result.
 
     heed_stop: after SIGTERM the rest is left at 0. The caller must then ask stop_asked() before it uses the result.
     """
@@ -91,7 +91,7 @@ def sequence_logps(model, examples, micro_tokens, rank=0, world=1, heed_stop=Fal
     for i, (ids, supervised) in enumerate(examples):
         n = supervised.index(True) if share else 0
         unit = unit_of.get(tuple(ids[:n])) if n else None
-        if unit is None or costs[unit] + len(ids) - n > micro_tokens:
+        if unit is None or costs[unit] + len(ids) - n > 4 * micro_tokens:
             unit = unit_of[tuple(ids[:n])] = len(units)
             units.append([])
             costs.append(n)
@@ -323,7 +323,8 @@ def checkpoint_activations(model, a, batches, rank, world):
         some = itertools.islice(batches, 1000)  # enough to meet the largest micro-batch, or nearly
         tokens = max(sum(lengths[i] for i in cut(lengths, a.micro_tokens, world)[0]) for lengths in some)
         item, shards = DTYPES[a.dtype].itemsize, world if is_sharded(model) else 1
-        without, with_it = (memory_needed(model.config, tokens, item, again, shards, model.device.type) for again in (False, True))
+        settings = item, shards, model.device.type, a.compile
+        without, with_it = (memory_needed(model.config, tokens, again, *settings) for again in (False, True))
         held = without["state"] // 4  # the weights, which are there already
         free = free_memory(model.device)
         room = held + (free * 0.9 if free else math.inf)

@@ -39,7 +39,7 @@ def forward_flops(config, lengths, outputs):
     return 2 * matrices * sum(lengths) + scores + 2 * (after + c.vocab_size * c.hidden_size) * outputs
 
 
-def memory_needed(c, tokens, item, checkpointing=False, shards=1, kind="cpu"):
+def memory_needed(c, tokens, checkpointing, item, shards=1, kind="cpu", compiled=False):
     """Bytes at the peak of a training step on one device: {"state", "activations", "work"}, whose sum is the peak.
 
     c: Config. tokens: of the largest micro-batch, all supervised. item: bytes of a number of the compute dtype.
@@ -50,7 +50,8 @@ def memory_needed(c, tokens, item, checkpointing=False, shards=1, kind="cpu"):
     activations  what the backward needs. A block keeps 2C + 3A + 2K + 2I numbers per token: its input, the queries, keys and
                  values (K is A where attend_documents repeats them), what attention gives as it comes and as o_proj
                  takes it, the sum of input and attention, gate and up; in fp32 one per norm and query head; below
-                 fp32 o_proj's matrix in that dtype (not if sharded: that is gathered again). Around the blocks: 2C of
+                 fp32 o_proj's matrix in that dtype (not if sharded: that is gathered again). A compiled block also keeps both
+                 norms' outputs, what down_proj takes, and below fp32 all its matrices in that dtype. Around the blocks: 2C of
                  the last norm, C of the states that the head takes, the rotary angles. With checkpointing a block keeps
                  its input alone, C numbers per token.
     work         what is there for a while. With the head: a tile of logits (see head_columns) and its softmax, the head's own
@@ -66,6 +67,8 @@ def memory_needed(c, tokens, item, checkpointing=False, shards=1, kind="cpu"):
     low = item if item < 4 else 0  # bytes of a copy in the compute dtype, where one is made
 
     kept = tokens * (item * (2 * C + 3 * A + 2 * K + 2 * I) + 4 * (H + 2)) + (low * C * A if shards == 1 else 0)
+    if compiled:
+        kept += tokens * item * (2 * C + I) + (low * block if shards == 1 else 0)
     around = tokens * (item * (3 * C + 2 * c.head_dim) + 48)  # 48: ids, positions, targets, owners as int64, fp32 sums
     activations = around + L * (tokens * item * C if checkpointing else kept)
 
@@ -128,7 +131,7 @@ def table(configs, tokens, rate, examples, length, supervised):
     for name, c in configs.items():
         forward = examples * forward_flops(c, [length], supervised)
         for gpus, shards, how in (1, 1, "1"), (8, 1, "8, replicated"), (8, 8, "8, `--shard`"):
-            whole, less = (sum(memory_needed(c, tokens, 2, on, shards, "cuda").values()) / GIB for on in (False, True))
+            whole, less = (sum(memory_needed(c, tokens, on, 2, shards, "cuda").values()) / GIB for on in (False, True))
             times = []
             for forwards in 3, 6:  # forward and backward; KTO also the mismatched pairs and the reference of both
                 times.append(" / ".join(minutes(n * forward / gpus / rate) for n in (forwards, forwards + 1)))

@@ -408,7 +408,7 @@ def test_activation_checkpointing_computes_the_same_and_comes_where_a_step_would
     arguments = ("--epochs", 1, "--micro-tokens", 1, "--no-shuffle")
     assert run("train_sft", *command(tiny, sft_data, whole, *arguments, "--activation-checkpointing", "off"))[0] == 0 and not calls
     longest = max(len(ids) for ids, _ in train_sft.encode(read_records([sft_data], sft_messages), loop.Tokenizer(tiny), 64)[0])
-    without, with_it = (sum(memory.memory_needed(c, longest, 4, on).values()) for on in (False, True))
+    without, with_it = (sum(memory.memory_needed(c, longest, on, 4).values()) for on in (False, True))
     weights_there = 4 * memory.parameters(c)[-1]
     for k, (free, more, on, words) in enumerate([
         ((without - weights_there) / 0.89, (), False, "checkpointing off"),

@@ -41,9 +41,15 @@ def test_parameters_are_those_of_the_published_models():
 
 
 @pytest.mark.parametrize("item", [4, 2])
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("lengths", [(300,), (20, 130, 50, 40)])
-def test_activations_are_what_torch_keeps(item, lengths):
+def test_activations_are_what_torch_keeps(item, compiled, lengths, monkeypatch):
     m, kept = model(item), {}
+    if compiled:  # what the compiler's partitioner keeps, without its C++
+        real = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f, **more: real(f, backend="aot_eager_decomp_partition", **more))
+        torch._dynamo.reset()
+        m.compile()
     weights = {p.untyped_storage().data_ptr() for p in m.parameters()}
 
     def keep(t):
@@ -54,7 +60,8 @@ def test_activations_are_what_torch_keeps(item, lengths):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         logps = loop.example_logps(m, examples(lengths))
     assert logps.requires_grad
-    assert sum(kept.values()) == pytest.approx(memory_needed(m.config, sum(lengths), item)["activations"], rel=0.03)
+    need = memory_needed(m.config, sum(lengths), False, item, compiled=compiled)
+    assert sum(kept.values()) == pytest.approx(need["activations"], rel=0.03)
 
 
 class Held(TorchDispatchMode):
@@ -92,15 +99,15 @@ def test_the_peak_of_a_step_is_what_is_counted(item, again, changes):
         for _ in range(2):  # the gradients of the first stand beside the activations of the second, and so do the moments
             loop.example_logps(m, examples((50, 30, 80))).sum().backward()
             optimizer.step()
-    need = memory_needed(m.config, 160, item, again)
+    need = memory_needed(m.config, 160, again, item)
     assert 0.9 < (held.peak + state) / sum(need.values()) < 1.03
 
 
 def test_sharding_and_checkpointing_need_less():
     c = memory.shape(*memory.SHAPES["7B"])
-    whole, eighth = (sum(memory_needed(c, 16384, 2, False, shards).values()) for shards in (1, 8))
-    assert eighth < whole / 2 and memory_needed(c, 16384, 2, False, 8)["state"] * 8 == pytest.approx(16 * 7_615_616_512)
-    assert memory_needed(c, 16384, 2, True)["activations"] < memory_needed(c, 16384, 2)["activations"] / 10
+    whole, eighth = (sum(memory_needed(c, 16384, False, 2, shards).values()) for shards in (1, 8))
+    assert eighth < whole / 2 and memory_needed(c, 16384, False, 2, 8)["state"] * 8 == pytest.approx(16 * 7_615_616_512)
+    assert memory_needed(c, 16384, True, 2)["activations"] < memory_needed(c, 16384, False, 2)["activations"] / 10
 
 
 def test_the_table(run, tiny):
