@@ -92,13 +92,13 @@ class KVCache:
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.lengths = [0] * rows
 
-    def begin_step(self, dtype):
+    def begin_step(self):
         """A step of decoding with one new token in every row, at `positions`, of which the first `width` places are looked at:
         makes what all layers share, the rows' numbers and the mask (rows, 1, 1, width) that is added to the scores."""
         device = self.k.device
         self.rows = torch.arange(len(self.positions), device=device)
-        hidden = torch.arange(self.width, device=device) > self.positions[:, None, None, None]
-        self.mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+        ahead = torch.arange(self.width, device=device) > self.positions[:, None, None, None]
+        self.mask = torch.zeros(ahead.shape, dtype=self.k.dtype, device=device).masked_fill_(ahead, -torch.inf)
 
     @property
     def bytes(self):

@@ -184,8 +184,8 @@ def generate_steps(
 
     prompts: message lists, or texts, each a user's message. finish_reason: "stop" after one of the model's end tokens, which
     is not kept, or once the text holds one of the `stop` strings; "length" after max_new_tokens or at the end of the model's
-    positions. seed: an integer, from which each row draws by its index, or one integer for each prompt. batch_size: rows in flight, or as
-    many as fit a KV cache of cache_gb GiB.
+    positions. seed: an integer, from which each row draws by its index, or one integer for each prompt. batch_size: rows in
+    flight, or as many as fit a KV cache of cache_gb GiB.
     prefill_tokens bounds the prompt tokens of one forward; more prompts wait a step. look_every: steps until the tokens
     are looked at, and the places of ended rows filled again; by default 16 on a GPU, 1 elsewhere. It changes no reply.
     """

@@ -50,38 +50,40 @@ def example_logps(model, examples):
 
 
 @torch.no_grad()
-def shared_logps(model, examples):
-    """example_logps without gradients, where several examples begin alike: each context is computed once.
+def shared_logps(model, examples, micro_tokens):
+    """example_logps without gradients, where several examples begin alike: each context is computed once, and what follows it
+    at most micro_tokens tokens at a time.
 
     The context is what stands before the first supervised token, less its own last token: that one is fed with the rest,
     since its state predicts the first supervised token."""
     starts = [max(0, supervised.index(True) - 1) for _, supervised in examples]
     contexts = [tuple(ids[:n]) for (ids, _), n in zip(examples, starts)]
-    unique = [context for context in dict.fromkeys(contexts) if context]
+    unique = {context: i for i, context in enumerate(dict.fromkeys(filter(None, contexts)))}
     if len(unique) == sum(map(bool, contexts)):
         return example_logps(model, examples)
-    device = model.device
     known = model.new_cache(len(unique), max(map(len, unique)))
-    model.prefill(unique, known)
-    cache = model.new_cache(len(examples), max(len(ids) for ids, _ in examples))
-    places = {context: i for i, context in enumerate(unique)}
-    for row, (context, n) in enumerate(zip(contexts, starts)):
-        if n:
-            cache.copy_start(row, known, places[context], n)
+    model.prefill(list(unique), known)
     rest = [(ids[n:], supervised[n:]) for (ids, supervised), n in zip(examples, starts)]
-    ids, lengths, at, targets, owner = packed(rest, device)
-    logps = token_logps(model.hidden(ids, lengths, cache, at)[0], model.head_weight, targets)  # (N,)
-    return torch.zeros(len(examples), device=device).index_add(0, owner, logps)
+    out = torch.zeros(len(examples), device=model.device)
+    for chosen in cut([len(ids) for ids, _ in rest], micro_tokens, 1):
+        cache = model.new_cache(len(chosen), max(len(examples[i][0]) for i in chosen))
+        for row, i in enumerate(chosen):
+            if contexts[i]:
+                cache.copy_start(row, known, unique[contexts[i]], starts[i])
+        ids, lengths, at, targets, owner = packed([rest[i] for i in chosen], model.device)
+        logps = token_logps(model.hidden(ids, lengths, cache, at)[0], model.head_weight, targets)  # (N,)
+        out.index_add_(0, to_device(chosen, model.device)[owner], logps)
+    return out
 
 
 @torch.no_grad()
 def sequence_logps(model, examples, micro_tokens, rank=0, world=1, heed_stop=False):
     """example_logps without gradients, at most micro_tokens tokens at a time: (len(examples),) fp32.
 
-    Examples of one context, such as the completions of one prompt, stay together and share its computation, up to four times
-    micro_tokens, which takes less memory than a training step of micro_tokens does; but not if the model is sharded, whose
-    weights are whole only inside its forward, nor on a GPU, where the many small calls that it takes would cost more than they
-    save. With world > 1 the ranks share the work and all get the whole result.
+    Examples of one context, such as the completions of one prompt, stay together and share its computation, in several forwards
+    if need be; but not if the model is sharded, whose weights are whole only inside its forward, nor on a GPU, where the many
+    small calls that it takes would cost more than they save. With world > 1 the ranks share the work and all get the whole
+    result.
 
     heed_stop: after SIGTERM the rest is left at 0. The caller must then ask stop_asked() before it uses the result.
     """
@@ -91,7 +93,7 @@ def sequence_logps(model, examples, micro_tokens, rank=0, world=1, heed_stop=Fal
     for i, (ids, supervised) in enumerate(examples):
         n = supervised.index(True) if share else 0
         unit = unit_of.get(tuple(ids[:n])) if n else None
-        if unit is None or costs[unit] + len(ids) - n > 4 * micro_tokens:
+        if unit is None or costs[unit] + len(ids) - n > 4 * micro_tokens:  # a unit is one rank's
             unit = unit_of[tuple(ids[:n])] = len(units)
             units.append([])
             costs.append(n)
@@ -102,7 +104,7 @@ def sequence_logps(model, examples, micro_tokens, rank=0, world=1, heed_stop=Fal
             break
         indices = [i for unit in micro for i in units[unit]]
         some = [examples[i] for i in indices]
-        logps = shared_logps(model, some) if share else example_logps(model, some)
+        logps = shared_logps(model, some, micro_tokens) if share else example_logps(model, some)
         out[to_device(torch.tensor(indices, dtype=torch.long), model.device)] = logps
     return sum_over_ranks(out) if world > 1 else out
 
@@ -300,8 +302,8 @@ def load_model(ckpt, a, device):
 
 def open_checkpoint(source, a, device):
     """-> (model, tokenizer, checkpoint)."""
-    for flag in "ckpt", "ref":
-        if same(a.out, vars(a).get(flag) or ""):
+    for flag, path in (("ckpt", a.ckpt), ("ref", getattr(a, "ref", None))):
+        if path and same(a.out, path):
             raise InputError(f"--out {a.out}: is what --{flag} starts from, and what --resume would start from; give another name")
     ckpt = Checkpoint(source)
     tokenizer, model = Tokenizer(ckpt), load_model(ckpt, a, device)

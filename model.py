@@ -127,13 +127,13 @@ class Qwen2(nn.Module):
         far as its keys and values, which these look at, and no further.
         lengths: the documents' lengths when input_ids is one packed row (1, sum(lengths)).
         cache: a KVCache; document i then continues its row i, and the row grows by lengths[i]. Without lengths,
-        input_ids (rows, 1) is the next token of every row, which stands at cache.positions (see attend_step).
+        input_ids (rows, 1) is the next token of every row, which stands at cache.positions (see KVCache.begin_step).
         """
         T = input_ids.shape[1]
         if lengths is None:
             positions = torch.arange(T) if cache is None else cache.positions[:, None]  # (T,) or (rows, 1)
             if cache is not None:
-                cache.begin_step(self.compute_dtype or self.head_weight.dtype)
+                cache.begin_step()
         else:
             if input_ids.shape[0] != 1 or sum(lengths) != T:
                 raise ValueError(f"lengths sum to {sum(lengths)}; the packed row has shape {tuple(input_ids.shape)}")

@@ -84,10 +84,12 @@ def test_the_model_that_a_run_starts_from_is_not_written_over(tiny, data, tmp_pa
     refused("is what --ckpt starts from", "train_sft", *flags(tiny, data, str(tiny) + "/"))
 
 
-def test_examples_end_where_the_positions_do(data, tmp_path, run):
+def test_examples_end_where_the_positions_do(tmp_path, run):
     tiny_model(max_position_embeddings=50).save(str(tmp_path / "short"), tiny_files())
-    code, text, _ = run("train_sft", *flags(tmp_path / "short", data, tmp_path / "o", "--max-steps", 1, "--batch-size", 3))
-    assert code == 0 and "positions end at 50" in text and log(tmp_path / "o")[0]["tokens"] <= 3 * 50
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b c " * 60}) + "\n")
+    more = ("--max-steps", 1, "--batch-size", 3)
+    code, text, _ = run("train_sft", *flags(tmp_path / "short", tmp_path / "long.jsonl", tmp_path / "o", *more))
+    assert code == 0 and "positions end at 50" in text and log(tmp_path / "o")[0]["tokens"] == 50
     assert json.loads((tmp_path / "o.run" / "args.json").read_text())["max_len"] == 50
 
 
