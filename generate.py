@@ -45,9 +45,18 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def penalise(logits, seen, penalty):
-    """The repetition penalty of arXiv 1909.05858, in place: the logits (V,) of tokens seen move down by the factor."""
-    seen = torch.tensor(sorted(set(seen)), device=logits.device)
-    logits[seen] = torch.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
+    """The repetition penalty of arXiv 1909.05858: where seen, the logits move down by the factor. Both (B, V)."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def choose(logits, uniform, fed, seen=None, penalty=1.0, **sampling):
+    """The next token of each row, by sample(). logits: (B, V), uniform: (B,), fed: (B,) the rows' last tokens -> (B,).
+
+    seen: for a penalty, which tokens stand in a row so far, (B or more, V) bool; those fed are noted in it.
+    """
+    if seen is not None:
+        logits = penalise(logits, seen[: len(fed)].scatter_(1, fed[:, None], True), penalty)
+    return sample(logits, uniform, **sampling)
 
 
 def common_prefix(sequences):
@@ -112,8 +121,9 @@ def packed_weights(m):
 # Several steps before the tokens are read back, for GPUs: to read them after each step would leave the GPU idle meanwhile
 
 
-def decoding_step(m, cache, tokens, uniform, temperature=0.0, top_k=0, top_p=1.0):
+def decoding_step(m, cache, tokens, uniform, **choice):
     """A function without arguments that feeds `tokens` (rows,) to all rows of the cache and puts the next ones there.
+    choice: further arguments of choose().
 
     It reads uniform (rows,), advances cache.positions (rows,), and needs no tensor's value on the host, so on a GPU it is
     captured as a CUDA graph, one launch for all its kernels. The tensors are the same in each call.
@@ -121,12 +131,13 @@ def decoding_step(m, cache, tokens, uniform, temperature=0.0, top_k=0, top_p=1.0
 
     def step():
         logits = m.head(m.hidden(tokens[:, None], cache=cache)[:, 0]).float()  # (rows, V)
-        tokens.copy_(sample(logits, uniform, temperature, top_k, top_p))
+        tokens.copy_(choose(logits, uniform, tokens, **choice))
         cache.positions.add_(1).clamp_max_(cache.k.shape[3] - 1)  # a row that has ended runs on, and stays inside
 
     if not tokens.is_cuda:
         return step
-    before = tokens.clone(), cache.positions.clone()
+    state = [x for x in (tokens, cache.positions, choice.get("seen")) if x is not None]
+    before = [x.clone() for x in state]
     with torch.cuda.device(tokens.device):  # streams and graphs are those of the current device
         side = torch.cuda.Stream()  # a capture wants some calls before it, on a stream of their own
         side.wait_stream(torch.cuda.current_stream())
@@ -137,16 +148,16 @@ def decoding_step(m, cache, tokens, uniform, temperature=0.0, top_k=0, top_p=1.0
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
-    tokens.copy_(before[0])  # what the trial steps wrote to the cache lies ahead, where it is written again
-    cache.positions.copy_(before[1])
+    for to, value in zip(state, before):  # what the trial steps wrote to the cache lies ahead, where it is written again
+        to.copy_(value)
     return graph.replay
 
 
-def decode_ahead(m, cache, static, feed, random, **sampling):
+def decode_ahead(m, cache, static, feed, random, **choice):
     """The next tokens of each row in use, a list for each step: what is chosen comes to the host once, at the end.
 
     static: tokens and uniform of decoding_step, and {cache.width: the step}, filled here. feed: each row's last token.
-    random: (steps, rows in use) numbers in [0, 1).
+    random: (steps, rows in use) numbers in [0, 1). choice: further arguments of choose().
     """
     (tokens, uniform, steps), (count, n) = static, random.shape
     cache.width = min(-(-(max(cache.lengths) + count) // 256) * 256, cache.k.shape[3])  # few widths, few graphs
@@ -154,7 +165,7 @@ def decode_ahead(m, cache, static, feed, random, **sampling):
         to[:n] = torch.tensor(values)
         to[n:] = 0
     if cache.width not in steps:
-        steps[cache.width] = decoding_step(m, cache, tokens, uniform, **sampling)
+        steps[cache.width] = decoding_step(m, cache, tokens, uniform, **choice)
     random, chosen = random.to(uniform.device), torch.empty(count, n, dtype=torch.long, device=tokens.device)
     for i in range(count):
         uniform[:n] = random[i]
@@ -201,7 +212,6 @@ def generate_steps(
     limits = [min(max_new_tokens, end - len(p)) for p in prompts]
     longest = max(len(p) + most for p, most in zip(prompts, limits))
     stop = [stop] if isinstance(stop, str) else list(stop)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     tail = 4 * max(map(len, stop), default=0)  # tokens that hold a stop string at the end: a character has up to 4 bytes
 
     device = m.device
@@ -211,6 +221,8 @@ def generate_steps(
     ahead = look_every or (16 if device.type == "cuda" else 1)
     tokens, uniform = (torch.zeros(cache.k.shape[1], dtype=kind, device=device) for kind in (torch.long, torch.float32))
     static, cache.positions = (tokens, uniform, {}), tokens.clone()
+    seen = torch.zeros(len(tokens), len(m.head_weight), dtype=torch.bool, device=device) if repetition_penalty != 1.0 else None
+    choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seen": seen, "penalty": repetition_penalty}
     shared = prefix_lengths(prompts)
     prefix = [tuple(p[:n]) for p, n in zip(prompts, shared)]
     waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))  # rows of like length share the batch
@@ -237,6 +249,9 @@ def generate_steps(
                 uses[prefix[i]] -= 1
                 if not uses[prefix[i]]:
                     del computed[prefix[i]]
+            if seen is not None:
+                seen[len(rows)] = False
+                seen[len(rows)].index_fill_(0, to_device(prompts[i], device), True)
             generator = torch.Generator().manual_seed(seeds[i])  # of this row alone
             rows.append({"index": i, "new": [], "feed": feed, "generator": generator})
 
@@ -244,18 +259,15 @@ def generate_steps(
         while waiting or rows:
             admit()
             lengths, fed = [len(row["feed"]) for row in rows], [t for row in rows for t in row["feed"]]
-            if ahead > 1 and max(lengths) == 1 and repetition_penalty == 1.0:
+            if ahead > 1 and max(lengths) == 1:
                 count = min(ahead, max(limits[row["index"]] - len(row["new"]) for row in rows))
-                chosen = decode_ahead(m, cache, static, fed, uniforms(rows, count, temperature), **sampling)
+                chosen = decode_ahead(m, cache, static, fed, uniforms(rows, count, temperature), **choice)
             else:
                 # One forward for all rows: the others feed their last token, the new ones, behind them, their prompt.
                 ids = to_device([fed], device)  # (1, T)
                 last = to_device(lengths, device).cumsum(0) - 1
                 logits = m.head(m.hidden(ids, lengths, cache, last)[0]).float()  # (rows, V)
-                if repetition_penalty != 1.0:
-                    for row, scores in zip(rows, logits):
-                        penalise(scores, prompts[row["index"]] + row["new"], repetition_penalty)
-                chosen = [sample(logits, uniforms(rows, 1, temperature)[0].to(device), **sampling).tolist()]
+                chosen = [choose(logits, uniforms(rows, 1, temperature)[0].to(device), ids[0, last], **choice).tolist()]
 
             for r in reversed(range(len(rows))):  # backwards: remove() moves the last row, which has been looked at
                 row = rows[r]
@@ -270,6 +282,8 @@ def generate_steps(
                     yield row["index"], row["new"], finish
                     if finish:
                         cache.remove(r)
+                        if seen is not None:
+                            seen[r] = seen[len(rows) - 1]
                         rows[r] = rows[-1]
                         rows.pop()
                         break

@@ -22,7 +22,7 @@ import steps
 import teacher as models
 from checkpoint import InputError, atomic_write, cli, code_hash
 from flags import DTYPE, DTYPES, Parser, at_least, number
-from prompts import AGAIN_JUDGE, JUDGE
+from prompts import AGAIN_JUDGE, GREETING, JUDGE
 
 STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")
 FORMAT = 3  # raised when what the steps write changes: what an older version wrote is made anew, out of the kept replies
@@ -195,6 +195,8 @@ def make(args):
     with models.open_cache(f"{out}/replies.jsonl") as cache:
         for stale in glob.glob(f"{glob.escape(out)}/*.tmp[0-9]*"):  # a killed run's: it is gone, we hold the cache's lock
             os.remove(stale)
+        if teacher.url and not args.dry_run and not cache.offsets:
+            models.ask(teacher, [GREETING], cache, desc="greeting", **short)
         path = {name: f"{out}/{name}.jsonl" for name in STEPS}
         weighing = ("weight_quality", "weight_safety", "weight_perplexity", "judge_orders", "judge_verified", "allow_code_execution",
                     "max_len", "seed")  # fmt: skip

@@ -5,7 +5,7 @@ import math
 
 from chat import read_jsonl
 from checkpoint import atomic_write
-from prompts import AGAIN_CLASSIFY, AGAIN_JUDGE, JUDGE_CHARS, classify_request, clip, judge_request
+from prompts import AGAIN_CLASSIFY, AGAIN_JUDGE, GREETING, JUDGE_CHARS, classify_request, clip, judge_request
 from steps import LETTERS, WRITERS, evenness
 from teacher import price, request_tokens, tokens_of
 
@@ -99,6 +99,7 @@ def dry_run(args, path, short, spent, answered, prices):
     again = [short + tokens_of(text) + 8 for text in (AGAIN_CLASSIFY, AGAIN_JUDGE)]  # what a request is longer by the second time
     orders, judged = args.judge_orders, 1 if args.judge_verified else (n - verifiable) / n
     rows = [  # step, and at most: requests, tokens of the prompts, tokens of the replies; likely: tokens of either
+        ("greeting", 1, request_tokens(GREETING), short, request_tokens(GREETING), 10),
         ("classify", 2 * n, 2 * sum(classify) + n * again[0], 2 * n * short, sum(classify), n * CATEGORY_TOKENS),
         ("respond", left, sum(respond), left * args.max_new_tokens, left / n * asked, left / n * likely_replies),
         ("judge", 2 * left * orders, orders * (2 * sum(judge) + left * again[1]), 2 * left * orders * short,

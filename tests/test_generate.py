@@ -179,11 +179,12 @@ def test_packed_weights_change_nothing_but_speed(lively, dtype, tolerance):
 
 
 def test_repetition_penalty_is_that_of_transformers():
-    logits, seen = torch.randn(3, 50), [[1, 4, 4, 9], [0], list(range(50))]
-    for row, ids in zip(logits.clone(), seen):
-        want = transformers.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([ids]), row[None].clone())[0]
-        penalise(row, ids, 1.3)
-        assert torch.equal(row, want)
+    logits, texts = torch.randn(3, 50), [[1, 4, 4, 9], [0], list(range(50))]
+    seen = torch.zeros(3, 50, dtype=torch.bool)
+    for row, ids in zip(seen, texts):
+        row[ids] = True
+    for got, row, ids in zip(penalise(logits, seen, 1.3), logits, texts):
+        assert torch.equal(got, transformers.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([ids]), row[None].clone())[0])
 
 
 def test_repetition_penalty_in_a_reply(lively, loaded):
@@ -198,8 +199,8 @@ def test_looking_seldom_changes_no_reply(loaded, monkeypatch):
     m, tok = loaded
     ahead, taken = generate_module.decode_ahead, []
 
-    def counted(m, cache, static, feed, random, **sampling):
-        chosen = ahead(m, cache, static, feed, random, **sampling)
+    def counted(m, cache, static, feed, random, **choice):
+        chosen = ahead(m, cache, static, feed, random, **choice)
         taken.append((cache.width, len(chosen)))
         return chosen
 
@@ -208,7 +209,8 @@ def test_looking_seldom_changes_no_reply(loaded, monkeypatch):
     assert 230 < len(tok.prompt_ids(prompts[-1])) < 256
     whole = generate(m, tok, prompts, max_new_tokens=30)
     string = next(text[8:11] for text in whole if len(text) > 14 and text[8:11] not in text[:10])
-    for settings in ({}, {"stop": string}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.8, "top_p": 0.9, "top_k": 50}):
+    for settings in ({}, {"stop": string}, {"repetition_penalty": 1.2}, {"temperature": 1.0, "seed": 3},
+                     {"temperature": 0.8, "top_p": 0.9, "top_k": 50}):  # fmt: skip
         settings |= {"max_new_tokens": 30}
         want = sorted(generate_iter(m, tok, prompts, **settings))
         assert settings != {"max_new_tokens": 30} or not taken
@@ -227,18 +229,20 @@ def test_a_decoding_step_asks_for_no_value():
     with pytest.raises(NotImplementedError):
         tokens.tolist()
     with torch.no_grad():
-        for settings in ({}, {"temperature": 0.7}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}):
+        seen = torch.zeros(3, m.config.vocab_size, dtype=torch.bool, device="meta")
+        for settings in ({"temperature": 0.0}, {}, {"top_k": 5, "top_p": 0.9}, {"temperature": 0.0, "seen": seen, "penalty": 1.1}):
             decoding_step(m, cache, tokens, torch.zeros(3, device="meta"), **settings)()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: TEST_GPU=1")
 def test_a_gpu_says_the_same(loaded):
     m, tok = loaded
-    want = generate(m, tok, PROMPTS, max_new_tokens=30)
     there = Qwen2(m.raw_config)
     there.load_state_dict(m.state_dict())
-    for look_every in (1, None):
-        assert generate(there.cuda(), tok, PROMPTS, max_new_tokens=30, batch_size=5, look_every=look_every) == want
+    for settings in ({}, {"repetition_penalty": 1.2}):
+        want = generate(m, tok, PROMPTS, max_new_tokens=30, **settings)
+        for look_every in (1, None):
+            assert generate(there.cuda(), tok, PROMPTS, max_new_tokens=30, batch_size=5, look_every=look_every, **settings) == want
 
 
 def test_stop_strings_end_a_reply_before_them(loaded):

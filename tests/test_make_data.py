@@ -24,6 +24,7 @@ import steps
 import teacher as models
 from chat import kto_example, read_jsonl, sft_messages
 from checkpoint import cli
+from prompts import GREETING
 
 # ---- the whole
 
@@ -218,11 +219,11 @@ def test_dry_run_and_budget(tmp_path, small, capfd):
         assert run(*argv, "--dry-run", "--price-in", 0.5, "--price-out", 2, "--budget", 0.001) == 0
         shown = capfd.readouterr().out
         assert server.posts == 0 and not os.path.getsize(tmp_path / "out" / "replies.jsonl")
-        rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.startswith(("classify ", "respond ", "judge ", "together "))}
+        rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.startswith(("greeting ", "classify ", "respond ", "judge ", "together "))}
         # 19 records are left by step 2; categories and grades may be asked for twice, and the judge in two orders
-        assert {k: int(v[0].replace(",", "")) for k, v in rows.items()} == {"classify": 38, "respond": 19, "judge": 76, "together": 133}
+        assert {k: int(v[0].replace(",", "")) for k, v in rows.items()} == {"greeting": 1, "classify": 38, "respond": 19, "judge": 76, "together": 134}
         columns = [[float(v[i].replace(",", "")) for v in rows.values()] for i in range(5)]
-        assert all(sum(c[:3]) == pytest.approx(c[3], abs=2) for c in columns)
+        assert all(sum(c[:-1]) == pytest.approx(c[-1], abs=2) for c in columns)
         assert columns[3][3] == pytest.approx(columns[1][3] * 0.5e-6 + columns[2][3] * 2e-6, abs=0.01)
         assert "Task: classify" in shown and "Task: judge" in shown and "may not suffice" in shown and "0 replies are kept" in shown
 
@@ -303,6 +304,8 @@ def crowd(tmp_path):
 
 
 def bad_teacher(messages):
+    if messages == GREETING:
+        return "Hello."
     text = messages[-1]["content"] if messages[0]["role"] == "user" else messages[1]["content"]
     kind = re.search(r"Compose (\w+) words", text)[1]
     if messages[0]["role"] == "user":
@@ -393,11 +396,12 @@ def test_bad_input_ends_with_one_line(tmp_path, small):
     nothing.write_text("")
     with serve(fake_teacher) as server:
         gone = server.url
+    there = small  # a checkpoint answers too
     base = ["--small", small, "--out", tmp_path / "out", "--teacher"]
     cases = {
         "unreachable": (["--sources", source, *base, gone], gone),
-        "malformed": (["--sources", broken, *base, gone], f"{broken}:2: not JSON"),
-        "empty": (["--sources", nothing, *base, gone], "no record is left"),
+        "malformed": (["--sources", broken, *base, there], f"{broken}:2: not JSON"),
+        "empty": (["--sources", nothing, *base, there], "no record is left"),
         "missing": (["--sources", tmp_path / "no.jsonl", *base, gone], "no such file"),
         "no checkpoint": (["--sources", source, *base, tmp_path], str(tmp_path)),
         "small over http": (["--sources", source, "--small", gone, "--teacher", gone, "--out", tmp_path / "out"], "local checkpoint"),
@@ -417,5 +421,7 @@ def test_bad_input_ends_with_one_line(tmp_path, small):
             assert done.returncode == 2, (name, done.stderr)
             stderr = done.stderr.strip()
         assert stderr.startswith("error: ") and what in stderr and len(stderr.splitlines()) == 1, (name, stderr)
+        if name == "unreachable":
+            assert "1_collect.jsonl" not in os.listdir(tmp_path / "out"), "it is known before the work begins"
     left = sorted(os.listdir(tmp_path / "out"))
     assert not [f for f in left if ".tmp" in f] and "3_classify.jsonl" not in left
