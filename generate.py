@@ -45,17 +45,17 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def penalise(logits, seen, penalty):
-    """The repetition penalty of arXiv 1909.05858: where seen, the logits move down by the factor. Both (B, V)."""
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    """The repetition penalty of arXiv 1909.05858, in place: the logits (B, V) of the tokens seen (B, T), some perhaps more than
+    once, move down by the factor."""
+    old = logits.gather(1, seen)
+    return logits.scatter_(1, seen, torch.where(old < 0, old * penalty, old / penalty))
 
 
-def choose(logits, uniform, fed, seen=None, penalty=1.0, **sampling):
-    """The next token of each row, by sample(). logits: (B, V), uniform: (B,), fed: (B,) the rows' last tokens -> (B,).
-
-    seen: for a penalty, which tokens stand in a row so far, (B or more, V) bool; those fed are noted in it.
-    """
+def choose(logits, uniform, fed, at, seen=None, penalty=1.0, **sampling):
+    """The next token of each row, by sample(). logits: (B, V), uniform: (B,), fed: (B,) the rows' last tokens, which stand at
+    (B,) -> (B,). seen: for a penalty, the rows' tokens so far, (B or more, T), where these are put down."""
     if seen is not None:
-        logits = penalise(logits, seen[: len(fed)].scatter_(1, fed[:, None], True), penalty)
+        penalise(logits, seen[: len(fed)].scatter_(1, at[:, None], fed[:, None]), penalty)
     return sample(logits, uniform, **sampling)
 
 
@@ -131,7 +131,7 @@ def decoding_step(m, cache, tokens, uniform, **choice):
 
     def step():
         logits = m.head(m.hidden(tokens[:, None], cache=cache)[:, 0]).float()  # (rows, V)
-        tokens.copy_(choose(logits, uniform, tokens, **choice))
+        tokens.copy_(choose(logits, uniform, tokens, cache.positions, **choice))
         cache.positions.add_(1).clamp_max_(cache.k.shape[3] - 1)  # a row that has ended runs on, and stays inside
 
     if not tokens.is_cuda:
@@ -221,7 +221,7 @@ def generate_steps(
     ahead = look_every or (16 if device.type == "cuda" else 1)
     tokens, uniform = (torch.zeros(cache.k.shape[1], dtype=kind, device=device) for kind in (torch.long, torch.float32))
     static, cache.positions = (tokens, uniform, {}), tokens.clone()
-    seen = torch.zeros(len(tokens), len(m.head_weight), dtype=torch.bool, device=device) if repetition_penalty != 1.0 else None
+    seen = torch.zeros(cache.k.shape[1:4:2], dtype=torch.long, device=device) if repetition_penalty != 1.0 else None  # (rows, T)
     choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seen": seen, "penalty": repetition_penalty}
     shared = prefix_lengths(prompts)
     prefix = [tuple(p[:n]) for p, n in zip(prompts, shared)]
@@ -250,8 +250,8 @@ def generate_steps(
                 if not uses[prefix[i]]:
                     del computed[prefix[i]]
             if seen is not None:
-                seen[len(rows)] = False
-                seen[len(rows)].index_fill_(0, to_device(prompts[i], device), True)
+                seen[len(rows)] = prompts[i][0]  # up to the end, which so far holds nothing new
+                seen[len(rows), : len(prompts[i])] = to_device(prompts[i], device)
             generator = torch.Generator().manual_seed(seeds[i])  # of this row alone
             rows.append({"index": i, "new": [], "feed": feed, "generator": generator})
 
@@ -267,7 +267,8 @@ def generate_steps(
                 ids = to_device([fed], device)  # (1, T)
                 last = to_device(lengths, device).cumsum(0) - 1
                 logits = m.head(m.hidden(ids, lengths, cache, last)[0]).float()  # (rows, V)
-                chosen = [choose(logits, uniforms(rows, 1, temperature)[0].to(device), ids[0, last], **choice).tolist()]
+                at, random = to_device(cache.lengths, device) - 1, uniforms(rows, 1, temperature)[0].to(device)
+                chosen = [choose(logits, random, ids[0, last], at, **choice).tolist()]
 
             for r in reversed(range(len(rows))):  # backwards: remove() moves the last row, which has been looked at
                 row = rows[r]
