@@ -91,6 +91,8 @@ class Tokenizer:
         generation = json_object(ckpt.files.get("generation_config.json", "{}"), f"{ckpt.source}/generation_config.json")
         eos = generation.get("eos_token_id", ckpt.config.get("eos_token_id"))
         self.stop_ids = {self.im_end, *(eos if isinstance(eos, list) else [eos])} - {None}
+        if not all(type(t) is int for t in self.stop_ids):
+            raise InputError(f"{ckpt.source}/generation_config.json: eos_token_id is {eos!r}; it is a token id or a list of them")
 
     def encode(self, text):
         """Text -> ids. Control tokens typed in the text are encoded as the characters they are."""

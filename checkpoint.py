@@ -72,9 +72,12 @@ def parse_config(raw, where="config.json"):
     def field(name, default=None, kind=int):
         value = default if raw.get(name) is None else raw[name]
         try:
-            return kind(value)
-        except (TypeError, ValueError):
-            raise InputError(f"{where}: {name} is {'missing' if value is None else f'{value!r}, not a number'}") from None
+            if (number := kind(value)) == value and number != float("inf"):
+                return number
+        except (TypeError, ValueError, OverflowError):
+            pass
+        what = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        raise InputError(f"{where}: {name} is {'missing; it is' if value is None else f'{value!r}, not'} {what}")
 
     heads, size = field("num_attention_heads"), field("hidden_size")
     config = Config(
@@ -150,7 +153,7 @@ def read_text(path):
         with open(path, encoding="utf-8") as f:
             return f.read()
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read as text: {e}") from None
+        raise InputError(f"{path}: cannot be read as text ({getattr(e, 'strerror', None) or e}); mend it, or fetch it again") from None
 
 
 def code_hash(*modules):
@@ -164,7 +167,7 @@ def json_object(text, where):
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{where}: cannot be read as JSON: {e}") from None
+        raise InputError(f"{where}: cannot be read as JSON ({e}); mend it, or fetch it again") from None
     if not isinstance(value, dict):
         raise InputError(f"{where}: holds a JSON {type(value).__name__}, not an object")
     return value
@@ -206,7 +209,7 @@ class Checkpoint:
         index = os.path.join(path, "model.safetensors.index.json")
         if os.path.isfile(index):
             try:
-                shards = sorted(set(read_json(index)["weight_map"].values()))
+                shards = sorted(set(read_json(index)["weight_map"].values()), key=os.path.basename)
             except (KeyError, TypeError, AttributeError):
                 raise InputError(f"{index}: has no weight_map of tensors to files; fetch it again") from None
         else:
@@ -350,7 +353,10 @@ def write_checkpoint(out, config, files, specs, tensors, shard_size=None):
     if out.endswith(".pt"):
         with atomic_write(out, "wb") as f:
             weights = {n: t.contiguous() for n, t in tensors}
-            torch.save({"config": config, "files": texts(), "weights": weights}, f)
+            try:
+                torch.save({"config": config, "files": texts(), "weights": weights}, f)
+            except RuntimeError as e:  # what torch makes of a full disk
+                raise (e.__context__ if isinstance(e.__context__, OSError) else OSError(str(e).splitlines()[0])) from None
         return
     shards, index, tensors = plan_shards(specs, shard_size), {}, iter(tensors)
     if len(shards) > 1:

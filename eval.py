@@ -27,7 +27,7 @@ from tqdm import tqdm
 from attention import to_device
 from benchmarks import BENCHMARKS, prepare, read
 from chat import Tokenizer, read_jsonl, write_jsonl
-from checkpoint import Checkpoint, InputError, atomic_write, cli, read_json
+from checkpoint import Checkpoint, InputError, atomic_write, cli, code_hash, read_json
 from flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
 from generate import common_prefix, generate_iter
 from model import Qwen2, token_logps
@@ -140,7 +140,7 @@ def ask(m, tokenizer, questions, a):
 
 
 def question_keys(a, work, fingerprint, stop_ids):
-    """{task: the key of each of its replies}: all that a reply depends on. Nothing else may share it."""
+    """{task: the key of each of its replies}: all that a reply depends on but the code, of which collect() warns."""
     settings = [a.protocol, a.dtype, a.max_new_tokens, *([] if a.repetition_penalty == 1.0 else [a.repetition_penalty])]
     return {task: [hashlib.sha256(json.dumps([fingerprint, stop_ids, task, *settings, q["messages"], *q["also"]]).encode())
                    .hexdigest() for q in questions] for task, questions in work.items()}  # fmt: skip
@@ -156,6 +156,7 @@ def collect(a, names, work, rank=0, world=1, device="cpu"):
     if world > 1:
         dist.barrier()                                   # all have read the same replies before one writes another
     penalty = {} if a.repetition_penalty == 1.0 else {"repetition_penalty": a.repetition_penalty}
+    code = code_hash("model", "layers", "attention", "chat", "generate", "eval")
     keys = {}                                            # name: question_keys
     for source, name in zip(a.ckpt, names):
         ckpt = Checkpoint(source)
@@ -166,6 +167,9 @@ def collect(a, names, work, rank=0, world=1, device="cpu"):
             known = known_checkpoints(a.out) | {source: {"fingerprint": fingerprint, "stop_ids": stop_ids}}
             with atomic_write(os.path.join(a.out, CHECKPOINTS)) as f:
                 json.dump(known, f, indent=1)
+            old = sum(replies[key].get("code", code) != code for task in work for key in keys[name][task] if key in replies)
+            if old:
+                print(f"warning: {old} replies of {name} in {a.out} are those of other code than is here now; another --out asks anew")
         todo = {key: q for task in work for key, q in zip(keys[name][task], work[task]) if key not in replies}
         todo = dict(list(todo.items())[rank::world])
         if todo:
@@ -174,10 +178,13 @@ def collect(a, names, work, rank=0, world=1, device="cpu"):
             asked = ask(m, tokenizer, list(todo.values()), a)
             for i, record in tqdm(asked, name, total=len(todo), unit="reply", disable=hidden):
                 key, q = order[i], todo[order[i]]
-                replies[key] = record = {**record, **penalty}
+                replies[key] = record = {**record, **penalty, "code": code}
                 line = {"key": key, "checkpoint": name, "task": q["task"], "id": q["row"]["id"], **record}
-                log.write(json.dumps(line, ensure_ascii=False) + "\n")
-                log.flush()
+                try:
+                    log.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    log.flush()
+                except OSError as e:
+                    raise InputError(f"{log.name}: cannot be written: {e.strerror}; make room and run the same command to go on") from None
             del m
             gc.collect()
     log.close()
@@ -234,7 +241,7 @@ def score(names, work, said, protocol):
         found = [read(q, record) for record, q in zip(bar, questions)]  # anew for earlier replies too: reading is cheap
         extracted, verdicts, metrics, confidences = zip(*found)
         for q, record, text, correct in zip(questions, records, extracted, verdicts):
-            kept = {k: v for k, v in record.items() if k not in ("key", "checkpoint", "task", "id")}
+            kept = {k: v for k, v in record.items() if k not in ("key", "checkpoint", "task", "id", "code")}
             samples.append({"checkpoint": name, "task": task, "id": q["row"]["id"], "prompt": q["messages"], **kept,
                             "extracted": text, "correct": correct, "protocol": protocol})
         subjects = [q["row"].get("subject") for q in questions]
@@ -291,7 +298,7 @@ def table(results):
     if len(results) > 1:
         m = (len(results) - 1) * len(head)
         note += (f"; in brackets the difference to {first} on the same questions and its p-value (exact McNemar test, or "
-                 f"paired bootstrap for scores that are no yes or no or average over subjects), corrected by Holm for {m} "
+                 f"paired bootstrap for scores that are not 0 or 1, or that average over subjects), corrected by Holm for {m} "
                  f"comparison{'s' * (m > 1)}")
     rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return "\n".join([rows, f"{note}.\n", *in_words(results), *metric_lines(results)])
@@ -459,7 +466,7 @@ def main():
     with atomic_write(os.path.join(a.out, "results.md")) as f:
         f.write(table(results))
     print(f"\n{table(results)}\nIn {a.out}: results.json, results.md, samples.jsonl (every prompt, reply and verdict)."
-          "\nNext: another --ckpt or task with the same --out; replies that are there are not asked for again.")
+          "\nNext: the same command with another --ckpt or task added; replies that are there are not asked for again.")
 
 
 if __name__ == "__main__":

@@ -168,6 +168,7 @@ class TokenLogProbs(torch.autograd.Function):
             own = torch.where(inside, logits.gather(1, at[:, None])[:, 0], own)
             tops.append(logits.amax(-1))
             logs.append(-logits.log_softmax(-1).amax(-1))  # logsumexp(logits - top) of the tile, in fewer passes over it
+            del logits  # before the next tile's
         tops, logs = torch.stack(tops), torch.stack(logs)  # (tiles, N)
         top = tops.amax(0)
         logs += tops - top
@@ -197,6 +198,7 @@ class TokenLogProbs(torch.autograd.Function):
                     torch.mm(d_logits.T, hidden, out=d_w)
                 else:
                     d_w.copy_(product(d_logits.T, hidden, d_w.dtype))
+            del p, d_logits
         return d_hidden.to(hidden.dtype), d_weight, None, None
 
 

@@ -18,7 +18,7 @@ from chat import Tokenizer, pack
 from checkpoint import Checkpoint, InputError, same
 from flags import DEVICE, DTYPE, DTYPES, at_least, checkpoint_out, number, torch_device
 from memory import GIB, free_memory, memory_needed
-from model import Qwen2, token_logps
+from model import Qwen2, finite, token_logps
 from ranks import STOP, cut, fill, is_sharded, my_share, shard, stop_asked, sum_over_ranks
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def load_model(ckpt, a, device):
         shard(model, device, dtype)
         model.to_empty(device=device)
         for name, p in model.named_parameters():
-            fill(p, ckpt.tensor(name))
+            fill(p, finite(ckpt, name, ckpt.tensor(name)))
     model.compute_dtype = dtype
     if a.compile:
         model.compile()
@@ -303,8 +303,9 @@ def load_model(ckpt, a, device):
 def open_checkpoint(source, a, device):
     """-> (model, tokenizer, checkpoint)."""
     for flag, path in (("ckpt", a.ckpt), ("ref", getattr(a, "ref", None))):
-        if path and same(a.out, path):
-            raise InputError(f"--out {a.out}: is what --{flag} starts from, and what --resume would start from; give another name")
+        if path and (same(a.out, path) or same(f"{a.out}.run", os.path.dirname(os.path.realpath(path)))):
+            raise InputError(f"--out {a.out}: --{flag} starts from it or a save of it, as --resume would, and the run replaces them; "
+                             "give another name")  # fmt: skip
     ckpt = Checkpoint(source)
     tokenizer, model = Tokenizer(ckpt), load_model(ckpt, a, device)
     if a.max_len > model.config.max_position_embeddings:
@@ -333,10 +334,10 @@ def checkpoint_activations(model, a, batches, rank, world):
         short = [sum(need.values()) > room for need in (without, with_it)]
         on, too_large = (sum_over_ranks(torch.tensor(short, dtype=torch.float32, device=model.device)) > 0).tolist()
         if rank == 0:
-            parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in without.items())
-            there = f"{(held + free) / GIB:.1f} are there" if free else "how many are there is not known"
-            print(f"memory: a step of {tokens:,} tokens at a time takes {sum(without.values()) / GIB:.1f} GiB ({parts}), {there}: "
-                  f"activation checkpointing {'on, with it ' + format(sum(with_it.values()) / GIB, '.1f') if on else 'off'}")  # fmt: skip
+            parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in without.items())
+            there = f"{(held + free) / GIB:.2f} are free" if free else "how many are free is not known"
+            print(f"memory: a step of {tokens:,} tokens at a time takes {sum(without.values()) / GIB:.2f} GiB ({parts}), {there}: "
+                  f"activation checkpointing {'on, with it ' + format(sum(with_it.values()) / GIB, '.2f') if on else 'off'}")  # fmt: skip
             if too_large:
                 print("warning: too much even so; lower --micro-tokens" + ("" if a.shard else ", or --shard over several ranks"))
     for block in model.model["layers"] if on else []:

@@ -1,4 +1,4 @@
-"""Alignment data guided by a large model: from open instructions to sft.jsonl and kto.jsonl, in six steps.
+"""Alignment data guided by a large model: from open instructions to sft.jsonl and kto.jsonl, in seven steps.
 
     python make_data.py --sources 'data/*.json*' --teacher http://localhost:8000/v1 --teacher-model Qwen2.5-7B-Instruct \\
         --small Qwen/Qwen2-0.5B-Instruct --out data/aligned
@@ -87,7 +87,8 @@ def run_step(out, state, name, inputs, arguments, work):
     for path in edited:
         print(f"{'':<11}   {path} was edited since: kept as it is; delete it to have it made again")
     if counts.get("out") == 0:
-        mend = "lower --min-category" if name == "4_balance" else "see its .dropped.jsonl"
+        mend = {"1_collect": "see its .dropped.jsonl, and whether --sources hold records", "4_balance": "lower --min-category"}.get(
+            name, "see its .dropped.jsonl")
         raise InputError(f"{files[True]}: no record is left; {mend}")
     return counts
 
@@ -233,8 +234,8 @@ def make(args):
         cost = f", {models.price(cache.spent, prices):,.2f} in all" if prices else ""
         print(f"The teacher's replies in {out}/replies.jsonl: {cache.spent[0]:,} tokens in, {cache.spent[1]:,} out{cost}.")
     print(f"Written: {out}/sft.jsonl, {out}/kto.jsonl, {out}/report.md. Next:")
-    print(f"  torchrun train_sft.py --ckpt {args.small} --data {out}/sft.jsonl --out OUT/sft")
-    print(f"  torchrun train_kto.py --ckpt OUT/sft --data {out}/kto.jsonl --out OUT/sft-kto")
+    print(f"  python train_sft.py --ckpt {args.small} --data {out}/sft.jsonl --out OUT/sft")
+    print(f"  python train_kto.py --ckpt OUT/sft --data {out}/kto.jsonl --out OUT/sft-kto")
 
 
 if __name__ == "__main__":

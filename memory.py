@@ -88,9 +88,11 @@ def available_memory():
             free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 0
-    with contextlib.suppress(OSError, ValueError):  # no container, or "max": no limit
+    with contextlib.suppress(OSError, ValueError, StopIteration):  # no container, or "max": no limit
         most, used = (int(open(f"/sys/fs/cgroup/memory.{name}").read()) for name in ("max", "current"))
-        free = min(free, max(0, most - used))
+        with open("/sys/fs/cgroup/memory.stat") as f:  # pages of files that nobody reads now count as used and make room when asked
+            used -= next(int(line.split()[1]) for line in f if line.startswith("inactive_file "))
+        free = min(free, max(1, most - used))
     return free
 
 

@@ -168,8 +168,10 @@ def merged_tensor(name, args, base, models, trim, dtype, hashing):
         y = merge(s, pieces, r)
         out[s] = fusion.rounded(y, dtype)
         if not math.isfinite(out[s].sum(dtype=torch.float32)) and not torch.isfinite(out[s]).all():  # the sum is quicker
+            bad = [c.source for c, x in zip(inputs, stored) if not torch.isfinite(x).all()]
             kind = str(dtype).removeprefix("torch.")
-            raise InputError(f"{name}: not finite in {kind}: NaN or infinity in an input, or too large")
+            raise InputError(f"{bad[0]}: {name} holds NaN or infinity; take another save of it" if bad
+                             else f"{name}: not finite in {kind}: the merged values are too large for it; give another --dtype")
         if dtype != torch.float32:
             moved = y.float() != r.float()
             differs, lost = differs + int(moved.sum()), lost + int((moved & (out[s] == r.to(dtype))).sum())

@@ -82,6 +82,13 @@ class Block(nn.Module):
         return self.after_attention(x, y)
 
 
+def finite(ckpt, name, t):
+    """t, which is a checkpoint's tensor of that name; InputError if it holds NaN or infinity."""
+    if not t.is_meta and not t.sum().isfinite() and not t.isfinite().all():  # the sum is quicker
+        raise InputError(f"{ckpt.source}: {name} holds NaN or infinity; take an earlier save, or fetch it again")
+    return t
+
+
 class Qwen2(nn.Module):
     """config: a config.json as a dict. Weights are as torch initialises them until they are loaded (see init_weights)."""
 
@@ -179,13 +186,14 @@ class Qwen2(nn.Module):
         have = {name: ckpt.shape(name) for name in ckpt.names}
         faults = [f"missing {n}" for n in want if n not in have] + [f"unknown {n}" for n in have if n not in want]
         faults += [f"{n} is {have[n]}, the config says {want[n]}" for n in want if n in have and have[n] != want[n]]
+        faults += [f"{n} is {ckpt.dtype(n)}, no float" for n in want if n in have and not ckpt.dtype(n).is_floating_point]
         if faults:
             more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
             raise InputError(f"{ckpt.source}: tensors do not fit the config: {'; '.join(faults[:5])}{more}")
         state = {}
         for n in want:
             stored = ckpt.tensor(n)
-            state[n] = stored.to(device=device, dtype=dtype, copy=True)
+            state[n] = finite(ckpt, n, stored.to(device=device, dtype=dtype, copy=True))
             release(stored)
         m.load_state_dict(state, assign=True)
         return m

@@ -18,7 +18,7 @@ from flags import Parser, at_least
 # (title, keys of the log; several are drawn into one panel, the second and later ones dashed)
 PANELS = [
     ("loss", ["loss", "eval_loss"]),
-    ("KL to the reference, nats", ["kl"]),
+    ("z0 (mismatched pairs, clamped at 0), nats", ["kl"]),
     ("rewards: chosen, rejected dashed", ["rewards/chosen", "rewards/rejected"]),
     ("reward margin", ["rewards/margins"]),
     ("learning rate", ["lr"]),

@@ -151,7 +151,7 @@ def overlapped_reduction(model, world, size=2**24):
     if world == 1 or is_sharded(model):
         return lambda n: None, lambda: None
     buckets, room = [], 0
-    for p in reversed(list(model.parameters())):
+    for p in reversed([p for p in model.parameters() if p.requires_grad]):
         if room <= 0:
             buckets.append([])
             room = size

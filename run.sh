@@ -99,7 +99,7 @@ py=.venv/bin/python
 stamp() { # "WHAT IT BUILDS ON" SCRIPT ARGUMENTS...
   local dep
   for dep in $1; do cksum <"$run/steps/$dep"; done
-  cat model.py attention.py checkpoint.py chat.py loop.py saving.py ranks.py fusion.py "$2" | cksum
+  cat model.py layers.py attention.py checkpoint.py chat.py loop.py saving.py ranks.py memory.py flags.py fusion.py "$2" | cksum
   shift
   printf '%s\n' "$@"
 }

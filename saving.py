@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import loop
-from checkpoint import Checkpoint, InputError, atomic_write, read_json, write_checkpoint, write_safetensors
+from checkpoint import Checkpoint, InputError, atomic_write, code_hash, read_json, write_checkpoint, write_safetensors
 from model import Qwen2
 from ranks import STOP, fill, from_rank_0, gathered, is_sharded, leave_group, overlapped_reduction, stop_asked, sum_over_ranks
 
@@ -57,12 +57,16 @@ FREE_TO_CHANGE = {"resume", "out", "ckpt", "data", "ref", "ref_cache", "eval_dat
 FREE_TO_CHANGE |= {"micro_tokens", "device", "shard", "activation_checkpointing", "compile", "max_skips", "tensorboard"}
 
 
+CODE = "the code"  # of the identity the one thing whose change a resumed run only warns of: it may be a mend
+
+
 def run_identity(a, examples, fingerprint):
     """What a resumed run must share with the one it continues: the arguments that matter, the model and the token ids."""
     data = hashlib.sha256()
     for example in examples:  # one at a time: all of them as one text would be gigabytes
         data.update(json.dumps(example).encode() + b"\n")
-    own = {"the data": data.hexdigest(), "the model": fingerprint}
+    code = code_hash("train_sft", "train_kto", "loop", "model", "layers", "attention")
+    own = {"the data": data.hexdigest(), "the model": fingerprint, CODE: code}
     return {k: v for k, v in vars(a).items() if k not in FREE_TO_CHANGE} | own
 
 
@@ -81,12 +85,18 @@ def start_run(a, rank, world, model, ckpt, identity, total):
     """Opens OUT.run/ and, with --resume, restores the last save. total: the run's steps. -> Run."""
     expect, finish = overlapped_reduction(model, world)
     run = Run(a, rank, world, model, loop.make_optimizer(model, a), expect, finish, ckpt.files, identity, total)
+    foreign = [n for n, _ in model.named_parameters() if n not in ckpt.names]
+    if foreign and rank == 0:
+        print(f"warning: OUT will hold {foreign[0]}{' and more' * (len(foreign) > 1)}, which no script here loads: fold it into the "
+              "checkpoint's own weights before the run ends")
     path = run_file(a, "state.json")
     if a.resume and os.path.isfile(path):
         state = read_json(path)
-        changed = ", ".join(k for k in identity if state["identity"].get(k) != identity[k])
-        if changed:
-            raise InputError(f"{path}: was saved by a run that differs in {changed}; undo that or drop --resume")
+        changed = [k for k in identity if state["identity"].get(k) != identity[k]]
+        if set(changed) - {CODE}:
+            raise InputError(f"{path}: was saved by a run that differs in {', '.join(changed)}; undo that or drop --resume")
+        if changed and rank == 0:
+            print(f"warning: the code has changed since step {state['step']} was saved; the steps after it run with the new code")
         if not state["finished"]:
             run.done = run.saved = state["step"]
             run.pending = state.get("pending")
@@ -95,6 +105,7 @@ def start_run(a, rank, world, model, ckpt, identity, total):
     elif a.resume and rank == 0:
         print(f"{path}: no save to resume from; starting at step 1", file=sys.stderr)
 
+    STOP["training"] = True  # before the ranks meet: none may leave alone once another can be past this
     others = from_rank_0(torch.tensor([float(run.done)], device=model.device)).item() != run.done
     if sum_over_ranks(torch.tensor([float(others)], device=model.device)).item():
         raise InputError(f"{path}: not all ranks find the same save; {a.out}.run must lie on a disk that all nodes share")
@@ -115,7 +126,6 @@ def start_run(a, rank, world, model, ckpt, identity, total):
         for name, text in ("log.jsonl", "".join(lines)), ("args.json", json.dumps(args, indent=2)):
             with atomic_write(run_file(a, name)) as f:
                 f.write(text)
-    STOP["training"] = True
     return run
 
 
@@ -132,8 +142,8 @@ def read_log(run):
                 if record["step"] <= last:
                     lines.append(line.strip() + "\n")
                     read_skip(run, record)
-                    if run.a.eval_every:
-                        run.best = min(run.best, (record.get("eval_loss") or math.inf, record["step"]))
+                    if run.a.eval_every and record.get("eval_loss") is not None:
+                        run.best = min(run.best, (record["eval_loss"], record["step"]))
     read_skip(run, run.pending or {})
     return lines
 

@@ -1,4 +1,4 @@
-"""The six steps of make_data.py and its labelling, each records in and lines out; the arithmetic they rest on stands first.
+"""The seven steps of make_data.py, each records in and lines out; the arithmetic they rest on stands first.
 
 Running them, and what they are run with, is make_data.py's. The method is that of arXiv 2411.02939; where an answer can be
 verified, verification outranks every score.

@@ -142,7 +142,10 @@ def cache_write(cache, key, teacher, text, finish_reason, usage=None):
         line["usage"] = usage
         cache.spent = [a + b for a, b in zip(cache.spent, usage)]
     at = os.fstat(cache.file.fileno()).st_size
-    cache.file.write(json.dumps(line).encode() + b"\n")  # ASCII: a torn write cannot split a character
+    try:
+        cache.file.write(json.dumps(line).encode() + b"\n")  # ASCII: a torn write cannot split a character
+    except OSError as e:
+        raise InputError(f"{cache.file.name}: cannot be written: {e.strerror}; make room and run the same command to go on") from None
     cache.offsets[key] = at
 
 
@@ -298,7 +301,7 @@ async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16
                     if answered_at[0] > started:  # others were answered meanwhile: it is this request, not the teacher
                         unanswered.append(what)
                         return
-                    end(f"no answer after {tries} tries (last: {what}); see that it is running")
+                    end(f"no answer after {tries} tries (last: {what}); see that it is running, and that the URL is that of its chat API")
                 else:
                     backoff = min(BACKOFF_CAP, BACKOFF * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
                     await pause(max(wait, backoff))

@@ -42,6 +42,9 @@ def kto_loss(policy_logps, ref_logps, kl, desirable, beta, desirable_weight, und
 
         r = policy_logps - ref_logps        loss = w_D (1 - sigmoid(beta (r - z0)))  desirable
         reward = beta r                            w_U (1 - sigmoid(beta (z0 - r)))  undesirable
+
+    It is called for one micro-batch after the other, with any part of the step's examples: a loss may depend on its own example
+    and on kl alone, or it depends on --micro-tokens and the ranks. What needs the whole step belongs where kl is computed.
     """
     r, kl = policy_logps - ref_logps, torch.as_tensor(kl).detach()
     gain = torch.where(desirable, r - kl, kl - r)
@@ -50,8 +53,8 @@ def kto_loss(policy_logps, ref_logps, kl, desirable, beta, desirable_weight, und
 
 
 def kl_estimate(policy_logps, ref_logps):
-    """z0: the mean log-ratio over the step's mismatched pairs, clamped at 0 after the mean. (n,), (n,) -> scalar."""
-    return (policy_logps - ref_logps).mean().clamp(min=0)
+    """z0: the mean log-ratio over the step's mismatched pairs, clamped at 0 after the mean. (n,), (n,) -> scalar; 0 of none."""
+    return ((policy_logps - ref_logps).sum() / max(1, len(ref_logps))).clamp(min=0)
 
 
 def mismatched(step):
@@ -358,8 +361,8 @@ def main():
 
         # z0, from the mismatched pairs, without gradient
         unmatched = [sequence(*pair) for pair in mismatched(step)]
-        heed = not is_sharded(model)  # as the loss below: sharded ranks go through a step together
-        policy_kl = loop.sequence_logps(model, unmatched, a.micro_tokens, rank, world, heed)
+        heed_stop = not is_sharded(model)  # SIGTERM: replicas may leave in mid-step, sharded ranks only together
+        policy_kl = loop.sequence_logps(model, unmatched, a.micro_tokens, rank, world, heed_stop)
         kl = kl_estimate(policy_kl, loop.to_device([ref[pair] for pair in mismatched(step)], device))
 
         # The loss, from the matched ones

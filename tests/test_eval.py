@@ -148,6 +148,9 @@ def test_resume(monkeypatch, run, evaluate, tmp_path, data, ckpts):
     assert len(asked) == 32
     evaluate(*args, "--cache-gb", 0.001)  # of the machine, not of the replies
     assert len(asked) == 32
+    text = (out / "replies.jsonl").read_text()
+    (out / "replies.jsonl").write_text(text.replace(json.loads(text.splitlines()[0])["code"], "that of yesterday"))
+    assert "warning: 8 replies of base in" in evaluate(*args) and len(asked) == 32
 
 
 def test_a_repetition_penalty_is_another_protocol(evaluate, refused, tmp_path, data, ckpts):

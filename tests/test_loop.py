@@ -28,6 +28,7 @@ from training import (
 
 import loop
 import memory
+import model
 import ranks
 import saving
 import train_kto
@@ -205,7 +206,11 @@ def test_what_args_and_log_say_and_a_finished_run(tiny, sft_data, tmp_path, run,
     assert args["the model"] == Checkpoint(tiny).fingerprint() and len(args["the data"]) == 64 and args["ranks"] == 1
     before = weights(out)
     code, text, _ = run("train_sft", *arguments, "--resume")
-    assert code == 0 and "finished before, after 4 steps" in text and len(log(out)) == 4
+    assert code == 0 and "finished before, after 4 steps" in text and len(log(out)) == 4 and "code has changed" not in text
+    state = tmp_path / "a" / "o.run" / "state.json"
+    state.write_text(state.read_text().replace(args["the code"], "that of yesterday"))
+    code, text, _ = run("train_sft", *arguments, "--resume")
+    assert code == 0 and "warning: the code has changed since step 4 was saved" in text
     refused("differs in seed", "train_sft", *arguments, "--seed", 6, "--resume")
     os.remove(tmp_path / "a" / "o.run" / "log.jsonl")
     refused("log.jsonl: missing", "train_sft", *arguments, "--resume")
@@ -226,6 +231,10 @@ def poisoned_data(path, steps, records):
     return write_lines(path, records)
 
 
+def open_what_is_broken():
+    model.finite = lambda ckpt, name, t: t
+
+
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory):
     """A checkpoint that gives no finite number where the text holds RARE."""
@@ -241,10 +250,12 @@ def poisoned(tmp_path_factory):
     return path
 
 
-def test_steps_without_a_finite_loss_are_skipped_counted_and_named(poisoned, tmp_path, run):
+def test_steps_without_a_finite_loss_are_skipped_counted_and_named(poisoned, tmp_path, run, refused, monkeypatch):
     data = poisoned_data(tmp_path / "d.jsonl", 2, chats(13))
     out = tmp_path / "a" / "o"
     more = ("--no-shuffle", "--epochs", 1)
+    refused("model.embed_tokens.weight holds NaN or infinity", "train_sft", *command(poisoned, data, out, *more))
+    monkeypatch.setattr(model, "finite", lambda ckpt, name, t: t)
     code, text, _ = run("train_sft", *command(poisoned, data, out, *more))
     steps = log(out)
     assert code == 0 and [s.get("skipped") for s in steps] == [1, 2, None, None] and "2 steps skipped" in text
@@ -275,7 +286,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_found_too(tiny, tmp_path, run,
 def test_ranks_skip_alike(poisoned, tmp_path):
     data = poisoned_data(tmp_path / "d.jsonl", 2, feedback(14))
     arguments = command(poisoned, data, tmp_path / "a" / "o", "--no-shuffle", "--max-skips", 2)
-    codes, (text, _) = launch("train_kto", arguments, tmp_path / "text", ranks=2)
+    codes, (text, _) = launch("train_kto", arguments, tmp_path / "text", ranks=2, prepare=dict.fromkeys(range(2), (open_what_is_broken,)))
     assert codes == [2, 2] and f"{data}:2" in text and f"{data}:6" in text and "Traceback" not in text
     assert [s["skipped"] for s in log(tmp_path / "a" / "o")] == [1, 2]
 
@@ -335,6 +346,29 @@ def test_gradients_are_sent_off_in_the_last_backward_once_a_step(monkeypatch):
     sent.clear()
     finish()
     assert sum(len(flat) for flat in sent) == sum(p.numel() for p in m.parameters())
+
+
+def test_a_frozen_weight_is_not_waited_for(tiny, sft_data, tmp_path, run, monkeypatch):
+    """A LoRA in place of a layer, its matrix frozen: on two ranks there is nothing of it to send; of its names a warning tells."""
+    m = tiny_model()
+    (frozen := m.model["layers"][0].mlp.up_proj).weight.requires_grad_(False)
+    sizes = []
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda flat, async_op: sizes.append(len(flat)) or types.SimpleNamespace(wait=lambda: None))
+    expect, finish = ranks.overlapped_reduction(m, world=2, size=5000)
+    expect(1)
+    m(torch.arange(9)[None]).sum().backward()
+    finish()
+    assert sum(sizes) == sum(p.numel() for p in m.parameters()) - frozen.weight.numel() and frozen.weight.grad is None
+    opened = loop.open_checkpoint
+
+    def with_lora(*args):
+        model, *others = opened(*args)
+        model.model["layers"][0].mlp.up_proj = torch.nn.Sequential(model.model["layers"][0].mlp.up_proj)
+        return model, *others
+
+    monkeypatch.setattr(loop, "open_checkpoint", with_lora)
+    code, text, _ = run("train_sft", *command(tiny, sft_data, tmp_path / "a" / "o", "--max-steps", 1))
+    assert code == 0 and "warning: OUT will hold model.layers.0.mlp.up_proj.0.weight, which no script here loads" in text
 
 
 def small_buckets():

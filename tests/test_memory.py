@@ -88,7 +88,7 @@ class Held(TorchDispatchMode):
 
 @pytest.mark.parametrize("item", [4, 2])
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"vocab_size": 4096}])
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"vocab_size": 4096}, {"vocab_size": 10000}])
 def test_the_peak_of_a_step_is_what_is_counted(item, again, changes):
     m = model(item, **changes)
     for block in m.model["layers"] if again else []:

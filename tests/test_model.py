@@ -169,7 +169,10 @@ def test_bf16_compute_over_fp32_weights():
         ({"num_key_value_heads": 3}, "heads"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"hidden_size": None}, "hidden_size is missing"),
-        ({"vocab_size": "many"}, "vocab_size is 'many', not a number"),
+        ({"vocab_size": "many"}, "vocab_size is 'many', not a whole number"),
+        ({"num_hidden_layers": 5.5}, "num_hidden_layers is 5.5, not a whole number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, not a number"),
+        ({"tie_word_embeddings": "false"}, "not true or false"),
         ({"rope_scaling": "yarn"}, "rope"),
     ],
 )

@@ -40,7 +40,7 @@ def test_what_is_drawn(tmp_path):
 
     runs = [plot.read_log(write_run(tmp_path, "a", kto_log(4))), plot.read_log(write_run(tmp_path, "b", sft_log(3)))]
     axes = plot.draw_runs(plt, runs, 1).axes
-    assert [axis.get_title() for axis in axes][:2] == ["loss", "KL to the reference, nats"]
+    assert [axis.get_title() for axis in axes][:2] == ["loss", "z0 (mismatched pairs, clamped at 0), nats"]
     loss = {line.get_label(): list(line.get_ydata()) for line in axes[0].lines}
     assert loss == {"a": [2.0, 1.0, 2 / 3, 0.5], "b": [2.0, 1.0, 2 / 3]}
     assert len(axes[2].lines) == 1  # nothing was rejected in this run

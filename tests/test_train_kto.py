@@ -86,6 +86,7 @@ def test_kl_is_clamped_after_the_mean():
     zero = torch.zeros(2)
     assert kl_estimate(torch.tensor([3.0, -1.0]), zero).item() == 1.0
     assert kl_estimate(torch.tensor([1.0, -3.0]), zero).item() == 0.0
+    assert kl_estimate(zero[:0], zero[:0]).item() == 0.0  # of a loss that knows no z0 and asks for no pairs
 
 
 def test_pairs_and_weights():
@@ -246,7 +247,7 @@ def test_bad_input(tiny, data, tmp_path, refused):
     text_label = write_lines(tmp_path / "t.jsonl", [*feedback(3), feedback(1)[0] | {"label": "yes"}])
     refused(["t.jsonl:4:", 'label is "yes"'], "train_kto", *flags(tiny, text_label, tmp_path / "o"))
     refused("is a directory; give a file", "train_kto", *flags(tiny, data, tmp_path / "o", "--ref-cache", tmp_path))
-    refused("is what --ref starts from", "train_kto", *flags(tiny, data, tmp_path / "two", "--ref", tmp_path / "two"))
+    refused("--ref starts from it", "train_kto", *flags(tiny, data, tmp_path / "two", "--ref", tmp_path / "two"))
     (tmp_path / "broken").write_text("not a cache")
     refused(["broken", "remove it"], "train_kto", *flags(tiny, data, tmp_path / "o", "--ref-cache", tmp_path / "broken"))
     refused("no such checkpoint", "train_kto", *flags(tiny, data, tmp_path / "o", "--ref", "/no/where"))

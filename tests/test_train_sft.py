@@ -81,7 +81,8 @@ def test_four_steps_of_a_real_checkpoint_equal_trl(tmp_path, run):
 
 
 def test_the_model_that_a_run_starts_from_is_not_written_over(tiny, data, tmp_path, refused):
-    refused("is what --ckpt starts from", "train_sft", *flags(tiny, data, str(tiny) + "/"))
+    refused("--ckpt starts from it", "train_sft", *flags(tiny, data, str(tiny) + "/"))
+    refused("or a save of it", "train_sft", *flags(f"{tmp_path}/x.pt.run/step-2.pt", data, tmp_path / "x.pt"))
 
 
 def test_examples_end_where_the_positions_do(tmp_path, run):
