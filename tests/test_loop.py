@@ -170,7 +170,7 @@ def full_disk(step, largest):
     saving.save_state = save_state
 
 
-@pytest.mark.parametrize("out, largest", [("o", 10_000), ("o.pt", 10_000), ("o", 200_000)])
+@pytest.mark.parametrize("out, largest", [("o", 10_000), ("o.pt", 10_000), ("o.pt", 100_000), ("o", 200_000)])
 def test_a_full_disk_leaves_the_save_before(tiny, sft_data, tmp_path, out, largest):
     assert os.path.getsize(f"{tiny}/model.safetensors") < 200_000  # so that the last case fails in the moments
     arguments = command(tiny, sft_data, tmp_path / "b" / out, "--save-every", 1, "--epochs", 1)
