@@ -148,6 +148,15 @@ def atomic_write(path, mode="w"):
             os.remove(temporary)
 
 
+def append(f, data):
+    """Writes data to the end of a file that keeps what was done so far, at once."""
+    try:
+        f.write(data)
+        f.flush()
+    except OSError as e:
+        raise InputError(f"{f.name}: cannot be written: {e.strerror}; make room and run the same command to go on") from None
+
+
 def read_text(path):
     try:
         with open(path, encoding="utf-8") as f:
@@ -209,7 +218,7 @@ class Checkpoint:
         index = os.path.join(path, "model.safetensors.index.json")
         if os.path.isfile(index):
             try:
-                shards = sorted(set(read_json(index)["weight_map"].values()), key=os.path.basename)
+                shards = sorted(map(os.fspath, set(read_json(index)["weight_map"].values())))
             except (KeyError, TypeError, AttributeError):
                 raise InputError(f"{index}: has no weight_map of tensors to files; fetch it again") from None
         else:
@@ -276,6 +285,11 @@ class Checkpoint:
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             h.update(f"{name} {self.files.get(name)}".encode())
         return h.hexdigest()
+
+
+def all_finite(t):
+    """Whether a tensor of floats holds neither NaN nor infinity."""
+    return bool(t.sum().isfinite()) or bool(t.isfinite().all())  # the sum is quicker, but may overflow
 
 
 def mapped(tensors):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from attention import to_device
 from benchmarks import BENCHMARKS, prepare, read
 from chat import Tokenizer, read_jsonl, write_jsonl
-from checkpoint import Checkpoint, InputError, atomic_write, cli, code_hash, read_json
+from checkpoint import Checkpoint, InputError, append, atomic_write, cli, code_hash, read_json
 from flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
 from generate import common_prefix, generate_iter
 from model import Qwen2, token_logps
@@ -180,11 +180,7 @@ def collect(a, names, work, rank=0, world=1, device="cpu"):
                 key, q = order[i], todo[order[i]]
                 replies[key] = record = {**record, **penalty, "code": code}
                 line = {"key": key, "checkpoint": name, "task": q["task"], "id": q["row"]["id"], **record}
-                try:
-                    log.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    log.flush()
-                except OSError as e:
-                    raise InputError(f"{log.name}: cannot be written: {e.strerror}; make room and run the same command to go on") from None
+                append(log, json.dumps(line, ensure_ascii=False) + "\n")
             del m
             gc.collect()
     log.close()

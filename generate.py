@@ -221,7 +221,7 @@ def generate_steps(
     ahead = look_every or (16 if device.type == "cuda" else 1)
     tokens, uniform = (torch.zeros(cache.k.shape[1], dtype=kind, device=device) for kind in (torch.long, torch.float32))
     static, cache.positions = (tokens, uniform, {}), tokens.clone()
-    seen = torch.zeros(cache.k.shape[1:4:2], dtype=torch.long, device=device) if repetition_penalty != 1.0 else None  # (rows, T)
+    seen = torch.zeros(len(tokens), longest, dtype=torch.long, device=device) if repetition_penalty != 1.0 else None
     choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seen": seen, "penalty": repetition_penalty}
     shared = prefix_lengths(prompts)
     prefix = [tuple(p[:n]) for p, n in zip(prompts, shared)]

@@ -92,7 +92,7 @@ def available_memory():
         most, used = (int(open(f"/sys/fs/cgroup/memory.{name}").read()) for name in ("max", "current"))
         with open("/sys/fs/cgroup/memory.stat") as f:  # pages of files that nobody reads now count as used and make room when asked
             used -= next(int(line.split()[1]) for line in f if line.startswith("inactive_file "))
-        free = min(free, max(1, most - used))
+        free = min(free, max(1, most - used))  # 1: known to be nothing
     return free
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import fusion
 from chat import vocabulary
-from checkpoint import WINDOW, Checkpoint, InputError, chunks, cli, mapped, parse_config, same, write_checkpoint
+from checkpoint import WINDOW, Checkpoint, InputError, all_finite, chunks, cli, mapped, parse_config, same, write_checkpoint
 from flags import Parser, at_least, checkpoint_out, number
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,8 +167,8 @@ def merged_tensor(name, args, base, models, trim, dtype, hashing):
         *pieces, r = (x.to(getattr(torch, args.arithmetic)) for x in stored)
         y = merge(s, pieces, r)
         out[s] = fusion.rounded(y, dtype)
-        if not math.isfinite(out[s].sum(dtype=torch.float32)) and not torch.isfinite(out[s]).all():  # the sum is quicker
-            bad = [c.source for c, x in zip(inputs, stored) if not torch.isfinite(x).all()]
+        if not all_finite(out[s]):
+            bad = [c.source for c, x in zip(inputs, stored) if not all_finite(x)]
             kind = str(dtype).removeprefix("torch.")
             raise InputError(f"{bad[0]}: {name} holds NaN or infinity; take another save of it" if bad
                              else f"{name}: not finite in {kind}: the merged values are too large for it; give another --dtype")

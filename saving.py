@@ -55,9 +55,7 @@ class Run:
 # What may differ between a run and its resumption: none of these changes the result beyond rounding.
 FREE_TO_CHANGE = {"resume", "out", "ckpt", "data", "ref", "ref_cache", "eval_data", "eval_every", "save_every", "keep"}
 FREE_TO_CHANGE |= {"micro_tokens", "device", "shard", "activation_checkpointing", "compile", "max_skips", "tensorboard"}
-
-
-CODE = "the code"  # of the identity the one thing whose change a resumed run only warns of: it may be a mend
+CODE = "the code"  # may differ too, with a warning: an edit may be a mend
 
 
 def run_identity(a, examples, fingerprint):
@@ -92,9 +90,9 @@ def start_run(a, rank, world, model, ckpt, identity, total):
     path = run_file(a, "state.json")
     if a.resume and os.path.isfile(path):
         state = read_json(path)
-        changed = [k for k in identity if state["identity"].get(k) != identity[k]]
-        if set(changed) - {CODE}:
-            raise InputError(f"{path}: was saved by a run that differs in {', '.join(changed)}; undo that or drop --resume")
+        changed = {k for k in identity if state["identity"].get(k) != identity[k]}
+        if others := sorted(changed - {CODE}):
+            raise InputError(f"{path}: was saved by a run that differs in {', '.join(others)}; undo that or drop --resume")
         if changed and rank == 0:
             print(f"warning: the code has changed since step {state['step']} was saved; the steps after it run with the new code")
         if not state["finished"]:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from chat import Tokenizer
-from checkpoint import Checkpoint, InputError
+from checkpoint import Checkpoint, InputError, append
 from flags import DEVICE, DTYPES
 from generate import generate_iter
 from loop import sequence_logps
@@ -142,10 +142,7 @@ def cache_write(cache, key, teacher, text, finish_reason, usage=None):
         line["usage"] = usage
         cache.spent = [a + b for a, b in zip(cache.spent, usage)]
     at = os.fstat(cache.file.fileno()).st_size
-    try:
-        cache.file.write(json.dumps(line).encode() + b"\n")  # ASCII: a torn write cannot split a character
-    except OSError as e:
-        raise InputError(f"{cache.file.name}: cannot be written: {e.strerror}; make room and run the same command to go on") from None
+    append(cache.file, json.dumps(line).encode() + b"\n")  # ASCII: a torn write cannot split a character
     cache.offsets[key] = at
 
 

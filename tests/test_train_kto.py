@@ -198,6 +198,22 @@ def test_the_reference_is_computed_once_and_never_for_another(tiny, worse, data,
     assert 0 < shorter < all_short  # other ids where something was cut, the same elsewhere
 
 
+def no_pairs():
+    train_kto.mismatched = lambda step: []
+
+
+@pytest.mark.parametrize("more", [(), ("--shard",)])
+def test_a_loss_without_z0_needs_no_pairs(tiny, data, tmp_path, more):
+    """README: `mismatched` returns []. Half of the reference is left, and the loss is that of z0 = 0."""
+    reached = ("--max-steps", 2, "--lr", 1e-3, "--eval-data", data, *more)
+    ranks = 2 if more else 1
+    codes, (text, *_) = launch("train_kto", flags(tiny, data, tmp_path / "o", *reached), tmp_path / "t", ranks, dict.fromkeys(range(ranks), (no_pairs,)))
+    assert codes == [0] * ranks, text
+    first, last = log(tmp_path / "o")
+    assert first["kl"] == last["kl"] == 0 and first["loss"] == pytest.approx(0.5) and last["eval_loss"] > 0
+    assert "of 8 reference log-probabilities computed" in text  # two steps of four examples
+
+
 def test_cached_values_are_the_references(tiny, worse, data, tmp_path, run):
     assert run("train_kto", *flags(tiny, data, tmp_path / "a", "--ref", worse))[0] == 0
     assert run("train_kto", *flags(tiny, data, tmp_path / "b", "--ref", worse))[0] == 0  # all from the cache
