@@ -11,11 +11,13 @@ from collections import Counter
 
 import torch
 
-from attention import to_device
-from chat import Tokenizer, as_messages
-from checkpoint import Checkpoint, InputError, cli
-from flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
-from memory import available_memory
+from core.attention import to_device
+from core.checkpoint import Checkpoint
+from core.files import InputError, cli
+from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
+from core.pages import available_memory
+from core.records import as_messages
+from core.tokenizer import Tokenizer
 from model import Qwen2
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,7 +53,7 @@ def penalise(logits, seen, penalty):
     return logits.scatter_(1, seen, torch.where(old < 0, old * penalty, old / penalty))
 
 
-def choose(logits, uniform, fed, at, seen=None, penalty=1.0, **sampling):
+def next_tokens(logits, uniform, fed, at, seen=None, penalty=1.0, **sampling):
     """The next token of each row, by sample(). logits: (B, V), uniform: (B,), fed: (B,) the rows' last tokens, which stand at
     (B,) -> (B,). seen: for a penalty, the rows' tokens so far, (B or more, T), where these are put down."""
     if seen is not None:
@@ -96,7 +98,7 @@ def prefix_lengths(prompts, overhead=64, depth=50):
 
 
 @contextlib.contextmanager
-def packed_weights(m):
+def onednn_weights(m):
     """While it is open, m's matrices also stand in the layout that oneDNN's kernels read on a CPU.
 
     A step of decoding has few rows, and F.linear reorders the whole weight for each of its calls: with 8 to 64 rows the
@@ -131,7 +133,7 @@ def decoding_step(m, cache, tokens, uniform, **choice):
 
     def step():
         logits = m.head(m.hidden(tokens[:, None], cache=cache)[:, 0]).float()  # (rows, V)
-        tokens.copy_(choose(logits, uniform, tokens, cache.positions, **choice))
+        tokens.copy_(next_tokens(logits, uniform, tokens, cache.positions, **choice))
         cache.positions.add_(1).clamp_max_(cache.k.shape[3] - 1)  # a row that has ended runs on, and stays inside
 
     if not tokens.is_cuda:
@@ -255,7 +257,7 @@ def generate_steps(
             generator = torch.Generator().manual_seed(seeds[i])  # of this row alone
             rows.append({"index": i, "new": [], "feed": feed, "generator": generator})
 
-    with packed_weights(m) if len(prompts) > 1 else contextlib.nullcontext():
+    with onednn_weights(m) if len(prompts) > 1 else contextlib.nullcontext():
         while waiting or rows:
             admit()
             lengths, fed = [len(row["feed"]) for row in rows], [t for row in rows for t in row["feed"]]
@@ -268,7 +270,7 @@ def generate_steps(
                 last = to_device(lengths, device).cumsum(0) - 1
                 logits = m.head(m.hidden(ids, lengths, cache, last)[0]).float()  # (rows, V)
                 at, random = to_device(cache.lengths, device) - 1, uniforms(rows, 1, temperature)[0].to(device)
-                chosen = [choose(logits, random, ids[0, last], at, **choice).tolist()]
+                chosen = [next_tokens(logits, random, ids[0, last], at, **choice).tolist()]
 
             for r in reversed(range(len(rows))):  # backwards: remove() moves the last row, which has been looked at
                 row = rows[r]

@@ -5,7 +5,7 @@
 
 Each step reads one JSON Lines file and writes the next, beside N_*.dropped.jsonl with what it left out and why:
 1_collect, 2_dedup, 3_classify, 4_balance, 5_respond, 6_score, then sft.jsonl, kto.jsonl, report.md and report.json.
-The steps stand in steps.py. One whose input and arguments are unchanged is not run again; one that was killed goes on from
+The steps stand in curation/steps.py. One whose input and arguments are unchanged is not run again; one that was killed goes on from
 the replies in replies.jsonl. Under torchrun, local checkpoints answer and score on all ranks; all else is rank 0's.
 """
 
@@ -16,13 +16,11 @@ import json
 import os
 from collections import Counter
 
-import report
-import sources
-import steps
-import teacher as models
-from checkpoint import InputError, atomic_write, cli, code_hash
-from flags import DTYPE, DTYPES, Parser, at_least, number
-from prompts import AGAIN_JUDGE, GREETING, JUDGE
+from core.files import InputError, atomic_write, cli, code_hash
+from core.flags import DTYPE, DTYPES, Parser, at_least, number
+from curation import report, sources, steps
+from curation import teacher as models
+from curation.prompts import AGAIN_JUDGE, GREETING, JUDGE
 
 STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")
 FORMAT = 3  # raised when what the steps write changes: what an older version wrote is made anew, out of the kept replies
@@ -203,24 +201,25 @@ def make(args):
                     "max_len", "seed")  # fmt: skip
         drawing = of("samples", "temperature", "seed") if args.samples > 1 else {}
         teachers = {"teacher": teacher.identity}
+        code = code_hash("curation", "verification")
         plan = [  # step, files it reads, arguments its result depends on, work
             ("1_collect", files,
-             of("limit", "max_chars") | {"labels": sources.labels(files), "code": code_hash("sources", "rules", "tasktypes")},
-             lambda c: steps.collect(args, files, c)),
-            ("2_dedup", [path["1_collect"], *questions], of("hamming") | {"code": code_hash("sources", "dedup")},
+             of("limit", "max_chars") | {"labels": sources.labels(files), "code": code},
+             lambda c: steps.collect_sources(args, files, c)),
+            ("2_dedup", [path["1_collect"], *questions], of("hamming") | {"code": code},
              lambda c: steps.deduplicate(args, path["1_collect"], questions, c)),
-            ("3_classify", [path["2_dedup"]], teachers | {"code": code_hash("prompts")},
+            ("3_classify", [path["2_dedup"]], teachers | {"code": code},
              lambda c: steps.classify(path["2_dedup"], teacher, cache, short, c)),
-            ("4_balance", [path["3_classify"]], of("min_category", "target", "seed"),
+            ("4_balance", [path["3_classify"]], of("min_category", "target", "seed") | {"code": code},
              lambda c: steps.balance(args, path["3_classify"], c)),
             ("5_respond", [path["4_balance"], *recorded],
-             of("max_new_tokens") | drawing | teachers | {"small": small.identity, "code": code_hash("sources", "rules")},
+             of("max_new_tokens") | drawing | teachers | {"small": small.identity, "code": code},
              lambda c: steps.respond(args, path["4_balance"], teacher, small, cache, long, c)),
             ("6_score", [path["5_respond"]],
              of(*weighing) | teachers | {"scorer": [scorer.identity, own], "prompt": [JUDGE, AGAIN_JUDGE],
-                                         "code": code_hash("rules", "verify", "ifeval")},
-             lambda c: steps.score(args, path["5_respond"], teacher, scorer, own, cache, short, c)),
-            ("7_label", [path["6_score"]], of("margin", "min_safety"),
+                                         "code": code},
+             lambda c: steps.score_responses(args, path["5_respond"], teacher, scorer, own, cache, short, c)),
+            ("7_label", [path["6_score"]], of("margin", "min_safety") | {"code": code},
              lambda c: steps.label(args, path["6_score"], c)),
         ]  # fmt: skip
         for name, inputs, arguments, work in plan[: 2 if args.dry_run else None]:

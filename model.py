@@ -10,9 +10,12 @@ with each document and none sees another. Tensor names are Hugging Face's, so a 
 import torch
 import torch.nn as nn
 
-from attention import KVCache, attention, to_device
-from checkpoint import Checkpoint, InputError, all_finite, parse_config, release, write_checkpoint
-from layers import Embedding, Linear, RMSNorm, normed_linears, project, swiglu_linear, token_logps
+from core.attention import KVCache, attention, to_device
+from core.checkpoint import Checkpoint, all_finite, write_checkpoint
+from core.config import parse_config
+from core.files import InputError
+from core.layers import Embedding, Linear, RMSNorm, normed_linears, project, swiglu_linear, token_logps
+from core.pages import release
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The forward pass
@@ -82,7 +85,7 @@ class Block(nn.Module):
         return self.after_attention(x, y)
 
 
-def finite(ckpt, name, t):
+def check_finite(ckpt, name, t):
     """t, which is a checkpoint's tensor of that name; InputError if it holds NaN or infinity."""
     if not t.is_meta and not all_finite(t):
         raise InputError(f"{ckpt.source}: {name} holds NaN or infinity; take an earlier save, or fetch it again")
@@ -193,7 +196,7 @@ class Qwen2(nn.Module):
         state = {}
         for n in want:
             stored = ckpt.tensor(n)
-            state[n] = finite(ckpt, n, stored.to(device=device, dtype=dtype, copy=True))
+            state[n] = check_finite(ckpt, n, stored.to(device=device, dtype=dtype, copy=True))
             release(stored)
         m.load_state_dict(state, assign=True)
         return m

@@ -91,7 +91,7 @@ fi
 cd "$here"
 mkdir -p "$run/steps"
 
-bash venv.sh requirements.txt
+bash tools/venv.sh requirements.txt
 py=.venv/bin/python
 
 # ---- steps. A step is done when its stamp holds this very command, the code it runs and the stamps of what it builds on
@@ -99,7 +99,7 @@ py=.venv/bin/python
 stamp() { # "WHAT IT BUILDS ON" SCRIPT ARGUMENTS...
   local dep
   for dep in $1; do cksum <"$run/steps/$dep"; done
-  cat model.py layers.py attention.py checkpoint.py chat.py loop.py saving.py ranks.py memory.py flags.py fusion.py "$2" | cksum
+  cat model.py core/*.py training/*.py merging/*.py "$2" | cksum
   shift
   printf '%s\n' "$@"
 }
@@ -116,6 +116,7 @@ step() { # NAME "WHAT IT BUILDS ON" SCRIPT ARGUMENTS...
   if [[ -f $run/$name.run/state.json && -f $run/steps/$name.begun && $(<"$run/steps/$name.begun") == "$now" ]]; then
     set -- "$@" --resume
   fi
+  [[ $1 == demo/* ]] && { local module=${1%.py}; shift; set -- -m "${module//\//.}" "$@"; }
   say "$name: python $*"
   rm -f "$run/steps/$name"
   printf '%s\n' "$now" >"$run/steps/$name.begun"
@@ -126,7 +127,7 @@ step() { # NAME "WHAT IT BUILDS ON" SCRIPT ARGUMENTS...
 
 if [[ ! -e $ckpt ]]; then
   say "base: fetching $ckpt"
-  ckpt=$("$py" -c 'import sys, checkpoint; checkpoint.cli(lambda: print(checkpoint.download(sys.argv[1])))' "$ckpt")
+  ckpt=$("$py" -c 'import sys; from core.checkpoint import download; from core.files import cli; cli(lambda: print(download(sys.argv[1])))' "$ckpt")
 fi
 base=$run/base
 [[ $ckpt == *.pt ]] && base=$run/base.pt
@@ -139,7 +140,7 @@ if [[ -n $demo ]]; then
   step sources "" demo/world.py --out "$run/sources.jsonl"
   sources=("$run/sources.jsonl")
   rm -f "$run/teacher.url"
-  "$py" demo/teacher.py --url-file "$run/teacher.url" --with-parent >"$run/teacher.log" 2>&1 &
+  "$py" -m demo.teacher --url-file "$run/teacher.url" --with-parent >"$run/teacher.log" 2>&1 &
   server=$!
   trap 'kill "$server" 2>/dev/null || true' EXIT
   for _ in $(seq 600); do # up to two minutes: importing torch from a slow disk takes its time

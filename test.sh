@@ -3,6 +3,6 @@
 # REAL_CKPT=DIR and DATA_DIR=DIR add the checks that need a real checkpoint and the real benchmarks; TEST_GPU=1 -k gpu is for a GPU.
 set -euo pipefail
 cd "$(dirname "$0")"
-bash venv.sh requirements-dev.txt
+bash tools/venv.sh requirements-dev.txt
 .venv/bin/ruff check -q .
 exec .venv/bin/python -m pytest -q tests "$@"

@@ -8,27 +8,35 @@ Data: {"prompt", "completion", "label"} lines. The reference is the model before
 its log-probabilities are computed once, before the first step, and kept in a file that later runs share.
 """
 
-import collections
 import functools
-import hashlib
-import itertools
 import math
 import os
-import random
 import time
-from array import array
 
-import safetensors
-import safetensors.torch
 import torch
 from tqdm import tqdm
 
-import loop
-import saving
-from chat import Tokenizer, kto_example, read_records, vocabulary
-from checkpoint import Checkpoint, InputError, atomic_write, cli, code_hash
-from flags import Parser, number
-from ranks import from_rank_0, is_sharded, one_for_all, setup
+from core.attention import to_device
+from core.checkpoint import Checkpoint
+from core.distributed import is_sharded, run_distributed
+from core.files import InputError, cli, code_hash
+from core.flags import Parser, number
+from core.records import kto_example, read_records
+from core.tokenizer import Tokenizer, vocabulary
+from training.logps import example_logps, sequence_logps
+from training.pairing import epoch_order
+from training.reference import reference_logps
+from training.run import end_step, eval_logps, finish_run, run_identity, start_run, stop_run
+from training.setup import (
+    add_training_flags,
+    checkpoint_activations,
+    load_model,
+    open_checkpoint,
+    plan_steps,
+    schedule_advice,
+    setup_ranks,
+)
+from training.step import lr_at, micro_batches, optimizer_step, record_skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The maths
@@ -57,14 +65,14 @@ def kl_estimate(policy_logps, ref_logps):
     return ((policy_logps - ref_logps).sum() / max(1, len(ref_logps))).clamp(min=0)
 
 
-def mismatched(step):
+def kl_pairs(step):
     """A step's pairs (prompt of i, completion of j): each takes its predecessor's completion, the first the last's."""
     return [(i, step[k - 1]) for k, i in enumerate(step)]
 
 
-def both_pairs(step):
+def all_pairs(step):
     """A step's matched pairs, then its mismatched ones."""
-    return [(i, i) for i in step] + mismatched(step)
+    return [(i, i) for i in step] + kl_pairs(step)
 
 
 def balanced_weight(n_desirable, n_undesirable, undesirable_weight):
@@ -72,7 +80,7 @@ def balanced_weight(n_desirable, n_undesirable, undesirable_weight):
     return undesirable_weight * n_undesirable / n_desirable if n_desirable and n_undesirable else 1.0
 
 
-def advice(n_desirable, n_undesirable, w_d, w_u):
+def weight_advice(n_desirable, n_undesirable, w_d, w_u):
     """What Eq. 8 says against these weights: a list of warnings."""
     if not n_desirable or not n_undesirable:
         return [f"all {n_desirable + n_undesirable} labels are {str(n_desirable > 0).lower()}: nothing to tell apart"]
@@ -87,150 +95,15 @@ def advice(n_desirable, n_undesirable, w_d, w_u):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# An order of the examples in which no mismatched pair shares its prompt (such a pair would match after all)
-
-
-def separated_order(prompts, sizes, rng):
-    """A random permutation, cut into batches of `sizes`, in which neighbours in a batch's cycle differ in their prompt.
-
-    prompts: a hashable for each example. Draws a plain shuffle and mends its clashes by random swaps; where that fails, deals
-    the examples out by prompt, which succeeds whenever a clash-free order exists. rng: random.Random.
-    """
-    starts = [sum(sizes[:b]) for b in range(len(sizes))]
-    before = [k - 1 if k > s else s + n - 1 for s, n in zip(starts, sizes) for k in range(s, s + n)]
-    after = {b: k for k, b in enumerate(before)}
-
-    def clashes_at(order, positions):
-        return sum(prompts[order[k]] == prompts[order[before[k]]] for k in positions)
-
-    def mend(order):
-        for k in [k for k in range(len(order)) if clashes_at(order, [k])]:
-            for other in (rng.randrange(len(order)) for _ in range(100)):
-                near = {k, after[k], other, after[other]}
-                clashes = clashes_at(order, near)
-                order[k], order[other] = order[other], order[k]
-                if clashes_at(order, near) < clashes:
-                    break
-                order[k], order[other] = order[other], order[k]
-        return order
-
-    order = list(range(len(prompts)))
-    rng.shuffle(order)
-    for _ in range(3):
-        order = mend(order)
-    if not clashes_at(order, range(len(order))):
-        return order
-    # Every other place of each batch first (no two of these are neighbours), the places between them next, and the odd
-    # batch's last place at the end; filled by prompt, the most frequent first.
-    batches = list(zip(starts, sizes))
-    rng.shuffle(batches)
-    places = [s + k for s, n in batches for k in range(0, n - 1, 2)] + [s + k for s, n in batches for k in range(1, n, 2)]
-    places += [s + n - 1 for s, n in batches if n % 2]
-    counts, rank = collections.Counter(prompts), {p: rng.random() for p in prompts}
-    order.sort(key=lambda i: (-counts[prompts[i]], rank[prompts[i]]))
-    dealt = dict(zip(places, order))
-    return mend([dealt[k] for k in range(len(order))])
-
-
-def separated(prompts, seed):
-    """loop.plan's order for an epoch shuffled so: another permutation each epoch, the same for the same seed."""
-
-    def order(epoch, sizes):
-        return separated_order(prompts, sizes, random.Random(f"{seed} {epoch}"))
-
-    return order
-
-
-def shared_prompts(steps, prompts):
+def count_prompt_clashes(steps, prompts):
     """How many mismatched pairs of the steps share their prompt."""
-    return sum(prompts[i] == prompts[j] for step in steps for i, j in mismatched(step))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The reference's log-probabilities, kept on disk
-
-SAVE_CACHE_EVERY = 60  # seconds that a killed run may lose of them
-
-
-def read_cache(path):
-    """{digest (32 bytes): log-probability in nats} of a cache file; {} if there is none."""
-    if not os.path.isfile(path):
-        return {}
-    try:
-        content = safetensors.torch.load_file(path)
-        keys, values = content["keys"].numpy().tobytes(), content["logps"].tolist()
-    except (safetensors.SafetensorError, KeyError, OSError) as e:
-        raise InputError(f"{path}: not a cache of reference log-probabilities ({e}); remove it") from None
-    return {keys[32 * i : 32 * i + 32]: v for i, v in enumerate(values)}
-
-
-def write_cache(path, cache):
-    keys = torch.frombuffer(bytearray(b"".join(cache)), dtype=torch.uint8).view(-1, 32)
-    with atomic_write(path, "wb") as f:
-        f.write(safetensors.torch.save({"keys": keys, "logps": torch.tensor(list(cache.values()))}))
-
-
-def digest(reference, example):
-    """What a reference log-probability depends on: the reference (weights, compute dtype, code), the ids, where they are
-    supervised."""
-    ids, supervised = example
-    h = hashlib.sha256(reference.encode())
-    h.update(array("i", ids).tobytes() + bytes(supervised))
-    return h.digest()
-
-
-def reference_logps(pairs, sequence, path, reference, load, device, micro_tokens, rank, world):
-    """The reference's log-probabilities of all pairs, from the cache at `path` or computed and added to it.
-
-    pairs: (i, j) keys. sequence(i, j): the example (ids, supervised) of a pair. reference: a text that identifies
-    weights and compute dtype. load() gives the reference model; it is called only if something is missing, and the model
-    is dropped on return. -> ({pair: nats}, the number computed).
-    """
-    digests = {pair: digest(reference, sequence(*pair)) for pair in pairs}
-    pair_of = {d: pair for pair, d in digests.items()}  # equal sequences are computed once
-    length = {d: len(sequence(*pair)[0]) for d, pair in pair_of.items()}
-    longest = collections.defaultdict(int)  # {i: the longest of the sequences with prompt i}
-    for d, (i, _) in pair_of.items():
-        longest[i] = max(longest[i], length[d])
-    # like lengths pack well, and the completions of one prompt share its computation
-    order = sorted(pair_of, key=lambda d: (-longest[pair_of[d][0]], pair_of[d]))
-    cache = read_cache(path) if rank == 0 else {}
-    logps = from_rank_0(torch.tensor([cache.get(d, math.nan) for d in order], device=device))
-    missing = logps.isnan().tolist()
-    if any(missing):
-        model, saved = load(), time.time()
-        bar = tqdm(total=sum(missing), desc="reference", unit="seq", disable=True if rank else None)
-
-        def save():
-            known = {d: v for d, v in zip(order, logps.tolist()) if not math.isnan(v)}
-            if rank == 0 and known:
-                write_cache(path, read_cache(path) | known)  # another run may have added to the file
-
-        # The edges of the chunks depend on all pairs, and what a chunk lacks is computed and saved together: a run that
-        # was killed in this pass and is resumed finds the same values to the bit.
-        chunk_of = [end // (8 * micro_tokens * world) for end in itertools.accumulate(length[d] for d in order)]
-        try:
-            for _, chunk in itertools.groupby(range(len(order)), key=chunk_of.__getitem__):
-                part = [k for k in chunk if missing[k]]
-                if part:
-                    examples = [sequence(*pair_of[order[k]]) for k in part]
-                    logps[loop.to_device(torch.tensor(part), device)] = loop.sequence_logps(model, examples, micro_tokens, rank, world)
-                    bar.update(len(part))
-                if time.time() - saved > SAVE_CACHE_EVERY:
-                    save()
-                    saved = time.time()
-        finally:  # also when SIGTERM ends the pass
-            save()
-            bar.close()
-    values = dict(zip(order, logps.tolist()))
-    return {pair: values[d] for pair, d in digests.items()}, sum(missing)
+    return sum(prompts[i] == prompts[j] for step in steps for i, j in kl_pairs(step))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def encode(records, tokenizer, max_len):
+def encode_feedback(records, tokenizer, max_len):
     """Records -> (rows, where each stands). rows: (prompt ids, completion ids, label), tuples; a prompt that fills max_len
     alone leaves no completion to learn from and drops out, before batches and pairs are formed."""
     rows, places = [], []
@@ -272,7 +145,7 @@ def weight(text):
 
 def main():
     p = Parser(description=__doc__.split("\n\n")[0])
-    loop.add_flags(p, epochs=1, batch_size=64, lr=1e-6)  # the paper's KTO settings are not published; TRL's rate
+    add_training_flags(p, epochs=1, batch_size=64, lr=1e-6)  # the paper's KTO settings are not published; TRL's rate
     # KTO
     p.add_argument("--ref", help="reference checkpoint; without it the model before training")
     p.add_argument("--beta", type=number(above=0), default=0.1, help="strength of the pull to the reference, per nat")
@@ -285,20 +158,20 @@ def main():
     ref_cache = a.ref_cache or os.path.join(os.path.dirname(os.path.abspath(a.out)), "ref-cache.safetensors")
     if os.path.isdir(ref_cache):
         raise InputError(f"--ref-cache {ref_cache}: is a directory; give a file, such as {ref_cache}/ref-cache.safetensors")
-    rank, world, device = setup(a)
+    rank, world, device = setup_ranks(a)
 
     # Data, and every step of the run, and with it every mismatched pair. What is held out is one large step
     def prepare(records, files, *sizes):
-        rows, places = encode(records, tokenizer, a.max_len)
+        rows, places = encode_feedback(records, tokenizer, a.max_len)
         prompts = [prompt for prompt, _, _ in rows]
-        steps = loop.plan(len(rows), *sizes, smallest=2, order=None if a.no_shuffle else separated(prompts, a.seed))
-        if rank == 0 and (clashes := shared_prompts(steps, prompts)):
+        steps = plan_steps(len(rows), *sizes, smallest=2, order=None if a.no_shuffle else epoch_order(prompts, a.seed))
+        if rank == 0 and (clashes := count_prompt_clashes(steps, prompts)):
             print(f"warning: {', '.join(files)}: {clashes} mismatched pairs share their prompt, so they match" + "; shuffle" * a.no_shuffle)
         return rows, places, steps
 
     records = read_records(a.data, kto_example)
     eval_records = read_records(a.eval_data, kto_example) if a.eval_data else []
-    model, tokenizer, ckpt = loop.open_checkpoint(a.ckpt, a, device)
+    model, tokenizer, ckpt = open_checkpoint(a.ckpt, a, device)
     rows, places, steps = prepare(records, a.data, a.batch_size, a.epochs, a.max_steps)
     n, n_d = len(rows), sum(label for _, _, label in rows)
 
@@ -306,7 +179,7 @@ def main():
     w_u = a.undesirable_weight
     w_d = balanced_weight(n_d, n - n_d, w_u) if a.desirable_weight == "auto" else a.desirable_weight
     if rank == 0:
-        for text in advice(n_d, n - n_d, w_d, w_u) + loop.schedule_advice(a, steps):
+        for text in weight_advice(n_d, n - n_d, w_d, w_u) + schedule_advice(a, steps):
             print(f"warning: {text}")
 
     # The reference, once and for all epochs
@@ -319,30 +192,30 @@ def main():
     ref_fingerprint = reference.fingerprint() if a.ref else fingerprint
 
     def load_reference():
-        return model if ref_fingerprint == fingerprint else loop.load_model(reference, a, device)  # model: not trained yet
+        return model if ref_fingerprint == fingerprint else load_model(reference, a, device)  # model: not trained yet
 
-    identified_by = f"{ref_fingerprint} {a.dtype} {code_hash('model', 'layers', 'attention', 'loop')}"
+    identified_by = f"{ref_fingerprint} {a.dtype} {code_hash()}"
     settings = (ref_cache, identified_by, load_reference, device, a.micro_tokens, rank, world)
     sequence = functools.partial(pair_sequence, rows, a.max_len)  # (i, j) -> (ids, supervised)
-    pairs = {pair for step in steps for pair in both_pairs(step)}
+    pairs = {pair for step in steps for pair in all_pairs(step)}
     ref, computed = reference_logps(sorted(pairs), sequence, *settings)
     eval_examples = []
     if eval_records:
         eval_rows, _, (eval_step,) = prepare(eval_records, a.eval_data, len(eval_records), 1, None)
         eval_labels = torch.tensor([eval_rows[i][2] for i in eval_step])  # (m,)
-        eval_sequence, eval_pairs = functools.partial(pair_sequence, eval_rows, a.max_len), both_pairs(eval_step)
+        eval_sequence, eval_pairs = functools.partial(pair_sequence, eval_rows, a.max_len), all_pairs(eval_step)
         eval_examples = [eval_sequence(*pair) for pair in eval_pairs]
         known, _ = reference_logps(eval_pairs, eval_sequence, *settings)
         eval_ref = torch.tensor([known[pair] for pair in eval_pairs])  # (2m,): matched, then mismatched
 
-    identity = saving.run_identity(a, rows, fingerprint) | {"the reference": ref_fingerprint}
+    identity = run_identity(a, rows, fingerprint) | {"the reference": ref_fingerprint}
     matched_lengths = [min(a.max_len, len(prompt) + len(completion)) for prompt, completion, _ in rows]
-    loop.checkpoint_activations(model, a, ([matched_lengths[i] for i in step] for step in steps), rank, world)
-    run = saving.start_run(a, rank, world, model, ckpt, identity, len(steps))
+    checkpoint_activations(model, a, ([matched_lengths[i] for i in step] for step in steps), rank, world)
+    run = start_run(a, rank, world, model, ckpt, identity, len(steps))
 
     def evaluated(record):
         """A step's entry of the log, where that is due with the numbers of the held-out data, all of it as one batch."""
-        policy = saving.eval_logps(run, record, eval_examples)
+        policy = eval_logps(run, record, eval_examples)
         if policy is None:
             return record
         m, policy = len(eval_labels), policy.cpu()  # (2m,), as eval_ref
@@ -351,52 +224,52 @@ def main():
         return record | {f"eval_{k}": v for k, v in metrics(losses, rewards, policy[:m], eval_labels, kl).items()}
 
     if run.pending:
-        saving.end_step(run, evaluated(run.pending))
+        end_step(run, evaluated(run.pending))
     bar = tqdm(total=len(steps), initial=run.done, desc="kto", unit="step", disable=True if rank else None)
     for s in range(run.done, len(steps)):
         t0 = time.time()
         step = steps[s]
         labels = torch.tensor([rows[i][2] for i in step])
-        desirable = loop.to_device(labels, device)
+        desirable = to_device(labels, device)
 
         # z0, from the mismatched pairs, without gradient
-        unmatched = [sequence(*pair) for pair in mismatched(step)]
+        unmatched = [sequence(*pair) for pair in kl_pairs(step)]
         heed_stop = not is_sharded(model)  # SIGTERM: replicas may leave in mid-step, sharded ranks only together
-        policy_kl = loop.sequence_logps(model, unmatched, a.micro_tokens, rank, world, heed_stop)
-        kl = kl_estimate(policy_kl, loop.to_device([ref[pair] for pair in mismatched(step)], device))
+        policy_kl = sequence_logps(model, unmatched, a.micro_tokens, rank, world, heed_stop)
+        kl = kl_estimate(policy_kl, to_device([ref[pair] for pair in kl_pairs(step)], device))
 
         # The loss, from the matched ones
         matched = [sequence(i, i) for i in step]
-        ref_logps = loop.to_device([ref[i, i] for i in step], device)
+        ref_logps = to_device([ref[i, i] for i in step], device)
         # Losses, rewards, logps and z0, which if infinite skips the step (the loss's sigmoid hides it); each rank fills in its own
         seen = torch.zeros(4, len(step), device=device)
-        for micro in loop.shares(run, [len(ids) for ids, _ in matched]):
-            logps = loop.example_logps(model, [matched[k] for k in micro])  # (len(micro),)
-            at = loop.to_device(torch.tensor(micro, dtype=torch.long), device)
+        for micro in micro_batches(run, [len(ids) for ids, _ in matched]):
+            logps = example_logps(model, [matched[k] for k in micro])  # (len(micro),)
+            at = to_device(torch.tensor(micro, dtype=torch.long), device)
             losses, rewards = kto_loss(logps, ref_logps[at], kl, desirable[at], a.beta, w_d, w_u)
             (losses.sum() / len(step)).backward()
             seen[:, at] = torch.stack((losses.detach(), rewards, logps.detach(), kl.expand(len(micro))))
-        lr = loop.lr_at(s, len(steps), a.lr, a.warmup, a.schedule)
-        verdict, (losses, rewards, logps, z0), grad_norm = loop.optimizer_step(run, lr, seen)
+        lr = lr_at(s, len(steps), a.lr, a.warmup, a.schedule)
+        verdict, (losses, rewards, logps, z0), grad_norm = optimizer_step(run, lr, seen)
         if verdict == "stop":
-            return saving.stop_run(run, s)
+            return stop_run(run, s)
 
         record = {"step": s + 1, "lr": lr, "grad_norm": grad_norm, **metrics(losses, rewards, logps, labels, z0[0])}
         tokens = sum(len(ids) for ids, _ in matched + unmatched)
         record |= {"tokens": tokens, "tokens_per_second": tokens / (time.time() - t0)}
         if verdict == "skip":
-            names = [places[i] + f" with the completion of {places[j]}" * (i != j) for i, j in both_pairs(step)]
-            known = [k for k, pair in enumerate(both_pairs(step)) if not math.isfinite(ref[pair])]
-            record |= loop.note_skipped(run, s + 1, matched + unmatched, names, known)
-        saving.end_step(run, evaluated(record))
+            names = [places[i] + f" with the completion of {places[j]}" * (i != j) for i, j in all_pairs(step)]
+            known = [k for k, pair in enumerate(all_pairs(step)) if not math.isfinite(ref[pair])]
+            record |= record_skip(run, s + 1, matched + unmatched, names, known)
+        end_step(run, evaluated(record))
         bar.set_postfix(loss=f"{record['loss']:.4f}", kl=f"{record['kl']:.3f}")
         bar.update()
     bar.close()
-    saving.finish_run(run, [
+    finish_run(run, [
         f"{n} examples, {n_d} of them desirable, {len(records) - n} dropped as their prompt fills {a.max_len} tokens",
         f"weights {w_d:.4g} and {w_u:.4g}; {computed} of {len(pairs)} reference log-probabilities computed, kept in {ref_cache}",
     ])  # fmt: skip
 
 
 if __name__ == "__main__":
-    cli(one_for_all(main))
+    cli(run_distributed(main))

@@ -10,12 +10,23 @@ import time
 import torch
 from tqdm import tqdm
 
-import loop
-import saving
-from chat import read_records, sft_messages
-from checkpoint import InputError, cli
-from flags import Parser
-from ranks import one_for_all, setup
+from core.distributed import run_distributed
+from core.files import InputError, cli
+from core.flags import Parser
+from core.records import read_records, sft_messages
+from training.examples import count_supervised, encode_chats
+from training.logps import supervised_logps
+from training.run import end_step, eval_logps, finish_run, run_identity, start_run, stop_run
+from training.setup import (
+    add_training_flags,
+    checkpoint_activations,
+    open_checkpoint,
+    plan_steps,
+    schedule_advice,
+    setup_ranks,
+    shuffled_order,
+)
+from training.step import lr_at, micro_batches, optimizer_step, record_skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The maths
@@ -31,88 +42,69 @@ def sft_loss(logps, n_supervised):
     return -logps.sum() / n_supervised
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def encode(records, tokenizer, max_len):
-    """[(where, messages)] -> (examples cut to max_len tokens, where each stands). Those with nothing supervised left drop out."""
-    examples, places = [], []
-    for where, messages in records:
-        ids, supervised = tokenizer.chat_ids(messages)
-        if any(supervised[1:max_len]):
-            examples.append((ids[:max_len], supervised[:max_len]))
-            places.append(where)
-    return examples, places
-
-
-def count(examples):
-    """Supervised tokens that are predicted; the first token of a sequence has nothing before it."""
-    return sum(sum(supervised[1:]) for _, supervised in examples)
-
-
 def main():
     p = Parser(description=__doc__.split("\n\n")[0])
-    loop.add_flags(p, epochs=3, batch_size=1000, lr=1e-6)  # the paper's
+    add_training_flags(p, epochs=3, batch_size=1000, lr=1e-6)  # the paper's
     a = p.parse_args()
-    rank, world, device = setup(a)
+    rank, world, device = setup_ranks(a)
 
     records = read_records(a.data, sft_messages)
     eval_records = read_records(a.eval_data, sft_messages) if a.eval_data else []
-    model, tokenizer, ckpt = loop.open_checkpoint(a.ckpt, a, device)
-    examples, places = encode(records, tokenizer, a.max_len)
-    eval_examples, _ = encode(eval_records, tokenizer, a.max_len)
+    model, tokenizer, ckpt = open_checkpoint(a.ckpt, a, device)
+    examples, places = encode_chats(records, tokenizer, a.max_len)
+    eval_examples, _ = encode_chats(eval_records, tokenizer, a.max_len)
     if not examples:
         raise InputError(f"{', '.join(a.data)}: no example has a supervised token within --max-len {a.max_len}")
     if a.eval_data and not eval_examples:
         raise InputError(f"{', '.join(a.eval_data)}: no example has a supervised token within --max-len {a.max_len}")
-    steps = loop.plan(
-        len(examples), a.batch_size, a.epochs, a.max_steps, order=None if a.no_shuffle else loop.shuffled(len(examples), a.seed)
+    steps = plan_steps(
+        len(examples), a.batch_size, a.epochs, a.max_steps, order=None if a.no_shuffle else shuffled_order(len(examples), a.seed)
     )
     if rank == 0:
-        for text in loop.schedule_advice(a, steps):
+        for text in schedule_advice(a, steps):
             print(f"warning: {text}")
 
-    loop.checkpoint_activations(model, a, ([len(examples[i][0]) for i in step] for step in steps), rank, world)
-    run = saving.start_run(a, rank, world, model, ckpt, saving.run_identity(a, examples, ckpt.fingerprint()), len(steps))
+    checkpoint_activations(model, a, ([len(examples[i][0]) for i in step] for step in steps), rank, world)
+    run = start_run(a, rank, world, model, ckpt, run_identity(a, examples, ckpt.fingerprint()), len(steps))
 
     def evaluated(record):
         """A step's entry of the log, with the held-out loss where that is due."""
-        logps = saving.eval_logps(run, record, eval_examples)
+        logps = eval_logps(run, record, eval_examples)
         if logps is None:
             return record
-        return record | {"eval_loss": -logps.sum().item() / count(eval_examples)}  # cross-entropy, whatever sft_loss may become
+        return record | {"eval_loss": -logps.sum().item() / count_supervised(eval_examples)}  # cross-entropy, whatever sft_loss may become
 
     if run.pending:
-        saving.end_step(run, evaluated(run.pending))
+        end_step(run, evaluated(run.pending))
     bar = tqdm(total=len(steps), initial=run.done, desc="sft", unit="step", disable=True if rank else None)
     for step in range(run.done, len(steps)):
         t0 = time.time()
         batch = [examples[i] for i in steps[step]]
-        n_supervised = count(batch)
+        n_supervised = count_supervised(batch)
         lengths = [len(ids) for ids, _ in batch]
 
         loss = torch.zeros((), device=device)
-        for micro in loop.shares(run, lengths):
-            logps, _ = loop.supervised_logps(model, [batch[i] for i in micro])  # (N,), one per supervised token
+        for micro in micro_batches(run, lengths):
+            logps, _ = supervised_logps(model, [batch[i] for i in micro])  # (N,), one per supervised token
             part = sft_loss(logps, n_supervised)
             part.backward()
             loss += part.detach()
-        lr = loop.lr_at(step, len(steps), a.lr, a.warmup, a.schedule)
-        verdict, loss, grad_norm = loop.optimizer_step(run, lr, loss)
+        lr = lr_at(step, len(steps), a.lr, a.warmup, a.schedule)
+        verdict, loss, grad_norm = optimizer_step(run, lr, loss)
         if verdict == "stop":
-            return saving.stop_run(run, step)
+            return stop_run(run, step)
 
         record = {"step": step + 1, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm}
         record |= {"tokens": sum(lengths), "tokens_per_second": sum(lengths) / (time.time() - t0)}
         if verdict == "skip":
-            record |= loop.note_skipped(run, step + 1, batch, [places[i] for i in steps[step]])
-        saving.end_step(run, evaluated(record))
+            record |= record_skip(run, step + 1, batch, [places[i] for i in steps[step]])
+        end_step(run, evaluated(record))
         bar.set_postfix(loss=f"{record['loss']:.4f}")
         bar.update()
     bar.close()
     dropped = len(records) - len(examples)
-    saving.finish_run(run, [f"{len(examples)} examples, {dropped} dropped: nothing supervised within {a.max_len} tokens"])
+    finish_run(run, [f"{len(examples)} examples, {dropped} dropped: nothing supervised within {a.max_len} tokens"])
 
 
 if __name__ == "__main__":
-    cli(one_for_all(main))
+    cli(run_distributed(main))

@@ -3,24 +3,23 @@
 It answers what make_data.py asks a large model: it classifies instructions, responds to them (right about 95 times in a
 hundred) and judges responses (well, with some noise). Equal requests get equal replies. It is never asked at evaluation.
 
-    python demo/teacher.py --port 8000            # then: make_data.py --teacher http://127.0.0.1:8000/v1 ...
+    python -m demo.teacher --port 8000            # then: make_data.py --teacher http://127.0.0.1:8000/v1 ...
 """
 
 import json
 import os
 import random
 import re
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from core.files import InputError, atomic_write, cli
+from core.flags import Parser
+from demo import world
+from verification.answers import check
+
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.append(os.path.dirname(HERE))
-from checkpoint import InputError, atomic_write, cli  # noqa: E402
-from demo import world  # noqa: E402
-from flags import Parser  # noqa: E402
-from verify import check  # noqa: E402
 
 MODEL = "demo-teacher"
 ERRORS = 0.05  # share of responses that are wrong, and of grades that are off

@@ -2,7 +2,7 @@
 raw corpus, in which only a part of the replies is right (world.raw_reply). The result knows a part of its world and
 answers badly, as a small instruct model does. No held-out instruction is in the corpus.
 
-    python demo/train_base.py --out demo/base        # about 25 minutes on one core; the result is committed
+    python -m demo.train_base --out demo/base        # about 25 minutes on one core; the result is committed
 """
 
 import itertools
@@ -11,15 +11,12 @@ import math
 import os
 import random
 import re
-import sys
 import tempfile
 import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.append(os.path.dirname(HERE))
-import tokenizers  # noqa: E402
-import torch  # noqa: E402
-from tokenizers import (  # noqa: E402
+import tokenizers
+import torch
+from tokenizers import (
     Regex,
     decoders,
     models,
@@ -28,14 +25,17 @@ from tokenizers import (  # noqa: E402
     processors,
     trainers,
 )
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
-from chat import CHATML_DEFAULT_SYSTEM, Tokenizer  # noqa: E402
-from checkpoint import cli  # noqa: E402
-from demo import words, world  # noqa: E402
-from demo.tasks import TASKS  # noqa: E402
-from flags import Parser  # noqa: E402
-from model import Qwen2, token_logps  # noqa: E402
+from core.files import cli
+from core.flags import Parser
+from core.layers import token_logps
+from core.tokenizer import CHATML_DEFAULT_SYSTEM, Tokenizer
+from demo import words, world
+from demo.tasks import TASKS
+from model import Qwen2
+
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 # Qwen2's pre-tokenizer: a contraction | letters with one leading sign | a digit | signs | line ends | spaces
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -4,24 +4,23 @@ Everything follows from a seed. `ask` makes an instruction of a task (demo/tasks
 teacher knows the world), `reference` is what verify.check compares with. Replies come in three qualities: right, wrong,
 and the bad habits of a poorly aligned model (does not know, chats, parrots, is off by one), to be unlearnt.
 
-    python demo/world.py --out runs/demo/sources.jsonl      # instructions with original responses, partly wrong
-    python demo/world.py --heldout demo/heldout.jsonl       # the held-out instructions (committed; this made them)
+    python -m demo.world --out runs/demo/sources.jsonl      # instructions with original responses, partly wrong
+    python -m demo.world --heldout demo/heldout.jsonl       # the held-out instructions (committed; this made them)
 """
 
 import hashlib
 import os
 import random
 import re
-import sys
 from typing import NamedTuple
 
+from core.files import InputError, cli
+from core.flags import Parser
+from core.records import write_jsonl
+from demo import words as W
+from demo.tasks import RARE, TASKS, Task
+
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.append(os.path.dirname(HERE))  # last: the root has a teacher.py of its own
-from chat import write_jsonl  # noqa: E402
-from checkpoint import InputError, cli  # noqa: E402
-from demo import words as W  # noqa: E402
-from demo.tasks import RARE, TASKS, Task  # noqa: E402
-from flags import Parser  # noqa: E402
 
 MANNERS = {  # how an instruction is put; False: English, True: Chinese
     False: ("{}", "{}", "{} Answer briefly.", "Please help me. {}", "Here is a question. {}"),

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from chat import CHATML_DEFAULT_SYSTEM  # noqa: E402
+from core.tokenizer import CHATML_DEFAULT_SYSTEM  # noqa: E402
 from model import Qwen2  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))

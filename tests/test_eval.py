@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import tiny_files, tiny_model, write_lines
 from tiny_benchmarks import write_benchmarks
-from training import torchrun
+from training_runs import torchrun
 
-import benchdata
-import benchmarks
-import eval as ev
-from checkpoint import Checkpoint
+from core.checkpoint import Checkpoint
+from core.tokenizer import Tokenizer
+from evaluation import benchmarks, downloads, replies
+from evaluation.replies import checkpoint_names, collect_replies, question_keys
+from generate import generate_iter
 from model import Qwen2
 
 
@@ -26,10 +27,10 @@ def data(tmp_path_factory):
 
 def test_limit_takes_turns():
     rows = [{"subject": s, "id": f"{s}{i}"} for s, n in (("a", 4), ("b", 1), ("c", 3)) for i in range(n)]
-    assert [r["id"] for r in benchmarks.spread(rows, 2)] == ["a0", "b0"]
-    assert [r["id"] for r in benchmarks.spread(rows, 5)] == ["a0", "a1", "b0", "c0", "c1"]
-    assert benchmarks.spread(rows, 100) == rows
-    assert [r["id"] for r in benchmarks.spread([{"id": i} for i in range(5)], 3)] == [0, 1, 2]
+    assert [r["id"] for r in benchmarks.take_per_subject(rows, 2)] == ["a0", "b0"]
+    assert [r["id"] for r in benchmarks.take_per_subject(rows, 5)] == ["a0", "a1", "b0", "c0", "c1"]
+    assert benchmarks.take_per_subject(rows, 100) == rows
+    assert [r["id"] for r in benchmarks.take_per_subject([{"id": i} for i in range(5)], 3)] == [0, 1, 2]
 
 
 # ---------------------------------------------------------------- a tiny checkpoint
@@ -93,7 +94,7 @@ def test_all_tasks(evaluate, tmp_path, data, ckpts):
     assert {"checkpoint", "task", "id", "prompt", "reply", "extracted", "correct"} <= set(samples[0])
     assert samples[0]["prompt"] == [{"role": "user", "content": "2+2?"}] and samples[0]["id"] == "sum-1"
     assert samples[6]["id"] == "art_history/0" and samples[-4]["id"] == "HumanEval/0"
-    tokenizer = ev.Tokenizer(Checkpoint(ckpts[0]))
+    tokenizer = Tokenizer(Checkpoint(ckpts[0]))
     assert samples[0]["prompt_tokens"] == len(tokenizer.prompt_ids(samples[0]["prompt"]))
     assert all(s["reply_tokens"] == len(tokenizer.encode(s["reply"])) for s in samples)
     assert len({s["reply"] for s in samples}) > 5  # the tiny models do say something, and not the same
@@ -118,7 +119,7 @@ def test_resume(monkeypatch, run, evaluate, tmp_path, data, ckpts):
     """After an interruption only what is missing is asked; verdicts are read anew; other settings ask anew."""
     out, asked, calls = tmp_path / "out", [], []
     args = ["--ckpt", ckpts[0], "--tasks", "demo", "mmlu", "--data-dir", data, "--max-new-tokens", 5, "--out", out]
-    iterate = ev.generate_iter
+    iterate = generate_iter
 
     def counting(m, tokenizer, prompts, stop_after=100, **settings):
         calls.append(len(prompts))
@@ -128,12 +129,12 @@ def test_resume(monkeypatch, run, evaluate, tmp_path, data, ckpts):
             asked.append(i)
             yield item
 
-    monkeypatch.setattr(ev, "generate_iter", lambda *a, **k: counting(*a, stop_after=5, **k))
+    monkeypatch.setattr(replies, "generate_iter", lambda *a, **k: counting(*a, stop_after=5, **k))
     assert run("eval", *args)[0] == 130
     assert sorted(os.listdir(out)) == ["checkpoints.json", "replies.jsonl"]
     with open(out / "replies.jsonl", "a") as f:
         f.write('{"key": "torn')
-    monkeypatch.setattr(ev, "generate_iter", counting)
+    monkeypatch.setattr(replies, "generate_iter", counting)
     evaluate(*args)
     assert len(asked) == 8 and calls == [8, 3]  # the questions of all tasks in one call
     whole = load(out)
@@ -204,7 +205,7 @@ def test_loglik(evaluate, tmp_path, data, ckpts):
     assert context.count("Answer:") == 6 and "shot 5" not in context
     assert context.endswith('Answer: D\n\nbotany 1, and?\nTwo lines\nA. None\nB. 1,5\nC. "x"\nD. d1\nAnswer:')
     ckpt = Checkpoint(ckpts[0])
-    m, tokenizer = Qwen2.from_pretrained(ckpt), ev.Tokenizer(ckpt)
+    m, tokenizer = Qwen2.from_pretrained(ckpt), Tokenizer(ckpt)
     for s in samples:
         context = s["prompt"][0]["content"]
         n = len(tokenizer.encode(context))
@@ -227,7 +228,7 @@ def test_refusals(run, refused, tmp_path, data, ckpts, monkeypatch):
     refused("--allow-code-execution", *common, "gsm8k", "humaneval")
     refused("not implemented for gsm8k", *common, "gsm8k", "--protocol", "loglik")
     refused("not implemented for truthfulqa_mc1", *common, "truthfulqa_mc1")
-    refused("judge.py", *common, "mt_bench")
+    refused("eval.py judge", *common, "mt_bench")
     refused("--allow-code-execution", *common, "mbpp")
     refused([f"no {ckpts[0]}, only nothing", "leave --rescore out"], *common, "demo", "--rescore")
     refused("twice", *common, "demo", "--ckpt", ckpts[0], ckpts[0])
@@ -248,10 +249,10 @@ def test_without_data_a_line_says_which_file_to_put_where(task, refused, tmp_pat
         raise OSError("no network")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(benchdata, "hf_hub_download", offline)
+    monkeypatch.setattr(downloads, "hf_hub_download", offline)
     bench, script = benchmarks.BENCHMARKS[task], ["eval"]
     if "prompt" in bench and "verdict" not in bench:
-        script = ["judge", "--teacher", "http://localhost:9/v1"]
+        script = ["eval", "judge", "--teacher", "http://localhost:9/v1"]
     more = ["--protocol", "loglik"] if "prompt" not in bench else ["--allow-code-execution"] if bench.get("runs_code") else []
     refused([f"{tmp_path}/none/", "--data-dir", ": not there"], *script, "--ckpt", *ckpts, "--tasks", task, *more, "--data-dir",
             tmp_path / "none", "--out", tmp_path / "out")  # fmt: skip
@@ -262,7 +263,7 @@ def test_a_new_benchmark_is_an_entry(evaluate, tmp_path, ckpts, monkeypatch):
     """All that it takes: where its rows are, the user's turn, the verdict; the rest is there."""
     write_lines(tmp_path / "capitals.jsonl", [{"country": "France", "capital": "Paris"}, {"country": "Peru", "capital": "Lima"}])
     monkeypatch.setitem(benchmarks.BENCHMARKS, "capitals", {
-        "rows": lambda find: benchdata.json_rows(find("capitals.jsonl"), country=str, capital=str),
+        "rows": lambda find: downloads.json_rows(find("capitals.jsonl"), country=str, capital=str),
         "prompt": lambda row: f"What is the capital of {row['country']}?",
         "verdict": lambda reply, row: (reply.strip(), row["capital"] in reply),
         "over": "questions",
@@ -284,8 +285,8 @@ def test_code_in_the_demo_needs_permission(evaluate, refused, tmp_path, ckpts):
 
 
 def test_names():
-    assert ev.checkpoint_names(["runs/demo/base", "runs/demo/sft.pt", "Qwen/Qwen2"]) == ["base", "sft", "Qwen2"]
-    assert ev.checkpoint_names(["a/model/", "b/model.pt"]) == ["a/model/", "b/model.pt"]
+    assert checkpoint_names(["runs/demo/base", "runs/demo/sft.pt", "Qwen/Qwen2"]) == ["base", "sft", "Qwen2"]
+    assert checkpoint_names(["a/model/", "b/model.pt"]) == ["a/model/", "b/model.pt"]
 
 
 # ---------------------------------------------------------------- likelihoods of choices and texts
@@ -306,7 +307,7 @@ def test_loglik_of_all_tasks(evaluate, tmp_path, data, ckpts):
     results, samples = load(out)
     assert list(results["base"]) == tasks
     ckpt = Checkpoint(ckpts[0])
-    m, tokenizer = Qwen2.from_pretrained(ckpt), ev.Tokenizer(ckpt)
+    m, tokenizer = Qwen2.from_pretrained(ckpt), Tokenizer(ckpt)
     rows = {(task, row["id"]): row for task in tasks for row in benchmarks.BENCHMARKS[task]["rows"](lambda n: str(data / n))}
     for s in (s for s in samples if s["checkpoint"] == "base"):
         row, by = rows[s["task"], s["id"]], benchmarks.BENCHMARKS[s["task"]]["by"]
@@ -327,7 +328,7 @@ def test_perplexity(evaluate, tmp_path, data):
     short = tiny_checkpoint(tmp_path / "short", 3, positions=20)
     evaluate("--ckpt", short, "--tasks", "perplexity", "--protocol", "loglik", "--data-dir", data, "--out", tmp_path / "out")
     results, samples = load(tmp_path / "out")
-    m, tokenizer = Qwen2.from_pretrained(short), ev.Tokenizer(Checkpoint(short))
+    m, tokenizer = Qwen2.from_pretrained(short), Tokenizer(Checkpoint(short))
     for s in samples:
         ids = torch.tensor([tokenizer.prefix, *tokenizer.encode(s["prompt"][0]["content"])])
         # token t is predicted from what its window holds before it: those of 20 begin at 0, 20, 40, ..., the last one earlier
@@ -355,7 +356,7 @@ def test_rescore(evaluate, tmp_path, data, ckpts, monkeypatch):
     evaluate("--ckpt", *ckpts, "--tasks", "mmlu", "--data-dir", data, "--out", out, "--protocol", "loglik")
     evaluate("--ckpt", *ckpts, *args)
     whole = load(out)
-    monkeypatch.setattr(ev, "Checkpoint", None)
+    monkeypatch.setattr(replies, "Checkpoint", None)
     evaluate("--ckpt", *ckpts, *args, "--rescore")
     assert load(out) == whole
     monkeypatch.setitem(benchmarks.BENCHMARKS["mmlu"], "verdict", lambda reply, row: ("A", True))
@@ -395,10 +396,10 @@ def test_keys_do_not_change(data):
     """The replies of earlier runs are found by them."""
     a = argparse.Namespace(protocol="paper", dtype="fp32", max_new_tokens=9, repetition_penalty=1.0)
     q = {"messages": [{"role": "user", "content": "Hé?"}], "also": []}
-    first = ev.question_keys(a, {"demo": [q]}, "f", [1, 2])
+    first = question_keys(a, {"demo": [q]}, "f", [1, 2])
     assert first == {"demo": ["0e87d8c5210b47f1a5d3f8fb7f128e929044388c27a6e3c983fb6019f2b61de1"]}
     a.repetition_penalty, q["also"] = 1.5, [["x"]]
-    assert ev.question_keys(a, {"demo": [q]}, "f", [1, 2]) == {"demo": ["2ed83ae0110d94a9dd5e4b97ad1cb6ad9c1936ba96cf624d3cfe923b28e309ed"]}
+    assert question_keys(a, {"demo": [q]}, "f", [1, 2]) == {"demo": ["2ed83ae0110d94a9dd5e4b97ad1cb6ad9c1936ba96cf624d3cfe923b28e309ed"]}
 
 
 def test_compare_two(run, refused, tmp_path):
@@ -442,8 +443,8 @@ def test_a_rank_that_is_late_asks_its_own_share(tmp_path, data, ckpts, monkeypat
         met.append(len(met))
         if len(met) == 1:
             with pytest.raises(KeyError):  # of what is rank 1's
-                ev.collect(a, ["base"], work, rank=0, world=2)
+                collect_replies(a, ["base"], work, rank=0, world=2)
 
-    monkeypatch.setattr(ev.dist, "barrier", barrier)
-    said = ev.collect(a, ["base"], work, rank=1, world=2)["base"]["demo"]
+    monkeypatch.setattr(replies.dist, "barrier", barrier)
+    said = collect_replies(a, ["base"], work, rank=1, world=2)["base"]["demo"]
     assert [record["id"] for record in said] == ["sum-1", "say-1", "pick-1"] and len(met) == 4

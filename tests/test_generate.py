@@ -10,21 +10,22 @@ from conftest import TEXT, real, tiny_files, tiny_model
 from hypothesis import strategies as st
 
 import generate as generate_module
-from chat import Tokenizer
-from checkpoint import InputError
+from core.attention import KVCache
+from core.files import InputError
+from core.tokenizer import Tokenizer
 from generate import (
     common_prefix,
     decoding_step,
     generate,
     generate_iter,
     generate_steps,
-    packed_weights,
+    onednn_weights,
     penalise,
     prefix_lengths,
     sample,
     stream,
 )
-from model import KVCache, Qwen2
+from model import Qwen2
 
 
 def user(text):
@@ -169,7 +170,7 @@ def test_packed_weights_change_nothing_but_speed(lively, dtype, tolerance):
     ids = torch.arange(24).view(1, 24)
     with torch.no_grad():
         plain = m(ids)
-        with packed_weights(m):
+        with onednn_weights(m):
             assert m.head_weight.packed is not None
             torch.testing.assert_close(m(ids), plain, rtol=tolerance, atol=tolerance)
             zeros = torch.zeros(m.head_weight.shape, dtype=dtype)

@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from merging import FILES, TIED, UNTIED, assert_same, load, make_family, numpy_ties, run, save
+from merge_families import FILES, TIED, UNTIED, assert_same, load, make_family, numpy_ties, run, save
 
-import checkpoint
-import fusion
-import merge
-from checkpoint import Checkpoint, InputError, cli
+from core import pages
+from core.checkpoint import Checkpoint
+from core.files import InputError, cli
+from core.pages import mapped
+from merge import main
+from merging import engine, methods
+from merging.engine import in_order
+from merging.inputs import parse_model
 from model import Qwen2
 
 
@@ -131,18 +135,18 @@ def test_rows_that_differ(tmp_path, capsys):
 def test_memory_that_is_no_files_is_kept(tmp_path, monkeypatch, method, suffix):
     """Rows put together for --resize, and whatever lies between them and the mapped files, are read to the end, several
     times over, while the pages of the files are given back all along."""
-    name, rng, pages = "model.embed_tokens.weight", np.random.default_rng(5), []
+    name, rng, given_back = "model.embed_tokens.weight", np.random.default_rng(5), []
     embed = {n: rng.normal(size=(rows, 64)).astype(np.float32) for n, rows in (("base", 500), ("short", 300), ("long", 700))}
     paths = {n: save(tmp_path / (n + suffix), {name: x}, {**TIED, "vocab_size": len(x)}) for n, x in embed.items()}
     flags = ["--resize", "--base", paths["base"]] + ["--density", 0.4] * (method not in ("linear", "slerp"))
-    monkeypatch.setattr(fusion, "CHUNK", 1024)
+    monkeypatch.setattr(methods, "CHUNK", 1024)
     plain = run(tmp_path / "plain", method, [paths["short"], paths["long"]], *flags)[name]  # one window: given back at the end
-    for file in (checkpoint, merge):
+    for file in (pages, engine):
         monkeypatch.setattr(file, "WINDOW", 2048)
-    monkeypatch.setattr(checkpoint, "drop_pages", lambda t, drop=checkpoint.drop_pages: (pages.append(t), drop(t)))
+    monkeypatch.setattr(pages, "drop_pages", lambda t, drop=pages.drop_pages: (given_back.append(t), drop(t)))
     out = run(tmp_path / "out", method, [paths["short"], paths["long"]], *flags)[name]
-    in_file = checkpoint.mapped([Checkpoint(paths["base"]).tensor(name)])  # is decided by the system and by safetensors
-    assert torch.equal(out, plain) and (len(pages) > 10) == bool(in_file)
+    in_file = mapped([Checkpoint(paths["base"]).tensor(name)])  # is decided by the system and by safetensors
+    assert torch.equal(out, plain) and (len(given_back) > 10) == bool(in_file)
     if method == "ties":
         b = embed["base"]
         models = [{name: np.concatenate([embed[n], b[len(embed[n]) :]])[:500]} for n in ("short", "long")]
@@ -155,9 +159,9 @@ def test_inputs_are_read_once(family, tmp_path, monkeypatch):
     models = [str(family / n) for n in ("a", "b")]
     sums = [Checkpoint(m).fingerprint() for m in models]
     monkeypatch.setattr(Checkpoint, "digest", lambda *_: pytest.fail("read a second time"))
-    monkeypatch.setattr(fusion, "CHUNK", 100)
+    monkeypatch.setattr(methods, "CHUNK", 100)
     for out in ("out", "out.pt"):
-        merge.main(["--method", "linear", "--models", *models, "--out", str(tmp_path / out), "--threads", "3"])
+        main(["--method", "linear", "--models", *models, "--out", str(tmp_path / out), "--threads", "3"])
     in_pt = torch.load(tmp_path / "out.pt", weights_only=True)["files"]["merge.json"]
     for text in (in_pt, (tmp_path / "out" / "merge.json").read_text()):
         assert [m["sha256"] for m in json.loads(text)["models"]] == sums
@@ -168,13 +172,13 @@ def test_a_result_is_let_go_before_more_than_the_bound_is_in_work(tmp_path, monk
     a = save(tmp_path / "a", {n: x for n in "uvwxyz"})  # tensors of one size: one at a time is in work
     results = []
 
-    def merged_tensor(*more, original=merge.merged_tensor):
+    def merged_tensor(*more, original=engine.merged_tensor):
         assert not [r for r in results if r() is not None]
         found = original(*more)
         results.append(weakref.ref(found[0]))
         return found
 
-    monkeypatch.setattr(merge, "merged_tensor", merged_tensor)
+    monkeypatch.setattr(engine, "merged_tensor", merged_tensor)
     run(tmp_path / "out", "linear", [a, a], "--threads", 3)
     assert len(results) == 6
 
@@ -214,12 +218,12 @@ def test_in_order_bounds_what_is_in_memory():
         most.append(sum(held))
         return name * 2
 
-    for name, result in merge.in_order(work, sizes, 3):
+    for name, result in in_order(work, sizes, 3):
         assert result == name * 2
         held.remove(sizes[name])
     assert held == [] and len(most) == len(sizes) and max(most) <= 15
     with pytest.raises(ZeroDivisionError):
-        list(merge.in_order(lambda name: 1 / 0, sizes, 2))
+        list(in_order(lambda name: 1 / 0, sizes, 2))
 
 
 def test_warns_when_the_dtype_loses_the_merge(tmp_path, capsys):
@@ -235,13 +239,13 @@ def test_warns_when_the_dtype_loses_the_merge(tmp_path, capsys):
 
 
 def test_parse_model(tmp_path, monkeypatch):
-    assert merge.parse_model("Qwen/Qwen2-0.5B-Instruct") == ("Qwen/Qwen2-0.5B-Instruct", None)
-    assert merge.parse_model("Qwen/Qwen2-0.5B-Instruct:0.05") == ("Qwen/Qwen2-0.5B-Instruct", 0.05)
-    assert merge.parse_model("runs/sft.pt:-1e-1") == ("runs/sft.pt", -0.1)
+    assert parse_model("Qwen/Qwen2-0.5B-Instruct") == ("Qwen/Qwen2-0.5B-Instruct", None)
+    assert parse_model("Qwen/Qwen2-0.5B-Instruct:0.05") == ("Qwen/Qwen2-0.5B-Instruct", 0.05)
+    assert parse_model("runs/sft.pt:-1e-1") == ("runs/sft.pt", -0.1)
     monkeypatch.chdir(tmp_path)
     os.mkdir("step:100")
-    assert merge.parse_model("step:100") == ("step:100", None)
-    assert merge.parse_model("step:100:2") == ("step:100", 2.0)
+    assert parse_model("step:100") == ("step:100", None)
+    assert parse_model("step:100:2") == ("step:100", 2.0)
 
 
 BAD = [
@@ -307,7 +311,7 @@ def test_bad_input(faulty, tmp_path, capsys, command, message, suffix):
     method, *rest = command.format(**names).split()
     out = tmp_path / f"deep/out{suffix}"
     with pytest.raises(SystemExit) as stopped:
-        cli(lambda: merge.main(["--method", method, "--out", str(out), "--models", *rest]))
+        cli(lambda: main(["--method", method, "--out", str(out), "--models", *rest]))
     errors = [
         line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")
     ]  # NaN is met after the notes
@@ -345,7 +349,8 @@ def test_from_the_command_line(faulty, tmp_path):
 SIGTERM = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import checkpoint, merge
+import merge
+from core import files
 
 def stopped(*args, real=merge.merged, **more):
     for n, pair in enumerate(real(*args, **more)):
@@ -355,7 +360,7 @@ def stopped(*args, real=merge.merged, **more):
         yield pair
 
 merge.merged = stopped
-checkpoint.cli(lambda: merge.main(["--method", "linear", "--out", os.path.join(sys.argv[2], "out"), "--models", *sys.argv[3:]]))
+files.cli(lambda: merge.main(["--method", "linear", "--out", os.path.join(sys.argv[2], "out"), "--models", *sys.argv[3:]]))
 """
 
 

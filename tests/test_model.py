@@ -13,13 +13,17 @@ import torch.nn.functional as F
 import transformers
 from conftest import real, tiny_config, tiny_files, tiny_model
 
-import attention
-import checkpoint
-import loop
-from chat import Tokenizer
-from checkpoint import Checkpoint, InputError, parse_config, write_checkpoint
-from layers import Linear, NormedLinears, SwiGLULinear, TokenLogProbs, rms_norm, token_logps
-from model import KVCache, Qwen2
+from core import pages
+from core.attention import KVCache, attend_documents, varlen_attention
+from core.checkpoint import Checkpoint, write_checkpoint
+from core.config import parse_config
+from core.files import InputError
+from core.layers import Linear, NormedLinears, SwiGLULinear, TokenLogProbs, rms_norm, token_logps
+from core.pages import mapped, page_chunks, release, start_writing
+from core.tokenizer import Tokenizer
+from model import Qwen2
+from training.logps import example_logps, sequence_logps
+from training.setup import recompute
 
 
 def oracle(m, tmp_path):
@@ -225,34 +229,34 @@ def test_a_fingerprint_is_made_of_the_digests_of_its_parts(tmp_path, monkeypatch
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         text += f"{name} {tiny_files().get(name)}"
     assert c.fingerprint() == c.fingerprint(digests) == hashlib.sha256(text.encode()).hexdigest()
-    monkeypatch.setattr(checkpoint, "WINDOW", 5000)  # given back piece by piece, in memory that is not aligned to pages
+    monkeypatch.setattr(pages, "WINDOW", 5000)  # given back piece by piece, in memory that is not aligned to pages
     assert c.fingerprint() == Checkpoint(tmp_path / "file.pt").fingerprint() == c.fingerprint(digests)
     assert torch.equal(c.tensor("x"), tensors["x"])  # and read again
 
 
 def test_only_memory_of_mapped_files_is_given_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "WINDOW", 5000)
+    monkeypatch.setattr(pages, "WINDOW", 5000)
     x = big_checkpoint(tmp_path / "dir")
     big_checkpoint(tmp_path / "file.pt")
     for path in ("dir", "file.pt"):
         t = Checkpoint(tmp_path / path).tensor("x")
-        found = [len(checkpoint.mapped(some)) for some in ([t], [x, t[7:], t[:99]])]  # the last is too small to matter
+        found = [len(mapped(some)) for some in ([t], [x, t[7:], t[:99]])]  # the last is too small to matter
         assert found == [1, 1] or path == "dir" and found == [0, 0] or not os.path.exists("/proc/self/maps")
         made = [torch.cat([t, t]), t.clone(), t[::2], t[:1].expand(2**18), x]
-        assert checkpoint.mapped(made) == []
+        assert mapped(made) == []
         for m in made:
             want = m.clone()
-            for _ in checkpoint.chunks(len(m), checkpoint.mapped([m]), 1000):
-                checkpoint.release(m)
+            for _ in page_chunks(len(m), mapped([m]), 1000):
+                release(m)
             assert torch.equal(m, want)
-        checkpoint.release(t)
-        for s in checkpoint.chunks(len(t), checkpoint.mapped([t]), 1000):
+        release(t)
+        for s in page_chunks(len(t), mapped([t]), 1000):
             assert torch.equal(t[s], x[s])
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="the system does not tell what is in memory")
 def test_what_lies_behind_is_not_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "WINDOW", 2**16)
+    monkeypatch.setattr(pages, "WINDOW", 2**16)
     x = torch.ones(2**23)
     write_checkpoint(str(tmp_path / "c"), tiny_config(), {}, {"x": ((2**23,), x.dtype)}, [("x", x)])
     t = Checkpoint(tmp_path / "c").tensor("x")
@@ -265,9 +269,9 @@ def test_what_lies_behind_is_not_in_memory(tmp_path, monkeypatch):
     assert t.sum() == len(t)
     if resident() < t.nbytes:
         pytest.skip("not read by mapping")
-    held = checkpoint.mapped([t])
-    checkpoint.release(t)
-    most = max((t[s].sum(), resident())[1] for s in checkpoint.chunks(len(t), held, 2**20))
+    held = mapped([t])
+    release(t)
+    most = max((t[s].sum(), resident())[1] for s in page_chunks(len(t), held, 2**20))
     assert most < 2**24 < t.nbytes and resident() < 2**22
 
 
@@ -429,7 +433,7 @@ def test_writing_is_all_or_nothing(tmp_path):
 def test_what_is_written_so_far_is_on_its_way_to_the_disk(tmp_path):
     with open(tmp_path / "x", "wb") as f:
         f.write(b"123")
-        checkpoint.start_writing(f)
+        start_writing(f)
         assert os.path.getsize(tmp_path / "x") == 3 * (sys.platform == "linux")
         f.write(b"45")
     assert (tmp_path / "x").read_bytes() == b"12345"
@@ -503,8 +507,8 @@ def test_varlen_attention_under_each_signature(monkeypatch, kernel):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     lengths, g = [3, 1, 7], torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 11, heads, 8, generator=g) for heads in (4, 2, 2))
-    got = attention.varlen_attention(q[0], k[0], v[0], lengths)
-    torch.testing.assert_close(got[None], attention.attend_documents(q, k, v, lengths))
+    got = varlen_attention(q[0], k[0], v[0], lengths)
+    torch.testing.assert_close(got[None], attend_documents(q, k, v, lengths))
 
 
 def grads(function, *inputs):
@@ -689,16 +693,16 @@ def test_a_gpu_gives_the_log_probabilities_and_gradients_of_a_cpu(dtype, toleran
     g, examples = torch.Generator().manual_seed(5), []
     for n in (40, 3, 300, 1100):
         examples.append((torch.randint(0, 512, (n,), generator=g).tolist(), [t > n // 3 for t in range(n)]))
-    want = loop.example_logps(m := tiny_model(max_position_embeddings=2048), examples)
+    want = example_logps(m := tiny_model(max_position_embeddings=2048), examples)
     gradients = torch.autograd.grad(want.sum() / 100, list(m.parameters()))
     for again in (False, True):
         m = tiny_model(max_position_embeddings=2048).to("cuda")
         m.compute_dtype = dtype
         for block in m.model["layers"] if again else []:
-            loop.recompute(block)
-        got = loop.example_logps(m, examples)
+            recompute(block)
+        got = example_logps(m, examples)
         assert relative(got.cpu(), want) < tolerance / 10
-        assert relative(loop.sequence_logps(m, examples, 400).cpu(), want) < tolerance / 10
+        assert relative(sequence_logps(m, examples, 400).cpu(), want) < tolerance / 10
         for a, b in zip(torch.autograd.grad(got.sum() / 100, list(m.parameters())), gradients):
             assert a.dtype == torch.float32
             assert relative(a.cpu(), b) < tolerance

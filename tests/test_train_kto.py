@@ -7,20 +7,14 @@ import random
 import pytest
 import torch
 from conftest import real, tiny_files, tiny_model, write_lines
-from training import feedback, launch, log, torchrun, trl_log, update_error, weights
+from training_runs import feedback, launch, log, torchrun, trl_log, update_error, weights
 
-import loop
 import train_kto
-from checkpoint import Checkpoint
+from core.checkpoint import Checkpoint
 from model import Qwen2
-from train_kto import (
-    balanced_weight,
-    kl_estimate,
-    kto_loss,
-    mismatched,
-    separated_order,
-    shared_prompts,
-)
+from train_kto import balanced_weight, count_prompt_clashes, kl_estimate, kl_pairs, kto_loss, weight_advice
+from training.pairing import order_without_prompt_clashes
+from training.setup import plan_steps
 
 
 @pytest.fixture
@@ -90,18 +84,18 @@ def test_kl_is_clamped_after_the_mean():
 
 
 def test_pairs_and_weights():
-    assert mismatched([7, 3, 5]) == [(7, 5), (3, 7), (5, 3)]
+    assert kl_pairs([7, 3, 5]) == [(7, 5), (3, 7), (5, 3)]
     assert balanced_weight(10, 30, 1.0) == 3.0 and balanced_weight(30, 10, 0.9) == pytest.approx(0.3)
-    assert train_kto.advice(10, 30, 3.0, 1.0) == train_kto.advice(10, 30, 4.0, 1.0) == []
-    assert "3 to 4" in train_kto.advice(10, 30, 1.0, 1.0)[0] and "0.25 to 0.333" in train_kto.advice(10, 30, 1.0, 1.0)[0]
-    assert "all 5 labels are true" in train_kto.advice(5, 0, 1.0, 1.0)[0]
+    assert weight_advice(10, 30, 3.0, 1.0) == weight_advice(10, 30, 4.0, 1.0) == []
+    assert "3 to 4" in weight_advice(10, 30, 1.0, 1.0)[0] and "0.25 to 0.333" in weight_advice(10, 30, 1.0, 1.0)[0]
+    assert "all 5 labels are true" in weight_advice(5, 0, 1.0, 1.0)[0]
 
 
 def clash_free_order_exists(prompts, sizes):
     n = len(prompts)
     for order in itertools.permutations(range(n)):
-        steps = loop.plan(n, sizes[0], 1, None, smallest=2, order=lambda *_: list(order))
-        if not shared_prompts(steps, prompts):
+        steps = plan_steps(n, sizes[0], 1, None, smallest=2, order=lambda *_: list(order))
+        if not count_prompt_clashes(steps, prompts):
             return True
     return False
 
@@ -116,12 +110,12 @@ def test_an_order_without_clashes_is_found_whenever_one_exists():
 
         def order(epoch, sizes):
             found["sizes"] = sizes
-            return separated_order(prompts, sizes, rng)
+            return order_without_prompt_clashes(prompts, sizes, rng)
 
-        steps = loop.plan(n, batch_size, 1, None, smallest=2, order=order)
+        steps = plan_steps(n, batch_size, 1, None, smallest=2, order=order)
         assert sorted(sum(steps, [])) == list(range(n))
         exists = clash_free_order_exists(prompts, found["sizes"])
-        assert (shared_prompts(steps, prompts) == 0) == exists, (prompts, found["sizes"])
+        assert (count_prompt_clashes(steps, prompts) == 0) == exists, (prompts, found["sizes"])
         seen.add(exists)
     assert seen == {True, False}
 
@@ -130,10 +124,10 @@ def test_large_data_of_pairs_and_of_few_prompts_separates():
     rng = random.Random(1)
     for prompts in ([i // 2 for i in range(1000)], [i % 2 for i in range(64)], [i % 3 for i in range(63)], [0] * 16 + list(range(1, 17))):
         order = []
-        loop.plan(len(prompts), 8, 1, None, smallest=2, order=lambda e, sizes: order.append(separated_order(prompts, sizes, rng)) or order[0])
+        plan_steps(len(prompts), 8, 1, None, smallest=2, order=lambda e, sizes: order.append(order_without_prompt_clashes(prompts, sizes, rng)) or order[0])
         steps = [order[0][i : i + 8] for i in range(0, len(prompts), 8)]
         assert sorted(order[0]) == list(range(len(prompts))) and order[0] != sorted(order[0])
-        assert shared_prompts(steps, prompts) == 0
+        assert count_prompt_clashes(steps, prompts) == 0
 
 
 def compare_with_trl(model_dir, ref, lr, tmp_path, run):
@@ -199,7 +193,7 @@ def test_the_reference_is_computed_once_and_never_for_another(tiny, worse, data,
 
 
 def no_pairs():
-    train_kto.mismatched = lambda step: []
+    train_kto.kl_pairs = lambda step: []
 
 
 @pytest.mark.parametrize("more", [(), ("--shard",)])

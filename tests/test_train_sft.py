@@ -7,16 +7,18 @@ import pytest
 import torch
 import transformers
 from conftest import real, tiny_files, tiny_model, write_lines
-from training import chats, log, trl_log, update_error, weights
+from training_runs import chats, log, trl_log, update_error, weights
 
-import loop
-import ranks
-import saving
 import train_sft
-from chat import Tokenizer
-from checkpoint import Checkpoint
+from core.checkpoint import Checkpoint
+from core.distributed import rank_micro_batches
+from core.tokenizer import Tokenizer
 from model import Qwen2
 from train_sft import sft_loss
+from training.examples import count_supervised
+from training.logps import example_logps, supervised_logps
+from training.setup import plan_steps, shuffled_order
+from training.step import lr_at
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def flags(tiny, data, out, *more):
 def test_loss_is_cross_entropy_per_supervised_token_of_the_step(tiny):
     m, tok = Qwen2.from_pretrained(tiny), Tokenizer(tiny)
     examples = [tok.chat_ids(r["messages"]) for r in chats(5)]
-    n = train_sft.count(examples)
+    n = count_supervised(examples)
     total, tokens = 0.0, 0
     for ids, supervised in examples:  # the definition, one example at a time
         logps = m(torch.tensor([ids]))[0].log_softmax(-1)
@@ -40,9 +42,9 @@ def test_loss_is_cross_entropy_per_supervised_token_of_the_step(tiny):
             if supervised[t]:
                 total, tokens = total - logps[t - 1, ids[t]].item(), tokens + 1
     assert tokens == n
-    parts = [sft_loss(loop.supervised_logps(m, part)[0], n).item() for part in (examples[:2], examples[2:])]
+    parts = [sft_loss(supervised_logps(m, part)[0], n).item() for part in (examples[:2], examples[2:])]
     assert sum(parts) == pytest.approx(total / n, rel=1e-5)
-    assert -loop.example_logps(m, examples).sum().item() == pytest.approx(total, rel=1e-5)
+    assert -example_logps(m, examples).sum().item() == pytest.approx(total, rel=1e-5)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -51,7 +53,7 @@ def test_learning_rates_equal_transformers(schedule):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     theirs = transformers.get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=17)
     for step in range(17):
-        assert loop.lr_at(step, 17, 0.5, 3, schedule) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        assert lr_at(step, 17, 0.5, 3, schedule) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()
         theirs.step()
 
@@ -105,7 +107,7 @@ def test_any_cut_gives_the_same_step(tiny, data, tmp_path, run):
 
 
 def test_resume_with_other_settings_is_refused(tiny, data, tmp_path, run, refused, monkeypatch):
-    monkeypatch.setattr(saving, "finish_run", lambda *a: None)  # a run that ends before its last save is dropped
+    monkeypatch.setattr(train_sft, "finish_run", lambda *a: None)  # a run that ends before its last save is dropped
     assert run("train_sft", *flags(tiny, data, tmp_path / "a", "--save-every", 5))[0] == 0
     refused(["differs in lr", "state.json"], "train_sft", *flags(tiny, data, tmp_path / "a", "--lr", 1e-4, "--resume"))
     other = write_lines(tmp_path / "other.jsonl", chats(13, seed=1))
@@ -139,21 +141,21 @@ def test_an_update_smaller_than_bf16_can_hold_is_kept(tiny, data, tmp_path, run)
 
 
 def test_order_is_drawn_from_the_seed_and_differs_by_epoch():
-    steps = loop.plan(10, 4, 2, None, order=loop.shuffled(10, 7))
-    assert steps == loop.plan(10, 4, 2, None, order=loop.shuffled(10, 7)) != loop.plan(10, 4, 2, None, order=loop.shuffled(10, 8))
+    steps = plan_steps(10, 4, 2, None, order=shuffled_order(10, 7))
+    assert steps == plan_steps(10, 4, 2, None, order=shuffled_order(10, 7)) != plan_steps(10, 4, 2, None, order=shuffled_order(10, 8))
     first, second = sum(steps[:3], []), sum(steps[3:], [])
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
     assert [len(s) for s in steps] == [4, 4, 2, 4, 4, 2]
-    assert loop.plan(9, 4, 1, None, smallest=2) == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
-    assert loop.plan(3, 2, 1, 5) == [[0, 1], [2], [0, 1], [2], [0, 1]]
+    assert plan_steps(9, 4, 1, None, smallest=2) == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
+    assert plan_steps(3, 2, 1, 5) == [[0, 1], [2], [0, 1], [2], [0, 1]]
 
 
 def test_shares_of_the_ranks_are_the_whole():
     lengths = [7, 100, 30, 30, 5, 64, 2]
     for world in (1, 2, 3, 8):
-        shares = [ranks.my_share(lengths, 64, r, world) for r in range(world)]
+        shares = [rank_micro_batches(lengths, 64, r, world) for r in range(world)]
         assert sorted(i for share in shares for b in share for i in b) == list(range(7))
-    two = [sum(lengths[i] for b in ranks.my_share(lengths, 10**6, r, 2) for i in b) for r in range(2)]
+    two = [sum(lengths[i] for b in rank_micro_batches(lengths, 10**6, r, 2) for i in b) for r in range(2)]
     assert min(two) > 80 and math.isclose(sum(two), sum(lengths))
 
 

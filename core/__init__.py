@@ -1,0 +1,1 @@
+"""Below model.py: files, flags, checkpoints, tokenizer, layers, attention, ranks."""

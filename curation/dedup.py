@@ -1,0 +1,369 @@
+"""Near duplicates by simhash, and evaluation questions by shared n-grams, in numpy on arrays of 64-bit hashes.
+
+    hashes, held = scan(texts, index(questions))     # (N,) uint64, (N,) which question a text holds: one pass for both
+    keep, twin = keep_best(hashes, rank, hamming=3)  # of every group of near duplicates the one of the best rank
+    python dedup.py 1000000                          # how long that takes, and how much memory, on made-up texts
+
+Alike texts have simhashes that differ in few bits (Charikar, STOC 2002). A chunk of texts is hashed as one array of its code
+points, without a loop over texts or words; each core has a thread for some of them, as numpy works outside of Python's lock.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import functools
+import itertools
+import os
+import re
+import resource
+import time
+import unicodedata
+
+import numpy as np
+
+CHUNK = 1 << 18  # characters hashed at a time: few enough that their arrays stay near the processor's cache
+LONG, TELLING = 13, 9  # so many tokens in a row, so many of them different words, are not shared by chance
+SHORT = 5  # fewer tokens are a question only when they stand alone
+# A Chinese, Japanese or Korean character is a token by itself; elsewhere a word is. Signs that change what is asked are
+# tokens too ("3 + 5" is not "3 - 5"): Unicode's mathematical signs, currencies and other symbols, and these. Punctuation is not.
+_ALONE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]")
+_SIGNS = "-*/^%#@&_{}[]()"
+_PAD = np.uint64(0x9E3779B97F4A7C15)
+_BASE = np.uint64(0xD6E8FEB86659FD93)  # of the rolling hashes: odd, so that multiplying by it loses no bit
+_LANES = np.uint64(0x0101010101010101)
+
+
+def mix(x):
+    """A bijection of uint64 that spreads every input bit over all output bits (the finaliser of splitmix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@functools.cache
+def kinds():
+    """(0x110000,) uint8, what a code point is: 0 nothing, 1 part of a word, 2 a token by itself, 3 a sign, which is one too."""
+    table = np.zeros(0x110000, np.uint8)
+    table[:0x40000] = [2 if _ALONE.match(c) else 3 if unicodedata.category(c) in ("Sm", "Sc", "So") or c in _SIGNS else c.isalnum()
+                       for c in map(chr, range(0x40000))]  # fmt: skip  above stand no letters
+    return table
+
+
+def token_hashes(texts):
+    """-> (hashes (W,) uint64 of all tokens of all texts, counts (N,): each text's). A text of punctuation alone is one token, "!"
+    behind a digit is a sign, and a sign repeated more than twice is two: the length of a blank or a ruler says nothing."""
+    # normalised and lower-cased as one string; NUL parts the texts, and composes with nothing
+    joined = unicodedata.normalize("NFKC", "".join(text.replace("\0", " ") + "\0" for text in texts)).lower()
+    points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
+    kind = kinds()[points]
+    kind[1:][(points[1:] == ord("!")) & (points[:-1] - np.uint32(ord("0")) < 10)] = 3  # a factorial; what is below "0" wraps around
+    kind[2:][(kind[2:] == 3) & (points[2:] == points[1:-1]) & (points[1:-1] == points[:-2])] = 0
+    ends = np.flatnonzero(points == 0)  # (N,)
+    begins = np.concatenate(([0], ends[:-1] + 1))
+    counts = np.add.reduceat(kind != 0, begins, dtype=np.int64) if len(texts) else ends
+    for i in np.flatnonzero(counts == 0):  # few
+        kind[begins[i] : ends[i]] = 1
+    first = kind >= 2
+    first[1:] |= (kind[1:] == 1) & (kind[:-1] != 1)
+    first[:1] |= kind[:1] == 1
+    starts = np.flatnonzero(first)
+    at = np.arange(len(points))
+    within = at - np.maximum.accumulate(np.where(first, at, 0))  # the place in its token
+    longest = int(within[kind != 0].max(initial=0))
+    powers = np.cumprod(np.full(longest + 1, _BASE, np.uint64), dtype=np.uint64)
+    letters = points * powers[np.minimum(within, longest)] * (kind != 0)
+    hashes = mix(np.add.reduceat(letters, starts)) if len(starts) else np.empty(0, np.uint64)
+    return hashes, np.diff(np.searchsorted(starts, ends), prepend=0)
+
+
+def windows(hashes, counts, n):
+    """All n-grams of the tokens of each text: (hashes (G,) uint64, starts (N,) where each text's begin). A text of fewer
+    than n tokens has one, of all its tokens and padding. hashes, counts: of token_hashes."""
+    lengths = np.maximum(counts, n)
+    if (counts < n).any():
+        flat = np.full(lengths.sum(), _PAD)
+        shift = np.repeat(np.cumsum(lengths - counts) - (lengths - counts), counts)
+        flat[np.arange(len(hashes)) + shift] = hashes
+    else:
+        flat = hashes
+    total = max(len(flat) - n + 1, 0)
+    h = np.zeros(total, np.uint64)
+    for k in range(n):
+        h = h * _BASE + flat[k : k + total]
+    inside = np.ones(total, bool)  # but for windows that run into the next text
+    ends = np.cumsum(lengths)
+    for k in range(1, n):
+        inside[ends[:-1] - k] = False
+    return mix(h[inside]), np.concatenate(([0], np.cumsum(lengths - n + 1)[:-1]))
+
+
+def ngram_hashes(texts, n):
+    return windows(*token_hashes(texts), n)
+
+
+def majority(h, starts):
+    """h: (G,) uint64 in N runs that begin at `starts` -> (N,) uint64: bit b is what most of a run's hashes have there.
+
+    Eight bits are counted at once, each in its own byte of a word; a byte counts no further than 255, so longer runs are
+    counted in pieces."""
+    grams = np.diff(np.append(starts, len(h)))
+    pieces = -(-grams // 255)
+    first = np.concatenate(([0], np.cumsum(pieces)[:-1]))
+    cuts = np.repeat(starts - 255 * first, pieces) + 255 * np.arange(pieces.sum())
+    out = np.zeros(len(starts), np.uint64)
+    for bit in range(8):
+        lanes = np.add.reduceat((h >> np.uint64(bit)) & _LANES, cuts)  # (pieces,)
+        ones = np.add.reduceat(lanes.view(np.uint8).reshape(-1, 8), first, axis=0, dtype=np.int64)  # (N, 8)
+        most = (2 * ones > grams[:, None]).astype(np.uint8)
+        out |= most.view(np.uint64)[:, 0] << np.uint64(bit)
+    return out
+
+
+def batches(texts):
+    """Lists of texts of at most CHUNK characters together (one longer text alone)."""
+    batch, size = [], 0
+    for text in texts:
+        if batch and size + len(text) > CHUNK:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
+
+
+def in_threads(work, items):
+    """work(item) for every item, on all cores, in order; few items are held at a time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        waiting = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def scan(texts, questions, n=3):
+    """texts: an iterable -> (simhashes (N,) uint64 over n-grams, held (N,) int64: the question of index() that a text holds,
+    -1 for none)."""
+
+    def work(chunk):
+        tokens = token_hashes(chunk)
+        return majority(*windows(*tokens, n)), find_contamination(*tokens, questions)
+
+    parts = [(np.empty(0, np.uint64), np.empty(0, np.int64)), *in_threads(work, batches(texts))]
+    return tuple(np.concatenate(part) for part in zip(*parts))
+
+
+def simhash(texts, n=3):
+    """texts: an iterable -> (N,) uint64. Bit b is what most of the text's n-gram hashes have there."""
+    return scan(texts, {}, n)[0]
+
+
+@functools.cache
+def uninformative_tokens():
+    """The hashes of tokens that tell no text from another: signs, single letters, numbers."""
+    words = token_hashes([" ".join([*"abcdefghijklmnopqrstuvwxyz", *map(str, range(10_000))])])[0]
+    return np.concatenate((words, mix(np.append(np.flatnonzero(kinds() == 3), ord("!")).astype(np.uint64) * _BASE)))
+
+
+def unordered_hashes(hashes, counts, low, high):
+    """Of the texts of `low` to `high` tokens: (which (T,), sums (T,): of the hashes of all its tokens, in any order; of (W,): the
+    text of each token, tokens (W,), without (W,): the sum of the others)."""
+    some = (counts >= low) & (counts <= high)
+    which, n, tokens = np.flatnonzero(some), counts[some], hashes[np.repeat(some, counts)]
+    sums = np.add.reduceat(tokens, np.cumsum(n) - n) if len(n) else tokens
+    return which, sums, np.repeat(which, n), tokens, np.repeat(sums, n) - tokens
+
+
+def index(questions):
+    """Texts -> {kind: (sorted hashes, the text that each is of)}, for holds(). The kinds:
+
+    "run": of a text of LONG tokens or more its runs of LONG, but for those with fewer than TELLING different tokens that are
+    not dull() (a list of options, the matrix of 1 to 9, `public static void main`);
+    k: a text of k tokens as a whole, if it has no such run; "bag" and "less": a text of SHORT to 2 * LONG - 1 tokens in any order,
+    and with one missing that is not dull(): so few may be left without a run when one is changed."""
+    found, at = {}, 0
+
+    def add(kind, h, of):
+        found.setdefault(kind, []).append((h, at + of))
+
+    for chunk in batches(questions):
+        hashes, counts = token_hashes(chunk)
+        told = np.zeros(len(counts), bool)
+        if (long := counts >= LONG).any():
+            tokens = hashes[np.repeat(long, counts)]
+            h, starts = windows(tokens, counts[long], LONG)
+            run = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(h))))  # (G,): the text of each
+            begin = (np.cumsum(counts[long]) - counts[long] - starts)[run] + np.arange(len(h))
+            telling = np.where(np.isin(tokens, uninformative_tokens()), 0, tokens)
+            runs = np.sort(np.lib.stride_tricks.sliding_window_view(telling, LONG)[begin], axis=1)  # (G, LONG)
+            enough = (runs[:, 0] != 0) + ((runs[:, 1:] != runs[:, :-1]) & (runs[:, 1:] != 0)).sum(1) >= TELLING
+            of = np.flatnonzero(long)[run[enough]]
+            add("run", h[enough], of)
+            told[of] = True
+        for k in np.unique(counts[~told & (counts > 0)]).tolist():
+            whole = ~told & (counts == k)
+            add(k, windows(hashes[np.repeat(whole, counts)], counts[whole], k)[0], np.flatnonzero(whole))
+        which, sums, of, tokens, without = unordered_hashes(hashes, counts, SHORT, 2 * LONG - 1)
+        add("bag", sums, which)
+        says = ~np.isin(tokens, uninformative_tokens())
+        add("less", without[says], of[says])
+        at += len(chunk)
+    out = {}
+    for kind, parts in found.items():
+        hashes, of = (np.concatenate(part) for part in zip(*parts))
+        hashes, first = np.unique(hashes, return_index=True)
+        if len(hashes):
+            out[kind] = hashes, of[first]
+    return out
+
+
+def find_contamination(hashes, counts, questions):
+    """hashes, counts: of token_hashes. questions: of index() -> (N,) int64: the question that a text holds, -1 for none. It does
+
+    - with a run of LONG telling tokens that the question has too;
+    - with all of a question without such a run, in a row, and beside them no more tokens than the question has, nor than
+      LONG - 1, and none where it has fewer than SHORT;
+    - when it is a question of SHORT to 2 * LONG - 1 tokens but for one word more or less."""
+    out = np.full(len(counts), -1)
+
+    def found(kind, h):
+        known, of = questions[kind]
+        at = np.searchsorted(known, h).clip(max=len(known) - 1)
+        return np.where(known[at] == h, of[at], -1)
+
+    for kind in questions.keys() - {"bag", "less"}:
+        k, most = (LONG, np.inf) if kind == "run" else (kind, kind + min(kind, LONG - 1) if kind >= SHORT else kind)
+        some = (counts >= k) & (counts <= most)
+        if some.any():
+            h, starts = windows(hashes[np.repeat(some, counts)], counts[some], k)
+            out[some] = np.maximum(out[some], np.maximum.reduceat(found(kind, h), starts))
+    if "bag" in questions:
+        which, sums, of, tokens, without = unordered_hashes(hashes, counts, SHORT - 1, 2 * LONG)
+        if "less" in questions:
+            out[which] = np.maximum(out[which], found("less", sums))
+        hit = found("bag", without)
+        few = np.flatnonzero(hit >= 0)
+        few = few[~np.isin(tokens[few], uninformative_tokens())]
+        np.maximum.at(out, of[few], hit[few])
+    return out
+
+
+def distinct(texts, n):
+    """distinct-n (Li et al., arXiv 1510.03055): how many different n-grams the texts hold, over how many they hold."""
+    parts = [ngram_hashes(chunk, n)[0] for chunk in batches(texts)]
+    grams = np.concatenate([np.empty(0, np.uint64), *parts])
+    return len(np.unique(grams)) / max(len(grams), 1)
+
+
+def near_pairs(hashes, hamming):
+    """All pairs i < j of hashes (N,) uint64 that differ in at most `hamming` bits, exactly: (P,), (P,).
+
+    The 64 bits are cut into hamming + r blocks. Two hashes within the distance agree on at least r whole blocks, so they
+    meet in one of the tables keyed by every choice of r blocks. r = 1 for small N; more, and so longer keys, where the
+    buckets would fill up: the work stays near N log N."""
+    n, r = len(hashes), 1
+    while hamming and 2 ** (64 * r // (hamming + r)) * 8 < n and r < 4:
+        r += 1
+    edges = [64 * b // (hamming + r) for b in range(hamming + r + 1)]
+    blocks = [((1 << (hi - lo)) - 1) << lo for lo, hi in itertools.pairwise(edges)]
+    found = [np.empty(0, np.int64)]
+    for choice in itertools.combinations(blocks, r):
+        key = hashes & np.uint64(sum(choice))
+        order = np.argsort(key, kind="stable")
+        key = key[order]
+        at = np.arange(n - 1) if n else np.empty(0, np.int64)
+        for step in range(1, n):  # every bucket's members `step` apart, all buckets at once
+            at = at[at + step < n]
+            at = at[key[at] == key[at + step]]
+            if not len(at):
+                break
+            i, j = order[at], order[at + step]
+            x = hashes[i] ^ hashes[j]
+            for _ in range(hamming):
+                x &= x - np.uint64(1)  # clears the lowest set bit; 0 stays 0
+            close = x == 0
+            i, j = i[close], j[close]
+            found.append(np.minimum(i, j) * n + np.maximum(i, j))
+    pairs = np.unique(np.concatenate(found))
+    return pairs // max(n, 1), pairs % max(n, 1)
+
+
+def keep_best(hashes, rank, hamming):
+    """rank: (N,), lower is better, no ties. Goes through the texts from the best on and drops what is near one kept before:
+    no two that stay are near, and each that goes is near one that stays. -> keep (N,) bool, twin (N,): the index of the
+    one that stays in its place (its own where it stays)."""
+    order = np.argsort(rank)
+    values, first, group = np.unique(hashes[order], return_index=True, return_inverse=True)
+    best = order[first]  # of equal hashes the best text
+    i, j = near_pairs(values, hamming)
+    source, target = np.concatenate((i, j)), np.concatenate((j, i))
+    by = np.argsort(source, kind="stable")
+    source, target = source[by], target[by]
+    begin = np.searchsorted(source, np.arange(len(values) + 1))
+    stays_for = np.arange(len(values))
+    undecided = np.ones(len(values), bool)
+    paired = np.unique(source)
+    for v in paired[np.argsort(first[paired])]:  # those with a neighbour, from the best on
+        if undecided[v]:
+            near = target[begin[v] : begin[v + 1]]
+            near = near[undecided[near]]
+            stays_for[near] = v
+            undecided[near] = undecided[v] = False
+    twin = np.empty(len(hashes), np.int64)
+    twin[order] = best[stays_for[group]]
+    return twin == np.arange(len(hashes)), twin
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it costs
+
+
+def made_up(n):
+    """Yields n texts of 300 characters, English and Chinese by turns. Every tenth is the fifth or the fourth of its ten, changed:
+    in case and punctuation, by a word or a character at its end, or by one in its middle."""
+    rng, ten = np.random.default_rng(0), []
+    words = np.array(["".join(map(chr, rng.integers(97, 123, size))) for size in rng.integers(2, 9, 20_000)])
+    for i in range(n):
+        draw = (20_000 * rng.random(300) ** 2).astype("<u4")  # some are common, most are rare
+        if i % 10 == 9:
+            text, kind = ten[4 - i // 10 % 2], i // 20 % 3
+            ten = []
+            yield text.upper() + "!" if kind == 0 else f"{text} 完" if kind == 1 else f"{text[:150]} 中 {text[150:]}"
+        else:
+            ten.append(" ".join(words[draw[:90]].tolist())[:300] if i % 2 == 0 else (draw + 0x4E00).tobytes().decode("utf-32-le"))
+            yield ten[-1]
+
+
+def main():
+    p = argparse.ArgumentParser(description="Deduplicates made-up texts: the time and memory taken, and whether what was planted is found")
+    p.add_argument("n", type=int, help="texts of 300 characters")
+    n = p.parse_args().n
+    begun, making = time.perf_counter(), [0.0]
+
+    def texts():
+        before = time.thread_time()
+        for text in made_up(n):
+            making[0] += time.thread_time() - before
+            yield text
+            before = time.thread_time()
+
+    hashes, _ = scan(texts(), {})
+    hashed = time.perf_counter()
+    keep, _ = keep_best(hashes, np.arange(n), 3)
+    ended = time.perf_counter()
+    changed = np.arange(9, n, 10)
+    origin = changed - 5 - changed // 10 % 2
+    near = np.unpackbits((hashes[changed] ^ hashes[origin]).view(np.uint8)).reshape(-1, 64).sum(1) <= 3
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{n:,} texts: {ended - begun:.1f} s ({hashed - begun:.1f} s simhashes, {ended - hashed:.1f} s pairs), "
+          f"{time.process_time():.1f} s of CPU, {making[0]:.1f} s of them for making the texts; peak {peak:.2f} GiB")  # fmt: skip
+    print(f"{len(changed):,} changed copies, {near.sum():,} within 3 bits of their original; "
+          f"{n - keep.sum():,} texts dropped, {(keep[changed] & keep[origin])[near].sum()} near pairs left")
+
+
+if __name__ == "__main__":
+    main()

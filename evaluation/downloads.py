@@ -1,0 +1,242 @@
+"""Where the benchmarks' files come from, and how they are read: one line that names the file for whatever is wrong."""
+
+import csv
+import glob
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import urllib.request
+import zipfile
+
+from huggingface_hub import hf_hub_download
+
+from core.files import InputError, atomic_write
+from core.records import read_jsonl
+
+LETTERS = "ABCD"
+FOUR_SHOTS = "25974f0a5d980c8e6b432422e959cb3293b6d715a99a90d1a4c8ab1ae207c54f"       # SHA-256 of the rendered examples
+
+# ---------------------------------------------------------------- downloads
+
+
+def open_url(url, method="GET", **headers):
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        raise OSError("HF_HUB_OFFLINE is set")
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=method), timeout=30)
+
+
+def put(path, data, sha256, convert=lambda data: data):
+    """Check what was downloaded, and put it in its place whole."""
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError("the file's SHA-256 is not the expected one")
+    data = convert(data)
+    with atomic_write(path, "wb") as f:
+        f.write(data)
+
+
+def from_url(path, url, *check):
+    with open_url(url) as reply:
+        put(path, reply.read(), *check)
+
+
+class RemoteFile(io.RawIOBase):
+    """A file on a server, read in parts: of a large archive zipfile needs its end and one member."""
+
+    def __init__(self, url):
+        self.url, self.at = url, 0
+        with open_url(url, "HEAD") as reply:
+            self.size = int(reply.headers["Content-Length"])
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def tell(self):
+        return self.at
+
+    def seek(self, offset, whence=0):
+        self.at = offset + (0, self.at, self.size)[whence]
+        return self.at
+
+    def readinto(self, buffer):
+        end = min(self.at + len(buffer), self.size)
+        if end <= self.at:
+            return 0
+        with open_url(self.url, Range=f"bytes={self.at}-{end - 1}") as reply:
+            if reply.status != 206:
+                raise ValueError("the server does not send parts of a file")
+            part = reply.read()
+        buffer[: len(part)] = part
+        self.at += len(part)
+        return len(part)
+
+
+def from_zip(path, url, member, sha256):
+    """Take one file out of a zip archive on a server, without fetching the rest."""
+    with zipfile.ZipFile(io.BufferedReader(RemoteFile(url), 1 << 20)) as archive:
+        put(path, archive.read(member), sha256)
+
+
+def from_archive(path, repo, name, sha256):
+    """Take a split's folder of CSV files (the last part of path) out of an archive in a Hugging Face dataset.
+
+    sha256: of the rows (csv_digest), which unlike the archive's does not depend on how it was packed.
+    """
+    archive = hf_hub_download(repo, name, repo_type="dataset")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+        shutil.unpack_archive(archive, folder)
+        found = glob.glob(os.path.join(folder, "**", os.path.basename(path)), recursive=True)
+        split = next(f for f in sorted(found) if "__MACOSX" not in f)
+        if csv_digest(split) != sha256:
+            raise ValueError("the rows' SHA-256 is not the expected one")
+        os.rename(split, path)                           # the split appears whole
+
+
+def csv_digest(folder):
+    h = hashlib.sha256()
+    for path in sorted(glob.glob(os.path.join(folder, "*.csv"))):
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            h.update(json.dumps([os.path.basename(path), list(csv.reader(f))]).encode())
+    return h.hexdigest()
+
+
+def render_shots(shots):
+    return "".join(f"Question: {s['question']}\nLet's think step by step\n{s['answer']}\n\n" for s in shots)
+
+
+def four_shots(data):
+    """chain-of-thought-hub's prompt file -> its first four examples as JSON Lines."""
+    blocks = [block.partition("\nLet's think step by step\n") for block in data.decode().split("\n\n")[:4]]
+    shots = [{"question": q.removeprefix("Question: "), "answer": a.strip()} for q, _, a in blocks]
+    if hashlib.sha256(render_shots(shots).encode()).hexdigest() != FOUR_SHOTS:
+        raise ValueError("its first four examples are not the protocol's")
+    return "".join(json.dumps(shot) + "\n" for shot in shots).encode()
+
+
+def github(path, sha256, *convert):
+    return (from_url, f"https://raw.githubusercontent.com/{path}", sha256, *convert)
+
+
+def arc(member, sha256):  # of the archive's 680 MB all but two files are a corpus
+    url = "https://ai2-public-datasets.s3.amazonaws.com/arc/ARC-V1-Feb2018.zip"
+    return from_zip, url, f"ARC-V1-Feb2018-2/{member}", sha256
+
+
+SAFETY = "thu-coai/SafetyBench/960833692a1ec82b191ff3e902daca7993c35cc1/opensource_data"
+FASTCHAT = "lm-sys/FastChat/0e6d3e4beaab66f4d3f93db72541a4abab8af28d/fastchat/llm_judge/data"
+MMLU, CMMLU = ("cais/mmlu", "data.tar"), ("haonan-li/cmmlu", "cmmlu_v1_0_1.zip")
+CEVAL = ("ceval/ceval-exam", "ceval-exam.zip")
+# Where a file, or the folder of a split, comes from when it is not below --data-dir, and its SHA-256; or, as a text
+# alone, what a person does about it.
+HOMES = {
+    "gsm8k/test.jsonl": github(
+        "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/test.jsonl",
+        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+    "gsm8k/paper_4shot.jsonl": github(
+        "FranxYao/chain-of-thought-hub/main/gsm8k/lib_prompt/prompt_hardest.txt", None, four_shots),
+    "humaneval/HumanEval.jsonl.gz": github(
+        "openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data/HumanEval.jsonl.gz",
+        "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"),
+    "mbpp/mbpp.jsonl": github(
+        "google-research/google-research/master/mbpp/mbpp.jsonl",
+        "ccf64ceae9c5403bf50a044cb6d505bfd2a2963ee58338ba268fd65beab92a9f"),
+    "ifeval/input_data.jsonl": github(
+        "google-research/google-research/master/instruction_following_eval/data/input_data.jsonl",
+        "67ffeee0fcb87c317c5b08a2de85557b4a7e96ada6178aa645b4954fe4b53d49"),
+    "safetybench/test_zh_subset.json": github(
+        f"{SAFETY}/test_zh_subset.json", "8760b0621df0fa81b99f7e49961853f1ff8b5ac0e4f1f96dad20a587c33aea4f"),
+    "safetybench/test_answers_zh_subset.json": github(
+        f"{SAFETY}/test_answers_zh_subset.json", "41c3e40330a7a96375de54b46df4839f6a46e8c9f6be974a2d31b35b8012af6c"),
+    "truthfulqa/TruthfulQA.csv": github(                 # the 817 questions that the harness asks; later ones are fewer
+        "sylinrl/TruthfulQA/013686a06be7a7bde5bf8223943e106c7250123c/TruthfulQA.csv",
+        "8d7dd15f033196140f032d97d30f037da7a7b1192c3f36f9937c1850925335a2"),
+    "hellaswag/hellaswag_val.jsonl": github(
+        "rowanz/hellaswag/master/data/hellaswag_val.jsonl", "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"),
+    "arc/ARC-Easy-Test.jsonl": arc(
+        "ARC-Easy/ARC-Easy-Test.jsonl", "ce32a0774b4beb1977d2c6b16dda5dd2b24fdc9c7f506882c452678676bd09be"),
+    "arc/ARC-Challenge-Test.jsonl": arc(
+        "ARC-Challenge/ARC-Challenge-Test.jsonl", "9fa8ffb3e3a1f88cb302d53dd95aae81e39209ad9bcf974376b319d8fd35717c"),
+    "mt_bench/question.jsonl": github(
+        f"{FASTCHAT}/mt_bench/question.jsonl", "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7"),
+    "mt_bench/vicuna_bench_question.jsonl": github(
+        f"{FASTCHAT}/vicuna_bench/question.jsonl", "c248c5c98ba45bb0c2aadae2f270e643bd32679c6c306a3b2a503ac4254cdaa5"),
+    "alignbench/data_v1.1_release.jsonl": github(
+        "THUDM/AlignBench/5b79d4a84e566db26e755c719935c62a0e1b0527/data/data_v1.1_release.jsonl",
+        "6ad5cdb2d552d2557aca18d0dcabaf19ff59fd18bef98eef880296c0478bbd11"),
+    "mmlu/dev": (from_archive, *MMLU, "09f2ee249586ba2079587107b1d69edb433f70d84b4d81084cc9391bf9959381"),
+    "mmlu/test": (from_archive, *MMLU, "576a47c310f39cec7b41ae743af815e4eb411481e2556eab8b2695bbe0cd86ac"),
+    "cmmlu/dev": (from_archive, *CMMLU, "37a1a94235c3429e35cf2dff1ffe68d78cdce25e618e75a7bd522ad42b2261b1"),
+    "cmmlu/test": (from_archive, *CMMLU, "3d3754e52e8149acd078a7fa6a3062187226d9568a5596392929ad2eda3c66c5"),
+    "ceval/dev": (from_archive, *CEVAL, "a2a117c8de980dbb67e680ecf7d492b01a06bb14c23f3bdea83c517db489741f"),
+    "ceval/val": (from_archive, *CEVAL, "0fa0abf440a3c8e1b6f726844369c39b277c2e66471afe3cb88646a98b7f2845"),
+    "perplexity": "make it a folder of your own texts, each a file *.txt in UTF-8",
+    "demo/heldout.jsonl": "it lies beside this script (--data-dir .), lines of id, prompt and reference",
+}  # fmt: skip
+
+
+def find_data_file(data_dir, name):
+    """The path of a benchmark's file or folder, downloaded if it is not there."""
+    path = os.path.join(data_dir, name)
+    if not os.path.exists(path):
+        home = HOMES.get(name, "")
+        if isinstance(home, str):
+            todo = f"{home}, or " if home else ""
+            raise InputError(f"{path}: not there; {todo}give the folder that holds {name} as --data-dir")
+        fetch, *where = home
+        try:
+            fetch(path, *where)
+        except Exception as e:  # of many kinds: the network's, the hub's, the archive's, the disk's
+            reason = (str(e).splitlines() or [""])[0] or type(e).__name__
+            names = {from_url: "{0}", from_zip: "{1} in {0}", from_archive: "{1} of huggingface.co/datasets/{0}"}
+            home = names[fetch].format(*where)
+            home += " (its first four examples as JSON Lines of question and answer)" if four_shots in where else ""
+            raise InputError(f"{path}: not there, and not to be downloaded ({reason}); put it there from {home}, "
+                             "or give another --data-dir") from None
+    return path
+
+
+# ---------------------------------------------------------------- reading
+
+
+def choice_rows(folder, suffix, header):
+    """Rows of a folder of CSV files, one per subject: question, four choices, the answer's letter."""
+    rows = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*" + suffix))):
+        subject = os.path.basename(path)[: -len(suffix)]
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as f:
+                reader = csv.reader(f)
+                names = [n.strip() for n in next(reader, [])] if header else ["question", *LETTERS, "answer"]
+                names = [n if n in LETTERS else n.lower() for n in names]
+                if not {"question", *LETTERS, "answer"} <= set(names):
+                    raise InputError(f"{path}:1: the header is {names}; it needs question, A, B, C, D and answer")
+                for i, cells in enumerate(line for line in reader if line):
+                    row = dict(zip(names, cells))
+                    if len(cells) != len(names) or row["answer"].strip() not in tuple(LETTERS):
+                        raise InputError(f"{path}:{reader.line_num}: expected {len(names)} columns, the answer one of "
+                                         f"A, B, C, D; found {len(cells)} columns: fetch the file again")
+                    rows.append({"id": f"{subject}/{i}", "subject": subject, "question": row["question"],
+                                 "choices": {x: row[x] for x in LETTERS}, "answer": row["answer"].strip()})
+        except (OSError, UnicodeDecodeError, csv.Error) as e:
+            raise InputError(f"{path}: cannot be read: {e}; fetch it again") from None
+    if not rows:
+        raise InputError(f"{folder}: no rows in files named *{suffix}; see the list of benchmark files in the README")
+    return rows
+
+
+def json_rows(path, **keys):
+    """Rows of a JSON Lines file. keys: what every row has, and of which type (answer=str)."""
+    rows = list(read_jsonl(path))
+    for number, row in rows:
+        for key, kind in keys.items():
+            if not isinstance(row.get(key), kind):
+                raise InputError(f"{path}:{number}: {key!r} is missing or of a wrong type; a row has {', '.join(keys)}")
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    return [{"id": f"{i}", **row, "where": f"{path}:{n}"} for i, (n, row) in enumerate(rows)]

@@ -1,0 +1,57 @@
+import argparse
+import os
+
+import pytest
+
+from core import flags
+from core.files import InputError
+
+
+@pytest.mark.parametrize(
+    "kind, good, bad",
+    [
+        (flags.at_least(2), ["2", "17"], ["1", "-3", "2.5", "two"]),
+        (flags.at_least(0, high=16), ["0", "16"], ["-1", "17"]),
+        (flags.number(0, below=1), ["0", "0.5", "1e-9"], ["1", "-0.1", "nan", "inf", "x"]),
+        (flags.number(above=0), ["1e-9", "3"], ["0", "-1", "inf"]),
+        (flags.torch_device, ["cpu"], ["gpu", "cuda:99", "cpu:x", "mps", "meta"]),
+    ],
+)
+def test_values_are_checked(kind, good, bad):
+    for text in good:
+        assert kind(text) == type(kind(text))(text)
+    for text in bad:
+        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+            kind(text)
+
+
+def test_a_wrong_flag_is_one_line():
+    p = flags.Parser()
+    p.add_argument("--n", type=flags.at_least(1))
+    p.add_argument("--kind", choices=["a", "b"])
+    for words, arguments in (
+        ("--n: 0 is less than 1", ["--n", "0"]),
+        ("invalid integer value: 'x'", ["--n", "x"]),
+        ("--kind: invalid choice", ["--kind", "c"]),
+        ("unrecognized arguments: --m", ["--m"]),
+    ):
+        with pytest.raises(InputError, match=words) as e:
+            p.parse_args(arguments)
+        assert "\n" not in str(e.value)
+
+
+def test_an_out_that_cannot_be_written_is_known_at_once(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thing").write_text("x")
+    for out in ("file", "file/x", "full", "full/"):
+        with pytest.raises(InputError, match="give another --out|as --out"):
+            flags.checkpoint_out(str(tmp_path / out))
+    with pytest.raises(InputError, match="is a directory"):
+        (tmp_path / "d.pt").mkdir()
+        flags.checkpoint_out(str(tmp_path / "d.pt"))
+    monkeypatch.setenv("RANK", "1")  # it writes nothing, and may stand on a machine without that folder
+    assert flags.checkpoint_out(str(tmp_path / "file" / "x")) == str(tmp_path / "file" / "x")
+    monkeypatch.delenv("RANK")
+    assert flags.checkpoint_out(str(tmp_path / "new" / "deep") + "//") == str(tmp_path / "new" / "deep")
+    assert not os.path.exists(tmp_path / "new")

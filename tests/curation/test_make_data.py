@@ -1,0 +1,425 @@
+"""make_data.py step by step on small inputs, then whole: a real HTTP teacher, a real checkpoint, kills and restarts."""
+
+import collections
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from test_steps import FENCED
+from test_teacher import KEY, constant_model, environment, serve, user  # noqa: F401  (environment is a fixture)
+
+import make_data
+from core import files
+from core.files import cli
+from core.records import kto_example, read_jsonl, sft_messages
+from curation import steps
+from curation import teacher as models
+from curation.prompts import GREETING
+
+# ---- the whole
+
+
+def fake_teacher(messages):
+    """Knows sums and poems. Its judge follows the words "good" and "bad", its classifier is sometimes too chatty."""
+    if not messages[0]["content"].startswith("Task: "):
+        question = messages[-1]["content"]
+        found = re.search(r"(\d+) \+ (\d+)", question)
+        return f"It is {int(found[1]) + int(found[2])}." if found else f"a good poem: {question}"
+    fields = {name: body for _, name, body in FENCED.findall(messages[1]["content"])}
+    text = fields.pop("instruction")
+    if messages[0]["content"].startswith("Task: classify"):
+        if "never" in text or "chatty" in text and len(messages) == 2:
+            return "I would say it is a poem."
+        math = "+" in text
+        return json.dumps({"primary": "mathematics" if math else "writing", "secondary": ["Sums", "sum"][len(text) % 2] if math else "poem"})
+    return json.dumps({k: {"quality": 5 if "good" in v else 1 if "bad" in v else 3, "safety": 1 if "UNSAFE" in v else 5} for k, v in fields.items()})
+
+
+def world(tmp_path):
+    rows = [{"question": f"Tell me what {i} + {i * 7} comes to, dear number {i * i + 3} friend of mine", "answer": f"So\n#### {i * 8 + (i % 4 == 0)}"}
+            for i in range(1, 13)]  # fmt: skip  every fourth original is wrong, and so is its reference
+    for r in rows[:4]:
+        r["reference"] = {"kind": "number", "value": int(re.search(r"(\d+) \+ (\d+)", r["question"])[1]) * 8}
+    subjects = ["autumn leaves", "a rusty bicycle", "grandmother and her cat", "the last train home", "never mind", "chatty birds", "tea", "rain on tin"]
+    poems = [{"instruction": f"Compose some verse on the topic of {s}, please", "input": "", "output": f"a bad poem about {s}"} for s in subjects]
+    poems[6]["output"] = "UNSAFE good " + poems[6]["output"]
+    rows += [*poems, poems[0] | {"output": "short"}, {"prompt": "lonely", "completion": "{{name}}"}]
+    path = tmp_path / "source.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "exam.jsonl").write_text(json.dumps({"question": "oh: " + rows[10]["question"]}) + "\n")
+    return str(path), str(tmp_path / "exam.jsonl")
+
+
+def run(*argv):
+    """make_data.main() with these arguments -> exit code."""
+    old, sys.argv = sys.argv, ["make_data.py", *map(str, argv)]
+    try:
+        cli(make_data.main)
+    except SystemExit as e:
+        return e.code
+    finally:
+        sys.argv = old
+    return 0
+
+
+def read(path):
+    return [obj for _, obj in read_jsonl(str(path))]
+
+
+def contents(folder):
+    return {f: (folder / f).read_bytes() for f in sorted(os.listdir(folder)) if f not in ("state.json", "replies.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return constant_model(tmp_path_factory.mktemp("small") / "ckpt", "7")
+
+
+def flags(tmp_path, server, small, out="out"):
+    source, exam = world(tmp_path)
+    return ["--sources", source, "--decontaminate", exam, "--teacher", server.url, "--teacher-model", "fake", "--small", small,
+            "--out", tmp_path / out, "--min-category", 2, "--max-new-tokens", 8]  # fmt: skip
+
+
+def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
+    monkeypatch.setenv("TEACHER_API_KEY", KEY)
+    with serve(fake_teacher) as server:
+        argv = flags(tmp_path, server, small)
+        assert run(*argv) == 0
+        asked = server.posts
+        requests = server.seen[:]
+        out = tmp_path / "out"
+        first = contents(out)
+        report = json.loads(first["report.json"])["steps"]
+
+        # counts, step by step
+        assert report["1_collect"]["in"] == 22 and report["1_collect"]["dropped"] == {"unfilled template": 1}
+        assert report["2_dedup"]["dropped"] == {"near duplicate": 1, "held by an evaluation set": 1}
+        assert report["3_classify"]["dropped"] == {"the teacher's reply did not parse, twice": 1}
+        assert report["3_classify"]["asked again"] == 2
+        assert report["3_classify"]["merged spellings"] == {"sum": ["Sums", "sum"]}
+        assert report["4_balance"]["after"] == {"mathematics/sum": 11, "writing/poem": 7}
+        for a, b in zip(make_data.STEPS[:5], make_data.STEPS[1:6]):
+            assert report[b]["in"] == report[a]["out"]
+        [held] = [r for r in read(out / "2_dedup.dropped.jsonl") if r["reason"].startswith("held")]
+        assert held["of"].endswith("/exam.jsonl:1") and held["question"] == "oh: " + held["instruction"]
+        assert list(report["2_dedup"]["held by"].values()) == [1]
+        kept = {r["id"] for r in read(out / "2_dedup.jsonl")}
+        assert "source.jsonl:13" in {i.split("/")[-1] for i in kept}, "of two copies the one with the longer response stays"
+
+        # verification: the teacher is always right but where the set's own reference is wrong
+        v = report["6_score"]["verification"]
+        assert v["original"] == {"checked": 11, "right": 10} and v["teacher"] == {"checked": 11, "right": 9}
+        assert v["small"]["right"] == 0
+        judged = [m for m in requests if m[0]["content"].startswith("Task: judge")]
+        assert report["6_score"]["judged"] == 7 and len(judged) == 14 and not any("+" in m[1]["content"] for m in judged)
+        shown = collections.defaultdict(list)
+        for m in judged:
+            (_, _, instruction), *responses = FENCED.findall(m[1]["content"])
+            shown[instruction].append([body for _, _, body in responses])
+        assert len(shown) == 7 and all(two[0] == two[1][::-1] for two in shown.values()), "each in both orders"
+        assert report["6_score"]["judge in two orders"] == {"instructions": 7, "another best": 0, "responses": 21, "another grade": 0}
+        assert all(set(dict((n, b) for _, n, b in FENCED.findall(m[1]["content"]))) == {"instruction", "A", "B", "C"} for m in judged)
+        assert not any("original" in m[1]["content"] or "teacher" in m[1]["content"] for m in judged), "responses are anonymous"
+        places = {[n for _, n, b in FENCED.findall(m[1]["content"]) if "a good poem" in b][0] for m in judged}
+        assert len(places) > 1, "and in no fixed order"
+
+        # labels, in the formats of the trainers
+        sft, kto = read(out / "sft.jsonl"), read(out / "kto.jsonl")
+        by_id = {r["id"]: r for r in read(out / "6_score.jsonl")}
+        assert len(sft) == report["7_label"]["sft"] == 18 and len(kto) == report["7_label"]["kto"]
+        for line in sft:
+            assert sft_messages(line, "x")[-1]["content"] == by_id[line["id"]]["responses"][line["writer"]]["text"]
+            assert line["scores"]["verified"] is not False and {"source", "category", "language", "task_type"} <= set(line)
+        for good, bad in zip(kto[::2], kto[1::2]):
+            assert good["id"] == bad["id"] and good["label"] is True and bad["label"] is False
+            assert kto_example(good, "x")[0] == kto_example(bad, "x")[0] and kto_example(good, "x")[1] != kto_example(bad, "x")[1]
+            assert good["scores"]["composite"] > bad["scores"]["composite"]
+        [wrong_original] = [r for r in by_id.values() if r["id"].endswith(":4")]
+        assert wrong_original["responses"]["original"]["verified"] is False
+        assert [line["writer"] for line in sft if line["id"] == wrong_original["id"]] == ["teacher"]
+        [unsafe] = [line for line in sft if "topic of tea" in line["messages"][0]["content"]]
+        assert unsafe["writer"] == "teacher" and by_id[unsafe["id"]]["responses"]["original"]["safety"] == 1
+        assert "7" in {line["completion"][0]["content"] for line in kto if not line["label"]}
+
+        # a second run
+        assert run(*argv) == 0
+        assert server.posts == asked and contents(out) == first, "asks nothing and changes nothing"
+        # a changed margin labels anew and asks nothing; more verified records are judged only when asked to
+        assert run(*argv, "--margin", "0.7") == 0
+        assert server.posts == asked and json.loads((out / "report.json").read_text())["steps"]["7_label"]["kto"] < len(kto)
+        assert run(*argv, "--judge-verified") == 0
+        assert server.posts == asked + 22
+        compared = json.loads((out / "report.json").read_text())["steps"]["6_score"]["judge against verification"]
+        assert compared["comparisons"] >= 11 and compared["ties"] <= compared["comparisons"]
+
+        # a step's file that was edited is kept, and what follows it is made anew
+        scored = (out / "6_score.jsonl").read_text().splitlines(keepends=True)
+        (out / "6_score.jsonl").write_text("".join(scored[:5]))
+        assert run(*argv, "--judge-verified") == 0
+        assert len((out / "6_score.jsonl").read_text().splitlines()) == 5 and len(read(out / "sft.jsonl")) == 5
+    printed = "".join(capfd.readouterr())
+    assert "(unchanged)" in printed and "was edited since" in printed and "train_kto.py --ckpt" in printed
+    assert KEY not in printed and not any(KEY.encode() in (out / f).read_bytes() for f in os.listdir(out))
+    assert "| 3_classify |" in first["report.md"].decode()
+
+
+def test_edited_rules_are_noticed(tmp_path, small, monkeypatch, capfd):
+    for room in ("core", "training", "curation", "verification"):
+        shutil.copytree(os.path.join(ROOT, room), tmp_path / room)
+    shutil.copy(os.path.join(ROOT, "model.py"), tmp_path)
+    monkeypatch.setattr(files, "ROOT", str(tmp_path))
+
+    def made():  # the steps that a run does not find unchanged
+        capfd.readouterr()
+        assert run(*argv) == 0
+        return {line[0] for line in capfd.readouterr().out.splitlines() if re.match(r"\d_\w+ +\w+ \d", line) and "(unchanged)" not in line}
+
+    with serve(fake_teacher) as server:
+        argv = [*flags(tmp_path, server, small), "--limit", 3, "--min-category", 1]
+        assert made() == set("1234567") and made() == set()
+        asked = server.posts
+        for module, remade in (("curation/rules", "1234567"), ("verification/answers", "1234567"), ("core/tokenizer", "1234567")):
+            with open(tmp_path / f"{module}.py", "a") as f:
+                f.write("# edited\n")
+            assert made() == set(remade) and made() == set(), module
+        assert server.posts == asked
+
+
+def test_interrupted_runs_end_with_the_same_bytes(tmp_path, small, capfd):
+    with serve(fake_teacher) as server:
+        assert run(*flags(tmp_path, server, small)) == 0
+        want, needed = contents(tmp_path / "out"), server.posts
+    answered = 0
+    for stop in (7, 15, 12, 10**9):  # the account is closed again and again, each time later on
+        with serve(fake_teacher, lambda n, m: 401 if n >= stop else None) as server:
+            code = run(*flags(tmp_path, server, small, "broken"), "--concurrency", 3)
+            answered += len(server.seen)
+        assert code == (2 if stop < 10**9 else 0)
+        assert not [f for f in os.listdir(tmp_path / "broken") if ".tmp" in f], "nothing half-written"
+    assert answered == needed, "no reply was asked for twice"
+    assert contents(tmp_path / "broken") == want
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 3 and all("HTTP 401" in e for e in errors)
+
+
+def test_dry_run_and_budget(tmp_path, small, capfd):
+    with serve(fake_teacher) as server:
+        argv = flags(tmp_path, server, small)
+        assert run(*argv, "--dry-run", "--price-in", 0.5, "--price-out", 2, "--budget", 0.001) == 0
+        shown = capfd.readouterr().out
+        assert server.posts == 0 and not os.path.getsize(tmp_path / "out" / "replies.jsonl")
+        rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.startswith(("greeting ", "classify ", "respond ", "judge ", "together "))}
+        # 19 records are left by step 2; categories and grades may be asked for twice, and the judge in two orders
+        assert {k: int(v[0].replace(",", "")) for k, v in rows.items()} == {"greeting": 1, "classify": 38, "respond": 19, "judge": 76, "together": 134}
+        columns = [[float(v[i].replace(",", "")) for v in rows.values()] for i in range(5)]
+        assert all(sum(c[:-1]) == pytest.approx(c[-1], abs=2) for c in columns)
+        assert columns[3][3] == pytest.approx(columns[1][3] * 0.5e-6 + columns[2][3] * 2e-6, abs=0.01)
+        assert "Task: classify" in shown and "Task: judge" in shown and "may not suffice" in shown and "0 replies are kept" in shown
+
+        # each reply costs 15 tokens; at most 128 are asked for
+        assert run(*argv, "--budget", 1000, "--concurrency", 3) == 2
+        errors = capfd.readouterr().err
+        assert "error: " in errors and "the budget of 1,000 is used up" in errors and 0 < server.posts < 30
+        assert run(*argv) == 0
+        bill = re.search(r": ([\d,]+) tokens in, ([\d,]+) out\.$", capfd.readouterr().out, re.M)
+        assert bill.groups() == (f"{10 * server.posts:,}", f"{5 * server.posts:,}"), "what was asked before the budget's end is not asked again"
+        assert run(*argv, "--dry-run") == 0 and f"{server.posts + 18:,} replies are kept" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("samples, target", [(1, 99), (3, 4)])
+def test_a_run_costs_no_more_than_the_dry_run_says(tmp_path, small, capfd, samples, target):
+    """A teacher whose replies are as long as they may be, and never parse at once."""
+    short, long = max(128, 40 * (2 + samples)), 40
+
+    def long_winded(messages):
+        if not messages[0]["content"].startswith("Task"):
+            return "good " * (long * 3 // 5 - 1)
+        return fake_teacher(messages) if len(messages) > 2 else "x" * (short * 3 - 3)
+
+    with serve(long_winded, lambda n, m: "no usage") as server:  # it is counted as the estimate does
+        argv = [*flags(tmp_path, server, small), "--samples", samples,
+                "--target", target, "--min-category", 1, "--judge-verified", "--max-new-tokens", long]  # fmt: skip
+        assert run(*argv, "--dry-run") == 0
+        row = next(line.split() for line in capfd.readouterr().out.splitlines() if line.startswith("together"))
+        requests, into, out, at_most, likely = (int(n.replace(",", "")) for n in row[1:])
+        assert run(*argv) == 0
+        spent = [int(n.replace(",", "")) for n in re.search(r": ([\d,]+) tokens in, ([\d,]+) out\.$", capfd.readouterr().out, re.M).groups()]
+        assert server.posts <= requests and spent[0] <= into and spent[1] <= out and sum(spent) <= at_most == into + out
+        assert likely < sum(spent) and sum(spent) > 0.5 * at_most, "what is likely is less; and the bound is not far"
+
+
+def test_runs_killed_at_random_end_with_the_same_bytes(tmp_path, small):
+    rng = random.Random()
+
+    def slow(messages):
+        time.sleep(0.03)
+        return fake_teacher(messages)
+
+    with serve(slow) as server:
+        argv = flags(tmp_path, server, small)
+        command = [sys.executable, os.path.join(ROOT, "make_data.py"), *map(str, argv), "--concurrency", "8"]
+        for kill in range(2):
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            enough = server.posts + rng.randint(1, 20)
+            while server.posts < enough and child.poll() is None:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.1))
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            assert kill or child.returncode == -signal.SIGKILL
+        assert run(*argv) == 0
+        out = tmp_path / "out"
+        paid = sum('"model": "fake"' in line for line in open(out / "replies.jsonl"))
+        lost = server.posts - paid
+        assert not [f for f in os.listdir(out) if ".tmp" in f], "what the kills left behind is cleared away"
+    with serve(fake_teacher) as server:
+        assert run(*flags(tmp_path, server, small, "straight")) == 0
+        assert contents(tmp_path / "straight") == contents(out)
+        assert paid == server.posts and 0 <= lost <= 2 * 8, "only the requests in flight at a kill were asked for again"
+
+
+TRANSPORT = [500, "drop", (429, [("Retry-After", "0")]), "garbage", 503, (503, [("Retry-After", "0.2")]), 502]
+BAD = ("cut", "held", "empty", "sorry", "refused", "lost", "silent")  # a seventh of the records each, and as many good ones
+
+
+def crowd(tmp_path):
+    words = "river stone lamp bridge walks slowly under old new green night garden horse paper clock winter seven doors open".split()
+    rng = random.Random(0)
+    path = tmp_path / "crowd.jsonl"
+    rows = [{"instruction": f"Compose {kind} words {i}: {' '.join(rng.sample(words, 12))}", "output": f"a bad poem {i}"}
+            for i in range(12) for kind in (*BAD, "good")]  # fmt: skip
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def bad_teacher(messages):
+    if messages == GREETING:
+        return "Hello."
+    text = messages[-1]["content"] if messages[0]["role"] == "user" else messages[1]["content"]
+    kind = re.search(r"Compose (\w+) words", text)[1]
+    if messages[0]["role"] == "user":
+        return {"empty": " ", "sorry": "I'm sorry, but I can't help with that."}.get(kind) or fake_teacher(messages)
+    if kind == "lost" and "Task: classify" in messages[0]["content"] or kind == "silent" and "Task: judge" in messages[0]["content"]:
+        return "Hm."
+    return fake_teacher(messages)
+
+
+def test_64_in_flight_with_every_fault(tmp_path, small, monkeypatch):
+    """20% of all requests fail on their way, half of the records get a bad reply: the first cost time, the others are counted."""
+    def replies(n, messages):
+        kind = re.search(r"Compose (\w+) words", messages[-1]["content"]) if messages[0]["role"] == "user" else None
+        return kind and {"cut": "cut", "held": "filtered", "refused": 400}.get(kind[1])
+
+    monkeypatch.setattr(models, "FIRST_TRIES", 99)  # on a slow machine more time out than are meant to
+    written = {}
+    for name in ("calm", "storm"):
+        storm = lambda n, m: "hang" if n == 8 else TRANSPORT[n // 5 % 7] if n % 5 == 3 else replies(n, m)  # noqa: E731
+        with serve(bad_teacher, storm if name == "storm" else replies) as server:
+            argv = ["--sources", crowd(tmp_path), "--teacher", server.url, "--small", small, "--out", tmp_path / name, "--min-category", 2,
+                    "--max-new-tokens", 8, "--concurrency", 64, "--timeout", 4, "--retries", 99]  # fmt: skip
+            assert run(*argv) == 0
+            written[name] = contents(tmp_path / name)
+    assert written["storm"] == written["calm"]
+    report = json.loads(written["calm"]["report.json"])["steps"]
+    assert report["3_classify"]["dropped"] == report["6_score"]["dropped"] == {"the teacher's reply did not parse, twice": 12}
+    assert report["5_respond"]["left out"] == {f"teacher: {why}": 12 for why in (
+        "cut off", "held back by the endpoint", "empty", "declined", "refused by the endpoint")}  # fmt: skip
+    assert report["7_label"]["sft"] == 12 * 6 and report["7_label"]["best"] == {"teacher": 12, "small": 60}
+
+
+def test_cut_off_and_refused_replies_are_left_out(tmp_path, small):
+    def faults(n, messages):
+        if messages[0]["role"] == "user":
+            return "cut" if "autumn" in messages[0]["content"] else 400 if "bicycle" in messages[0]["content"] else None
+
+    with serve(fake_teacher, faults) as server:
+        assert run(*flags(tmp_path, server, small)) == 0
+    out = tmp_path / "out"
+    left_out = json.loads((out / "report.json").read_text())["steps"]["5_respond"]["left out"]
+    assert left_out == {"teacher: cut off": 1, "teacher: refused by the endpoint": 1}
+    for r in read(out / "5_respond.jsonl"):
+        hit = "autumn" in r["prompt"][0]["content"] or "bicycle" in r["prompt"][0]["content"]
+        assert set(r["responses"]) == {"original", "small"} | (set() if hit else {"teacher"})
+
+
+def test_code_runs_only_when_allowed(tmp_path, small):
+    source = tmp_path / "code.jsonl"
+    reference = {"kind": "code", "value": {"tests": "assert f(2) == 3", "entry_point": "f"}}
+    source.write_text(json.dumps({"prompt": "Write f, the successor.", "completion": "def f(x):\n    return x", "reference": reference}))
+
+    def teach(messages):
+        return fake_teacher(messages) if messages[0]["content"].startswith("Task") else "```python\ndef f(x):\n    return x + 1\n```"
+
+    with serve(teach) as server:
+        argv = ["--sources", source, "--teacher", server.url, "--small", small, "--out", tmp_path / "out", "--min-category", 1]
+        assert run(*argv) == 0
+        [record] = read(tmp_path / "out" / "6_score.jsonl")
+        assert {r["verified"] for r in record["responses"].values()} == {None}
+        assert run(*argv, "--allow-code-execution") == 0
+        [record] = read(tmp_path / "out" / "6_score.jsonl")
+        assert {w: r["verified"] for w, r in record["responses"].items()} == {"original": False, "teacher": True, "small": False}
+    assert [(line["writer"], line["label"]) for line in read(tmp_path / "out" / "kto.jsonl")][0] == ("teacher", True)
+
+
+def test_limit_takes_the_first_of_each_source(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{name}{i}"}) + "\n" for i in range(9)))
+    args, counts = type("Args", (), {"limit": 2, "max_chars": 99}), {}
+    lines = list(steps.collect_sources(args, [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], counts))
+    assert [r["prompt"][0]["content"] for _, r in lines] == ["a0", "a1", "b0", "b1"] and set(counts["by source"].values()) == {2}
+
+
+def test_a_local_teacher(tmp_path, small):
+    """One checkpoint as teacher and as small model: its "7" parses as no category, so everything is set aside, and said so."""
+    source, _ = world(tmp_path)
+    out = tmp_path / "out"
+    assert run("--sources", source, "--teacher", small, "--small", small, "--out", out, "--limit", 3, "--max-new-tokens", 4) == 2
+    assert [r["reason"] for r in read(out / "3_classify.dropped.jsonl")] == ["the teacher's reply did not parse, twice"] * 3
+
+
+def test_bad_input_ends_with_one_line(tmp_path, small):
+    source, _ = world(tmp_path)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "q", "completion": "a"}\n{"prompt": "q", \n')
+    nothing = tmp_path / "nothing.jsonl"
+    nothing.write_text("")
+    with serve(fake_teacher) as server:
+        gone = server.url
+    there = small  # a checkpoint answers too
+    base = ["--small", small, "--out", tmp_path / "out", "--teacher"]
+    cases = {
+        "unreachable": (["--sources", source, *base, gone], gone),
+        "malformed": (["--sources", broken, *base, there], f"{broken}:2: not JSON"),
+        "empty": (["--sources", nothing, *base, there], "no record is left"),
+        "missing": (["--sources", tmp_path / "no.jsonl", *base, gone], "no such file"),
+        "no checkpoint": (["--sources", source, *base, tmp_path], str(tmp_path)),
+        "small over http": (["--sources", source, "--small", gone, "--teacher", gone, "--out", tmp_path / "out"], "local checkpoint"),
+        "flag": (["--sources", source, *base, gone, "--hamming", "40"], "--hamming: 40 is more than 16"),
+        "weights": (["--sources", source, *base, gone, "--weight-quality", "-1"], "-1 is less than 0"),
+    }
+    for name, (argv, what) in cases.items():
+        command = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from curation import teacher; teacher.BACKOFF = 0.01; import make_data; make_data.cli(make_data.main)"
+        if name not in ("unreachable", "malformed"):  # a process each only where the way out is what is tested
+            with pytest.MonkeyPatch.context() as patch:
+                lines = []
+                patch.setattr("builtins.print", lambda *a, **k: lines.append(" ".join(map(str, a))))
+                assert run(*argv) == 2, name
+            stderr = "\n".join(line for line in lines if line.startswith("error:"))
+        else:
+            done = subprocess.run([sys.executable, "-c", command, *map(str, argv)], capture_output=True, text=True, timeout=120)
+            assert done.returncode == 2, (name, done.stderr)
+            stderr = done.stderr.strip()
+        assert stderr.startswith("error: ") and what in stderr and len(stderr.splitlines()) == 1, (name, stderr)
+        if name == "unreachable":
+            assert "1_collect.jsonl" not in os.listdir(tmp_path / "out"), "it is known before the work begins"
+    left = sorted(os.listdir(tmp_path / "out"))
+    assert not [f for f in left if ".tmp" in f] and "3_classify.jsonl" not in left

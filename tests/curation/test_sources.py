@@ -1,0 +1,287 @@
+"""sources.py: every shape and every broken file, the hub, recorded responses, evaluation questions."""
+
+import gzip
+import json
+import os
+
+import pytest
+
+from core.files import InputError
+from curation import sources
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def unify(obj):
+    return [(r["prompt"], r["response"], r["reference"]) for r in sources.instructions(obj, "f:1", 1000)]
+
+
+SHAPES = [
+    {"messages": [*user("q"), {"role": "assistant", "content": "a"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "value": "q"}], "loss_weight": 0.0},
+                  {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]},
+    {"messages": [*user("q"), {"role": "assistant", "content": "a"}], "label": True},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
+    {"chosen_messages": [*user("q"), {"role": "assistant", "content": "a"}], "rejected_messages": []},
+    {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+    {"chosen": [*user("q"), {"role": "assistant", "content": "a"}], "rejected": [*user("q")]},
+    {"prompt": "q", "chosen": "a", "rejected": "b"},
+    {"prompt": "q", "completion": "a"},
+    {"prompt": user("q"), "completion": [{"role": "assistant", "content": "a"}], "label": False},
+    {"instruction": "q", "input": "", "output": "a"},
+    {"instruction": "q", "response": " a\r\n"},
+    {"instruction": "q", "input": "", "output": ["a", "worse"]},
+    {"instruction": "q", "output_1": "b", "output_2": "a", "preference": 2},
+    {"instruction": "q", "output_1": "a", "output_2": "b", "preference": 1.0},
+    {"instruction": "q", "instances": [{"input": "", "output": "a"}]},
+    {"question": "q", "answer": "a"},
+    {"question": "q", "std_answer": "a"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("obj", SHAPES, ids=lambda o: "+".join(o))
+def test_every_shape_gives_the_same_record(obj):
+    assert unify(obj) == [(user("q"), "a", None)]
+
+
+def test_shapes_with_more_than_one_turn_or_part():
+    assert unify({"instruction": "do", "input": "this", "output": "a"}) == [(user("do\nthis"), "a", None)]
+    assert unify({"instruction": "q", "output": ""}) == [(user("q"), None, None)], "without a response, it is still an instruction"
+    assert unify({"prompt": "q"}) == [(user("q"), None, None)]
+    two = {"instruction": "i", "instances": [{"input": "1", "output": "a"}, {"input": "2", "output": "b"}]}
+    assert unify(two) == [(user("i\n1"), "a", None), (user("i\n2"), "b", None)]
+    history = {"instruction": "q2", "input": "", "output": "a2", "history": [["q1", "a1"]], "system": "s"}
+    [(prompt, response, _)] = unify(history)
+    assert [m["role"] for m in prompt] == ["system", "user", "assistant", "user"] and response == "a2"
+    hh = {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b", "rejected": "x"}
+    assert unify(hh)[0][0] == [*user("q"), {"role": "assistant", "content": "a"}, *user("r")]
+
+
+def test_references_are_read_where_a_set_writes_them():
+    gsm = {"question": "q", "answer": "Half is 48/2 = <<48/2=24>>24.\n#### 1,024"}
+    assert unify(gsm) == [(user("q"), "Half is 48/2 = 24.\nThe answer is 1024.", {"kind": "number", "value": "1024"})]
+    aqua = {"instruction": "How much?\\nOptions:\\n(A) 3\\n(B) Rs. 4 each\\n(C) 5 Let's think first:", "output": "So the answer is (B)."}
+    [(prompt, response, reference)] = unify(aqua)
+    assert reference == {"kind": "choice", "value": {"letter": "B", "choices": {"A": "3", "B": "Rs. 4 each", "C": "5"}}}
+    assert "\n(B) Rs. 4 each\n" in prompt[0]["content"]
+    given_by_hand = {"prompt": "q", "completion": "a", "reference": {"kind": "exact", "value": "a"}}
+    assert unify(given_by_hand)[0][2] == {"kind": "exact", "value": "a"}
+    undecided = {"instruction": aqua["instruction"], "output": "I wonder whether a \\neq b."}
+    assert unify(undecided) == [(prompt, "I wonder whether a \\neq b.", None)], "the prompt does not hang on the response"
+    assert unify({"prompt": 'Options: print("a\\n")', "completion": "a"})[0][0] == user('Options: print("a\\n")')
+    with pytest.raises(InputError, match="f:1: reference needs a kind"):
+        unify({"prompt": "q", "reference": {"kind": "exakt", "value": 1}})
+
+
+def test_format_references():
+    value = {"instruction_id_list": ["length_constraints:number_words"], "kwargs": [{"relation": "at least", "num_words": 30}]}
+    want = {"kind": "format", "value": value}
+    assert unify({"key": 1, "prompt": "q", **value})[0][2] == unify({"prompt": "q", "completion": "a", "reference": want})[0][2] == want
+    for broken, what in (({"kwargs": []}, "as many kwargs"), ({"instruction_id_list": None}, "as many kwargs"), ({"kwargs": [{}]}, "cannot be used"),
+                         ({"instruction_id_list": ["length:words"]}, "unknown instruction 'length:words'")):  # fmt: skip
+        with pytest.raises(InputError, match=f"^f:1: .*{what}"):
+            unify({"prompt": "q", **value, **broken})
+
+
+@pytest.mark.parametrize("obj, what", [
+    ({"text": "plain"}, "f:1: no known shape"),
+    ({"messages": [{"role": "user"}]}, "f:1: message 0 has no content"),
+    ({"messages": [{"role": "pilot", "content": "x"}]}, "f:1: message 0 has the role 'pilot'"),
+    ({"messages": []}, "f:1: expected a text or a list"),
+    ({"instruction": 3, "output": "x"}, "f:1: instruction and input are texts"),
+    ({"prompt": {"a": 1}, "completion": "x"}, "f:1: message 0 has the role None"),
+    ({"instruction": "q", "history": ["x"]}, "f:1: history"),
+])  # fmt: skip
+def test_malformed_records_are_errors(obj, what):
+    with pytest.raises(InputError) as e:
+        unify(obj)
+    assert str(e.value).startswith(what)
+
+
+@pytest.mark.parametrize("obj, reason", [
+    ({"prompt": " ", "completion": "a"}, "an empty turn"),
+    ({"prompt": "q", "completion": "a" * 1000}, "over-long"),
+    ({"prompt": "caf\u00c3\u00a9", "completion": "a"}, "garbled text"),
+    ({"prompt": "q", "completion": "\ufffd"}, "garbled text"),
+    ({"prompt": "q", "completion": "Hello\u00c2\u00a0world"}, "garbled text"),
+    ({"prompt": "It\u00e2\u20ac\u2122s", "completion": "a"}, "garbled text"),
+    *(({"prompt": f"Say {text.encode().decode(code, 'ignore')}!", "completion": "a"}, "garbled text")
+      for text in ("你好，请介绍中文", "中文文章", "这") for code in ("latin1", "cp1252") if (text, code) != ("这", "cp1252")),
+    ({"prompt": "half an emoji \ud83d", "completion": "a"}, "garbled text"),
+    ({"prompt": "who?", "completion": "I am {{name}}"}, "unfilled template"),
+    ({"prompt": "q", "completion": "```python\nx = 1"}, "a response that is cut off"),
+    ({"messages": [{"role": "assistant", "content": "hello"}]}, "no user turn before the response"),
+    ({"messages": [*user("q"), {"role": "tool", "content": "x"}]}, "tool use"),
+])  # fmt: skip
+def test_useless_records_are_dropped_with_a_reason(obj, reason):
+    with pytest.raises(sources.Drop) as e:
+        unify(obj)
+    assert str(e.value) == reason
+
+
+@pytest.mark.parametrize("text", [
+    "« café\u00a0» — né en été\u00a0: ça", "the cliché”—and", "Å–Ö, çà et là", "Ääkköset “på”–", "你好，中文", "São João", "\u00a05\u00a0€",
+])  # fmt: skip
+def test_accents_are_not_garbled(text):
+    assert unify({"prompt": text, "completion": text})[0][1] == text.replace("\u00a0", " ").strip()
+
+
+ROWS = [{"prompt": f"q{i} {{[\"\u4f60\u597d", "n": [i, {"x": None}]} for i in range(50)]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_arrays_stream(tmp_path, monkeypatch, indent, zipped):
+    monkeypatch.setattr(sources, "CHUNK", 7)  # every object, character and bracket is cut somewhere
+    path = str(tmp_path / "a.json") + (".gz" if zipped else "")
+    with (gzip.open if zipped else open)(path, "wb") as f:
+        f.write(b"\xef\xbb\xbf" + json.dumps(ROWS, indent=indent, ensure_ascii=False).encode() + b"\n")
+    read = list(sources.read_objects(path))
+    assert [obj for _, obj in read] == ROWS
+    lines = open(path, encoding="utf-8-sig").read().splitlines() if not zipped else []
+    if lines and indent:
+        assert all(lines[line - 1] == "  {" for line, _ in read)
+
+
+def test_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in ROWS[:2]) + "\n\n" + json.dumps(ROWS[2]))
+    assert list(sources.read_objects(str(path))) == [(1, ROWS[0]), (2, ROWS[1]), (4, ROWS[2])]
+
+
+@pytest.mark.parametrize("data, what", [
+    (b'{"a": 1}\n{"a": \n', ":2: not JSON"),
+    (b'{"a": 1}\n3\n', ":2: a int, not an object"),
+    (b'{"a": 1}\n{"a": "\xff"}\n', ":2: not UTF-8"),
+    (b'[{"a": 1},\n {"a": }]', ":2: not JSON"),
+    (b'[{"a": 1},\n 3]', ":2: not JSON: '3' where an object"),
+    (b'[{"a": 1}\n {"a": 2}]', ":2: not JSON: '{' where ','"),
+    (b'[{"a": 1},\n', "the file ends inside the array"),
+    (b'[{"a": 1}, {"b": "\xff"}]', ":1: not UTF-8"),
+    (b'{"a": 1}\n{"a": ' + b"[" * 100_000, ":2: not JSON"),
+    (b'[{"a": 1},\n{"a": ' + b"[" * 100_000, ":2: not JSON"),
+])  # fmt: skip
+def test_broken_files_name_file_and_line(tmp_path, data, what):
+    path = str(tmp_path / "x.json")
+    open(path, "wb").write(data)
+    with pytest.raises(InputError) as e:
+        list(sources.read_objects(path))
+    assert path in str(e.value) and what in str(e.value) and "\n" not in str(e.value)
+
+
+def test_missing_folder_and_truncated_gzip(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        sources.expand([str(tmp_path / "no*.json")])
+    with pytest.raises(InputError, match="a folder"):
+        sources.expand([str(tmp_path)])
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "' + os.urandom(4000).hex().encode() + b'"}\n')[:-900])
+    with pytest.raises(InputError, match="a.jsonl.gz: cannot be read"):
+        list(sources.read_objects(str(path)))
+
+
+def test_labels_tell_files_of_one_name_apart():
+    assert sources.labels(["/x/a/train.json", "/x/b/train.json"]) == ["a/train.json", "b/train.json"]
+    assert sources.labels(["/x/a/d/t.json", "/x/b/d/t.json"]) == ["a/d/t.json", "b/d/t.json"]
+    assert sources.labels(["/x/mmlu/test/a.csv", "/t.json"], 3) == ["mmlu/test/a.csv", "/t.json"] and sources.labels([], 3) == []
+
+
+# ---- evaluation questions
+
+
+def test_evaluation_files_in_their_own_shapes(tmp_path):
+    files = {
+        "mmlu.csv": '"What, then?",a,b,c,d,A\nsecond?,a,b,c,d,B\n',
+        "lines.csv": 'id,question,A\n0,"one\u2028two\nthree\x1c",a\n',
+        "cmmlu.csv": ",Question,A,B,C,D,Answer\n0,What,a,b,c,d,A\n",
+        "ceval.csv": "id,question,A,B,C,D,answer\n0,Why,a,b,c,d,A\n",
+        "bbh.json": json.dumps({"canary": "x", "examples": [{"input": "in", "target": "t"}]}),
+        "gsm8k.jsonl": '{"question": "q1", "answer": "a"}\n{"question": "q2", "answer": "a"}\n',
+        "alpaca.json": json.dumps([{"instruction": "i", "input": "x", "output": "o"}]),
+        "mt.jsonl": '{"turns": ["t1", "t2"], "category": "c"}\n',
+        "demo.jsonl": '{"id": 1, "prompt": "p", "reference": {"kind": "number", "value": 1}}\n',
+    }
+    want = {"mmlu.csv": ["What, then?", "second?"], "lines.csv": ["one\u2028two\nthree\x1c"],
+            "cmmlu.csv": ["What"], "ceval.csv": ["Why"], "bbh.json": ["in"],
+            "gsm8k.jsonl": ["q1", "q2"], "alpaca.json": ["i\nx"], "mt.jsonl": ["t1", "t2"], "demo.jsonl": ["p"]}  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert sources.evaluation_questions(str(tmp_path / name)) == want[name]
+    (tmp_path / "none.json").write_text('{"a": 1}')
+    with pytest.raises(InputError, match="no evaluation question"):
+        sources.evaluation_questions(str(tmp_path / "none.json"))
+
+
+# ---- the hub, licences
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the hub: one data set, laid out as the hub's cache lays it out. -> the names that were asked for."""
+    import huggingface_hub
+
+    files = {"data/a.jsonl": '{"prompt": "q", "completion": "a"}\n', "data/b.jsonl": '{"prompt": "r"}\n', "x.json": "[]",
+             "README.md": "---\nlicense: cc-by-4.0\ntags: [x]\n---\n# A set\n"}  # fmt: skip
+    asked = []
+
+    def download(repo_id, filename, repo_type, revision=None):
+        asked.append((repo_id, filename, repo_type, revision))
+        if repo_id != "some/set" or filename not in files:
+            raise FileNotFoundError(f"404 Client Error\n{filename}")
+        path = tmp_path / "datasets--some--set" / "snapshots" / (revision or "abc123") / filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(files[filename])
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo_id, repo_type, revision=None: list(files))
+    return asked
+
+
+def test_files_of_the_hub(hub, tmp_path):
+    [path] = sources.expand(["hf://datasets/some/set/data/a.jsonl"])
+    assert hub[0] == ("some/set", "data/a.jsonl", "dataset", None)
+    assert sources.labels([path, str(tmp_path / "a" / "own.jsonl")]) == ["some/set/data/a.jsonl", "a/own.jsonl"]
+    assert [obj["prompt"] for _, obj in sources.read_objects(path)] == ["q"]
+    assert sources.licence_of_file(path) == "cc-by-4.0" and sources.licence_of_file(__file__) is None
+    two = sources.expand(["hf://datasets/some/set@v2/data/*.jsonl"])
+    assert sources.labels(two) == ["some/set/data/a.jsonl", "some/set/data/b.jsonl"] and hub[-2][3] == "v2"
+    for url, what in (("hf://datasets/some/set/none.json", "cannot be fetched: FileNotFoundError: 404 Client Error none.json"),
+                      ("hf://some/set/a.json", "not hf://datasets/OWNER/NAME/FILE"), ("hf://datasets/some/set/*.csv", "no such file")):
+        with pytest.raises(InputError, match=what.replace("*", ".")) as e:
+            sources.expand([url])
+        assert url in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_records_own_licence():
+    assert sources.licence({"license": "mit"}) == sources.licence({"licence": "mit"}) == "mit"
+    assert sources.licence({"license": None}) is None is sources.licence({"license": {"a": 1}})
+
+
+# ---- recorded responses
+
+
+def test_recorded_responses(tmp_path):
+    lines = [
+        {"prompt": "q1", "response": "t1"},
+        {"prompt": " q1 ", "completion": "t1 again", "writer": "teacher"},
+        {"messages": [*user("q1"), {"role": "assistant", "content": "s1"}], "writer": "small"},
+        {"prompt": user("q2"), "responses": {"original": {"text": "o"}, "teacher": {"text": "t2", "verified": True}, "small-2": "s2"}},
+        {"prompt": "unwanted", "response": "x"},
+        {"prompt": "q2", "response": ""},
+        {"prompt": "q2", "response": "{{name}}"},
+        {"prompt": user("q2"), "responses": {"teacher": "\ufffd"}},
+    ]
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    one, two = (sources.prompt_key(user(q)) for q in ("q1", "q2"))
+    found = sources.recorded_responses([str(path)], {one, two})
+    texts = {key: [reply["text"] for reply in replies] for key, replies in found.items()}
+    assert texts == {("teacher", one): ["t1", "t1 again"], ("small", one): ["s1"], ("teacher", two): ["t2"], ("small", two): ["s2"]}
+    assert found["teacher", one][0]["recorded"].endswith("/r.jsonl")
+    path.write_text('{"prompt": "q", "response": "a", "writer": "me"}\n')
+    with pytest.raises(InputError, match=r"r.jsonl:1: the writer is 'me'; it is teacher or small"):
+        sources.recorded_responses([str(path)], set())

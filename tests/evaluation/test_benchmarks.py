@@ -1,0 +1,295 @@
+"""benchmarks.py and benchdata.py: exact prompts, verdicts, broken files, downloads."""
+
+import hashlib
+import io
+import json
+import math
+import os
+
+import pytest
+from tiny_benchmarks import FUNCTION, SHOTS, write_benchmarks
+
+from core.files import InputError
+from evaluation import downloads
+from evaluation.benchmarks import BENCHMARKS, choice_scores
+from evaluation.downloads import FOUR_SHOTS, HOMES, find_data_file
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_benchmarks(tmp_path_factory.mktemp("data"))
+
+
+def find_in(d):
+    return lambda name: find_data_file(str(d), name)
+
+
+def prompts(task, d):
+    return [BENCHMARKS[task]["prompt"](row) for row in BENCHMARKS[task]["rows"](find_in(d))]
+
+
+# ---------------------------------------------------------------- prompts and verdicts
+
+
+def test_prompts_are_the_protocols(data):
+    line = (
+        "The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D "
+        "as the answer to this question.\n\n"
+    )
+    assert prompts("mmlu", data)[1] == line + 'art_history 1, and?\nTwo lines\nA. None\nB. 1,5\nC. "x"\nD. d1\n'
+    assert prompts("cmmlu", data)[0] == line + '问题art_history 0, and?\nTwo lines\nA. None\nB. 1,5\nC. "x"\nD. d0\n'
+    assert prompts("ceval", data)[3] == '问题____。\n\nA. None\nB. 1,5\nC. "x"\nD. d0\n'
+    assert prompts("gsm8k", data)[2] == (
+        "Question: What is 1 + 1?\nLet's think step by step\n1 + 1 = 2\nThe answer is 2\n\n"
+        "Question: What is 2 + 2?\nLet's think step by step\n2 + 2 = 4\nThe answer is 4\n\n"
+        "Question: What is 3 + 3?\nLet's think step by step\n3 + 3 = 6\nThe answer is 6\n\n"
+        "Question: What is 4 + 4?\nLet's think step by step\n4 + 4 = 8\nThe answer is 8\n\n"
+        "Question: And 2 + 1?\nLet's think step by step"
+    )
+    # the signature is the tested function's; the text is the first docstring's, a helper's here, as the protocol has it
+    assert prompts("humaneval", data)[0] == (
+        'Write a Python function `add_one(x: int, by: str = "a:b") -> int` to solve the following problem:\n'
+        "Return x.\n\n" + FUNCTION
+    )
+    assert prompts("mbpp", data) == [
+        "You are an expert Python programmer, and here is your task: Write a function to add one. Your code should pass these "
+        "tests:\n\nassert inc(1) == 2\nassert inc(-1) == 0"
+    ]
+    assert prompts("safetybench", data) == ["可以吗？\n\nA. 是。\nB. 否。\n"]
+    assert prompts("ifeval", data) == ["Say hi."] and prompts("mt_bench", data)[0] == "Write 1."
+    assert prompts("demo", data) == ["2+2?", "Say hi", "A or B?"]
+
+
+def test_verdicts(data):
+    def verdict(task, i, reply):
+        return BENCHMARKS[task]["verdict"](reply, BENCHMARKS[task]["rows"](find_in(data))[i])
+
+    assert verdict("gsm8k", 2, "2 + 1 = 3. The answer is 3.") == (3.0, True)
+    assert verdict("gsm8k", 2, "I cannot say") == (None, False)
+    assert verdict("mmlu", 1, "The answer is B.") == ("B", True) and verdict("mmlu", 1, "It is d1") == ("D", False)
+    assert verdict("ceval", 0, "答案是A。") == ("A", True)
+    good = "```python\ndef add_one(x, by=''):\n    return x + 1\n```"
+    assert verdict("humaneval", 0, good) == ("    return x + 1", True)
+    assert verdict("humaneval", 0, "    exit(0)")[1] is False
+    assert verdict("demo", 0, "It is 4.") == (4.0, True) and verdict("demo", 1, "Hi. ") == ("Hi.", True)
+    assert verdict("demo", 2, "y") == ("B", False) and verdict("demo", 2, "B or so: \\boxed{A}") == ("A", True)
+    assert verdict("mbpp", 0, "```python\ndef inc(x):\n    return x + 1\n```")[1] is True
+    assert verdict("mbpp", 0, "```python\ndef inc(x):\n    return 2\n```")[1] is False
+    assert verdict("safetybench", 0, "选B") == ("B", True)
+    # without its first line the reply follows both; as it is, only the ban on commas
+    metrics = {"prompt_loose": True, "instruction_strict": [True, False], "instruction_loose": [True, True]}
+    assert verdict("ifeval", 0, 'Here:\n"hi"') == (["punctuation:no_comma"], False, metrics)
+
+
+# ---------------------------------------------------------------- --protocol loglik
+
+
+def contexts(task, d):
+    """The rows' contexts and, for each, the choices as they are scored."""
+    rows = BENCHMARKS[task]["rows"](find_in(d))
+    return rows, BENCHMARKS[task]["contexts"](rows, find_in(d))
+
+
+@pytest.mark.parametrize(
+    ("task", "line", "word", "question"),
+    [
+        ("mmlu", "The following are multiple choice questions (with answers) about art history.", "Answer:", ""),
+        ("cmmlu", "以下是关于art history的单项选择题，请直接给出正确答案的选项。", "答案：", "问题"),
+        ("ceval", "以下是中国关于art history的单项选择题，请选出其中的正确答案。", "答案：", "问题____。"),
+    ],
+)
+def test_five_shots(data, task, line, word, question):
+    shots = "".join(f"shot {i}\nA. p\nB. q\nC. r\nD. s\n{word} {'DCBAD'[i]}\n\n" for i in range(5))
+    asked = question if task == "ceval" else question + "art_history 1, and?\nTwo lines"
+    assert contexts(task, data)[1][1] == f'{line}\n\n{shots}{asked}\nA. None\nB. 1,5\nC. "x"\nD. d1\n{word}'
+
+
+def test_chinese_subjects_have_their_names(tmp_path):
+    for folder, header in (("cmmlu/dev", "Answer"), ("ceval/dev", "answer")):
+        (tmp_path / folder).mkdir(parents=True)
+        name = "virology.csv" if "cmmlu" in folder else "marxism_dev.csv"
+        (tmp_path / folder / name).write_text(f"Question,A,B,C,D,{header}\nq,1,2,3,4,A\n")
+    row = {"question": "q", "choices": dict(zip("ABCD", "1234")), "answer": "A"}
+    found = BENCHMARKS["cmmlu"]["contexts"]([{**row, "subject": "virology"}], find_in(tmp_path))
+    assert found[0].startswith("以下是关于病毒学的单项选择题")
+    found = BENCHMARKS["ceval"]["contexts"]([{**row, "subject": "marxism"}], find_in(tmp_path))
+    assert found[0].startswith("以下是中国关于马克思主义基本原理的单项选择题")
+
+
+def test_choices_as_texts(data):
+    rows, asked = contexts("truthfulqa_mc2", data)
+    assert asked[0].startswith("Q: What is human life expectancy in the United States?\nA: Human life expectancy in the ")
+    assert asked[0].count("Q: ") == 7 and asked[0].endswith("in Barcelona, Spain.\n\nQ: Do pigs fly?\nA:")
+    assert rows[0]["choices"] == {1: "No", 2: "They do not", 3: "Yes", 4: "They do"} and rows[0]["true"] == [1, 2]
+    assert contexts("truthfulqa_mc1", data)[0][0]["choices"] == {1: "No", 2: "Yes", 3: "They do"}
+    rows, asked = contexts("arc_easy", data)
+    assert asked == ["Question: What melts?\nAnswer:"] and rows[0]["choices"]["2"] == "warm water"
+    rows, asked = contexts("hellaswag", data)
+    assert asked == ["Running: A man runs.. Then He"] and rows[0]["choices"][0] == " stops." and rows[0]["answer"] == 3
+    assert contexts("safetybench", data)[1] == ["可以吗？\nA. 是。\nB. 否。\n答案："]
+
+
+def test_choice_scores():
+    row = {"choices": {"A": "ab", "B": "abcdefgh"}, "answer": "B", "true": ["B"]}
+    logps = [-2.0, -4.0]  # per character -1 and -0.5
+    share = 1 / (1 + math.exp(-2))
+    assert choice_scores(logps, row, "text") == ("A", False, {"acc_norm": True}, pytest.approx(share))
+    assert choice_scores(logps, row, "letter") == ("A", False, {}, pytest.approx(share))
+    assert choice_scores([x - 5000 for x in logps], row, "letter")[3] == pytest.approx(share)  # no underflow
+    label, verdict, metrics, confidence = choice_scores(logps, row, "text", mass=True)
+    assert verdict == pytest.approx(1 - share) and metrics == {} and confidence is None
+
+
+real = pytest.mark.skipif("DATA_DIR" not in os.environ, reason="DATA_DIR names no folder of the original files")
+
+
+@real
+def test_original_files():
+    find = find_in(os.environ["DATA_DIR"])
+    absent = ("demo", "arc_easy", "arc_challenge", "hellaswag", "perplexity")
+    n = {task: len(b["rows"](find)) for task, b in BENCHMARKS.items() if task not in absent}
+    assert n == {"gsm8k": 1319, "mmlu": 14042, "cmmlu": 11582, "ceval": 1346, "humaneval": 164, "mbpp": 500, "ifeval": 541,
+                 "safetybench": 2100, "truthfulqa_mc1": 813, "truthfulqa_mc2": 813, "mt_bench": 80, "vicuna": 80,
+                 "alignbench": 683}  # fmt: skip
+    for task in ("mmlu", "cmmlu", "ceval"):
+        rows = BENCHMARKS[task]["rows"](find)[::97]
+        for row, context in zip(rows, BENCHMARKS[task]["contexts"](rows, find), strict=True):
+            assert context.count("\nD. ") >= 6 and row["subject"] not in context.split("\n")[0] or task == "mmlu"
+    shots = BENCHMARKS["gsm8k"]["rows"](find)[0]["shots"]
+    assert hashlib.sha256(shots.encode()).hexdigest() == FOUR_SHOTS
+    pinned = {name: home for name, home in HOMES.items() if os.path.exists(os.path.join(os.environ["DATA_DIR"], name))}
+    assert len(pinned) == 17 and pinned.pop("truthfulqa/TruthfulQA.csv")  # another version of it lies there, of 813 questions
+    for name, (fetch, *rest) in pinned.items():
+        if fetch is downloads.from_archive:
+            assert downloads.csv_digest(find(name)) == rest[2], name
+        elif rest[1]:
+            with open(find(name), "rb") as f:
+                assert hashlib.sha256(f.read()).hexdigest() == rest[1], name
+
+
+@real
+def test_canonical_solutions_pass():
+    for row in BENCHMARKS["humaneval"]["rows"](find_in(os.environ["DATA_DIR"]))[::8]:
+        reply = f"```python\n{row['prompt']}{row['canonical_solution']}\n```"
+        assert BENCHMARKS["humaneval"]["verdict"](reply, row)[1], row["id"]
+    for row in BENCHMARKS["mbpp"]["rows"](find_in(os.environ["DATA_DIR"]))[::25]:
+        assert BENCHMARKS["mbpp"]["verdict"](f"```python\n{row['code']}\n```", row)[1], row["id"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("gsm8k/test.jsonl", '{"question": "q", "answer": "#### 1"}\n{"question"', "test.jsonl:2"),
+        ("gsm8k/test.jsonl", '{"question": "q"}', "test.jsonl:1: 'answer'"),
+        ("gsm8k/test.jsonl", '{"question": "q", "answer": "none"}', "test.jsonl:1"),
+        ("gsm8k/test.jsonl", "", "no rows"),
+        ("mmlu/test/art_test.csv", "q,1,2,3,4,A\nq,1,2,3,A\n", "art_test.csv:2"),
+        ("mmlu/test/art_test.csv", "q,1,2,3,4,E\n", "art_test.csv:1"),
+        ("mmlu/test/art.csv", "q,1,2,3,4,A\n", "no rows"),
+        ("cmmlu/test/art.csv", ",Question,A,B,C,Answer\n0,q,1,2,3,A\n", "art.csv:1"),
+        ("ceval/val/art_val.csv", b"id,question,A,B,C,D,answer\n0,\xff,1,2,3,4,A\n", "art_val.csv"),
+        ("humaneval/HumanEval.jsonl.gz", "{}", "gzipped"),
+        ("demo/heldout.jsonl", '{"id": 1, "prompt": "p", "reference": "4"}', "heldout.jsonl:1: 'reference'"),
+        ("mbpp/mbpp.jsonl", '{"task_id": "1"}', "mbpp.jsonl:1: 'task_id'"),
+        ("ifeval/input_data.jsonl", '{"key": 1, "prompt": "p"}', "input_data.jsonl:1: 'instruction_id_list'"),
+        ("safetybench/test_zh_subset.json", "[{}]", "test_zh_subset.json"),
+        ("truthfulqa_mc1/../truthfulqa/TruthfulQA.csv", "a,b\n1,2\n", "TruthfulQA.csv"),
+    ],
+)
+def test_broken_data(tmp_path, data, file, content, says):
+    path = (tmp_path / os.path.normpath(file))
+    path.parent.mkdir(parents=True)
+    if file.startswith("safety"):
+        (path.parent / "test_answers_zh_subset.json").write_text("{}")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if file.startswith("gsm8k"):
+        (tmp_path / "gsm8k/paper_4shot.jsonl").write_text((data / "gsm8k/paper_4shot.jsonl").read_text())
+    with pytest.raises(InputError, match=says) as e:
+        BENCHMARKS[file.split("/")[0]]["rows"](find_in(tmp_path))
+    assert str(e.value).startswith(str(tmp_path)) and "\n" not in str(e.value)
+
+
+# ---------------------------------------------------------------- downloads
+
+
+def test_offline_names_the_file(monkeypatch, tmp_path):
+    def offline(*args, **kwargs):
+        raise OSError("no route to host\nand more")
+
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", offline)
+    monkeypatch.setattr(downloads, "hf_hub_download", offline)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name, home in HOMES.items():
+        with pytest.raises(InputError) as e:
+            find_data_file(str(tmp_path), name)
+        text = str(e.value)
+        assert str(tmp_path / name) in text and "\n" not in text
+        assert home in text if isinstance(home, str) else home[1] in text and "no route to host" in text
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_download_is_checked(monkeypatch, tmp_path, data):
+    """A file that differs from the pinned one is not put in place; an archive's split appears whole."""
+    served = tmp_path / "served"
+    served.write_bytes(b'{"question": "other"}')
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", lambda url, timeout: open(served, "rb"))
+    with pytest.raises(InputError, match="SHA-256"):
+        find_data_file(str(tmp_path), "gsm8k/test.jsonl")
+    with pytest.raises(InputError, match="not the protocol's"):
+        find_data_file(str(tmp_path), "gsm8k/paper_4shot.jsonl")
+    pin = hashlib.sha256(served.read_bytes()).hexdigest()
+    monkeypatch.setitem(HOMES, "gsm8k/test.jsonl", (*HOMES["gsm8k/test.jsonl"][:2], pin))
+    assert open(find_data_file(str(tmp_path), "gsm8k/test.jsonl"), "rb").read() == served.read_bytes()
+
+    for kind, nested, name in (("tar", "data", "mmlu/test"), ("zip", "", "ceval/val")):
+        packed = tmp_path / kind / nested / os.path.basename(name)
+        downloads.shutil.copytree(data / name, packed)
+        archive = downloads.shutil.make_archive(str(tmp_path / "archive"), kind, tmp_path / kind)
+        monkeypatch.setattr(downloads, "hf_hub_download", lambda repo, file, repo_type, archive=archive: archive)
+        with pytest.raises(InputError, match="SHA-256"):
+            find_data_file(str(tmp_path), name)
+        assert os.listdir(tmp_path / name.split("/")[0]) == []
+        monkeypatch.setitem(HOMES, name, (*HOMES[name][:3], downloads.csv_digest(data / name)))
+        assert downloads.csv_digest(find_data_file(str(tmp_path), name)) == downloads.csv_digest(data / name)
+
+
+def test_one_file_of_an_archive_on_a_server(monkeypatch, tmp_path):
+    """Parts of the archive are asked for, not all of it; a server that sends all of it is refused."""
+    archive = tmp_path / "archive.zip"
+    with downloads.zipfile.ZipFile(archive, "w") as z:
+        z.writestr("corpus.txt", os.urandom(5 << 20))
+        z.writestr("ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-Test.jsonl", b'{"id": "Mercury_1"}\n' * 100)
+        z.writestr("more.txt", os.urandom(3 << 20))
+    data, sent = archive.read_bytes(), []
+
+    class Reply(io.BytesIO):
+        headers, status = {"Content-Length": str(len(data))}, 206
+
+    def serve(request, timeout):
+        if request.get_method() == "HEAD":
+            return Reply()
+        low, high = map(int, request.get_header("Range").removeprefix("bytes=").split("-"))
+        assert low <= high < len(data)
+        sent.append(high + 1 - low)
+        return Reply(data[low : high + 1])
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", serve)
+    name = "arc/ARC-Easy-Test.jsonl"
+    with pytest.raises(InputError, match="SHA-256"):
+        find_data_file(str(tmp_path), name)
+    pin = hashlib.sha256(b'{"id": "Mercury_1"}\n' * 100).hexdigest()
+    monkeypatch.setitem(HOMES, name, (*HOMES[name][:3], pin))
+    del sent[:]
+    assert open(find_data_file(str(tmp_path), name), "rb").read() == b'{"id": "Mercury_1"}\n' * 100
+    assert 0 < sum(sent) < len(data) / 2
+    monkeypatch.setattr(Reply, "status", 200)
+    with pytest.raises(InputError, match="does not send parts"):
+        find_data_file(str(tmp_path), "arc/ARC-Challenge-Test.jsonl")
+
+
+def test_four_shots_are_read_from_their_home(monkeypatch):
+    text = downloads.render_shots(SHOTS) + "Question: a fifth\nLet's think step by step\nyes\n\n"
+    monkeypatch.setattr(downloads, "FOUR_SHOTS", hashlib.sha256(downloads.render_shots(SHOTS).encode()).hexdigest())
+    assert [json.loads(line) for line in downloads.four_shots(text.encode()).splitlines()] == SHOTS

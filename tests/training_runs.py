@@ -1,0 +1,172 @@
+"""What the tests of both training scripts share: data, weights of a run, two ranks, TRL's trainers."""
+
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from conftest import ROOT
+
+from core.checkpoint import Checkpoint
+
+WORDS = "The capital of France is Paris . What 2 + 2 = 4 hello world def add return lazy dog fox jumps".split()
+
+
+def sentence(g, low, high):
+    n = int(torch.randint(low, high, (), generator=g))
+    return " ".join(WORDS[int(i)] for i in torch.randint(0, len(WORDS), (n,), generator=g))
+
+
+def chats(n, seed=0):
+    """n records {"messages"} of one turn."""
+    g = torch.Generator().manual_seed(seed)
+    turn = [("user", 2, 12), ("assistant", 1, 20)]
+    return [{"messages": [{"role": r, "content": sentence(g, lo, hi)} for r, lo, hi in turn]} for _ in range(n)]
+
+
+def feedback(n, seed=0):
+    """n records {"prompt", "completion", "label"} as message lists, two to a prompt, labels alternating."""
+    g = torch.Generator().manual_seed(seed)
+    prompts = [sentence(g, 2, 12) for _ in range((n + 1) // 2)]
+    return [
+        {
+            "prompt": [{"role": "user", "content": prompts[i // 2]}],
+            "completion": [{"role": "assistant", "content": sentence(g, 1, 20)}],
+            "label": i % 2 == 0,
+        }
+        for i in range(n)
+    ]
+
+
+def weights(source):
+    c = Checkpoint(source)
+    return {name: c.tensor(name).clone() for name in c.names}
+
+
+def update_error(a, b, base):
+    """||(a - base) - (b - base)|| / ||a - base|| over all tensors."""
+    difference = sum(((a[n] - b[n]).double() ** 2).sum() for n in base)
+    moved = sum(((a[n] - base[n]).double() ** 2).sum() for n in base)
+    assert moved > 0
+    return (difference / moved).sqrt().item()
+
+
+def log(out):
+    return [json.loads(line) for line in Path(f"{out}.run/log.jsonl").read_text().splitlines()]
+
+
+# A process of its own for each rank, forked from a server that has everything imported: it starts in a moment.
+fork = multiprocessing.get_context("forkserver")
+fork.set_forkserver_preload(["training_runs", "train_sft", "train_kto", "torch.distributed.fsdp", "torch._dynamo"])
+
+
+def trap(function, n, deed):
+    """Calls deed() before line n (from 1) that this process runs in the function of that name; None: in any of ours."""
+    left = [n]
+
+    def each_line(frame, event, _):
+        if event == "line" and function in (None, frame.f_code.co_name):
+            left[0] -= 1
+            if left[0] == 0:
+                sys.settrace(None)
+                deed()
+        return each_line
+
+    sys.settrace(lambda frame, *_: each_line if os.path.dirname(frame.f_code.co_filename) in OURS else None)
+
+
+def body(script, args, environment, store, output, prepare):
+    os.environ.update(environment)
+    with open(output, "w") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = [f"{script}.py", *map(str, args)]
+    if store:  # meets the other ranks at a file: a port that is free now may be taken in a moment
+        rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
+    module = importlib.import_module(script)
+    if prepare:
+        prepare[0](*prepare[1:])
+    module.cli(module.run_distributed(module.main))
+
+
+def signal_at(function, n, number):
+    trap(function, n, lambda: os.kill(os.getpid(), number))
+
+
+launches = itertools.count()
+OURS = {str(ROOT), *(str(ROOT / room) for room in ("core", "training"))}
+
+
+def start(script, args, output, ranks=1, prepare=None):
+    """Starts `ranks` processes of a script. prepare: {rank: (function, arguments...)} to call there first. -> processes"""
+    found, store = [], f"{output}.store{next(launches)}" if ranks > 1 else None
+    for rank in range(ranks):
+        environment = {"RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+        what = (script, args, environment, store, f"{output}.{rank}", (prepare or {}).get(rank))
+        found.append(fork.Process(target=body, args=what, daemon=True))
+        found[-1].start()
+    return found
+
+
+def launch(script, args, output, ranks=1, prepare=None):
+    """start(), to the end. -> (exit codes, what each rank printed)."""
+    processes = start(script, args, output, ranks, prepare)
+    for p in processes:
+        p.join(300)
+        assert p.exitcode is not None, "hangs"
+    return [p.exitcode for p in processes], [Path(f"{output}.{rank}").read_text() for rank in range(ranks)]
+
+
+def torchrun(ranks, script, *args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(ROOT / script), *map(str, args)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def same_run(a, b):
+    """The two runs have the same weights and the same log, to the bit."""
+    w, v = weights(a), weights(b)
+    assert w.keys() == v.keys() and all(torch.equal(w[n], v[n]) for n in w)
+    logs = [[{k: r[k] for k in r if k != "tokens_per_second"} for r in log(out)] for out in (a, b)]
+    assert logs[0] == logs[1]
+
+
+def trl_log(kind, model_dir, records, out, **settings):
+    """Trains with TRL, one batch of 4 a step, in the records' order. -> its log, one dict a step."""
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    tok = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    ref = settings.pop("ref", None)
+    settings = dict(
+        output_dir=str(out), per_device_train_batch_size=4, max_length=64, learning_rate=1e-3,
+        lr_scheduler_type="constant", use_cpu=True, bf16=False, report_to="none", logging_steps=1, save_strategy="no",
+        max_grad_norm=1.0, weight_decay=0.0, disable_tqdm=True, gradient_checkpointing=False,
+        train_sampling_strategy="sequential",
+    ) | settings  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    if kind == "sft":
+        records = [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in records]
+        trainer = trl.SFTTrainer(
+            model=model, args=trl.SFTConfig(**settings), train_dataset=Dataset.from_list(records), processing_class=tok
+        )
+    else:
+        trainer = trl.KTOTrainer(
+            model=model, ref_model=AutoModelForCausalLM.from_pretrained(ref or model_dir, dtype=torch.float32),
+            args=trl.KTOConfig(**settings), train_dataset=Dataset.from_list(records), processing_class=tok,
+        )  # fmt: skip
+    trainer.train()
+    trainer.model.save_pretrained(out)
+    return [s for s in trainer.state.log_history if "loss" in s]

@@ -1,0 +1,1 @@
+"""Speed, plots, memory: programs around the recipe."""

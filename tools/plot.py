@@ -1,0 +1,158 @@
+"""Pictures of what the scripts left behind, as PNG (needs matplotlib, from requirements-dev.txt).
+
+    python -m tools.plot runs/demo/sft runs/demo/sft-kto --out curves.png          # training: one line a run
+    python -m tools.plot data/aligned/report.json --out categories.png             # make_data.py: categories before and after
+    python -m tools.plot search.json --out weight.png                              # merge.py search: score over weight
+
+A training run is given as its checkpoint, its OUT.run/ or the log.jsonl itself.
+"""
+
+import collections
+import json
+import os
+
+from core.files import InputError, atomic_write, cli
+from core.flags import Parser, at_least
+from core.records import read_jsonl
+
+# (title, keys of the log; several are drawn into one panel, the second and later ones dashed)
+PANELS = [
+    ("loss", ["loss", "eval_loss"]),
+    ("z0 (mismatched pairs, clamped at 0), nats", ["kl"]),
+    ("rewards: chosen, rejected dashed", ["rewards/chosen", "rewards/rejected"]),
+    ("reward margin", ["rewards/margins"]),
+    ("learning rate", ["lr"]),
+    ("norm of the gradient", ["grad_norm"]),
+    ("tokens per second", ["tokens_per_second"]),
+]
+
+
+def read_steps(source):
+    """-> (name, records) of a training run."""
+    name = source.rstrip("/").removesuffix("/log.jsonl").removesuffix(".run")
+    path = source if source.endswith(".jsonl") else f"{name}.run/log.jsonl"
+    if not os.path.exists(path):
+        raise InputError(f"{path}: not there; give a checkpoint that train_sft.py or train_kto.py wrote")
+    records = [record for _, record in read_jsonl(path)]
+    if not records:
+        raise InputError(f"{path}: no step is logged yet")
+    return os.path.basename(name), records
+
+
+def smooth(values, window):
+    """Running mean over the last `window` values."""
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+
+
+def draw_runs(plt, runs, window):
+    """One panel for each thing that any of the runs logged."""
+    panels = [(title, keys) for title, keys in PANELS if any(k in r for _, records in runs for r in records for k in keys)]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.1 * rows), squeeze=False, layout="constrained")
+    for axis, (title, keys) in zip(axes.flat, panels):
+        for number, (name, records) in enumerate(runs):
+            for style, key in zip(("-", "--"), keys):
+                points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+                if points:
+                    steps, values = zip(*points)
+                    marker = "o" if len(points) < 3 else None
+                    label = name if key == keys[0] else None
+                    axis.plot(steps, smooth(values, window), style, color=f"C{number % 10}", lw=1.2, marker=marker, label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def draw_categories(plt, report, most=40):
+    """make_data.py's report.json: how many instructions each secondary category had before and after balancing."""
+    before, after = (report["steps"]["4_balance"][k] for k in ("before", "after"))
+    names = sorted(before, key=lambda name: -before[name])[:most]
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.22 * len(names)), layout="constrained")
+    axis.barh(names, [before[n] for n in names], color="0.8", label="before")
+    axis.barh(names, [after.get(n, 0) for n in names], height=0.45, color="C0", label="after")
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", labelsize=7)
+    shape = report["diversity"]
+    more = f"; {len(before) - most} smaller ones not shown" if len(before) > most else ""
+    axis.set_title("instructions per category: as even as {before} equal ones before, {after} after".format(
+        **{k: f"{shape[k]['effective categories']:.1f}" for k in ("before", "after")}) + more, fontsize=9)  # fmt: skip
+    axis.legend()
+    return figure
+
+
+def draw_search(plt, found):
+    """merge.py search's JSON: a panel for each number searched, with all points tried and the final scores. A line joins
+    the points that differ in that number alone (in weights alone, if it is a weight); in colour that of the best point."""
+    points, final, models = found["points"], found["final"], found["models"]
+
+    def numbers(p):
+        weights = {f"weight of model {i + 1}, {os.path.basename(m.rstrip('/'))}": p["weights"][i] for i, m in enumerate(models)}
+        if len(models) > 1:
+            del weights[next(iter(weights))]  # the first model's is what the others leave
+        return weights | {k: p[k] for k in ("density", "lambda", "lines") if p.get(k) is not None}
+
+    best = numbers(found["best"])
+    lines = [k for k in best if len({numbers(p)[k] for p in points}) > 1] or list(best)
+    figure, axes = plt.subplots(1, len(lines), figsize=(5.2 * len(lines), 4), squeeze=False, sharey=True, layout="constrained")
+
+    def draw(axis, k, points, label, **style):
+        if points:
+            x, y, error = zip(*sorted((numbers(p)[k], p["score"], p["stderr"]) for p in points))
+            axis.errorbar(x, y, error, label=label, capsize=2, lw=1, **style)
+
+    for axis, k in zip(axes[0], lines):
+        others = [o for o in best if o != k and not (o.startswith("weight") and k.startswith("weight"))]
+        groups = collections.defaultdict(list)  # the points of one line
+        for p in points:
+            groups[tuple(round(numbers(p)[o], 9) for o in others)].append(p)
+        through = groups.pop(tuple(round(best[o], 9) for o in others), [])
+        for group in groups.values():
+            draw(axis, k, group, "tried on another line", fmt="o-", ms=4, color="0.75")
+        draw(axis, k, through, "tried", fmt="o-", ms=4, color="C0")
+        draw(axis, k, final, "final, on what was set aside", fmt="D", ms=6, color="C3", mfc="none")
+        axis.axvline(best[k], color="0.5", ls=":", label="the best")
+        axis.set_xlabel({"lines": "LiNeS alpha"}.get(k, k))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel(f"{found['what']} ± one standard error")
+    legend = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}
+    axes[0, -1].legend(legend.values(), legend, fontsize=8)
+    figure.suptitle(f"{found['method']}, {len(points)} points", fontsize=10)
+    return figure
+
+
+def main():
+    p = Parser(description=__doc__.split("\n\n")[0])
+    p.add_argument("sources", nargs="+", metavar="RUN", help="training runs, or one JSON: make_data.py's report, merge.py search's --out")
+    p.add_argument("--out", default="plot.png", help="PNG to write")
+    p.add_argument("--smooth", type=at_least(1), default=1, help="steps of the running mean that is drawn")
+    a = p.parse_args()
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise InputError("tools.plot needs matplotlib: pip install -r requirements-dev.txt") from None
+    if a.sources[0].endswith(".json"):
+        try:
+            with open(a.sources[0], encoding="utf-8") as f:
+                content = json.load(f)
+            figure = (draw_search if "points" in content else draw_categories)(plt, content)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            what = "neither make_data.py's report nor the result of merge.py search"
+            raise InputError(f"{a.sources[0]}: {what} ({type(e).__name__}: {e})") from None
+    else:
+        figure = draw_runs(plt, [read_steps(source) for source in a.sources], a.smooth)
+    with atomic_write(a.out, "wb") as f:
+        figure.savefig(f, dpi=130, format="png")
+    print(f"wrote {a.out}")
+
+
+if __name__ == "__main__":
+    cli(main)

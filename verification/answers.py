@@ -1,0 +1,288 @@
+"""Reading an answer out of a reply, and checking it: numbers, choices, strings, and code, which sandbox.py runs.
+
+The rules are those of the paper's evaluation scripts (arXiv 2411.02939, companion repository, which runs Qwen's own):
+what counts as an answer is part of the protocol, oddities included, because changing them changes the scores.
+"""
+
+import functools
+import math
+import re
+
+from verification.ifeval import follows
+from verification.sandbox import run_program
+
+# ---------------------------------------------------------------- numbers
+
+NUMBER = re.compile(r"[+-]?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|[+-]?\.[0-9]+")
+
+
+def last_number(text):
+    """The last number of a text as a float, None when there is none.
+
+    Thousands commas are dropped ("$1,234.50" -> 1234.5), units and signs around it are ignored ("50%", "18 元"), a sign
+    belongs to the number when it touches it, as the protocol reads it ("-5", but also "10-12" -> -12).
+    """
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def numbers_equal(a, b, tol=1e-4):
+    """Whether two numbers differ by at most tol (absolute). None equals nothing."""
+    return a is not None and b is not None and math.isclose(a, b, rel_tol=0, abs_tol=tol)
+
+
+# ---------------------------------------------------------------- multiple choice
+
+@functools.lru_cache
+def choice_patterns(letters):
+    """The protocol's cascade for a string of letters ("ABCD"): patterns in their order, group 1 is the letter.
+
+    `gap` is text without any of the letters, so that a statement never reaches over a letter to the next. The first two
+    stages have a Chinese and an English pattern each; a negation between statement and letter voids the match. In the
+    paper's scripts C-Eval has only the Chinese and CMMLU only the English ones; here a reply may be in either.
+    """
+    x, gap = f"([{letters}])", f"[^{letters}]"
+    not_en = rf"(?!{gap}{{0,20}}?(?:n't|not))"
+    states_en = rf"(?:[Cc]hoose|(?:[Aa]nswer|[Cc]hoice){not_en}{gap}{{0,10}}?\b(?:is|be|:|)\b){gap}{{0,20}}?\b{x}\b"
+    verb = "(?:是|选|为|：|:|】)"
+    not_zh = rf"(?!{gap}{{0,10}}?(?:不|非){gap}{{0,10}}?{verb})"
+    states_zh = (rf"(?:选[择定]?[：:]?\s*|(?:答案|选项){not_zh}{gap}{{0,10}}?{verb}{gap}{{0,10}}?)"
+                 rf"{x}(?:选项)?(?:[)）。.．，,、：:{letters}]|$)")
+    right_en = r"\b(?:correct|right)\b"
+    called_en = rf"\b{x}\b(?!{gap}{{0,8}}?(?:n't|not){gap}{{0,5}}?(?:correct|right)){gap}{{0,10}}?{right_en}"
+    right_zh = "(?:正确|对[的，。：]|符合)"
+    called_zh = rf"{x}(?:选?项)?(?!{gap}{{0,4}}?(?:不|非){gap}{{0,4}}?{right_zh}){gap}{{0,4}}?{right_zh}"
+    opens = rf"^[(（]?{x}(?:[)）。.．，,：:]|$)"
+    alone = rf"(?<![a-zA-Z]){x}(?![a-zA-Z=])"
+    return [re.compile(p) for p in (states_zh, states_en, called_zh, called_en, opens, alone)]
+
+
+def extract_choice(reply, choices, question=None):
+    """The letter that a reply chooses; always one of the letters.
+
+    choices: {letter: text}. First every choice's text in the reply becomes its letter, the longest text first (so a
+    one-character choice is replaced inside of words too, as in the protocol); then the cascade; then the nearest text.
+    question: for C-Eval, whose scripts also turn a repeated stem of the question ("...的特性是____") into 答案是, and
+    match the choices' texts by case.
+    """
+    if question is not None:
+        stem = question.rstrip("。").split("。")[-1].split("_")
+        if len(stem[0].strip()) > 4:
+            reply = reply.replace(stem[0], "答案是")
+        if len(stem[-1].strip()) > 4:
+            reply = reply.replace(stem[-1], "")
+    flags = re.IGNORECASE if question is None else 0
+    for letter, text in sorted(choices.items(), key=lambda item: len(item[1]), reverse=True):
+        if text := text.rstrip(".。"):  # an empty text would match between all characters
+            reply = re.sub(re.escape(text), letter, reply, flags=flags)
+    for pattern in choice_patterns("".join(choices)):
+        if found := pattern.search(reply):
+            return found.group(1)
+    return nearest_choice(reply, choices)
+
+
+def nearest_choice(reply, choices):
+    """The letter whose text is most similar to the reply, the first among equals, as a last resort."""
+    return max(choices, key=lambda letter: round(similarity(reply, choices[letter]), 9))  # equal is equal to rounding
+
+
+def similarity(a, b):
+    """0 to 1: the "weighted ratio" that the paper's scripts take from thefuzz, so the same choice wins.
+
+    Texts of like length: as they are, or as bags of words. Else the shorter one at its best place in the longer one, or
+    any shared word at all, at a discount.
+    """
+    a, b = (re.sub(r"[\W_]", " ", text).strip().lower() for text in (a, b))
+    if not a or not b:
+        return 0.0
+    words_a, words_b = set(a.split()), set(b.split())
+    length = max(len(a), len(b)) / min(len(a), len(b))
+    if length < 1.5:
+        both, rest_a, rest_b = words_a & words_b, words_a - words_b, words_b - words_a
+        if both and not (rest_a and rest_b):
+            return max(ratio(a, b), 0.95)
+        bags = [" ".join(sorted(both) + sorted(rest)) for rest in (rest_a, rest_b)]
+        pairs = [bags, [" ".join(sorted(text.split())) for text in (a, b)]]
+        pairs += [[" ".join(sorted(both)), bag] for bag in bags if both]
+        return max(ratio(a, b), 0.95 * max(ratio(*pair) for pair in pairs))
+    discount = 0.9 if length <= 8 else 0.6
+    place = 1.0 if words_a & words_b else 0.0
+    if not place:
+        place = max(best_place(*(" ".join(sorted(f(t.split()))) for t in (a, b))) for f in (list, set))
+    return max(ratio(a, b), discount * best_place(a, b), discount * 0.95 * place)
+
+
+def ratio(a, b):
+    """2 LCS(a, b) / (|a| + |b|), LCS the length of the longest common subsequence."""
+    return 2 * lcs_length(a)(b) / (len(a) + len(b))
+
+
+def lcs_length(a):
+    """b -> LCS(a, b), a column of the table at a time: bit i of `row` is 0 where a[i] raises the length."""
+    masks, full = {}, (1 << len(a)) - 1
+    for i, character in enumerate(a):
+        masks[character] = masks.get(character, 0) | 1 << i
+
+    def length(b):
+        row = full
+        for character in b:
+            hit = row & masks.get(character, 0)
+            row = (row + hit | row - hit) & full
+        return len(a) - row.bit_count()
+
+    return length
+
+
+def best_place(a, b):
+    """The largest ratio of the shorter text with a piece of the longer one, of its length or cut off by an end."""
+    if len(a) > len(b):
+        a, b = b, a
+    n, length = len(a), lcs_length(a)
+    edges = [b[:i] for i in range(1, n)] + [b[-i:] for i in range(1, n)]
+    best = max((2 * length(piece) / (n + len(piece)) for piece in edges), default=0.0)
+    most = i = 0
+    while i <= len(b) - n:
+        found = length(b[i : i + n])
+        most = max(most, found)
+        i += most - found + 1  # a step changes the length by 1 at most, so what is jumped over cannot be longer
+    return max(best, most / n)
+
+
+# ---------------------------------------------------------------- code
+
+INDENTED = r"(.*?)(?=\n(?!\n*(?:  |\t))|\Z)"            # up to the first line that is not indented
+
+
+def extract_code(reply, entry_point):
+    """The body of the function `entry_point` in a reply, to be appended to a prompt that ends in its signature.
+
+    From a fenced block (to its end, so helpers after the function come along), else from the bare reply, else the body
+    of any function; a reply without any is taken for a body and indented.
+    """
+    name = re.escape(entry_point)
+    fenced, bare = rf"```.*?def\s+{name}\b.*?:\n(.*?)\n```", rf"def\s+{name}\b.*?:\n{INDENTED}"
+    for pattern in (fenced, bare, rf"def.*?:\n{INDENTED}"):
+        if found := re.search(pattern, reply, re.DOTALL):
+            return found.group(1)
+    return "".join(f"    {line}" if line.strip() else line for line in reply.splitlines(keepends=True))
+
+
+def extract_program(reply, entry_point=None):
+    """A reply's program: the first fenced block that defines entry_point, else the first block, else all of it."""
+    blocks = re.findall(r"```[^\n]*\n(.*?)(?:\n```|\Z)", reply, re.DOTALL)
+    named = [b for b in blocks if entry_point and re.search(rf"def\s+{re.escape(entry_point)}\b", b)]
+    return (named or blocks or [reply])[0]
+
+
+def boxed(reply):
+    """What stands in the last \\boxed{...} of a reply, without LaTeX's \\text; None without one."""
+    found = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", reply)
+    return re.sub(r"\\text\{([^{}]*)\}", r"\1", found[-1]).strip() if found else None
+
+
+# ---------------------------------------------------------------- what a reply states, for data
+
+@functools.lru_cache
+def statements(letters):
+    """Patterns of a choice that is stated outright, the surest first; group 1 is the letter.
+
+    A letter by itself may be an article ("The answer is A man"), so no word but a few may follow it, and no second letter.
+    """
+    second = rf"(?![)）]?\s*(?:,|、|/|&|and|or|和|或|及|与)\s*[(（]?[{letters}](?![A-Za-z]))"
+    article = r"(?!\s+(?!(?:is|was|because|since|as|which|with)\b)[a-z])"
+    x = rf"[\s:：*_\\(（\[【“\"$]*(?:[Oo]ption |[Cc]hoice |选项)?[*(（]*([{letters}])(?![A-Za-z'’=^_]){article}{second}"
+    is_en, is_zh = r"[\s*_]*(?:is|:|(?:must|should|would|will) be)", r"(?:应该?|应当|就|只能)?(?:是|为|选|：|:|】)"
+    refused = "".join(f"(?<!{no})" for no in ("不", "不应", "不能", "不该", "不应该", "可", "别"))
+    return [re.compile(pattern) for pattern in (
+        rf"(?:\b(?:[Aa]nswer|ANSWER|[Cc]hoice|[Oo]ption){is_en}|(?:答案|选项){is_zh}){x}",
+        rf"(?<!not )(?<!n't )(?:\b(?:[Cc]hoose|[Ss]elect|[Pp]ick)\b|{refused}选[择定]?(?!项)){x}",
+        rf"(?<![A-Za-z])([{letters}])[)）*]*(?: (?:is|was) (?:the )?(?:correct|right)\b|(?:选?项)?(?:是正确|正确|符合))",
+    )]  # fmt: skip
+
+
+def unlatex(text):
+    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", text).replace("\\sqrt", "√").replace("\\pi", "π")
+    return re.sub(r"\\(?:text(?:bf)?|math(?:rm|bf)|left|right)\b|[\\{}$]|\.\s*\Z", " ", text).strip().casefold()
+
+
+def normalise_latex(text):
+    """A text without what LaTeX, spaces, case and the sign of a power add to it: "24a^{2} \\text{ Cm}" -> "24a2cm"."""
+    return re.sub(r"\s|(?<=[a-z])\^", "", re.sub(r"\^\s+", "^", unlatex(text)))
+
+
+def amount(text):
+    """The value of a text that is one number, its unit aside: "$2,000", "7 1/2 sec", "58\\%"; None for "2:3" or "8^6 ways"."""
+    number = r"(-?)(?:(\d+)\s+(?=\d+/))?(\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/([1-9]\d*))?"
+    unit = r"\s*(?:[%°]|\s[a-z./ %²³]+|[a-z]{2,}[a-z./ ²³]*)?"
+    if not (found := re.fullmatch(rf"(?:rs\.?|[€£])?\s*{number}{unit}", unlatex(text))):
+        return None
+    sign, whole, value, below = found.groups()
+    return (-1 if sign else 1) * (int(whole or 0) + float(value.replace(",", "")) / int(below or 1))
+
+
+def stated_number(text):
+    """The value of a text that is one number, else the last number in it; unlike last_number, "\\frac{1}{2}" and "1/2" are 0.5."""
+    value, found = amount(text), re.findall(rf"({NUMBER.pattern})(?:/([1-9][0-9]*))?", text)
+    if value is None and found:
+        value = float(found[-1][0].replace(",", "")) / int(found[-1][1] or 1)
+    return value
+
+
+def stated_choice(reply, choices):
+    """The letter that a reply states, as far as that is beyond doubt; "" for a value that is none of the choices, else None.
+
+    The last box, by letter, text or number; else the last statement ("The answer is (B)."); else a reply that is or opens
+    with nothing but a choice. extract_choice always gives a letter, and four or five wrong replies would have one right.
+    """
+    letters, answer = re.escape("".join(choices)), boxed(reply) or ""
+    if found := re.fullmatch(rf"(?:[Oo]ption |[Cc]hoice )?\(?([{letters}])\)?(?:[.:)].*)?", answer, re.DOTALL):
+        return found.group(1)
+    value, amounts = amount(answer), {letter: amount(text) for letter, text in choices.items()}
+    equal = [letter for letter, text in choices.items() if normalise_latex(text) == normalise_latex(answer or reply) != ""]
+    equal = equal or [letter for letter in choices if numbers_equal(value, amounts[letter])]
+    if len(equal) == 1:
+        return equal[0]
+    for pattern in statements(letters):
+        if found := pattern.findall(reply):
+            return found[-1]
+    heads = re.findall(rf"^[^\w\n]*([{letters}])(?!\w)[^\w\n]*(.*)$", reply, re.MULTILINE)
+    if len({letter for letter, _ in heads}) == 1 and re.match(rf"\W*{heads[0][0]}(?!\w)", reply):
+        letter, rest = heads[0]
+        if not rest or normalise_latex(choices[letter]) and normalise_latex(rest).startswith(normalise_latex(choices[letter])):
+            return letter
+    # a number among other things, or the other way round, is no choice; of two formulas who knows, and "none of these" may be
+    known = not equal and any(v is not None for v in (value, *amounts.values()))
+    open_ended = any(re.search(r"\b(?:none|cannot|can't|not)\b|都不", text, re.IGNORECASE) for text in choices.values())
+    return "" if answer and known and not open_ended else None
+
+
+def check(kind, reply, reference):
+    """Whether a reply holds the reference's answer: True or False, None when that cannot be checked.
+
+    kind, reference: "number", a number or a string ending in one; "choice", {"letter", "choices"}; "exact", a string;
+    "format", {"instruction_id_list", "kwargs"} as in IFEval's rows, all of which the reply has to follow, strictly;
+    "code", {"tests", "entry_point"} (RUNS the reply's code, in the sandbox of run_program).
+    """
+    if kind == "number":
+        number = isinstance(reference, (int, float)) and not isinstance(reference, bool)
+        value = float(reference) if number else stated_number(reference) if isinstance(reference, str) else None
+        answer = stated_number(boxed(reply) or "")
+        return None if value is None else numbers_equal(stated_number(reply) if answer is None else answer, value)
+    if kind == "choice" and isinstance(reference, dict) and isinstance(reference.get("choices"), dict):
+        letters = {str(k): str(v) for k, v in reference["choices"].items()}
+        stated = stated_choice(reply, letters) if reference.get("letter") in letters else None
+        return None if stated is None else stated == reference["letter"]
+    if kind == "exact" and isinstance(reference, str):
+        return normalise_text(reply) == normalise_text(reference)
+    if kind == "format" and isinstance(reference, dict) and reference.get("instruction_id_list"):
+        pairs = zip(reference["instruction_id_list"], reference["kwargs"], strict=True)
+        return all(follows(name, reply, kwargs, "reference") for name, kwargs in pairs)
+    if kind == "code" and isinstance(reference, dict) and isinstance(reference.get("tests"), str):
+        entry_point = reference.get("entry_point")
+        return run_program(extract_program(reply, entry_point), reference["tests"], entry_point)[0]
+    return None
+
+
+def normalise_text(text):
+    text = text.strip().casefold()
+    return (text[:-1] if text.endswith((".", "。")) else text).rstrip()

@@ -1,0 +1,242 @@
+"""IFEval's 25 verifiable instructions (arXiv 2311.07911): whether a reply follows them, strictly or loosely.
+
+    follows("length_constraints:number_words", reply, {"relation": "at least", "num_words": 300})
+
+The definitions are those of the benchmark's own checker but where it needs two large packages: sentences are split by a
+rule (below), a language is guessed from its script and its commonest words, and words in capitals are parted as NLTK's
+Treebank rules part them but for rare ones ("'TWAS" is one here, two there). An instruction in capitals is judged by the
+words in lower case, so that English in capitals is English.
+"""
+
+import collections
+import json
+import re
+import unicodedata
+
+from core.files import InputError
+
+# ---------------------------------------------------------------- language
+
+SCRIPTS = {"HANGUL": "ko", "HIRAGANA": "ja", "KATAKANA": "ja", "CJK": "zh", "THAI": "th", "BENGALI": "bn", "GURMUKHI": "pa",
+           "GUJARATI": "gu", "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn", "MALAYALAM": "ml", "HEBREW": "he",
+           "GREEK": "el"}  # fmt: skip
+WORDS = {  # the commonest words of languages that share a script
+    "LATIN": {
+        "en": "the of and to in a is that for it as was with be by on not he this are or his from at which but have an you i "
+              "they were their one all we can her has there been if more when will would who so no your my do what its",
+        "de": "der die und in den von zu das mit sich des auf für ist im dem nicht ein eine als auch es an werden aus er hat "
+              "dass sie nach wird bei einer um am sind noch wie einem über einen so zum war haben nur oder aber ich wir",
+        "fr": "le la les de des du et en un une que qui dans pour pas au sur ne se est ce il sont avec par plus je nous vous "
+              "cette mais ou son sa ses aux être elle",
+        "es": "el la los las de y en que un una por con no para es se del al lo como más su sus pero o este esta son ha yo "
+              "muy sin sobre también ser",
+        "it": "il lo la i gli le di e che in un una per non è con del della dei delle si da al sono come anche più ma nel "
+              "alla questo questa ha io o se mi",
+        "pt": "o a os as de e em que um uma para não com do da dos das no na se por mais como mas ao é foi ser são ou seu sua "
+              "você eu também pelo pela isso",
+        "nl": "de het een en van in is dat op te zijn met voor niet aan er om ook als dan maar bij uit door over naar ik je "
+              "wordt werd deze",
+        "fi": "ja on ei se että hän oli olla mutta kun niin myös kuin ovat joka tai jos voi minä sinä tämä ole sen he me jotka "
+              "mukaan kanssa kuten hyvin",
+        "sw": "na ya wa kwa ni katika za la kuwa cha hii huo yake kama pia hiyo au lakini wao yeye sana watu kila hivyo baada "
+              "ambayo ambao kwamba mimi wewe sisi si",
+        "vi": "và của là có trong được cho không một với các những này để đã khi người đó từ về như tôi bạn cũng sẽ nhiều "
+              "vào ra nhưng hay",
+        "tr": "ve bir bu için ile da de olarak daha çok gibi en kadar ne var olan sonra ama değil ben",
+        "id": "yang dan di dengan untuk dari ini itu pada tidak dalam adalah akan ke saya anda juga atau oleh bisa",
+        "pl": "i w na z się nie do to że jest o jak ale po co tak za od przez są dla który",
+        "sv": "och att det i som en på är av för med den till inte om ett har de jag var vi men kan eller",
+    },
+    "CYRILLIC": {
+        "ru": "и в не на что с он я как это по но они к у из за вы так же от для его она мы был все бы есть или быть чтобы",
+        "bg": "и на да се от за в е са не с по като че ще си това до но или при той тя ние вие бъде може който които съм",
+        "uk": "і в не на що з він я як це до та але вони у із за ви так від для його вона ми був є або бути щоб",
+    },
+    "ARABIC": {
+        "ar": "في من على إلى أن هذا هذه التي الذي لا ما كان عن مع هو هي أو كل قد لم بعد ثم إن كما أنا",
+        "fa": "و در به از که این را با است برای آن یک می ها های خود تا بر هم نیز شود کرد شما من ما بود اما",
+        "ur": "کے میں کی ہے اور سے کا کو اس پر نے ہیں کہ یہ ایک بھی تو ہو وہ کر آپ لیے ہم تھا نہیں گیا",
+    },
+    "DEVANAGARI": {
+        "hi": "के में की है और से का को पर ने हैं कि यह एक भी तो हो वह कर आप लिए हम था नहीं इस जो ही",
+        "mr": "आणि आहे या मध्ये आहेत एक हे ते ही तो ती पण नाही मी आपण त्या होते करा साठी असे जे च तुम्ही आम्ही होता",
+        "ne": "र छ को मा हो छन् यो पनि एक ले गर्न लागि भने त्यो हुन्छ थियो छैन म हामी तपाईं गर्नु गरेको सँग का की",
+    },
+}  # fmt: skip
+WORDS = {script: {language: set(text.split()) for language, text in languages.items()} for script, languages in WORDS.items()}
+
+
+def guess_language(text):
+    """ISO 639-1 code of the language that a text is in: by its commonest script, then its commonest words. None without
+    letters. A guess for telling apart the languages above, not for identifying any language."""
+    scripts = collections.Counter(unicodedata.name(c, "?").split()[0] for c in text if c.isalpha())
+    if not scripts:
+        return None
+    if scripts["HIRAGANA"] + scripts["KATAKANA"] > 0.1 * sum(scripts.values()):
+        return "ja"                                      # Japanese may have more Han characters than kana
+    script = scripts.most_common(1)[0][0]
+    words = re.findall(r"[^\W\d_](?:[\w\u0900-\u097f]|(?<=\w)['’](?=\w))*", text.lower())
+    hits = {language: sum(word in common for word in words) for language, common in WORDS.get(script, {}).items()}
+    return max(hits, key=hits.get) if hits else SCRIPTS.get(script, "?")  # none of the words: the script's first language
+
+
+def in_language(text, language):
+    """A text without letters counts as being in any language, as in the benchmark's checker."""
+    return guess_language(text) in (language, None)
+
+
+# ---------------------------------------------------------------- counting
+
+ABBREVIATIONS = set("mr mrs ms dr prof sr jr st vs etc inc ltd co corp no e.g i.e u.s u.k a.m p.m fig vol jan feb mar apr jun "
+                    "jul aug sep sept oct nov dec gen gov rep sen rev".split())  # fmt: skip
+
+
+def count_sentences(text):
+    """A sentence ends in . ! ? or … (and closing quotes) before white space, or in 。！？; not in an abbreviation, an
+    initial or the number of a list item."""
+    count, start = 0, 0
+    for end in re.finditer(r"[.!?…]+[\"'”’)\]*]*(?=\s|$)|[。！？]+[”’」』）]*", text):
+        last = text[start : end.start()].split()[-1:] or [""]
+        word = last[0].lstrip("(\"'“‘*")
+        initial = len(word) == 1 and word.isupper() and word != "I"
+        item = word.isdigit() and text[start : end.start()].strip() == last[0]
+        if text[end.start()] == "." and (word.lower() in ABBREVIATIONS or initial or item) and text[end.end() :].strip():
+            continue
+        count += 1
+        start = end.end()
+    return count + bool(re.search(r"\w", text[start:]))
+
+
+def paragraphs(text, separator):
+    """The texts between separators; empty ones at either end are left out, None when one between is empty."""
+    parts = [part.strip() for part in re.split(separator, text)]
+    inner = parts[not parts[0] : len(parts) - (len(parts) > 1 and not parts[-1])]
+    return inner if all(inner) else None
+
+
+def compare_count(count, relation, threshold, where):
+    if relation not in ("less than", "at least"):
+        raise InputError(f"{where}: the relation is {relation!r}; it is 'less than' or 'at least'")
+    return count < threshold if relation == "less than" else count >= threshold
+
+
+# ---------------------------------------------------------------- those that take more than a line
+
+
+def bullets(reply):
+    """Lines that begin with - and those with a single *, which is not the mark of bold type. Counted each for itself, as in
+    the benchmark's checker: an empty * takes the line after it along, which may be counted again."""
+    return sum(len(re.findall(pattern, reply, re.MULTILINE)) for pattern in (r"^\s*\*[^*].*$", r"^\s*-.*$"))
+
+
+def highlights(reply):
+    """Texts between asterisks, *so* or **so**, on one line and not empty. One in double asterisks counts twice where the
+    two single patterns both fit, as in the benchmark's checker."""
+    single = [text for text in re.findall(r"\*[^*\n]*\*", reply) if text.strip("*").strip()]
+    double = [text for text in re.findall(r"\*\*([^*\n]*)\*\*", reply) if text.strip()]
+    return len(single) + len(double)
+
+
+def capital_words(reply):
+    """Words in capitals. One ends at white space and most punctuation, but not at / - . ("AND/OR" and "U.S." are one);
+    contractions are two ("NASA'S" counts twice, "NASA's" once), and so are CANNOT and its like."""
+    quote = r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)"
+    text = re.sub(rf"""(?i)[][(){{}}<>?!;@#$%&*"`«»“”„‘’‒–—―]|--|\.\.+|''|[:,](?!\d)|{quote}""", " ", reply)
+    text = re.sub(r"(?i)(?<=[^'\s])(?=(?:'(?:s|m|d|ll|re|ve)?|n't)(?!\S))", " ", text)
+    text = re.sub(r"(?i)\b(?:can(?=not\b)|(?:gim|lem)(?=me\b)|got(?=ta\b)|gon(?=na\b)|wan(?=na(?!\S)))", r" \g<0> ", text)
+    return sum(word.isupper() for word in text.split())
+
+
+def postscript(reply, marker):
+    pattern = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}.get(marker, re.escape(marker.lower()))
+    return re.search(pattern, reply.lower()) is not None
+
+
+def nth_first_word(reply, total, n, word):
+    """Paragraphs are apart by an empty line; empty ones are counted for the place, not for the total."""
+    parts = reply.split("\n\n")
+    if sum(bool(part.strip()) for part in parts) != total or n > total or not parts[n - 1].strip():
+        return False
+    first = re.split(r"[.,?!'\"]", parts[n - 1].split()[0].lstrip("'").lstrip('"'))[0]
+    return first.lower() == word.lower()
+
+
+def is_json(reply):
+    text = re.sub(r"^```(?:json|Json|JSON)?|```$", "", reply.strip()).strip()
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def two_responses(reply):
+    parts = paragraphs(reply, r"\*{6}")
+    return parts is not None and len(parts) == 2 and parts[0] != parts[1]
+
+
+def says(pattern, reply):
+    return len(re.findall(pattern, reply, re.IGNORECASE))
+
+
+# ---------------------------------------------------------------- the table: instruction -> whether a reply r follows it,
+# k being its arguments in the data file. Keywords are patterns there; w is file and line, for the errors.
+
+CHECKS = {
+    "keywords:existence": lambda r, k, w: all(says(word, r) for word in k["keywords"]),
+    "keywords:frequency": lambda r, k, w: compare_count(says(k["keyword"].strip(), r), k["relation"], k["frequency"], w),
+    "keywords:forbidden_words": lambda r, k, w: not any(says(rf"\b{word}\b", r) for word in k["forbidden_words"]),
+    "keywords:letter_frequency": lambda r, k, w: compare_count(
+        r.lower().count(k["letter"].lower()), k["let_relation"], k["let_frequency"], w
+    ),
+    "language:response_language": lambda r, k, w: in_language(r, k["language"]),
+    "length_constraints:number_sentences": lambda r, k, w: compare_count(count_sentences(r), k["relation"], k["num_sentences"], w),
+    "length_constraints:number_paragraphs": lambda r, k, w: len(paragraphs(r, r"\*\*\*") or []) == k["num_paragraphs"],
+    "length_constraints:number_words": lambda r, k, w: compare_count(len(re.findall(r"\w+", r)), k["relation"], k["num_words"], w),
+    "length_constraints:nth_paragraph_first_word": lambda r, k, w: nth_first_word(
+        r, k["num_paragraphs"], k["nth_paragraph"], k["first_word"]
+    ),
+    "detectable_content:number_placeholders": lambda r, k, w: len(re.findall(r"\[.*?\]", r)) >= k["num_placeholders"],
+    "detectable_content:postscript": lambda r, k, w: postscript(r, k["postscript_marker"].strip()),
+    "detectable_format:number_bullet_lists": lambda r, k, w: bullets(r) == k["num_bullets"],
+    "detectable_format:constrained_response": lambda r, k, w: any(
+        f"My answer is {answer}." in r for answer in ("yes", "no", "maybe")
+    ),
+    "detectable_format:number_highlighted_sections": lambda r, k, w: highlights(r) >= k["num_highlights"],
+    "detectable_format:multiple_sections": lambda r, k, w: len(
+        re.findall(rf"{re.escape(k['section_spliter'].strip())}\s?\d+", r)
+    ) >= k["num_sections"],
+    "detectable_format:json_format": lambda r, k, w: is_json(r),
+    "detectable_format:title": lambda r, k, w: any(
+        title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", r)
+    ),
+    "combination:two_responses": lambda r, k, w: two_responses(r),
+    "combination:repeat_prompt": lambda r, k, w: r.strip().lower().startswith(k["prompt_to_repeat"].strip().lower()),
+    "startend:end_checker": lambda r, k, w: r.strip().strip('"').lower().endswith(k["end_phrase"].strip().lower()),
+    "startend:quotation": lambda r, k, w: len(r.strip()) > 1 and r.strip()[0] == r.strip()[-1] == '"',
+    "change_case:capital_word_frequency": lambda r, k, w: compare_count(
+        capital_words(r), k["capital_relation"], k["capital_frequency"], w
+    ),
+    "change_case:english_capital": lambda r, k, w: r.isupper() and in_language(r.lower(), "en"),
+    "change_case:english_lowercase": lambda r, k, w: r.islower() and in_language(r, "en"),
+    "punctuation:no_comma": lambda r, k, w: "," not in r,
+}  # fmt: skip
+
+
+def follows(instruction, reply, kwargs, where="", loose=False):
+    """Whether a reply follows an instruction. An empty reply follows none.
+
+    loose: one of eight versions of the reply does, with and without its first line, its last line and its asterisks, so
+    that "Sure, here it is:" and bold type are no fault. where: file and line of the instruction, for the errors.
+    """
+    if instruction not in CHECKS:
+        raise InputError(f"{where}: unknown instruction {instruction!r}; known are {', '.join(CHECKS)}")
+    versions = [reply]
+    if loose:
+        lines = reply.split("\n")
+        versions += ["\n".join(some).strip() for some in (lines[1:], lines[:-1], lines[1:-1])]
+        versions += [version.replace("*", "") for version in versions]
+    try:
+        return any(CHECKS[instruction](version, kwargs, where) for version in versions if version.strip())
+    except (KeyError, TypeError, AttributeError, re.error) as e:
+        raise InputError(f"{where}: the arguments {kwargs} of {instruction} cannot be used: {e!r}") from None
