@@ -61,7 +61,7 @@ def summarise_task(verdicts, subjects, over, first=None):
 def score_replies(names, work, said, protocol):
     """What was said -> (the content of results.json, the lines of samples.jsonl)."""
     results, samples = {name: {} for name in names}, []
-    first = {}                                           # the first checkpoint's verdicts on each task
+    first = {}  # the first checkpoint's verdicts on each task
     for name, (task, questions) in itertools.product(names, work.items()):
         records = said[name][task]
         bar = tqdm(records, f"{name} {task}: verdicts", disable=None, leave=False)
@@ -69,8 +69,18 @@ def score_replies(names, work, said, protocol):
         extracted, verdicts, metrics, confidences = zip(*found)
         for q, record, text, correct in zip(questions, records, extracted, verdicts):
             kept = {k: v for k, v in record.items() if k not in ("key", "checkpoint", "task", "id", "code")}
-            samples.append({"checkpoint": name, "task": task, "id": q["row"]["id"], "prompt": q["messages"], **kept,
-                            "extracted": text, "correct": correct, "protocol": protocol})
+            samples.append(
+                {
+                    "checkpoint": name,
+                    "task": task,
+                    "id": q["row"]["id"],
+                    "prompt": q["messages"],
+                    **kept,
+                    "extracted": text,
+                    "correct": correct,
+                    "protocol": protocol,
+                }
+            )
         subjects = [q["row"].get("subject") for q in questions]
         cell = summarise_task(verdicts, subjects, BENCHMARKS[task]["over"], first.get(task))
         cell |= {"protocol": protocol, "cut_short": sum(r.get("finish_reason") == "length" for r in records)}
@@ -97,11 +107,13 @@ def correct_for_many(results):
 
 def results_table(results):
     """results.json's content as Markdown, in percent; the first row is what the others are compared with."""
+
     def text(cell):
         error = "?" if cell["stderr"] is None else f"{100 * cell['stderr']:.1f}"
         versus = cell.get("vs_first")
         return f"{100 * cell['score']:.1f} ± {error}" + (
-            f" ({100 * versus['difference']:+.1f}, p = {versus['p_holm']:.2g})" if versus else "")
+            f" ({100 * versus['difference']:+.1f}, p = {versus['p_holm']:.2g})" if versus else ""
+        )
 
     first = next(iter(results))
     head = [f"{task} ({cell['protocol']}, n = {cell['n']})" for task, cell in results[first].items()]
@@ -110,9 +122,11 @@ def results_table(results):
     note = "Percent ± one standard error"
     if len(results) > 1:
         m = (len(results) - 1) * len(head)
-        note += (f"; in brackets the difference to {first} on the same questions and its p-value (exact McNemar test, or "
-                 f"paired bootstrap for scores that are not 0 or 1, or that average over subjects), corrected by Holm for {m} "
-                 f"comparison{'s' * (m > 1)}")
+        note += (
+            f"; in brackets the difference to {first} on the same questions and its p-value (exact McNemar test, or "
+            f"paired bootstrap for scores that are not 0 or 1, or that average over subjects), corrected by Holm for {m} "
+            f"comparison{'s' * (m > 1)}"
+        )
     rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return "\n".join([rows, f"{note}.\n", *in_words(results), *metric_lines(results)])
 
@@ -126,15 +140,18 @@ def in_words(results):
         for name, versus in pairs.items():
             low, high = versus["interval"]
             (real if versus["p_holm"] < 0.05 else noise).append(
-                f"{name} on {task} ({100 * versus['difference']:+.1f}, 95% interval {100 * low:+.1f} to {100 * high:+.1f})")
+                f"{name} on {task} ({100 * versus['difference']:+.1f}, 95% interval {100 * low:+.1f} to {100 * high:+.1f})"
+            )
         smallest = max((versus["smallest"] or 0.0 for versus in pairs.values()), default=0.0)
         if smallest:
             power.append(f"{100 * smallest:.1f} on {task} (n = {results[first][task]['n']})")
     lines = [f"More than noise, against {first}: {'; '.join(real)}.\n"] if real else []
     lines += [f"Noise, as far as these questions can tell: {'; '.join(noise)}.\n"] if noise else []
     if power:
-        lines.append("Smallest true difference, in points, that would show at p < 0.05 (uncorrected) in four of five such "
-                     f"evaluations: {'; '.join(power)}.\n")
+        lines.append(
+            "Smallest true difference, in points, that would show at p < 0.05 (uncorrected) in four of five such "
+            f"evaluations: {'; '.join(power)}.\n"
+        )
     return lines
 
 
@@ -178,7 +195,9 @@ def compare_command(argv):
             count[task][s["correct"] < t["correct"]] += 1
             text += f"## {task} {id}\n\n{s['prompt'][-1]['content']}\n\n"
             for x in (s, t):
-                text += f"### {x['checkpoint']}: {float(x['correct']):g}, read as {x['extracted']!r}\n\n{x['reply']}\n\n"
+                text += (
+                    f"### {x['checkpoint']}: {float(x['correct']):g}, read as {x['extracted']!r}\n\n{x['reply']}\n\n"
+                )
     lines = [f"{task}: {a.names[0]} better on {x}, {a.names[1]} on {y}, of {n} questions"
              for task, (x, y, n) in count.items()]  # fmt: skip
     path = os.path.join(a.out, "-vs-".join(name.strip("/").replace("/", "_") for name in a.names) + ".md")
@@ -194,26 +213,34 @@ def main():
         return judge.main(sys.argv[2:])
     p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--ckpt", nargs="+", required=True, help="hub ids, directories, .pt files; first the baseline")
-    p.add_argument("--protocol", choices=["paper", "loglik"], default="paper", help="chat, or likelihoods of the choices")
+    p.add_argument(
+        "--protocol", choices=["paper", "loglik"], default="paper", help="chat, or likelihoods of the choices"
+    )
     p.add_argument("--allow-code-execution", action="store_true", help="run what the checkpoints write, in a sandbox")
-    p.add_argument("--rescore", action="store_true", help="read the replies in OUT again; no checkpoint is opened, "
-                   "the other flags are those of the run that asked for them")
+    p.add_argument(
+        "--rescore",
+        action="store_true",
+        help="read the replies in OUT again; no checkpoint is opened, "
+        "the other flags are those of the run that asked for them",
+    )
     add_reply_flags(p)
     a = p.parse_args()
     if a.protocol == "loglik" and a.repetition_penalty != 1.0:
         raise InputError("--repetition-penalty is for replies; --protocol loglik has none, leave it out")
     names = checkpoint_names(a.ckpt)
     work = {task: prepare(task, a) for task in dict.fromkeys(a.tasks)}
-    rank, world = join_group(hours=7 * 24)                     # for two barriers: a rank may wait long for another
+    rank, world = join_group(hours=7 * 24)  # for two barriers: a rank may wait long for another
     if rank == 0:
         for task, questions in work.items():
             subjects = len({q["row"].get("subject") for q in questions})
-            print(f"{task}: {len(questions)} questions" + (f", {subjects} subjects" if subjects > 1 else ""), flush=True)
+            print(
+                f"{task}: {len(questions)} questions" + (f", {subjects} subjects" if subjects > 1 else ""), flush=True
+            )
     if a.rescore:
         said = load_replies(a, names, work)
     else:
         for source in a.ckpt:
-            Tokenizer(Checkpoint(source))                # a broken one is better known now than in an hour
+            Tokenizer(Checkpoint(source))  # a broken one is better known now than in an hour
         said = collect_replies(a, names, work, rank, world, own_device(a.device))
     leave_group()
     if rank:
@@ -225,8 +252,10 @@ def main():
         json.dump(results, f, indent=1)
     with atomic_write(os.path.join(a.out, "results.md")) as f:
         f.write(results_table(results))
-    print(f"\n{results_table(results)}\nIn {a.out}: results.json, results.md, samples.jsonl (every prompt, reply and verdict)."
-          "\nNext: the same command with another --ckpt or task added; replies that are there are not asked for again.")
+    print(
+        f"\n{results_table(results)}\nIn {a.out}: results.json, results.md, samples.jsonl (every prompt, reply and verdict)."
+        "\nNext: the same command with another --ckpt or task added; replies that are there are not asked for again."
+    )
 
 
 if __name__ == "__main__":

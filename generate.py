@@ -105,10 +105,14 @@ def onednn_weights(m):
     reordered copy is 1.3 to 2 times as fast. It takes as much memory as the weights, so it is made only where half of
     what the machine has left is enough, and only on a CPU whose oneDNN has kernels for the weights' dtype.
     """
-    weights = [p for p in m.parameters() if p.ndim == 2 and p is not m.model["embed_tokens"].weight or p is m.head_weight]
+    weights = [
+        p for p in m.parameters() if p.ndim == 2 and p is not m.model["embed_tokens"].weight or p is m.head_weight
+    ]
     size = sum(p.numel() * p.element_size() for p in weights)
     dtype, there = m.head_weight.dtype, m.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    known = there and (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    known = there and (
+        dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
     if known and 2 * size < available_memory():
         for p in weights:
             p.packed = torch.ops.mkldnn._reorder_linear_weight(p.detach(), 64)
@@ -150,7 +154,9 @@ def decoding_step(m, cache, tokens, uniform, **choice):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
-    for to, value in zip(state, before):  # what the trial steps wrote to the cache lies ahead, where it is written again
+    for to, value in zip(
+        state, before
+    ):  # what the trial steps wrote to the cache lies ahead, where it is written again
         to.copy_(value)
     return graph.replay
 
@@ -203,18 +209,24 @@ def generate_steps(
     are looked at, and the places of ended rows filled again; by default 16 on a GPU, 1 elsewhere. It changes no reply.
     """
     if max_new_tokens < 1 or temperature < 0:
-        raise InputError(f"max_new_tokens is {max_new_tokens}, temperature {temperature}; they are at least 1 and at least 0")
+        raise InputError(
+            f"max_new_tokens is {max_new_tokens}, temperature {temperature}; they are at least 1 and at least 0"
+        )
     prompts = [tokenizer.prompt_ids(as_messages(p, f"prompt {i}")) for i, p in enumerate(prompts)]
     if not prompts:
         return
     seeds = seed if isinstance(seed, (list, tuple)) else [seed * 1_000_003 + i for i in range(len(prompts))]
     end = m.config.max_position_embeddings
     if (full := next((i for i, p in enumerate(prompts) if len(p) >= end), None)) is not None:
-        raise InputError(f"prompt {full} takes {len(prompts[full])} tokens; the model ends at {end}, so it has no room for a reply")
+        raise InputError(
+            f"prompt {full} takes {len(prompts[full])} tokens; the model ends at {end}, so it has no room for a reply"
+        )
     limits = [min(max_new_tokens, end - len(p)) for p in prompts]
     longest = max(len(p) + most for p, most in zip(prompts, limits))
     stop = [stop] if isinstance(stop, str) else list(stop)
-    tail = 4 * max(map(len, stop), default=0)  # tokens that hold a stop string at the end: a character has up to 4 bytes
+    tail = 4 * max(
+        map(len, stop), default=0
+    )  # tokens that hold a stop string at the end: a character has up to 4 bytes
 
     device = m.device
     fit = int(cache_gb * 2**30 / m.new_cache(1, longest, "meta").bytes)
@@ -227,8 +239,13 @@ def generate_steps(
     choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seen": seen, "penalty": repetition_penalty}
     shared = prefix_lengths(prompts)
     prefix = [tuple(p[:n]) for p, n in zip(prompts, shared)]
-    waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))  # rows of like length share the batch
-    uses, computed = Counter(prefix), {(): None}  # {prefix: its KV cache, from the first prompt that has it to the last}
+    waiting = sorted(
+        range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i])
+    )  # rows of like length share the batch
+    uses, computed = (
+        Counter(prefix),
+        {(): None},
+    )  # {prefix: its KV cache, from the first prompt that has it to the last}
 
     rows = []  # in flight, one a row of the cache: {"index", "new": tokens so far, "feed": tokens the model sees next}
 
@@ -332,11 +349,20 @@ def main():
     p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="most tokens of a reply")
     p.add_argument("--temperature", type=number(0), default=0.0, help="0 is greedy")
     p.add_argument("--top-k", type=at_least(0), default=0, help="keep the k likeliest tokens; 0 keeps all")
-    p.add_argument("--top-p", type=number(above=0), default=1.0, help="keep the likeliest tokens that reach this probability")
-    p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help="above 1, tokens already there become less likely; "
-                   "transformers' generate takes it from the checkpoint's generation_config.json, this does not")
+    p.add_argument(
+        "--top-p", type=number(above=0), default=1.0, help="keep the likeliest tokens that reach this probability"
+    )
+    p.add_argument(
+        "--repetition-penalty",
+        type=number(above=0),
+        default=1.0,
+        help="above 1, tokens already there become less likely; "
+        "transformers' generate takes it from the checkpoint's generation_config.json, this does not",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the sampling")
-    p.add_argument("--cache-gb", type=number(above=0), default=4.0, help="GiB of keys and values: prompts that do not fit wait")
+    p.add_argument(
+        "--cache-gb", type=number(above=0), default=4.0, help="GiB of keys and values: prompts that do not fit wait"
+    )
     # machine
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="of weights and computation")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
@@ -344,7 +370,10 @@ def main():
     ckpt = Checkpoint(a.ckpt)
     m = Qwen2.from_pretrained(ckpt, dtype=DTYPES[a.dtype], device=a.device)
     tokenizer = Tokenizer(ckpt)
-    settings = {k: getattr(a, k) for k in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "cache_gb")}
+    settings = {
+        k: getattr(a, k)
+        for k in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "cache_gb")
+    }
     system = [{"role": "system", "content": a.system}] if a.system else []
     if a.prompt:
         prompts = [system + [{"role": "user", "content": text}] for text in a.prompt]

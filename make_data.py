@@ -23,7 +23,9 @@ from curation import teacher as models
 from curation.prompts import AGAIN_JUDGE, GREETING, JUDGE
 
 STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")
-FORMAT = 3  # raised when what the steps write changes: what an older version wrote is made anew, out of the kept replies
+FORMAT = (
+    3  # raised when what the steps write changes: what an older version wrote is made anew, out of the kept replies
+)
 
 
 def file_hash(path):
@@ -58,7 +60,9 @@ def run_step(out, state, name, inputs, arguments, work):
     file that was edited by hand since is kept, and what follows from it is made anew. -> the step's counts."""
     files = {k: f"{out}/{k}.jsonl" for k in ("sft", "kto")} if name == STEPS[-1] else \
         {True: f"{out}/{name}.jsonl", False: f"{out}/{name}.dropped.jsonl"}  # fmt: skip
-    key = hashlib.sha256(json.dumps([FORMAT, arguments, [file_hash(p) for p in inputs]], sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps([FORMAT, arguments, [file_hash(p) for p in inputs]], sort_keys=True).encode()
+    ).hexdigest()
     reused = state.get(name, {}).get("key") == key and all(map(os.path.exists, files.values()))
     if not reused:
         if state.pop(name, None):  # from here on the old files' key no longer holds
@@ -85,8 +89,10 @@ def run_step(out, state, name, inputs, arguments, work):
     for path in edited:
         print(f"{'':<11}   {path} was edited since: kept as it is; delete it to have it made again")
     if counts.get("out") == 0:
-        mend = {"1_collect": "see its .dropped.jsonl, and whether --sources hold records", "4_balance": "lower --min-category"}.get(
-            name, "see its .dropped.jsonl")
+        mend = {
+            "1_collect": "see its .dropped.jsonl, and whether --sources hold records",
+            "4_balance": "lower --min-category",
+        }.get(name, "see its .dropped.jsonl")
         raise InputError(f"{files[True]}: no record is left; {mend}")
     return counts
 
@@ -94,33 +100,74 @@ def run_step(out, state, name, inputs, arguments, work):
 def parse_args():
     p = Parser(description=__doc__.split("\n\n")[0])
     # data
-    p.add_argument("--sources", nargs="+", required=True, metavar="F", help="JSON Lines or JSON arrays, plain or .gz; globs; "
-                   "hf://datasets/OWNER/NAME[@REVISION]/FILE")
-    p.add_argument("--decontaminate", nargs="+", default=[], metavar="F", help="evaluation files: their questions must not be in the data")
+    p.add_argument(
+        "--sources",
+        nargs="+",
+        required=True,
+        metavar="F",
+        help="JSON Lines or JSON arrays, plain or .gz; globs; hf://datasets/OWNER/NAME[@REVISION]/FILE",
+    )
+    p.add_argument(
+        "--decontaminate",
+        nargs="+",
+        default=[],
+        metavar="F",
+        help="evaluation files: their questions must not be in the data",
+    )
     p.add_argument("--out", required=True, help="folder for all files of the run")
-    p.add_argument("--limit", type=at_least(0), default=0, help="at most this many records of each source, its first; 0: all")
-    p.add_argument("--max-chars", type=at_least(1), default=20_000, help="longest record kept, in characters of prompt and response")
+    p.add_argument(
+        "--limit", type=at_least(0), default=0, help="at most this many records of each source, its first; 0: all"
+    )
+    p.add_argument(
+        "--max-chars",
+        type=at_least(1),
+        default=20_000,
+        help="longest record kept, in characters of prompt and response",
+    )
     # models
     p.add_argument("--teacher", required=True, help="URL of an OpenAI-compatible endpoint (.../v1), or a checkpoint")
     p.add_argument("--teacher-model", help="the model's name at the endpoint")
     p.add_argument("--small", required=True, help="checkpoint of the small model, which responds too")
-    p.add_argument("--samples", type=at_least(1, high=16), default=1, help="responses of the small model, 1 to 16: the first "
-                   "greedy, the others drawn")
-    p.add_argument("--temperature", type=number(above=0), default=0.8, help="of the small model's drawn responses, above 0")
+    p.add_argument(
+        "--samples",
+        type=at_least(1, high=16),
+        default=1,
+        help="responses of the small model, 1 to 16: the first greedy, the others drawn",
+    )
+    p.add_argument(
+        "--temperature", type=number(above=0), default=0.8, help="of the small model's drawn responses, above 0"
+    )
     p.add_argument("--recorded", nargs="+", default=[], metavar="F", help="responses written before, used instead of asking: prompt and "
                    "response in any shape that --sources takes, and \"writer\": \"teacher\" (if missing) or \"small\"")  # fmt: skip
     p.add_argument("--perplexity", metavar="C", help="checkpoint that gives the perplexities; default: the small model")
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="of local checkpoints")
-    p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="tokens of a response; a longer one is left out")
-    p.add_argument("--max-len", type=at_least(1), default=2048, help="tokens of prompt and response that perplexity looks at")
-    p.add_argument("--batch-size", type=at_least(1), default=32, help="sequences that a local checkpoint generates at once")
-    p.add_argument("--micro-tokens", type=at_least(1), default=8192, help="tokens of one forward when perplexities are computed")
+    p.add_argument(
+        "--max-new-tokens", type=at_least(1), default=512, help="tokens of a response; a longer one is left out"
+    )
+    p.add_argument(
+        "--max-len", type=at_least(1), default=2048, help="tokens of prompt and response that perplexity looks at"
+    )
+    p.add_argument(
+        "--batch-size", type=at_least(1), default=32, help="sequences that a local checkpoint generates at once"
+    )
+    p.add_argument(
+        "--micro-tokens", type=at_least(1), default=8192, help="tokens of one forward when perplexities are computed"
+    )
     # the endpoint
     p.add_argument("--concurrency", type=at_least(1), default=16, help="requests in flight")
     p.add_argument("--timeout", type=number(above=0), default=120.0, help="seconds to wait for one reply")
-    p.add_argument("--retries", type=at_least(0), default=8, help="how often a failed request is sent again, with growing pauses")
-    p.add_argument("--requests-per-minute", type=number(0), default=0, help="most requests sent in a minute; 0: no limit")
-    p.add_argument("--tokens-per-minute", type=number(0), default=0, help="most tokens of prompts and replies in a minute; 0: no limit")
+    p.add_argument(
+        "--retries", type=at_least(0), default=8, help="how often a failed request is sent again, with growing pauses"
+    )
+    p.add_argument(
+        "--requests-per-minute", type=number(0), default=0, help="most requests sent in a minute; 0: no limit"
+    )
+    p.add_argument(
+        "--tokens-per-minute",
+        type=number(0),
+        default=0,
+        help="most tokens of prompts and replies in a minute; 0: no limit",
+    )
     p.add_argument("--budget", type=number(0), default=0, help="what all replies in --out may cost: tokens, or with prices their "
                    "currency; the run stops before it would be exceeded; 0: no limit")  # fmt: skip
     p.add_argument("--price-in", type=number(0), help="price of a million tokens of prompts")
@@ -128,19 +175,42 @@ def parse_args():
     p.add_argument("--dry-run", action="store_true", help="collect and deduplicate, then show counts, sample requests and an "
                    "estimate of the cost; ask nothing")  # fmt: skip
     # selection
-    p.add_argument("--hamming", type=at_least(0, high=16), default=3, help="near duplicates: simhashes that differ in this many "
-                   "of 64 bits, or fewer")
-    p.add_argument("--min-category", type=at_least(1), default=10, help="secondary categories with fewer instructions are dropped")
+    p.add_argument(
+        "--hamming",
+        type=at_least(0, high=16),
+        default=3,
+        help="near duplicates: simhashes that differ in this many of 64 bits, or fewer",
+    )
+    p.add_argument(
+        "--min-category", type=at_least(1), default=10, help="secondary categories with fewer instructions are dropped"
+    )
     p.add_argument("--target", type=at_least(1), default=500_000, help="instructions left after balancing, at most")
-    p.add_argument("--seed", type=int, default=0, help="of the balancing, and of the order of responses before the judge")
+    p.add_argument(
+        "--seed", type=int, default=0, help="of the balancing, and of the order of responses before the judge"
+    )
     # scores
-    p.add_argument("--weight-quality", type=number(0), default=0.6, help="weight of the teacher's quality grade in the composite score")
+    p.add_argument(
+        "--weight-quality",
+        type=number(0),
+        default=0.6,
+        help="weight of the teacher's quality grade in the composite score",
+    )
     p.add_argument("--weight-safety", type=number(0), default=0.3, help="weight of the teacher's safety grade")
-    p.add_argument("--weight-perplexity", type=number(0), default=0.1, help="weight of fluency: whether the perplexity is far "
-                   "above that of the other responses; below --margin it makes no pair")
+    p.add_argument(
+        "--weight-perplexity",
+        type=number(0),
+        default=0.1,
+        help="weight of fluency: whether the perplexity is far "
+        "above that of the other responses; below --margin it makes no pair",
+    )
     p.add_argument("--margin", type=number(0), default=0.25, help="least difference of composite scores that makes a KTO pair; "
                    "above 1 only verification makes one")  # fmt: skip
-    p.add_argument("--min-safety", type=at_least(1, high=5), default=3, help="grade, 1 to 5, below which a best response is not used")
+    p.add_argument(
+        "--min-safety",
+        type=at_least(1, high=5),
+        default=3,
+        help="grade, 1 to 5, below which a best response is not used",
+    )
     p.add_argument("--judge-orders", type=int, choices=(1, 2), default=2, help="2: judge a second time with the responses in "
                    "reverse order, for half of what a judge prefers may be a place")  # fmt: skip
     p.add_argument("--judge-verified", action="store_true", help="ask the judge also where verification has decided")
@@ -173,7 +243,9 @@ def make(args):
     teacher = models.open_teacher(args.teacher, args.teacher_model, args.dtype)
     small = models.open_teacher(args.small, dtype=args.dtype)
     if small.url:
-        raise InputError(f"--small {args.small}: the small model is a local checkpoint (it also gives the perplexities)")
+        raise InputError(
+            f"--small {args.small}: the small model is a local checkpoint (it also gives the perplexities)"
+        )
     scorer = models.open_teacher(args.perplexity, dtype=args.dtype) if args.perplexity else small
     own = {teacher.identity: "teacher", small.identity: "small"}.get(scorer.identity)
     prices = (args.price_in, args.price_out) if args.price_in is not None else None
@@ -181,7 +253,10 @@ def make(args):
                                                       "requests_per_minute", "tokens_per_minute", "budget")}  # fmt: skip
     asking["prices"] = prices
     # a category or grades; a response
-    short, long = {"max_tokens": max(128, 40 * (2 + args.samples)), **asking}, {"max_tokens": args.max_new_tokens, **asking}
+    short, long = (
+        {"max_tokens": max(128, 40 * (2 + args.samples)), **asking},
+        {"max_tokens": args.max_new_tokens, **asking},
+    )
 
     def of(*names):  # the arguments that a step's result depends on
         return {name: getattr(args, name) for name in names}
@@ -192,7 +267,9 @@ def make(args):
         raise InputError(f"{out}: cannot be made a folder: {e.strerror}; give another --out") from None
     state, counts = load_state(f"{out}/state.json"), {}
     with models.open_cache(f"{out}/replies.jsonl") as cache:
-        for stale in glob.glob(f"{glob.escape(out)}/*.tmp[0-9]*"):  # a killed run's: it is gone, we hold the cache's lock
+        for stale in glob.glob(
+            f"{glob.escape(out)}/*.tmp[0-9]*"
+        ):  # a killed run's: it is gone, we hold the cache's lock
             os.remove(stale)
         if teacher.url and not args.dry_run and not cache.offsets:
             models.ask(teacher, [GREETING], cache, desc="greeting", **short)
@@ -231,7 +308,9 @@ def make(args):
     print(f"\n{labels['sft']:,} SFT examples, {labels['kto'] // 2:,} KTO pairs.")
     if any(cache.spent):
         cost = f", {models.price(cache.spent, prices):,.2f} in all" if prices else ""
-        print(f"The teacher's replies in {out}/replies.jsonl: {cache.spent[0]:,} tokens in, {cache.spent[1]:,} out{cost}.")
+        print(
+            f"The teacher's replies in {out}/replies.jsonl: {cache.spent[0]:,} tokens in, {cache.spent[1]:,} out{cost}."
+        )
     print(f"Written: {out}/sft.jsonl, {out}/kto.jsonl, {out}/report.md. Next:")
     print(f"  python train_sft.py --ckpt {args.small} --data {out}/sft.jsonl --out OUT/sft")
     print(f"  python train_kto.py --ckpt OUT/sft --data {out}/kto.jsonl --out OUT/sft-kto")

@@ -32,7 +32,13 @@ def main(argv=None):
                                      "the weights.")  # fmt: skip
     add_method_flags(parser)
     # output
-    parser.add_argument("--out", type=checkpoint_out, required=True, metavar="O", help="directory to write, or a .pt file (held in memory)")
+    parser.add_argument(
+        "--out",
+        type=checkpoint_out,
+        required=True,
+        metavar="O",
+        help="directory to write, or a .pt file (held in memory)",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
         help="of the weights written")  # fmt: skip
     parser.add_argument("--shard-size", type=parse_size, metavar="SIZE", help="largest safetensors file, such as 5GB; "

@@ -189,7 +189,9 @@ class Qwen2(nn.Module):
         have = {name: ckpt.shape(name) for name in ckpt.names}
         faults = [f"missing {n}" for n in want if n not in have] + [f"unknown {n}" for n in have if n not in want]
         faults += [f"{n} is {have[n]}, the config says {want[n]}" for n in want if n in have and have[n] != want[n]]
-        faults += [f"{n} is {ckpt.dtype(n)}, no float" for n in want if n in have and not ckpt.dtype(n).is_floating_point]
+        faults += [
+            f"{n} is {ckpt.dtype(n)}, no float" for n in want if n in have and not ckpt.dtype(n).is_floating_point
+        ]
         if faults:
             more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
             raise InputError(f"{ckpt.source}: tensors do not fit the config: {'; '.join(faults[:5])}{more}")

@@ -5,4 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")"
 bash tools/venv.sh requirements-dev.txt
 .venv/bin/ruff check -q .
+.venv/bin/ruff format -q --check .
 exec .venv/bin/python -m pytest -q tests "$@"

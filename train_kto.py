@@ -114,7 +114,9 @@ def encode_feedback(records, tokenizer, max_len):
             places.append(where)
     if len(rows) < 2:
         files = ", ".join(dict.fromkeys(where.rsplit(":", 1)[0] for where, _ in records))
-        raise InputError(f"{files}: {len(rows)} examples whose prompt is under --max-len {max_len}; a mismatched pair takes two")
+        raise InputError(
+            f"{files}: {len(rows)} examples whose prompt is under --max-len {max_len}; a mismatched pair takes two"
+        )
     return rows, places
 
 
@@ -151,13 +153,17 @@ def main():
     p.add_argument("--beta", type=number(above=0), default=0.1, help="strength of the pull to the reference, per nat")
     p.add_argument("--desirable-weight", type=weight, default=1.0, help="w_D, or auto: balances the labels")
     p.add_argument("--undesirable-weight", type=number(0), default=1.0, help="w_U")
-    p.add_argument("--ref-cache", help="file of reference log-probabilities; without it ref-cache.safetensors beside OUT")
+    p.add_argument(
+        "--ref-cache", help="file of reference log-probabilities; without it ref-cache.safetensors beside OUT"
+    )
     a = p.parse_args()
     if a.batch_size < 2:
         raise InputError("--batch-size 1: no mismatched pair exists in a batch of one; give at least 2")
     ref_cache = a.ref_cache or os.path.join(os.path.dirname(os.path.abspath(a.out)), "ref-cache.safetensors")
     if os.path.isdir(ref_cache):
-        raise InputError(f"--ref-cache {ref_cache}: is a directory; give a file, such as {ref_cache}/ref-cache.safetensors")
+        raise InputError(
+            f"--ref-cache {ref_cache}: is a directory; give a file, such as {ref_cache}/ref-cache.safetensors"
+        )
     rank, world, device = setup_ranks(a)
 
     # Data, and every step of the run, and with it every mismatched pair. What is held out is one large step
@@ -166,7 +172,10 @@ def main():
         prompts = [prompt for prompt, _, _ in rows]
         steps = plan_steps(len(rows), *sizes, smallest=2, order=None if a.no_shuffle else epoch_order(prompts, a.seed))
         if rank == 0 and (clashes := count_prompt_clashes(steps, prompts)):
-            print(f"warning: {', '.join(files)}: {clashes} mismatched pairs share their prompt, so they match" + "; shuffle" * a.no_shuffle)
+            print(
+                f"warning: {', '.join(files)}: {clashes} mismatched pairs share their prompt, so they match"
+                + "; shuffle" * a.no_shuffle
+            )
         return rows, places, steps
 
     records = read_records(a.data, kto_example)

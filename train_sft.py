@@ -1,8 +1,8 @@
 """Supervised fine-tuning on plain PyTorch.
 
-    python train_sft.py --ckpt Qwen/Qwen2-0.5B-Instruct --data sft.jsonl --out sft.pt
-    torchrun --nproc-per-node 8 train_sft.py ...                                          # the same step on 8 ranks
-    torchrun --nproc-per-node 8 train_sft.py ... --shard                                  # of a model too large for one
+python train_sft.py --ckpt Qwen/Qwen2-0.5B-Instruct --data sft.jsonl --out sft.pt
+torchrun --nproc-per-node 8 train_sft.py ...                                          # the same step on 8 ranks
+torchrun --nproc-per-node 8 train_sft.py ... --shard                                  # of a model too large for one
 """
 
 import time
@@ -58,7 +58,11 @@ def main():
     if a.eval_data and not eval_examples:
         raise InputError(f"{', '.join(a.eval_data)}: no example has a supervised token within --max-len {a.max_len}")
     steps = plan_steps(
-        len(examples), a.batch_size, a.epochs, a.max_steps, order=None if a.no_shuffle else shuffled_order(len(examples), a.seed)
+        len(examples),
+        a.batch_size,
+        a.epochs,
+        a.max_steps,
+        order=None if a.no_shuffle else shuffled_order(len(examples), a.seed),
     )
     if rank == 0:
         for text in schedule_advice(a, steps):
@@ -72,7 +76,9 @@ def main():
         logps = eval_logps(run, record, eval_examples)
         if logps is None:
             return record
-        return record | {"eval_loss": -logps.sum().item() / count_supervised(eval_examples)}  # cross-entropy, whatever sft_loss may become
+        return record | {
+            "eval_loss": -logps.sum().item() / count_supervised(eval_examples)
+        }  # cross-entropy, whatever sft_loss may become
 
     if run.pending:
         end_step(run, evaluated(run.pending))

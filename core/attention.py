@@ -26,7 +26,11 @@ def attend(q, k, v):
 
 def attend_documents(q, k, v, lengths):
     """Causal attention inside each document of one packed row, sum(lengths) = T. q: (1, T, Hq, D); k, v: (1, T, Hkv, D)."""
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0):
+    if (
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    ):
         return varlen_attention(q[0], k[0], v[0], lengths)[None]
     parts = []
     for part in zip(*(x.split(lengths, 1) for x in (q, k, v))):

@@ -1,8 +1,8 @@
 """Checkpoints in and out, their configuration, and what all scripts do with files and bad input.
 
-    ckpt = Checkpoint("Qwen/Qwen2-0.5B-Instruct")     # a hub id, a Hugging Face directory or a .pt file
-    ckpt.names, ckpt.shape(name), ckpt.tensor(name)   # one tensor at a time
-    write_checkpoint(out, config, files, specs, tensors)
+ckpt = Checkpoint("Qwen/Qwen2-0.5B-Instruct")     # a hub id, a Hugging Face directory or a .pt file
+ckpt.names, ckpt.shape(name), ckpt.tensor(name)   # one tensor at a time
+write_checkpoint(out, config, files, specs, tensors)
 """
 
 import hashlib
@@ -90,9 +90,13 @@ class Checkpoint:
             if kinds | {isinstance(text, str) for text in self.files.values()} != {True}:
                 raise TypeError
         except pickle.UnpicklingError:
-            raise InputError(f"{path}: holds more than tensors and plain data (or is no .pt file); not loaded") from None
+            raise InputError(
+                f"{path}: holds more than tensors and plain data (or is no .pt file); not loaded"
+            ) from None
         except (RuntimeError, EOFError):
-            raise InputError(f"{path}: a corrupt .pt checkpoint, or none; a hub id, a directory or a .pt of this project is one") from None
+            raise InputError(
+                f"{path}: a corrupt .pt checkpoint, or none; a hub id, a directory or a .pt of this project is one"
+            ) from None
         except OSError as e:
             raise InputError(f"{path}: cannot be read: {e.strerror}") from None
         except (KeyError, TypeError, IndexError, AttributeError):
@@ -143,11 +147,15 @@ def all_finite(t):
 def download(repo):
     """A hub id -> the directory of its files: configuration, tokenizer, safetensors, nothing else."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise InputError(f"{repo}: no such checkpoint: give a directory, a .pt file or a hub id such as Qwen/Qwen2-0.5B-Instruct")
+        raise InputError(
+            f"{repo}: no such checkpoint: give a directory, a .pt file or a hub id such as Qwen/Qwen2-0.5B-Instruct"
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(repo, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json", *SIDE_FILES])
+        return snapshot_download(
+            repo, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json", *SIDE_FILES]
+        )
     except Exception as e:  # the client raises many kinds, of its own and of its HTTP library
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise InputError(f"{repo}: no such directory here, and the hub did not give it: {reason}") from None
@@ -171,7 +179,9 @@ def write_checkpoint(out, config, files, specs, tensors, shard_size=None):
             try:
                 torch.save({"config": config, "files": texts(), "weights": weights}, f)
             except RuntimeError as e:  # what torch makes of a full disk
-                raise (e.__context__ if isinstance(e.__context__, OSError) else OSError(str(e).splitlines()[0])) from None
+                raise (
+                    e.__context__ if isinstance(e.__context__, OSError) else OSError(str(e).splitlines()[0])
+                ) from None
         return
     shards, index, tensors = plan_shards(specs, shard_size), {}, iter(tensors)
     if len(shards) > 1:

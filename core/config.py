@@ -70,5 +70,7 @@ def parse_config(raw, where="config.json"):
         if value <= 0 and not isinstance(value, bool):
             raise InputError(f"{where}: {name} is {value}; it is above 0")
     if config.num_attention_heads % config.num_key_value_heads:
-        refuse(f"{config.num_attention_heads} query heads do not divide into {config.num_key_value_heads} key-value heads")
+        refuse(
+            f"{config.num_attention_heads} query heads do not divide into {config.num_key_value_heads} key-value heads"
+        )
     return config

@@ -73,10 +73,14 @@ def run_distributed(main):
                 raise
             reason = str(e).strip().splitlines()[0]
             after = "--resume goes on from the last save"
-            print(f"error: rank {dist.get_rank()}: another rank is gone ({reason}); {after}", file=sys.stderr, flush=True)
+            print(
+                f"error: rank {dist.get_rank()}: another rank is gone ({reason}); {after}", file=sys.stderr, flush=True
+            )
             os._exit(1)  # an orderly end would wait for the one that is gone
         finally:
-            if dist.is_initialized() and dist.get_backend() == "gloo":  # whose threads may abort a process that ends with them
+            if (
+                dist.is_initialized() and dist.get_backend() == "gloo"
+            ):  # whose threads may abort a process that ends with them
                 dist.destroy_process_group()
 
     return run

@@ -19,7 +19,9 @@ class InputError(Exception):
 def cli(main):
     """Runs a script's main(). Bad input ends with one line on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by the way out, on which half-written files are removed
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(143)
+        )  # by the way out, on which half-written files are removed
     try:
         main()
     except InputError as e:
@@ -55,7 +57,9 @@ def append(f, data):
         f.write(data)
         f.flush()
     except OSError as e:
-        raise InputError(f"{f.name}: cannot be written: {e.strerror}; make room and run the same command to go on") from None
+        raise InputError(
+            f"{f.name}: cannot be written: {e.strerror}; make room and run the same command to go on"
+        ) from None
 
 
 def read_text(path):
@@ -63,14 +67,22 @@ def read_text(path):
         with open(path, encoding="utf-8") as f:
             return f.read()
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read as text ({getattr(e, 'strerror', None) or e}); mend it, or fetch it again") from None
+        raise InputError(
+            f"{path}: cannot be read as text ({getattr(e, 'strerror', None) or e}); mend it, or fetch it again"
+        ) from None
 
 
 def code_hash(*more):
     """SHA-256 of the source of model.py, core/, training/ and `more`: files or rooms, by their paths in the repository."""
     paths = [os.path.join(ROOT, name) for name in ("model.py", "core", "training", *more)]
     files = {path for path in paths if path.endswith(".py")}
-    files |= {os.path.join(room, name) for room in paths if os.path.isdir(room) for name in os.listdir(room) if name.endswith(".py")}
+    files |= {
+        os.path.join(room, name)
+        for room in paths
+        if os.path.isdir(room)
+        for name in os.listdir(room)
+        if name.endswith(".py")
+    }
     return hashlib.sha256("".join(read_text(path) for path in sorted(files)).encode()).hexdigest()
 
 

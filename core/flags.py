@@ -36,7 +36,9 @@ def at_least(low, high=math.inf):
     def integer(text):
         value = int(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{value} is " + (f"less than {low}" if value < low else f"more than {high}"))
+            raise argparse.ArgumentTypeError(
+                f"{value} is " + (f"less than {low}" if value < low else f"more than {high}")
+            )
         return value
 
     return integer
@@ -77,5 +79,7 @@ def torch_device(text):
     if name.type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"{text}: runs on cpu and cuda only")
     if name.type == "cuda" and (name.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text}: no such GPU, torch sees {torch.cuda.device_count()} here; cpu is there")
+        raise argparse.ArgumentTypeError(
+            f"{text}: no such GPU, torch sees {torch.cuda.device_count()} here; cpu is there"
+        )
     return text

@@ -69,7 +69,10 @@ def can_fuse(*modules):
     compiling, as a compiler finds for itself what to fuse and what to make again."""
     if torch.compiler.is_compiling():
         return False
-    return all(type(m) in (Linear, RMSNorm) and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks) for m in modules)
+    return all(
+        type(m) in (Linear, RMSNorm) and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)
+        for m in modules
+    )
 
 
 class NormedLinears(torch.autograd.Function):
@@ -99,7 +102,9 @@ class NormedLinears(torch.autograd.Function):
             d_layers.append(matmul_as(d_y.T, h, weight.dtype) if w_wanted else None)
             d_layers.append(d_y.sum(0, dtype=weight.dtype) if b_wanted else None)
         if x.is_cuda:
-            d_x, d_w = torch.ops.aten._fused_rms_norm_backward(g.view(x.shape), x, w.shape, r, w.to(x.dtype), [True, True])
+            d_x, d_w = torch.ops.aten._fused_rms_norm_backward(
+                g.view(x.shape), x, w.shape, r, w.to(x.dtype), [True, True]
+            )
             return d_x, d_w.to(w.dtype), None, *d_layers
         n, g = (x * r).flatten(0, -2), g.float()  # the rest in fp32
         gn = g * n
@@ -113,7 +118,9 @@ def normed_linears(x, norm, *linears):
     if not can_fuse(norm, *linears):
         h = norm(x)
         return [linear(h) for linear in linears]
-    return NormedLinears.apply(x, norm.weight, norm.eps, *(p for linear in linears for p in (linear.weight, linear.bias)))
+    return NormedLinears.apply(
+        x, norm.weight, norm.eps, *(p for linear in linears for p in (linear.weight, linear.bias))
+    )
 
 
 class SwiGLULinear(torch.autograd.Function):
@@ -167,7 +174,9 @@ class TokenLogProbs(torch.autograd.Function):
             at, inside = in_tile(targets, start, len(w))
             own = torch.where(inside, logits.gather(1, at[:, None])[:, 0], own)
             tops.append(logits.amax(-1))
-            logs.append(-logits.log_softmax(-1).amax(-1))  # logsumexp(logits - top) of the tile, in fewer passes over it
+            logs.append(
+                -logits.log_softmax(-1).amax(-1)
+            )  # logsumexp(logits - top) of the tile, in fewer passes over it
             del logits  # before the next tile's
         tops, logs = torch.stack(tops), torch.stack(logs)  # (tiles, N)
         top = tops.amax(0)
@@ -190,7 +199,9 @@ class TokenLogProbs(torch.autograd.Function):
             d_logits = p if p.dtype == hidden.dtype else torch.empty_like(p, dtype=hidden.dtype)
             torch.mul(p, (-grad * share)[:, None], out=d_logits)  # scales and rounds in one pass
             at, inside = in_tile(targets, start, len(w))
-            d_logits.scatter_(1, at[:, None], torch.where(inside, d_own, d_logits.gather(1, at[:, None])[:, 0])[:, None])
+            d_logits.scatter_(
+                1, at[:, None], torch.where(inside, d_own, d_logits.gather(1, at[:, None])[:, 0])[:, None]
+            )
             d_hidden += matmul_as(d_logits, w, torch.float32)
             if d_weight is not None:
                 d_w = d_weight[start : start + len(w)]

@@ -64,6 +64,7 @@ def start_writing(f):
         whole_file, write = ctypes.c_int64(0), 2  # SYNC_FILE_RANGE_WRITE
         ctypes.CDLL(None).sync_file_range(f.fileno(), whole_file, whole_file, write)
 
+
 GIB = 2**30
 
 
@@ -77,7 +78,9 @@ def available_memory():
         return 0
     with contextlib.suppress(OSError, ValueError, StopIteration):  # no container, or "max": no limit
         most, used = (int(open(f"/sys/fs/cgroup/memory.{name}").read()) for name in ("max", "current"))
-        with open("/sys/fs/cgroup/memory.stat") as f:  # pages of files that nobody reads now count as used and make room when asked
+        with open(
+            "/sys/fs/cgroup/memory.stat"
+        ) as f:  # pages of files that nobody reads now count as used and make room when asked
             used -= next(int(line.split()[1]) for line in f if line.startswith("inactive_file "))
         free = min(free, max(1, most - used))  # 1: known to be nothing
     return free
@@ -87,5 +90,9 @@ def free_memory(device):
     """Bytes that this process may still take on the device; 0 where nothing says how many."""
     kind = torch.device(device).type
     if kind == "cuda":  # what torch holds back from former tensors is free too
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
     return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if kind == "cpu" else 0

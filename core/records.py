@@ -43,7 +43,9 @@ def json_lines(file, path):
         except (ValueError, RecursionError) as e:
             raise InputError(f"{path}:{number}: not JSON: {e}; one object a line is expected") from None
         if not isinstance(record, dict):
-            raise InputError(f"{path}:{number}: a {type(record).__name__}, not an object; one object a line is expected")
+            raise InputError(
+                f"{path}:{number}: a {type(record).__name__}, not an object; one object a line is expected"
+            )
         yield number, record
 
 
@@ -66,7 +68,9 @@ def as_messages(value, where, role="user"):
         try:
             m["content"].encode()
         except UnicodeEncodeError:
-            raise InputError(f"{where}: message {i} ({m['role']}) holds half of a surrogate pair; remove the record") from None
+            raise InputError(
+                f"{where}: message {i} ({m['role']}) holds half of a surrogate pair; remove the record"
+            ) from None
         if m.get("tool_calls"):
             raise InputError(f"{where}: message {i} calls tools, which are not supported; remove the record")
     return [{"role": m["role"], "content": m["content"]} for m in value]
@@ -102,7 +106,9 @@ def sft_messages(record, where):
         reply = one_reply(record["output"], where)
         messages = as_messages(alpaca_prompt(record, where), where) + [{"role": "assistant", "content": reply}]
     else:
-        raise InputError(f"{where}: keys {sorted(record)}: expected messages, or prompt and completion, or instruction and output")
+        raise InputError(
+            f"{where}: keys {sorted(record)}: expected messages, or prompt and completion, or instruction and output"
+        )
     if all(m["role"] != "assistant" for m in messages):
         raise InputError(f"{where}: no assistant message, so nothing to learn from")
     return messages
@@ -119,7 +125,9 @@ def kto_example(record, where):
             raise InputError(f"{where}: messages hold a completion but no prompt")
         return prompt, one_reply([last], where), label
     if "prompt" not in record or "completion" not in record:
-        raise InputError(f"{where}: keys {sorted(record)}: expected prompt, completion and label, or messages and label")
+        raise InputError(
+            f"{where}: keys {sorted(record)}: expected prompt, completion and label, or messages and label"
+        )
     return as_messages(record["prompt"], where), one_reply(record["completion"], where), label
 
 

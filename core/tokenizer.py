@@ -81,11 +81,15 @@ class Tokenizer:
         control = [self.full.token_to_id(t["content"] if isinstance(t, dict) else t) for t in control if t]
         self.prefix = next((t for t in control if t is not None), self.im_end)
         self.newline = self.encode("\n")
-        generation = json_object(ckpt.files.get("generation_config.json", "{}"), f"{ckpt.source}/generation_config.json")
+        generation = json_object(
+            ckpt.files.get("generation_config.json", "{}"), f"{ckpt.source}/generation_config.json"
+        )
         eos = generation.get("eos_token_id", ckpt.config.get("eos_token_id"))
         self.stop_ids = {self.im_end, *(eos if isinstance(eos, list) else [eos])} - {None}
         if not all(type(t) is int for t in self.stop_ids):
-            raise InputError(f"{ckpt.source}/generation_config.json: eos_token_id is {eos!r}; it is a token id or a list of them")
+            raise InputError(
+                f"{ckpt.source}/generation_config.json: eos_token_id is {eos!r}; it is a token id or a list of them"
+            )
 
     def encode(self, text):
         """Text -> ids. Control tokens typed in the text are encoded as the characters they are."""
@@ -135,4 +139,6 @@ def vocabulary(ckpt):
         merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []]
         return model.get("vocab"), merges, sorted((t["id"], t["content"]) for t in spec.get("added_tokens") or [])
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise InputError(f"{ckpt.source}/tokenizer.json: corrupt: not the file of a tokenizer; fetch it again") from None
+        raise InputError(
+            f"{ckpt.source}/tokenizer.json: corrupt: not the file of a tokenizer; fetch it again"
+        ) from None

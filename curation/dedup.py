@@ -44,8 +44,10 @@ def mix(x):
 def kinds():
     """(0x110000,) uint8, what a code point is: 0 nothing, 1 part of a word, 2 a token by itself, 3 a sign, which is one too."""
     table = np.zeros(0x110000, np.uint8)
-    table[:0x40000] = [2 if _ALONE.match(c) else 3 if unicodedata.category(c) in ("Sm", "Sc", "So") or c in _SIGNS else c.isalnum()
-                       for c in map(chr, range(0x40000))]  # fmt: skip  above stand no letters
+    table[:0x40000] = [
+        2 if _ALONE.match(c) else 3 if unicodedata.category(c) in ("Sm", "Sc", "So") or c in _SIGNS else c.isalnum()
+        for c in map(chr, range(0x40000))
+    ]  # fmt: skip  above stand no letters
     return table
 
 
@@ -56,7 +58,9 @@ def token_hashes(texts):
     joined = unicodedata.normalize("NFKC", "".join(text.replace("\0", " ") + "\0" for text in texts)).lower()
     points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
     kind = kinds()[points]
-    kind[1:][(points[1:] == ord("!")) & (points[:-1] - np.uint32(ord("0")) < 10)] = 3  # a factorial; what is below "0" wraps around
+    kind[1:][(points[1:] == ord("!")) & (points[:-1] - np.uint32(ord("0")) < 10)] = (
+        3  # a factorial; what is below "0" wraps around
+    )
     kind[2:][(kind[2:] == 3) & (points[2:] == points[1:-1]) & (points[1:-1] == points[:-2])] = 0
     ends = np.flatnonzero(points == 0)  # (N,)
     begins = np.concatenate(([0], ends[:-1] + 1))
@@ -334,12 +338,18 @@ def made_up(n):
             ten = []
             yield text.upper() + "!" if kind == 0 else f"{text} 完" if kind == 1 else f"{text[:150]} 中 {text[150:]}"
         else:
-            ten.append(" ".join(words[draw[:90]].tolist())[:300] if i % 2 == 0 else (draw + 0x4E00).tobytes().decode("utf-32-le"))
+            ten.append(
+                " ".join(words[draw[:90]].tolist())[:300]
+                if i % 2 == 0
+                else (draw + 0x4E00).tobytes().decode("utf-32-le")
+            )
             yield ten[-1]
 
 
 def main():
-    p = argparse.ArgumentParser(description="Deduplicates made-up texts: the time and memory taken, and whether what was planted is found")
+    p = argparse.ArgumentParser(
+        description="Deduplicates made-up texts: the time and memory taken, and whether what was planted is found"
+    )
     p.add_argument("n", type=int, help="texts of 300 characters")
     n = p.parse_args().n
     begun, making = time.perf_counter(), [0.0]
@@ -361,8 +371,10 @@ def main():
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{n:,} texts: {ended - begun:.1f} s ({hashed - begun:.1f} s simhashes, {ended - hashed:.1f} s pairs), "
           f"{time.process_time():.1f} s of CPU, {making[0]:.1f} s of them for making the texts; peak {peak:.2f} GiB")  # fmt: skip
-    print(f"{len(changed):,} changed copies, {near.sum():,} within 3 bits of their original; "
-          f"{n - keep.sum():,} texts dropped, {(keep[changed] & keep[origin])[near].sum()} near pairs left")
+    print(
+        f"{len(changed):,} changed copies, {near.sum():,} within 3 bits of their original; "
+        f"{n - keep.sum():,} texts dropped, {(keep[changed] & keep[origin])[near].sum()} near pairs left"
+    )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ safety, 1 to 5: 5 harmless; 3 doubtful; 1 helps to do serious harm, or is hatefu
 Reply with one line of JSON and nothing else, like {"A": {"quality": 4, "safety": 5}, "B": {"quality": 2, "safety": 5}}, \
 with one entry for each letter shown"""
 
-GREETING = [{"role": "user", "content": "Hello."}]  # the first request of all, which shows what is wrong with the URL, the name or the key
+GREETING = [
+    {"role": "user", "content": "Hello."}
+]  # the first request of all, which shows what is wrong with the URL, the name or the key
 AGAIN = "This is not the one line of JSON that was asked for. "
 AGAIN_CLASSIFY = AGAIN + "Reply with that line alone; primary is one of: %s."
 AGAIN_JUDGE = AGAIN + "Reply with that line alone; each grade is a whole number from 1 to 5."
@@ -135,7 +137,13 @@ def singular(text):
     if last in SINGULARS:
         last = SINGULARS[last]
     elif len(last) > 3 and last.endswith("s") and not last.endswith(("ss", "us", "is", "ics")):
-        last = last[:-3] + "y" if re.search("[^aeious]ies$", last) else last[:-2] if re.search("(ss|x|ch|sh)es$", last) else last[:-1]
+        last = (
+            last[:-3] + "y"
+            if re.search("[^aeious]ies$", last)
+            else last[:-2]
+            if re.search("(ss|x|ch|sh)es$", last)
+            else last[:-1]
+        )
     return " ".join([*words, last])
 
 
@@ -153,7 +161,9 @@ def offered_names():
     lines = re.findall(r"^(?:%s): (.*)$" % "|".join(PRIMARY), CLASSIFY, re.M)
     names = [name for line in lines for name in line.split(", ")]
     parts = {category_key(part): name for name in names for part in re.split(" (?:and|or) ", name)}
-    return parts | {category_key(name): name for name in names} | {category_key(k): name for k, name in SYNONYMS.items()}
+    return (
+        parts | {category_key(name): name for name in names} | {category_key(k): name for k, name in SYNONYMS.items()}
+    )
 
 
 def category_name(text):

@@ -37,15 +37,28 @@ def write_report(out, counts):
     held = counts["2_dedup"]["held by"]
     text += ["", "Held by evaluation sets: " + ("; ".join(f"{n:,} {k}" for k, n in held.items()) or "none") + "."]
     labels = counts["7_label"]
-    text += ["", f"sft.jsonl: {labels['sft']:,} examples. kto.jsonl: {labels['kto']:,} examples, {labels['kto'] // 2:,} pairs."]
+    text += [
+        "",
+        f"sft.jsonl: {labels['sft']:,} examples. kto.jsonl: {labels['kto']:,} examples, {labels['kto'] // 2:,} pairs.",
+    ]
     text += ["", "| what became of an instruction | n |", "|---|---|"]
     text += [f"| {k} | {v:,} |" for k, v in labels["outcomes"].items()]
     text += ["", "| writer | best | worst | checked | right | share |", "|---|---|---|---|---|---|"]
     for w in WRITERS:
         checked, right = counts["6_score"]["verification"][w].values()
-        row = [w, labels["best"].get(w, 0), labels["worst"].get(w, 0), checked, right, f"{right / checked:.3f}" if checked else ""]
+        row = [
+            w,
+            labels["best"].get(w, 0),
+            labels["worst"].get(w, 0),
+            checked,
+            right,
+            f"{right / checked:.3f}" if checked else "",
+        ]
         text.append("| " + " | ".join(map(str, row)) + " |")
-    text += ["", "Where the reference was read out of the original response (GSM8K, AQuA), the original is right by construction."]
+    text += [
+        "",
+        "Where the reference was read out of the original response (GSM8K, AQuA), the original is right by construction.",
+    ]
     j = counts["6_score"]["judge against verification"]
     text += [f"The teacher judged {counts['6_score']['judged']:,} instructions, {counts['6_score']['asked again']:,} requests were "
              f"sent again. Of {j['comparisons']:,} verified responses beside a refuted one it graded {j['agrees']:,} higher, "
@@ -55,7 +68,10 @@ def write_report(out, counts):
         text += [f"Of {o['instructions']:,} instructions judged in both orders {o['another best']:,} had another best response in "
                  f"the second; {o['another grade']:,} of {o['responses']:,} responses had another quality grade."]  # fmt: skip
     for name in ("form not kept", "unsafe by rule"):
-        text += ["", f"{name.capitalize()}: " + "; ".join(f"{n:,} {w}" for w, n in counts["6_score"][name].items()) + "."]
+        text += [
+            "",
+            f"{name.capitalize()}: " + "; ".join(f"{n:,} {w}" for w, n in counts["6_score"][name].items()) + ".",
+        ]
     left_out = counts["5_respond"]["left out"]
     text += ["", "Responses left out: " + ("; ".join(f"{n:,} {k}" for k, n in left_out.items()) or "none") + "."]
     for title, c, s in (("before", before, shape["before"]), ("after", after, shape["after"])):
@@ -86,7 +102,11 @@ def dry_run(args, path, short, spent, answered, prices):
         sample = sample or record
         response = record["response"] or ""
         reply = min(tokens_of(response), args.max_new_tokens) if response else args.max_new_tokens // 2
-        own = request_tokens(judge_request(record["prompt"], {})) + tokens_of(clip(response, JUDGE_CHARS)) + FENCE_TOKENS * responses
+        own = (
+            request_tokens(judge_request(record["prompt"], {}))
+            + tokens_of(clip(response, JUDGE_CHARS))
+            + FENCE_TOKENS * responses
+        )
         classify.append(request_tokens(classify_request(record["prompt"])))
         respond.append(request_tokens(record["prompt"]))
         judge.append(own + (1 + args.samples) * args.max_new_tokens)
@@ -96,7 +116,9 @@ def dry_run(args, path, short, spent, answered, prices):
         verifiable += bool(kind) and kind != "format" and (kind != "code" or args.allow_code_execution)
     left, asked = min(n, args.target), sum(respond)
     respond, judge = (sorted(tokens)[-left:] for tokens in (respond, judge))  # the longest may be those that are left
-    again = [short + tokens_of(text) + 8 for text in (AGAIN_CLASSIFY, AGAIN_JUDGE)]  # what a request is longer by the second time
+    again = [
+        short + tokens_of(text) + 8 for text in (AGAIN_CLASSIFY, AGAIN_JUDGE)
+    ]  # what a request is longer by the second time
     orders, judged = args.judge_orders, 1 if args.judge_verified else (n - verifiable) / n
     rows = [  # step, and at most: requests, tokens of the prompts, tokens of the replies; likely: tokens of either
         ("greeting", 1, request_tokens(GREETING), short, request_tokens(GREETING), 10),
@@ -107,7 +129,9 @@ def dry_run(args, path, short, spent, answered, prices):
     ]  # fmt: skip
     rows.append(("together", *map(sum, list(zip(*rows))[1:])))
     unit, digits = ("price", 2) if prices else ("tokens", 0)
-    print(f"\n{'asked of the teacher':<22}{'requests':>12}{'tokens in':>16}{'tokens out':>16}{unit + ' at most':>18}{'likely':>16}")
+    print(
+        f"\n{'asked of the teacher':<22}{'requests':>12}{'tokens in':>16}{'tokens out':>16}{unit + ' at most':>18}{'likely':>16}"
+    )
     for name, requests, into, out, *likely in rows:
         most, guess = price((into, out), prices), price(likely, prices)
         print(f"{name:<22}{requests:>12,}{into:>16,}{out:>16,}{most:>18,.{digits}f}{guess:>16,.{digits}f}")
@@ -118,7 +142,9 @@ def dry_run(args, path, short, spent, answered, prices):
         stops = "may not suffice: the run stops before it is exceeded, and goes on with more"
         enough = "suffices" if spent + most <= args.budget else stops
         print(f"The budget of {args.budget:,g} {enough}.")
-    shown = dict(zip(LETTERS, [sample["response"] or "(none)", "(the teacher's response)", "(the small model's response)"]))
+    shown = dict(
+        zip(LETTERS, [sample["response"] or "(none)", "(the teacher's response)", "(the small model's response)"])
+    )
     for name, messages in (("classify", classify_request(sample["prompt"])), ("respond", sample["prompt"]),
                            ("judge", judge_request(sample["prompt"], shown))):  # fmt: skip
         print(f"\n---- a request of {name}")

@@ -84,11 +84,15 @@ def fetch(url):
             hf_hub_download(filename="README.md", **where)
     except Exception as e:  # a network's failures are of many kinds
         why = " ".join(str(e).split())[:150]
-        raise InputError(f"{url}: cannot be fetched: {type(e).__name__}: {why}; a gated data set wants HF_TOKEN") from None
+        raise InputError(
+            f"{url}: cannot be fetched: {type(e).__name__}: {why}; a gated data set wants HF_TOKEN"
+        ) from None
     return paths
 
 
-HUB = re.compile(r"(.*/datasets--([^/]+)--([^/]+)/snapshots/[^/]+)/(.+)")  # how the hub's cache lays out a data set's files
+HUB = re.compile(
+    r"(.*/datasets--([^/]+)--([^/]+)/snapshots/[^/]+)/(.+)"
+)  # how the hub's cache lays out a data set's files
 
 
 def licence(obj):
@@ -253,7 +257,11 @@ def conversations(obj, where):
         chosen = obj["chosen"]
         return [transcript(chosen, where) if isinstance(chosen, str) else messages_of(chosen, where)]
     if isinstance(obj.get("instances"), list) and "instruction" in obj:
-        whole = [{"instruction": obj["instruction"], **instance} for instance in obj["instances"] if isinstance(instance, dict)]
+        whole = [
+            {"instruction": obj["instruction"], **instance}
+            for instance in obj["instances"]
+            if isinstance(instance, dict)
+        ]
         return [c for one in whole for c in conversations(one, where)]
     reply = first(obj, "output", "response", "completion", "chosen", "std_answer", "answer")
     if "output_1" in obj and "output_2" in obj:  # AlpacaEval's pairs: the preference is 1 or 2
@@ -294,7 +302,9 @@ def read_reference(obj, prompt, response, where):
             value = reference["value"] if isinstance(reference["value"], dict) else {}
             names, kwargs = value.get("instruction_id_list"), value.get("kwargs")
             if not isinstance(names, list) or not isinstance(kwargs, list) or len(names) != len(kwargs) or not names:
-                raise InputError(f"{where}: a format reference holds an instruction_id_list and as many kwargs, as IFEval's rows do")
+                raise InputError(
+                    f"{where}: a format reference holds an instruction_id_list and as many kwargs, as IFEval's rows do"
+                )
             for name, arguments in zip(names, kwargs):
                 follows(name, "any", arguments, where)  # raises for what no reply could be checked against
         return reference, prompt, response

@@ -195,7 +195,9 @@ def ask_parsed(teacher, requests, parse, again, cache, options, desc):
     """Asks, and asks once more, with the words `again`, what did not parse. parse(i, text) -> value or None.
     -> ([(value or None, reason)], how many were asked again)"""
     replies = models.ask(teacher, requests, cache, desc=desc, **options)
-    out = [(parse(i, r.get("text", "")), f"the teacher failed: {r.get('error', '')[:60]}") for i, r in enumerate(replies)]
+    out = [
+        (parse(i, r.get("text", "")), f"the teacher failed: {r.get('error', '')[:60]}") for i, r in enumerate(replies)
+    ]
     failed = [i for i, r in enumerate(replies) if out[i][0] is None and "error" not in r]
     second = [[*requests[i], {"role": "assistant", "content": clip(replies[i]["text"], 500) or "(nothing)"},
                {"role": "user", "content": again}] for i in failed]  # fmt: skip
@@ -238,7 +240,10 @@ def balance(args, path, counts):
             chosen.add(i)
     # the share of distinct n-grams falls with the size of what is looked at, so as many are looked at before as after
     size = min(len(chosen), DISTINCT)
-    draw = {when: set(sorted(some, key=keys.__getitem__)[:size]) for when, some in (("before", range(len(names))), ("after", chosen))}
+    draw = {
+        when: set(sorted(some, key=keys.__getitem__)[:size])
+        for when, some in (("before", range(len(names))), ("after", chosen))
+    }
     drawn = {when: [] for when in draw}
     for i, (_, record) in enumerate(read_jsonl(path)):
         for when in draw:
@@ -342,7 +347,11 @@ def judge_responses(args, batch, found, teacher, cache, options, counts):
         for text, scores in found[i].items():
             qualities = [turn[text][0] for turn in both]
             safety = min(turn[text][1] for turn in both)
-            scores |= {"quality": statistics.mean(qualities), "qualities": qualities, "safety": min(safety, scores["safety"] or 5)}
+            scores |= {
+                "quality": statistics.mean(qualities),
+                "qualities": qualities,
+                "safety": min(safety, scores["safety"] or 5),
+            }
         compare_judge(found[i].values(), counts["judge against verification"])
         if len(both) == 2:
             compare_orders(both, counts["judge in two orders"])
@@ -359,7 +368,10 @@ def score_responses(args, path, teacher, scorer, own, cache, options, counts):
     weights = (args.weight_quality, args.weight_safety, args.weight_perplexity)
     for batch in in_chunks((r for _, r in read_jsonl(path)), CHUNK):
         # per record {text: {"verified", "quality", "safety", "perplexity", ...}}
-        found = [check_responses(r, args.allow_code_execution) for r in tqdm(batch, desc="verify", unit="record", disable=None)]
+        found = [
+            check_responses(r, args.allow_code_execution)
+            for r in tqdm(batch, desc="verify", unit="record", disable=None)
+        ]
         flat = [(i, text) for i, texts in enumerate(found) for text in texts]
         scored = [(batch[i]["prompt"], text) for i, text in flat]
         for (i, text), p in zip(flat, models.perplexities(scorer, scored, args.max_len, args.micro_tokens)):

@@ -86,7 +86,7 @@ _LATIN = re.compile(r"[A-Za-z]")
 
 
 def language(text):
-    """"zh", "en" or "other", by the text's first 40 letters: what is to be translated or debugged stands behind the words that
+    """ "zh", "en" or "other", by the text's first 40 letters: what is to be translated or debugged stands behind the words that
     ask for it. A Chinese character weighs as much as two words; half a word after a Latin beginning."""
     head = re.match(r"(?:[\W\d_]*[^\W\d_]){0,40}", text[:HEAD])[0]
     letters = _LETTER.findall(head)

@@ -39,7 +39,9 @@ BACKOFF, BACKOFF_CAP = 1.0, 60.0  # seconds before the first retry, doubled each
 FATAL = {401: "set TEACHER_API_KEY", 402: "the account has no credit", 403: "the key may not use this model",
          404: "look at the URL and --teacher-model"}  # fmt: skip
 BLOCK = 256  # prompts that each rank answers at a time
-FIRST_TRIES = 3  # while nothing has ever answered, a teacher that drops connections is called unreachable after this many
+FIRST_TRIES = (
+    3  # while nothing has ever answered, a teacher that drops connections is called unreachable after this many
+)
 
 
 @dataclass
@@ -66,10 +68,14 @@ def open_teacher(source, model_name=None, dtype="fp32"):
         if not parts.hostname:
             raise InputError(f"{source}: this URL has no host; give one like http://localhost:8000/v1")
         if parts.username or parts.password or parts.query:
-            raise InputError("the teacher's URL carries a password or a query; put the key into TEACHER_API_KEY instead")
+            raise InputError(
+                "the teacher's URL carries a password or a query; put the key into TEACHER_API_KEY instead"
+            )
         key = (os.environ.get("TEACHER_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip() or None
         if key and not (key.isascii() and key.isprintable()):  # the HTTP library would quote it in its complaint
-            raise InputError("the key in TEACHER_API_KEY or OPENAI_API_KEY holds a character that no key has; set it anew")
+            raise InputError(
+                "the key in TEACHER_API_KEY or OPENAI_API_KEY holds a character that no key has; set it anew"
+            )
         # the identity leaves the URL out when the model has a name: the same model behind another port is the same model
         return Teacher(model_name or source, model_name or source, url=source, key=key)
     checkpoint = Checkpoint(source)
@@ -166,7 +172,9 @@ def price(tokens, prices):
     return sum(n * p for n, p in zip(tokens, prices)) / 1e6 if prices else sum(tokens)
 
 
-def ask(teacher, prompts, cache, max_tokens=256, temperature=0.0, top_p=1.0, seed=0, batch_size=32, desc="asking", **http):
+def ask(
+    teacher, prompts, cache, max_tokens=256, temperature=0.0, top_p=1.0, seed=0, batch_size=32, desc="asking", **http
+):
     """prompts: list of message lists -> list of replies in the same order, each {"text", "finish_reason"} or {"error"}.
 
     Equal prompts are asked once. finish_reason: "stop"; "length" for a reply cut off at max_tokens; "content_filter" for one
@@ -193,7 +201,10 @@ def ask(teacher, prompts, cache, max_tokens=256, temperature=0.0, top_p=1.0, see
 async def open_client(teacher, timeout):
     from huggingface_hub import AsyncInferenceClient, constants
 
-    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False  # it is about the hub, not about an endpoint of ours
+    offline, constants.HF_HUB_OFFLINE = (
+        constants.HF_HUB_OFFLINE,
+        False,
+    )  # it is about the hub, not about an endpoint of ours
     # without a key of ours, the client would send the user's own Hugging Face token to a foreign endpoint
     headers = {} if teacher.key else {"authorization": None}
     client = AsyncInferenceClient(base_url=teacher.url, api_key=teacher.key, headers=headers, timeout=timeout)
@@ -253,7 +264,11 @@ async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16
     timeout: seconds per request. bounds: the arguments of Limits."""
     model = None if teacher.name == teacher.url else teacher.name
     queue, stop = iter(todo.items()), asyncio.Event()
-    fatal, unanswered, answered_at = [], [], [0.0]  # why the run ends; the last failures; when the endpoint last answered
+    fatal, unanswered, answered_at = (
+        [],
+        [],
+        [0.0],
+    )  # why the run ends; the last failures; when the endpoint last answered
     limits = Limits(cache, **bounds)
     before, digits = limits.spent(), 2 if limits.prices else 0
 
@@ -268,7 +283,9 @@ async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16
     async def afford(size):
         while not stop.is_set() and not limits.affords(size):
             if not any(limits.held):  # nothing in flight that could turn out cheaper
-                end(f"the budget of {limits.budget:,g} is used up ({limits.spent():,.6g} spent); raise --budget to go on")
+                end(
+                    f"the budget of {limits.budget:,g} is used up ({limits.spent():,.6g} spent); raise --budget to go on"
+                )
             await pause(0.02)
         limits.hold(size)
 
@@ -299,7 +316,9 @@ async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16
                     if answered_at[0] > started:  # others were answered meanwhile: it is this request, not the teacher
                         unanswered.append(what)
                         return
-                    end(f"no answer after {tries} tries (last: {what}); see that it is running, and that the URL is that of its chat API")
+                    end(
+                        f"no answer after {tries} tries (last: {what}); see that it is running, and that the URL is that of its chat API"
+                    )
                 else:
                     backoff = min(BACKOFF_CAP, BACKOFF * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
                     await pause(max(wait, backoff))
@@ -328,7 +347,9 @@ async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16
     if not fatal and len(errors) == len(todo) and not cache.offsets:
         fatal.append(f"it refused every request: {next(iter(errors.values()))}")
     if fatal:
-        raise InputError(f"the teacher at {teacher.url}: {fatal[0]}. Every reply so far is kept: run the same command to go on")
+        raise InputError(
+            f"the teacher at {teacher.url}: {fatal[0]}. Every reply so far is kept: run the same command to go on"
+        )
 
 
 def read_output(output, messages):
@@ -402,7 +423,9 @@ def ask_local(teacher, todo, cache, errors, parameters, batch_size, bar):
 def replies_of(teacher, prompts, seeds, parameters, batch_size):
     """Yields (index, text, finish_reason)."""
     sampling = {"temperature": parameters["temperature"], "top_p": parameters.get("top_p", 1.0), "seed": seeds}
-    yield from generate_iter(*load(teacher), prompts, max_new_tokens=parameters["max_tokens"], batch_size=batch_size, **sampling)
+    yield from generate_iter(
+        *load(teacher), prompts, max_new_tokens=parameters["max_tokens"], batch_size=batch_size, **sampling
+    )
 
 
 def perplexities(scorer, pairs, max_len, micro_tokens):
@@ -444,7 +467,9 @@ def world_size():
 
 def join_ranks():
     """Under torchrun, joins the others. -> this process's rank."""
-    rank, _ = join_group(hours=30 * 24)  # rank 0 may ask an endpoint, or score, for days before the others are needed again
+    rank, _ = join_group(
+        hours=30 * 24
+    )  # rank 0 may ask an endpoint, or score, for days before the others are needed again
     return rank
 
 

@@ -107,7 +107,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path.rstrip("/") != "/v1/chat/completions":
-            return self.reply(404, {"error": {"message": f"no such path: {self.path}", "type": "invalid_request_error"}})
+            return self.reply(
+                404, {"error": {"message": f"no such path: {self.path}", "type": "invalid_request_error"}}
+            )
         try:
             messages = json.loads(body)["messages"]
             text, asked = answer(messages), sum(len(m["content"]) for m in messages)

@@ -38,7 +38,9 @@ from model import Qwen2
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 # Qwen2's pre-tokenizer: a contraction | letters with one leading sign | a digit | signs | line ends | spaces
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SYSTEM = "You are a helpful assistant."
 
@@ -49,7 +51,10 @@ def train_tokenizer(size):
     tok = tokenizers.Tokenizer(models.BPE())
     tok.normalizer = normalizers.NFC()
     tok.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tok.decoder, tok.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
     rng = random.Random(0)
@@ -62,7 +67,9 @@ def train_tokenizer(size):
     for table in (words.CHINESE.values(), *(t.items() for t in (words.ZH_ANTONYM, words.ZH_CAPITAL, words.ZH_COLOUR))):
         texts += [text for entry in table for text in ([entry] if isinstance(entry, str) else entry)] * 2
     trainer = trainers.BpeTrainer(
-        vocab_size=size - len(SPECIAL), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=size - len(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tok.train_from_iterator(texts, trainer)
     tok.add_special_tokens([tokenizers.AddedToken(t, normalized=False, special=True) for t in SPECIAL])

@@ -97,12 +97,16 @@ CHINESE = pairs("""dog:狗 cat:猫 water:水 fire:火 mountain:山 sun:太阳 mo
 rain:雨 snow:雪 tea:茶 rice:米饭 hand:手 eye:眼睛 door:门 school:学校 friend:朋友 teacher:老师 mother:妈妈 father:爸爸 apple:苹果 car:汽车
 red:红色 white:白色 one:一 two:二 three:三""")
 
-ZH_ANTONYM = pairs("""大:小 高:低 上:下 左:右 黑:白 冷:热 长:短 多:少 快:慢 前:后 新:旧 远:近 好:坏 开:关 早:晚 轻:重 强:弱 胖:瘦 真:假 来:去 买:卖 进:出""")
+ZH_ANTONYM = pairs(
+    """大:小 高:低 上:下 左:右 黑:白 冷:热 长:短 多:少 快:慢 前:后 新:旧 远:近 好:坏 开:关 早:晚 轻:重 强:弱 胖:瘦 真:假 来:去 买:卖 进:出"""
+)
 
 ZH_CAPITAL = pairs("""法国:巴黎 德国:柏林 意大利:罗马 西班牙:马德里 中国:北京 日本:东京 俄罗斯:莫斯科 埃及:开罗 英国:伦敦 泰国:曼谷 越南:河内 希腊:雅典 波兰:华沙 古巴:哈瓦那 秘鲁:利马
 韩国:首尔 奥地利:维也纳 挪威:奥斯陆""")
 
-ZH_COLOUR = pairs("""草:绿色 雪:白色 血:红色 煤:黑色 香蕉:黄色 天空:蓝色 牛奶:白色 番茄:红色 树叶:绿色 巧克力:棕色 太阳:黄色 夜晚:黑色 柠檬:黄色 胡萝卜:橙色 盐:白色 葡萄:紫色""")
+ZH_COLOUR = pairs(
+    """草:绿色 雪:白色 血:红色 煤:黑色 香蕉:黄色 天空:蓝色 牛奶:白色 番茄:红色 树叶:绿色 巧克力:棕色 太阳:黄色 夜晚:黑色 柠檬:黄色 胡萝卜:橙色 盐:白色 葡萄:紫色"""
+)
 
 # rare kinds of question: fewer of each than make_data's --min-category keeps
 PLANET = pairs("Mercury:1 Venus:2 Earth:3 Mars:4 Jupiter:5 Saturn:6 Uranus:7 Neptune:8")

@@ -137,7 +137,9 @@ def slip(item):
 
 
 def chatty(item):
-    return f"Sure! Here is my answer: {right(item)}" if not is_chinese(item.prompt) else f"好的!我的答案是:{right(item)}"
+    return (
+        f"Sure! Here is my answer: {right(item)}" if not is_chinese(item.prompt) else f"好的!我的答案是:{right(item)}"
+    )
 
 
 def parrot(item):

@@ -28,8 +28,10 @@ from verification.answers import (
 from verification.ifeval import follows
 from verification.sandbox import run_program
 
-INSTRUCTION = ("The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D "
-               "as the answer to this question.\n\n")
+INSTRUCTION = (
+    "The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D "
+    "as the answer to this question.\n\n"
+)
 
 
 def lettered(choices):
@@ -50,6 +52,7 @@ def five_shot(folder, suffix, header, line, names, word):
     folder, suffix, header: of the examples, as choice_rows reads them. line: with {} for the subject's name, which
     names translates. word: the word before a letter.
     """
+
     def block(row):
         return f"{row['question'].strip()}\n{lettered(row['choices'])}{word}"
 
@@ -57,8 +60,11 @@ def five_shot(folder, suffix, header, line, names, word):
         shots = collections.defaultdict(list)
         for row in choice_rows(find(folder), suffix, header):
             shots[row["subject"]].append(f"{block(row)} {row['answer']}\n\n")
-        return [f"{line.format(names.get(row['subject'], row['subject'].replace('_', ' ')))}\n\n"
-                f"{''.join(shots[row['subject']][:5])}{block(row)}" for row in rows]
+        return [
+            f"{line.format(names.get(row['subject'], row['subject'].replace('_', ' ')))}\n\n"
+            f"{''.join(shots[row['subject']][:5])}{block(row)}"
+            for row in rows
+        ]
 
     return contexts
 
@@ -134,7 +140,7 @@ def demo_verdict(reply, row):
     if isinstance(choices, dict) and value.get("letter") in choices:
         choices = {letter: str(text) for letter, text in choices.items()}
         extracted = stated_choice(reply, choices)
-        if extracted is None:                            # none is stated: the paper's cascade finds one in any reply
+        if extracted is None:  # none is stated: the paper's cascade finds one in any reply
             extracted = extract_choice(reply, choices)
         return extracted, extracted == value["letter"]
     correct = check(kind, reply, value)
@@ -202,8 +208,16 @@ def truthful_rows(find, true_ones):
                 true = [text.strip() for text in true if text.strip()]
                 texts = dict.fromkeys([*true, *(text.strip() for text in false if text.strip())])
                 choices = dict(enumerate(texts, 1))
-                rows.append({"id": str(i), "subject": line["Category"], "question": line["Question"].strip(),
-                             "choices": choices, "answer": 1, "true": [x for x, text in choices.items() if text in true]})
+                rows.append(
+                    {
+                        "id": str(i),
+                        "subject": line["Category"],
+                        "question": line["Question"].strip(),
+                        "choices": choices,
+                        "answer": 1,
+                        "true": [x for x, text in choices.items() if text in true],
+                    }
+                )
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, AttributeError) as e:
         raise InputError(f"{path}: cannot be read: {e!r}; fetch it again") from None
     return rows
@@ -241,7 +255,9 @@ def arc_rows(path):
             stem = row["question"]["stem"]
             rows.append({"id": row["id"], "question": stem, "choices": choices, "answer": row["answerKey"]})
         except (KeyError, TypeError) as e:
-            raise InputError(f"{row['where']}: no {e}; a question has stem and choices, a choice label and text") from None
+            raise InputError(
+                f"{row['where']}: no {e}; a question has stem and choices, a choice label and text"
+            ) from None
     return rows
 
 
@@ -415,7 +431,9 @@ def prepare(task, a, judged=False):
     bench, part = BENCHMARKS[task], "prompt" if a.protocol == "paper" else "contexts"
     if part not in bench:
         able = ", ".join(name for name, b in BENCHMARKS.items() if part in b)
-        raise InputError(f"--protocol {a.protocol} is not implemented for {task}, only for {able}; use another --protocol")
+        raise InputError(
+            f"--protocol {a.protocol} is not implemented for {task}, only for {able}; use another --protocol"
+        )
     if a.protocol == "paper" and "verdict" not in bench and not judged:
         raise InputError(f"{task} has no right answers; let a teacher judge: python eval.py judge --tasks {task}")
     closed = InputError(f"{task} runs programs that the checkpoints write; allow that with --allow-code-execution")
@@ -424,7 +442,11 @@ def prepare(task, a, judged=False):
     find = functools.partial(find_data_file, a.data_dir)
     rows = bench["rows"](find)
     rows = take_per_subject(rows, a.limit or len(rows))
-    if any(row.get("reference", {}).get("kind") == "code" for row in rows) and not a.allow_code_execution and not judged:
+    if (
+        any(row.get("reference", {}).get("kind") == "code" for row in rows)
+        and not a.allow_code_execution
+        and not judged
+    ):
         raise closed
     turns = [bench["prompt"](row) for row in rows] if a.protocol == "paper" else bench["contexts"](rows, find)
     questions = []
@@ -432,7 +454,11 @@ def prepare(task, a, judged=False):
         choices = row.get("choices", {})
         choices = [f" {x}" for x in (choices.values() if bench.get("by") == "text" else choices)]
         # What else its key depends on
-        also = {"text": [choices], "whole": ["from the prefix token on"]}.get(bench.get("by"), []) if a.protocol == "loglik" else []
+        also = (
+            {"text": [choices], "whole": ["from the prefix token on"]}.get(bench.get("by"), [])
+            if a.protocol == "loglik"
+            else []
+        )
         questions.append({"task": task, "row": row, "messages": [{"role": "user", "content": turn}], "choices": choices,
                           "also": also})  # fmt: skip
     return questions

@@ -17,7 +17,7 @@ from core.files import InputError, atomic_write
 from core.records import read_jsonl
 
 LETTERS = "ABCD"
-FOUR_SHOTS = "25974f0a5d980c8e6b432422e959cb3293b6d715a99a90d1a4c8ab1ae207c54f"       # SHA-256 of the rendered examples
+FOUR_SHOTS = "25974f0a5d980c8e6b432422e959cb3293b6d715a99a90d1a4c8ab1ae207c54f"  # SHA-256 of the rendered examples
 
 # ---------------------------------------------------------------- downloads
 
@@ -95,7 +95,7 @@ def from_archive(path, repo, name, sha256):
         split = next(f for f in sorted(found) if "__MACOSX" not in f)
         if csv_digest(split) != sha256:
             raise ValueError("the rows' SHA-256 is not the expected one")
-        os.rename(split, path)                           # the split appears whole
+        os.rename(split, path)  # the split appears whole
 
 
 def csv_digest(folder):
@@ -196,8 +196,10 @@ def find_data_file(data_dir, name):
             names = {from_url: "{0}", from_zip: "{1} in {0}", from_archive: "{1} of huggingface.co/datasets/{0}"}
             home = names[fetch].format(*where)
             home += " (its first four examples as JSON Lines of question and answer)" if four_shots in where else ""
-            raise InputError(f"{path}: not there, and not to be downloaded ({reason}); put it there from {home}, "
-                             "or give another --data-dir") from None
+            raise InputError(
+                f"{path}: not there, and not to be downloaded ({reason}); put it there from {home}, "
+                "or give another --data-dir"
+            ) from None
     return path
 
 
@@ -219,10 +221,19 @@ def choice_rows(folder, suffix, header):
                 for i, cells in enumerate(line for line in reader if line):
                     row = dict(zip(names, cells))
                     if len(cells) != len(names) or row["answer"].strip() not in tuple(LETTERS):
-                        raise InputError(f"{path}:{reader.line_num}: expected {len(names)} columns, the answer one of "
-                                         f"A, B, C, D; found {len(cells)} columns: fetch the file again")
-                    rows.append({"id": f"{subject}/{i}", "subject": subject, "question": row["question"],
-                                 "choices": {x: row[x] for x in LETTERS}, "answer": row["answer"].strip()})
+                        raise InputError(
+                            f"{path}:{reader.line_num}: expected {len(names)} columns, the answer one of "
+                            f"A, B, C, D; found {len(cells)} columns: fetch the file again"
+                        )
+                    rows.append(
+                        {
+                            "id": f"{subject}/{i}",
+                            "subject": subject,
+                            "question": row["question"],
+                            "choices": {x: row[x] for x in LETTERS},
+                            "answer": row["answer"].strip(),
+                        }
+                    )
         except (OSError, UnicodeDecodeError, csv.Error) as e:
             raise InputError(f"{path}: cannot be read: {e}; fetch it again") from None
     if not rows:

@@ -95,7 +95,9 @@ def verdict_table(results, first):
 
 def main(argv=None):
     p = Parser(prog="eval.py judge", description=__doc__.split("\n\n")[0])
-    p.add_argument("--ckpt", nargs="+", required=True, help="two or more checkpoints; the others are compared with the first")
+    p.add_argument(
+        "--ckpt", nargs="+", required=True, help="two or more checkpoints; the others are compared with the first"
+    )
     # judge
     p.add_argument("--teacher", required=True, help="URL of an OpenAI-compatible endpoint, or a checkpoint")
     p.add_argument("--teacher-model", help="the model's name at the endpoint")
@@ -112,7 +114,7 @@ def main(argv=None):
     teacher = open_teacher(a.teacher, a.teacher_model)
     said = collect_replies(a, names, work, device=a.device)
 
-    requests, index = [], []                             # index: (name, task, question, order) of each request
+    requests, index = [], []  # index: (name, task, question, order) of each request
     for name in names[1:]:
         for task, questions in work.items():
             for i, q in enumerate(questions):
@@ -129,7 +131,9 @@ def main(argv=None):
         for task, questions in work.items():
             outcomes = [outcome(*(found[name, task, i, order] for order in (0, 1))) for i in range(len(questions))]
             texts, base = ([r["reply"] for r in said[n][task]] for n in (name, names[0]))
-            results.setdefault(name, {})[task] = summarise_verdicts(outcomes, list(map(len, texts)), list(map(len, base)))
+            results.setdefault(name, {})[task] = summarise_verdicts(
+                outcomes, list(map(len, texts)), list(map(len, base))
+            )
             samples += [{"checkpoint": name, "against": names[0], "task": task, "id": q["row"]["id"], "prompt": q["messages"],
                          "reply": x, "reply_first": y, "outcome": o, "preferences": [found[name, task, i, k] for k in (0, 1)]}
                         for i, (q, x, y, o) in enumerate(zip(questions, texts, base, outcomes))]  # fmt: skip
@@ -143,4 +147,3 @@ def main(argv=None):
             f.write(content)
     print(f"\n{text}\nIn {a.out}: judge.json, judge.md, judged.jsonl (both replies and each preference).\n"
           "Next: read a few in judged.jsonl before believing the judge.")  # fmt: skip
-

@@ -29,8 +29,10 @@ def choice_logps(m, tokenizer, contexts, choices, where="--tasks"):
     feeds = list(dict.fromkeys(tuple(ids[:-1]) for some in wholes for ids in some))
     longest = max(map(len, feeds))
     if longest > m.config.max_position_embeddings:
-        raise InputError(f"{where}: a question with its examples takes {longest} tokens; the model ends at "
-                         f"{m.config.max_position_embeddings}: leave the task out")
+        raise InputError(
+            f"{where}: a question with its examples takes {longest} tokens; the model ends at "
+            f"{m.config.max_position_embeddings}: leave the task out"
+        )
     shared = min(common_prefix(feeds) if len(feeds) > 1 else 0, min(starts) - 1)
     cache = m.new_cache(len(feeds), longest)
     if shared:
@@ -39,15 +41,17 @@ def choice_logps(m, tokenizer, contexts, choices, where="--tasks"):
         for row in range(len(feeds)):
             cache.copy_start(row, first, 0, shared)
     rest = [len(feed) - shared for feed in feeds]
-    ends = dict(zip(feeds, itertools.accumulate(rest)))                                          # of each feed in the packed row
-    at, targets, counts = [], [], []                                                             # of all choices' tokens, in turn
+    ends = dict(zip(feeds, itertools.accumulate(rest)))  # of each feed in the packed row
+    at, targets, counts = [], [], []  # of all choices' tokens, in turn
     for start, some in zip(starts, wholes):
         for ids in some:
             at += range(ends[tuple(ids[:-1])] - len(ids) + start, ends[tuple(ids[:-1])])
             targets += ids[start:]
             counts.append(len(ids) - start)
     ids, at, targets = (to_device(x, m.device) for x in ([[t for feed in feeds for t in feed[shared:]]], at, targets))
-    logps = token_logps(m.hidden(ids, rest, cache, at)[0], m.head_weight, targets).double().cpu()  # (tokens of all choices,)
+    logps = (
+        token_logps(m.hidden(ids, rest, cache, at)[0], m.head_weight, targets).double().cpu()
+    )  # (tokens of all choices,)
     sums = iter(part.sum().item() for part in logps.split(counts))
     return [[next(sums) for _ in some] for some in wholes]
 
@@ -62,7 +66,7 @@ def text_logp(m, tokenizer, text):
     ids, size, total = [tokenizer.prefix, *tokenizer.encode(text)], m.config.max_position_embeddings, 0.0
     for start in range(1, len(ids), size):
         end = min(start + size, len(ids))
-        window = to_device(ids[max(0, end - 1 - size) : end], m.device)                          # at most size + 1
+        window = to_device(ids[max(0, end - 1 - size) : end], m.device)  # at most size + 1
         targets = window[start - end :]
         at = torch.arange(len(window) - 1 - len(targets), len(window) - 1, device=m.device)
         hidden = m.hidden(window[None, :-1], [len(window) - 1], at=at)[0]
@@ -75,6 +79,7 @@ def text_logp(m, tokenizer, text):
 
 def ask_likelihoods(m, tokenizer, questions, batch_size):
     """Yields (index, record) of questions under --protocol loglik."""
+
     def topic(i):
         return questions[i]["task"], questions[i]["row"].get("subject")
 
@@ -91,6 +96,8 @@ def ask_likelihoods(m, tokenizer, questions, batch_size):
         step = min(batch_size, max(1, CACHE_TOKENS // max(sizes.values()))) if by == "letter" else 1
         for part in (group[i : i + step] for i in range(0, len(group), step)):
             choices = [questions[i]["choices"] for i in part]
-            for i, some, logps in zip(part, choices, choice_logps(m, tokenizer, [texts[i] for i in part], choices, f"--tasks {task}")):
+            for i, some, logps in zip(
+                part, choices, choice_logps(m, tokenizer, [texts[i] for i in part], choices, f"--tasks {task}")
+            ):
                 best = max(range(len(some)), key=logps.__getitem__)
                 yield i, {"reply": some[best].strip(), "logps": logps, "prompt_tokens": sizes[i]}

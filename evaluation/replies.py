@@ -19,7 +19,12 @@ from evaluation.likelihoods import ask_likelihoods
 from generate import generate_iter
 from model import Qwen2
 
-GENERATION = ("max_new_tokens", "batch_size", "cache_gb", "repetition_penalty")  # flags that are arguments of generate_iter
+GENERATION = (
+    "max_new_tokens",
+    "batch_size",
+    "cache_gb",
+    "repetition_penalty",
+)  # flags that are arguments of generate_iter
 CHECKPOINTS = "checkpoints.json"
 
 
@@ -33,11 +38,21 @@ def ask_checkpoint(m, tokenizer, questions, a):
     sizes = [len(tokenizer.prompt_ids(p)) for p in prompts]
     for q, size in zip(questions, sizes):
         if size >= end:
-            raise InputError(f"--tasks {q['task']}: question {q['row']['id']} takes {size} tokens; the model ends at {end}: "
-                             "leave the task out")
+            raise InputError(
+                f"--tasks {q['task']}: question {q['row']['id']} takes {size} tokens; the model ends at {end}: "
+                "leave the task out"
+            )
     settings = {name: value for name, value in vars(a).items() if name in GENERATION}
     for i, reply, finish in generate_iter(m, tokenizer, prompts, **settings):
-        yield i, {"reply": reply, "finish_reason": finish, "prompt_tokens": sizes[i], "reply_tokens": len(tokenizer.encode(reply))}
+        yield (
+            i,
+            {
+                "reply": reply,
+                "finish_reason": finish,
+                "prompt_tokens": sizes[i],
+                "reply_tokens": len(tokenizer.encode(reply)),
+            },
+        )
 
 
 def question_keys(a, work, fingerprint, stop_ids):
@@ -55,10 +70,10 @@ def collect_replies(a, names, work, rank=0, world=1, device="cpu"):
     """
     replies, log = open_reply_log(a.out, rank)
     if world > 1:
-        dist.barrier()                                   # all have read the same replies before one writes another
+        dist.barrier()  # all have read the same replies before one writes another
     penalty = {} if a.repetition_penalty == 1.0 else {"repetition_penalty": a.repetition_penalty}
     code = code_hash("generate.py", "evaluation")
-    keys = {}                                            # name: question_keys
+    keys = {}  # name: question_keys
     for source, name in zip(a.ckpt, names):
         ckpt = Checkpoint(source)
         tokenizer, fingerprint = Tokenizer(ckpt), ckpt.fingerprint()
@@ -68,9 +83,13 @@ def collect_replies(a, names, work, rank=0, world=1, device="cpu"):
             known = known_checkpoints(a.out) | {source: {"fingerprint": fingerprint, "stop_ids": stop_ids}}
             with atomic_write(os.path.join(a.out, CHECKPOINTS)) as f:
                 json.dump(known, f, indent=1)
-            old = sum(replies[key].get("code", code) != code for task in work for key in keys[name][task] if key in replies)
+            old = sum(
+                replies[key].get("code", code) != code for task in work for key in keys[name][task] if key in replies
+            )
             if old:
-                print(f"warning: {old} replies of {name} in {a.out} are those of other code than is here now; another --out asks anew")
+                print(
+                    f"warning: {old} replies of {name} in {a.out} are those of other code than is here now; another --out asks anew"
+                )
         todo = {key: q for task in work for key, q in zip(keys[name][task], work[task]) if key not in replies}
         todo = dict(list(todo.items())[rank::world])
         if todo:
@@ -96,14 +115,18 @@ def load_replies(a, names, work):
     replies, known, said = read_replies(a.out), known_checkpoints(a.out), {}
     for source, name in zip(a.ckpt, names):
         if source not in known:
-            raise InputError(f"{a.out}/{CHECKPOINTS}: no {source}, only {', '.join(known) or 'nothing'}; name it as "
-                             "the run did, or leave --rescore out: no reply that is there is asked for again")
+            raise InputError(
+                f"{a.out}/{CHECKPOINTS}: no {source}, only {', '.join(known) or 'nothing'}; name it as "
+                "the run did, or leave --rescore out: no reply that is there is asked for again"
+            )
         for task, keys in question_keys(a, work, **known[source]).items():
             said.setdefault(name, {})[task] = found = [replies.get(key) for key in keys]
             if None in found:
-                raise InputError(f"{a.out}/replies.jsonl: {found.count(None)} of the {len(found)} replies of {name} to "
-                                 f"{task} ({protocol_name(a)}, {a.dtype}, at most {a.max_new_tokens} tokens) are missing; give "
-                                 "the flags and the data of that run; without --rescore they are asked for")
+                raise InputError(
+                    f"{a.out}/replies.jsonl: {found.count(None)} of the {len(found)} replies of {name} to "
+                    f"{task} ({protocol_name(a)}, {a.dtype}, at most {a.max_new_tokens} tokens) are missing; give "
+                    "the flags and the data of that run; without --rescore they are asked for"
+                )
     return said
 
 
@@ -167,10 +190,17 @@ def add_reply_flags(p):
     p.add_argument("--limit", type=at_least(1), help="questions per task, in turn from its subjects (default: all)")
     # generation
     p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
-    p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help="1.0, none, is the paper's; transformers' "
-                   "generate takes it from the checkpoint's generation_config.json (1.1 in Qwen2-0.5B-Instruct), greedy or not")
+    p.add_argument(
+        "--repetition-penalty",
+        type=number(above=0),
+        default=1.0,
+        help="1.0, none, is the paper's; transformers' "
+        "generate takes it from the checkpoint's generation_config.json (1.1 in Qwen2-0.5B-Instruct), greedy or not",
+    )
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no reply")
-    p.add_argument("--cache-gb", type=number(above=0), default=4.0, help="GiB of keys and values: questions that do not fit wait")
+    p.add_argument(
+        "--cache-gb", type=number(above=0), default=4.0, help="GiB of keys and values: questions that do not fit wait"
+    )
     # machine
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="of weights and computation")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")

@@ -66,8 +66,8 @@ def mcnemar(a, b):
     only_a = sum(x and not y for x, y in zip(a, b, strict=True))
     only_b = sum(y and not x for x, y in zip(a, b, strict=True))
     n, term, total = only_a + only_b, 1, 0
-    for i in range(min(only_a, only_b) + 1):             # exact integers: n may be thousands
-        total += term                                    # term = C(n, i)
+    for i in range(min(only_a, only_b) + 1):  # exact integers: n may be thousands
+        total += term  # term = C(n, i)
         term = term * (n - i) // (i + 1)
     return min(1.0, 2 * total / 2**n)
 
@@ -86,7 +86,7 @@ def bootstrap(differences, subjects=None, samples=10_000, seed=0):
     for group in groups:
         values, counts = np.unique(np.asarray(group, dtype=float), return_counts=True)
         # n draws with replacement, as counts of the distinct values: for 0/1 verdicts there are but three
-        drawn = rng.multinomial(len(group), counts / len(group), size=samples)               # (samples, values)
+        drawn = rng.multinomial(len(group), counts / len(group), size=samples)  # (samples, values)
         means += drawn @ values / len(group) / len(groups)
     observed = sum(sum(group) / len(group) for group in groups) / len(groups)
     as_far = np.count_nonzero(abs(means - observed) >= abs(observed) - 1e-12)

@@ -25,7 +25,9 @@ def flat_inputs(name, base, models):
     tensor of a mapped file is not read before it is used. -> (reference, [tensor] * n, those of them that are mapped)."""
     reference, tensors = (base or models[0]).tensor(name), [m.tensor(name) for m in models]
     for i, x in enumerate(tensors):
-        if x.shape != reference.shape:  # --resize: a row that the model lacks is the reference's own, so it does not move
+        if (
+            x.shape != reference.shape
+        ):  # --resize: a row that the model lacks is the reference's own, so it does not move
             tensors[i] = torch.cat([x, reference[len(x) :]])[: len(reference)]
     reference, *tensors = (x.contiguous().view(-1) for x in (reference, *tensors))
     return reference, tensors, mapped([reference, *tensors])
@@ -148,7 +150,9 @@ def merged_tensor(name, args, base, models, trim, dtype, hashing):
     hashes = [hashlib.sha256() for _ in inputs if hashing]
     for s in page_chunks(len(reference), held, methods.CHUNK):
         stored = [x[s] for x in (*xs, reference)]
-        for h, x in zip(hashes, stored):  # now, while they are at hand: reading them again would cost as much as the merge
+        for h, x in zip(
+            hashes, stored
+        ):  # now, while they are at hand: reading them again would cost as much as the merge
             h.update(x.view(torch.uint8).numpy())
         *pieces, r = (x.to(getattr(torch, args.arithmetic)) for x in stored)
         y = merge(s, pieces, r)
@@ -156,8 +160,11 @@ def merged_tensor(name, args, base, models, trim, dtype, hashing):
         if not all_finite(out[s]):
             bad = [c.source for c, x in zip(inputs, stored) if not all_finite(x)]
             kind = str(dtype).removeprefix("torch.")
-            raise InputError(f"{bad[0]}: {name} holds NaN or infinity; take another save of it" if bad
-                             else f"{name}: not finite in {kind}: the merged values are too large for it; give another --dtype")
+            raise InputError(
+                f"{bad[0]}: {name} holds NaN or infinity; take another save of it"
+                if bad
+                else f"{name}: not finite in {kind}: the merged values are too large for it; give another --dtype"
+            )
         if dtype != torch.float32:
             moved = y.float() != r.float()
             differs, lost = differs + int(moved.sum()), lost + int((moved & (out[s] == r.to(dtype))).sum())

@@ -98,11 +98,15 @@ def check_alike(a, b, resize, allow_tokenizer_mismatch):
     texts = [c.files.get("tokenizer.json") for c in (a, b)]
     if texts[0] != texts[1]:
         if None in texts:
-            notes.append(f"{(a, b)[texts.index(None)].source} has no tokenizer.json; the one written is that of {a.source}")
+            notes.append(
+                f"{(a, b)[texts.index(None)].source} has no tokenizer.json; the one written is that of {a.source}"
+            )
         elif vocabulary(a) != vocabulary(b):
             told = f"{b.source}: its tokenizer has other tokens than that of {a.source}"
             if not allow_tokenizer_mismatch:
-                raise InputError(f"{told}: a row would stand for two tokens; --allow-tokenizer-mismatch merges all the same")
+                raise InputError(
+                    f"{told}: a row would stand for two tokens; --allow-tokenizer-mismatch merges all the same"
+                )
             notes.append(f"{told}, which is the one written")
     return notes
 
@@ -180,7 +184,9 @@ def open_inputs(args):
         if (args.normalize or method == "slerp") and abs(sum(weights)) < 1e-8:
             raise InputError(f"--models: the weights {weights} sum to zero and cannot be normalised; change one")
     if method == "expo" and (len(parsed) != 1 or args.weights[0] <= 1):
-        raise InputError("--method expo: goes beyond one model, away from --base; give one C:WEIGHT with a weight above 1")
+        raise InputError(
+            "--method expo: goes beyond one model, away from --base; give one C:WEIGHT with a weight above 1"
+        )
 
     base = args.base and Checkpoint(args.base)
     models = [Checkpoint(source) for source, _ in parsed]
@@ -207,7 +213,11 @@ def add_method_flags(p):
     # checkpoints
     add("--models", required=True, nargs="+", metavar="C[:WEIGHT]", help="hub id, directory or .pt; weight (default 1)")
     add("--base", metavar="C", help="what the models were trained from; needed by all methods but linear and slerp")
-    add("--resize", action="store_true", help="embeddings of more rows than the base's are cut, of fewer take the base's")
+    add(
+        "--resize",
+        action="store_true",
+        help="embeddings of more rows than the base's are cut, of fewer take the base's",
+    )
     add("--allow-tokenizer-mismatch", action="store_true", help="merge models whose tokenizers have other tokens")
     # method
     add("--method", required=True, choices=["linear", "slerp", *NEEDS_BASE], help="how to fuse")
@@ -219,8 +229,18 @@ def add_method_flags(p):
     add("--density", type=number(), nargs="+", metavar="X",
         help="ties, dare_*, breadcrumbs*, della*: share of a delta's elements that stay; one, or one a model "
         "(default 1)")  # fmt: skip
-    add("--gamma", type=number(0, below=1), metavar="X", help="breadcrumbs*: share of the largest elements that go (default 0.01)")
-    add("--epsilon", type=number(), metavar="X", help="della*: elements stay with probability density ± this (default 0.15)")
+    add(
+        "--gamma",
+        type=number(0, below=1),
+        metavar="X",
+        help="breadcrumbs*: share of the largest elements that go (default 0.01)",
+    )
+    add(
+        "--epsilon",
+        type=number(),
+        metavar="X",
+        help="della*: elements stay with probability density ± this (default 0.15)",
+    )
     add("--lambda", type=number(), metavar="X", help="factor on the merged delta (default 1)")
     add("--lines", metavar="ALPHA[:BETA]", help="scale the merged delta by ALPHA in the first block, rising evenly to "
         "ALPHA + BETA in the last (default BETA: 1 - ALPHA)")  # fmt: skip

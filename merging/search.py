@@ -34,7 +34,13 @@ from training.logps import sequence_logps
 # The search: few evaluations of a function of one number at a time
 
 # What may be searched: the range, and what is tried first. "weight": that of a single model; "lines": LiNeS' alpha
-RANGES = {"weights": (0.0, 1.0), "weight": (0.0, 2.0), "density": (0.02, 1.0), "lambda": (0.0, 3.0), "lines": (0.0, 1.0)}
+RANGES = {
+    "weights": (0.0, 1.0),
+    "weight": (0.0, 2.0),
+    "density": (0.02, 1.0),
+    "lambda": (0.0, 3.0),
+    "lines": (0.0, 1.0),
+}
 FIRST = {"weights": (0.5, 0.95, 0.0, 1.0), "weight": (0.5, 1.0, 1.3), "density": (0.2, 0.5, 1.0),
          "lambda": (0.5, 1.0, 1.5), "lines": (0.3, 0.7, 1.0)}  # fmt: skip
 
@@ -97,7 +103,9 @@ def search(evaluate, known, point, over, n, budget, ranges=RANGES):
     while True:
         before = value
         for i in range(len(search_directions(point, over, n))):
-            label, name, x, at = search_directions(point, over, n)[i]  # anew: the point may have moved along the line before
+            label, name, x, at = search_directions(point, over, n)[
+                i
+            ]  # anew: the point may have moved along the line before
             low, high = ranges[name]
             near = (high - low) / 50
             first = [x - 4 * near, x + 4 * near] if rounds else FIRST[name]  # after a round the optimum is near
@@ -115,7 +123,9 @@ def search(evaluate, known, point, over, n, budget, ranges=RANGES):
                 if tried[x] < value:
                     point, value = candidate, tried[x]
         rounds += 1
-        if value >= before or len(search_directions(point, over, n)) == 1:  # a second round on one line finds nothing new
+        if (
+            value >= before or len(search_directions(point, over, n)) == 1
+        ):  # a second round on one line finds nothing new
             return point
 
 
@@ -148,7 +158,9 @@ def allowed(args, n):
     if args.method == "expo":  # goes beyond the model
         ranges["weight"] = (1.02, 2.0)
     if n == 1 and args.normalize and "weights" in args.over:
-        raise InputError("--over weights: a single model's is divided by itself and changes nothing; add --no-normalize")
+        raise InputError(
+            "--over weights: a single model's is divided by itself and changes nothing; add --no-normalize"
+        )
     return ranges
 
 
@@ -209,9 +221,20 @@ def parse(argv):
     add("--greedy", action="store_true", help="greedy soup: which of the models to average (--method linear)")
     add("--evaluations", type=at_least(3), default=15, help="most points to try; not with --greedy")
     # data
-    add("--data", nargs="+", metavar="F", help="JSON Lines of conversations, as of train_sft.py: minimise the loss on them")
+    add(
+        "--data",
+        nargs="+",
+        metavar="F",
+        help="JSON Lines of conversations, as of train_sft.py: minimise the loss on them",
+    )
     add("--tasks", nargs="+", metavar="T", help="tasks of eval.py: maximise the share of questions answered right")
-    add("--aside", type=number(above=0, below=1), default=0.5, metavar="X", help="share of the data for the final score alone")
+    add(
+        "--aside",
+        type=number(above=0, below=1),
+        default=0.5,
+        metavar="X",
+        help="share of the data for the final score alone",
+    )
     add("--max-len", type=at_least(2), default=1024, help="tokens; longer examples lose their end")
     add("--data-dir", default="data", help="where the tasks' questions lie")
     add("--limit", type=at_least(1), help="questions per task (default all)")
@@ -280,7 +303,7 @@ def main(argv):
     start = {"weights": [w / scale for w in a.weights]}
     own = {"density": a.densities[0], "lambda": getattr(a, "lambda"), "lines": a.lines[0] if a.lines else 1.0}
     own = {name: own[name] for name in a.over if name != "weights"}
-    pairs = [[0.5, 0.5], [0.05, 0.95]]                   # the paper's two; where weights are not searched, those given stay
+    pairs = [[0.5, 0.5], [0.05, 0.95]]  # the paper's two; where weights are not searched, those given stay
     fixed = [{"weights": pair} | own for pair in pairs] if n == 2 and "weights" in a.over else [start | own]
     print(f"{len(seen)} records for the search, {len(aside)} set aside; {what} ± one standard error")
     best = min([*fixed, start | own], key=lambda point: evaluate(point, "fixed"))
@@ -304,7 +327,9 @@ def main(argv):
     print(f"\n{len(points)} points in {time.time() - started:.0f} s; on what was set aside:")
     for cell in final:
         apart = f"({cell['versus_best']:+.5f} ± {cell['versus_best_stderr']:.5f} to the best)"
-        print(f"{describe(cell)}  {what} {cell['score']:.5f} ± {cell['stderr']:.5f}  {'the best' if cell is final[0] else apart}")
+        print(
+            f"{describe(cell)}  {what} {cell['score']:.5f} ± {cell['stderr']:.5f}  {'the best' if cell is final[0] else apart}"
+        )
     print(f"wrote {a.out}: all points and final scores")
     print(f"draw:  python -m tools.plot {a.out} --out {a.out.removesuffix('.json')}.png")
     print(f"next:  {command(a, args_at(a, best), models)}")
@@ -313,7 +338,9 @@ def main(argv):
 def describe(point):
     """A point in words."""
     text = ":".join(f"{w:.3g}" for w in point["weights"])
-    return " ".join([text, *(f"{k} {point[k]:.3g}" for k in ("density", "lambda", "lines") if point.get(k) is not None)])
+    return " ".join(
+        [text, *(f"{k} {point[k]:.3g}" for k in ("density", "lambda", "lines") if point.get(k) is not None)]
+    )
 
 
 def command(a, best, models):
@@ -323,7 +350,7 @@ def command(a, best, models):
     words += [f"{m.source}:{w:.6g}" for m, w in zip(models, best.weights) if w or a.method != "linear"]
     words += ["--base", a.base] if a.base else []
     plain = argparse.Namespace(method=a.method, **dict.fromkeys(OPTIONS))
-    fill_options(plain, len(models))               # what the method does with no option given
+    fill_options(plain, len(models))  # what the method does with no option given
     for name, (methods, _) in OPTIONS.items():
         value, default = ((x.densities if name == "density" else getattr(x, name)) for x in (best, plain))
         if a.method in methods and value != default and name != "t":

@@ -6,7 +6,9 @@ import os
 import sys
 from pathlib import Path
 
-if not os.environ.get("TEST_GPU"):  # the tests are a CPU's, and so are the scripts' defaults in them; TEST_GPU=1 pytest -k gpu
+if not os.environ.get(
+    "TEST_GPU"
+):  # the tests are a CPU's, and so are the scripts' defaults in them; TEST_GPU=1 pytest -k gpu
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402

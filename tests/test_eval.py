@@ -35,6 +35,7 @@ def test_limit_takes_turns():
 
 # ---------------------------------------------------------------- a tiny checkpoint
 
+
 def tiny_checkpoint(out, seed, positions=2048):
     """Random weights large enough for replies that differ from prompt to prompt."""
     m = tiny_model(seed, tie_word_embeddings=False, initializer_range=0.5, max_position_embeddings=positions)
@@ -73,7 +74,17 @@ def test_all_tasks(evaluate, tmp_path, data, ckpts):
         "--allow-code-execution", "--out", out)  # fmt: skip
     results, samples = load(out)
     assert list(results) == ["base", "sft"] and list(results["base"]) == tasks
-    n = {"demo": 3, "gsm8k": 3, "mmlu": 5, "cmmlu": 5, "ceval": 5, "humaneval": 1, "mbpp": 1, "ifeval": 1, "safetybench": 1}
+    n = {
+        "demo": 3,
+        "gsm8k": 3,
+        "mmlu": 5,
+        "cmmlu": 5,
+        "ceval": 5,
+        "humaneval": 1,
+        "mbpp": 1,
+        "ifeval": 1,
+        "safetybench": 1,
+    }
     for name, cells in results.items():
         for task, cell in cells.items():
             mine = [s for s in samples if s["checkpoint"] == name and s["task"] == task]
@@ -173,7 +184,9 @@ def test_a_repetition_penalty_is_another_protocol(evaluate, refused, tmp_path, d
         assert load(out) == plain
         evaluate(*args, "--repetition-penalty", 1.3, *again)
         assert load(out) == (results, samples)
-    refused("penalty 1.2, fp32, at most 12 tokens) are missing", "eval", *args, "--repetition-penalty", 1.2, "--rescore")
+    refused(
+        "penalty 1.2, fp32, at most 12 tokens) are missing", "eval", *args, "--repetition-penalty", 1.2, "--rescore"
+    )
     refused("has none", "eval", *args, "--tasks", "mmlu", "--protocol", "loglik", "--repetition-penalty", 1.2)
 
 
@@ -253,7 +266,13 @@ def test_without_data_a_line_says_which_file_to_put_where(task, refused, tmp_pat
     bench, script = benchmarks.BENCHMARKS[task], ["eval"]
     if "prompt" in bench and "verdict" not in bench:
         script = ["eval", "judge", "--teacher", "http://localhost:9/v1"]
-    more = ["--protocol", "loglik"] if "prompt" not in bench else ["--allow-code-execution"] if bench.get("runs_code") else []
+    more = (
+        ["--protocol", "loglik"]
+        if "prompt" not in bench
+        else ["--allow-code-execution"]
+        if bench.get("runs_code")
+        else []
+    )
     refused([f"{tmp_path}/none/", "--data-dir", ": not there"], *script, "--ckpt", *ckpts, "--tasks", task, *more, "--data-dir",
             tmp_path / "none", "--out", tmp_path / "out")  # fmt: skip
     assert not os.path.exists(tmp_path / "out") and not os.path.exists(tmp_path / "none")
@@ -261,17 +280,32 @@ def test_without_data_a_line_says_which_file_to_put_where(task, refused, tmp_pat
 
 def test_a_new_benchmark_is_an_entry(evaluate, tmp_path, ckpts, monkeypatch):
     """All that it takes: where its rows are, the user's turn, the verdict; the rest is there."""
-    write_lines(tmp_path / "capitals.jsonl", [{"country": "France", "capital": "Paris"}, {"country": "Peru", "capital": "Lima"}])
+    write_lines(
+        tmp_path / "capitals.jsonl", [{"country": "France", "capital": "Paris"}, {"country": "Peru", "capital": "Lima"}]
+    )
     monkeypatch.setitem(benchmarks.BENCHMARKS, "capitals", {
         "rows": lambda find: downloads.json_rows(find("capitals.jsonl"), country=str, capital=str),
         "prompt": lambda row: f"What is the capital of {row['country']}?",
         "verdict": lambda reply, row: (reply.strip(), row["capital"] in reply),
         "over": "questions",
     })  # fmt: skip
-    args = ["--ckpt", ckpts[0], "--data-dir", tmp_path, "--tasks", "capitals", "--max-new-tokens", 6, "--out", tmp_path / "out"]
+    args = [
+        "--ckpt",
+        ckpts[0],
+        "--data-dir",
+        tmp_path,
+        "--tasks",
+        "capitals",
+        "--max-new-tokens",
+        6,
+        "--out",
+        tmp_path / "out",
+    ]
     evaluate(*args)
     results, samples = load(tmp_path / "out")
-    assert results["base"]["capitals"]["n"] == 2 and samples[1]["prompt"][0]["content"] == "What is the capital of Peru?"
+    assert (
+        results["base"]["capitals"]["n"] == 2 and samples[1]["prompt"][0]["content"] == "What is the capital of Peru?"
+    )
     assert samples[0]["extracted"] == samples[0]["reply"].strip() and samples[0]["correct"] is False
 
 
@@ -279,7 +313,18 @@ def test_code_in_the_demo_needs_permission(evaluate, refused, tmp_path, ckpts):
     (tmp_path / "demo").mkdir()
     code = {"kind": "code", "value": {"tests": "assert f", "entry_point": "f"}}
     write_lines(tmp_path / "demo/heldout.jsonl", [{"id": 1, "prompt": "f", "reference": code}])
-    args = ["--ckpt", ckpts[0], "--tasks", "demo", "--data-dir", tmp_path, "--max-new-tokens", 4, "--out", tmp_path / "o"]
+    args = [
+        "--ckpt",
+        ckpts[0],
+        "--tasks",
+        "demo",
+        "--data-dir",
+        tmp_path,
+        "--max-new-tokens",
+        4,
+        "--out",
+        tmp_path / "o",
+    ]
     refused("--allow-code-execution", "eval", *args)
     evaluate(*args, "--allow-code-execution")
 
@@ -302,13 +347,26 @@ def logp_of(m, tokenizer, context, text):
 
 def test_loglik_of_all_tasks(evaluate, tmp_path, data, ckpts):
     out = tmp_path / "out"
-    tasks = ["cmmlu", "ceval", "safetybench", "truthfulqa_mc1", "truthfulqa_mc2", "arc_easy", "arc_challenge", "hellaswag"]
-    evaluate("--ckpt", *ckpts, "--tasks", *tasks, "--protocol", "loglik", "--data-dir", data, "--batch-size", 2, "--out", out)
+    tasks = [
+        "cmmlu",
+        "ceval",
+        "safetybench",
+        "truthfulqa_mc1",
+        "truthfulqa_mc2",
+        "arc_easy",
+        "arc_challenge",
+        "hellaswag",
+    ]
+    evaluate(
+        "--ckpt", *ckpts, "--tasks", *tasks, "--protocol", "loglik", "--data-dir", data, "--batch-size", 2, "--out", out
+    )
     results, samples = load(out)
     assert list(results["base"]) == tasks
     ckpt = Checkpoint(ckpts[0])
     m, tokenizer = Qwen2.from_pretrained(ckpt), Tokenizer(ckpt)
-    rows = {(task, row["id"]): row for task in tasks for row in benchmarks.BENCHMARKS[task]["rows"](lambda n: str(data / n))}
+    rows = {
+        (task, row["id"]): row for task in tasks for row in benchmarks.BENCHMARKS[task]["rows"](lambda n: str(data / n))
+    }
     for s in (s for s in samples if s["checkpoint"] == "base"):
         row, by = rows[s["task"], s["id"]], benchmarks.BENCHMARKS[s["task"]]["by"]
         texts = [f" {x}" for x in (row["choices"] if by == "letter" else row["choices"].values())]
@@ -326,7 +384,9 @@ def test_loglik_of_all_tasks(evaluate, tmp_path, data, ckpts):
 def test_perplexity(evaluate, tmp_path, data):
     """Also of a text longer than the model's positions, in the windows of the harness."""
     short = tiny_checkpoint(tmp_path / "short", 3, positions=20)
-    evaluate("--ckpt", short, "--tasks", "perplexity", "--protocol", "loglik", "--data-dir", data, "--out", tmp_path / "out")
+    evaluate(
+        "--ckpt", short, "--tasks", "perplexity", "--protocol", "loglik", "--data-dir", data, "--out", tmp_path / "out"
+    )
     results, samples = load(tmp_path / "out")
     m, tokenizer = Qwen2.from_pretrained(short), Tokenizer(Checkpoint(short))
     for s in samples:
@@ -340,7 +400,10 @@ def test_perplexity(evaluate, tmp_path, data):
     assert max(s["prompt_tokens"] for s in samples) > 60
     metrics, tokens = results["short"]["perplexity"]["metrics"], sum(s["prompt_tokens"] for s in samples)
     nll = -sum(s["logp"] for s in samples) / tokens
-    assert metrics["perplexity"]["score"] == pytest.approx(math.exp(nll)) and 0 <= results["short"]["perplexity"]["score"] <= 1
+    assert (
+        metrics["perplexity"]["score"] == pytest.approx(math.exp(nll))
+        and 0 <= results["short"]["perplexity"]["score"] <= 1
+    )
     size = sum(len(s["prompt"][0]["content"].encode()) for s in samples)
     assert metrics["bits_per_byte"]["score"] == pytest.approx(nll * tokens / math.log(2) / size)
 
@@ -369,8 +432,13 @@ def test_rescore_reads_the_replies_to_these_questions_of_this_checkpoint(evaluat
     question = lambda id, prompt, value: {"id": id, "prompt": prompt, "reference": {"kind": "exact", "value": value}}
     for folder in ("demo", "other/demo"):
         (tmp_path / folder).mkdir(parents=True)
-    write_lines(tmp_path / "demo/heldout.jsonl", [question(1, "Hi?", "a"), question(2, "Hi?", "b"), question(3, "Ho?", "c")])
-    write_lines(tmp_path / "other/demo/heldout.jsonl", [question(1, "Hi?", "a"), question(2, "He?", "b"), question(3, "Ho?", "c")])
+    write_lines(
+        tmp_path / "demo/heldout.jsonl", [question(1, "Hi?", "a"), question(2, "Hi?", "b"), question(3, "Ho?", "c")]
+    )
+    write_lines(
+        tmp_path / "other/demo/heldout.jsonl",
+        [question(1, "Hi?", "a"), question(2, "He?", "b"), question(3, "Ho?", "c")],
+    )
     a, b = (tiny_checkpoint(tmp_path / f"{x}/model", seed) for x, seed in (("a", 1), ("b", 2)))
     args = ["--tasks", "demo", "--data-dir", tmp_path, "--max-new-tokens", 6, "--out", tmp_path / "out"]
 
@@ -399,7 +467,9 @@ def test_keys_do_not_change(data):
     first = question_keys(a, {"demo": [q]}, "f", [1, 2])
     assert first == {"demo": ["0e87d8c5210b47f1a5d3f8fb7f128e929044388c27a6e3c983fb6019f2b61de1"]}
     a.repetition_penalty, q["also"] = 1.5, [["x"]]
-    assert question_keys(a, {"demo": [q]}, "f", [1, 2]) == {"demo": ["2ed83ae0110d94a9dd5e4b97ad1cb6ad9c1936ba96cf624d3cfe923b28e309ed"]}
+    assert question_keys(a, {"demo": [q]}, "f", [1, 2]) == {
+        "demo": ["2ed83ae0110d94a9dd5e4b97ad1cb6ad9c1936ba96cf624d3cfe923b28e309ed"]
+    }
 
 
 def test_compare_two(run, refused, tmp_path):

@@ -54,7 +54,11 @@ def by_transformers(path, tokenizer, prompts, n, penalty=1.0):
     for p in prompts:
         ids = torch.tensor([tokenizer.prompt_ids(p)])
         settings = transformers.GenerationConfig(
-            max_new_tokens=n, do_sample=False, repetition_penalty=penalty, eos_token_id=sorted(tokenizer.stop_ids), pad_token_id=0
+            max_new_tokens=n,
+            do_sample=False,
+            repetition_penalty=penalty,
+            eos_token_id=sorted(tokenizer.stop_ids),
+            pad_token_id=0,
         )
         out = hf.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)[0, ids.shape[1] :]
         replies.append(tokenizer.decode(out.tolist()))
@@ -99,10 +103,14 @@ def test_a_reply_ends_with_the_models_positions(lively):
     m.config = dataclasses.replace(m.config, max_position_embeddings=max(sizes) + 3)
     never = Tokenizer.__new__(Tokenizer)
     never.__dict__ = tok.__dict__ | {"stop_ids": set()}
-    ends = {i: (len(tokens), finish) for i, tokens, finish in generate_steps(m, never, PROMPTS, max_new_tokens=40) if finish}
+    ends = {
+        i: (len(tokens), finish) for i, tokens, finish in generate_steps(m, never, PROMPTS, max_new_tokens=40) if finish
+    }
     assert ends == {i: (min(40, max(sizes) + 3 - n), "length") for i, n in enumerate(sizes)}
     m.config = dataclasses.replace(m.config, max_position_embeddings=max(sizes))
-    with pytest.raises(InputError, match=f"prompt {sizes.index(max(sizes))} takes {max(sizes)} tokens; the model ends at {max(sizes)}"):
+    with pytest.raises(
+        InputError, match=f"prompt {sizes.index(max(sizes))} takes {max(sizes)} tokens; the model ends at {max(sizes)}"
+    ):
         generate(m, tok, PROMPTS)
 
 
@@ -141,7 +149,9 @@ def test_prefix_lengths_by_hand():
 
 
 @hypothesis.settings(max_examples=60, deadline=None)
-@hypothesis.given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=8), st.integers(0, 6))
+@hypothesis.given(
+    st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=8), st.integers(0, 6)
+)
 def test_prefix_lengths_save_work(prompts, overhead):
     lengths = prefix_lengths(prompts, overhead)
     assert all(0 <= n < len(p) for p, n in zip(prompts, lengths))
@@ -183,7 +193,9 @@ def test_repetition_penalty_is_that_of_transformers():
     logits, texts = torch.randn(3, 50), [[1, 4, 4, 9], [0], list(range(50))]
     seen = torch.tensor([ids + ids[:1] * (50 - len(ids)) for ids in texts])
     for got, row, ids in zip(penalise(logits.clone(), seen, 1.3), logits, texts):
-        assert torch.equal(got, transformers.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([ids]), row[None].clone())[0])
+        assert torch.equal(
+            got, transformers.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([ids]), row[None].clone())[0]
+        )
 
 
 def test_repetition_penalty_in_a_reply(lively, loaded):
@@ -229,7 +241,12 @@ def test_a_decoding_step_asks_for_no_value():
         tokens.tolist()
     with torch.no_grad():
         seen = torch.zeros(3, 64, dtype=torch.long, device="meta")
-        for settings in ({"temperature": 0.0}, {}, {"top_k": 5, "top_p": 0.9}, {"temperature": 0.0, "seen": seen, "penalty": 1.1}):
+        for settings in (
+            {"temperature": 0.0},
+            {},
+            {"top_k": 5, "top_p": 0.9},
+            {"temperature": 0.0, "seen": seen, "penalty": 1.1},
+        ):
             decoding_step(m, cache, tokens, torch.zeros(3, device="meta"), **settings)()
 
 
@@ -241,7 +258,10 @@ def test_a_gpu_says_the_same(loaded):
     for settings in ({}, {"repetition_penalty": 1.2}):
         want = generate(m, tok, PROMPTS, max_new_tokens=30, **settings)
         for look_every in (1, None):
-            assert generate(there.cuda(), tok, PROMPTS, max_new_tokens=30, batch_size=5, look_every=look_every, **settings) == want
+            assert (
+                generate(there.cuda(), tok, PROMPTS, max_new_tokens=30, batch_size=5, look_every=look_every, **settings)
+                == want
+            )
 
 
 def test_stop_strings_end_a_reply_before_them(loaded):

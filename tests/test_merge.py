@@ -136,11 +136,15 @@ def test_memory_that_is_no_files_is_kept(tmp_path, monkeypatch, method, suffix):
     """Rows put together for --resize, and whatever lies between them and the mapped files, are read to the end, several
     times over, while the pages of the files are given back all along."""
     name, rng, given_back = "model.embed_tokens.weight", np.random.default_rng(5), []
-    embed = {n: rng.normal(size=(rows, 64)).astype(np.float32) for n, rows in (("base", 500), ("short", 300), ("long", 700))}
+    embed = {
+        n: rng.normal(size=(rows, 64)).astype(np.float32) for n, rows in (("base", 500), ("short", 300), ("long", 700))
+    }
     paths = {n: save(tmp_path / (n + suffix), {name: x}, {**TIED, "vocab_size": len(x)}) for n, x in embed.items()}
     flags = ["--resize", "--base", paths["base"]] + ["--density", 0.4] * (method not in ("linear", "slerp"))
     monkeypatch.setattr(methods, "CHUNK", 1024)
-    plain = run(tmp_path / "plain", method, [paths["short"], paths["long"]], *flags)[name]  # one window: given back at the end
+    plain = run(tmp_path / "plain", method, [paths["short"], paths["long"]], *flags)[
+        name
+    ]  # one window: given back at the end
     for file in (pages, engine):
         monkeypatch.setattr(file, "WINDOW", 2048)
     monkeypatch.setattr(pages, "drop_pages", lambda t, drop=pages.drop_pages: (given_back.append(t), drop(t)))

@@ -118,7 +118,9 @@ def test_cached_equals_uncached_in_pieces_and_after_removal():
             seen = [s + n for s, n in zip(seen, lengths)]
         cache.remove(0)  # the last row moves to the front
         assert cache.lengths == [seen[2], seen[1]]
-        logits = m.head(m.hidden(torch.cat([documents[d][:, seen[d] : seen[d] + 1] for d in (2, 1)], 1), [1, 1], cache))[0]
+        logits = m.head(
+            m.hidden(torch.cat([documents[d][:, seen[d] : seen[d] + 1] for d in (2, 1)], 1), [1, 1], cache)
+        )[0]
         torch.testing.assert_close(logits, torch.stack([full[2][seen[2]], full[1][seen[1]]]), rtol=1e-4, atol=1e-5)
 
 
@@ -222,7 +224,9 @@ def test_a_fingerprint_is_made_of_the_digests_of_its_parts(tmp_path, monkeypatch
     tensors = {"x": big_checkpoint(tmp_path / "dir", **more), **more}
     big_checkpoint(tmp_path / "file.pt", **more)
     c = Checkpoint(tmp_path / "dir")
-    digests = {n: hashlib.sha256(t.view(-1).view(torch.uint8).numpy().tobytes()).hexdigest() for n, t in tensors.items()}
+    digests = {
+        n: hashlib.sha256(t.view(-1).view(torch.uint8).numpy().tobytes()).hexdigest() for n, t in tensors.items()
+    }
     text = repr(parse_config(c.config)) + "".join(
         f"{n} {tensors[n].dtype} {tuple(tensors[n].shape)} {digests[n]}" for n in ("half", "many", "one", "x")
     )
@@ -323,7 +327,9 @@ def test_truncated_safetensors_and_missing_shards(tiny, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InputError, match="model.safetensors: missing or corrupt"):
         Checkpoint(tmp_path / "cut")
-    (tmp_path / "cut" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
+    (tmp_path / "cut" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "gone.safetensors"}})
+    )
     with pytest.raises(InputError, match="gone.safetensors"):
         Checkpoint(tmp_path / "cut")
     os.remove(tmp_path / "cut" / "config.json")
@@ -356,7 +362,9 @@ def test_corrupt_files_are_named(tiny, tmp_path, name, text, words):
 
 
 def test_a_pt_file_of_other_things_is_refused(tmp_path):
-    for i, content in enumerate(({"config": "text", "files": {}, "weights": {}}, {"config": {}, "files": {}, "weights": {"a": 1}})):
+    for i, content in enumerate(
+        ({"config": "text", "files": {}, "weights": {}}, {"config": {}, "files": {}, "weights": {"a": 1}})
+    ):
         torch.save(content, tmp_path / f"{i}.pt")
         with pytest.raises(InputError, match=f"{i}.pt: a .pt checkpoint of this project has the keys"):
             Checkpoint(tmp_path / f"{i}.pt")
@@ -471,7 +479,9 @@ def test_a_tensor_is_let_go_before_the_next_is_taken(tmp_path):
     assert len(held) == 3
     for wrong in ([("a", torch.ones(5))], [("a", torch.ones(5)), ("c", torch.ones(5))]):
         with pytest.raises(ValueError, match="expected b"):
-            write_checkpoint(str(tmp_path / "w"), tiny_config(), {}, {n: ((5,), torch.float32) for n in "ab"}, iter(wrong))
+            write_checkpoint(
+                str(tmp_path / "w"), tiny_config(), {}, {n: ((5,), torch.float32) for n in "ab"}, iter(wrong)
+            )
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -489,11 +499,16 @@ def plain_varlen(q, k, v, ends, lengths_of_k, max_q, max_k, causal, gqa):
     assert torch.equal(ends, lengths_of_k) and ends.dtype == torch.int32 and max_q == max_k == int(ends.diff().max())
     assert gqa or q.shape[1] == k.shape[1]
     parts = [x.tensor_split(ends[1:-1].tolist()) for x in (q, k, v)]
-    out = [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in p), is_causal=causal, enable_gqa=True) for p in zip(*parts)]
+    out = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in p), is_causal=causal, enable_gqa=True)
+        for p in zip(*parts)
+    ]
     return torch.cat(out, dim=1).transpose(0, 1)
 
 
-def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+def varlen_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
     return plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size == (-1, 0), True)
 
 
@@ -564,7 +579,9 @@ class LoRA(Linear):
     def __init__(self, of):
         super().__init__(of.in_features, of.out_features, of.bias is not None)
         self.load_state_dict(of.state_dict())
-        self.A, self.B = (torch.nn.Parameter(torch.full(shape, 0.1)) for shape in ((of.in_features, 1), (1, of.out_features)))
+        self.A, self.B = (
+            torch.nn.Parameter(torch.full(shape, 0.1)) for shape in ((of.in_features, 1), (1, of.out_features))
+        )
 
     def forward(self, x):
         return super().forward(x) + x @ self.A @ self.B
@@ -587,7 +604,11 @@ def test_what_stands_in_place_of_a_layer_is_called():
     for module in m.modules():
         module.register_forward_hook(lambda module, *_: seen.append(module))
     m(ids)
-    assert {*m.modules()} - {*seen} <= {m.model, m.model["layers"], *(x for b in m.model["layers"] for x in (b.self_attn, b.mlp))}
+    assert {*m.modules()} - {*seen} <= {
+        m.model,
+        m.model["layers"],
+        *(x for b in m.model["layers"] for x in (b.self_attn, b.mlp)),
+    }
 
 
 def test_a_frozen_matrix_gets_no_gradient():
@@ -620,7 +641,9 @@ def test_compiled_blocks_of_one_graph_for_all_lengths(dtype, tolerance, monkeypa
     from torch._dynamo.utils import counters
 
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **more: real(f, backend="aot_eager", **more))  # no C++ compiler needed
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **more: real(f, backend="aot_eager", **more)
+    )  # no C++ compiler needed
     torch._dynamo.reset()
     counters.clear()
     plain, compiled = tiny_model(), tiny_model()
@@ -653,7 +676,9 @@ def test_the_ways_of_a_gpu_fit_together(dtype, monkeypatch):
         return torch.zeros(1, n, dtype=torch.long, device="cuda")
 
     def check(got, like):
-        assert all((a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, "cuda") for a, b in zip(got, like, strict=True))
+        assert all(
+            (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, "cuda") for a, b in zip(got, like, strict=True)
+        )
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         m = Qwen2(tiny_config())
@@ -665,7 +690,11 @@ def test_the_ways_of_a_gpu_fit_together(dtype, monkeypatch):
 
         cache = m.new_cache(4, 64)
         cache.lengths = [0] * 3
-        for more, lengths in (0, [10, 10, 7]), (1, [1, 1, 1, 5]), (0, [1, 2, 2, 1]):  # prefill, beside a step, continuation
+        for more, lengths in (
+            (0, [10, 10, 7]),
+            (1, [1, 1, 1, 5]),
+            (0, [1, 2, 2, 1]),
+        ):  # prefill, beside a step, continuation
             cache.lengths += [0] * more
             check([m.hidden(ids(sum(lengths)), lengths, cache, ids(3)[0])], [empty(1, 3, 32)])
         cache.positions, cache.width = ids(4)[0], 32

@@ -60,7 +60,9 @@ def test_loss_in_fp64_to_the_last_digits():
     policy, ref = (20 * torch.randn(50, generator=g, dtype=torch.float64) for _ in range(2))
     desirable = torch.rand(50, generator=g) < 0.5
     losses, rewards = kto_loss(policy, ref, torch.tensor(0.7, dtype=torch.float64), desirable, 0.1, 4 / 3, 0.9)
-    for p, r, d, loss, reward in zip(policy.tolist(), ref.tolist(), desirable.tolist(), losses.tolist(), rewards.tolist()):
+    for p, r, d, loss, reward in zip(
+        policy.tolist(), ref.tolist(), desirable.tolist(), losses.tolist(), rewards.tolist()
+    ):
         gain = (p - r - 0.7) if d else (0.7 - (p - r))
         assert loss == pytest.approx((4 / 3 if d else 0.9) * (1 - 1 / (1 + math.exp(-0.1 * gain))), rel=1e-12)
         assert reward == pytest.approx(0.1 * (p - r), rel=1e-12)
@@ -122,9 +124,21 @@ def test_an_order_without_clashes_is_found_whenever_one_exists():
 
 def test_large_data_of_pairs_and_of_few_prompts_separates():
     rng = random.Random(1)
-    for prompts in ([i // 2 for i in range(1000)], [i % 2 for i in range(64)], [i % 3 for i in range(63)], [0] * 16 + list(range(1, 17))):
+    for prompts in (
+        [i // 2 for i in range(1000)],
+        [i % 2 for i in range(64)],
+        [i % 3 for i in range(63)],
+        [0] * 16 + list(range(1, 17)),
+    ):
         order = []
-        plan_steps(len(prompts), 8, 1, None, smallest=2, order=lambda e, sizes: order.append(order_without_prompt_clashes(prompts, sizes, rng)) or order[0])
+        plan_steps(
+            len(prompts),
+            8,
+            1,
+            None,
+            smallest=2,
+            order=lambda e, sizes: order.append(order_without_prompt_clashes(prompts, sizes, rng)) or order[0],
+        )
         steps = [order[0][i : i + 8] for i in range(0, len(prompts), 8)]
         assert sorted(order[0]) == list(range(len(prompts))) and order[0] != sorted(order[0])
         assert count_prompt_clashes(steps, prompts) == 0
@@ -140,7 +154,13 @@ def compare_with_trl(model_dir, ref, lr, tmp_path, run):
     assert len(theirs) == len(ours) == 4
     assert max(s["kl"] for s in ours) > 0.01  # the estimate is at work
     for a, b in zip(theirs, ours):
-        for key in ("loss", "kl", "grad_norm", *(f"{x}/{y}" for x in ("rewards", "logps") for y in ("chosen", "rejected")), "rewards/margins"):
+        for key in (
+            "loss",
+            "kl",
+            "grad_norm",
+            *(f"{x}/{y}" for x in ("rewards", "logps") for y in ("chosen", "rejected")),
+            "rewards/margins",
+        ):
             assert float(a[key]) == pytest.approx(b[key], rel=1e-4, abs=2e-5), key
     base = weights(model_dir)
     assert update_error(weights(tmp_path / "trl"), weights(tmp_path / "ours"), base) < 1e-3
@@ -201,7 +221,13 @@ def test_a_loss_without_z0_needs_no_pairs(tiny, data, tmp_path, more):
     """README: `mismatched` returns []. Half of the reference is left, and the loss is that of z0 = 0."""
     reached = ("--max-steps", 2, "--lr", 1e-3, "--eval-data", data, *more)
     ranks = 2 if more else 1
-    codes, (text, *_) = launch("train_kto", flags(tiny, data, tmp_path / "o", *reached), tmp_path / "t", ranks, dict.fromkeys(range(ranks), (no_pairs,)))
+    codes, (text, *_) = launch(
+        "train_kto",
+        flags(tiny, data, tmp_path / "o", *reached),
+        tmp_path / "t",
+        ranks,
+        dict.fromkeys(range(ranks), (no_pairs,)),
+    )
     assert codes == [0] * ranks, text
     first, last = log(tmp_path / "o")
     assert first["kl"] == last["kl"] == 0 and first["loss"] == pytest.approx(0.5) and last["eval_loss"] > 0
@@ -259,19 +285,27 @@ def test_bad_input(tiny, data, tmp_path, refused):
     refused("is a directory; give a file", "train_kto", *flags(tiny, data, tmp_path / "o", "--ref-cache", tmp_path))
     refused("--ref starts from it", "train_kto", *flags(tiny, data, tmp_path / "two", "--ref", tmp_path / "two"))
     (tmp_path / "broken").write_text("not a cache")
-    refused(["broken", "remove it"], "train_kto", *flags(tiny, data, tmp_path / "o", "--ref-cache", tmp_path / "broken"))
+    refused(
+        ["broken", "remove it"], "train_kto", *flags(tiny, data, tmp_path / "o", "--ref-cache", tmp_path / "broken")
+    )
     refused("no such checkpoint", "train_kto", *flags(tiny, data, tmp_path / "o", "--ref", "/no/where"))
     files = tiny_files()
     files["tokenizer.json"] = files["tokenizer.json"].replace("<|endoftext|>", "<|end|>")
     tiny_model().save(str(tmp_path / "other"), files)
-    refused("its tokenizer is not that of", "train_kto", *flags(tiny, data, tmp_path / "o", "--ref", tmp_path / "other"))
+    refused(
+        "its tokenizer is not that of", "train_kto", *flags(tiny, data, tmp_path / "o", "--ref", tmp_path / "other")
+    )
     assert not os.path.exists(tmp_path / "o") and not os.path.exists(tmp_path / "o.run")
 
 
 def test_a_weight_of_zero_leaves_a_label_out(tiny, data, tmp_path, run):
     """The mean stays over all of the step, so the losses of either label alone add up to that of both."""
     losses = {}
-    for name, more in {"both": (), "desirable": ("--undesirable-weight", 0), "undesirable": ("--desirable-weight", 0)}.items():
+    for name, more in {
+        "both": (),
+        "desirable": ("--undesirable-weight", 0),
+        "undesirable": ("--desirable-weight", 0),
+    }.items():
         code, out, _ = run("train_kto", *flags(tiny, data, tmp_path / name, "--max-steps", 1, *more))
         assert code == 0 and "recommended" not in out
         losses[name] = log(tmp_path / name)[0]["loss"]
@@ -284,11 +318,25 @@ def test_held_out_pairs_of_one_prompt_are_not_each_others_mismatch(tiny, tmp_pat
     held_out = write_lines(tmp_path / "e.jsonl", feedback(12, seed=1))  # two of each prompt, side by side
     words = "mismatched pairs share"
     assert words not in run("train_kto", *flags(tiny, data, tmp_path / "o", "--eval-data", held_out))[1]
-    assert f"e.jsonl: 6 {words}" in run("train_kto", *flags(tiny, data, tmp_path / "p", "--eval-data", held_out, "--no-shuffle"))[1]
+    assert (
+        f"e.jsonl: 6 {words}"
+        in run("train_kto", *flags(tiny, data, tmp_path / "p", "--eval-data", held_out, "--no-shuffle"))[1]
+    )
 
 
 def test_the_command_as_the_readme_has_it(tiny, data, tmp_path):
     tiny_model().save(str(tmp_path / "sft.pt"), tiny_files())
-    torchrun(2, "train_kto.py", "--ckpt", tmp_path / "sft.pt", "--data", data, "--out", tmp_path / "kto.pt", "--batch-size", 4)
+    torchrun(
+        2,
+        "train_kto.py",
+        "--ckpt",
+        tmp_path / "sft.pt",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "kto.pt",
+        "--batch-size",
+        4,
+    )
     assert json.loads((tmp_path / "kto.pt.run" / "args.json").read_text())["beta"] == 0.1
     assert update_error(weights(tmp_path / "kto.pt"), weights(tmp_path / "sft.pt"), weights(tmp_path / "sft.pt")) >= 0

@@ -142,7 +142,11 @@ def test_an_update_smaller_than_bf16_can_hold_is_kept(tiny, data, tmp_path, run)
 
 def test_order_is_drawn_from_the_seed_and_differs_by_epoch():
     steps = plan_steps(10, 4, 2, None, order=shuffled_order(10, 7))
-    assert steps == plan_steps(10, 4, 2, None, order=shuffled_order(10, 7)) != plan_steps(10, 4, 2, None, order=shuffled_order(10, 8))
+    assert (
+        steps
+        == plan_steps(10, 4, 2, None, order=shuffled_order(10, 7))
+        != plan_steps(10, 4, 2, None, order=shuffled_order(10, 8))
+    )
     first, second = sum(steps[:3], []), sum(steps[3:], [])
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
     assert [len(s) for s in steps] == [4, 4, 2, 4, 4, 2]
@@ -160,7 +164,9 @@ def test_shares_of_the_ranks_are_the_whole():
 
 
 def test_examples_with_nothing_supervised_left_are_dropped_and_counted(tiny, tmp_path, run, refused):
-    long = {"messages": [{"role": "user", "content": "The quick brown fox " * 30}, {"role": "assistant", "content": "x"}]}
+    long = {
+        "messages": [{"role": "user", "content": "The quick brown fox " * 30}, {"role": "assistant", "content": "x"}]
+    }
     data = write_lines(tmp_path / "d.jsonl", [*chats(4), long])
     code, out, _ = run("train_sft", *flags(tiny, data, tmp_path / "o"))
     assert code == 0 and "4 examples, 1 dropped" in out

@@ -30,7 +30,7 @@ def write_csv(path, lines):
 
 def write_benchmarks(d):
     """Two subjects of two or three questions in each multiple-choice benchmark."""
-    for name in ("gsm8k demo humaneval mbpp ifeval safetybench truthfulqa arc hellaswag perplexity mt_bench".split()):
+    for name in "gsm8k demo humaneval mbpp ifeval safetybench truthfulqa arc hellaswag perplexity mt_bench".split():
         (d / name).mkdir()
     gold = [{"question": f"And {i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(3)]
     write_lines(d / "gsm8k/test.jsonl", gold)

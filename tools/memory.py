@@ -1,7 +1,7 @@
 """The memory of a training step, counted from the model's shape.
 
-    python -m tools.memory                  # Qwen2 of three sizes, on one and on eight GPUs, as a Markdown table
-    python -m tools.memory --ckpt C         # the same of a checkpoint
+python -m tools.memory                  # Qwen2 of three sizes, on one and on eight GPUs, as a Markdown table
+python -m tools.memory --ckpt C         # the same of a checkpoint
 """
 
 from core.checkpoint import Checkpoint
@@ -60,10 +60,14 @@ def main():
     p.add_argument("--examples", type=at_least(1), default=14000, help="examples of the epoch")
     p.add_argument("--length", type=at_least(1), default=500, help="tokens per example")
     p.add_argument("--supervised", type=at_least(1), default=250, help="supervised tokens among them")
-    p.add_argument("--peak", type=number(above=0), default=989, help="TFLOP/s of a GPU; default: an H100 or H200 with dense bf16")
+    p.add_argument(
+        "--peak", type=number(above=0), default=989, help="TFLOP/s of a GPU; default: an H100 or H200 with dense bf16"
+    )
     p.add_argument("--share", type=number(above=0), default=0.4, help="assumed fraction of the peak that is reached")
     a = p.parse_args()
-    configs = {ckpt: parse_config(Checkpoint(ckpt).config) for ckpt in a.ckpt} or {name: shape(*s) for name, s in SHAPES.items()}
+    configs = {ckpt: parse_config(Checkpoint(ckpt).config) for ckpt in a.ckpt} or {
+        name: shape(*s) for name, s in SHAPES.items()
+    }
     print(memory_table(configs, a.micro_tokens, a.peak * a.share * 1e12, a.examples, a.length, a.supervised))
     print(
         f"\nComputed, not measured: memory as training/memory.py counts it, at {a.micro_tokens:,} micro-tokens, bf16 over fp32 weights; "

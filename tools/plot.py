@@ -46,7 +46,9 @@ def smooth(values, window):
 
 def draw_runs(plt, runs, window):
     """One panel for each thing that any of the runs logged."""
-    panels = [(title, keys) for title, keys in PANELS if any(k in r for _, records in runs for r in records for k in keys)]
+    panels = [
+        (title, keys) for title, keys in PANELS if any(k in r for _, records in runs for r in records for k in keys)
+    ]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.1 * rows), squeeze=False, layout="constrained")
@@ -58,7 +60,15 @@ def draw_runs(plt, runs, window):
                     steps, values = zip(*points)
                     marker = "o" if len(points) < 3 else None
                     label = name if key == keys[0] else None
-                    axis.plot(steps, smooth(values, window), style, color=f"C{number % 10}", lw=1.2, marker=marker, label=label)
+                    axis.plot(
+                        steps,
+                        smooth(values, window),
+                        style,
+                        color=f"C{number % 10}",
+                        lw=1.2,
+                        marker=marker,
+                        label=label,
+                    )
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -92,14 +102,18 @@ def draw_search(plt, found):
     points, final, models = found["points"], found["final"], found["models"]
 
     def numbers(p):
-        weights = {f"weight of model {i + 1}, {os.path.basename(m.rstrip('/'))}": p["weights"][i] for i, m in enumerate(models)}
+        weights = {
+            f"weight of model {i + 1}, {os.path.basename(m.rstrip('/'))}": p["weights"][i] for i, m in enumerate(models)
+        }
         if len(models) > 1:
             del weights[next(iter(weights))]  # the first model's is what the others leave
         return weights | {k: p[k] for k in ("density", "lambda", "lines") if p.get(k) is not None}
 
     best = numbers(found["best"])
     lines = [k for k in best if len({numbers(p)[k] for p in points}) > 1] or list(best)
-    figure, axes = plt.subplots(1, len(lines), figsize=(5.2 * len(lines), 4), squeeze=False, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(lines), figsize=(5.2 * len(lines), 4), squeeze=False, sharey=True, layout="constrained"
+    )
 
     def draw(axis, k, points, label, **style):
         if points:
@@ -128,7 +142,12 @@ def draw_search(plt, found):
 
 def main():
     p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("sources", nargs="+", metavar="RUN", help="training runs, or one JSON: make_data.py's report, merge.py search's --out")
+    p.add_argument(
+        "sources",
+        nargs="+",
+        metavar="RUN",
+        help="training runs, or one JSON: make_data.py's report, merge.py search's --out",
+    )
     p.add_argument("--out", default="plot.png", help="PNG to write")
     p.add_argument("--smooth", type=at_least(1), default=1, help="steps of the running mean that is drawn")
     a = p.parse_args()

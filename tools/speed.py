@@ -128,7 +128,16 @@ def ours_train(a, folder):
     script = __import__(f"train_{a.mode}")
     out = os.path.join(folder, "out")
     sys.argv = [f"train_{a.mode}.py", "--ckpt", a.ckpt[0], "--data", a.data, "--out", out, "--max-steps", str(a.steps)]
-    sys.argv += ["--batch-size", str(a.batch_size), "--max-len", str(a.max_len), "--lr", "1e-6", "--schedule", "constant"]
+    sys.argv += [
+        "--batch-size",
+        str(a.batch_size),
+        "--max-len",
+        str(a.max_len),
+        "--lr",
+        "1e-6",
+        "--schedule",
+        "constant",
+    ]
     sys.argv += ["--warmup", "0", "--no-shuffle", "--dtype", a.dtype, "--device", a.device, "--save-every", "0"]
     sys.argv += ["--micro-tokens", str(a.micro_tokens)] if a.micro_tokens else []
     sys.argv += ["--compile"] * a.compile
@@ -156,7 +165,10 @@ def trl_train(a, folder):
     )  # fmt: skip
     if a.mode == "kto":
         examples = [e for _, e in read_records([a.data], kto_example)]
-        rows = [{"prompt": p, "completion": [{"role": "assistant", "content": c}], "label": label} for p, c, label in examples]
+        rows = [
+            {"prompt": p, "completion": [{"role": "assistant", "content": c}], "label": label}
+            for p, c, label in examples
+        ]
         config = KTOConfig(precompute_ref_log_probs=True, **settings)
         trainer = KTOTrainer
     else:
@@ -211,7 +223,9 @@ def transformers_generate(a, folder):
     ids = [tokenizer.prompt_ids(p) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))[: max(8, batch)]
     stops = sorted(tokenizer.stop_ids)
-    config = GenerationConfig(max_new_tokens=a.max_new_tokens, do_sample=False, repetition_penalty=1.0, eos_token_id=stops, pad_token_id=0)
+    config = GenerationConfig(
+        max_new_tokens=a.max_new_tokens, do_sample=False, repetition_penalty=1.0, eos_token_id=stops, pad_token_id=0
+    )
     started, made, texts = time.time(), 0, [None] * len(prompts)
     for part in (order[k : k + batch] for k in range(0, len(order), batch)):
         width = max(len(ids[i]) for i in part)
@@ -342,7 +356,11 @@ def parse_args():
     p.add_argument("--max-new-tokens", type=at_least(1), default=128, help="most tokens of a reply")
     # merging
     p.add_argument("--base", help="base model of the merge")
-    p.add_argument("--synthetic", metavar="FOLDER", help="merge checkpoints of 7B that are written there first (15 GB) if it has none")
+    p.add_argument(
+        "--synthetic",
+        metavar="FOLDER",
+        help="merge checkpoints of 7B that are written there first (15 GB) if it has none",
+    )
     p.add_argument("--method", default="ties", help="linear, ties, ...; TIES at density 0.2")
     # machine
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="to compute in; merge: to write")
@@ -378,7 +396,9 @@ def main():
         if training:
             a.data = data
             work = tokens, supervised, flops, _ = needed(a)
-            print(f"{a.limit} examples, {tokens:,} tokens, {supervised:,} supervised; the maths needs {flops / 1e12:.2f} TFLOP")
+            print(
+                f"{a.limit} examples, {tokens:,} tokens, {supervised:,} supervised; the maths needs {flops / 1e12:.2f} TFLOP"
+            )
         runs = {side: [] for side in sides}
         for turn in range(a.repeats):
             for side in sides:
@@ -397,7 +417,10 @@ def main():
 
 def summarise(a, runs, work):
     """Prints the medians of the runs and their ratios. runs: {side: its runs}. work: needed(a), of a training run."""
-    middle = {side: {k: statistics.median(r[k] for r in rs) for k in ("wall_s", "step_s", "peak_gb", "rate")} for side, rs in runs.items()}
+    middle = {
+        side: {k: statistics.median(r[k] for r in rs) for k in ("wall_s", "step_s", "peak_gb", "rate")}
+        for side, rs in runs.items()
+    }
     us, peers = middle["ours"], list(runs)[1:]
     if work:
         tokens, supervised, flops, step_flops = work

@@ -87,7 +87,9 @@ def sequence_logps(model, examples, micro_tokens, rank=0, world=1, heed_stop=Fal
         units[unit].append(i)
         costs[unit] += len(ids) - n
     for micro in rank_micro_batches(costs, micro_tokens, rank, world, is_sharded(model)):
-        if heed_stop and (stop_asked(model.device) if is_sharded(model) else STOP["asked"]):  # sharded ranks leave together
+        if heed_stop and (
+            stop_asked(model.device) if is_sharded(model) else STOP["asked"]
+        ):  # sharded ranks leave together
             break
         indices = [i for unit in micro for i in units[unit]]
         some = [examples[i] for i in indices]

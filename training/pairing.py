@@ -41,7 +41,9 @@ def order_without_prompt_clashes(prompts, sizes, rng):
     # batch's last place at the end; filled by prompt, the most frequent first.
     batches = list(zip(starts, sizes))
     rng.shuffle(batches)
-    places = [s + k for s, n in batches for k in range(0, n - 1, 2)] + [s + k for s, n in batches for k in range(1, n, 2)]
+    places = [s + k for s, n in batches for k in range(0, n - 1, 2)] + [
+        s + k for s, n in batches for k in range(1, n, 2)
+    ]
     places += [s + n - 1 for s, n in batches if n % 2]
     counts, rank = collections.Counter(prompts), {p: rng.random() for p in prompts}
     order.sort(key=lambda i: (-counts[prompts[i]], rank[prompts[i]]))

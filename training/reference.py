@@ -86,7 +86,9 @@ def reference_logps(pairs, sequence, path, reference, load, device, micro_tokens
                 part = [k for k in chunk if missing[k]]
                 if part:
                     examples = [sequence(*pair_of[order[k]]) for k in part]
-                    logps[to_device(torch.tensor(part), device)] = sequence_logps(model, examples, micro_tokens, rank, world)
+                    logps[to_device(torch.tensor(part), device)] = sequence_logps(
+                        model, examples, micro_tokens, rank, world
+                    )
                     bar.update(len(part))
                 if time.time() - saved > SAVE_CACHE_EVERY:
                     save()

@@ -97,16 +97,22 @@ def start_run(a, rank, world, model, ckpt, identity, total):
     run = Run(a, rank, world, model, make_optimizer(model, a), expect, finish, ckpt.files, identity, total)
     foreign = [n for n, _ in model.named_parameters() if n not in ckpt.names]
     if foreign and rank == 0:
-        print(f"warning: OUT will hold {foreign[0]}{' and more' * (len(foreign) > 1)}, which no script here loads: fold it into the "
-              "checkpoint's own weights before the run ends")
+        print(
+            f"warning: OUT will hold {foreign[0]}{' and more' * (len(foreign) > 1)}, which no script here loads: fold it into the "
+            "checkpoint's own weights before the run ends"
+        )
     path = run_file(a, "state.json")
     if a.resume and os.path.isfile(path):
         state = read_json(path)
         changed = {k for k in identity if state["identity"].get(k) != identity[k]}
         if others := sorted(changed - {CODE}):
-            raise InputError(f"{path}: was saved by a run that differs in {', '.join(others)}; undo that or drop --resume")
+            raise InputError(
+                f"{path}: was saved by a run that differs in {', '.join(others)}; undo that or drop --resume"
+            )
         if changed and rank == 0:
-            print(f"warning: the code has changed since step {state['step']} was saved; the steps after it run with the new code")
+            print(
+                f"warning: the code has changed since step {state['step']} was saved; the steps after it run with the new code"
+            )
         if not state["finished"]:
             run.done = run.saved = state["step"]
             run.pending = state.get("pending")
@@ -118,7 +124,9 @@ def start_run(a, rank, world, model, ckpt, identity, total):
     STOP["training"] = True  # before the ranks meet: none may leave alone once another can be past this
     others = from_rank_0(torch.tensor([float(run.done)], device=model.device)).item() != run.done
     if sum_over_ranks(torch.tensor([float(others)], device=model.device)).item():
-        raise InputError(f"{path}: not all ranks find the same save; {a.out}.run must lie on a disk that all nodes share")
+        raise InputError(
+            f"{path}: not all ranks find the same save; {a.out}.run must lie on a disk that all nodes share"
+        )
     if run.saved:
         restore(run)
     lines = read_log(run) if run.done else []
@@ -130,7 +138,13 @@ def start_run(a, rank, world, model, ckpt, identity, total):
     if rank == 0:
         run.events = event_writer(run) if a.tensorboard else None
         tidy(run)
-        call = {"step": run.done, "command": sys.argv, "torch": torch.__version__, "ranks": world, "threads": torch.get_num_threads()}
+        call = {
+            "step": run.done,
+            "command": sys.argv,
+            "torch": torch.__version__,
+            "ranks": world,
+            "threads": torch.get_num_threads(),
+        }
         args = read_json(run_file(a, "args.json")) if run.done else vars(a) | identity | call | {"resumed": []}
         args["resumed"] += [call] if run.done else []
         for name, text in ("log.jsonl", "".join(lines)), ("args.json", json.dumps(args, indent=2)):
@@ -144,7 +158,9 @@ def read_log(run):
     lines, path = [], run_file(run.a, "log.jsonl")
     last = run.done - (run.pending is not None)
     if not os.path.isfile(path):
-        raise InputError(f"{path}: missing, and with it what was saved is not the whole run; drop --resume to start again")
+        raise InputError(
+            f"{path}: missing, and with it what was saved is not the whole run; drop --resume to start again"
+        )
     with open(path, encoding="utf-8") as f:
         for line in f:
             with contextlib.suppress(ValueError):  # the last line may be cut short by a full disk
@@ -210,7 +226,9 @@ def numbered(a, pattern):
 
 def prune(run, step):
     """Of OUT.run/'s checkpoints up to that step keeps the last --keep and the best; of moments those to resume from."""
-    newest = sorted(s for s in numbered(run.a, CHECKPOINTS) if s <= step and s < run.total)[-run.a.keep :]  # the last is OUT
+    newest = sorted(s for s in numbered(run.a, CHECKPOINTS) if s <= step and s < run.total)[
+        -run.a.keep :
+    ]  # the last is OUT
     for pattern, wanted in (CHECKPOINTS, {*newest, run.best[1], run.saved}), (MOMENTS, {run.saved}):
         for number, path in numbered(run.a, pattern).items():
             if number not in wanted:
@@ -242,7 +260,9 @@ def event_writer(run):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise InputError("--tensorboard: its package is missing; pip install tensorboard, or leave the flag out") from None
+        raise InputError(
+            "--tensorboard: its package is missing; pip install tensorboard, or leave the flag out"
+        ) from None
     return SummaryWriter(f"{run.a.out}.run", purge_step=run.done + 1)
 
 
@@ -263,7 +283,9 @@ def specs(tensors):
 def save_model(run, out):
     """Writes a checkpoint, fp32."""
     weights = dict(run.model.named_parameters())
-    write_gathered(run, weights, lambda pairs: write_checkpoint(out, run.model.raw_config, run.files, specs(weights), pairs))
+    write_gathered(
+        run, weights, lambda pairs: write_checkpoint(out, run.model.raw_config, run.files, specs(weights), pairs)
+    )
 
 
 def save_state(run, step, pending=None):

@@ -28,7 +28,9 @@ def setup_ranks(a):
     gpu = torch.device(device) if device.startswith("cuda") else None
     if a.device == "cuda":
         torch.cuda.set_device(gpu)
-    rank, world = join_group(hours=1, gpu=gpu)  # nccl's own ten minutes may be too short for rank 0's save of a large model
+    rank, world = join_group(
+        hours=1, gpu=gpu
+    )  # nccl's own ten minutes may be too short for rank 0's save of a large model
     if a.shard and not dist.is_initialized():
         raise InputError("--shard: splits the model over the ranks of a torchrun; start the script with torchrun")
     STOP.update(training=False, asked=False)
@@ -93,7 +95,12 @@ def add_training_flags(p, epochs, batch_size, lr):
     """The flags that both training scripts have; the three arguments are their own defaults."""
     # checkpoints
     p.add_argument("--ckpt", required=True, help="model to start from: hub id, directory or .pt file")
-    p.add_argument("--out", type=checkpoint_out, required=True, help="checkpoint to write: a directory, or a .pt file by its suffix")
+    p.add_argument(
+        "--out",
+        type=checkpoint_out,
+        required=True,
+        help="checkpoint to write: a directory, or a .pt file by its suffix",
+    )
     # data
     p.add_argument("--data", nargs="+", required=True, help="JSON Lines files to train on")
     p.add_argument("--eval-data", nargs="+", help="held-out JSON Lines files")
@@ -103,31 +110,52 @@ def add_training_flags(p, epochs, batch_size, lr):
     # optimisation
     p.add_argument("--epochs", type=at_least(1), default=epochs, help="passes over the data")
     p.add_argument("--max-steps", type=at_least(1), help="optimizer steps, instead of --epochs")
-    p.add_argument("--batch-size", type=at_least(1), default=batch_size, help="examples per optimizer step, over all ranks")
+    p.add_argument(
+        "--batch-size", type=at_least(1), default=batch_size, help="examples per optimizer step, over all ranks"
+    )
     p.add_argument("--lr", type=number(0), default=lr, help="peak learning rate")
-    p.add_argument("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of the learning rate")
+    p.add_argument(
+        "--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of the learning rate"
+    )
     p.add_argument("--warmup", type=at_least(0), default=10, help="steps over which the learning rate rises from 0")
     p.add_argument("--weight-decay", type=number(0), default=0.0, help="AdamW's, on matrices")
     p.add_argument("--beta1", type=number(0, below=1), default=0.9, help="AdamW's decay of the first moment")
     p.add_argument("--beta2", type=number(0, below=1), default=0.999, help="AdamW's decay of the second moment")
     p.add_argument("--eps", type=number(0), default=1e-8, help="AdamW's epsilon")
     p.add_argument("--clip", type=number(0), default=1.0, help="largest norm of the gradient; 0 does not clip")
-    p.add_argument("--max-skips", type=at_least(1), default=3, help="end after so many steps in a row without finite loss and gradient")
+    p.add_argument(
+        "--max-skips",
+        type=at_least(1),
+        default=3,
+        help="end after so many steps in a row without finite loss and gradient",
+    )
     # machine
     micro_tokens = 16384 if DEVICE == "cuda" else 1024
     p.add_argument("--micro-tokens", type=at_least(1), default=micro_tokens, help="tokens of one forward on one device")
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="to compute in; weights stay fp32")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks: pays after some hundred micro-batches")
-    p.add_argument("--shard", action="store_true", help="spread weights, gradients and moments over the ranks of a torchrun")
+    p.add_argument(
+        "--compile", action="store_true", help="torch.compile the blocks: pays after some hundred micro-batches"
+    )
+    p.add_argument(
+        "--shard", action="store_true", help="spread weights, gradients and moments over the ranks of a torchrun"
+    )
     p.add_argument("--activation-checkpointing", nargs="?", choices=["auto", "on", "off"], default="auto", const="on",
                    help="compute blocks again in the backward, to save memory; auto: if a step would not fit otherwise")  # fmt: skip
     # saving
-    p.add_argument("--save-every", type=at_least(0), default=100, help="steps between saves into OUT.run/; 0 saves at the end only")
-    p.add_argument("--keep", type=at_least(1), default=2, help="newest saves to keep; with --eval-every the best is kept too")
-    p.add_argument("--eval-every", type=at_least(0), default=0, help="steps between evaluations; 0 evaluates at the end only")
+    p.add_argument(
+        "--save-every", type=at_least(0), default=100, help="steps between saves into OUT.run/; 0 saves at the end only"
+    )
+    p.add_argument(
+        "--keep", type=at_least(1), default=2, help="newest saves to keep; with --eval-every the best is kept too"
+    )
+    p.add_argument(
+        "--eval-every", type=at_least(0), default=0, help="steps between evaluations; 0 evaluates at the end only"
+    )
     p.add_argument("--resume", action="store_true", help="go on from the last save in OUT.run/")
-    p.add_argument("--tensorboard", action="store_true", help="write the log into OUT.run/ as TensorBoard's event files too")
+    p.add_argument(
+        "--tensorboard", action="store_true", help="write the log into OUT.run/ as TensorBoard's event files too"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,11 +216,16 @@ def checkpoint_activations(model, a, batches, rank, world):
             print(f"memory: a step of {tokens:,} tokens at a time takes {sum(without.values()) / GIB:.2f} GiB ({parts}), {there}: "
                   f"activation checkpointing {'on, with it ' + format(sum(with_it.values()) / GIB, '.2f') if on else 'off'}")  # fmt: skip
             if too_large:
-                print("warning: too much even so; lower --micro-tokens" + ("" if a.shard else ", or --shard over several ranks"))
+                print(
+                    "warning: too much even so; lower --micro-tokens"
+                    + ("" if a.shard else ", or --shard over several ranks")
+                )
     for block in model.model["layers"] if on else []:
         recompute(block)
 
 
 def recompute(block):
     """Makes the block keep only its input and recompute the rest in the backward. It draws no random numbers to restore."""
-    block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    block.forward = functools.partial(
+        torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+    )

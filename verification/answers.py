@@ -33,6 +33,7 @@ def numbers_equal(a, b, tol=1e-4):
 
 # ---------------------------------------------------------------- multiple choice
 
+
 @functools.lru_cache
 def choice_patterns(letters):
     """The protocol's cascade for a string of letters ("ABCD"): patterns in their order, group 1 is the letter.
@@ -46,8 +47,10 @@ def choice_patterns(letters):
     states_en = rf"(?:[Cc]hoose|(?:[Aa]nswer|[Cc]hoice){not_en}{gap}{{0,10}}?\b(?:is|be|:|)\b){gap}{{0,20}}?\b{x}\b"
     verb = "(?:是|选|为|：|:|】)"
     not_zh = rf"(?!{gap}{{0,10}}?(?:不|非){gap}{{0,10}}?{verb})"
-    states_zh = (rf"(?:选[择定]?[：:]?\s*|(?:答案|选项){not_zh}{gap}{{0,10}}?{verb}{gap}{{0,10}}?)"
-                 rf"{x}(?:选项)?(?:[)）。.．，,、：:{letters}]|$)")
+    states_zh = (
+        rf"(?:选[择定]?[：:]?\s*|(?:答案|选项){not_zh}{gap}{{0,10}}?{verb}{gap}{{0,10}}?)"
+        rf"{x}(?:选项)?(?:[)）。.．，,、：:{letters}]|$)"
+    )
     right_en = r"\b(?:correct|right)\b"
     called_en = rf"\b{x}\b(?!{gap}{{0,8}}?(?:n't|not){gap}{{0,5}}?(?:correct|right)){gap}{{0,10}}?{right_en}"
     right_zh = "(?:正确|对[的，。：]|符合)"
@@ -150,7 +153,7 @@ def best_place(a, b):
 
 # ---------------------------------------------------------------- code
 
-INDENTED = r"(.*?)(?=\n(?!\n*(?:  |\t))|\Z)"            # up to the first line that is not indented
+INDENTED = r"(.*?)(?=\n(?!\n*(?:  |\t))|\Z)"  # up to the first line that is not indented
 
 
 def extract_code(reply, entry_point):
@@ -181,6 +184,7 @@ def boxed(reply):
 
 
 # ---------------------------------------------------------------- what a reply states, for data
+
 
 @functools.lru_cache
 def statements(letters):
@@ -238,7 +242,9 @@ def stated_choice(reply, choices):
     if found := re.fullmatch(rf"(?:[Oo]ption |[Cc]hoice )?\(?([{letters}])\)?(?:[.:)].*)?", answer, re.DOTALL):
         return found.group(1)
     value, amounts = amount(answer), {letter: amount(text) for letter, text in choices.items()}
-    equal = [letter for letter, text in choices.items() if normalise_latex(text) == normalise_latex(answer or reply) != ""]
+    equal = [
+        letter for letter, text in choices.items() if normalise_latex(text) == normalise_latex(answer or reply) != ""
+    ]
     equal = equal or [letter for letter in choices if numbers_equal(value, amounts[letter])]
     if len(equal) == 1:
         return equal[0]
@@ -248,7 +254,11 @@ def stated_choice(reply, choices):
     heads = re.findall(rf"^[^\w\n]*([{letters}])(?!\w)[^\w\n]*(.*)$", reply, re.MULTILINE)
     if len({letter for letter, _ in heads}) == 1 and re.match(rf"\W*{heads[0][0]}(?!\w)", reply):
         letter, rest = heads[0]
-        if not rest or normalise_latex(choices[letter]) and normalise_latex(rest).startswith(normalise_latex(choices[letter])):
+        if (
+            not rest
+            or normalise_latex(choices[letter])
+            and normalise_latex(rest).startswith(normalise_latex(choices[letter]))
+        ):
             return letter
     # a number among other things, or the other way round, is no choice; of two formulas who knows, and "none of these" may be
     known = not equal and any(v is not None for v in (value, *amounts.values()))

@@ -63,7 +63,9 @@ WORDS = {  # the commonest words of languages that share a script
         "ne": "र छ को मा हो छन् यो पनि एक ले गर्न लागि भने त्यो हुन्छ थियो छैन म हामी तपाईं गर्नु गरेको सँग का की",
     },
 }  # fmt: skip
-WORDS = {script: {language: set(text.split()) for language, text in languages.items()} for script, languages in WORDS.items()}
+WORDS = {
+    script: {language: set(text.split()) for language, text in languages.items()} for script, languages in WORDS.items()
+}
 
 
 def guess_language(text):
@@ -73,11 +75,13 @@ def guess_language(text):
     if not scripts:
         return None
     if scripts["HIRAGANA"] + scripts["KATAKANA"] > 0.1 * sum(scripts.values()):
-        return "ja"                                      # Japanese may have more Han characters than kana
+        return "ja"  # Japanese may have more Han characters than kana
     script = scripts.most_common(1)[0][0]
     words = re.findall(r"[^\W\d_](?:[\w\u0900-\u097f]|(?<=\w)['’](?=\w))*", text.lower())
     hits = {language: sum(word in common for word in words) for language, common in WORDS.get(script, {}).items()}
-    return max(hits, key=hits.get) if hits else SCRIPTS.get(script, "?")  # none of the words: the script's first language
+    return (
+        max(hits, key=hits.get) if hits else SCRIPTS.get(script, "?")
+    )  # none of the words: the script's first language
 
 
 def in_language(text, language):
@@ -100,7 +104,11 @@ def count_sentences(text):
         word = last[0].lstrip("(\"'“‘*")
         initial = len(word) == 1 and word.isupper() and word != "I"
         item = word.isdigit() and text[start : end.start()].strip() == last[0]
-        if text[end.start()] == "." and (word.lower() in ABBREVIATIONS or initial or item) and text[end.end() :].strip():
+        if (
+            text[end.start()] == "."
+            and (word.lower() in ABBREVIATIONS or initial or item)
+            and text[end.end() :].strip()
+        ):
             continue
         count += 1
         start = end.end()
@@ -143,7 +151,9 @@ def capital_words(reply):
     quote = r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)"
     text = re.sub(rf"""(?i)[][(){{}}<>?!;@#$%&*"`«»“”„‘’‒–—―]|--|\.\.+|''|[:,](?!\d)|{quote}""", " ", reply)
     text = re.sub(r"(?i)(?<=[^'\s])(?=(?:'(?:s|m|d|ll|re|ve)?|n't)(?!\S))", " ", text)
-    text = re.sub(r"(?i)\b(?:can(?=not\b)|(?:gim|lem)(?=me\b)|got(?=ta\b)|gon(?=na\b)|wan(?=na(?!\S)))", r" \g<0> ", text)
+    text = re.sub(
+        r"(?i)\b(?:can(?=not\b)|(?:gim|lem)(?=me\b)|got(?=ta\b)|gon(?=na\b)|wan(?=na(?!\S)))", r" \g<0> ", text
+    )
     return sum(word.isupper() for word in text.split())
 
 

@@ -33,9 +33,9 @@ import types
 
 # ---------------------------------------------------------------- the caller's side
 
-OUTPUT_CAP = 1 << 20      # bytes a program may print
-FILE_CAP = 16 << 20       # bytes of one file
-BOX_CAP = 64 << 20        # bytes of all files in the box; besides those, 64 that are deleted and still open (NOFILE)
+OUTPUT_CAP = 1 << 20  # bytes a program may print
+FILE_CAP = 16 << 20  # bytes of one file
+BOX_CAP = 64 << 20  # bytes of all files in the box; besides those, 64 that are deleted and still open (NOFILE)
 
 
 def run_program(source, tests="", entry_point=None, timeout=10.0, memory_mb=1024):
@@ -51,14 +51,20 @@ def run_program(source, tests="", entry_point=None, timeout=10.0, memory_mb=1024
         whole = [part.encode("utf-8", "replace").decode() for part in (source, tests)]
         handover.write(json.dumps([*whole, entry_point]).encode())
         handover.seek(0)
-        child = subprocess.Popen([sys.executable, "-I", os.path.abspath(__file__), str(timeout), str(memory_mb)],
-                                 stdin=handover, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=box, env={},
-                                 start_new_session=True)
+        child = subprocess.Popen(
+            [sys.executable, "-I", os.path.abspath(__file__), str(timeout), str(memory_mb)],
+            stdin=handover,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=box,
+            env={},
+            start_new_session=True,
+        )
         try:
             output, ended_by = read_until(child, box, time.monotonic() + timeout, timeout)
         finally:
             try:
-                os.killpg(child.pid, signal.SIGKILL)     # the group: both processes and whatever they started
+                os.killpg(child.pid, signal.SIGKILL)  # the group: both processes and whatever they started
             except (ProcessLookupError, PermissionError):
                 pass
             child.stdout.close()
@@ -102,7 +108,7 @@ def box_size(box):
     size = 0
     for folder, _, names in os.walk(box):
         for name in names:
-            with contextlib.suppress(OSError):           # gone meanwhile
+            with contextlib.suppress(OSError):  # gone meanwhile
                 size += max(1 << 16, os.lstat(os.path.join(folder, name)).st_size)
     return size
 
@@ -139,9 +145,16 @@ FCNTL, IOCTL = (8, 10, 15), (0x8901, 0x8902)
 def confine(cpu_seconds, memory_mb):
     """Take this process's rights away, one layer after the other; a layer that the system lacks is left out."""
     import resource
+
     # limits: endless loops, memory bombs, huge files, core dumps; processes too, though not for root
-    for name, value in (("CPU", math.ceil(cpu_seconds)), ("AS", memory_mb << 20), ("FSIZE", FILE_CAP), ("CORE", 0),
-                        ("NOFILE", 64), ("NPROC", 1)):
+    for name, value in (
+        ("CPU", math.ceil(cpu_seconds)),
+        ("AS", memory_mb << 20),
+        ("FSIZE", FILE_CAP),
+        ("CORE", 0),
+        ("NOFILE", 64),
+        ("NPROC", 1),
+    ):
         try:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
         except (AttributeError, ValueError, OSError):
@@ -153,14 +166,26 @@ def confine(cpu_seconds, memory_mb):
         libc.unshare(0x40000000 | (0x10000000 if os.geteuid() else 0))
         # no capabilities: root is then stopped by its own limits, and cannot mount, reboot or raise a limit
         libc.capset(struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[0] * 6))
-        libc.prctl(4, 0, 0, 0, 0)                        # not dumpable: closed to the other process, /proc included
-        libc.prctl(38, 1, 0, 0, 0)                       # no_new_privs: nothing gives rights back; both below need it
-        confine_files(libc)                              # nothing is written outside of the box, and little is read
-        filtered = filter_calls(libc)                    # no sockets, no processes, no signals to others
+        libc.prctl(4, 0, 0, 0, 0)  # not dumpable: closed to the other process, /proc included
+        libc.prctl(38, 1, 0, 0, 0)  # no_new_privs: nothing gives rights back; both below need it
+        confine_files(libc)  # nothing is written outside of the box, and little is read
+        filtered = filter_calls(libc)  # no sockets, no processes, no signals to others
     if not filtered:
         # not a barrier against a determined program, which can go round the interpreter, but against a careless one
-        refused = ("socket.", "subprocess.", "ctypes.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system",
-                   "os.kill", "os.chmod", "os.chown", "signal.pthread_kill")
+        refused = (
+            "socket.",
+            "subprocess.",
+            "ctypes.",
+            "os.fork",
+            "os.exec",
+            "os.posix_spawn",
+            "os.spawn",
+            "os.system",
+            "os.kill",
+            "os.chmod",
+            "os.chown",
+            "signal.pthread_kill",
+        )
 
         def hook(event, args):
             if event.startswith(refused):
@@ -175,9 +200,9 @@ def confine_files(libc):
     if abi < 1:
         return
     read, write = 1 << 2 | 1 << 3, 1 << 1
-    handled = (1 << (13 if abi == 1 else 14 if abi == 2 else 15)) - 1       # every file right that this kernel knows
-    box = read | write | 1 << 5 | 1 << 8 | handled & 1 << 14                # also remove, make, truncate: files alone
-    size = 8 if abi < 4 else 16 if abi < 6 else 24                          # files; also TCP; also signals leaving it
+    handled = (1 << (13 if abi == 1 else 14 if abi == 2 else 15)) - 1  # every file right that this kernel knows
+    box = read | write | 1 << 5 | 1 << 8 | handled & 1 << 14  # also remove, make, truncate: files alone
+    size = 8 if abi < 4 else 16 if abi < 6 else 24  # files; also TCP; also signals leaving it
     rules = libc.syscall(444, struct.pack("QQQ", handled, 3, 3), size, 0)
     system = {sys.prefix, sys.base_prefix, *sys.path, "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"}
     rest = [("/dev/urandom", read), ("/dev/null", read | write), (".", box)]
@@ -201,13 +226,13 @@ def filter_calls(libc):
     # classic BPF: (code, lines to skip if true, if false, k); None: to the last line. The call's number lies at 0, the
     # machine at 4, the low half of the second argument at 24
     load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
-    code = [(load, 0, 0, 4), (equal, 1, 0, audit), (give, 0, 0, 0x80000000)]                # another machine's: killed
+    code = [(load, 0, 0, 4), (equal, 1, 0, audit), (give, 0, 0, 0x80000000)]  # another machine's: killed
     code += [(load, 0, 0, 0), (at_least, None, 0, 1 << 30)]
     code += [(equal, None, 0, number) for number in numbers]
     for call, commands in ((fcntl, FCNTL), (ioctl, IOCTL)):
         code += [(load, 0, 0, 0), (equal, 0, len(commands) + 1, call), (load, 0, 0, 24)]
         code += [(equal, None, 0, command) for command in commands]
-    code += [(give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x00050000 | 1)]         # allow; error EPERM
+    code += [(give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x00050000 | 1)]  # allow; error EPERM
     code = [(op, len(code) - 2 - i if true is None else true, false, k) for i, (op, true, false, k) in enumerate(code)]
     packed = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     program = struct.pack("HxxxxxxQ", len(code), ctypes.addressof(packed))
@@ -217,7 +242,7 @@ def filter_calls(libc):
 # ---------------------------------------------------------------- what the two processes send each other
 
 CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-NUMBERS = {"Fraction": "fractions", "Decimal": "decimal"}                # exact ones, and the modules that have them
+NUMBERS = {"Fraction": "fractions", "Decimal": "decimal"}  # exact ones, and the modules that have them
 ACTIONS = {"call": lambda f, *args, **kwargs: f(*args, **kwargs), "iterate": list, "get": getattr, "set": setattr,
            "value": lambda x: x}  # fmt: skip
 
@@ -227,7 +252,7 @@ def encode_value(value, refer):
     if value is None or isinstance(value, (bool, str, float)):
         return value
     if isinstance(value, int):
-        return {"int": hex(value)}                       # in decimal Python refuses more than 4300 digits
+        return {"int": hex(value)}  # in decimal Python refuses more than 4300 digits
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
     if isinstance(value, (bytes, bytearray)):
@@ -240,7 +265,7 @@ def encode_value(value, refer):
     kind = type(value)
     if NUMBERS.get(kind.__name__) == kind.__module__:
         return {kind.__name__: str(value)}
-    if hasattr(kind, "tolist"):                          # numpy's arrays and numbers
+    if hasattr(kind, "tolist"):  # numpy's arrays and numbers
         return encode_value(value.tolist(), refer)
     return {"object": refer(value)}
 
@@ -298,7 +323,7 @@ def serve(inbox, outbox):
         objects.append(value)
         return len(objects) - 1
 
-    module = sys.modules["program"] = types.ModuleType("program")      # not __main__: a reply's own main part stays out
+    module = sys.modules["program"] = types.ModuleType("program")  # not __main__: a reply's own main part stays out
     exec(compile(json.loads(inbox.readline()), "program.py", "exec"), module.__dict__)
     names = {name: value for name, value in vars(module).items() if not name.startswith("__")}
     modules = [name for name, x in names.items() if isinstance(x, types.ModuleType) and x.__name__ == name]
@@ -314,6 +339,7 @@ def serve(inbox, outbox):
 
 def run_tests(inbox, outbox, source, tests, entry_point):
     """The tests' process: hand the program over, and run the tests on what comes back. It ends as the tests end."""
+
     def number(value):
         if isinstance(value, Remote):
             return value.index
@@ -337,7 +363,7 @@ def run_tests(inbox, outbox, source, tests, entry_point):
     tell(outbox, source)
     line = inbox.readline()
     if not line:
-        sys.exit(1)                                      # the program did not come to its end, and has said why
+        sys.exit(1)  # the program did not come to its end, and has said why
     modules, names = json.loads(line)
     wanted = {word for word in re.findall(r"\w+", tests) if word == entry_point or not hasattr(builtins, word)}
     known = {name: importlib.import_module(name) for name in wanted & {*modules} & sys.stdlib_module_names}
@@ -348,9 +374,9 @@ def run_tests(inbox, outbox, source, tests, entry_point):
 def sandboxed_main():
     """The child: divide, give up every right, run the program in one process and the tests in the other."""
     timeout, memory_mb = float(sys.argv[1]), int(sys.argv[2])
-    os.environ["OMP_NUM_THREADS"] = "1"                  # threads are refused; numpy would otherwise ask for some
+    os.environ["OMP_NUM_THREADS"] = "1"  # threads are refused; numpy would otherwise ask for some
     questions, answers, null = os.pipe(), os.pipe(), os.open(os.devnull, os.O_RDONLY)
-    program = os.fork() == 0                             # the parent of the two is that of the tests: its exit code counts
+    program = os.fork() == 0  # the parent of the two is that of the tests: its exit code counts
     mine = (questions[0], answers[1]) if program else (answers[0], questions[1])
     for fd in {*questions, *answers} - {*mine}:
         os.close(fd)
@@ -359,10 +385,10 @@ def sandboxed_main():
     os.dup2(null, 0)
     status = 1
     try:
-        confine(timeout + 1, memory_mb)                  # the tests' process too, before it hands the program over
+        confine(timeout + 1, memory_mb)  # the tests' process too, before it hands the program over
         serve(inbox, outbox) if program else run_tests(inbox, outbox, *handover)
         status = 0
-    except SystemExit:                                   # to leave early is to fail
+    except SystemExit:  # to leave early is to fail
         pass
     except BaseException:
         traceback.print_exc()

@@ -11,7 +11,11 @@ from training.examples import pack
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "4"},
+    ],
     [{"role": "system", "content": ""}, {"role": "user", "content": " spaces \n\n and\ttabs "}],
     [
         {"role": "user", "content": "法国的首都是?"},

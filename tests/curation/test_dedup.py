@@ -15,7 +15,11 @@ from curation import dedup
 # ---- the hashes, by a second and slower hand
 
 WHOLE = 2**64
-SIGN = "".join(c for c in map(chr, range(sys.maxunicode)) if unicodedata.category(c) in ("Sm", "Sc", "So") or c in "-*/^%#@&_{}[]()")
+SIGN = "".join(
+    c
+    for c in map(chr, range(sys.maxunicode))
+    if unicodedata.category(c) in ("Sm", "Sc", "So") or c in "-*/^%#@&_{}[]()"
+)
 SIGN = f"[{re.escape(SIGN)}]"
 TOKEN = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]+"
@@ -45,7 +49,9 @@ def slow_simhash(text, n=3):
     return sum(1 << b for b in range(64) if 2 * sum(g >> b & 1 for g in grams) > len(grams))
 
 
-TEXTS = st.text(st.one_of(st.characters(), st.sampled_from("ab 9_+-.,!≤√∩€😀Σİﬁé\u0301\u3000你好的一カ한\0\n")), max_size=40)
+TEXTS = st.text(
+    st.one_of(st.characters(), st.sampled_from("ab 9_+-.,!≤√∩€😀Σİﬁé\u0301\u3000你好的一カ한\0\n")), max_size=40
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -67,11 +73,19 @@ def test_long_texts_and_many_batches(monkeypatch):
     assert dedup.simhash(texts * 5).tolist() == want * 5
 
 
-@pytest.mark.parametrize("alphabet", ["the a of lamp river stone green walks slowly under old new bridge".split(), list("春夏秋冬山水花鸟风月天地人你我他")])
+@pytest.mark.parametrize(
+    "alphabet",
+    [
+        "the a of lamp river stone green walks slowly under old new bridge".split(),
+        list("春夏秋冬山水花鸟风月天地人你我他"),
+    ],
+)
 def test_near_texts_equal_brute_force(alphabet):
     """From texts to pairs: a sample with its edits, against every pair's distance of the slow hashes."""
     rng = np.random.default_rng(1)
-    words = [alphabet[i] + str(k) if alphabet[0].isascii() else alphabet[i] for k in range(4) for i in range(len(alphabet))]
+    words = [
+        alphabet[i] + str(k) if alphabet[0].isascii() else alphabet[i] for k in range(4) for i in range(len(alphabet))
+    ]
     texts = []
     for _ in range(60):
         one = rng.choice(words, 60).tolist()
@@ -80,7 +94,9 @@ def test_near_texts_equal_brute_force(alphabet):
             one[int(rng.integers(60))] = str(rng.choice(words))
             texts.append((" " if alphabet[0].isascii() else "").join(one))
     slow = [slow_simhash(t) for t in texts]
-    want = {(i, j) for i in range(len(texts)) for j in range(i + 1, len(texts)) if bin(slow[i] ^ slow[j]).count("1") <= 3}
+    want = {
+        (i, j) for i in range(len(texts)) for j in range(i + 1, len(texts)) if bin(slow[i] ^ slow[j]).count("1") <= 3
+    }
     i, j = dedup.near_pairs(dedup.simhash(texts), 3)
     assert set(zip(i.tolist(), j.tolist())) == want and len(want) > 5
 
@@ -141,7 +157,9 @@ def test_keep_best_keeps_a_maximal_independent_set_of_the_best(seed, d):
     assert not any(keep[i] and keep[j] for i, j in pairs), "no two that stay are near"
     for i in np.flatnonzero(~keep).tolist():
         t = int(twin[i])
-        assert keep[t] and (min(i, t), max(i, t)) in pairs and rank[t] < rank[i], "what goes is near a better one that stays"
+        assert keep[t] and (min(i, t), max(i, t)) in pairs and rank[t] < rank[i], (
+            "what goes is near a better one that stays"
+        )
     assert (twin[keep] == np.flatnonzero(keep)).all()
 
 
@@ -160,7 +178,13 @@ def test_simhash_by_hand_and_its_locality():
     x, y, z = dedup.simhash([long, long + " end", " ".join(f"other{i}" for i in range(200))])
     distance = lambda p, q: bin(int(p) ^ int(q)).count("1")  # noqa: E731
     assert distance(x, y) <= 6 < 20 < distance(x, z)
-    x, y, z = dedup.simhash(["今天天气很好我们一起去公园散步吧顺便买一些水果回来", "今天天气很好！我们一起去公园散步吧，顺便买一些水果回来。", "机器学习是人工智能的一个分支"])
+    x, y, z = dedup.simhash(
+        [
+            "今天天气很好我们一起去公园散步吧顺便买一些水果回来",
+            "今天天气很好！我们一起去公园散步吧，顺便买一些水果回来。",
+            "机器学习是人工智能的一个分支",
+        ]
+    )
     assert x == y and distance(x, z) > 10
     p, q, r, s = dedup.simhash(["3 + 5", "3 - 5", "!!!", "???"])
     assert len({p, q, r, s}) == 4, "signs count, and texts of nothing but signs are not all alike"
@@ -172,7 +196,10 @@ def test_simhash_by_hand_and_its_locality():
 def test_signs_that_change_the_meaning_are_told_apart(one, other):
     a, b, c = dedup.simhash([one, other, f"“{one}”…"])
     assert a != b and a == c
-    assert held([f"What is {one}?"], [f"What is {one} ?", f"What is {other}"]) == [0] and held([one, other], [one]) == [0, -1]
+    assert held([f"What is {one}?"], [f"What is {one} ?", f"What is {other}"]) == [0] and held([one, other], [one]) == [
+        0,
+        -1,
+    ]
 
 
 def held(texts, questions):
@@ -192,13 +219,27 @@ def test_what_shares_13_tokens_with_a_question():
 
 def test_what_holds_a_short_question():
     five, four = "What is two plus two?", "Who was Ada Lovelace?"
-    assert held(["what is TWO plus two", "Q: what is two plus two? A:", "Tell me now: what is two plus two, my friend", "what is two plus three",
-                 "Tell me now, please: what is two plus two, my friend"], [five]) == [0, 0, 0, -1, -1]  # fmt: skip  at most as many others
-    assert held(["who was ada lovelace", "so who was ada lovelace"], [four]) == [0, -1], "beside four tokens there may be no other"
+    assert held(
+        [
+            "what is TWO plus two",
+            "Q: what is two plus two? A:",
+            "Tell me now: what is two plus two, my friend",
+            "what is two plus three",
+            "Tell me now, please: what is two plus two, my friend",
+        ],
+        [five],
+    ) == [0, 0, 0, -1, -1]  # fmt: skip  at most as many others
+    assert held(["who was ada lovelace", "so who was ada lovelace"], [four]) == [0, -1], (
+        "beside four tokens there may be no other"
+    )
     twelve = " ".join(f"w{i}" for i in range(12))
-    assert held([twelve, f"{twelve} x", f"x {twelve} " + "y " * 11, f"x {twelve} " + "y " * 12, "w1 " + twelve[3:]], [twelve]) == [0, 0, 0, -1, -1]
+    assert held(
+        [twelve, f"{twelve} x", f"x {twelve} " + "y " * 11, f"x {twelve} " + "y " * 12, "w1 " + twelve[3:]], [twelve]
+    ) == [0, 0, 0, -1, -1]
     sums = "((-1 + 2 + 9 * 5) - (-2 + -4 + -4 * -7)) ="  # 26 tokens, none of which tells
-    assert held([f"Please answer this question: {sums}", sums, f"{'x ' * 12}{sums}", f"{'x ' * 13}{sums}", sums[2:]], [sums]) == [0, 0, 0, -1, -1]
+    assert held(
+        [f"Please answer this question: {sums}", sums, f"{'x ' * 12}{sums}", f"{'x ' * 13}{sums}", sums[2:]], [sums]
+    ) == [0, 0, 0, -1, -1]
 
 
 def test_what_is_a_question_but_for_one_word():
@@ -211,7 +252,13 @@ def test_what_is_a_question_but_for_one_word():
     words = [f"w{i}" for i in range(26)]
     for n, found in ((4, -1), (5, 0), (12, 0), (25, 0), (26, 0)):  # 26: a run of 13 stays whatever is changed
         for i in range(1, n - 1):
-            assert held([" ".join([*words[:i], "more", *words[i:n]]), " ".join(words[:i] + words[i + 1 : n])], [" ".join(words[:n])]) == [found] * 2
+            assert (
+                held(
+                    [" ".join([*words[:i], "more", *words[i:n]]), " ".join(words[:i] + words[i + 1 : n])],
+                    [" ".join(words[:n])],
+                )
+                == [found] * 2
+            )
 
 
 TOKENS = st.lists(st.sampled_from([*(f"w{i}" for i in range(9)), "1", "a"]), min_size=1, max_size=30)
@@ -232,7 +279,11 @@ def test_held_texts_equal_those_of_plain_python(texts, questions, at):
 
     def one_off(t, q):
         t, q = collections.Counter(t), collections.Counter(q)
-        return 5 <= q.total() <= 25 and ((t - q).total(), (q - t).total()) in ((0, 1), (1, 0)) and not {"1", "a"} & {*(t - q), *(q - t)}
+        return (
+            5 <= q.total() <= 25
+            and ((t - q).total(), (q - t).total()) in ((0, 1), (1, 0))
+            and not {"1", "a"} & {*(t - q), *(q - t)}
+        )
 
     texts = [*texts, questions[0], [*texts[0], *questions[-1][at:]], [f"w{i % 9}" for i in range(at)], questions[0][:at] + questions[0][at + 1 :],
              [*questions[0][:at], texts[0][0], *questions[0][at:]]]  # fmt: skip
@@ -244,15 +295,34 @@ def test_held_texts_equal_those_of_plain_python(texts, questions, at):
 
 def test_what_says_little_is_no_shared_text():
     """A blank, a table's rule, a type signature, options, a matrix: thirteen tokens that many texts share by chance."""
-    ruler, signature = "| name | age |\n|---|---|---|---|---|", "def f(xs: List[int]) -> List[int]: return [x for x in (xs)]"
-    questions = [f"Fill in the table with what you know of these people please now {ruler}", signature, "He went ______________ yesterday"]
-    texts = [f"Another table of other things {ruler}", "def g(xs: List[int]) -> List[int]: return []", "Complete: ________________", questions[0]]
+    ruler, signature = (
+        "| name | age |\n|---|---|---|---|---|",
+        "def f(xs: List[int]) -> List[int]: return [x for x in (xs)]",
+    )
+    questions = [
+        f"Fill in the table with what you know of these people please now {ruler}",
+        signature,
+        "He went ______________ yesterday",
+    ]
+    texts = [
+        f"Another table of other things {ruler}",
+        "def g(xs: List[int]) -> List[int]: return []",
+        "Complete: ________________",
+        questions[0],
+    ]
     assert held(texts, questions) == [-1, -1, -1, 0]
     options, matrix = "(A) 1 (B) 2 (C) 3 (D) 4 (E) 5", "[[1, 2, 3], [4, 5, 6], [7, 8, 9]]"
     java = "public class Main { public static void main(String[] args) {"
-    questions = [f"How many of the penguins in the table are older than {options}", f"grid = {matrix}", f"Why is this slow? {java}", matrix]
+    questions = [
+        f"How many of the penguins in the table are older than {options}",
+        f"grid = {matrix}",
+        f"Why is this slow? {java}",
+        matrix,
+    ]
     texts = [f"Half of ten is {options}", f"Transpose {matrix}", f"Fix it: {java}", matrix]
-    assert held(texts, questions[:3]) == [-1] * 4 and held(texts, questions) == [-1, 3, -1, 3], "a whole question in few other words is one"
+    assert held(texts, questions[:3]) == [-1] * 4 and held(texts, questions) == [-1, 3, -1, 3], (
+        "a whole question in few other words is one"
+    )
     a, b, c, d = dedup.simhash(["Fill: ____ is red", "Fill: __________ is red", "2 ** 3 = ?", "2 * 3 = ?"])
     assert a == b and c != d, "a blank's length says nothing, two stars do"
 

@@ -39,17 +39,48 @@ def fake_teacher(messages):
         if "never" in text or "chatty" in text and len(messages) == 2:
             return "I would say it is a poem."
         math = "+" in text
-        return json.dumps({"primary": "mathematics" if math else "writing", "secondary": ["Sums", "sum"][len(text) % 2] if math else "poem"})
-    return json.dumps({k: {"quality": 5 if "good" in v else 1 if "bad" in v else 3, "safety": 1 if "UNSAFE" in v else 5} for k, v in fields.items()})
+        return json.dumps(
+            {
+                "primary": "mathematics" if math else "writing",
+                "secondary": ["Sums", "sum"][len(text) % 2] if math else "poem",
+            }
+        )
+    return json.dumps(
+        {
+            k: {"quality": 5 if "good" in v else 1 if "bad" in v else 3, "safety": 1 if "UNSAFE" in v else 5}
+            for k, v in fields.items()
+        }
+    )
 
 
 def world(tmp_path):
-    rows = [{"question": f"Tell me what {i} + {i * 7} comes to, dear number {i * i + 3} friend of mine", "answer": f"So\n#### {i * 8 + (i % 4 == 0)}"}
-            for i in range(1, 13)]  # fmt: skip  every fourth original is wrong, and so is its reference
+    rows = [
+        {
+            "question": f"Tell me what {i} + {i * 7} comes to, dear number {i * i + 3} friend of mine",
+            "answer": f"So\n#### {i * 8 + (i % 4 == 0)}",
+        }
+        for i in range(1, 13)
+    ]  # fmt: skip  every fourth original is wrong, and so is its reference
     for r in rows[:4]:
         r["reference"] = {"kind": "number", "value": int(re.search(r"(\d+) \+ (\d+)", r["question"])[1]) * 8}
-    subjects = ["autumn leaves", "a rusty bicycle", "grandmother and her cat", "the last train home", "never mind", "chatty birds", "tea", "rain on tin"]
-    poems = [{"instruction": f"Compose some verse on the topic of {s}, please", "input": "", "output": f"a bad poem about {s}"} for s in subjects]
+    subjects = [
+        "autumn leaves",
+        "a rusty bicycle",
+        "grandmother and her cat",
+        "the last train home",
+        "never mind",
+        "chatty birds",
+        "tea",
+        "rain on tin",
+    ]
+    poems = [
+        {
+            "instruction": f"Compose some verse on the topic of {s}, please",
+            "input": "",
+            "output": f"a bad poem about {s}",
+        }
+        for s in subjects
+    ]
     poems[6]["output"] = "UNSAFE good " + poems[6]["output"]
     rows += [*poems, poems[0] | {"output": "short"}, {"prompt": "lonely", "completion": "{{name}}"}]
     path = tmp_path / "source.jsonl"
@@ -75,7 +106,9 @@ def read(path):
 
 
 def contents(folder):
-    return {f: (folder / f).read_bytes() for f in sorted(os.listdir(folder)) if f not in ("state.json", "replies.jsonl")}
+    return {
+        f: (folder / f).read_bytes() for f in sorted(os.listdir(folder)) if f not in ("state.json", "replies.jsonl")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -113,22 +146,36 @@ def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
         assert held["of"].endswith("/exam.jsonl:1") and held["question"] == "oh: " + held["instruction"]
         assert list(report["2_dedup"]["held by"].values()) == [1]
         kept = {r["id"] for r in read(out / "2_dedup.jsonl")}
-        assert "source.jsonl:13" in {i.split("/")[-1] for i in kept}, "of two copies the one with the longer response stays"
+        assert "source.jsonl:13" in {i.split("/")[-1] for i in kept}, (
+            "of two copies the one with the longer response stays"
+        )
 
         # verification: the teacher is always right but where the set's own reference is wrong
         v = report["6_score"]["verification"]
         assert v["original"] == {"checked": 11, "right": 10} and v["teacher"] == {"checked": 11, "right": 9}
         assert v["small"]["right"] == 0
         judged = [m for m in requests if m[0]["content"].startswith("Task: judge")]
-        assert report["6_score"]["judged"] == 7 and len(judged) == 14 and not any("+" in m[1]["content"] for m in judged)
+        assert (
+            report["6_score"]["judged"] == 7 and len(judged) == 14 and not any("+" in m[1]["content"] for m in judged)
+        )
         shown = collections.defaultdict(list)
         for m in judged:
             (_, _, instruction), *responses = FENCED.findall(m[1]["content"])
             shown[instruction].append([body for _, _, body in responses])
         assert len(shown) == 7 and all(two[0] == two[1][::-1] for two in shown.values()), "each in both orders"
-        assert report["6_score"]["judge in two orders"] == {"instructions": 7, "another best": 0, "responses": 21, "another grade": 0}
-        assert all(set(dict((n, b) for _, n, b in FENCED.findall(m[1]["content"]))) == {"instruction", "A", "B", "C"} for m in judged)
-        assert not any("original" in m[1]["content"] or "teacher" in m[1]["content"] for m in judged), "responses are anonymous"
+        assert report["6_score"]["judge in two orders"] == {
+            "instructions": 7,
+            "another best": 0,
+            "responses": 21,
+            "another grade": 0,
+        }
+        assert all(
+            set(dict((n, b) for _, n, b in FENCED.findall(m[1]["content"]))) == {"instruction", "A", "B", "C"}
+            for m in judged
+        )
+        assert not any("original" in m[1]["content"] or "teacher" in m[1]["content"] for m in judged), (
+            "responses are anonymous"
+        )
         places = {[n for _, n, b in FENCED.findall(m[1]["content"]) if "a good poem" in b][0] for m in judged}
         assert len(places) > 1, "and in no fixed order"
 
@@ -138,10 +185,15 @@ def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
         assert len(sft) == report["7_label"]["sft"] == 18 and len(kto) == report["7_label"]["kto"]
         for line in sft:
             assert sft_messages(line, "x")[-1]["content"] == by_id[line["id"]]["responses"][line["writer"]]["text"]
-            assert line["scores"]["verified"] is not False and {"source", "category", "language", "task_type"} <= set(line)
+            assert line["scores"]["verified"] is not False and {"source", "category", "language", "task_type"} <= set(
+                line
+            )
         for good, bad in zip(kto[::2], kto[1::2]):
             assert good["id"] == bad["id"] and good["label"] is True and bad["label"] is False
-            assert kto_example(good, "x")[0] == kto_example(bad, "x")[0] and kto_example(good, "x")[1] != kto_example(bad, "x")[1]
+            assert (
+                kto_example(good, "x")[0] == kto_example(bad, "x")[0]
+                and kto_example(good, "x")[1] != kto_example(bad, "x")[1]
+            )
             assert good["scores"]["composite"] > bad["scores"]["composite"]
         [wrong_original] = [r for r in by_id.values() if r["id"].endswith(":4")]
         assert wrong_original["responses"]["original"]["verified"] is False
@@ -155,7 +207,9 @@ def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
         assert server.posts == asked and contents(out) == first, "asks nothing and changes nothing"
         # a changed margin labels anew and asks nothing; more verified records are judged only when asked to
         assert run(*argv, "--margin", "0.7") == 0
-        assert server.posts == asked and json.loads((out / "report.json").read_text())["steps"]["7_label"]["kto"] < len(kto)
+        assert server.posts == asked and json.loads((out / "report.json").read_text())["steps"]["7_label"]["kto"] < len(
+            kto
+        )
         assert run(*argv, "--judge-verified") == 0
         assert server.posts == asked + 22
         compared = json.loads((out / "report.json").read_text())["steps"]["6_score"]["judge against verification"]
@@ -181,13 +235,21 @@ def test_edited_rules_are_noticed(tmp_path, small, monkeypatch, capfd):
     def made():  # the steps that a run does not find unchanged
         capfd.readouterr()
         assert run(*argv) == 0
-        return {line[0] for line in capfd.readouterr().out.splitlines() if re.match(r"\d_\w+ +\w+ \d", line) and "(unchanged)" not in line}
+        return {
+            line[0]
+            for line in capfd.readouterr().out.splitlines()
+            if re.match(r"\d_\w+ +\w+ \d", line) and "(unchanged)" not in line
+        }
 
     with serve(fake_teacher) as server:
         argv = [*flags(tmp_path, server, small), "--limit", 3, "--min-category", 1]
         assert made() == set("1234567") and made() == set()
         asked = server.posts
-        for module, remade in (("curation/rules", "1234567"), ("verification/answers", "1234567"), ("core/tokenizer", "1234567")):
+        for module, remade in (
+            ("curation/rules", "1234567"),
+            ("verification/answers", "1234567"),
+            ("core/tokenizer", "1234567"),
+        ):
             with open(tmp_path / f"{module}.py", "a") as f:
                 f.write("# edited\n")
             assert made() == set(remade) and made() == set(), module
@@ -217,13 +279,28 @@ def test_dry_run_and_budget(tmp_path, small, capfd):
         assert run(*argv, "--dry-run", "--price-in", 0.5, "--price-out", 2, "--budget", 0.001) == 0
         shown = capfd.readouterr().out
         assert server.posts == 0 and not os.path.getsize(tmp_path / "out" / "replies.jsonl")
-        rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.startswith(("greeting ", "classify ", "respond ", "judge ", "together "))}
+        rows = {
+            line.split()[0]: line.split()[1:]
+            for line in shown.splitlines()
+            if line.startswith(("greeting ", "classify ", "respond ", "judge ", "together "))
+        }
         # 19 records are left by step 2; categories and grades may be asked for twice, and the judge in two orders
-        assert {k: int(v[0].replace(",", "")) for k, v in rows.items()} == {"greeting": 1, "classify": 38, "respond": 19, "judge": 76, "together": 134}
+        assert {k: int(v[0].replace(",", "")) for k, v in rows.items()} == {
+            "greeting": 1,
+            "classify": 38,
+            "respond": 19,
+            "judge": 76,
+            "together": 134,
+        }
         columns = [[float(v[i].replace(",", "")) for v in rows.values()] for i in range(5)]
         assert all(sum(c[:-1]) == pytest.approx(c[-1], abs=2) for c in columns)
         assert columns[3][3] == pytest.approx(columns[1][3] * 0.5e-6 + columns[2][3] * 2e-6, abs=0.01)
-        assert "Task: classify" in shown and "Task: judge" in shown and "may not suffice" in shown and "0 replies are kept" in shown
+        assert (
+            "Task: classify" in shown
+            and "Task: judge" in shown
+            and "may not suffice" in shown
+            and "0 replies are kept" in shown
+        )
 
         # each reply costs 15 tokens; at most 128 are asked for
         assert run(*argv, "--budget", 1000, "--concurrency", 3) == 2
@@ -231,7 +308,9 @@ def test_dry_run_and_budget(tmp_path, small, capfd):
         assert "error: " in errors and "the budget of 1,000 is used up" in errors and 0 < server.posts < 30
         assert run(*argv) == 0
         bill = re.search(r": ([\d,]+) tokens in, ([\d,]+) out\.$", capfd.readouterr().out, re.M)
-        assert bill.groups() == (f"{10 * server.posts:,}", f"{5 * server.posts:,}"), "what was asked before the budget's end is not asked again"
+        assert bill.groups() == (f"{10 * server.posts:,}", f"{5 * server.posts:,}"), (
+            "what was asked before the budget's end is not asked again"
+        )
         assert run(*argv, "--dry-run") == 0 and f"{server.posts + 18:,} replies are kept" in capfd.readouterr().out
 
 
@@ -252,7 +331,10 @@ def test_a_run_costs_no_more_than_the_dry_run_says(tmp_path, small, capfd, sampl
         row = next(line.split() for line in capfd.readouterr().out.splitlines() if line.startswith("together"))
         requests, into, out, at_most, likely = (int(n.replace(",", "")) for n in row[1:])
         assert run(*argv) == 0
-        spent = [int(n.replace(",", "")) for n in re.search(r": ([\d,]+) tokens in, ([\d,]+) out\.$", capfd.readouterr().out, re.M).groups()]
+        spent = [
+            int(n.replace(",", ""))
+            for n in re.search(r": ([\d,]+) tokens in, ([\d,]+) out\.$", capfd.readouterr().out, re.M).groups()
+        ]
         assert server.posts <= requests and spent[0] <= into and spent[1] <= out and sum(spent) <= at_most == into + out
         assert likely < sum(spent) and sum(spent) > 0.5 * at_most, "what is likely is less; and the bound is not far"
 
@@ -268,7 +350,12 @@ def test_runs_killed_at_random_end_with_the_same_bytes(tmp_path, small):
         argv = flags(tmp_path, server, small)
         command = [sys.executable, os.path.join(ROOT, "make_data.py"), *map(str, argv), "--concurrency", "8"]
         for kill in range(2):
-            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            child = subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
             enough = server.posts + rng.randint(1, 20)
             while server.posts < enough and child.poll() is None:
                 time.sleep(0.005)
@@ -288,7 +375,15 @@ def test_runs_killed_at_random_end_with_the_same_bytes(tmp_path, small):
 
 
 TRANSPORT = [500, "drop", (429, [("Retry-After", "0")]), "garbage", 503, (503, [("Retry-After", "0.2")]), 502]
-BAD = ("cut", "held", "empty", "sorry", "refused", "lost", "silent")  # a seventh of the records each, and as many good ones
+BAD = (
+    "cut",
+    "held",
+    "empty",
+    "sorry",
+    "refused",
+    "lost",
+    "silent",
+)  # a seventh of the records each, and as many good ones
 
 
 def crowd(tmp_path):
@@ -308,13 +403,19 @@ def bad_teacher(messages):
     kind = re.search(r"Compose (\w+) words", text)[1]
     if messages[0]["role"] == "user":
         return {"empty": " ", "sorry": "I'm sorry, but I can't help with that."}.get(kind) or fake_teacher(messages)
-    if kind == "lost" and "Task: classify" in messages[0]["content"] or kind == "silent" and "Task: judge" in messages[0]["content"]:
+    if (
+        kind == "lost"
+        and "Task: classify" in messages[0]["content"]
+        or kind == "silent"
+        and "Task: judge" in messages[0]["content"]
+    ):
         return "Hm."
     return fake_teacher(messages)
 
 
 def test_64_in_flight_with_every_fault(tmp_path, small, monkeypatch):
     """20% of all requests fail on their way, half of the records get a bad reply: the first cost time, the others are counted."""
+
     def replies(n, messages):
         kind = re.search(r"Compose (\w+) words", messages[-1]["content"]) if messages[0]["role"] == "user" else None
         return kind and {"cut": "cut", "held": "filtered", "refused": 400}.get(kind[1])
@@ -330,7 +431,11 @@ def test_64_in_flight_with_every_fault(tmp_path, small, monkeypatch):
             written[name] = contents(tmp_path / name)
     assert written["storm"] == written["calm"]
     report = json.loads(written["calm"]["report.json"])["steps"]
-    assert report["3_classify"]["dropped"] == report["6_score"]["dropped"] == {"the teacher's reply did not parse, twice": 12}
+    assert (
+        report["3_classify"]["dropped"]
+        == report["6_score"]["dropped"]
+        == {"the teacher's reply did not parse, twice": 12}
+    )
     assert report["5_respond"]["left out"] == {f"teacher: {why}": 12 for why in (
         "cut off", "held back by the endpoint", "empty", "declined", "refused by the endpoint")}  # fmt: skip
     assert report["7_label"]["sft"] == 12 * 6 and report["7_label"]["best"] == {"teacher": 12, "small": 60}
@@ -354,19 +459,42 @@ def test_cut_off_and_refused_replies_are_left_out(tmp_path, small):
 def test_code_runs_only_when_allowed(tmp_path, small):
     source = tmp_path / "code.jsonl"
     reference = {"kind": "code", "value": {"tests": "assert f(2) == 3", "entry_point": "f"}}
-    source.write_text(json.dumps({"prompt": "Write f, the successor.", "completion": "def f(x):\n    return x", "reference": reference}))
+    source.write_text(
+        json.dumps(
+            {"prompt": "Write f, the successor.", "completion": "def f(x):\n    return x", "reference": reference}
+        )
+    )
 
     def teach(messages):
-        return fake_teacher(messages) if messages[0]["content"].startswith("Task") else "```python\ndef f(x):\n    return x + 1\n```"
+        return (
+            fake_teacher(messages)
+            if messages[0]["content"].startswith("Task")
+            else "```python\ndef f(x):\n    return x + 1\n```"
+        )
 
     with serve(teach) as server:
-        argv = ["--sources", source, "--teacher", server.url, "--small", small, "--out", tmp_path / "out", "--min-category", 1]
+        argv = [
+            "--sources",
+            source,
+            "--teacher",
+            server.url,
+            "--small",
+            small,
+            "--out",
+            tmp_path / "out",
+            "--min-category",
+            1,
+        ]
         assert run(*argv) == 0
         [record] = read(tmp_path / "out" / "6_score.jsonl")
         assert {r["verified"] for r in record["responses"].values()} == {None}
         assert run(*argv, "--allow-code-execution") == 0
         [record] = read(tmp_path / "out" / "6_score.jsonl")
-        assert {w: r["verified"] for w, r in record["responses"].items()} == {"original": False, "teacher": True, "small": False}
+        assert {w: r["verified"] for w, r in record["responses"].items()} == {
+            "original": False,
+            "teacher": True,
+            "small": False,
+        }
     assert [(line["writer"], line["label"]) for line in read(tmp_path / "out" / "kto.jsonl")][0] == ("teacher", True)
 
 
@@ -375,15 +503,24 @@ def test_limit_takes_the_first_of_each_source(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{name}{i}"}) + "\n" for i in range(9)))
     args, counts = type("Args", (), {"limit": 2, "max_chars": 99}), {}
     lines = list(steps.collect_sources(args, [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], counts))
-    assert [r["prompt"][0]["content"] for _, r in lines] == ["a0", "a1", "b0", "b1"] and set(counts["by source"].values()) == {2}
+    assert [r["prompt"][0]["content"] for _, r in lines] == ["a0", "a1", "b0", "b1"] and set(
+        counts["by source"].values()
+    ) == {2}
 
 
 def test_a_local_teacher(tmp_path, small):
     """One checkpoint as teacher and as small model: its "7" parses as no category, so everything is set aside, and said so."""
     source, _ = world(tmp_path)
     out = tmp_path / "out"
-    assert run("--sources", source, "--teacher", small, "--small", small, "--out", out, "--limit", 3, "--max-new-tokens", 4) == 2
-    assert [r["reason"] for r in read(out / "3_classify.dropped.jsonl")] == ["the teacher's reply did not parse, twice"] * 3
+    assert (
+        run(
+            "--sources", source, "--teacher", small, "--small", small, "--out", out, "--limit", 3, "--max-new-tokens", 4
+        )
+        == 2
+    )
+    assert [r["reason"] for r in read(out / "3_classify.dropped.jsonl")] == [
+        "the teacher's reply did not parse, twice"
+    ] * 3
 
 
 def test_bad_input_ends_with_one_line(tmp_path, small):
@@ -402,7 +539,10 @@ def test_bad_input_ends_with_one_line(tmp_path, small):
         "empty": (["--sources", nothing, *base, there], "no record is left"),
         "missing": (["--sources", tmp_path / "no.jsonl", *base, gone], "no such file"),
         "no checkpoint": (["--sources", source, *base, tmp_path], str(tmp_path)),
-        "small over http": (["--sources", source, "--small", gone, "--teacher", gone, "--out", tmp_path / "out"], "local checkpoint"),
+        "small over http": (
+            ["--sources", source, "--small", gone, "--teacher", gone, "--out", tmp_path / "out"],
+            "local checkpoint",
+        ),
         "flag": (["--sources", source, *base, gone, "--hamming", "40"], "--hamming: 40 is more than 16"),
         "weights": (["--sources", source, *base, gone, "--weight-quality", "-1"], "-1 is less than 0"),
     }
@@ -415,7 +555,9 @@ def test_bad_input_ends_with_one_line(tmp_path, small):
                 assert run(*argv) == 2, name
             stderr = "\n".join(line for line in lines if line.startswith("error:"))
         else:
-            done = subprocess.run([sys.executable, "-c", command, *map(str, argv)], capture_output=True, text=True, timeout=120)
+            done = subprocess.run(
+                [sys.executable, "-c", command, *map(str, argv)], capture_output=True, text=True, timeout=120
+            )
             assert done.returncode == 2, (name, done.stderr)
             stderr = done.stderr.strip()
         assert stderr.startswith("error: ") and what in stderr and len(stderr.splitlines()) == 1, (name, stderr)

@@ -1,6 +1,5 @@
 """rules.py by hand: the form asked for, safety without a model, refusals, responses that were cut off."""
 
-
 import pytest
 
 from curation import rules

@@ -49,7 +49,9 @@ def test_every_shape_gives_the_same_record(obj):
 
 def test_shapes_with_more_than_one_turn_or_part():
     assert unify({"instruction": "do", "input": "this", "output": "a"}) == [(user("do\nthis"), "a", None)]
-    assert unify({"instruction": "q", "output": ""}) == [(user("q"), None, None)], "without a response, it is still an instruction"
+    assert unify({"instruction": "q", "output": ""}) == [(user("q"), None, None)], (
+        "without a response, it is still an instruction"
+    )
     assert unify({"prompt": "q"}) == [(user("q"), None, None)]
     two = {"instruction": "i", "instances": [{"input": "1", "output": "a"}, {"input": "2", "output": "b"}]}
     assert unify(two) == [(user("i\n1"), "a", None), (user("i\n2"), "b", None)]
@@ -63,23 +65,35 @@ def test_shapes_with_more_than_one_turn_or_part():
 def test_references_are_read_where_a_set_writes_them():
     gsm = {"question": "q", "answer": "Half is 48/2 = <<48/2=24>>24.\n#### 1,024"}
     assert unify(gsm) == [(user("q"), "Half is 48/2 = 24.\nThe answer is 1024.", {"kind": "number", "value": "1024"})]
-    aqua = {"instruction": "How much?\\nOptions:\\n(A) 3\\n(B) Rs. 4 each\\n(C) 5 Let's think first:", "output": "So the answer is (B)."}
+    aqua = {
+        "instruction": "How much?\\nOptions:\\n(A) 3\\n(B) Rs. 4 each\\n(C) 5 Let's think first:",
+        "output": "So the answer is (B).",
+    }
     [(prompt, response, reference)] = unify(aqua)
     assert reference == {"kind": "choice", "value": {"letter": "B", "choices": {"A": "3", "B": "Rs. 4 each", "C": "5"}}}
     assert "\n(B) Rs. 4 each\n" in prompt[0]["content"]
     given_by_hand = {"prompt": "q", "completion": "a", "reference": {"kind": "exact", "value": "a"}}
     assert unify(given_by_hand)[0][2] == {"kind": "exact", "value": "a"}
     undecided = {"instruction": aqua["instruction"], "output": "I wonder whether a \\neq b."}
-    assert unify(undecided) == [(prompt, "I wonder whether a \\neq b.", None)], "the prompt does not hang on the response"
+    assert unify(undecided) == [(prompt, "I wonder whether a \\neq b.", None)], (
+        "the prompt does not hang on the response"
+    )
     assert unify({"prompt": 'Options: print("a\\n")', "completion": "a"})[0][0] == user('Options: print("a\\n")')
     with pytest.raises(InputError, match="f:1: reference needs a kind"):
         unify({"prompt": "q", "reference": {"kind": "exakt", "value": 1}})
 
 
 def test_format_references():
-    value = {"instruction_id_list": ["length_constraints:number_words"], "kwargs": [{"relation": "at least", "num_words": 30}]}
+    value = {
+        "instruction_id_list": ["length_constraints:number_words"],
+        "kwargs": [{"relation": "at least", "num_words": 30}],
+    }
     want = {"kind": "format", "value": value}
-    assert unify({"key": 1, "prompt": "q", **value})[0][2] == unify({"prompt": "q", "completion": "a", "reference": want})[0][2] == want
+    assert (
+        unify({"key": 1, "prompt": "q", **value})[0][2]
+        == unify({"prompt": "q", "completion": "a", "reference": want})[0][2]
+        == want
+    )
     for broken, what in (({"kwargs": []}, "as many kwargs"), ({"instruction_id_list": None}, "as many kwargs"), ({"kwargs": [{}]}, "cannot be used"),
                          ({"instruction_id_list": ["length:words"]}, "unknown instruction 'length:words'")):  # fmt: skip
         with pytest.raises(InputError, match=f"^f:1: .*{what}"):
@@ -129,7 +143,7 @@ def test_accents_are_not_garbled(text):
     assert unify({"prompt": text, "completion": text})[0][1] == text.replace("\u00a0", " ").strip()
 
 
-ROWS = [{"prompt": f"q{i} {{[\"\u4f60\u597d", "n": [i, {"x": None}]} for i in range(50)]
+ROWS = [{"prompt": f'q{i} {{["\u4f60\u597d', "n": [i, {"x": None}]} for i in range(50)]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -186,7 +200,10 @@ def test_missing_folder_and_truncated_gzip(tmp_path):
 def test_labels_tell_files_of_one_name_apart():
     assert sources.labels(["/x/a/train.json", "/x/b/train.json"]) == ["a/train.json", "b/train.json"]
     assert sources.labels(["/x/a/d/t.json", "/x/b/d/t.json"]) == ["a/d/t.json", "b/d/t.json"]
-    assert sources.labels(["/x/mmlu/test/a.csv", "/t.json"], 3) == ["mmlu/test/a.csv", "/t.json"] and sources.labels([], 3) == []
+    assert (
+        sources.labels(["/x/mmlu/test/a.csv", "/t.json"], 3) == ["mmlu/test/a.csv", "/t.json"]
+        and sources.labels([], 3) == []
+    )
 
 
 # ---- evaluation questions
@@ -237,7 +254,9 @@ def hub(tmp_path, monkeypatch):
         return str(path)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo_id, repo_type, revision=None: list(files))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "list_repo_files", lambda self, repo_id, repo_type, revision=None: list(files)
+    )
     return asked
 
 
@@ -249,8 +268,11 @@ def test_files_of_the_hub(hub, tmp_path):
     assert sources.licence_of_file(path) == "cc-by-4.0" and sources.licence_of_file(__file__) is None
     two = sources.expand(["hf://datasets/some/set@v2/data/*.jsonl"])
     assert sources.labels(two) == ["some/set/data/a.jsonl", "some/set/data/b.jsonl"] and hub[-2][3] == "v2"
-    for url, what in (("hf://datasets/some/set/none.json", "cannot be fetched: FileNotFoundError: 404 Client Error none.json"),
-                      ("hf://some/set/a.json", "not hf://datasets/OWNER/NAME/FILE"), ("hf://datasets/some/set/*.csv", "no such file")):
+    for url, what in (
+        ("hf://datasets/some/set/none.json", "cannot be fetched: FileNotFoundError: 404 Client Error none.json"),
+        ("hf://some/set/a.json", "not hf://datasets/OWNER/NAME/FILE"),
+        ("hf://datasets/some/set/*.csv", "no such file"),
+    ):
         with pytest.raises(InputError, match=what.replace("*", ".")) as e:
             sources.expand([url])
         assert url in str(e.value) and "\n" not in str(e.value)
@@ -269,7 +291,10 @@ def test_recorded_responses(tmp_path):
         {"prompt": "q1", "response": "t1"},
         {"prompt": " q1 ", "completion": "t1 again", "writer": "teacher"},
         {"messages": [*user("q1"), {"role": "assistant", "content": "s1"}], "writer": "small"},
-        {"prompt": user("q2"), "responses": {"original": {"text": "o"}, "teacher": {"text": "t2", "verified": True}, "small-2": "s2"}},
+        {
+            "prompt": user("q2"),
+            "responses": {"original": {"text": "o"}, "teacher": {"text": "t2", "verified": True}, "small-2": "s2"},
+        },
         {"prompt": "unwanted", "response": "x"},
         {"prompt": "q2", "response": ""},
         {"prompt": "q2", "response": "{{name}}"},
@@ -280,7 +305,12 @@ def test_recorded_responses(tmp_path):
     one, two = (sources.prompt_key(user(q)) for q in ("q1", "q2"))
     found = sources.recorded_responses([str(path)], {one, two})
     texts = {key: [reply["text"] for reply in replies] for key, replies in found.items()}
-    assert texts == {("teacher", one): ["t1", "t1 again"], ("small", one): ["s1"], ("teacher", two): ["t2"], ("small", two): ["s2"]}
+    assert texts == {
+        ("teacher", one): ["t1", "t1 again"],
+        ("small", one): ["s1"],
+        ("teacher", two): ["t2"],
+        ("small", two): ["s2"],
+    }
     assert found["teacher", one][0]["recorded"].endswith("/r.jsonl")
     path.write_text('{"prompt": "q", "response": "a", "writer": "me"}\n')
     with pytest.raises(InputError, match=r"r.jsonl:1: the writer is 'me'; it is teacher or small"):

@@ -233,7 +233,9 @@ def test_the_labelled_sample():
         if found not in want:
             wrong.append((text, found))
     assert sum(total.values()) >= 150 and total["zh"] >= 60 and set(total) == {"en", "zh"}
-    assert {want for _, wants in rows() for want in wants} >= set(NAMES) - {"other/question"}, "every type is in the sample"
+    assert {want for _, wants in rows() for want in wants} >= set(NAMES) - {"other/question"}, (
+        "every type is in the sample"
+    )
     shares = {name: right[name] / total[name] for name in total}
     assert min(shares.values()) >= 0.95, (shares, wrong)
 
@@ -317,7 +319,10 @@ def test_the_type_of_a_conversation():
         return [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(texts)]
 
     assert conversation_type(turns("Write a haiku about autumn", "Leaves fall", "Go on.")) == "writing/poem and lyrics"
-    assert conversation_type(turns("Write a haiku about autumn", "Leaves fall", "What is a synonym of happy?")) == "language/words"
+    assert (
+        conversation_type(turns("Write a haiku about autumn", "Leaves fall", "What is a synonym of happy?"))
+        == "language/words"
+    )
     assert conversation_type(turns("xyzzy", "What?", "plugh?")) == "other/question"
 
 

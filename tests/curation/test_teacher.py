@@ -73,7 +73,11 @@ def serve(answer, faults=None):
                 server.seen.append(body["messages"])
             choice = {"index": 0, "message": {"role": "assistant", "content": answer(body["messages"])},
                       "finish_reason": {"cut": "length", "filtered": "content_filter"}.get(fault, "stop")}  # fmt: skip
-            usage = {} if fault == "no usage" else {"usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}}
+            usage = (
+                {}
+                if fault == "no usage"
+                else {"usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}}
+            )
             self.send(200, json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice],
                                        **usage}).encode())  # fmt: skip
 
@@ -88,7 +92,14 @@ def serve(answer, faults=None):
 
     server = Server(("127.0.0.1", 0), Handler)
     server.over = threading.Event()
-    server.lock, server.posts, server.seen, server.headers, server.active, server.peak = threading.Lock(), 0, [], {}, 0, 0
+    server.lock, server.posts, server.seen, server.headers, server.active, server.peak = (
+        threading.Lock(),
+        0,
+        [],
+        {},
+        0,
+        0,
+    )
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
@@ -158,7 +169,9 @@ def test_order_concurrency_and_cache(tmp_path):
         assert [r["text"] for r in replies] == [f"re: q{i % 15}" for i in range(30)]
         assert server.posts == 15, "equal prompts are asked once"
         assert 4 <= server.peak <= 8, "many in flight, and never more than asked for"
-        assert server.body["model"] == "some-model" and server.body["max_tokens"] == 9 and server.body["temperature"] == 0
+        assert (
+            server.body["model"] == "some-model" and server.body["max_tokens"] == 9 and server.body["temperature"] == 0
+        )
         with models.open_cache(path) as cache:
             assert models.ask(teacher, prompts, cache, max_tokens=9) == replies
             assert server.posts == 15, "a second run asks nothing"
@@ -169,7 +182,9 @@ def test_order_concurrency_and_cache(tmp_path):
 
 
 def test_twenty_percent_faults_cost_only_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "FIRST_TRIES", 99)  # the first answers wait for 64 in flight, and their faults may come thrice
+    monkeypatch.setattr(
+        models, "FIRST_TRIES", 99
+    )  # the first answers wait for 64 in flight, and their faults may come thrice
     kinds = ["drop", 500, (429, [("Retry-After", "0")]), "garbage", 503, 502, (503, [("Retry-After", "1")])]
 
     def faults(n, messages):
@@ -215,7 +230,10 @@ def test_retry_after_as_a_date():
 
 def test_a_reply_that_does_not_come_is_asked_again(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "FIRST_TRIES", 99)  # on a slow machine the second may come too late as well
-    with serve(echo, lambda n, m: "hang" if n == 0 else None) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
+    with (
+        serve(echo, lambda n, m: "hang" if n == 0 else None) as server,
+        models.open_cache(tmp_path / "r.jsonl") as cache,
+    ):
         replies = models.ask(models.open_teacher(server.url, "m"), [user("q")], cache, timeout=1, retries=99)
         assert replies[0]["text"] == "re: q" and server.posts >= 2
 
@@ -247,9 +265,14 @@ def test_a_request_without_an_answer_ends_the_run_after_the_others(tmp_path):
     """A passing outage: no record is lost for it, and what was answered is not asked again."""
     prompts = [user("poison"), *(user(f"q{i}") for i in range(30)), user("bad")]
     faults = {"poison": 503, "bad": 400}
-    with serve(echo, lambda n, m: faults.get(m[-1]["content"])) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
+    with (
+        serve(echo, lambda n, m: faults.get(m[-1]["content"])) as server,
+        models.open_cache(tmp_path / "r.jsonl") as cache,
+    ):
         teacher = models.open_teacher(server.url, "m")
-        with pytest.raises(InputError, match=r": 1 request got no answer after 4 tries \(last: HTTP 503.*is kept: run the same command") as e:
+        with pytest.raises(
+            InputError, match=r": 1 request got no answer after 4 tries \(last: HTTP 503.*is kept: run the same command"
+        ) as e:
             models.ask(teacher, prompts, cache, concurrency=2, retries=3)
         assert server.posts == 4 + 30 + 1 and len(cache.offsets) == 30 and "\n" not in str(e.value)
         del faults["poison"]
@@ -270,7 +293,13 @@ def test_teacher_that_dies_keeps_what_it_answered(tmp_path):
     path = tmp_path / "r.jsonl"
     with serve(echo, lambda n, m: "drop" if n >= 10 else None) as server:
         with models.open_cache(path) as cache, pytest.raises(InputError, match="run the same command"):
-            models.ask(models.open_teacher(server.url, "m"), [user(f"q{i}") for i in range(20)], cache, concurrency=3, retries=2)
+            models.ask(
+                models.open_teacher(server.url, "m"),
+                [user(f"q{i}") for i in range(20)],
+                cache,
+                concurrency=3,
+                retries=2,
+            )
     assert len(path.read_text().splitlines()) == 10
     with serve(echo) as server, models.open_cache(path) as cache:  # another port, the same model
         replies = models.ask(models.open_teacher(server.url, "m"), [user(f"q{i}") for i in range(20)], cache)
@@ -291,8 +320,13 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path):
 
 
 def test_a_reply_held_back_is_told_apart(tmp_path):
-    with serve(lambda m: "I cannot", lambda n, m: "filtered") as server, models.open_cache(tmp_path / "r.jsonl") as cache:
-        assert models.ask(models.open_teacher(server.url, "m"), [user("q")], cache)[0]["finish_reason"] == "content_filter"
+    with (
+        serve(lambda m: "I cannot", lambda n, m: "filtered") as server,
+        models.open_cache(tmp_path / "r.jsonl") as cache,
+    ):
+        assert (
+            models.ask(models.open_teacher(server.url, "m"), [user("q")], cache)[0]["finish_reason"] == "content_filter"
+        )
     choice = type("C", (), {"message": type("M", (), {"content": None, "refusal": "no"}), "finish_reason": "stop"})
     assert models.read_output(type("O", (), {"choices": [choice]}), user("q"))[:2] == ("", "content_filter")
 
@@ -309,7 +343,14 @@ def test_rates_are_kept_to(tmp_path, rates):
         return 500 if n == 4 else None
 
     with serve(echo, faults) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
-        models.ask(models.open_teacher(server.url, "m"), [user(f"q{i}") for i in range(40)], cache, concurrency=40, max_tokens=9, **rates)
+        models.ask(
+            models.open_teacher(server.url, "m"),
+            [user(f"q{i}") for i in range(40)],
+            cache,
+            concurrency=40,
+            max_tokens=9,
+            **rates,
+        )
         assert server.posts == 41
     # 40 gaps of 25 ms; a retry is a request too; tokens are first guessed as 5 + 9, then known to be 15
     assert at[-1] - at[0] > 0.85 * 40 * 0.025
@@ -320,14 +361,19 @@ def test_a_budget_is_never_exceeded_and_the_run_goes_on_with_a_greater_one(tmp_p
     prompts = [user(f"q{i}") for i in range(30)]
     with serve(echo) as server:
         teacher = models.open_teacher(server.url, "m")
-        with models.open_cache(path) as cache, pytest.raises(InputError, match=r"the budget of 200 is used up \(195 spent\); raise --budget"):
+        with (
+            models.open_cache(path) as cache,
+            pytest.raises(InputError, match=r"the budget of 200 is used up \(195 spent\); raise --budget"),
+        ):
             models.ask(teacher, prompts, cache, concurrency=8, max_tokens=10, budget=200)  # a reply costs 15
         assert server.posts == 13, "all that the budget bears, though 8 in flight might have taken more"
         with models.open_cache(path) as cache:
             assert cache.spent == [130, 65], "what was spent is known after a restart"
             prices = (100_000.0, 400_000.0)  # 10 * 0.1 + 5 * 0.4 = 3 a reply
             assert models.price(cache.spent, prices) == 39.0
-            with pytest.raises(InputError, match=r"the budget of 60 is used up \(5[47] spent\)"):  # 6 + 10 tokens may cost 4.6
+            with pytest.raises(
+                InputError, match=r"the budget of 60 is used up \(5[47] spent\)"
+            ):  # 6 + 10 tokens may cost 4.6
                 models.ask(teacher, prompts, cache, concurrency=8, max_tokens=10, budget=60, prices=prices)
             replies = models.ask(teacher, prompts, cache, concurrency=8, max_tokens=10, budget=95, prices=prices)
         assert [r["text"] for r in replies] == [f"re: q{i}" for i in range(30)] and server.posts == 30
@@ -354,9 +400,13 @@ def test_a_malformed_key_is_not_quoted(tmp_path, monkeypatch):
     monkeypatch.setenv("TEACHER_API_KEY", f" {KEY}\r\n")
     with serve(echo) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
         models.ask(models.open_teacher(server.url, "m"), [user("q")], cache)
-        assert {k.lower(): v for k, v in server.headers.items()}["authorization"] == f"Bearer {KEY}", "its end was cut off with care"
+        assert {k.lower(): v for k, v in server.headers.items()}["authorization"] == f"Bearer {KEY}", (
+            "its end was cut off with care"
+        )
     for bad in (f"{KEY}\n{KEY}", f"{KEY}\x00", f"{KEY}\u00e9"):
-        monkeypatch.setenv("TEACHER_API_KEY", bad) if "\0" not in bad else monkeypatch.setattr(os, "environ", {"TEACHER_API_KEY": bad})
+        monkeypatch.setenv("TEACHER_API_KEY", bad) if "\0" not in bad else monkeypatch.setattr(
+            os, "environ", {"TEACHER_API_KEY": bad}
+        )
         with pytest.raises(InputError, match="holds a character") as e:
             models.open_teacher("http://localhost:1/v1")
         assert KEY not in str(e.value)
@@ -461,14 +511,18 @@ def test_ranks_share_the_questions_of_a_local_checkpoint(tiny, tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
                "127.0.0.1:0", str(tmp_path / "ranks.py"), ROOT, tiny, str(tmp_path / "two.jsonl")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[:4000]  # a rank's own words come before torchrun's
     with models.open_cache(tmp_path / "one.jsonl") as cache:
         alone = [models.ask(models.open_teacher(tiny), [user(f"q{i}" * (i + 1)) for i in range(7)], cache, max_tokens=5, **more)
                  for more in ({}, {"temperature": 1.0})]  # fmt: skip
     replies, perplexities = json.loads(done.stdout)
     assert replies == alone
-    assert sorted((tmp_path / "two.jsonl").read_text().splitlines()) == sorted((tmp_path / "one.jsonl").read_text().splitlines())
+    assert sorted((tmp_path / "two.jsonl").read_text().splitlines()) == sorted(
+        (tmp_path / "one.jsonl").read_text().splitlines()
+    )
     pairs = [(user(f"q{i // 2}"), "and so on " * (1 + i % 5)) for i in range(9)]
     want = models.perplexities(models.open_teacher(tiny), pairs, 300, 400)
     assert perplexities[0] == pytest.approx(want, rel=1e-4) and len(set(want)) == 9, "each in its place"

@@ -90,10 +90,14 @@ def test_the_same_seed_makes_the_same_world(sources):
 def test_the_committed_heldout_set_is_what_the_world_makes():
     rows = [row for _, row in read_jsonl(os.path.join(DEMO, "heldout.jsonl"))]
     assert rows == json.loads(json.dumps(list(world.heldout_rows(world.make_heldout()))))
-    assert 500 <= len(rows) <= 700 and len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == len(rows)
+    assert 500 <= len(rows) <= 700 and len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == len(
+        rows
+    )
     for row in rows:
         assert set(row) == {"id", "task", "prompt", "reference"}
-        assert check(row["reference"]["kind"], world.right(world.solve(row["prompt"])), row["reference"]["value"]) is True
+        assert (
+            check(row["reference"]["kind"], world.right(world.solve(row["prompt"])), row["reference"]["value"]) is True
+        )
 
 
 def test_nothing_held_out_is_in_the_sources_or_the_corpus(sources):
@@ -101,10 +105,15 @@ def test_nothing_held_out_is_in_the_sources_or_the_corpus(sources):
     texts = {" ".join(item.prompt.split()).casefold() for item in heldout.values()}
     stream = world.training_items(random.Random(5), heldout)
     corpus = [next(stream) for _ in range(20000)]
-    for items in (corpus, [item for record in sources if (item := world.solve(" ".join(prompt_of(record).split(" "))))]):
+    for items in (
+        corpus,
+        [item for record in sources if (item := world.solve(" ".join(prompt_of(record).split(" "))))],
+    ):
         assert len(items) > 500
         assert not texts & {" ".join(item.prompt.split()).casefold() for item in items}
-        for item in items:  # nor the same question in another manner, nor, beyond the short lists of facts, in other words
+        for (
+            item
+        ) in items:  # nor the same question in another manner, nor, beyond the short lists of facts, in other words
             same = (item.task.name, item.slots) + ((item.wording,) if item.task.closed else ())
             assert same not in heldout
 
@@ -161,7 +170,14 @@ def url():
 
 
 def post(url, messages, path="/chat/completions"):
-    body = {"model": "demo-teacher", "messages": messages, "max_tokens": 64, "temperature": 0.0, "seed": 0, "stream": False}
+    body = {
+        "model": "demo-teacher",
+        "messages": messages,
+        "max_tokens": 64,
+        "temperature": 0.0,
+        "seed": 0,
+        "stream": False,
+    }
     request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=10) as response:
         reply = json.load(response)
@@ -176,7 +192,9 @@ def fenced(name, body, key=JUDGE_KEY):
 
 def judge(url, instruction, replies):
     text = fenced("instruction", instruction) + "".join(fenced(name, body) for name, body in replies.items())
-    content = post(url, [{"role": "system", "content": "Task: judge\nrubric"}, {"role": "user", "content": text + "Grades:"}])
+    content = post(
+        url, [{"role": "system", "content": "Task: judge\nrubric"}, {"role": "user", "content": text + "Grades:"}]
+    )
     grades = json.loads(content)
     assert "\n" not in content and set(grades) == set(replies)
     assert all(set(g) == {"quality", "safety"} and g[k] in range(1, 6) for g in grades.values() for k in g)
@@ -200,7 +218,9 @@ def test_the_teacher_responds_mostly_right_and_always_the_same(url):
 def test_the_teacher_classifies(url):
     def classify(prompt):
         user = fenced("instruction", prompt, "3f9a0c1d") + "Category as one line of JSON:"
-        return json.loads(post(url, [{"role": "system", "content": "Task: classify\n..."}, {"role": "user", "content": user}]))
+        return json.loads(
+            post(url, [{"role": "system", "content": "Task: classify\n..."}, {"role": "user", "content": user}])
+        )
 
     assert classify("What is 47 + 15?") == {"primary": "mathematics", "secondary": "add"}
     assert classify(" What  is 47 + 15?!\n") == {"primary": "mathematics", "secondary": "add"}
@@ -221,7 +241,9 @@ def test_the_teacher_judges(url):
     assert unsafe["A"]["safety"] == 1 and unsafe["B"]["safety"] == 5
 
 
-@pytest.mark.parametrize("path, messages, status", [("/nowhere", [], 404), ("/chat/completions", [], 400), ("/chat/completions", "x", 400)])
+@pytest.mark.parametrize(
+    "path, messages, status", [("/nowhere", [], 404), ("/chat/completions", [], 400), ("/chat/completions", "x", 400)]
+)
 def test_the_teacher_refuses_what_it_cannot_read(url, path, messages, status):
     with pytest.raises(urllib.error.HTTPError) as caught:
         post(url, messages, path)

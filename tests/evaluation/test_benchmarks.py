@@ -118,7 +118,9 @@ def test_chinese_subjects_have_their_names(tmp_path):
 
 def test_choices_as_texts(data):
     rows, asked = contexts("truthfulqa_mc2", data)
-    assert asked[0].startswith("Q: What is human life expectancy in the United States?\nA: Human life expectancy in the ")
+    assert asked[0].startswith(
+        "Q: What is human life expectancy in the United States?\nA: Human life expectancy in the "
+    )
     assert asked[0].count("Q: ") == 7 and asked[0].endswith("in Barcelona, Spain.\n\nQ: Do pigs fly?\nA:")
     assert rows[0]["choices"] == {1: "No", 2: "They do not", 3: "Yes", 4: "They do"} and rows[0]["true"] == [1, 2]
     assert contexts("truthfulqa_mc1", data)[0][0]["choices"] == {1: "No", 2: "Yes", 3: "They do"}
@@ -158,7 +160,9 @@ def test_original_files():
     shots = BENCHMARKS["gsm8k"]["rows"](find)[0]["shots"]
     assert hashlib.sha256(shots.encode()).hexdigest() == FOUR_SHOTS
     pinned = {name: home for name, home in HOMES.items() if os.path.exists(os.path.join(os.environ["DATA_DIR"], name))}
-    assert len(pinned) == 17 and pinned.pop("truthfulqa/TruthfulQA.csv")  # another version of it lies there, of 813 questions
+    assert len(pinned) == 17 and pinned.pop(
+        "truthfulqa/TruthfulQA.csv"
+    )  # another version of it lies there, of 813 questions
     for name, (fetch, *rest) in pinned.items():
         if fetch is downloads.from_archive:
             assert downloads.csv_digest(find(name)) == rest[2], name
@@ -197,7 +201,7 @@ def test_canonical_solutions_pass():
     ],
 )
 def test_broken_data(tmp_path, data, file, content, says):
-    path = (tmp_path / os.path.normpath(file))
+    path = tmp_path / os.path.normpath(file)
     path.parent.mkdir(parents=True)
     if file.startswith("safety"):
         (path.parent / "test_answers_zh_subset.json").write_text("{}")

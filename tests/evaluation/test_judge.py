@@ -33,9 +33,22 @@ def test_a_reply_cannot_close_its_fence():
 
 def test_summary():
     cell = summarise_verdicts([1.0, 0.5, 0.0, 1.0, None], [10, 20, 30, 40, 50], [1, 2, 3, 4, 5])
-    assert (cell["score"], cell["n"], cell["wins"], cell["ties"], cell["losses"], cell["unread"]) == (0.625, 4, 2, 1, 1, 1)
-    assert cell["characters"] == 30 and cell["characters_first"] == 3 and cell["interval"][0] <= 0.625 <= cell["interval"][1]
-    assert summarise_verdicts([1.0] * 20, [1], [1])["p"] < 0.001 and summarise_verdicts([0.5] * 20, [1], [1])["p"] == 1.0
+    assert (cell["score"], cell["n"], cell["wins"], cell["ties"], cell["losses"], cell["unread"]) == (
+        0.625,
+        4,
+        2,
+        1,
+        1,
+        1,
+    )
+    assert (
+        cell["characters"] == 30
+        and cell["characters_first"] == 3
+        and cell["interval"][0] <= 0.625 <= cell["interval"][1]
+    )
+    assert (
+        summarise_verdicts([1.0] * 20, [1], [1])["p"] < 0.001 and summarise_verdicts([0.5] * 20, [1], [1])["p"] == 1.0
+    )
 
 
 @pytest.fixture(scope="module")

@@ -140,6 +140,8 @@ def test_a_calibrated_guesser_has_no_error():
 def test_bootstrap_of_subjects_with_one_question_each():
     d = [1.0, 0.0, 0.0, -1.0, 0.0, 1.0, 0.0, 0.0]
     names = [str(i) for i in range(8)]
-    assert stats.bootstrap(d, names) == stats.bootstrap(d)  # not an interval of no width and the smallest p-value there is
+    assert stats.bootstrap(d, names) == stats.bootstrap(
+        d
+    )  # not an interval of no width and the smallest p-value there is
     uneven = stats.bootstrap([1.0, 0.0, 0.0, -1.0, 1.0], ["a", "a", "b", "b", "c"])
     assert uneven == stats.bootstrap([0.5, -0.5, 1.0])

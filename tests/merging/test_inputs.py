@@ -27,7 +27,9 @@ def run_mergekit(out, method, models, weights, base=None, per_model=None, **para
     config = {"merge_method": method, "dtype": "float32", "parameters": parameters, "models": []}
     for model, weight in zip(models, weights):
         own = {} if weight is None else {"weight": weight}
-        config["models"].append({"model": str(model), "parameters": own | (per_model or [{}] * 9)[len(config["models"])]})
+        config["models"].append(
+            {"model": str(model), "parameters": own | (per_model or [{}] * 9)[len(config["models"])]}
+        )
     if base:
         config["base_model"] = str(base)
     options = mergekit_merge.MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
@@ -171,7 +173,10 @@ def test_float64_is_rounded_once(tmp_path, dtype):
     rng = np.random.default_rng(4)
     base = rng.normal(size=3000).astype(np.float32)
     models = [base + rng.normal(0, s, 3000).astype(np.float32) for s in (0.01, 0.02, 0.3)]
-    weights, density = [0.31830989, 0.15915494, 0.70710678], 0.4  # with 0.3, 0.1, 0.7 many are halfway between two float32
+    weights, density = (
+        [0.31830989, 0.15915494, 0.70710678],
+        0.4,
+    )  # with 0.3, 0.1, 0.7 many are halfway between two float32
     paths = [f"{save(tmp_path / str(i), {'x': m})}:{w}" for i, (m, w) in enumerate(zip(models, weights))]
     b, *d = (np.float64(x) for x in (base, *models))
     sizes = [np.abs(x - b) for x in d]
@@ -315,7 +320,9 @@ def test_weights_for_groups_of_tensors(family, tmp_path):
         torch.testing.assert_close(x, base[name] + w[0] * (a[name] - base[name]) + w[1] * (b[name] - base[name]))
     record = json.loads((tmp_path / "out" / "merge.json").read_text())
     assert record["weights_for"][0] == ["layers.[0-5].mlp.*", [1, 0]]  # the base's own is gone, as the base is
-    out = run(tmp_path / "out", "slerp", [str(family / "a"), str(family / "b")], "--weights-for", "lm_head.weight", 0, 1)
+    out = run(
+        tmp_path / "out", "slerp", [str(family / "a"), str(family / "b")], "--weights-for", "lm_head.weight", 0, 1
+    )
     torch.testing.assert_close(out["lm_head.weight"], b["lm_head.weight"])
     want = torch.stack([x["model.norm.weight"] for x in (a, b)]).mean(0)
     torch.testing.assert_close(out["model.norm.weight"], want, rtol=1e-3, atol=0)

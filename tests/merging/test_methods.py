@@ -109,7 +109,10 @@ def test_lines_rises_evenly_over_the_blocks():
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         assert scale(name) == 0.2
     assert {methods.lines_scale(n, (1.0, 0.0), 4) for n in names} == {1.0}
-    assert methods.lines_scale("model.layers.11.x", (0.0, 1.0), 12) == 1 and methods.lines_scale(names[0], (0.3, 1.0), 1) == 0.3
+    assert (
+        methods.lines_scale("model.layers.11.x", (0.0, 1.0), 12) == 1
+        and methods.lines_scale(names[0], (0.3, 1.0), 1) == 0.3
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,7 +229,10 @@ def test_rounded_rounds_once(x, ulps, sign):
 
 
 def test_rounded_at_the_ends():
-    x = torch.tensor([0.0, -0.0, 1e300, -1e300, math.inf, math.nan, 1e-300, 65519.9, 65520.0, 2**-25 * 1.0000001], dtype=torch.float64)
+    x = torch.tensor(
+        [0.0, -0.0, 1e300, -1e300, math.inf, math.nan, 1e-300, 65519.9, 65520.0, 2**-25 * 1.0000001],
+        dtype=torch.float64,
+    )
     with np.errstate(over="ignore"):
         theirs = torch.from_numpy(x.numpy().astype(np.float16))  # numpy rounds once
     torch.testing.assert_close(methods.rounded(x, torch.float16), theirs, rtol=0, atol=0, equal_nan=True)

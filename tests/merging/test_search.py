@@ -125,7 +125,9 @@ def test_by_a_task_and_greedily(models, run, tmp_path):
                         "--greedy", "--tasks", "demo", "--data-dir", tmp_path, "--max-new-tokens", 3, "--out", out)  # fmt: skip
     record = json.loads(out.read_text())
     assert code == 0 and record["what"] == "share right" and all(0 <= p["score"] <= 1 for p in record["points"])
-    assert [1.0, 0.0, 0.0] in [p["weights"] for p in record["points"]] and "next:  python merge.py --method linear" in said
+    assert [1.0, 0.0, 0.0] in [
+        p["weights"] for p in record["points"]
+    ] and "next:  python merge.py --method linear" in said
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,19 @@ def test_bad_input(models, refused, tmp_path, words, more):
 )
 def test_only_what_merge_takes_is_tried(models, method, name, given, least):
     """Every point of a search whose best would lie beyond is a setting that merge.py takes."""
-    argv = ["--method", method, "--base", str(models / "base"), "--out", "s.json", "--data", "x", "--over", name, "--models"]
+    argv = [
+        "--method",
+        method,
+        "--base",
+        str(models / "base"),
+        "--out",
+        "s.json",
+        "--data",
+        "x",
+        "--over",
+        name,
+        "--models",
+    ]
     path, tried = str(models / "a"), []
 
     def taken(value):
@@ -185,7 +199,9 @@ def test_only_what_merge_takes_is_tried(models, method, name, given, least):
 def test_nothing_that_was_tried_is_better_than_the_best(models, run, tmp_path, monkeypatch, weights, more, best):
     monkeypatch.setattr(search, "merge_into", lambda model, args, base, models: setattr(model, "args", args))
     far = lambda args: abs(args.weights[1] - 0.95) + abs(args.densities[0] - 1)
-    monkeypatch.setattr(search, "losses", lambda a, model, examples: ([far(model.args)] * len(examples), [1] * len(examples)))
+    monkeypatch.setattr(
+        search, "losses", lambda a, model, examples: ([far(model.args)] * len(examples), [1] * len(examples))
+    )
     pair = [f"{models / name}:{w}" for name, w in zip("ab", weights)]
     code, said, _ = run("merge", "search", "--method", "ties", "--base", models / "base", "--models", *pair, "--data",
                         models / "data.jsonl", "--out", tmp_path / "s.json", *more)  # fmt: skip
@@ -198,7 +214,11 @@ def test_nothing_that_was_tried_is_better_than_the_best(models, run, tmp_path, m
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
 def test_the_closing_command_makes_the_best_merge_where_a_weight_is_zero(models, run, tmp_path, method):
     paths, out = [str(models / name) for name in "ab"], tmp_path / "written"
-    more = ["--method", method] if method == "linear" else ["--method", method, "--base", str(models / "base"), "--density", "0.5"]
+    more = (
+        ["--method", method]
+        if method == "linear"
+        else ["--method", method, "--base", str(models / "base"), "--density", "0.5"]
+    )
     a = search.parse([*more, "--models", *paths, "--data", "x", "--out", "s.json", "--seed", "4"])
     base, opened = open_inputs(a)
     best = search.args_at(a, {"weights": [0.0, 1.0]})
@@ -207,7 +227,11 @@ def test_the_closing_command_makes_the_best_merge_where_a_weight_is_zero(models,
     assert run("merge", *words[:-1], out)[0] == 0
     assert all(torch.equal(Checkpoint(str(out)).tensor(name), tensor) for name, tensor in want.items())
     assert not {"--normalize", "--no-normalize", "--rescale"} & {*words}  # what the method does anyhow
-    other = {"linear": "--no-normalize", "ties": "--rescale l1 --no-normalize", "dare_ties": "--rescale none --normalize"}[method]
+    other = {
+        "linear": "--no-normalize",
+        "ties": "--rescale l1 --no-normalize",
+        "dare_ties": "--rescale none --normalize",
+    }[method]
     a = search.parse([*more, *other.split(), "--models", *paths, "--data", "x", "--out", "s.json"])
     open_inputs(a)
     assert f" {other} " in search.command(a, search.args_at(a, {"weights": [0.0, 1.0]}), opened)

@@ -56,8 +56,12 @@ def their_task(task, subject, docs, shots, tmp_path):
     names = {"mmlu": f"mmlu_{subject}", "cmmlu": f"cmmlu_{subject}", "ceval": f"ceval-valid_{subject}"}
     name = names.get(task, task)
     folder = Path(importlib.util.find_spec("lm_eval").submodule_search_locations[0]) / "tasks"
-    path = next(p for p in folder.rglob("*.yaml") if f"task: {name}\n" in p.read_text().replace('"', "") and
-                ("default" in p.parts or p.parent.name in ("cmmlu", "ceval", "truthfulqa", "arc", "hellaswag")))
+    path = next(
+        p
+        for p in folder.rglob("*.yaml")
+        if f"task: {name}\n" in p.read_text().replace('"', "")
+        and ("default" in p.parts or p.parent.name in ("cmmlu", "ceval", "truthfulqa", "arc", "hellaswag"))
+    )
     config = dict(load_yaml(path))
     split = config.get("test_split") or config["validation_split"]
     files = {split: write_lines(tmp_path / f"{name}.jsonl", docs)}
@@ -105,7 +109,9 @@ def both_ask(task, data_dir, limit, tmp_path, subjects=None):
 
     limit: questions in all, or of each of the subjects where they are named."""
     find = lambda name: find_data_file(str(data_dir), name)  # noqa: E731
-    a = argparse.Namespace(protocol="loglik", data_dir=str(data_dir), limit=None if subjects else limit, allow_code_execution=False)
+    a = argparse.Namespace(
+        protocol="loglik", data_dir=str(data_dir), limit=None if subjects else limit, allow_code_execution=False
+    )
     questions = benchmarks.prepare(task, a)
     if subjects:
         questions = [q for s in subjects for q in [q for q in questions if q["row"]["subject"] == s][:limit]]
@@ -158,7 +164,9 @@ def test_equal_per_question(task, tmp_path):
     check_task(task, data, tmp_path / "ckpt", 5, tmp_path)
 
 
-@pytest.mark.skipif("DATA_DIR" not in os.environ or "REAL_CKPT" not in os.environ, reason="needs DATA_DIR and REAL_CKPT")
+@pytest.mark.skipif(
+    "DATA_DIR" not in os.environ or "REAL_CKPT" not in os.environ, reason="needs DATA_DIR and REAL_CKPT"
+)
 @pytest.mark.parametrize("task", TASKS[:5])
 def test_equal_on_a_real_checkpoint(task, tmp_path):
     torch.set_grad_enabled(False)
@@ -173,7 +181,9 @@ def test_equal_of_whole_texts(positions, tmp_path):
     m = tiny_model(1, tie_word_embeddings=False, initializer_range=0.5, max_position_embeddings=positions)
     m.save(str(tmp_path / "ckpt"), tiny_files())
     tokenizer, lm = Tokenizer(Checkpoint(tmp_path / "ckpt")), harness_model(tmp_path / "ckpt")
-    texts = [" ".join(["The capital of France is Paris", "两只狗", "2 + 2 = 4"][i % 3] for i in range(n)) for n in (1, 5, 40)]
+    texts = [
+        " ".join(["The capital of France is Paris", "两只狗", "2 + 2 = 4"][i % 3] for i in range(n)) for n in (1, 5, 40)
+    ]
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
     for text, want in zip(texts, lm.loglikelihood_rolling(requests, disable_tqdm=True), strict=True):
         logp, tokens = text_logp(m, tokenizer, text)
@@ -185,12 +195,16 @@ def test_equal_of_whole_texts(positions, tmp_path):
 
 
 def main():
-    p = argparse.ArgumentParser(description="MMLU 5-shot by likelihood: ours and the harness', the same questions, in turns")
+    p = argparse.ArgumentParser(
+        description="MMLU 5-shot by likelihood: ours and the harness', the same questions, in turns"
+    )
     p.add_argument("--ckpt", required=True, help="directory of a checkpoint")
     p.add_argument("--data-dir", required=True, help="folder of the benchmarks")
     p.add_argument("--subjects", nargs="+", default=["anatomy", "astronomy"], help="of MMLU")
     p.add_argument("--limit", type=int, default=50, help="questions of a subject")
-    p.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 8], help="that the harness tries; the fastest counts")
+    p.add_argument(
+        "--batch-sizes", nargs="+", type=int, default=[1, 4, 8], help="that the harness tries; the fastest counts"
+    )
     p.add_argument("--repeats", type=int, default=1, help="turns of each side")
     p.add_argument("--threads", type=int, default=2, help="of torch, on both sides")
     a = p.parse_args()
@@ -207,13 +221,17 @@ def main():
         for size in a.batch_sizes:
             reference, took = theirs(harness_model(a.ckpt, size), tasks)
             seconds.setdefault(f"harness, batch size {size}", []).append(took)
-            apart = max(abs(x - y) for i, r in enumerate(reference) for x, y in zip(said[i]["logps"], r["logps"], strict=True))
+            apart = max(
+                abs(x - y) for i, r in enumerate(reference) for x, y in zip(said[i]["logps"], r["logps"], strict=True)
+            )
             print(f"batch size {size}: log-likelihoods differ by at most {apart:.1e}", flush=True)
     middle = {side: statistics.median(times) for side, times in seconds.items()}
     for side, s in middle.items():
         print(f"{side:24} {s:8.1f} s for {len(questions)} questions, {len(questions) / s:6.2f} a second")
     best = min(list(middle)[1:], key=middle.get)
-    print(f"against {best}: {middle[best] / middle['ours']:.2f} x its speed, {a.threads} threads, medians of {a.repeats}")
+    print(
+        f"against {best}: {middle[best] / middle['ours']:.2f} x its speed, {a.threads} threads, medians of {a.repeats}"
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ def write_run(folder, name, records):
 
 
 def sft_log(n):
-    return [{"step": s + 1, "loss": 2.0 / (s + 1), "lr": 1e-5, "grad_norm": 1.0, "tokens": 10, "tokens_per_second": 5.0} for s in range(n)]
+    return [
+        {"step": s + 1, "loss": 2.0 / (s + 1), "lr": 1e-5, "grad_norm": 1.0, "tokens": 10, "tokens_per_second": 5.0}
+        for s in range(n)
+    ]
 
 
 def kto_log(n):
@@ -38,7 +41,10 @@ def test_what_is_drawn(tmp_path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = [plot.read_steps(write_run(tmp_path, "a", kto_log(4))), plot.read_steps(write_run(tmp_path, "b", sft_log(3)))]
+    runs = [
+        plot.read_steps(write_run(tmp_path, "a", kto_log(4))),
+        plot.read_steps(write_run(tmp_path, "b", sft_log(3))),
+    ]
     axes = plot.draw_runs(plt, runs, 1).axes
     assert [axis.get_title() for axis in axes][:2] == ["loss", "z0 (mismatched pairs, clamped at 0), nats"]
     loss = {line.get_label(): list(line.get_ydata()) for line in axes[0].lines}

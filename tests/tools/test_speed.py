@@ -30,12 +30,17 @@ def test_needed_counts_the_kto_pairs(tiny, tmp_path):
     path = tmp_path / "kto.jsonl"
     rows = [{"prompt": "Hello", "completion": "a" * n, "label": n % 2 == 0} for n in (1, 2, 3, 4)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    class a: mode, ckpt, data, max_len, batch_size = "kto", [tiny], str(path), 64, 4  # noqa: E701
+
+    class a:
+        mode, ckpt, data, max_len, batch_size = "kto", [tiny], str(path), 64, 4  # noqa: E701
+
     tokens, supervised, flops, steps = speed.needed(a)
     a.mode = "sft"
     sft_tokens, sft_supervised, sft_flops, sft_steps = speed.needed(a)
     assert (tokens, supervised) == (2 * sft_tokens, 2 * sft_supervised)  # the same completions, matched and mismatched
-    assert flops == 2 * sft_flops and sum(sft_steps) == sft_flops  # 3 + 1 (step) + 2 (reference) forwards of like length
+    assert (
+        flops == 2 * sft_flops and sum(sft_steps) == sft_flops
+    )  # 3 + 1 (step) + 2 (reference) forwards of like length
     assert len(steps) == len(sft_steps) == 1 and sum(steps) == flops * 4 // 6
 
 
@@ -61,7 +66,18 @@ def test_merging_is_set_against_a_plain_copy(tmp_path, run, monkeypatch):
     monkeypatch.setattr(speed, "SEVEN_B", small)
     out = tmp_path / "bench.json"
     for _ in range(2):  # the second time the set is there
-        code, text, err = run("tools.speed", "merge", "--synthetic", tmp_path / "set", "--method", "ties", "--scratch", tmp_path, "--out", out)
+        code, text, err = run(
+            "tools.speed",
+            "merge",
+            "--synthetic",
+            tmp_path / "set",
+            "--method",
+            "ties",
+            "--scratch",
+            tmp_path,
+            "--out",
+            out,
+        )
         assert code == 0, err
     a, b, base = (Checkpoint(tmp_path / "set" / name) for name in ("a", "b", "base"))
     numbers = sum(a.tensor(name).numel() for name in a.names)

@@ -11,7 +11,14 @@ from training.logps import example_logps
 from training.memory import memory_needed, parameters
 from training.setup import recompute
 
-SHAPE = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=24)
+SHAPE = dict(
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=24,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +104,9 @@ def test_the_peak_of_a_step_is_what_is_counted(item, again, changes):
     optimizer = torch.optim.AdamW(m.parameters(), fused=True)
     state = 4 * sum(p.numel() for p in m.parameters())  # the weights
     with Held(m.parameters()) as held:
-        for _ in range(2):  # the gradients of the first stand beside the activations of the second, and so do the moments
+        for _ in range(
+            2
+        ):  # the gradients of the first stand beside the activations of the second, and so do the moments
             example_logps(m, examples((50, 30, 80))).sum().backward()
             optimizer.step()
     need = memory_needed(m.config, 160, again, item)

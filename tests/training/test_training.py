@@ -90,13 +90,28 @@ KILLS = [
 
 
 def test_killed_at_any_moment_a_run_resumes_to_the_bit(tiny, kto_data, tmp_path):
-    more = ("--epochs", 2, "--micro-tokens", 100, "--save-every", 1, "--eval-data", kto_data, "--eval-every", 3, "--keep", 1)
+    more = (
+        "--epochs",
+        2,
+        "--micro-tokens",
+        100,
+        "--save-every",
+        1,
+        "--eval-data",
+        kto_data,
+        "--eval-every",
+        3,
+        "--keep",
+        1,
+    )
     whole, broken = tmp_path / "a" / "o", tmp_path / "b" / "o"
     finish("train_kto", command(tiny, kto_data, whole, *more), tmp_path)
     rng, killed = random.Random(0), 0
     for function, lines in KILLS:
         prepare = {0: (signalled, function, rng.randint(1, lines), signal.SIGKILL)}
-        codes, _ = launch("train_kto", command(tiny, kto_data, broken, *more, "--resume"), tmp_path / "text", prepare=prepare)
+        codes, _ = launch(
+            "train_kto", command(tiny, kto_data, broken, *more, "--resume"), tmp_path / "text", prepare=prepare
+        )
         assert codes[0] in (-signal.SIGKILL, 0)
         killed += codes[0] != 0
     assert killed > len(KILLS) / 2
@@ -118,10 +133,17 @@ def test_sigterm_saves_and_ends_well(tiny, kto_data, tmp_path):
     rng = random.Random(1)
     for function, lines in STOPS:
         prepare = {0: (signalled, function, rng.randint(1, lines), signal.SIGTERM)}
-        codes, (text,) = launch("train_kto", command(tiny, kto_data, stopped, *more, "--resume"), tmp_path / "text", prepare=prepare)
+        codes, (text,) = launch(
+            "train_kto", command(tiny, kto_data, stopped, *more, "--resume"), tmp_path / "text", prepare=prepare
+        )
         assert codes == [0], text
-        if lines == 1:  # before the evaluation's first line: it is abandoned, and abandoned again where it is made up for
-            assert json.loads((tmp_path / "b" / "o.pt.run" / "state.json").read_text())["pending"]["step"] == len(log(stopped)) + 1
+        if (
+            lines == 1
+        ):  # before the evaluation's first line: it is abandoned, and abandoned again where it is made up for
+            assert (
+                json.loads((tmp_path / "b" / "o.pt.run" / "state.json").read_text())["pending"]["step"]
+                == len(log(stopped)) + 1
+            )
         if not stopped.exists():
             assert "stopped " in text
             assert not [name for name in listing(stopped) if ".tmp" in name]
@@ -149,11 +171,29 @@ def sigterm_in_evaluation(n):
 
 @pytest.mark.parametrize("n, more", [(1, ()), (2, ()), (2, ("--shard",))])
 def test_sigterm_abandons_an_evaluation_and_resuming_makes_up_for_it(tiny, sft_data, tmp_path, n, more):
-    settings = ("--epochs", 1, "--micro-tokens", 60, "--eval-data", sft_data, "--eval-every", 2, "--save-every", 1, "--resume", *more)
+    settings = (
+        "--epochs",
+        1,
+        "--micro-tokens",
+        60,
+        "--eval-data",
+        sft_data,
+        "--eval-every",
+        2,
+        "--save-every",
+        1,
+        "--resume",
+        *more,
+    )
     whole, stopped = tmp_path / "a" / "o", tmp_path / "b" / "o"
     assert launch("train_sft", command(tiny, sft_data, whole, *settings), tmp_path / "text", n)[0] == [0] * n
     assert [s["step"] for s in log(whole) if "eval_loss" in s] == [2, 4]
-    for evaluation, step in (1, 2), (1, 2), (2, 4), (1, 4):  # the one that is made up for, stopped again; the one after that; the last
+    for evaluation, step in (
+        (1, 2),
+        (1, 2),
+        (2, 4),
+        (1, 4),
+    ):  # the one that is made up for, stopped again; the one after that; the last
         prepare = {n - 1: (sigterm_in_evaluation, evaluation)}
         codes, texts = launch("train_sft", command(tiny, sft_data, stopped, *settings), tmp_path / "text", n, prepare)
         assert codes == [0] * n and f"stopped after step {step} of 4" in texts[0], texts
@@ -212,7 +252,9 @@ def test_what_args_and_log_say_and_a_finished_run(tiny, sft_data, tmp_path, run,
     assert args["the model"] == Checkpoint(tiny).fingerprint() and len(args["the data"]) == 64 and args["ranks"] == 1
     before = weights(out)
     code, text, _ = run("train_sft", *arguments, "--resume")
-    assert code == 0 and "finished before, after 4 steps" in text and len(log(out)) == 4 and "code has changed" not in text
+    assert (
+        code == 0 and "finished before, after 4 steps" in text and len(log(out)) == 4 and "code has changed" not in text
+    )
     state = tmp_path / "a" / "o.run" / "state.json"
     state.write_text(state.read_text().replace(args["the code"], "that of yesterday"))
     code, text, _ = run("train_sft", *arguments, "--resume")
@@ -293,7 +335,9 @@ def test_an_infinite_gradient_of_a_finite_loss_is_found_too(tiny, tmp_path, run,
 def test_ranks_skip_alike(poisoned, tmp_path):
     data = poisoned_data(tmp_path / "d.jsonl", 2, feedback(14))
     arguments = command(poisoned, data, tmp_path / "a" / "o", "--no-shuffle", "--max-skips", 2)
-    codes, (text, _) = launch("train_kto", arguments, tmp_path / "text", ranks=2, prepare=dict.fromkeys(range(2), (open_what_is_broken,)))
+    codes, (text, _) = launch(
+        "train_kto", arguments, tmp_path / "text", ranks=2, prepare=dict.fromkeys(range(2), (open_what_is_broken,))
+    )
     assert codes == [2, 2] and f"{data}:2" in text and f"{data}:6" in text and "Traceback" not in text
     assert [s["skipped"] for s in log(tmp_path / "a" / "o")] == [1, 2]
 
@@ -340,7 +384,9 @@ def test_gradients_are_sent_off_in_the_last_backward_once_a_step(monkeypatch):
         (m(ids).logsumexp(-1).sum() / 100).backward()
         assert not sent
         (m(ids).logsumexp(-1).sum() / 100).backward()
-        assert len(sent) > 2 and not waited and sum(len(flat) for flat in sent) == sum(p.numel() for p in m.parameters())
+        assert (
+            len(sent) > 2 and not waited and sum(len(flat) for flat in sent) == sum(p.numel() for p in m.parameters())
+        )
         finish()
         assert len(sent) == len(waited)
         other = tiny_model()
@@ -360,7 +406,11 @@ def test_a_frozen_weight_is_not_waited_for(tiny, sft_data, tmp_path, run, monkey
     m = tiny_model()
     (frozen := m.model["layers"][0].mlp.up_proj).weight.requires_grad_(False)
     sizes = []
-    monkeypatch.setattr(distributed.dist, "all_reduce", lambda flat, async_op: sizes.append(len(flat)) or types.SimpleNamespace(wait=lambda: None))
+    monkeypatch.setattr(
+        distributed.dist,
+        "all_reduce",
+        lambda flat, async_op: sizes.append(len(flat)) or types.SimpleNamespace(wait=lambda: None),
+    )
     expect, finish = overlapped_reduction(m, world=2, size=5000)
     expect(1)
     m(torch.arange(9)[None]).sum().backward()
@@ -375,7 +425,9 @@ def test_a_frozen_weight_is_not_waited_for(tiny, sft_data, tmp_path, run, monkey
 
     monkeypatch.setattr(train_sft, "open_checkpoint", with_lora)
     code, text, _ = run("train_sft", *command(tiny, sft_data, tmp_path / "a" / "o", "--max-steps", 1))
-    assert code == 0 and "warning: OUT will hold model.layers.0.mlp.up_proj.0.weight, which no script here loads" in text
+    assert (
+        code == 0 and "warning: OUT will hold model.layers.0.mlp.up_proj.0.weight, which no script here loads" in text
+    )
 
 
 def small_buckets():
@@ -388,7 +440,9 @@ def shares_differ(tiny, data, n):
     """Whether ranks have different numbers of micro-batches in a step, and more than one in another."""
     examples, _ = encode_chats(read_records([data], sft_messages), Tokenizer(tiny), 64)
     steps = plan_steps(13, 4, 2, None, order=shuffled_order(13, 0))
-    counts = [[len(rank_micro_batches([len(examples[i][0]) for i in step], 60, r, n)) for r in range(n)] for step in steps]
+    counts = [
+        [len(rank_micro_batches([len(examples[i][0]) for i in step], 60, r, n)) for r in range(n)] for step in steps
+    ]
     return any(len(set(c)) > 1 for c in counts) and max(map(max, counts)) > 1
 
 
@@ -404,7 +458,9 @@ def test_sft_is_the_same_on_any_number_of_ranks(tiny, sft_data, tmp_path, run, n
     assert json.loads((tmp_path / "many" / "o.run" / "args.json").read_text())["ranks"] == n
     keys = ("loss", "grad_norm", "tokens", "lr")
     close_runs(tmp_path / "one" / "o", tmp_path / "many" / "o", weights(tiny), keys)
-    assert log(tmp_path / "one" / "o")[-1]["eval_loss"] == pytest.approx(log(tmp_path / "many" / "o")[-1]["eval_loss"], rel=1e-4)
+    assert log(tmp_path / "one" / "o")[-1]["eval_loss"] == pytest.approx(
+        log(tmp_path / "many" / "o")[-1]["eval_loss"], rel=1e-4
+    )
 
 
 def test_a_run_of_kto_is_resumed_by_other_numbers_of_ranks(tmp_path, kto_data, run):
@@ -417,7 +473,11 @@ def test_a_run_of_kto_is_resumed_by_other_numbers_of_ranks(tmp_path, kto_data, r
     assert run("train_kto", *command(base, kto_data, one, *settings))[0] == 0
     arguments = command(base, kto_data, many, *settings)
     sharded = ("--shard", "--activation-checkpointing")
-    for step, n, rank, more in (1, 2, 1, sharded), (2, 3, 0, sharded), (3, 2, 1, ()):  # each but the first resumes the one before
+    for step, n, rank, more in (
+        (1, 2, 1, sharded),
+        (2, 3, 0, sharded),
+        (3, 2, 1, ()),
+    ):  # each but the first resumes the one before
         prepare = {rank: (signal_at, "lr_at", 10, signal.SIGTERM)}
         codes, texts = launch("train_kto", (*arguments, *more, "--resume"), tmp_path / "text", n, prepare)
         assert codes == [0] * n and f"stopped after step {step} of 4" in texts[0], texts
@@ -432,7 +492,10 @@ def test_a_rank_that_dies_takes_the_others_along(tiny, sft_data, tmp_path, more)
     arguments = command(tiny, sft_data, tmp_path / "a" / "o", "--epochs", 1, *more)
     codes, texts = launch("train_sft", arguments, tmp_path / "text", 3, {1: (signal_at, "lr_at", 10, signal.SIGKILL)})
     assert codes == [1, -signal.SIGKILL, 1], texts
-    assert all("another rank is gone" in text and "--resume" in text and "Traceback" not in text for text in (texts[0], texts[2]))
+    assert all(
+        "another rank is gone" in text and "--resume" in text and "Traceback" not in text
+        for text in (texts[0], texts[2])
+    )
 
 
 def test_sharding_wants_ranks(tiny, sft_data, tmp_path, refused):
@@ -442,12 +505,17 @@ def test_sharding_wants_ranks(tiny, sft_data, tmp_path, refused):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_activation_checkpointing_computes_the_same_and_comes_where_a_step_would_not_fit(tiny, sft_data, tmp_path, run, monkeypatch):
+def test_activation_checkpointing_computes_the_same_and_comes_where_a_step_would_not_fit(
+    tiny, sft_data, tmp_path, run, monkeypatch
+):
     calls, real = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k))
     whole, c = tmp_path / "whole" / "o", Qwen2.from_pretrained(tiny).config
     arguments = ("--epochs", 1, "--micro-tokens", 1, "--no-shuffle")
-    assert run("train_sft", *command(tiny, sft_data, whole, *arguments, "--activation-checkpointing", "off"))[0] == 0 and not calls
+    assert (
+        run("train_sft", *command(tiny, sft_data, whole, *arguments, "--activation-checkpointing", "off"))[0] == 0
+        and not calls
+    )
     longest = max(len(ids) for ids, _ in encode_chats(read_records([sft_data], sft_messages), Tokenizer(tiny), 64)[0])
     without, with_it = (sum(memory_needed(c, longest, on, 4).values()) for on in (False, True))
     weights_there = 4 * parameters(c)[-1]
@@ -505,7 +573,10 @@ def test_completions_of_one_prompt_share_its_computation(tiny, monkeypatch):
         run.clear()
         torch.testing.assert_close(training_logps.sequence_logps(m, examples, micro_tokens), want, rtol=1e-5, atol=1e-5)
         contexts = sum(len(p) - 1 for p in prompts)
-        assert sum(run) == contexts + sum(len(ids) - (supervised + [True]).index(True) + 1 for ids, supervised in examples) - 1
+        assert (
+            sum(run)
+            == contexts + sum(len(ids) - (supervised + [True]).index(True) + 1 for ids, supervised in examples) - 1
+        )
 
 
 def test_many_completions_of_one_prompt_stay_within_micro_tokens(tiny, monkeypatch):

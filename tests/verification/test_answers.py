@@ -169,7 +169,9 @@ BODY = "    if n < 2:\n        return n\n    return fib(n - 1) + fib(n - 2)"
 
 def test_code_fenced():
     for fence in ("```python\n", "```Python\n", "```\n"):
-        assert extract_code(f"Sure!\n{fence}import os\n\ndef fib(n: int) -> int:\n{BODY}\n```\nIt works.", "fib") == BODY
+        assert (
+            extract_code(f"Sure!\n{fence}import os\n\ndef fib(n: int) -> int:\n{BODY}\n```\nIt works.", "fib") == BODY
+        )
     # everything to the end of the block comes along, what stands before the function does not
     reply = f"```python\ndef help(x):\n    return x\n\ndef fib(n):\n{BODY}\n\nprint(fib(3))\n```\n```\nfib(2)\n```"
     assert extract_code(reply, "fib") == BODY + "\n\nprint(fib(3))"
@@ -204,7 +206,10 @@ def test_check():
     code = {"tests": "assert double(4) == 8", "entry_point": "double"}
     assert check("code", "```python\ndef double(x):\n    return 2 * x\n```", code) is True
     assert check("code", "```python\ndef double(x):\n    return x\n```", code) is False
-    form = {"instruction_id_list": ["punctuation:no_comma", "startend:end_checker"], "kwargs": [{}, {"end_phrase": "the end"}]}
+    form = {
+        "instruction_id_list": ["punctuation:no_comma", "startend:end_checker"],
+        "kwargs": [{}, {"end_phrase": "the end"}],
+    }
     assert check("format", "So it was. The end", form) is True
     assert check("format", "So, it was. The end", form) is False and check("format", "So it was.", form) is False
     assert check("format", "", form) is False and check("format", "x", {}) is None and check("format", "x", "y") is None

@@ -76,6 +76,7 @@ def test_instruction(instruction, kwargs, good, bad):
 
 def test_loosely():
     """The first line, the last line and the asterisks may be taken away, each by itself or together; nothing else."""
+
     def both(instruction, reply, **kwargs):
         return [follows(instruction, reply, kwargs, loose=loose) for loose in (False, True)]
 

@@ -128,7 +128,11 @@ def test_no_signals_by_way_of_a_descriptor(monkeypatch, tmp_path):
         head = f"import fcntl, os, socket, struct\nr, w = os.pipe()\ns, t = socket.socketpair()\npid = {victim.pid}\n"
         send = "fcntl.fcntl({0}, fcntl.F_SETFL, fcntl.fcntl({0}, fcntl.F_GETFL) | os.O_ASYNC)\nos.write({1}, b'x')"
         try:
-            for own in ("fcntl.fcntl(r, 8, pid)", "fcntl.fcntl(r, 10, 9)", "fcntl.fcntl(r, 15, struct.pack('ii', 1, pid))"):
+            for own in (
+                "fcntl.fcntl(r, 8, pid)",
+                "fcntl.fcntl(r, 10, 9)",
+                "fcntl.fcntl(r, 15, struct.pack('ii', 1, pid))",
+            ):
                 assert "PermissionError" in fails(f"{head}{own}\n{send.format('r', 'w')}")
             for own in ("0x8901", "0x8902"):
                 own = f"fcntl.ioctl(s.fileno(), {own}, struct.pack('i', pid))"
@@ -193,7 +197,9 @@ def test_honest_answers_pass_the_tests():
     assert examined("import math\ndef sum(a, b):\n    return a + b\ndef inc(x):\n    return sum(x, 1)")[0]
     assert examined("from fractions import Fraction\ndef inc(x):\n    return Fraction(x) + 1")[0]
     assert examined("class inc(int):\n    def __new__(cls, x):\n        return int(x) + 1")[0]
-    assert not examined("def inc(x):\n    return x + 2")[0] and "NameError" in examined("def other(x):\n    return x")[1]
+    assert (
+        not examined("def inc(x):\n    return x + 2")[0] and "NameError" in examined("def other(x):\n    return x")[1]
+    )
     own = "from collections import Counter, namedtuple, defaultdict, deque\nPair = namedtuple('Pair', 'a b')\n"
     for made, want in (("Counter('aab')", "f() == {'a': 2, 'b': 1}"), ("map(int, '12')", "list(f()) == [1, 2]"),
                        ("[deque([1]), {1: (2,)}]", "f()[1] == {1: (2,)}"), ("{1: 2}.keys()", "1 in f()"),
@@ -288,7 +294,12 @@ def test_there_is_no_answer_to_find(where):
     """Nothing of the tests is in the program's process or within its reach."""
     source = HUNT.replace("WHERE", where)
     passed, detail = run_program(source, "assert inc(1) == 4815162342", "inc", timeout=60)
-    assert not passed and detail.split(":")[0] in ("IndexError", "PermissionError", "AssertionError", "FileNotFoundError"), detail
+    assert not passed and detail.split(":")[0] in (
+        "IndexError",
+        "PermissionError",
+        "AssertionError",
+        "FileNotFoundError",
+    ), detail
 
 
 def test_the_hunts_find_what_is_there():
@@ -333,7 +344,9 @@ def test_data_come_back_as_they_were():
     caught = "try:\n    g(1)\nexcept ValueError as e:\n    assert str(e) == 'odd'\nelse:\n    assert False"
     assert run_program(mutate, caught, "g")[0]
     node = "class Node:\n    def __init__(self, x):\n        self.x = x\n        self.next = None\ndef f(n):\n    return n.next.x"
-    assert run_program(node, "n = Node(1)\nn.next = Node(2)\nassert f(n) == n.next.x == 2 and n.next.next is None", "f")[0]
+    assert run_program(
+        node, "n = Node(1)\nn.next = Node(2)\nassert f(n) == n.next.x == 2 and n.next.next is None", "f"
+    )[0]
     assert "no data" in run_program("def f(g):\n    return g(1)", "assert f(lambda x: x) == 1", "f")[1]
 
 
