@@ -1,0 +1,38 @@
+import pytest
+from conftest import tiny_config
+
+from core.config import parse_config
+from core.files import InputError
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"model_type": "llama"}, "model_type"),
+        ({"use_sliding_window": True}, "sliding"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"num_key_value_heads": 3}, "heads"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"vocab_size": "many"}, "vocab_size is 'many', not a whole number"),
+        ({"num_hidden_layers": 5.5}, "num_hidden_layers is 5.5, not a whole number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, not a number"),
+        ({"tie_word_embeddings": "false"}, "not true or false"),
+        ({"rope_scaling": "yarn"}, "rope"),
+    ],
+)
+def test_configs_that_are_not_implemented_are_refused(changes, word):
+    config = tiny_config(**changes)
+    if config["hidden_size"] is None:
+        del config["hidden_size"]
+    with pytest.raises(InputError, match=word):
+        parse_config(config)
+
+
+def test_rope_theta_as_transformers_5_writes_it():
+    config = tiny_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    del config["rope_theta"]
+    assert parse_config(config).rope_theta == 5e5
