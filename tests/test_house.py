@@ -1,0 +1,77 @@
+"""The house: seven scripts at the top, imports that point one way, functions and files that can be read in one sitting."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+# A file imports only from its own rank or a lower one. What shares a rank and is a script is not imported at all.
+ORDER = [
+    ["core"],
+    ["model"],
+    ["generate"],
+    ["training", "verification"],
+    ["curation"],
+    ["evaluation"],
+    ["merging"],
+    ["train_sft", "train_kto", "merge", "make_data", "eval"],
+    ["demo", "variants", "experiments", "tools"],
+]
+RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+SCRIPTS = ORDER[7]
+FILES = sorted(path for path in ROOT.glob("**/*.py") if path.relative_to(ROOT).parts[0].removesuffix(".py") in RANK)
+TABLES = {"demo/words.py", "demo/tasks.py", "curation/task_types.py"}  # data, not code
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def imported_rooms(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        yield from (module.split(".")[0] for module in modules if module.split(".")[0] in RANK)
+
+
+def test_seven_scripts_at_the_top():
+    assert sorted(p.stem for p in ROOT.glob("*.py")) == sorted(["model", "generate", *SCRIPTS])
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_point_one_way(path):
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for other in set(imported_rooms(path)) - {room}:
+        assert RANK[other] < RANK[room], f"{room} imports {other}"
+        assert other not in SCRIPTS or RANK[room] == len(ORDER) - 1, f"{room} imports the script {other}"
+
+
+@pytest.mark.parametrize("room", [room for rooms in ORDER for room in rooms if (ROOT / room).is_dir()])
+def test_no_circles_in_a_room(room):
+    files = {f"{room}.{p.stem}": p for p in (ROOT / room).glob("*.py")}
+    edges = {module: set() for module in files}
+    for module, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                edges[module] |= {node.module} & files.keys() | {
+                    f"{node.module}.{a.name}" for a in node.names
+                } & files.keys()
+    while leaves := [module for module, others in edges.items() if not others]:
+        for leaf in leaves:
+            del edges[leaf]
+            for others in edges.values():
+                others.discard(leaf)
+    assert not edges, f"a circle: {edges}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_files_and_functions_are_short(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400 or name(path) in TABLES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+
+
+def test_the_readme_is_read_in_two_minutes():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
