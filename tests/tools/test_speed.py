@@ -1,13 +1,12 @@
-import argparse
 import json
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.checkpoint import Checkpoint
-from tools import speed
+from tools import rates, speed
 from training import memory
 
 
@@ -23,10 +22,10 @@ def test_forward_flops_are_those_that_torch_counts():
 
 
 def test_matmul_rate_is_a_rate():
-    assert 1e8 < speed.matmul_rate("cpu", torch.float32, seconds=0.1) < 1e14
+    assert 1e8 < rates.matmul_rate("cpu", torch.float32, seconds=0.1) < 1e14
 
 
-def test_needed_counts_the_kto_pairs(tiny, tmp_path):
+def test_training_flops_count_the_kto_pairs(tiny, tmp_path):
     path = tmp_path / "kto.jsonl"
     rows = [{"prompt": "Hello", "completion": "a" * n, "label": n % 2 == 0} for n in (1, 2, 3, 4)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -34,9 +33,9 @@ def test_needed_counts_the_kto_pairs(tiny, tmp_path):
     class a:
         mode, ckpt, data, max_len, batch_size = "kto", [tiny], str(path), 64, 4  # noqa: E701
 
-    tokens, supervised, flops, steps = speed.needed(a)
+    tokens, supervised, flops, steps = speed.training_flops(a)
     a.mode = "sft"
-    sft_tokens, sft_supervised, sft_flops, sft_steps = speed.needed(a)
+    sft_tokens, sft_supervised, sft_flops, sft_steps = speed.training_flops(a)
     assert (tokens, supervised) == (2 * sft_tokens, 2 * sft_supervised)  # the same completions, matched and mismatched
     assert (
         flops == 2 * sft_flops and sum(sft_steps) == sft_flops
@@ -55,6 +54,16 @@ def test_ours_alone(tiny, tmp_path, run):
     assert len(measured["losses"]) == 2 and 0 < measured["step_s"] < measured["wall_s"] and measured["peak_gb"] > 0
 
 
+def test_another_checkout_is_a_peer(tiny, tmp_path, run):
+    path, out = tmp_path / "sft.jsonl", tmp_path / "speed.json"
+    path.write_text('{"prompt": "Hello", "completion": "you"}\n' * 2)
+    more = ("--steps", 1, "--batch-size", 2, "--device", "cpu", "--dtype", "fp32", "--vs", ROOT, "--out", out)
+    code, text, err = run("tools.speed", "sft", "--ckpt", tiny, "--data", path, *more)
+    assert code == 0, err
+    ours, theirs = (turns[0] for turns in json.loads(out.read_text())["runs"].values())
+    assert ours["losses"] == theirs["losses"] and theirs["peak_gb"] > 0.1 and "x its speed" in text
+
+
 def test_a_peer_of_another_mode_is_refused(tiny, run):
     code, _, err = run("tools.speed", "merge", "--ckpt", tiny, tiny, "--vs", "trl")
     assert code == 2 and "mergekit" in err
@@ -63,7 +72,7 @@ def test_a_peer_of_another_mode_is_refused(tiny, run):
 def test_merging_is_set_against_a_plain_copy(tmp_path, run, monkeypatch):
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
              "vocab_size": 64, "model_type": "qwen2"}  # fmt: skip
-    monkeypatch.setattr(speed, "SEVEN_B", small)
+    monkeypatch.setattr(rates, "SEVEN_B", small)
     out = tmp_path / "bench.json"
     for _ in range(2):  # the second time the set is there
         code, text, err = run(
@@ -86,6 +95,6 @@ def test_merging_is_set_against_a_plain_copy(tmp_path, run, monkeypatch):
     assert a.tensor("lm_head.weight").float().std() == pytest.approx(1, rel=0.1)
     found = json.loads(out.read_text())
     assert found["runs"]["ours"][0]["rate"] > 0 and "of the copy rate" in text
-    files, written = speed.merge_bytes(argparse.Namespace(**found["settings"]))
+    files, written = rates.merge_bytes([*found["settings"]["ckpt"], found["settings"]["base"]], torch.bfloat16)
     assert len(files) == 3 and written == 2 * numbers
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bench.json", "set"]
