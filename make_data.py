@@ -266,13 +266,11 @@ def make(args):
     except OSError as e:
         raise InputError(f"{out}: cannot be made a folder: {e.strerror}; give another --out") from None
     state, counts = load_state(f"{out}/state.json"), {}
-    with models.open_cache(f"{out}/replies.jsonl") as cache:
-        for stale in glob.glob(
-            f"{glob.escape(out)}/*.tmp[0-9]*"
-        ):  # a killed run's: it is gone, we hold the cache's lock
+    with models.open_replies(f"{out}/replies.jsonl") as log:
+        for stale in glob.glob(f"{glob.escape(out)}/*.tmp[0-9]*"):  # a killed run's: it is gone, we hold the log's lock
             os.remove(stale)
-        if teacher.url and not args.dry_run and not cache.offsets:
-            models.ask(teacher, [GREETING], cache, desc="greeting", **short)
+        if teacher.url and not args.dry_run and not log:
+            models.ask(teacher, [GREETING], log, desc="greeting", **short)
         path = {name: f"{out}/{name}.jsonl" for name in STEPS}
         weighing = ("weight_quality", "weight_safety", "weight_perplexity", "judge_orders", "judge_verified", "allow_code_execution",
                     "max_len", "seed")  # fmt: skip
@@ -286,31 +284,29 @@ def make(args):
             ("2_dedup", [path["1_collect"], *questions], of("hamming") | {"code": code},
              lambda c: steps.deduplicate(args, path["1_collect"], questions, c)),
             ("3_classify", [path["2_dedup"]], teachers | {"code": code},
-             lambda c: steps.classify(path["2_dedup"], teacher, cache, short, c)),
+             lambda c: steps.classify(path["2_dedup"], teacher, log, short, c)),
             ("4_balance", [path["3_classify"]], of("min_category", "target", "seed") | {"code": code},
              lambda c: steps.balance(args, path["3_classify"], c)),
             ("5_respond", [path["4_balance"], *recorded],
              of("max_new_tokens") | drawing | teachers | {"small": small.identity, "code": code},
-             lambda c: steps.respond(args, path["4_balance"], teacher, small, cache, long, c)),
+             lambda c: steps.respond(args, path["4_balance"], teacher, small, log, long, c)),
             ("6_score", [path["5_respond"]],
              of(*weighing) | teachers | {"scorer": [scorer.identity, own], "prompt": [JUDGE, AGAIN_JUDGE],
                                          "code": code},
-             lambda c: steps.score_responses(args, path["5_respond"], teacher, scorer, own, cache, short, c)),
+             lambda c: steps.score_responses(args, path["5_respond"], teacher, scorer, own, log, short, c)),
             ("7_label", [path["6_score"]], of("margin", "min_safety") | {"code": code},
              lambda c: steps.label(args, path["6_score"], c)),
         ]  # fmt: skip
         for name, inputs, arguments, work in plan[: 2 if args.dry_run else None]:
             counts[name] = run_step(out, state, name, inputs, arguments, work)
         if args.dry_run:
-            return report.dry_run(args, path["2_dedup"], short["max_tokens"], cache.spent, len(cache.offsets), prices)
+            return report.dry_run(args, path["2_dedup"], short["max_tokens"], log.spent, len(log), prices)
         report.write_report(out, counts)
     labels = counts["7_label"]
     print(f"\n{labels['sft']:,} SFT examples, {labels['kto'] // 2:,} KTO pairs.")
-    if any(cache.spent):
-        cost = f", {models.price(cache.spent, prices):,.2f} in all" if prices else ""
-        print(
-            f"The teacher's replies in {out}/replies.jsonl: {cache.spent[0]:,} tokens in, {cache.spent[1]:,} out{cost}."
-        )
+    if any(log.spent):
+        cost = f", {models.price(log.spent, prices):,.2f} in all" if prices else ""
+        print(f"The teacher's replies in {out}/replies.jsonl: {log.spent[0]:,} tokens in, {log.spent[1]:,} out{cost}.")
     print(f"Written: {out}/sft.jsonl, {out}/kto.jsonl, {out}/report.md. Next:")
     print(f"  python train_sft.py --ckpt {args.small} --data {out}/sft.jsonl --out OUT/sft")
     print(f"  python train_kto.py --ckpt OUT/sft --data {out}/kto.jsonl --out OUT/sft-kto")

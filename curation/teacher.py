@@ -1,17 +1,16 @@
 """Asking a model: any OpenAI-compatible endpoint, or a local checkpoint. Every reply is kept on disk the moment it arrives.
 
     teacher = open_teacher("http://localhost:8000/v1", model_name="Qwen2.5-7B-Instruct")     # or a checkpoint
-    with open_cache("out/replies.jsonl") as cache:
-        replies = ask(teacher, prompts, cache, max_tokens=256)          # prompts: list of message lists
+    with open_replies("out/replies.jsonl") as log:
+        replies = ask(teacher, prompts, log, max_tokens=256)          # prompts: list of message lists
 
 A reply is {"text", "finish_reason"}, or {"error"} for a request that the endpoint refused. A run that is killed and started
-again asks only what was not answered yet: the cache is keyed by the model, the parameters and the messages. An endpoint's
+again asks only what was not answered yet: the log is keyed by the model, the parameters and the messages. An endpoint's
 rates and a budget are kept to; under torchrun a local checkpoint answers on all ranks.
 """
 
 import asyncio
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -28,8 +27,9 @@ from tqdm import tqdm
 
 from core.checkpoint import Checkpoint
 from core.distributed import join_group, leave_group, own_device
-from core.files import InputError, append
+from core.files import InputError
 from core.flags import DEVICE, DTYPES
+from core.reply_log import ReplyLog
 from core.tokenizer import Tokenizer
 from generate import generate_iter
 from model import Qwen2
@@ -46,7 +46,7 @@ FIRST_TRIES = (
 
 @dataclass
 class Teacher:
-    """A model that can be asked. `name` is for people; `identity` is what the cache keys on."""
+    """A model that can be asked. `name` is for people; `identity` is what the log's keys depend on."""
 
     name: str
     identity: str
@@ -62,7 +62,7 @@ def open_teacher(source, model_name=None, dtype="fp32"):
     """source: http(s) URL of an OpenAI-compatible endpoint (its base, .../v1), or a checkpoint (hub id, directory, .pt).
 
     The key comes from TEACHER_API_KEY or OPENAI_API_KEY. A local checkpoint is opened and fingerprinted here, and its
-    weights are loaded when the first question is not in the cache."""
+    weights are loaded when the first question is not in the log."""
     if source.startswith(("http://", "https://")):
         parts = urlsplit(source)
         if not parts.hostname:
@@ -92,65 +92,24 @@ def load(teacher):
     return teacher.loaded
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache: append-only JSON Lines, one object a reply
+def open_replies(path: str) -> ReplyLog:
+    """The log of a teacher's replies."""
+    return ReplyLog(path, {"text": str, "finish_reason": str})
 
 
-@dataclass
-class Cache:
-    file: object  # unbuffered, so that a reply is out of this process as soon as it is written
-    offsets: dict  # SHA-256 digest -> where its line starts: the texts stay on disk
-    spent: list  # tokens [of prompts, of replies] that endpoints have charged for what is in here
-
-
-@contextlib.contextmanager
-def open_cache(path):
-    """Opens (or starts) the cache for reading and appending. A last line torn by a kill is cut off; a damaged line
-    before it raises InputError, and so does a second process that opens the same cache."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path, "a+b", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{path}: another run is using this folder; wait for it or choose another --out") from None
-        offsets, spent, at = {}, [0, 0], 0
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n"):
-                    file.truncate(at)
-                    break
-                try:
-                    reply = json.loads(line)
-                    offsets[bytes.fromhex(reply["key"])] = at
-                    reply["text"], reply["finish_reason"]
-                    spent = [a + b for a, b in zip(spent, reply.get("usage", (0, 0)), strict=True)]
-                except (ValueError, KeyError, TypeError):
-                    raise InputError(f"{path}:{number}: not a cached reply; delete this line to ask it again") from None
-                at += len(line)
-        yield Cache(file, offsets, spent)
-
-
-def cache_key(teacher, messages, parameters):
-    """SHA-256 over model, parameters and messages, as bytes."""
+def reply_key(teacher, messages, parameters):
+    """SHA-256 over model, parameters and messages, in hexadecimal."""
     request = json.dumps([teacher.identity, parameters, messages], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(request.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(request.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def cache_read(cache, key):
-    with open(cache.file.name, "rb") as file:
-        file.seek(cache.offsets[key])
-        reply = json.loads(file.readline())
-    return {"text": reply["text"], "finish_reason": reply["finish_reason"]}
+def read_reply(record):
+    return {"text": record["text"], "finish_reason": record["finish_reason"]}
 
 
-def cache_write(cache, key, teacher, text, finish_reason, usage=None):
-    line = {"key": key.hex(), "model": teacher.name, "text": text, "finish_reason": finish_reason}
-    if usage:
-        line["usage"] = usage
-        cache.spent = [a + b for a, b in zip(cache.spent, usage)]
-    at = os.fstat(cache.file.fileno()).st_size
-    append(cache.file, json.dumps(line).encode() + b"\n")  # ASCII: a torn write cannot split a character
-    cache.offsets[key] = at
+def keep_reply(log, key, teacher, text, finish_reason, usage=None):
+    record = {"model": teacher.name, "text": text, "finish_reason": finish_reason}
+    log.append(key, record | ({"usage": usage} if usage else {}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,28 +132,28 @@ def price(tokens, prices):
 
 
 def ask(
-    teacher, prompts, cache, max_tokens=256, temperature=0.0, top_p=1.0, seed=0, batch_size=32, desc="asking", **http
+    teacher, prompts, log, max_tokens=256, temperature=0.0, top_p=1.0, seed=0, batch_size=32, desc="asking", **http
 ):
     """prompts: list of message lists -> list of replies in the same order, each {"text", "finish_reason"} or {"error"}.
 
     Equal prompts are asked once. finish_reason: "stop"; "length" for a reply cut off at max_tokens; "content_filter" for one
     that the endpoint held back. A teacher that cannot be reached, or refuses the key, or would cost more than the budget,
-    raises InputError after the replies that did come are safe in the cache, and so does, once all others are answered, a request
-    that got none: what passes costs no record. One refused with another 4xx status gets {"error"} and is not cached. http: the
+    raises InputError after the replies that did come are safe in the log, and so does, once all others are answered, a request
+    that got none: what passes costs no record. One refused with another 4xx status gets {"error"} and is not kept. http: the
     last arguments of ask_http."""
     parameters = {"max_tokens": max_tokens, "temperature": temperature}
     if temperature > 0:
         parameters |= {"top_p": top_p, "seed": seed}
-    keys = [cache_key(teacher, messages, parameters) for messages in prompts]
-    todo = {key: messages for key, messages in zip(keys, prompts) if key not in cache.offsets}
+    keys = [reply_key(teacher, messages, parameters) for messages in prompts]
+    todo = {key: messages for key, messages in zip(keys, prompts) if key not in log}
     errors = {}
     if todo:
         with tqdm(total=len(todo), desc=desc, unit="reply", disable=None) as bar:
             if teacher.url:
-                asyncio.run(ask_http(teacher, todo, cache, errors, parameters, bar, **http))
+                asyncio.run(ask_http(teacher, todo, log, errors, parameters, bar, **http))
             else:
-                ask_local(teacher, todo, cache, errors, parameters, batch_size, bar)
-    return [{"error": errors[key]} if key in errors else cache_read(cache, key) for key in keys]
+                ask_local(teacher, todo, log, errors, parameters, batch_size, bar)
+    return [{"error": errors[key]} if key in errors else read_reply(log[key]) for key in keys]
 
 
 @contextlib.asynccontextmanager
@@ -220,20 +179,20 @@ class Limits:
     """An endpoint's rates and the budget; 0 is no limit. A size: tokens [of a prompt, of its reply].
 
     Requests are spaced evenly, retries included; tokens are counted as guessed before, as charged after. budget: of everything
-    the cache has cost, in price()'s unit."""
+    the log has cost, in price()'s unit."""
 
-    def __init__(self, cache, requests_per_minute=0, tokens_per_minute=0, budget=0, prices=None):
-        self.cache, self.budget, self.prices = cache, budget, prices
+    def __init__(self, log, requests_per_minute=0, tokens_per_minute=0, budget=0, prices=None):
+        self.log, self.budget, self.prices = log, budget, prices
         self.requests_per_minute, self.tokens_per_minute = requests_per_minute, tokens_per_minute
         self.next_request = self.next_token = 0.0  # when another one may go
         self.held = [0, 0]  # tokens that the requests in flight may cost
 
     def spent(self):
-        return price(self.cache.spent, self.prices)
+        return price(self.log.spent, self.prices)
 
     def affords(self, size):
         """Whether the longest reply to one more request, and to all in flight, would stay within the budget."""
-        return not self.budget or price(map(sum, zip(self.cache.spent, self.held, size)), self.prices) <= self.budget
+        return not self.budget or price(map(sum, zip(self.log.spent, self.held, size)), self.prices) <= self.budget
 
     def hold(self, size):
         self.held = [a + b for a, b in zip(self.held, size)]
@@ -257,7 +216,7 @@ class Limits:
             self.next_token += 60 * (sum(used) - sum(size)) / self.tokens_per_minute
 
 
-async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16, timeout=120.0, retries=8, **bounds):
+async def ask_http(teacher, todo, log, errors, parameters, bar, concurrency=16, timeout=120.0, retries=8, **bounds):
     """`concurrency` workers take requests from one queue. What ends the run (an unreachable teacher, a refused key, an empty
     purse) lets the requests in flight finish first: their replies may have cost money.
 
@@ -269,7 +228,7 @@ async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16
         [],
         [0.0],
     )  # why the run ends; the last failures; when the endpoint last answered
-    limits = Limits(cache, **bounds)
+    limits = Limits(log, **bounds)
     before, digits = limits.spent(), 2 if limits.prices else 0
 
     def end(why):
@@ -325,7 +284,7 @@ async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16
             else:
                 answered_at[0] = time.monotonic()
                 limits.charge(size, used)
-                cache_write(cache, key, teacher, text, finish_reason, used)
+                keep_reply(log, key, teacher, text, finish_reason, used)
                 return
 
     async def worker():
@@ -344,7 +303,7 @@ async def ask_http(teacher, todo, cache, errors, parameters, bar, concurrency=16
     if unanswered and not fatal:
         n = len(unanswered)
         fatal.append(f"{n:,} request{'s' * (n > 1)} got no answer after {retries + 1} tries (last: {unanswered[-1]})")
-    if not fatal and len(errors) == len(todo) and not cache.offsets:
+    if not fatal and len(errors) == len(todo) and not log:
         fatal.append(f"it refused every request: {next(iter(errors.values()))}")
     if fatal:
         raise InputError(
@@ -392,7 +351,7 @@ def read_failure(e, teacher):
 # A local checkpoint, on one device or on all ranks of torchrun: rank 0 runs the steps, the others do what it sends them
 
 
-def ask_local(teacher, todo, cache, errors, parameters, batch_size, bar):
+def ask_local(teacher, todo, log, errors, parameters, batch_size, bar):
     """One call for all prompts: generate_iter sorts them into batches and computes a prefix they share only once. On several
     ranks BLOCK prompts at a time are dealt to each. A sampled reply's random numbers come of its key, so that neither what was
     answered before a restart nor the number of ranks changes it."""
@@ -408,7 +367,7 @@ def ask_local(teacher, todo, cache, errors, parameters, batch_size, bar):
             bar.update()
 
     def question(keys):
-        return [todo[key] for key in keys], [int.from_bytes(key[:7], "big") for key in keys], parameters, batch_size
+        return [todo[key] for key in keys], [int(key[:14], 16) for key in keys], parameters, batch_size
 
     size = BLOCK if world > 1 else max(len(fits), 1)
     blocks = [fits[i : i + size] for i in range(0, len(fits), size)]
@@ -416,7 +375,7 @@ def ask_local(teacher, todo, cache, errors, parameters, batch_size, bar):
         some = blocks[at : at + world]
         for keys, replies in zip(some, on_ranks(replies_of, teacher, map(question, some))):
             for i, text, finish_reason in replies:
-                cache_write(cache, keys[i], teacher, text, finish_reason)
+                keep_reply(log, keys[i], teacher, text, finish_reason)
                 bar.update()
 
 

@@ -16,7 +16,7 @@ from core.flags import Parser, at_least
 from core.records import write_jsonl
 from core.tokenizer import Tokenizer
 from curation.prompts import fence, parse_object
-from curation.teacher import ask, open_cache, open_teacher
+from curation.teacher import ask, open_replies, open_teacher
 from evaluation.benchmarks import prepare
 from evaluation.replies import add_reply_flags, checkpoint_names, collect_replies
 from evaluation.stats import holm, mean_stderr, paired_comparison
@@ -122,8 +122,8 @@ def main(argv=None):
                 for order, pair in enumerate([(x, y), (y, x)]):
                     requests.append(comparison_request(q["messages"][0]["content"], *pair))
                     index.append((name, task, i, order))
-    with open_cache(os.path.join(a.out, "judgements.jsonl")) as cache:
-        replies = ask(teacher, requests, cache, max_tokens=64, concurrency=a.concurrency, desc="judging")
+    with open_replies(os.path.join(a.out, "judgements.jsonl")) as log:
+        replies = ask(teacher, requests, log, max_tokens=64, concurrency=a.concurrency, desc="judging")
     found = {key: preference(reply.get("text", "")) for key, reply in zip(index, replies)}
 
     results, samples = {}, []

@@ -278,7 +278,7 @@ def test_dry_run_and_budget(tmp_path, small, capfd):
         argv = flags(tmp_path, server, small)
         assert run(*argv, "--dry-run", "--price-in", 0.5, "--price-out", 2, "--budget", 0.001) == 0
         shown = capfd.readouterr().out
-        assert server.posts == 0 and not os.path.getsize(tmp_path / "out" / "replies.jsonl")
+        assert server.posts == 0 and not os.path.exists(tmp_path / "out" / "replies.jsonl"), "no empty file is left"
         rows = {
             line.split()[0]: line.split()[1:]
             for line in shown.splitlines()

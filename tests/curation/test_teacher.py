@@ -164,20 +164,20 @@ def test_order_concurrency_and_cache(tmp_path):
     with serve(slow_echo) as server:
         teacher = models.open_teacher(server.url, "some-model")
         prompts = [user(f"q{i % 15}") for i in range(30)]
-        with models.open_cache(path) as cache:
-            replies = models.ask(teacher, prompts, cache, concurrency=8, max_tokens=9)
+        with models.open_replies(path) as log:
+            replies = models.ask(teacher, prompts, log, concurrency=8, max_tokens=9)
         assert [r["text"] for r in replies] == [f"re: q{i % 15}" for i in range(30)]
         assert server.posts == 15, "equal prompts are asked once"
         assert 4 <= server.peak <= 8, "many in flight, and never more than asked for"
         assert (
             server.body["model"] == "some-model" and server.body["max_tokens"] == 9 and server.body["temperature"] == 0
         )
-        with models.open_cache(path) as cache:
-            assert models.ask(teacher, prompts, cache, max_tokens=9) == replies
+        with models.open_replies(path) as log:
+            assert models.ask(teacher, prompts, log, max_tokens=9) == replies
             assert server.posts == 15, "a second run asks nothing"
-            models.ask(teacher, prompts[:1], cache, max_tokens=10)
+            models.ask(teacher, prompts[:1], log, max_tokens=10)
             assert server.posts == 16, "other parameters, another request"
-            models.ask(models.open_teacher(server.url, "other-model"), prompts[:1], cache, max_tokens=9)
+            models.ask(models.open_teacher(server.url, "other-model"), prompts[:1], log, max_tokens=9)
             assert server.posts == 17, "another model, another request"
 
 
@@ -196,10 +196,10 @@ def test_twenty_percent_faults_cost_only_time(tmp_path, monkeypatch):
         return echo(messages)
 
     deadline = time.monotonic() + 30
-    with serve(held, faults) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
+    with serve(held, faults) as server, models.open_replies(tmp_path / "r.jsonl") as log:
         prompts = [user(f"q{i}") for i in range(200)]
-        replies = models.ask(models.open_teacher(server.url, "m"), prompts, cache, concurrency=64, retries=99)
-        assert server.peak == 64 and cache.spent == [2000, 1000], "what was charged is what was answered"
+        replies = models.ask(models.open_teacher(server.url, "m"), prompts, log, concurrency=64, retries=99)
+        assert server.peak == 64 and log.spent == [2000, 1000], "what was charged is what was answered"
         assert [r["text"] for r in replies] == [f"re: q{i}" for i in range(200)]
         assert len(server.seen) == 200, "every request was answered once and paid for once"
         assert server.posts > 230, "the faults did happen"
@@ -212,8 +212,8 @@ def test_retry_after_is_honoured(tmp_path):
         at.append(time.monotonic())
         return (429, [("Retry-After", "1")]) if n == 0 else None
 
-    with serve(echo, faults) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
-        models.ask(models.open_teacher(server.url, "m"), [user("q")], cache)
+    with serve(echo, faults) as server, models.open_replies(tmp_path / "r.jsonl") as log:
+        models.ask(models.open_teacher(server.url, "m"), [user("q")], log)
     assert len(at) == 2 and at[1] - at[0] >= 1.0, "the backoff alone would have been 10 ms"
 
 
@@ -232,9 +232,9 @@ def test_a_reply_that_does_not_come_is_asked_again(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "FIRST_TRIES", 99)  # on a slow machine the second may come too late as well
     with (
         serve(echo, lambda n, m: "hang" if n == 0 else None) as server,
-        models.open_cache(tmp_path / "r.jsonl") as cache,
+        models.open_replies(tmp_path / "r.jsonl") as log,
     ):
-        replies = models.ask(models.open_teacher(server.url, "m"), [user("q")], cache, timeout=1, retries=99)
+        replies = models.ask(models.open_teacher(server.url, "m"), [user("q")], log, timeout=1, retries=99)
         assert replies[0]["text"] == "re: q" and server.posts >= 2
 
 
@@ -244,21 +244,21 @@ def test_400_is_not_retried_and_401_ends_the_run(tmp_path, monkeypatch):
     def faults(n, messages):
         return 400 if messages[-1]["content"] == "bad" else None
 
-    with serve(echo, faults) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
-        replies = models.ask(models.open_teacher(server.url, "m"), [user("bad"), user("good")], cache)
+    with serve(echo, faults) as server, models.open_replies(tmp_path / "r.jsonl") as log:
+        replies = models.ask(models.open_teacher(server.url, "m"), [user("bad"), user("good")], log)
         assert replies[0]["error"].startswith("HTTP 400") and replies[1]["text"] == "re: good"
         assert server.posts == 2
         assert KEY not in replies[0]["error"], "a server that echoes the key does not get it into our files"
-    with serve(echo, lambda n, m: 401) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
+    with serve(echo, lambda n, m: 401) as server, models.open_replies(tmp_path / "r.jsonl") as log:
         with pytest.raises(InputError, match="HTTP 401.*TEACHER_API_KEY") as e:
-            models.ask(models.open_teacher(server.url, "m"), [user("a")], cache)
+            models.ask(models.open_teacher(server.url, "m"), [user("a")], log)
         assert server.posts == 1 and KEY not in str(e.value)
 
 
 def test_every_request_refused_is_an_error(tmp_path):
-    with serve(echo, lambda n, m: 400) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
+    with serve(echo, lambda n, m: 400) as server, models.open_replies(tmp_path / "r.jsonl") as log:
         with pytest.raises(InputError, match="refused every request: HTTP 400"):
-            models.ask(models.open_teacher(server.url, "m"), [user("a"), user("b")], cache)
+            models.ask(models.open_teacher(server.url, "m"), [user("a"), user("b")], log)
 
 
 def test_a_request_without_an_answer_ends_the_run_after_the_others(tmp_path):
@@ -267,16 +267,16 @@ def test_a_request_without_an_answer_ends_the_run_after_the_others(tmp_path):
     faults = {"poison": 503, "bad": 400}
     with (
         serve(echo, lambda n, m: faults.get(m[-1]["content"])) as server,
-        models.open_cache(tmp_path / "r.jsonl") as cache,
+        models.open_replies(tmp_path / "r.jsonl") as log,
     ):
         teacher = models.open_teacher(server.url, "m")
         with pytest.raises(
             InputError, match=r": 1 request got no answer after 4 tries \(last: HTTP 503.*is kept: run the same command"
         ) as e:
-            models.ask(teacher, prompts, cache, concurrency=2, retries=3)
-        assert server.posts == 4 + 30 + 1 and len(cache.offsets) == 30 and "\n" not in str(e.value)
+            models.ask(teacher, prompts, log, concurrency=2, retries=3)
+        assert server.posts == 4 + 30 + 1 and len(log) == 30 and "\n" not in str(e.value)
         del faults["poison"]
-        replies = models.ask(teacher, prompts, cache, concurrency=2, retries=3)
+        replies = models.ask(teacher, prompts, log, concurrency=2, retries=3)
         assert [r["text"] for r in replies[:-1]] == [f"re: {m[-1]['content']}" for m in prompts[:-1]]
         assert replies[-1]["error"].startswith("HTTP 400") and server.posts == 35 + 2, "what is refused stays refused"
 
@@ -284,48 +284,48 @@ def test_a_request_without_an_answer_ends_the_run_after_the_others(tmp_path):
 def test_unreachable_teacher(tmp_path):
     with serve(echo) as server:
         url = server.url
-    with models.open_cache(tmp_path / "r.jsonl") as cache, pytest.raises(InputError) as e:
-        models.ask(models.open_teacher(url, "m"), [user(f"q{i}") for i in range(20)], cache, concurrency=4)
+    with models.open_replies(tmp_path / "r.jsonl") as log, pytest.raises(InputError) as e:
+        models.ask(models.open_teacher(url, "m"), [user(f"q{i}") for i in range(20)], log, concurrency=4)
     assert url in str(e.value) and "\n" not in str(e.value)
 
 
 def test_teacher_that_dies_keeps_what_it_answered(tmp_path):
     path = tmp_path / "r.jsonl"
     with serve(echo, lambda n, m: "drop" if n >= 10 else None) as server:
-        with models.open_cache(path) as cache, pytest.raises(InputError, match="run the same command"):
+        with models.open_replies(path) as log, pytest.raises(InputError, match="run the same command"):
             models.ask(
                 models.open_teacher(server.url, "m"),
                 [user(f"q{i}") for i in range(20)],
-                cache,
+                log,
                 concurrency=3,
                 retries=2,
             )
     assert len(path.read_text().splitlines()) == 10
-    with serve(echo) as server, models.open_cache(path) as cache:  # another port, the same model
-        replies = models.ask(models.open_teacher(server.url, "m"), [user(f"q{i}") for i in range(20)], cache)
+    with serve(echo) as server, models.open_replies(path) as log:  # another port, the same model
+        replies = models.ask(models.open_teacher(server.url, "m"), [user(f"q{i}") for i in range(20)], log)
         assert [r["text"] for r in replies] == [f"re: q{i}" for i in range(20)] and server.posts == 10
 
 
 def test_cut_off_empty_and_missing_content(tmp_path):
     with serve(lambda m: {"cut": "half a", "none": None}[m[-1]["content"]],
                lambda n, m: "cut" if m[-1]["content"] == "cut" else None) as server, \
-            models.open_cache(tmp_path / "r.jsonl") as cache:  # fmt: skip
-        replies = models.ask(models.open_teacher(server.url, "m"), [user("cut"), user("none")], cache)
+            models.open_replies(tmp_path / "r.jsonl") as log:  # fmt: skip
+        replies = models.ask(models.open_teacher(server.url, "m"), [user("cut"), user("none")], log)
         assert replies == [{"text": "half a", "finish_reason": "length"}, {"text": "", "finish_reason": "stop"}]
 
 
 def test_half_a_surrogate_pair_is_replaced(tmp_path):
-    with serve(lambda m: "half \ud83d") as server, models.open_cache(tmp_path / "r.jsonl") as cache:
-        assert models.ask(models.open_teacher(server.url, "m"), [user("q")], cache)[0]["text"] == "half ?"
+    with serve(lambda m: "half \ud83d") as server, models.open_replies(tmp_path / "r.jsonl") as log:
+        assert models.ask(models.open_teacher(server.url, "m"), [user("q")], log)[0]["text"] == "half ?"
 
 
 def test_a_reply_held_back_is_told_apart(tmp_path):
     with (
         serve(lambda m: "I cannot", lambda n, m: "filtered") as server,
-        models.open_cache(tmp_path / "r.jsonl") as cache,
+        models.open_replies(tmp_path / "r.jsonl") as log,
     ):
         assert (
-            models.ask(models.open_teacher(server.url, "m"), [user("q")], cache)[0]["finish_reason"] == "content_filter"
+            models.ask(models.open_teacher(server.url, "m"), [user("q")], log)[0]["finish_reason"] == "content_filter"
         )
     choice = type("C", (), {"message": type("M", (), {"content": None, "refusal": "no"}), "finish_reason": "stop"})
     assert models.read_output(type("O", (), {"choices": [choice]}), user("q"))[:2] == ("", "content_filter")
@@ -342,11 +342,11 @@ def test_rates_are_kept_to(tmp_path, rates):
         at.append(time.monotonic())
         return 500 if n == 4 else None
 
-    with serve(echo, faults) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
+    with serve(echo, faults) as server, models.open_replies(tmp_path / "r.jsonl") as log:
         models.ask(
             models.open_teacher(server.url, "m"),
             [user(f"q{i}") for i in range(40)],
-            cache,
+            log,
             concurrency=40,
             max_tokens=9,
             **rates,
@@ -362,34 +362,34 @@ def test_a_budget_is_never_exceeded_and_the_run_goes_on_with_a_greater_one(tmp_p
     with serve(echo) as server:
         teacher = models.open_teacher(server.url, "m")
         with (
-            models.open_cache(path) as cache,
+            models.open_replies(path) as log,
             pytest.raises(InputError, match=r"the budget of 200 is used up \(195 spent\); raise --budget"),
         ):
-            models.ask(teacher, prompts, cache, concurrency=8, max_tokens=10, budget=200)  # a reply costs 15
+            models.ask(teacher, prompts, log, concurrency=8, max_tokens=10, budget=200)  # a reply costs 15
         assert server.posts == 13, "all that the budget bears, though 8 in flight might have taken more"
-        with models.open_cache(path) as cache:
-            assert cache.spent == [130, 65], "what was spent is known after a restart"
+        with models.open_replies(path) as log:
+            assert log.spent == [130, 65], "what was spent is known after a restart"
             prices = (100_000.0, 400_000.0)  # 10 * 0.1 + 5 * 0.4 = 3 a reply
-            assert models.price(cache.spent, prices) == 39.0
+            assert models.price(log.spent, prices) == 39.0
             with pytest.raises(
                 InputError, match=r"the budget of 60 is used up \(5[47] spent\)"
             ):  # 6 + 10 tokens may cost 4.6
-                models.ask(teacher, prompts, cache, concurrency=8, max_tokens=10, budget=60, prices=prices)
-            replies = models.ask(teacher, prompts, cache, concurrency=8, max_tokens=10, budget=95, prices=prices)
+                models.ask(teacher, prompts, log, concurrency=8, max_tokens=10, budget=60, prices=prices)
+            replies = models.ask(teacher, prompts, log, concurrency=8, max_tokens=10, budget=95, prices=prices)
         assert [r["text"] for r in replies] == [f"re: q{i}" for i in range(30)] and server.posts == 30
 
 
 def test_usage_is_guessed_where_it_is_not_told(tmp_path):
-    with serve(lambda m: "x" * 30, lambda n, m: "no usage") as server, models.open_cache(tmp_path / "r.jsonl") as cache:
-        models.ask(models.open_teacher(server.url, "m"), [user("y" * 29)], cache)
-        assert cache.spent == [29 // 3 + 1 + 4, 30 // 3 + 1]
+    with serve(lambda m: "x" * 30, lambda n, m: "no usage") as server, models.open_replies(tmp_path / "r.jsonl") as log:
+        models.ask(models.open_teacher(server.url, "m"), [user("y" * 29)], log)
+        assert log.spent == [29 // 3 + 1 + 4, 30 // 3 + 1]
 
 
 def test_key_reaches_the_server_and_nothing_else(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with serve(echo) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
+    with serve(echo) as server, models.open_replies(tmp_path / "r.jsonl") as log:
         teacher = models.open_teacher(server.url, "m")
-        models.ask(teacher, [user("q")], cache)
+        models.ask(teacher, [user("q")], log)
         assert {k.lower(): v for k, v in server.headers.items()}["authorization"] == f"Bearer {KEY}"
     assert KEY not in repr(teacher) and KEY not in (tmp_path / "r.jsonl").read_text()
     assert KEY not in "".join(capfd.readouterr())
@@ -398,8 +398,8 @@ def test_key_reaches_the_server_and_nothing_else(tmp_path, monkeypatch, capfd):
 def test_a_malformed_key_is_not_quoted(tmp_path, monkeypatch):
     """The HTTP library names an illegal header value in its error, with escapes that no search for the key would find."""
     monkeypatch.setenv("TEACHER_API_KEY", f" {KEY}\r\n")
-    with serve(echo) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
-        models.ask(models.open_teacher(server.url, "m"), [user("q")], cache)
+    with serve(echo) as server, models.open_replies(tmp_path / "r.jsonl") as log:
+        models.ask(models.open_teacher(server.url, "m"), [user("q")], log)
         assert {k.lower(): v for k, v in server.headers.items()}["authorization"] == f"Bearer {KEY}", (
             "its end was cut off with care"
         )
@@ -414,8 +414,8 @@ def test_a_malformed_key_is_not_quoted(tmp_path, monkeypatch):
 
 def test_the_hub_token_is_not_sent_to_a_foreign_endpoint(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
-    with serve(echo) as server, models.open_cache(tmp_path / "r.jsonl") as cache:
-        models.ask(models.open_teacher(server.url, "m"), [user("q")], cache)
+    with serve(echo) as server, models.open_replies(tmp_path / "r.jsonl") as log:
+        models.ask(models.open_teacher(server.url, "m"), [user("q")], log)
         assert "authorization" not in {k.lower() for k in server.headers}
 
 
@@ -430,25 +430,25 @@ def test_bad_urls():
 def test_torn_last_line_is_cut_off_and_damage_is_named(tmp_path):
     path = tmp_path / "r.jsonl"
     teacher = models.Teacher("m", "m", url="http://nowhere")
-    keys = [models.cache_key(teacher, user(t), {}) for t in "abc"]
-    with models.open_cache(path) as cache:
+    keys = [models.reply_key(teacher, user(t), {}) for t in "abc"]
+    with models.open_replies(path) as log:
         for key, text in zip(keys, ("1", "zwei \u00e4 \u4e8c", "3")):
-            models.cache_write(cache, key, teacher, text, "stop")
+            models.keep_reply(log, key, teacher, text, "stop")
     whole = path.read_bytes()
     path.write_bytes(whole[:-7])
-    with models.open_cache(path) as cache:
-        assert set(cache.offsets) == set(keys[:2])
-        assert models.cache_read(cache, keys[1]) == {"text": "zwei \u00e4 \u4e8c", "finish_reason": "stop"}
-        models.cache_write(cache, keys[2], teacher, "3", "stop")
+    with models.open_replies(path) as log:
+        assert set(log) == set(keys[:2])
+        assert models.read_reply(log[keys[1]]) == {"text": "zwei \u00e4 \u4e8c", "finish_reason": "stop"}
+        models.keep_reply(log, keys[2], teacher, "3", "stop")
     assert path.read_bytes() == whole
     path.write_bytes(b'{"key": 1}\n' + whole)
-    with pytest.raises(InputError, match="r.jsonl:1: not a cached reply"), models.open_cache(path):
+    with pytest.raises(InputError, match="r.jsonl:1: not a kept reply"), models.open_replies(path):
         pass
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with models.open_cache(tmp_path / "r.jsonl"):
-        with pytest.raises(InputError, match="another run"), models.open_cache(tmp_path / "r.jsonl"):
+    with models.open_replies(tmp_path / "r.jsonl"):
+        with pytest.raises(InputError, match="another run"), models.open_replies(tmp_path / "r.jsonl"):
             pass
 
 
@@ -456,34 +456,34 @@ def test_local_checkpoint(tmp_path):
     source = constant_model(tmp_path / "ckpt")
     teacher = models.open_teacher(source)
     assert teacher.name == "ckpt" and Checkpoint(source).fingerprint() in teacher.identity
-    with models.open_cache(tmp_path / "r.jsonl") as cache:
+    with models.open_replies(tmp_path / "r.jsonl") as log:
         prompts = [user("a"), user("b" * 5000), user("ccc")]
-        replies = models.ask(teacher, prompts, cache, max_tokens=4)
+        replies = models.ask(teacher, prompts, log, max_tokens=4)
         assert replies[0] == replies[2] == {"text": "7", "finish_reason": "stop"}
         assert "leaves no room" in replies[1]["error"], "what does not fit is set aside and stops nothing"
         again = models.open_teacher(source)
-        assert models.ask(again, [prompts[0], prompts[2]], cache, max_tokens=4) == [replies[0], replies[2]]
+        assert models.ask(again, [prompts[0], prompts[2]], log, max_tokens=4) == [replies[0], replies[2]]
         assert again.loaded is None, "all replies are cached: the weights are not even read"
-        cut = models.ask(teacher, [user("a")], cache, max_tokens=1)
+        cut = models.ask(teacher, [user("a")], log, max_tokens=1)
         assert cut[0]["finish_reason"] == "length"
         other = models.open_teacher(constant_model(tmp_path / "ckpt2", reply="42"))
-        assert models.ask(other, [user("a")], cache, max_tokens=4)[0]["text"] == "42", "other weights, another key"
+        assert models.ask(other, [user("a")], log, max_tokens=4)[0]["text"] == "42", "other weights, another key"
 
 
 def test_sampled_replies_do_not_depend_on_a_restart(tiny, tmp_path):
     """Killed after any number of replies, the run ends with the same ones: their random numbers hang on their keys."""
     prompts = [user(f"q{i}") for i in range(10)]
     options = {"max_tokens": 6, "temperature": 1.0, "seed": 3}
-    with models.open_cache(tmp_path / "a.jsonl") as cache:
-        want = models.ask(models.open_teacher(tiny), prompts, cache, **options)
+    with models.open_replies(tmp_path / "a.jsonl") as log:
+        want = models.ask(models.open_teacher(tiny), prompts, log, **options)
         assert len({r["text"] for r in want}) > 5, "they do differ"
-        assert models.ask(models.open_teacher(tiny), prompts, cache, max_tokens=6, temperature=1.0, seed=4) != want
+        assert models.ask(models.open_teacher(tiny), prompts, log, max_tokens=6, temperature=1.0, seed=4) != want
     lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)[:10]
     for left in (1, 6):
         path = tmp_path / f"{left}.jsonl"
         path.write_text("".join(lines[:left]))
-        with models.open_cache(path) as cache:
-            assert models.ask(models.open_teacher(tiny), prompts, cache, **options) == want
+        with models.open_replies(path) as log:
+            assert models.ask(models.open_teacher(tiny), prompts, log, **options) == want
         assert sorted(path.read_text().splitlines()) == sorted("".join(lines).splitlines()), "each kept once"
 
 
@@ -496,9 +496,9 @@ if models.join_ranks() > 0:
     models.serve_rank()
 else:
     user = lambda text: [{"role": "user", "content": text}]
-    with models.open_cache(sys.argv[3]) as cache:
+    with models.open_replies(sys.argv[3]) as log:
         teacher = models.open_teacher(sys.argv[2])
-        replies = [models.ask(teacher, [user(f"q{i}" * (i + 1)) for i in range(7)], cache, max_tokens=5, **more)
+        replies = [models.ask(teacher, [user(f"q{i}" * (i + 1)) for i in range(7)], log, max_tokens=5, **more)
                    for more in ({}, {"temperature": 1.0})]
     pairs = [(user(f"q{i // 2}"), "and so on " * (1 + i % 5)) for i in range(9)]
     perplexities = [models.perplexities(teacher, some, 300, 400) for some in (pairs, pairs[:1], [])]
@@ -515,8 +515,8 @@ def test_ranks_share_the_questions_of_a_local_checkpoint(tiny, tmp_path):
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[:4000]  # a rank's own words come before torchrun's
-    with models.open_cache(tmp_path / "one.jsonl") as cache:
-        alone = [models.ask(models.open_teacher(tiny), [user(f"q{i}" * (i + 1)) for i in range(7)], cache, max_tokens=5, **more)
+    with models.open_replies(tmp_path / "one.jsonl") as log:
+        alone = [models.ask(models.open_teacher(tiny), [user(f"q{i}" * (i + 1)) for i in range(7)], log, max_tokens=5, **more)
                  for more in ({}, {"temperature": 1.0})]  # fmt: skip
     replies, perplexities = json.loads(done.stdout)
     assert replies == alone
