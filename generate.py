@@ -8,6 +8,7 @@ A row's output does not depend on its neighbours: each has its own cache row, it
 
 import contextlib
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
 
@@ -15,6 +16,7 @@ from core.attention import to_device
 from core.checkpoint import Checkpoint
 from core.files import InputError, cli
 from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
+from core.layers import Linear, fused
 from core.pages import available_memory
 from core.records import as_messages
 from core.tokenizer import Tokenizer
@@ -98,29 +100,39 @@ def prefix_lengths(prompts, overhead=64, depth=50):
 
 
 @contextlib.contextmanager
-def onednn_weights(m):
-    """While it is open, m's matrices also stand in the layout that oneDNN's kernels read on a CPU.
+def onednn_weights(model: Qwen2) -> Iterator[None]:
+    """While open, the matrices of the model also exist in the layout that oneDNN's CPU kernels read.
 
-    A step of decoding has few rows, and F.linear reorders the whole weight for each of its calls: with 8 to 64 rows the
-    reordered copy is 1.3 to 2 times as fast. It takes as much memory as the weights, so it is made only where half of
-    what the machine has left is enough, and only on a CPU whose oneDNN has kernels for the weights' dtype.
+    Linear.forward uses them. F.linear reorders the whole weight at each call, which at the 8 to 64 rows of a decoding
+    step takes 0.3 to 1 times as long as the product itself. The copies take as much memory as the weights, so they are
+    made only if half of the free memory suffices, and only where oneDNN has kernels for the dtype.
     """
-    weights = [
-        p for p in m.parameters() if p.ndim == 2 and p is not m.model["embed_tokens"].weight or p is m.head_weight
-    ]
-    size = sum(p.numel() * p.element_size() for p in weights)
-    dtype, there = m.head_weight.dtype, m.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    known = there and (
-        dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    if known and 2 * size < available_memory():
-        for p in weights:
-            p.packed = torch.ops.mkldnn._reorder_linear_weight(p.detach(), 64)
+    modules = [module for module in model.modules() if isinstance(module, Linear)]
+    if model.config.tie_word_embeddings:
+        modules.append(model.model["embed_tokens"])  # whose matrix is also the head's
+    size = sum(module.weight.numel() * module.weight.element_size() for module in modules)
+    if has_onednn_kernels(model) and 2 * size < available_memory():
+        for module in modules:
+            module.onednn_weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 64)
     try:
         yield
     finally:
-        for p in weights:
-            p.packed = None
+        for module in modules:
+            module.onednn_weight = None
+
+
+def has_onednn_kernels(model: Qwen2) -> bool:
+    """True on a CPU whose oneDNN multiplies in the model's dtype, if this torch has the operators (they are private)."""
+    dtype, operators = model.head_weight.dtype, torch.ops.mkldnn
+    if not fused() or model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not all(hasattr(operators, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
+        return False
+    if model.compute_dtype not in (None, dtype):
+        return False
+    if dtype == torch.bfloat16:
+        return hasattr(operators, "_is_mkldnn_bf16_supported") and operators._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------

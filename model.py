@@ -1,31 +1,34 @@
-"""Qwen2 in plain PyTorch: the forward pass, the KV cache, and the log-probabilities that training needs.
+"""Qwen2 in plain PyTorch, to be read from top to bottom.
 
-    m = Qwen2.from_pretrained("Qwen/Qwen2-0.5B-Instruct")     # a hub id, a Hugging Face directory or a .pt file
-    logits = m(input_ids)                                     # (B, T) -> (B, T, V)
+    model = Qwen2.from_pretrained("Qwen/Qwen2-0.5B-Instruct")        # hub id, Hugging Face directory or .pt file
+    logits = model(input_ids)                                        # (B, T) -> (B, T, V)
+    logits = model(packed_ids, lengths=[3, 5], at=positions)         # (1, 8) -> (N, V)
+    logps = model(packed_ids, [3, 5], at=positions, targets=tokens)  # (N,)
 
-Several documents may lie in one row without padding: m.hidden(ids, lengths=[3, 5]) with ids (1, 8). Positions restart
-with each document and none sees another. Tensor names are Hugging Face's, so a state dict is a checkpoint.
+lengths packs several documents into one row without padding: positions restart with each document, and no document sees
+another. Parameter names are Hugging Face's, so a state dict is a checkpoint.
 """
+
+import os
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
-from core.attention import KVCache, attention, to_device
+from core.attention import KVCache, attention, cached_attention, to_device
 from core.checkpoint import Checkpoint, all_finite, write_checkpoint
-from core.config import parse_config
+from core.config import Config, parse_config
 from core.files import InputError
-from core.layers import Embedding, Linear, RMSNorm, normed_linears, project, swiglu_linear, token_logps
+from core.layers import Embedding, Linear, RMSNorm, fused, normed_linears, swiglu_linear, token_logps
 from core.pages import release
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The forward pass
 
+def rope_table(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding (arXiv 2104.09864): positions (T,) or (B, T) -> two tensors (..., T, D).
 
-def rope_table(positions, config, dtype):
-    """cos and sin of the rotary angles (arXiv 2104.09864), half-split: dimension i turns with i + D/2.
-
-    positions: (T,) or (B, T) integers -> two tensors (..., T, D), the first half of the sines negated: what apply_rope
-    multiplies with the other half of x. The angles are fp32 whatever the dtype.
+    Half-split, as in Hugging Face's checkpoints: dimension i < D/2 rotates with i + D/2. The first half of the sines is
+    negated, ready for apply_rope. Angles are computed in fp32.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
     angles = positions[..., None].float() / config.rope_theta**exponent  # (..., T, D/2)
@@ -33,70 +36,96 @@ def rope_table(positions, config, dtype):
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (..., T, D)
 
 
-def apply_rope(x, cos, sin):
-    """x: (B, T, H, D), rotated by the angles of rope_table."""
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x (B, T, H, D) by the angles of rope_table."""
     return (x * cos[..., None, :]).addcmul_(x.roll(x.shape[-1] // 2, -1), sin[..., None, :])
 
 
 class Attention(nn.Module):
-    def __init__(self, c):
+    """Grouped-query attention. The norm before it is an argument of forward, so that both can be one fused operation."""
+
+    def __init__(self, config: Config):
         super().__init__()
-        self.head_dim = c.head_dim
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=True)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=True)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=True)
-        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        C, D = config.hidden_size, config.head_dim
+        self.head_dim = D
+        self.q_proj = Linear(C, config.num_attention_heads * D, bias=True)
+        self.k_proj = Linear(C, config.num_key_value_heads * D, bias=True)
+        self.v_proj = Linear(C, config.num_key_value_heads * D, bias=True)
+        self.o_proj = Linear(config.num_attention_heads * D, C, bias=False)
+
+    def rotated_heads(self, x: Tensor, norm: nn.Module, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C) -> q (B, T, Hq, D), k and v (B, T, Hkv, D)."""
+        q, k, v = normed_linears(x, norm, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+        return apply_rope(q, *rope), apply_rope(k, *rope), v
+
+    def forward(
+        self,
+        x: Tensor,
+        norm: nn.Module,
+        rope: tuple[Tensor, Tensor],
+        lengths: list[int] | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C), or (B, N, C) at the positions `at` (N,). layer: this block's place in the cache."""
+        q, k, v = self.rotated_heads(x, norm, rope)
+        if cache is None:
+            y = attention(q, k, v, lengths)  # (B, T, Hq, D)
+        else:
+            y = cached_attention(q, k, v, cache, layer, lengths)
+        if at is not None:
+            y = y.index_select(1, at)
+        return self.o_proj(y.flatten(-2))
 
 
 class MLP(nn.Module):
-    def __init__(self, c):
+    """SwiGLU. The norm before it is an argument of forward, as in Attention."""
+
+    def __init__(self, config: Config):
         super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        gate, up = normed_linears(x, norm, self.gate_proj, self.up_proj)  # (B, T, I) each
+        return swiglu_linear(gate, up, self.down_proj)
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config: Config):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
 
-    def before_attention(self, x, rope):
-        """(B, T, C) -> q (B, T, Hq, D), k and v (B, T, Hkv, D)."""
-        attn = self.self_attn
-        q, k, v = normed_linears(x, self.input_layernorm, attn.q_proj, attn.k_proj, attn.v_proj)
-        q, k, v = (y.unflatten(-1, (-1, attn.head_dim)) for y in (q, k, v))
-        return apply_rope(q, *rope), apply_rope(k, *rope), v
-
-    def after_attention(self, x, y):
-        """x (B, T, C), y (B, T, Hq, D) -> (B, T, C)."""
-        x = x + self.self_attn.o_proj(y.flatten(-2))
-        gate, up = normed_linears(x, self.post_attention_layernorm, self.mlp.gate_proj, self.mlp.up_proj)
-        return x + swiglu_linear(gate, up, self.mlp.down_proj)
-
-    def forward(self, x, rope, lengths, cache, layer, at=None):
-        q, k, v = self.before_attention(x, rope)
-        y = attention(q, k, v, lengths, cache, layer)
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        lengths: list[int] | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C), or (B, N, C) at the positions `at` (N,)."""
+        y = self.self_attn(x, self.input_layernorm, rope, lengths, cache, layer, at)
         if at is not None:
-            x, y = x.index_select(1, at), y.index_select(1, at)
-        return self.after_attention(x, y)
-
-
-def check_finite(ckpt, name, t):
-    """t, which is a checkpoint's tensor of that name; InputError if it holds NaN or infinity."""
-    if not t.is_meta and not all_finite(t):
-        raise InputError(f"{ckpt.source}: {name} holds NaN or infinity; take an earlier save, or fetch it again")
-    return t
+            x = x.index_select(1, at)
+        x = x + y
+        return x + self.mlp(x, self.post_attention_layernorm)
 
 
 class Qwen2(nn.Module):
-    """config: a config.json as a dict. Weights are as torch initialises them until they are loaded (see init_weights)."""
+    """config: a config.json as a dict. See init_weights and from_pretrained for the weights."""
 
-    def __init__(self, config):
+    def __init__(self, config: dict):
         super().__init__()
+        fused()  # an unknown value of KERNELS ends here, before anything is read
         self.raw_config, self.config = config, parse_config(config)
         c = self.config
         self.model = nn.ModuleDict(
@@ -108,114 +137,156 @@ class Qwen2(nn.Module):
         )
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.compute_dtype = None  # None: that of the weights. Training sets bf16 here over fp32 weights
+        self.compute_dtype: torch.dtype | None = None  # None: that of the weights. Training sets bf16 over fp32 weights
 
-    def compile(self):
-        """Fuses the elementwise work between the matmuls of a block with torch.compile; attention, whose lengths change, is left
-        alone. One graph serves all blocks and all lengths."""
-        for block in self.model["layers"]:
-            block.before_attention = torch.compile(block.before_attention, dynamic=True)
-            block.after_attention = torch.compile(block.after_attention, dynamic=True)
+    def forward(
+        self,
+        input_ids: Tensor,
+        lengths: list[int] | None = None,
+        at: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids (B, T) -> logits (B, T, V).
 
-    @property
-    def head_weight(self):
-        """(V, C), the matrix that turns hidden states into logits."""
-        return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
-
-    @property
-    def device(self):
-        return self.head_weight.device
-
-    def new_cache(self, rows, max_len, device=None):
-        """An empty KVCache for this model, on its device or another."""
-        return KVCache(self.config, rows, max_len, self.compute_dtype or self.head_weight.dtype, device or self.device)
-
-    def hidden(self, input_ids, lengths=None, cache=None, at=None):
-        """The hidden states after the last norm: (B, T) -> (B, T, C), or (B, N, C) of the positions at (N,) alone.
-
-        at: the positions that anybody looks at, such as those before supervised tokens. The last block computes the others as
-        far as its keys and values, which these look at, and no further.
-        lengths: the documents' lengths when input_ids is one packed row (1, sum(lengths)).
-        cache: a KVCache; document i then continues its row i, and the row grows by lengths[i]. Without lengths,
-        input_ids (rows, 1) is the next token of every row, which stands at cache.positions (see KVCache.begin_step).
+        at (N,): positions of one packed row (1, T) -> logits (N, V) there. targets (N,): tokens -> their
+        log-probabilities (N,) in fp32 at those positions, without the logits in memory.
+        Call the model, not its methods, in training: with --shard the weights are whole only inside forward.
         """
-        T = input_ids.shape[1]
-        if lengths is None:
-            positions = torch.arange(T) if cache is None else cache.positions[:, None]  # (T,) or (rows, 1)
-            if cache is not None:
-                cache.begin_step()
-        else:
-            if input_ids.shape[0] != 1 or sum(lengths) != T:
-                raise ValueError(f"lengths sum to {sum(lengths)}; the packed row has shape {tuple(input_ids.shape)}")
-            starts = [0] * len(lengths) if cache is None else cache.lengths
-            positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths)])
+        hidden = self.hidden(input_ids, lengths, at=at)
+        if at is None:
+            return self.head(hidden)
+        return self.head(hidden[0]) if targets is None else token_logps(hidden[0], self.head_weight, targets)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        lengths: list[int] | None = None,
+        cache: KVCache | None = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states after the last norm: input_ids (B, T) -> (B, T, C).
+
+        lengths: input_ids is one packed row (1, sum(lengths)) of documents of these lengths.
+        cache: document i continues row i, which grows by lengths[i]. Without lengths, input_ids (rows, 1) has one
+        token for every row, at cache.positions (see KVCache).
+        at (N,): compute outputs only at these positions -> (B, N, C); the last block skips the rest.
+        """
+        positions = token_positions(input_ids, lengths, cache)  # (T,), or (rows, 1) in a decoding step
+        if cache is not None and lengths is None:
+            cache.begin_step()
         x = self.model["embed_tokens"](input_ids)
         x = x.to(self.compute_dtype or x.dtype)  # (B, T, C)
         rope = rope_table(to_device(positions, x.device), self.config, x.dtype)
-        *blocks, last = self.model["layers"]
-        for i, block in enumerate(blocks):
-            x = block(x, rope, lengths, cache, i)
-        x = last(x, rope, lengths, cache, len(blocks), at)
+        last = self.config.num_hidden_layers - 1
+        for i, block in enumerate(self.model["layers"]):
+            x = block(x, rope, lengths, cache, i, at if i == last else None)
         if cache is not None and lengths is not None:
-            cache.lengths[: len(lengths)] = [s + n for s, n in zip(starts, lengths)]
+            cache.lengths[: len(lengths)] = [start + n for start, n in zip(cache.lengths, lengths)]
         return self.model["norm"](x)
 
-    def prefill(self, sequences, cache):
-        """Begins the first rows of an empty cache with these token lists, from which nothing is predicted yet."""
+    def head(self, x: Tensor) -> Tensor:
+        """Hidden states (..., C) -> logits (..., V)."""
+        return self.model["embed_tokens"].logits(x) if self.config.tie_word_embeddings else self.lm_head(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix (V, C)."""
+        return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+    def new_cache(self, rows: int, max_len: int, device: torch.device | str | None = None) -> KVCache:
+        """An empty KVCache for this model, on its device or another."""
+        return KVCache(self.config, rows, max_len, self.compute_dtype or self.head_weight.dtype, device or self.device)
+
+    def prefill(self, sequences: list[list[int]], cache: KVCache) -> None:
+        """Fills the first rows of an empty cache with these token lists."""
         ids = to_device([[t for sequence in sequences for t in sequence]], self.device)
         self.hidden(ids, list(map(len, sequences)), cache, at=ids.new_zeros(1))
 
-    def head(self, x):
-        """Hidden states (..., C) -> logits (..., V)."""
-        return project(x, self.head_weight)
+    def compile(self) -> None:
+        """Compiles the two parts of a block around attention with torch.compile: one graph each for all blocks and lengths.
 
-    def forward(self, input_ids, lengths=None, at=None, targets=None):
-        """-> logits (B, T, V); or, of a packed row, the log-probabilities (N,) of targets (N,) by the states at the positions
-        at (N,).
-
-        Training asks for the latter here and not through hidden(): sharded weights are whole only inside forward.
+        Attention stays out, since the documents' lengths change from call to call.
         """
-        hidden = self.hidden(input_ids, lengths, at=at)
-        return self.head(hidden) if targets is None else token_logps(hidden[0], self.head_weight, targets)
+        for block in self.model["layers"]:
+            block.self_attn.rotated_heads = torch.compile(block.self_attn.rotated_heads, dynamic=True)
+            block.mlp.forward = torch.compile(block.mlp.forward, dynamic=True)
 
     @classmethod
-    def from_pretrained(cls, source, dtype=torch.float32, device="cpu"):
-        """source: hub id, directory, .pt file or an open Checkpoint. InputError names every tensor that does not fit."""
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike | Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "Qwen2":
+        """source: hub id, directory, .pt file or an open Checkpoint. InputError names the tensors that do not fit."""
         ckpt = source if isinstance(source, Checkpoint) else Checkpoint(source)
         parse_config(ckpt.config, f"{ckpt.source}/config.json")
-        with torch.device("meta"):  # no memory and no time spent on weights that are about to be replaced
-            m = cls(ckpt.config)
-        want = {name: tuple(p.shape) for name, p in m.named_parameters()}
-        have = {name: ckpt.shape(name) for name in ckpt.names}
-        faults = [f"missing {n}" for n in want if n not in have] + [f"unknown {n}" for n in have if n not in want]
-        faults += [f"{n} is {have[n]}, the config says {want[n]}" for n in want if n in have and have[n] != want[n]]
-        faults += [
-            f"{n} is {ckpt.dtype(n)}, no float" for n in want if n in have and not ckpt.dtype(n).is_floating_point
-        ]
-        if faults:
-            more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-            raise InputError(f"{ckpt.source}: tensors do not fit the config: {'; '.join(faults[:5])}{more}")
+        with torch.device("meta"):  # allocate and initialise nothing: every weight is replaced below
+            model = cls(ckpt.config)
+        check_tensors(ckpt, {name: tuple(p.shape) for name, p in model.named_parameters()})
         state = {}
-        for n in want:
-            stored = ckpt.tensor(n)
-            state[n] = check_finite(ckpt, n, stored.to(device=device, dtype=dtype, copy=True))
+        for name, _ in model.named_parameters():
+            stored = ckpt.tensor(name)
+            state[name] = check_finite(ckpt, name, stored.to(device=device, dtype=dtype, copy=True))
             release(stored)
-        m.load_state_dict(state, assign=True)
-        return m
+        model.load_state_dict(state, assign=True)
+        return model
 
     @torch.no_grad()
-    def init_weights(self, generator=None):
-        """Normal(0, initializer_range) for matrices, zero biases, unit norms: what Qwen2 starts from before pre-training."""
-        for p_name, p in self.named_parameters():
+    def init_weights(self, generator: torch.Generator | None = None) -> "Qwen2":
+        """Qwen2's start of pre-training: matrices Normal(0, initializer_range), biases 0, norms 1."""
+        for name, p in self.named_parameters():
             if p.ndim > 1:
                 p.normal_(0.0, self.raw_config.get("initializer_range", 0.02), generator=generator)
             else:
-                p.fill_(1.0 if p_name.endswith("norm.weight") else 0.0)
+                p.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         return self
 
-    def save(self, out, files, dtype=None):
-        """Writes a directory, or a .pt file by the suffix of out. files: the side files, as Checkpoint.files has them."""
-        state = {n: p.detach() for n, p in self.named_parameters()}
-        specs = {n: (tuple(p.shape), dtype or p.dtype) for n, p in state.items()}
-        tensors = ((n, p.to(device="cpu", dtype=specs[n][1])) for n, p in state.items())
+    def save(self, out: str, files: dict[str, str | Callable[[], str]], dtype: torch.dtype | None = None) -> None:
+        """Writes a directory, or a .pt file if `out` ends so. files: {name: text} as in Checkpoint.files."""
+        state = {name: p.detach() for name, p in self.named_parameters()}
+        specs = {name: (tuple(p.shape), dtype or p.dtype) for name, p in state.items()}
+        tensors = ((name, p.to(device="cpu", dtype=specs[name][1])) for name, p in state.items())
         write_checkpoint(out, self.raw_config, files, specs, tensors)
+
+
+def token_positions(input_ids: Tensor, lengths: list[int] | None, cache: KVCache | None) -> Tensor:
+    """The position of each token in its document: (T,) of a row, or cache.positions (rows, 1) in a decoding step.
+
+    ValueError if the lengths do not sum to the packed row's.
+    """
+    T = input_ids.shape[1]
+    if lengths is None:
+        return torch.arange(T) if cache is None else cache.positions[:, None]
+    if input_ids.shape[0] != 1 or sum(lengths) != T:
+        raise ValueError(f"lengths sum to {sum(lengths)}; the packed row has shape {tuple(input_ids.shape)}")
+    starts = [0] * len(lengths) if cache is None else cache.lengths
+    return torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths)])
+
+
+def check_tensors(ckpt: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None:
+    """InputError unless the checkpoint holds exactly the expected {name: shape}, all floating-point."""
+    stored = {name: ckpt.shape(name) for name in ckpt.names}
+    faults = [f"missing {name}" for name in expected if name not in stored]
+    faults += [f"unknown {name}" for name in stored if name not in expected]
+    for name in expected:
+        if name not in stored:
+            continue
+        if stored[name] != expected[name]:
+            faults.append(f"{name} is {stored[name]}, the config says {expected[name]}")
+        if not ckpt.dtype(name).is_floating_point:
+            faults.append(f"{name} is {ckpt.dtype(name)}, not floating-point")
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise InputError(f"{ckpt.source}: tensors do not fit the config: {'; '.join(faults[:5])}{more}")
+
+
+def check_finite(ckpt: Checkpoint, name: str, t: Tensor) -> Tensor:
+    """Returns t, the checkpoint's tensor of that name; InputError if it holds NaN or infinity."""
+    if not t.is_meta and not all_finite(t):
+        raise InputError(f"{ckpt.source}: {name} holds NaN or infinity; take an earlier save, or fetch it again")
+    return t

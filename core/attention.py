@@ -1,6 +1,7 @@
-"""Causal attention: inside each document of a packed row, and over a KV cache for generation.
+"""Causal attention within each document of a packed row, and over a KV cache for generation.
 
-Scores and softmax are F.scaled_dot_product_attention's, or on GPUs those of torch's variable-length kernel.
+Every path calls F.scaled_dot_product_attention, or torch's variable-length kernel for packed rows on a GPU.
+Names in shapes: B rows, T tokens, Hq query heads, Hkv key-value heads, D numbers per head.
 """
 
 import functools
@@ -8,45 +9,99 @@ import inspect
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-# From torch 2.11 on, Hopper would try cuDNN first, which plans anew for each new shape; and here nearly every call has a new one.
+from core.config import Config
+from core.layers import fused
+
+# cuDNN makes a new plan for each new shape, and with packed rows nearly every call has one.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def attend(q, k, v):
-    """Causal attention, the last query at the last key. q: (B, Hq, Tq, D); k, v: (B, Hkv, Tk, D), Tk >= Tq."""
+def to_device(x: Tensor | list, device: torch.device | str) -> Tensor:
+    """Copies a list or tensor to the device without waiting for a GPU.
+
+    A copy from pinned memory joins the GPU's queue, so the host packs the next micro-batch while the GPU computes this
+    one. torch.tensor(x, device=...), or indexing with a list, would wait until the queue is empty.
+    """
+    x = torch.as_tensor(x)
+    if x.is_cpu and torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+@functools.lru_cache(maxsize=64)  # all layers of a forward use the same tensor
+def cached_to_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """The integers as a tensor (n,) on the device."""
+    return to_device(torch.tensor(numbers, dtype=torch.long), device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without a cache
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None = None) -> Tensor:
+    """Causal attention in each row, or with lengths in each document of one packed row (B = 1, T = sum(lengths)).
+
+    q: (B, T, Hq, D); k, v: (B, T, Hkv, D) -> (B, T, Hq, D).
+    """
+    if lengths is not None:
+        return attend_documents(q, k, v, lengths)
+    return attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention; the last query is at the position of the last key.
+
+    q: (B, Hq, Tq, D); k, v: (B, Hkv, Tk, D) with Tk >= Tq -> (B, Hq, Tq, D).
+    """
     Tq, Tk = q.shape[2], k.shape[2]
     mask = None
-    if 1 < Tq < Tk:  # a continuation of several tokens: query i sees keys 0 .. Tk - Tq + i
+    if 1 < Tq < Tk:  # several tokens after cached ones: query i sees keys 0 .. Tk - Tq + i
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
-    if q.is_cuda and (mask is not None or q.dtype == torch.float32):  # the kernel for these knows no grouped queries
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32):  # these CUDA kernels take no grouped queries
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=Tq == Tk, enable_gqa=True)
 
 
-def attend_documents(q, k, v, lengths):
-    """Causal attention inside each document of one packed row, sum(lengths) = T. q: (1, T, Hq, D); k, v: (1, T, Hkv, D)."""
-    if (
-        q.is_cuda
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    ):
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Causal attention within each document of a packed row, one document at a time.
+
+    q: (1, T, Hq, D); k, v: (1, T, Hkv, D) -> (1, T, Hq, D). Fused: one kernel for all documents, where a GPU has it.
+    """
+    if has_varlen_kernel(q) and fused():
         return varlen_attention(q[0], k[0], v[0], lengths)[None]
     parts = []
     for part in zip(*(x.split(lengths, 1) for x in (q, k, v))):
         q_i, k_i, v_i = (x.transpose(1, 2) for x in part)  # (1, H, T_i, D)
-        # a CPU's backward gives each thread whole key-value heads: where these do not go round, long documents repeat them
-        if k.requires_grad and k_i.shape[2] > 256 and k_i.shape[1] % torch.get_num_threads():
+        if repeat_pays(k_i) and fused():
             k_i, v_i = (x.repeat_interleave(q_i.shape[1] // x.shape[1], dim=1) for x in (k_i, v_i))
         parts.append(attend(q_i, k_i, v_i).transpose(1, 2))
     return torch.cat(parts, dim=1)
 
 
-def varlen_attention(q, k, v, lengths):
-    """attend_documents in one call of torch's variable-length kernel. q: (T, Hq, D); k, v: (T, Hkv, D).
+def repeat_pays(k: Tensor) -> bool:
+    """True if repeated key-value heads make the backward of k (1, Hkv, T, D) faster on a CPU.
 
-    Causality is a window that reaches back without end. The kernel groups queries in any version; from torch 2.12 on it asks
-    whether that is meant."""
+    The backward gives each thread whole key-value heads, so a number of heads that the threads do not divide leaves
+    some idle. Repeating costs less than that only in long documents.
+    """
+    return k.requires_grad and k.shape[2] > 256 and k.shape[1] % torch.get_num_threads() != 0
+
+
+def has_varlen_kernel(q: Tensor) -> bool:
+    """True on GPUs from Ampere (compute capability 8.0) on, in 16-bit dtypes."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """attend_documents by torch's variable-length kernel. q: (T, Hq, D); k, v: (T, Hkv, D) -> (T, Hq, D).
+
+    window_size (-1, 0) means causal: any number of keys back, none ahead. The kernel always groups queries; from torch
+    2.12 on it must be told so.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -55,135 +110,162 @@ def varlen_attention(q, k, v, lengths):
     return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), **options)
 
 
-@functools.lru_cache(maxsize=4)
-def document_ends(lengths, device):
-    """(0, l1, l1 + l2, ...) as int32 on the device, once for all layers of a forward."""
+@functools.lru_cache(maxsize=4)  # all layers of a forward use the same tensor
+def document_ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """(0, l1, l1 + l2, ...) as int32 on the device."""
     return to_device(F.pad(torch.tensor(lengths), (1, 0)).cumsum(0, dtype=torch.int32), device)
 
 
-@functools.lru_cache(maxsize=64)  # a CPU asks for every few rows
-def on_device(numbers, device):
-    """A tuple of integers as a tensor on the device, once for all layers of a forward."""
-    return to_device(torch.tensor(numbers, dtype=torch.long), device)
-
-
-@functools.lru_cache(maxsize=64)
-def seen_keys(starts, device):
-    """Which keys the new token of each row may look at, itself at starts[i]: (n, 1, 1, max(starts) + 1)."""
-    return torch.arange(max(starts) + 1, device=device) <= on_device(starts, device)[:, None, None, None]
-
-
-def to_device(x, device):
-    """A list or tensor on the device. A GPU is not waited for: out of pinned memory the copy joins the queue of its work.
-
-    So the host packs the next micro-batch while the device computes this one. torch.tensor(x, device=...) and an index that
-    is a list would wait for all that the device has still to do.
-    """
-    x = torch.as_tensor(x)
-    ahead = x.is_cpu and torch.device(device).type == "cuda"
-    return x.pin_memory().to(device, non_blocking=True) if ahead else x.to(device)
+# ---------------------------------------------------------------------------------------------------------------------
+# The KV cache
 
 
 class KVCache:
-    """Keys and values of `rows` sequences, each of its own length. Rows in use are always the first `len(lengths)`.
+    """Keys and values of `rows` sequences of different lengths. Sequence i is row i.
 
-    k, v: (layers, rows, Hkv, max_len, D). lengths: the tokens held by each row in use. positions (rows,) and width: see
-    begin_step; whoever decodes by it sets them.
+    k, v: (layers, rows, Hkv, max_len, D). Two ways to add tokens:
+
+    - Packed (hidden(ids, lengths, cache)): document i adds lengths[i] tokens to row i. `lengths`, a list, has the number
+      of tokens in each row in use; the rows in use are always the first.
+    - By step (hidden(ids, cache=cache)): one token for every row, with the same tensor shapes at each step, so that a
+      CUDA graph can replay it. The caller sets `positions` (rows,), a tensor, and `width`: keys at or beyond it are
+      not read.
     """
 
-    def __init__(self, config, rows, max_len, dtype=torch.float32, device="cpu"):
+    def __init__(
+        self,
+        config: Config,
+        rows: int,
+        max_len: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, max_len, config.head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.lengths = [0] * rows
-
-    def begin_step(self):
-        """A step of decoding with one new token in every row, at `positions`, of which the first `width` places are looked at:
-        makes what all layers share, the rows' numbers and the mask (rows, 1, 1, width) that is added to the scores."""
-        device = self.k.device
-        self.rows = torch.arange(len(self.positions), device=device)
-        ahead = torch.arange(self.width, device=device) > self.positions[:, None, None, None]
-        self.mask = torch.zeros(ahead.shape, dtype=self.k.dtype, device=device).masked_fill_(ahead, -torch.inf)
+        self.positions, self.width = torch.zeros(rows, dtype=torch.long, device=device), max_len
 
     @property
-    def bytes(self):
+    def rows(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def max_len(self) -> int:
+        return self.k.shape[3]
+
+    @property
+    def bytes(self) -> int:
         return 2 * self.k.numel() * self.k.element_size()
 
-    def copy_start(self, row, other, other_row, n):
-        """Row `row` begins with the first n tokens of another cache's row."""
-        for to, of in ((self.k, other.k), (self.v, other.v)):
-            to[:, row, :, :n] = of[:, other_row, :, :n]
+    def copy_start(self, row: int, other: "KVCache", other_row: int, n: int) -> None:
+        """Fills the first n positions of a row from another cache's row."""
+        for to, source in ((self.k, other.k), (self.v, other.v)):
+            to[:, row, :, :n] = source[:, other_row, :, :n]
         self.lengths[row] = n
 
-    def remove(self, row):
-        """Frees a row: the last row in use moves into its place."""
-        last = self.lengths.pop()
-        if row < len(self.lengths):
-            self.k[:, row, :, :last], self.v[:, row, :, :last] = (
-                x[:, len(self.lengths), :, :last] for x in (self.k, self.v)
-            )
-            self.lengths[row] = last
+    def remove(self, row: int) -> None:
+        """Frees a row. The last row in use moves into its place."""
+        n, last = self.lengths.pop(), len(self.lengths)
+        if row < last:
+            for x in (self.k, self.v):
+                x[:, row, :, :n] = x[:, last, :, :n]
+            self.lengths[row] = n
 
-    def extend(self, layer, k, v, starts, lengths):
-        """Writes packed k, v (1, Hkv, sum(lengths), D): document i goes to row i, from position starts[i] on."""
-        ones = decoding_rows(lengths)
-        at = torch.arange(ones, device=k.device), slice(None), on_device(tuple(starts[:ones]), k.device)
-        for cached, new in ((self.k[layer], k[0]), (self.v[layer], v[0])):  # (rows, Hkv, max_len, D), (Hkv, T, D)
-            cached[at] = new[:, :ones].transpose(0, 1)
-            for row, part in enumerate(new[:, ones:].split(lengths[ones:], 1), ones):
-                cached[row, :, starts[row] : starts[row] + lengths[row]] = part
+    def begin_step(self) -> None:
+        """Prepares what all layers of a step share: row numbers, and the mask (rows, 1, 1, width) added to the scores."""
+        device = self.k.device
+        self.row_numbers = torch.arange(len(self.positions), device=device)
+        unseen = torch.arange(self.width, device=device) > self.positions[:, None, None, None]
+        self.mask = torch.zeros(unseen.shape, dtype=self.k.dtype, device=device).masked_fill_(unseen, -torch.inf)
 
 
-def decoding_rows(lengths):
-    """How many of the first documents bring a single new token; generation keeps those before the longer ones."""
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, lengths: list[int] | None = None
+) -> Tensor:
+    """Adds k and v to a layer of the cache, then attends to all keys of each row up to the query's own.
+
+    q: (1, T, Hq, D); k, v: (1, T, Hkv, D), packed with lengths -> (1, T, Hq, D). Without lengths one token for every
+    row: (rows, 1, H, D).
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+    if lengths is None:
+        return attend_step(q, k, v, cache, layer).transpose(1, 2)
+    starts = cache.lengths[: len(lengths)]
+    singles = count_single_tokens(lengths)
+    write_packed(k[0], v[0], cache, layer, starts, lengths, singles)
+    return attend_packed(q, cache, layer, starts, lengths, singles).transpose(1, 2)
+
+
+def count_single_tokens(lengths: list[int]) -> int:
+    """How many documents at the beginning add one token. generate() puts decoding rows before new prompts."""
     return next((i for i, n in enumerate(lengths) if n != 1), len(lengths))
 
 
-def attend_cached(q, cache, layer, starts, lengths):
-    """Each document's new queries over its row of the cache. q: (1, Hq, T, D) packed -> the same shape."""
-    (_, Hq, _, D), Hkv, parts, ones = q.shape, cache.k.shape[2], [], decoding_rows(lengths)
-    # One new token a row, the decoding step: one call for many rows. The query heads of a group stand as so many queries
-    # of their key-value head, so the cache is read once and never repeated. A CPU is held up by the memory read, which is
-    # that of the call's longest row for all of its rows: it takes 4 rows at a time, a GPU all.
-    size = ones if q.is_cuda else 4
-    for first in range(0, ones, size or 1):
-        rows = slice(first, min(first + size, ones))
-        mask = seen_keys(tuple(starts[rows]), q.device)  # (n, 1, 1, T)
-        k, v = (x[layer, rows, :, : mask.shape[-1]] for x in (cache.k, cache.v))  # (n, Hkv, T, D)
-        grouped = q[0, :, rows].transpose(0, 1).reshape(len(mask), Hkv, Hq // Hkv, D)
-        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
-        parts.append(out.reshape(len(mask), Hq, D).transpose(0, 1)[None])  # (1, Hq, n, D)
-    for row, q_i in enumerate(q[:, :, ones:].split(lengths[ones:], 2), ones):
+def write_packed(
+    k: Tensor, v: Tensor, cache: KVCache, layer: int, starts: list[int], lengths: list[int], singles: int
+) -> None:
+    """Writes k, v (Hkv, T, D) to the cache: document i goes to row i, from position starts[i] on."""
+    at = torch.arange(singles, device=k.device), slice(None), cached_to_device(tuple(starts[:singles]), k.device)
+    for cached, new in ((cache.k[layer], k), (cache.v[layer], v)):  # (rows, Hkv, max_len, D), (Hkv, T, D)
+        cached[at] = new[:, :singles].transpose(0, 1)
+        for row, part in enumerate(new[:, singles:].split(lengths[singles:], 1), singles):
+            cached[row, :, starts[row] : starts[row] + lengths[row]] = part
+
+
+def attend_packed(q: Tensor, cache: KVCache, layer: int, starts: list[int], lengths: list[int], singles: int) -> Tensor:
+    """Attends from each document's new tokens to its row of the cache, one row at a time. q: (1, Hq, T, D) -> the same.
+
+    Fused: the first `singles` rows, which add one token each, go in few calls.
+    """
+    batched = singles if fused() else 0
+    parts = attend_single_tokens(q[0, :, :batched], cache, layer, starts[:batched])
+    for row, q_i in enumerate(q[:, :, batched:].split(lengths[batched:], 2), batched):
         if lengths[row]:
             end = starts[row] + lengths[row]
             parts.append(attend(q_i, cache.k[layer, row : row + 1, :, :end], cache.v[layer, row : row + 1, :, :end]))
     return torch.cat(parts, dim=2)
 
 
-def attend_step(q, k, v, cache, layer):
-    """One new token in every row of the cache, in shapes that do not change and by lengths that Python never sees.
+def attend_single_tokens(q: Tensor, cache: KVCache, layer: int, starts: list[int]) -> list[Tensor]:
+    """The decoding step: the new token of row i, at position starts[i], sees keys 0 .. starts[i] of the row.
 
-    q: (rows, Hq, 1, D); k, v: (rows, Hkv, 1, D) are written at cache.positions -> (rows, Hq, 1, D). See KVCache.begin_step.
-    So the step can be a CUDA graph.
+    q: (Hq, n, D) -> a list of tensors (1, Hq, rows of one call, D). On a CPU each call reads all of its rows up to the
+    longest one, so rows go in groups of 4; on a GPU one call takes all.
     """
-    (rows, Hq, _, D), Hkv = q.shape, k.shape[1]
-    at = cache.rows, slice(None), cache.positions
+    (Hq, n, D), Hkv, parts = q.shape, cache.k.shape[2], []
+    size = n if q.is_cuda else 4
+    for first in range(0, n, size or 1):
+        rows = slice(first, min(first + size, n))
+        mask = visible_keys(tuple(starts[rows]), q.device)  # (n, 1, 1, Tk)
+        k, v = (x[layer, rows, :, : mask.shape[-1]] for x in (cache.k, cache.v))  # (n, Hkv, Tk, D)
+        grouped = group_queries(q[:, rows].transpose(0, 1), Hkv)
+        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+        parts.append(out.reshape(len(mask), Hq, D).transpose(0, 1)[None])
+    return parts
+
+
+def group_queries(q: Tensor, Hkv: int) -> Tensor:
+    """(n, Hq, D) -> (n, Hkv, Hq / Hkv, D): the query heads of a group become queries of their key-value head.
+
+    For one token a row this is grouped-query attention that reads the cache once and never repeats it.
+    """
+    n, Hq, D = q.shape
+    return q.reshape(n, Hkv, Hq // Hkv, D)
+
+
+@functools.lru_cache(maxsize=64)  # all layers of a forward use the same tensor
+def visible_keys(starts: tuple[int, ...], device: torch.device) -> Tensor:
+    """True where the new token of row i, at position starts[i], sees a key: (n, 1, 1, max(starts) + 1)."""
+    return torch.arange(max(starts) + 1, device=device) <= cached_to_device(starts, device)[:, None, None, None]
+
+
+def attend_step(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int) -> Tensor:
+    """One token for every row, at cache.positions. Its shapes never change and Python reads no tensor's value.
+
+    q: (rows, Hq, 1, D); k, v: (rows, Hkv, 1, D) -> (rows, Hq, 1, D). Call cache.begin_step() before the first layer.
+    """
+    at = cache.row_numbers, slice(None), cache.positions
     cache.k[layer][at], cache.v[layer][at] = k[:, :, 0], v[:, :, 0]  # (rows, Hkv, D)
     k, v = (x[layer, :, :, : cache.width] for x in (cache.k, cache.v))  # (rows, Hkv, width, D)
-    grouped = q.reshape(rows, Hkv, Hq // Hkv, D)  # as in attend_cached
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=cache.mask).reshape(rows, Hq, 1, D)
-
-
-def attention(q, k, v, lengths, cache, layer):
-    """What each query takes from the values it may see. q: (B, T, Hq, D); k, v: (B, T, Hkv, D) -> (B, T, Hq, D)."""
-    if cache is None and lengths is not None:
-        return attend_documents(q, k, v, lengths)
-    q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D)
-    if cache is None:
-        y = attend(q, k, v)
-    elif lengths is None:
-        y = attend_step(q, k, v, cache, layer)
-    else:
-        starts = cache.lengths[: len(lengths)]
-        cache.extend(layer, k, v, starts, lengths)
-        y = attend_cached(q, cache, layer, starts, lengths)
-    return y.transpose(1, 2)
+    grouped = group_queries(q[:, :, 0], k.shape[1])
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=cache.mask).reshape(q.shape)

@@ -1,73 +1,121 @@
-"""Qwen2's layers over fp32 weights in any compute dtype, and three backwards written by hand.
+"""Qwen2's layers: weights in one dtype (fp32 in training), computation in that of the activations.
 
-NormedLinears, SwiGLULinear and TokenLogProbs give the gradients that autograd would, and keep less for them. A module that
-somebody puts in the place of a Linear or an RMSNorm, a LoRA say, or hangs a hook on, is called as modules are.
+Each fused operation is written beside its plain twin and gives the same numbers for less time or memory.
+KERNELS=plain in the environment selects the plain code everywhere.
 """
+
+import os
+from collections.abc import Iterator
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from core.files import InputError
 
-def project(x, weight, bias=None):
-    """x (..., C) times weight^T (O, C), plus bias, in the dtype of x: fp32 master weights compute in bf16 without autocast."""
-    packed = getattr(weight, "packed", None)
-    if packed is not None and x.dtype == weight.dtype and not torch.is_grad_enabled():
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")  # see generate.packed_weights
+KERNELS = os.environ.get("KERNELS", "fused")
+
+
+def fused() -> bool:
+    """True if the fused operations are on. InputError if KERNELS is neither "fused" nor "plain"."""
+    if KERNELS not in ("fused", "plain"):
+        raise InputError(f"KERNELS={KERNELS} in the environment: set it to fused or plain, or unset it")
+    return KERNELS == "fused"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear, Embedding
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., C) times the transpose of weight (O, C), plus bias (O,), computed in the dtype of x -> (..., O).
+
+    Casting the weight here makes fp32 weights compute in bf16 without autocast.
+    """
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-class Embedding(nn.Embedding):
-    def reset_parameters(self):
-        if not self.weight.is_meta:  # where normal_ would load half of torch's compiler, a second, to fill nothing
-            super().reset_parameters()
+def onednn_project(x: Tensor, onednn_weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """project with a weight in oneDNN's own layout (see generate.onednn_weights)."""
+    return torch.ops.mkldnn._linear_pointwise(x, onednn_weight, bias, "none", [], "")
 
 
 class Linear(nn.Linear):
-    def forward(self, x):
+    onednn_weight = None  # set only inside generate.onednn_weights, for generation on CPUs
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.onednn_weight is not None and not torch.is_grad_enabled():
+            return onednn_project(x, self.onednn_weight, self.bias)
         return project(x, self.weight, self.bias)
 
 
-def matmul_as(a, b, dtype):
-    """The matrices' product in a dtype. On a GPU it leaves a matmul of bf16 as the fp32 that it is summed in."""
-    if a.is_cuda and a.dtype != dtype:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+class Embedding(nn.Embedding):
+    onednn_weight = None  # as in Linear
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # on meta, normal_ would import torch's compiler, which takes a second
+            super().reset_parameters()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The tied head: x (..., C) -> (..., V)."""
+        if self.onednn_weight is not None and not torch.is_grad_enabled():
+            return onednn_project(x, self.onednn_weight)
+        return project(x, self.weight)
 
 
-def inverse_rms(x, eps):
+# ---------------------------------------------------------------------------------------------------------------------
+# RMSNorm (arXiv 1910.07467)
+
+# private operators of torch: where a version lacks them, the plain formula runs
+RMS_NORM_KERNELS = all(hasattr(torch.ops.aten, name) for name in ("_fused_rms_norm", "_fused_rms_norm_backward"))
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) of each row, in fp32: (..., C) -> (..., 1)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return norm.square().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def apply_rms(x, r, weight):
-    """RMSNorm (arXiv 1910.07467) of x, given r = inverse_rms(x): x r weight, in the dtype of x."""
+def apply_rms(x: Tensor, r: Tensor, weight: Tensor) -> Tensor:
+    """x r weight in the dtype of x, with r = inverse_rms(x)."""
     return (x * r).to(x.dtype) * weight.to(x.dtype)
 
 
-def rms_norm(x, weight, eps):
-    """-> RMSNorm of x, and inverse_rms(x)."""
-    if x.is_cuda:  # whose kernel reads x once
+def use_rms_kernel(x: Tensor) -> bool:
+    """True if torch's CUDA kernel computes the norm of x. It reads x once."""
+    return x.is_cuda and RMS_NORM_KERNELS and fused()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x (..., C), weight (C,) -> (RMSNorm of x (..., C), inverse_rms(x) (..., 1))."""
+    if use_rms_kernel(x):
         return torch.ops.aten._fused_rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     r = inverse_rms(x, eps)
     return apply_rms(x, r, weight), r
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
+    def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)[0]
 
 
-def can_fuse(*modules):
-    """Whether the functions below stand for these modules: Linear or RMSNorm as above, without hooks, and not while
-    compiling, as a compiler finds for itself what to fuse and what to make again."""
-    if torch.compiler.is_compiling():
+# ---------------------------------------------------------------------------------------------------------------------
+# Fused for training: the hand-written backward keeps less than autograd would
+
+
+def can_fuse(*modules: nn.Module) -> bool:
+    """True if a fused function may replace a call of these modules.
+
+    Not for a subclass, another module or a hook: those must be called. Not without gradients: there is nothing to keep.
+    Not under torch.compile: the compiler fuses and recomputes by itself.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not fused():
         return False
     return all(
         type(m) in (Linear, RMSNorm) and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)
@@ -75,12 +123,22 @@ def can_fuse(*modules):
     )
 
 
-class NormedLinears(torch.autograd.Function):
-    """h = RMSNorm(x), then h W^T + b for each pair of layers = W, b, W, b, ..., where b may be None. x: (..., C).
+def normed_linears(x: Tensor, norm: nn.Module, *linears: nn.Module) -> list[Tensor] | tuple[Tensor, ...]:
+    """Applies the norm, then each linear layer to its output: x (..., C) -> one (..., O) for each layer."""
+    if can_fuse(norm, *linears):
+        weights_and_biases = [p for linear in linears for p in (linear.weight, linear.bias)]
+        return NormedLinears.apply(x, norm.weight, norm.eps, *weights_and_biases)
+    h = norm(x)
+    return [linear(h) for linear in linears]
 
-    Keeps x and one number per row: the backward makes h again, and sums the layers' gradients of h inside the matmuls.
+
+class NormedLinears(torch.autograd.Function):
+    """h = RMSNorm(x), then h W^T + b for each W, b of layers = W, b, W, b, ...; b may be None. x: (..., C).
+
+    Saves x and one number per row. The backward recomputes h and adds up the layers' gradients of h inside the matmuls.
     With n = x r, r = inverse_rms(x), g the gradient of h and w the norm's weight (C,):
-    dx = r (g w - n mean(g w n)), dw = sum over rows of g n."""
+    dx = r (g w - n mean(g w n)), dw = sum over rows of g n.
+    """
 
     @staticmethod
     def forward(ctx, x, w, eps, *layers):
@@ -93,38 +151,36 @@ class NormedLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         x, r, w, *weights = ctx.saved_tensors
-        h = (rms_norm(x, w, ctx.eps)[0] if x.is_cuda else apply_rms(x, r, w)).flatten(0, -2)  # (T, C)
+        kernel = use_rms_kernel(x)
+        h = (rms_norm(x, w, ctx.eps)[0] if kernel else apply_rms(x, r, w)).flatten(0, -2)  # (T, C)
         g, d_layers = torch.empty_like(h), []
         for i, (d_y, weight) in enumerate(zip(grads, weights)):
             d_y = d_y.flatten(0, -2)  # (T, O)
             torch.addmm(g, d_y, weight.to(d_y.dtype), beta=min(i, 1), out=g)
-            w_wanted, b_wanted = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
-            d_layers.append(matmul_as(d_y.T, h, weight.dtype) if w_wanted else None)
-            d_layers.append(d_y.sum(0, dtype=weight.dtype) if b_wanted else None)
-        if x.is_cuda:
+            weight_needs_grad, bias_needs_grad = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
+            d_layers.append(matmul_as(d_y.T, h, weight.dtype) if weight_needs_grad else None)
+            d_layers.append(d_y.sum(0, dtype=weight.dtype) if bias_needs_grad else None)
+        if kernel:
             d_x, d_w = torch.ops.aten._fused_rms_norm_backward(
                 g.view(x.shape), x, w.shape, r, w.to(x.dtype), [True, True]
             )
             return d_x, d_w.to(w.dtype), None, *d_layers
-        n, g = (x * r).flatten(0, -2), g.float()  # the rest in fp32
+        n, g = (x * r).flatten(0, -2), g.float()  # from here on in fp32
         gn = g * n
         mean = (gn @ w.float()).div_(x.shape[-1])  # (T,)
         d_x = n.mul_(-mean[:, None]).addcmul_(g, w.float()).view(x.shape).mul_(r)
         return d_x.to(x.dtype), gn.sum(0).to(w.dtype), None, *d_layers
 
 
-def normed_linears(x, norm, *linears):
-    """linear(norm(x)) of each of the linear layers."""
-    if not can_fuse(norm, *linears):
-        h = norm(x)
-        return [linear(h) for linear in linears]
-    return NormedLinears.apply(
-        x, norm.weight, norm.eps, *(p for linear in linears for p in (linear.weight, linear.bias))
-    )
+def swiglu_linear(gate: Tensor, up: Tensor, linear: nn.Module) -> Tensor:
+    """linear(silu(gate) * up) (arXiv 2002.05202). gate, up: (..., I) -> (..., C)."""
+    if can_fuse(linear) and linear.bias is None:
+        return SwiGLULinear.apply(gate, up, linear.weight)
+    return linear(F.silu(gate) * up)
 
 
 class SwiGLULinear(torch.autograd.Function):
-    """(silu(gate) * up) W^T (arXiv 2002.05202); keeps gate and up, and makes their product again in the backward."""
+    """(silu(gate) * up) W^T. Saves gate and up; the backward recomputes their product."""
 
     @staticmethod
     def forward(ctx, gate, up, weight):
@@ -141,48 +197,69 @@ class SwiGLULinear(torch.autograd.Function):
         return torch.ops.aten.silu_backward(d_product * up, gate), silu.mul_(d_product), d_weight
 
 
-def swiglu_linear(gate, up, linear):
-    """linear(silu(gate) * up)."""
-    if not can_fuse(linear) or linear.bias is not None:
-        return linear(F.silu(gate) * up)
-    return SwiGLULinear.apply(gate, up, linear.weight)
+def matmul_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in a dtype. On GPUs a product of bf16 matrices keeps its fp32 sums if dtype is fp32."""
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The head
+# The head: log-probabilities and KL without the (N, V) logits
 
 
-def head_columns(kind):
-    """Of how many words the head makes the logits at once. On a CPU few, so that a thousand rows of them (16 MiB) stay in its
-    cache between the passes over them; on a GPU as many as its softmax holds in registers. kind: "cpu" or "cuda"."""
-    return 8192 if kind == "cuda" else 4096
+def head_columns(device_type: str) -> int:
+    """Vocabulary entries per tile of the head. device_type: "cpu" or "cuda".
+
+    CPU: a tile for 1000 rows (16 MiB) stays in the cache between passes. GPU: as many as its softmax keeps in registers.
+    """
+    return 8192 if device_type == "cuda" else 4096
+
+
+def vocabulary_tiles(weight: Tensor, dtype: torch.dtype, columns: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields (first row, `columns` rows of weight (V, C) from there, in a dtype)."""
+    for start in range(0, len(weight), columns):
+        yield start, weight[start : start + columns].to(dtype)
+
+
+def in_tile(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """targets (N,) -> (their columns in the tile [start, start + size), clamped to it; True where inside)."""
+    column = targets - start
+    return column.clamp(0, size - 1), (column >= 0) & (column < size)
+
+
+def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(hidden weight^T)[target] in fp32. hidden: (N, C), weight: (V, C), targets: (N,) -> (N,)."""
+    if len(targets) == 0:
+        return hidden.sum(-1).float()  # (0,), still part of the graph
+    if fused():
+        return TokenLogProbs.apply(hidden, weight, targets, head_columns(hidden.device.type))
+    return project(hidden, weight).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(h W^T)[target] of each row, over W in tiles of `columns` words: no (N, V) tensor is ever there.
+    """token_logps over the vocabulary in tiles of `columns` entries; never holds an (N, V) tensor.
 
-    hidden: (N, C), weight: (V, C) in any dtype, targets: (N,) -> (N,) fp32. The softmax is taken in fp32: each tile's by
-    itself, times the tile's share of the whole sum. The backward makes the logits again: each tile has its own part of the
-    weight's gradient, and adds to that of the states. d logp / d logits = onehot(target) - softmax(logits).
+    hidden: (N, C), weight: (V, C) in any dtype, targets: (N,) -> (N,) fp32. softmax(logits) is the softmax within a
+    tile times the tile's share of the total. The backward recomputes the logits of each tile:
+    d logp / d logits = onehot(target) - softmax(logits).
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, columns):
-        own, tops, logs = torch.zeros(len(hidden), device=hidden.device), [], []
-        for start, w in tiles(weight, hidden.dtype, columns):
+        target_logits, tops, logs = torch.zeros(len(hidden), device=hidden.device), [], []
+        for start, w in vocabulary_tiles(weight, hidden.dtype, columns):
             logits = matmul_as(hidden, w.T, torch.float32)  # (N, columns)
-            at, inside = in_tile(targets, start, len(w))
-            own = torch.where(inside, logits.gather(1, at[:, None])[:, 0], own)
+            column, inside = in_tile(targets, start, len(w))
+            target_logits = torch.where(inside, logits.gather(1, column[:, None])[:, 0], target_logits)
             tops.append(logits.amax(-1))
-            logs.append(
-                -logits.log_softmax(-1).amax(-1)
-            )  # logsumexp(logits - top) of the tile, in fewer passes over it
+            logs.append(log_sum_exp_above_top(logits))
             del logits  # before the next tile's
         tops, logs = torch.stack(tops), torch.stack(logs)  # (tiles, N)
         top = tops.amax(0)
         logs += tops - top
-        log = logs.logsumexp(0)  # that of all words, which with top makes the whole; apart, they keep their digits
-        logps = own - top - log
+        log = logs.logsumexp(0)  # log-sum-exp of all logits relative to `top`; kept apart from `top` for precision
+        logps = target_logits - top - log
         ctx.save_for_backward(hidden, weight, targets, (logs - log).exp(), logps)
         ctx.columns = columns
         return logps
@@ -191,42 +268,36 @@ class TokenLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         hidden, weight, targets, shares, logps = ctx.saved_tensors
-        d_hidden = torch.zeros(hidden.shape, device=hidden.device)  # in fp32, whatever the dtype of what it sums
+        d_hidden = torch.zeros(hidden.shape, device=hidden.device)  # summed over the tiles in fp32
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        d_own = (-grad * logps.expm1()).to(hidden.dtype)  # (N,)
-        for (start, w), share in zip(tiles(weight, hidden.dtype, ctx.columns), shares):
+        d_target = (-grad * logps.expm1()).to(hidden.dtype)  # (N,)
+        for (start, w), share in zip(vocabulary_tiles(weight, hidden.dtype, ctx.columns), shares):
             p = matmul_as(hidden, w.T, torch.float32).softmax(-1)  # (N, columns)
             d_logits = p if p.dtype == hidden.dtype else torch.empty_like(p, dtype=hidden.dtype)
             torch.mul(p, (-grad * share)[:, None], out=d_logits)  # scales and rounds in one pass
-            at, inside = in_tile(targets, start, len(w))
-            d_logits.scatter_(
-                1, at[:, None], torch.where(inside, d_own, d_logits.gather(1, at[:, None])[:, 0])[:, None]
-            )
-            d_hidden += matmul_as(d_logits, w, torch.float32)
-            if d_weight is not None:
-                d_w = d_weight[start : start + len(w)]
-                if d_w.dtype == hidden.dtype:
-                    torch.mm(d_logits.T, hidden, out=d_w)
-                else:
-                    d_w.copy_(matmul_as(d_logits.T, hidden, d_w.dtype))
+            column, inside = in_tile(targets, start, len(w))
+            at_target = torch.where(inside, d_target, d_logits.gather(1, column[:, None])[:, 0])
+            d_logits.scatter_(1, column[:, None], at_target[:, None])
+            add_tile_gradients(d_logits, hidden, w, d_hidden, None if d_weight is None else d_weight[start:])
             del p, d_logits
         return d_hidden.to(hidden.dtype), d_weight, None, None
 
 
-def tiles(weight, dtype, columns):
-    """Yields (the first word, the rows of weight (V, C) for it and the next ones, `columns` in all) in a dtype."""
-    for start in range(0, len(weight), columns):
-        yield start, weight[start : start + columns].to(dtype)
+def log_sum_exp_above_top(logits: Tensor) -> Tensor:
+    """logsumexp(logits - max(logits)) of each row, in fewer passes: (N, columns) -> (N,)."""
+    return -logits.log_softmax(-1).amax(-1)
 
 
-def in_tile(targets, start, size):
-    """-> (the targets' places in the tile of `size` words from `start` on, or one of its ends; whether they lie in it)."""
-    at = targets - start
-    return at.clamp(0, size - 1), (at >= 0) & (at < size)
+def add_tile_gradients(d_logits: Tensor, hidden: Tensor, w: Tensor, d_hidden: Tensor, d_weight: Tensor | None) -> None:
+    """Adds a tile's part to d_hidden (N, C); writes its rows of the weight's gradient to the first rows of d_weight.
 
-
-def token_logps(hidden, weight, targets):
-    """The log-probability of each target. hidden: (N, C), weight: (V, C), targets: (N,) -> (N,) fp32."""
-    if len(targets) == 0:
-        return hidden.sum(-1).float()  # (0,), still part of the graph
-    return TokenLogProbs.apply(hidden, weight, targets, head_columns(hidden.device.type))
+    d_logits: (N, columns), w: (columns, C), both in the dtype of hidden (N, C).
+    """
+    d_hidden += matmul_as(d_logits, w, torch.float32)
+    if d_weight is None:
+        return
+    d_w = d_weight[: len(w)]
+    if d_w.dtype == hidden.dtype:
+        torch.mm(d_logits.T, hidden, out=d_w)
+    else:
+        d_w.copy_(matmul_as(d_logits.T, hidden, d_w.dtype))

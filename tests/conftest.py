@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from core import layers  # noqa: E402
 from core.tokenizer import CHATML_DEFAULT_SYSTEM  # noqa: E402
 from model import Qwen2  # noqa: E402
 
@@ -82,6 +83,13 @@ def tiny(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("tiny") / "model")
     tiny_model().save(out, tiny_files())
     return out
+
+
+@pytest.fixture(params=["fused", "plain"])
+def kernels(request, monkeypatch):
+    """Runs a test twice: with the fused operations, and as under KERNELS=plain."""
+    monkeypatch.setattr(layers, "KERNELS", request.param)
+    return request.param
 
 
 @pytest.fixture

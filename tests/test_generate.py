@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import re
+import types
 
 import hypothesis
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import generate as generate_module
 from core.attention import KVCache
 from core.files import InputError
+from core.layers import Linear
 from core.tokenizer import Tokenizer
 from generate import (
     common_prefix,
@@ -19,6 +21,7 @@ from generate import (
     generate,
     generate_iter,
     generate_steps,
+    has_onednn_kernels,
     onednn_weights,
     penalise,
     prefix_lengths,
@@ -65,6 +68,7 @@ def by_transformers(path, tokenizer, prompts, n, penalty=1.0):
     return replies
 
 
+@pytest.mark.usefixtures("kernels")
 def test_greedy_equals_transformers(lively, loaded):
     m, tok = loaded
     replies = generate(m, tok, PROMPTS, max_new_tokens=20)
@@ -72,6 +76,7 @@ def test_greedy_equals_transformers(lively, loaded):
     assert len(set(replies)) > 6  # the random model does not say one thing only
 
 
+@pytest.mark.usefixtures("kernels")
 def test_a_reply_depends_on_no_neighbour(loaded):
     m, tok = loaded
     for settings in ({}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.8, "top_p": 0.9, "top_k": 50}):
@@ -160,6 +165,7 @@ def test_prefix_lengths_save_work(prompts, overhead):
     assert cost <= min(tokens_to_compute(prompts, [n] * len(prompts), overhead), sum(map(len, prompts)))
 
 
+@pytest.mark.usefixtures("kernels")
 def test_groups_of_prompts_with_prefixes_of_their_own(loaded):
     m, tok = loaded
     shots = "Question: 1 + 1? Answer: 2. " * 8
@@ -173,20 +179,39 @@ def test_groups_of_prompts_with_prefixes_of_their_own(loaded):
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_packed_weights_change_nothing_but_speed(lively, dtype, tolerance):
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+@pytest.mark.parametrize("tied", [True, False])
+def test_onednn_weights_change_nothing_but_speed(dtype, tolerance, tied):
+    m = tiny_model(tie_word_embeddings=tied).to(dtype)
+    if not has_onednn_kernels(m):
         pytest.skip("this processor has no bf16 kernels")
-    m = Qwen2.from_pretrained(lively, dtype)
+    modules = [x for x in m.modules() if isinstance(x, Linear)] + [m.model["embed_tokens"]] * tied
+    assert len(modules) == 2 * 7 + 1
     ids = torch.arange(24).view(1, 24)
     with torch.no_grad():
         plain = m(ids)
         with onednn_weights(m):
-            assert m.head_weight.packed is not None
             torch.testing.assert_close(m(ids), plain, rtol=tolerance, atol=tolerance)
-            zeros = torch.zeros(m.head_weight.shape, dtype=dtype)
-            m.head_weight.packed = torch.ops.mkldnn._reorder_linear_weight(zeros, 64)  # it is what is read
-            assert m(ids).norm() == 0
+            for module in modules:  # each is read
+                kept, zeros = module.onednn_weight, torch.zeros(module.weight.shape, dtype=dtype)
+                module.onednn_weight = torch.ops.mkldnn._reorder_linear_weight(zeros, 64)
+                assert not torch.allclose(m(ids), plain, rtol=tolerance, atol=tolerance)
+                module.onednn_weight = kept
+            with torch.enable_grad():
+                assert m(ids).requires_grad
+        assert all(module.onednn_weight is None for module in modules)
         assert torch.equal(m(ids), plain)
+
+
+@pytest.mark.parametrize("missing", ["_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported"])
+def test_without_private_operators_of_onednn_replies_are_the_same(loaded, monkeypatch, missing):
+    m, tok = loaded
+    want = generate(m, tok, PROMPTS, max_new_tokens=8)
+    real = torch.ops.mkldnn
+    names = {"_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported"} - {missing}
+    left = types.SimpleNamespace(**{name: getattr(real, name) for name in names if hasattr(real, name)})
+    monkeypatch.setattr(torch.ops, "mkldnn", left)
+    assert not has_onednn_kernels(tiny_model().to(torch.bfloat16))
+    assert generate(m, tok, PROMPTS, max_new_tokens=8) == want
 
 
 def test_repetition_penalty_is_that_of_transformers():
@@ -198,6 +223,7 @@ def test_repetition_penalty_is_that_of_transformers():
         )
 
 
+@pytest.mark.usefixtures("kernels")
 def test_repetition_penalty_in_a_reply(lively, loaded):
     m, tok = loaded
     plain, penalised = (generate(m, tok, PROMPTS, max_new_tokens=12, repetition_penalty=p) for p in (1.0, 1.1))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import real, tiny_config, tiny_files, tiny_model
 
+from core import layers
 from core.attention import KVCache, attend_documents, varlen_attention
 from core.layers import Linear, NormedLinears, SwiGLULinear, TokenLogProbs, rms_norm, token_logps
 from model import Qwen2
@@ -41,6 +42,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.usefixtures("kernels")
 def test_logits_and_gradients_equal_transformers(changes, tmp_path):
     m = tiny_model(**changes)
     hf = oracle(m, tmp_path)
@@ -56,6 +58,7 @@ def test_logits_and_gradients_equal_transformers(changes, tmp_path):
         assert relative(p.grad, expected[name].grad) < 1e-4, name
 
 
+@pytest.mark.usefixtures("kernels")
 def test_packed_equals_unpacked_with_gradients():
     m, g = tiny_model(), torch.Generator().manual_seed(3)
     lengths = [1, 17, 5, 30]
@@ -69,6 +72,7 @@ def test_packed_equals_unpacked_with_gradients():
         assert relative(a, b) < 1e-5, name
 
 
+@pytest.mark.usefixtures("kernels")
 def test_a_document_does_not_see_another():
     m = tiny_model()
     ids = torch.randint(0, 512, (1, 20))
@@ -78,6 +82,7 @@ def test_a_document_does_not_see_another():
 
 
 @pytest.mark.parametrize("at", [[3, 4, 7, 19], [19, 0], []])
+@pytest.mark.usefixtures("kernels")
 def test_states_of_some_positions_are_those_of_all(at):
     m, at = tiny_model(), torch.tensor(at, dtype=torch.long)
     ids = torch.randint(0, 512, (1, 20), generator=torch.Generator().manual_seed(4))
@@ -92,6 +97,19 @@ def test_states_of_some_positions_are_those_of_all(at):
         torch.testing.assert_close(m.hidden(ids, [8, 12], cache, at), some)
 
 
+@pytest.mark.usefixtures("kernels")
+def test_logits_at_positions_of_a_packed_row():
+    m, ids = tiny_model(), torch.arange(8)[None]
+    at = torch.tensor([1, 2, 7])
+    logits = m(ids, lengths=[3, 5], at=at)
+    assert logits.shape == (3, 512)
+    torch.testing.assert_close(logits, m(ids, lengths=[3, 5])[0, at])
+    torch.testing.assert_close(m(ids, [3, 5], at, ids[0, at]), logits.log_softmax(-1)[range(3), ids[0, at]])
+    with pytest.raises(ValueError, match="lengths sum to 7"):
+        m(ids, lengths=[3, 4], at=at)
+
+
+@pytest.mark.usefixtures("kernels")
 def test_cached_equals_uncached_in_pieces_and_after_removal():
     m, g = tiny_model(), torch.Generator().manual_seed(4)
     documents = [torch.randint(0, 512, (1, 25), generator=g) for _ in range(3)]
@@ -137,6 +155,7 @@ def test_token_logps_far_apart():
         torch.testing.assert_close(TokenLogProbs.apply(hidden, weight, torch.tensor([word, word]), 2), plain[:, word])
 
 
+@pytest.mark.usefixtures("kernels")
 def test_bf16_compute_over_fp32_weights():
     m = tiny_model()
     ids = torch.randint(0, 512, (1, 12))
@@ -253,6 +272,7 @@ class LoRA(Linear):
         return super().forward(x) + x @ self.A @ self.B
 
 
+@pytest.mark.usefixtures("kernels")
 def test_what_stands_in_place_of_a_layer_is_called():
     """Each projection in turn as its LoRA, which equals the model with the product added to its matrix; and hooks."""
     ids = torch.arange(9)[None]
@@ -270,13 +290,10 @@ def test_what_stands_in_place_of_a_layer_is_called():
     for module in m.modules():
         module.register_forward_hook(lambda module, *_: seen.append(module))
     m(ids)
-    assert {*m.modules()} - {*seen} <= {
-        m.model,
-        m.model["layers"],
-        *(x for b in m.model["layers"] for x in (b.self_attn, b.mlp)),
-    }
+    assert {*m.modules()} - {*seen} == {m.model, m.model["layers"]}, "all but the two containers"
 
 
+@pytest.mark.usefixtures("kernels")
 def test_a_frozen_matrix_gets_no_gradient():
     m, ids = tiny_model(), torch.arange(9)[None]
     attention = m.model["layers"][0].self_attn
@@ -286,6 +303,7 @@ def test_a_frozen_matrix_gets_no_gradient():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.usefixtures("kernels")
 def test_packed_gradients_whatever_the_number_of_threads(threads):
     """With three threads the key-value heads of a long document are repeated, with one they are not."""
     m, lengths, before = tiny_model(), [4, 300, 1], torch.get_num_threads()
@@ -299,6 +317,41 @@ def test_packed_gradients_whatever_the_number_of_threads(threads):
     finally:
         torch.set_num_threads(before)
     assert all(relative(b, a) < 1e-4 for a, b in zip(want, got))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+def test_fused_equals_plain(dtype, tolerance, monkeypatch):
+    """The whole of a training forward and backward under KERNELS=fused and KERNELS=plain."""
+    m, lengths = tiny_model(), [4, 300, 1]
+    m.compute_dtype = dtype
+    ids = torch.randint(0, 512, (1, 305), generator=torch.Generator().manual_seed(0))
+    at = torch.arange(0, 305, 2)
+    out = []
+    for kernels in ("plain", "fused"):
+        monkeypatch.setattr(layers, "KERNELS", kernels)
+        logps = m(ids, lengths, at, ids[0, at])
+        names = {node[0].name() for node in walk(logps.grad_fn)}
+        custom = {"NormedLinearsBackward", "SwiGLULinearBackward", "TokenLogProbsBackward"}
+        assert custom & names == (custom if kernels == "fused" else set())
+        out.append([logps, *torch.autograd.grad(logps.square().sum(), list(m.parameters()))])
+    assert all(relative(b, a) < tolerance for a, b in zip(*out, strict=True))
+
+
+def walk(node):
+    """The nodes of an autograd graph, as pairs (node, index)."""
+    seen, todo = set(), [(node, 0)]
+    while todo:
+        pair = todo.pop()
+        if pair[0] is not None and pair not in seen:
+            seen.add(pair)
+            todo += pair[0].next_functions
+    return seen
+
+
+def test_an_unknown_value_of_kernels_is_refused(tiny, refused, monkeypatch):
+    monkeypatch.setattr(layers, "KERNELS", "fast")
+    words = "KERNELS=fast in the environment: set it to fused or plain, or unset it"
+    refused(words, "generate", "--ckpt", tiny, "--prompt", "Hello")
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])

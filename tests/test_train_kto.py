@@ -166,6 +166,7 @@ def compare_with_trl(model_dir, ref, lr, tmp_path, run):
     assert update_error(weights(tmp_path / "trl"), weights(tmp_path / "ours"), base) < 1e-3
 
 
+@pytest.mark.usefixtures("kernels")
 def test_four_steps_equal_trl(tiny, worse, tmp_path, run):
     compare_with_trl(tiny, worse, 1e-3, tmp_path, run)
 

@@ -73,6 +73,7 @@ def compare_with_trl(model_dir, lr, tmp_path, run):
     assert update_error(weights(tmp_path / "trl"), weights(tmp_path / "ours"), base) < 1e-3
 
 
+@pytest.mark.usefixtures("kernels")
 def test_four_steps_equal_trl(tiny, tmp_path, run):
     compare_with_trl(tiny, 1e-3, tmp_path, run)
 
@@ -96,6 +97,7 @@ def test_examples_end_where_the_positions_do(tmp_path, run):
     assert json.loads((tmp_path / "o.run" / "args.json").read_text())["max_len"] == 50
 
 
+@pytest.mark.usefixtures("kernels")
 def test_any_cut_gives_the_same_step(tiny, data, tmp_path, run):
     base = weights(tiny)
     assert run("train_sft", *flags(tiny, data, tmp_path / "one"))[0] == 0
