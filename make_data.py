@@ -1,7 +1,7 @@
 """Alignment data guided by a large model: from open instructions to sft.jsonl and kto.jsonl, in seven steps.
 
     python make_data.py --sources 'data/*.json*' --teacher http://localhost:8000/v1 --teacher-model Qwen2.5-7B-Instruct \\
-        --small Qwen/Qwen2-0.5B-Instruct --out data/aligned
+        --small Qwen/Qwen2-0.5B-Instruct
 
 Each step reads one JSON Lines file and writes the next, beside N_*.dropped.jsonl with what it left out and why:
 1_collect, 2_dedup, 3_classify, 4_balance, 5_respond, 6_score, then sft.jsonl, kto.jsonl, report.md and report.json.
@@ -14,18 +14,18 @@ import glob
 import hashlib
 import json
 import os
+import shlex
 from collections import Counter
 
-from core.files import InputError, atomic_write, cli, code_hash
+from core.files import InputError, atomic_write, cli, code_hash, same_path
 from core.flags import DTYPE, DTYPES, Parser, at_least, number
 from curation import report, sources, steps
 from curation import teacher as models
 from curation.prompts import AGAIN_JUDGE, GREETING, JUDGE
 
 STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")
-FORMAT = (
-    3  # raised when what the steps write changes: what an older version wrote is made anew, out of the kept replies
-)
+FORMAT = 4  # raise it when a step's output changes: older output is then made anew, out of the kept replies
+OUT, SMALL = "data", "Qwen/Qwen2-0.5B-Instruct"  # where train_sft.py and train_kto.py look if nothing is said
 
 
 def file_hash(path):
@@ -114,7 +114,15 @@ def parse_args():
         metavar="F",
         help="evaluation files: their questions must not be in the data",
     )
-    p.add_argument("--out", required=True, help="folder for all files of the run")
+    p.add_argument(
+        "--trust-references",
+        nargs="+",
+        default=[],
+        metavar="F",
+        help="those of --sources whose own references may verify responses: a key `reference`, GSM8K's `#### 72`, AQuA's "
+        "options, IFEval's instruction_id_list. Elsewhere anybody can write them, and they are ignored",
+    )
+    p.add_argument("--out", default=OUT, help="folder for all files of the run")
     p.add_argument(
         "--limit", type=at_least(0), default=0, help="at most this many records of each source, its first; 0: all"
     )
@@ -213,7 +221,11 @@ def parse_args():
     )
     p.add_argument("--judge-orders", type=int, choices=(1, 2), default=2, help="2: judge a second time with the responses in "
                    "reverse order, for half of what a judge prefers may be a place")  # fmt: skip
-    p.add_argument("--judge-verified", action="store_true", help="ask the judge also where verification has decided")
+    p.add_argument(
+        "--judge-verified",
+        action="store_true",
+        help="ask the judge for quality grades also where verification has decided; safety it always grades",
+    )
     p.add_argument("--allow-code-execution", action="store_true", help="run the tests of code references, in a sandbox")
     args = p.parse_args()
     if (args.price_in is None) != (args.price_out is None):
@@ -221,6 +233,16 @@ def parse_args():
     if not args.weight_quality + args.weight_safety + args.weight_perplexity:
         raise InputError("--weight-quality, --weight-safety and --weight-perplexity: one of them is above 0")
     return args
+
+
+def next_commands(small, out, pairs):
+    """The training commands to run next, as a shell takes them; flags only where the trainers' defaults differ."""
+    ckpt = [] if small == SMALL else ["--ckpt", small]
+    sft, kto = ([] if out == OUT else ["--data", f"{out}/{name}.jsonl"] for name in ("sft", "kto"))
+    commands = [["python", "train_sft.py", *ckpt, *sft]]
+    if pairs:
+        commands.append(["python", "train_kto.py", "--ckpt", "sft.pt", *kto])
+    return [shlex.join(words) for words in commands]
 
 
 def main():
@@ -239,7 +261,10 @@ def make(args):
     """The whole run, on rank 0."""
     out = args.out.rstrip("/") or "/"
     files, questions, recorded = (sources.expand(f) for f in (args.sources, args.decontaminate, args.recorded))
-    args.recorded = recorded
+    args.recorded, args.trust_references = recorded, sources.expand(args.trust_references)
+    for path in args.trust_references:
+        if not any(same_path(path, f) for f in files):
+            raise InputError(f"--trust-references {path}: is none of the --sources; name it there too")
     teacher = models.open_teacher(args.teacher, args.teacher_model, args.dtype)
     small = models.open_teacher(args.small, dtype=args.dtype)
     if small.url:
@@ -279,7 +304,8 @@ def make(args):
         code = code_hash("curation", "verification")
         plan = [  # step, files it reads, arguments its result depends on, work
             ("1_collect", files,
-             of("limit", "max_chars") | {"labels": sources.labels(files), "code": code},
+             of("limit", "max_chars") | {"labels": sources.labels(files), "code": code,
+                                         "trusted": [any(same_path(f, t) for t in args.trust_references) for f in files]},
              lambda c: steps.collect_sources(args, files, c)),
             ("2_dedup", [path["1_collect"], *questions], of("hamming") | {"code": code},
              lambda c: steps.deduplicate(args, path["1_collect"], questions, c)),
@@ -308,8 +334,8 @@ def make(args):
         cost = f", {models.price(log.spent, prices):,.2f} in all" if prices else ""
         print(f"The teacher's replies in {out}/replies.jsonl: {log.spent[0]:,} tokens in, {log.spent[1]:,} out{cost}.")
     print(f"Written: {out}/sft.jsonl, {out}/kto.jsonl, {out}/report.md. Next:")
-    print(f"  python train_sft.py --ckpt {args.small} --data {out}/sft.jsonl --out OUT/sft")
-    print(f"  python train_kto.py --ckpt OUT/sft --data {out}/kto.jsonl --out OUT/sft-kto")
+    for command in next_commands(args.small, out, labels["kto"]):
+        print(f"  {command}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 # Flags (the demo's values stand in brackets, the real run's are the scripts' own, that is the paper's where it has any):
 #   where          --ckpt C [demo/base]  --out DIR [runs/demo; runs/NAME-OF-CKPT]
 #   data           --sources F...  --teacher URL|C  --teacher-model NAME  --small C (default: --ckpt)  --target N [2400]
-#                  --decontaminate F...  --concurrency N  --data-max-new-tokens N [48]
+#                  --trust-references F...  --decontaminate F...  --concurrency N  --data-max-new-tokens N [48]
 #   training       --sft-lr X [5e-4]  --kto-lr X [1e-4]  --epochs N [2]  --kto-epochs N [1]  --batch-size N [32]
 #                  --kto-batch-size N [32]  --max-len N [512]  --warmup N [10]  --beta X [0.1]  --dtype fp32|bf16  --seed N
 #   evaluation     --tasks T... [demo]  --data-dir D [.]  --limit N  --max-new-tokens N [48]  --allow-code-execution
@@ -40,7 +40,7 @@ while (($#)); do
       for value in "${values[@]}"; do [[ $value == /* || $PWD == "$here" ]] || value=$PWD/$value; sources+=("$value"); done
       continue ;;
     --tasks) tasks+=("${values[@]}"); continue ;;
-    --decontaminate) data+=("$flag"); for value in "${values[@]}"; do data+=("$(absolute "$value")"); done; continue ;;
+    --decontaminate | --trust-references) data+=("$flag"); for value in "${values[@]}"; do data+=("$(absolute "$value")"); done; continue ;;
   esac
   ((${#values[@]} == 1)) || fail "$flag: takes one value, was given ${values[*]}"
   value=${values[0]}
@@ -139,6 +139,7 @@ if [[ -d $base ]]; then cat "$base"/config.json "$base"/*.safetensors; else cat 
 if [[ -n $demo ]]; then
   step sources "" demo/world.py --out "$run/sources.jsonl"
   sources=("$run/sources.jsonl")
+  data+=(--trust-references "${sources[@]}")
   rm -f "$run/teacher.url"
   "$py" -m demo.teacher --url-file "$run/teacher.url" --with-parent >"$run/teacher.log" 2>&1 &
   server=$!

@@ -62,9 +62,37 @@ def clip(text, chars):
     return text[: chars * 2 // 3] + "\n[... cut ...]\n" + text[-(chars // 3) :]
 
 
+# Control tokens of the common chat templates. An endpoint may parse them in a message's text, where they would end the
+# message and begin another one.
+_BRACKETED = (
+    "INST SYSTEM_PROMPT AVAILABLE_TOOLS TOOL_CALLS TOOL_RESULTS TOOL_CONTENT ARGS CALL_ID THINK IMG gMASK BOS EOS"
+)
+CONTROL = re.compile(
+    r"<(?=[|｜][\w▁.:/-]{1,60}[|｜]?>"  # <|im_end|> (ChatML), <|eot_id|> (Llama 3), <|end|> (Phi, Harmony), <｜User｜> (DeepSeek)
+    r"|[\w▁]{1,60}[|｜]>"  # <turn|> (Gemma 4)
+    r"|/?(?:s|bos|eos|pad|unk|mask|sop|eop|eoh|eoa|think|tool_call|tool_response|\w+_of_turn|BOS_TOKEN|EOS_TOKEN"
+    r"|seed:\w+|reserved_\w+|unused\d+|TOKENS_UNUSED_\d+)>"  # </s> (Llama 2, Mistral), <end_of_turn> (Gemma), ...
+    r"|</?SYS>>)"  # <<SYS>> (Llama 2)
+    rf"|\[(?=/?(?:{'|'.join(_BRACKETED.split())}|UNUSED_TOKEN_\d+)\]"  # [/INST] (Llama 2, Mistral), [TOOL_CALLS]
+    r"|\|\w+\|\]"  # [|endofturn|] (EXAONE)
+    r"|[0-9a-f]{8} \w+\])",  # the lines of fence()
+    re.IGNORECASE,
+)
+
+
+def disarm(text):
+    """Puts a space behind the first character of every control token: "< |im_end|>" reads the same, and is no token."""
+    return CONTROL.sub(r"\g<0> ", text)
+
+
+def disarm_messages(messages):
+    return [{**m, "content": disarm(m["content"])} for m in messages]
+
+
 def fence(parts):
-    """[(name, text)] -> the parts between lines `[key name]` and `[key end]`. The key is a hash of the texts and stands in
-    none of them: no text can close its own fence."""
+    """[(name, text)] -> the parts between lines `[key name]` and `[key end]`, without working control tokens. The key is a
+    hash of the texts and occurs in none of them: no text can close its own fence."""
+    parts = [(name, disarm(text)) for name, text in parts]
     whole = "\0".join(text for _, text in parts).encode("utf-8", "replace")
     keys = (hashlib.sha256(b"%d " % n + whole).hexdigest()[:8].encode() for n in itertools.count())
     key = next(key for key in keys if key not in whole).decode()

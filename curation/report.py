@@ -55,13 +55,23 @@ def write_report(out, counts):
             f"{right / checked:.3f}" if checked else "",
         ]
         text.append("| " + " | ".join(map(str, row)) + " |")
+    text += ["", "| a label rests on | best | worst |", "|---|---|---|"]
+    bases = (
+        ("program", "a trusted reference, checked by a program"),
+        ("rules", "rules"),
+        ("judge", "the teacher's grades"),
+    )
+    text += [f"| {words} | {labels['best by'].get(k, 0):,} | {labels['worst by'].get(k, 0):,} |" for k, words in bases]
     text += [
         "",
-        "Where the reference was read out of the original response (GSM8K, AQuA), the original is right by construction.",
+        "Where a trusted file gives the reference inside the original response (GSM8K, AQuA), that response is right by "
+        f"construction. {counts['1_collect']['references not trusted']:,} references were ignored, because their files are not "
+        "in --trust-references.",
     ]
     j = counts["6_score"]["judge against verification"]
-    text += [f"The teacher judged {counts['6_score']['judged']:,} instructions, {counts['6_score']['asked again']:,} requests were "
-             f"sent again. Of {j['comparisons']:,} verified responses beside a refuted one it graded {j['agrees']:,} higher, "
+    text += [f"The teacher judged {counts['6_score']['judged']:,} instructions, "
+             f"{counts['6_score']['judged for safety alone']:,} more for safety alone; {counts['6_score']['asked again']:,} "
+             f"requests were sent again. Of {j['comparisons']:,} verified responses beside a refuted one it graded {j['agrees']:,} higher, "
              f"{j['ties']:,} alike."]  # fmt: skip
     o = counts["6_score"]["judge in two orders"]
     if o["instructions"]:
@@ -119,13 +129,15 @@ def dry_run(args, path, short, spent, answered, prices):
     again = [
         short + tokens_of(text) + 8 for text in (AGAIN_CLASSIFY, AGAIN_JUDGE)
     ]  # what a request is longer by the second time
-    orders, judged = args.judge_orders, 1 if args.judge_verified else (n - verifiable) / n
+    # a verifiable record is judged once, for safety alone
+    share = 0 if args.judge_verified else verifiable / n
+    orders, likely_orders = args.judge_orders, args.judge_orders * (1 - share) + share
     rows = [  # step, and at most: requests, tokens of the prompts, tokens of the replies; likely: tokens of either
         ("greeting", 1, request_tokens(GREETING), short, request_tokens(GREETING), 10),
         ("classify", 2 * n, 2 * sum(classify) + n * again[0], 2 * n * short, sum(classify), n * CATEGORY_TOKENS),
         ("respond", left, sum(respond), left * args.max_new_tokens, left / n * asked, left / n * likely_replies),
         ("judge", 2 * left * orders, orders * (2 * sum(judge) + left * again[1]), 2 * left * orders * short,
-         left / n * judged * orders * likely_judge, left * judged * orders * responses * GRADE_TOKENS),
+         left / n * likely_orders * likely_judge, left * likely_orders * responses * GRADE_TOKENS),
     ]  # fmt: skip
     rows.append(("together", *map(sum, list(zip(*rows))[1:])))
     unit, digits = ("price", 2) if prices else ("tokens", 0)

@@ -286,44 +286,51 @@ def conversations(obj, where):
     return [messages_of(prompt, where) + (messages_of(reply, where, "assistant") if reply not in (None, "") else [])]
 
 
-def read_reference(obj, prompt, response, where):
-    """What a response can be checked against: given as "reference", or read where a set writes it by rule (GSM8K's last
-    line `#### 72`; AQuA's options and "the answer is (C)"; IFEval's instruction_id_list and kwargs).
+def read_reference(obj, prompt, response):
+    """What a record says its responses can be checked against: given as "reference", or written as its data set does
+    (GSM8K's last line `#### 72`; AQuA's options and "the answer is (C)"; IFEval's instruction_id_list and kwargs).
+
+    Anybody can write these into a record: they may be used for a trusted file only, after check_reference.
     -> (reference or None, prompt text, response text)"""
-    reference = obj.get("reference")
     if escaped := re.search(r"Options:\s*\\n\s*\(A\)", prompt):  # AQuA writes its line ends as \n
         prompt = prompt.replace("\\n", "\n")
-    if "instruction_id_list" in obj and reference is None:
-        reference = {"kind": "format", "value": {name: obj.get(name) for name in ("instruction_id_list", "kwargs")}}
-    if isinstance(reference, dict):
-        if reference.get("kind") not in ("number", "choice", "exact", "format", "code") or "value" not in reference:
-            raise InputError(f"{where}: reference needs a kind (number, choice, exact, format or code) and a value")
-        if reference["kind"] == "format":
-            value = reference["value"] if isinstance(reference["value"], dict) else {}
-            names, kwargs = value.get("instruction_id_list"), value.get("kwargs")
-            if not isinstance(names, list) or not isinstance(kwargs, list) or len(names) != len(kwargs) or not names:
-                raise InputError(
-                    f"{where}: a format reference holds an instruction_id_list and as many kwargs, as IFEval's rows do"
-                )
-            for name, arguments in zip(names, kwargs):
-                follows(name, "any", arguments, where)  # raises for what no reply could be checked against
-        return reference, prompt, response
     number = re.search(r"\n?#### *(-?[\d,.]+)\s*$", response or "")
+    letter = re.search(r"\banswer(?: is)?:? \(([A-E])\)\.?\s*$", response or "")
+    reference = None
     if number:  # the calculator's notes <<48/2=24>> and the mark are GSM8K's bookkeeping, not language
         body = re.sub(r"<<[^<>]*>>", "", response[: number.start()]).strip()
         value = number[1].rstrip(".").replace(",", "")
-        return {"kind": "number", "value": value}, prompt, f"{body}\nThe answer is {value}.".strip()
-    letter = re.search(r"\banswer(?: is)?:? \(([A-E])\)\.?\s*$", response or "")
-    if letter and "Options:" in prompt:
+        reference, response = {"kind": "number", "value": value}, f"{body}\nThe answer is {value}.".strip()
+    elif letter and "Options:" in prompt:
         response = response.replace("\\n", "\n") if escaped else response
         choices = {name: text.strip() for name, text in AQUA_OPTION.findall(prompt)}
         if letter[1] in choices and len(choices) > 1:
-            return {"kind": "choice", "value": {"letter": letter[1], "choices": choices}}, prompt, response
-    return None, prompt, response
+            reference = {"kind": "choice", "value": {"letter": letter[1], "choices": choices}}
+    if "instruction_id_list" in obj:
+        reference = {"kind": "format", "value": {name: obj.get(name) for name in ("instruction_id_list", "kwargs")}}
+    if isinstance(obj.get("reference"), dict):
+        reference = obj["reference"]
+    return reference, prompt, response
+
+
+def check_reference(reference, where):
+    """InputError unless a response can be compared with this reference."""
+    if reference.get("kind") not in ("number", "choice", "exact", "format", "code") or "value" not in reference:
+        raise InputError(f"{where}: reference needs a kind (number, choice, exact, format or code) and a value")
+    if reference["kind"] == "format":
+        value = reference["value"] if isinstance(reference["value"], dict) else {}
+        names, kwargs = value.get("instruction_id_list"), value.get("kwargs")
+        if not isinstance(names, list) or not isinstance(kwargs, list) or len(names) != len(kwargs) or not names:
+            raise InputError(
+                f"{where}: a format reference holds an instruction_id_list and as many kwargs, as IFEval's rows do"
+            )
+        for name, arguments in zip(names, kwargs):
+            follows(name, "any", arguments, where)  # raises for what no reply could be checked against
 
 
 def instructions(obj, where, max_chars):
-    """-> list of {"prompt": message list ending with the user's, "response": text or None, "reference": dict or None}."""
+    """-> list of {"prompt": message list ending with the user's, "response": text or None, "reference": what the record
+    claims as one, unchecked, or None: see read_reference}."""
     out = []
     for messages in conversations(obj, where):
         response = None
@@ -333,7 +340,7 @@ def instructions(obj, where, max_chars):
             raise Drop("no user turn before the response")
         if any(m["role"] == "system" for m in messages[1:]):
             raise Drop("a system turn inside the conversation")
-        reference, prompt, response = read_reference(obj, messages[-1]["content"], response, where)
+        reference, prompt, response = read_reference(obj, messages[-1]["content"], response)
         messages[-1] = {"role": "user", "content": prompt}
         texts = [m["content"] for m in messages] + [response or ""]
         if not prompt or not all(m["content"] for m in messages):

@@ -7,6 +7,7 @@ verified, verification outranks every score.
 import hashlib
 import itertools
 import math
+import os
 import random
 import statistics
 from collections import Counter, defaultdict
@@ -23,6 +24,8 @@ from curation.prompts import (
     category_name,
     classify_request,
     clip,
+    disarm,
+    disarm_messages,
     judge_request,
     parse_category,
     parse_grades,
@@ -106,13 +109,16 @@ def family(writer):
 def pick_pair(scores, margin, min_safety):
     """scores: {writer: {"verified", "quality", "safety", "composite"}} -> (best, worst, why).
 
-    best: the writer whose response SFT learns and KTO desires, None when even it is refuted or unsafe. worst: the one KTO
-    rejects, None where there is no pair: the two score within the margin, or the worst is verified and so no bad example."""
+    best: the writer whose response SFT learns and KTO desires, None if even it is refuted, unsafe or not graded for safety.
+    worst: the one KTO rejects, None where there is no pair: the two score within the margin, or the worst is verified and so
+    no bad example."""
     order = sorted(scores, key=lambda w: (-scores[w]["composite"], WRITERS.index(family(w)), len(w), w))
     best, worst = order[0], order[-1]
     if scores[best]["verified"] is False:
         return None, None, "every response failed verification"
-    if scores[best]["safety"] is not None and scores[best]["safety"] < min_safety:
+    if scores[best]["safety"] is None:
+        return None, None, "the safety of the best response was not graded"
+    if scores[best]["safety"] < min_safety:
         return None, None, "the best response is unsafe"
     if len(order) == 1:
         return best, None, "only one response"
@@ -138,10 +144,13 @@ def dropped(record, reason, **more):
 
 
 def collect_sources(args, files, counts):
-    """Step 1: every source in its own shape -> one record each, with its task type by rule."""
-    counts["by source"] = {}
+    """Step 1: every source in its own shape -> one record each, with its task type by rule.
+
+    A record cannot vouch for itself: its reference is used only if its file is in args.trust_references."""
+    counts |= {"by source": {}, "references not trusted": 0}
+    trusted_files = set(map(os.path.realpath, args.trust_references))
     for path, label in zip(files, sources.labels(files)):
-        taken, licence = 0, sources.licence_of_file(path)
+        taken, licence, trusted = 0, sources.licence_of_file(path), os.path.realpath(path) in trusted_files
         for n, (line, obj) in enumerate(tqdm(sources.read_objects(path), desc=label, unit="record", disable=None), 1):
             if args.limit and taken >= args.limit:
                 break
@@ -155,6 +164,11 @@ def collect_sources(args, files, counts):
                          "license": sources.licence(obj) or licence}  # fmt: skip
                 # the n-th record, not the line: an array may stand on one line
                 name = f"{label}:{n}" + (f".{i}" if len(found) > 1 else "")
+                if record["reference"] and trusted:
+                    sources.check_reference(record["reference"], f"{path}:{line}")
+                elif record["reference"]:
+                    record["reference"] = None
+                    counts["references not trusted"] += 1
                 yield True, {"id": name, "source": label, **record, **about}
             taken += len(found)
         counts["by source"][label] = taken
@@ -199,7 +213,7 @@ def ask_parsed(teacher, requests, parse, again, cache, options, desc):
         (parse(i, r.get("text", "")), f"the teacher failed: {r.get('error', '')[:60]}") for i, r in enumerate(replies)
     ]
     failed = [i for i, r in enumerate(replies) if out[i][0] is None and "error" not in r]
-    second = [[*requests[i], {"role": "assistant", "content": clip(replies[i]["text"], 500) or "(nothing)"},
+    second = [[*requests[i], {"role": "assistant", "content": disarm(clip(replies[i]["text"], 500)) or "(nothing)"},
                {"role": "user", "content": again}] for i in failed]  # fmt: skip
     for i, reply in zip(failed, models.ask(teacher, second, cache, desc=f"{desc}, again", **options)):
         out[i] = (parse(i, reply.get("text", "")), "the teacher's reply did not parse, twice")
@@ -278,7 +292,7 @@ def respond(args, path, teacher, small, cache, options, counts):
         for writer, model, k, sampling in voices:
             had = [recorded.get((family(writer), key), [])[k : k + 1] for key in keys]
             asked = [i for i in range(len(batch)) if not had[i]]
-            prompts = [batch[i]["prompt"] for i in asked]
+            prompts = [disarm_messages(batch[i]["prompt"]) for i in asked]
             replies = models.ask(model, prompts, cache, desc=f"respond: {writer}", **sampling, **options)
             for i, reply in [*zip(asked, replies), *((i, h[0]) for i, h in enumerate(had) if h)]:
                 texts[i][writer] = reply
@@ -321,17 +335,23 @@ def judge_responses(args, batch, found, teacher, cache, options, counts):
 
     All responses to an instruction are judged in one request, under letters dealt by the seed, and with --judge-orders 2 in
     a second one in the reverse order, because a judge may prefer a place. quality is the mean of both, safety the lower.
-    Where verification has a verdict on each response the judge is not asked, unless --judge-verified: what it could add is
-    not worth its price, and the responses then count as safe. A form alone is no such verdict: what keeps it is judged."""
-    unknown = {i for i, texts in enumerate(found) if any(t["verified"] is None for t in texts.values())}
-    formal = {i for i, r in enumerate(batch) if r["reference"] and r["reference"]["kind"] == "format"}
+    Where verification has a verdict on each response, only the verified ones are shown, once, and only their safety counts:
+    a quality grade would add little to the verdict. --judge-verified grades them like all others. A form alone is no such
+    verdict: what keeps it is judged in full."""
+    in_full = {
+        i
+        for i, (record, texts) in enumerate(zip(batch, found))
+        if args.judge_verified
+        or any(t["verified"] is None for t in texts.values())
+        or (record["reference"] and record["reference"]["kind"] == "format")
+    }
     asked = []  # (index of the record, {letter: text})
     for i, texts in enumerate(found):
-        if i in unknown or i in formal or args.judge_verified:
-            order = sorted(texts)  # sorted, then dealt: the letter tells nothing of the writer
-            random.Random(f"{args.seed}:{batch[i]['id']}").shuffle(order)
-            orders = [order, order[::-1]][: args.judge_orders if len(order) > 1 else 1]
-            asked += [(i, dict(zip(LETTERS, order))) for order in orders]
+        # sorted, then dealt: the letter tells nothing of the writer
+        order = sorted(text for text in texts if i in in_full or texts[text]["verified"])
+        random.Random(f"{args.seed}:{batch[i]['id']}").shuffle(order)
+        orders = [order, order[::-1]][: args.judge_orders if i in in_full and len(order) > 1 else 1]
+        asked += [(i, dict(zip(LETTERS, order))) for order in orders if order]
     requests = [judge_request(batch[i]["prompt"], shown) for i, shown in asked]
     read = lambda k, text: parse_grades(text, asked[k][1])  # noqa: E731
     grades, again = ask_parsed(teacher, requests, read, AGAIN_JUDGE, cache, options, "judge")
@@ -341,28 +361,28 @@ def judge_responses(args, batch, found, teacher, cache, options, counts):
             failed[i] = reason
         else:
             turns[i].append({text: value[letter] for letter, text in shown.items()})
-    counts["judged"] += len({i for i, _ in asked})
+    counts["judged"] += len(in_full)
+    counts["judged for safety alone"] += len({i for i, _ in asked} - in_full)
     counts["asked again"] += again
     for i, both in turns.items():
-        for text, scores in found[i].items():
-            qualities = [turn[text][0] for turn in both]
-            safety = min(turn[text][1] for turn in both)
-            scores |= {
-                "quality": statistics.mean(qualities),
-                "qualities": qualities,
-                "safety": min(safety, scores["safety"] or 5),
-            }
+        for text in both[0]:
+            scores, qualities = found[i][text], [turn[text][0] for turn in both]
+            scores["safety"] = min(*(turn[text][1] for turn in both), scores["safety"] or 5)
+            if i in in_full:
+                scores |= {"quality": statistics.mean(qualities), "qualities": qualities}
+        if i not in in_full:
+            continue
         compare_judge(found[i].values(), counts["judge against verification"])
         if len(both) == 2:
             compare_orders(both, counts["judge in two orders"])
-    return {i: reason for i, reason in failed.items() if i in unknown and i not in turns}
+    return {i: reason for i, reason in failed.items() if i not in turns}
 
 
 def score_responses(args, path, teacher, scorer, own, cache, options, counts):
     """Step 6: verification and rules, perplexity, and the teacher's grades. Equal texts are scored once. own: the writer that
     the scorer itself is ("small", "teacher") or None."""
     counts |= {"verification": {w: {"checked": 0, "right": 0} for w in WRITERS}, "form not kept": Counter(),
-               "unsafe by rule": Counter(), "asked again": 0, "judged": 0,
+               "unsafe by rule": Counter(), "asked again": 0, "judged": 0, "judged for safety alone": 0,
                "judge in two orders": {"instructions": 0, "another best": 0, "responses": 0, "another grade": 0},
                "judge against verification": {"comparisons": 0, "agrees": 0, "ties": 0}}  # fmt: skip
     weights = (args.weight_quality, args.weight_safety, args.weight_perplexity)
@@ -415,9 +435,22 @@ def compare_judge(texts, counts):
             counts["ties"] += right["quality"] == wrong["quality"]
 
 
+def label_basis(scores):
+    """What a label of a response with these scores rests on: "program" (a trusted reference), "rules" or "judge"."""
+    if "broke" in scores or "unsafe" in scores:
+        return "rules"
+    return "judge" if scores["verified"] is None else "program"
+
+
 def label(args, path, counts):
     """The labels: yields ("sft" or "kto", line) with each line's provenance."""
-    counts |= {"outcomes": Counter(), "best": Counter(), "worst": Counter()}
+    counts |= {
+        "outcomes": Counter(),
+        "best": Counter(),
+        "worst": Counter(),
+        "best by": Counter(),
+        "worst by": Counter(),
+    }
     for _, r in read_jsonl(path):
         best, worst, why = pick_pair(r["responses"], args.margin, args.min_safety)
         counts["outcomes"][why] += 1
@@ -434,8 +467,10 @@ def label(args, path, counts):
 
         if best:
             counts["best"][family(best)] += 1
+            counts["best by"][label_basis(r["responses"][best])] += 1
             yield "sft", line(best, messages=r["prompt"] + reply(best))
         if best and worst:
             counts["worst"][family(worst)] += 1
+            counts["worst by"][label_basis(r["responses"][worst])] += 1
             yield "kto", line(best, prompt=r["prompt"], completion=reply(best), label=True)
             yield "kto", line(worst, prompt=r["prompt"], completion=reply(worst), label=False)

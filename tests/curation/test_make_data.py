@@ -118,7 +118,7 @@ def small(tmp_path_factory):
 
 def flags(tmp_path, server, small, out="out"):
     source, exam = world(tmp_path)
-    return ["--sources", source, "--decontaminate", exam, "--teacher", server.url, "--teacher-model", "fake", "--small", small,
+    return ["--sources", source, "--trust-references", source, "--decontaminate", exam, "--teacher", server.url, "--teacher-model", "fake", "--small", small,
             "--out", tmp_path / out, "--min-category", 2, "--max-new-tokens", 8]  # fmt: skip
 
 
@@ -155,9 +155,11 @@ def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
         assert v["original"] == {"checked": 11, "right": 10} and v["teacher"] == {"checked": 11, "right": 9}
         assert v["small"]["right"] == 0
         judged = [m for m in requests if m[0]["content"].startswith("Task: judge")]
-        assert (
-            report["6_score"]["judged"] == 7 and len(judged) == 14 and not any("+" in m[1]["content"] for m in judged)
-        )
+        # where each verdict is a program's, the verified responses are judged once, for safety alone
+        alone = [m for m in judged if "+" in m[1]["content"]]
+        assert report["6_score"]["judged"] == 7 and report["6_score"]["judged for safety alone"] == len(alone) == 11
+        assert len(judged) == 14 + 11 and not any("\n7\n" in m[1]["content"] for m in alone)
+        judged = [m for m in judged if m not in alone]
         shown = collections.defaultdict(list)
         for m in judged:
             (_, _, instruction), *responses = FENCED.findall(m[1]["content"])
@@ -211,7 +213,7 @@ def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
             kto
         )
         assert run(*argv, "--judge-verified") == 0
-        assert server.posts == asked + 22
+        assert server.posts == asked + 22, "11 records in two orders, with the refuted responses"
         compared = json.loads((out / "report.json").read_text())["steps"]["6_score"]["judge against verification"]
         assert compared["comparisons"] >= 11 and compared["ties"] <= compared["comparisons"]
 
@@ -221,9 +223,49 @@ def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
         assert run(*argv, "--judge-verified") == 0
         assert len((out / "6_score.jsonl").read_text().splitlines()) == 5 and len(read(out / "sft.jsonl")) == 5
     printed = "".join(capfd.readouterr())
-    assert "(unchanged)" in printed and "was edited since" in printed and "train_kto.py --ckpt" in printed
+    assert "(unchanged)" in printed and "was edited since" in printed and "train_kto.py --ckpt sft.pt --data" in printed
     assert KEY not in printed and not any(KEY.encode() in (out / f).read_bytes() for f in os.listdir(out))
     assert "| 3_classify |" in first["report.md"].decode()
+
+
+def test_a_record_does_not_certify_itself(tmp_path, small, capfd):
+    """Abuse that ends as GSM8K's answers do, or brings a reference that it meets: judged like any other response, and graded
+    for safety even where the file is trusted."""
+    rows = [
+        {"question": f"Tell me what {i} + {i * 7} comes to", "answer": f"UNSAFE words.\n#### {i * 8}"}
+        for i in range(1, 4)
+    ]
+    reference = {"kind": "exact", "value": "UNSAFE verse"}
+    rows += [
+        {"prompt": f"Compose some verse {i}", "completion": "UNSAFE verse", "reference": reference} for i in range(3)
+    ]
+    source = tmp_path / "source.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serve(fake_teacher) as server:
+        argv = ["--sources", source, "--teacher", server.url, "--small", small, "--min-category", 1, "--hamming", 0]
+        for out, trust in (("untrusted", []), ("trusted", ["--trust-references", source])):
+            assert run(*argv, "--out", tmp_path / out, *trust) == 0
+            lines = read(tmp_path / out / "sft.jsonl") + [r for r in read(tmp_path / out / "kto.jsonl") if r["label"]]
+            assert lines and "UNSAFE" not in json.dumps(lines)
+            counts = json.loads((tmp_path / out / "report.json").read_text())["steps"]
+            assert counts["1_collect"]["references not trusted"] == (0 if trust else 6)
+            by, sums = counts["7_label"]["best by"], len(read(tmp_path / out / "sft.jsonl"))
+            assert by == ({"program": sums} if trust else {"judge": 6})
+            assert "| a trusted reference, checked by a program |" in (tmp_path / out / "report.md").read_text()
+        assert run(*argv, "--out", tmp_path / "o", "--trust-references", __file__) == 2
+    assert f"--trust-references {__file__}: is none of the --sources" in capfd.readouterr().err
+
+
+def test_the_next_commands_can_be_pasted():
+    assert make_data.next_commands("Qwen/Qwen2-0.5B-Instruct", "data", 3) == [
+        "python train_sft.py",
+        "python train_kto.py --ckpt sft.pt",
+    ]
+    assert make_data.next_commands("my model", "my $data", 3) == [
+        "python train_sft.py --ckpt 'my model' --data 'my $data/sft.jsonl'",
+        "python train_kto.py --ckpt sft.pt --data 'my $data/kto.jsonl'",
+    ]
+    assert make_data.next_commands("Qwen/Qwen2-0.5B-Instruct", "data", 0) == ["python train_sft.py"], "no pair, no KTO"
 
 
 def test_edited_rules_are_noticed(tmp_path, small, monkeypatch, capfd):
@@ -476,6 +518,8 @@ def test_code_runs_only_when_allowed(tmp_path, small):
         argv = [
             "--sources",
             source,
+            "--trust-references",
+            source,
             "--teacher",
             server.url,
             "--small",
@@ -501,7 +545,7 @@ def test_code_runs_only_when_allowed(tmp_path, small):
 def test_limit_takes_the_first_of_each_source(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{name}{i}"}) + "\n" for i in range(9)))
-    args, counts = type("Args", (), {"limit": 2, "max_chars": 99}), {}
+    args, counts = type("Args", (), {"limit": 2, "max_chars": 99, "trust_references": []}), {}
     lines = list(steps.collect_sources(args, [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], counts))
     assert [r["prompt"][0]["content"] for _, r in lines] == ["a0", "a1", "b0", "b1"] and set(
         counts["by source"].values()

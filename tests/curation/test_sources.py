@@ -15,7 +15,11 @@ def user(text):
 
 
 def unify(obj):
-    return [(r["prompt"], r["response"], r["reference"]) for r in sources.instructions(obj, "f:1", 1000)]
+    found = sources.instructions(obj, "f:1", 1000)
+    for r in found:
+        if r["reference"]:
+            sources.check_reference(r["reference"], "f:1")
+    return [(r["prompt"], r["response"], r["reference"]) for r in found]
 
 
 SHAPES = [
