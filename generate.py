@@ -14,11 +14,11 @@ import torch
 
 from core.attention import to_device
 from core.checkpoint import Checkpoint
+from core.conversations import as_messages
 from core.files import InputError, cli
 from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
 from core.layers import Linear, fused
 from core.pages import available_memory
-from core.records import as_messages
 from core.tokenizer import Tokenizer
 from model import Qwen2
 

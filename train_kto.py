@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from core.attention import to_device
 from core.checkpoint import Checkpoint
+from core.conversations import kto_examples
 from core.distributed import is_sharded, run_distributed
 from core.files import InputError, cli, code_hash
 from core.flags import Parser, number
-from core.records import kto_example, read_records
+from core.records import read_records
 from core.tokenizer import Tokenizer, vocabulary
 from training.logps import example_logps, sequence_logps
 from training.pairing import epoch_order
@@ -178,8 +179,8 @@ def main():
             )
         return rows, places, steps
 
-    records = read_records(a.data, kto_example)
-    eval_records = read_records(a.eval_data, kto_example) if a.eval_data else []
+    records = read_records(a.data, kto_examples)
+    eval_records = read_records(a.eval_data, kto_examples) if a.eval_data else []
     model, tokenizer, ckpt = open_checkpoint(a.ckpt, a, device)
     rows, places, steps = prepare(records, a.data, a.batch_size, a.epochs, a.max_steps)
     n, n_d = len(rows), sum(label for _, _, label in rows)

@@ -5,15 +5,17 @@ torchrun --nproc-per-node 8 train_sft.py ...                                    
 torchrun --nproc-per-node 8 train_sft.py ... --shard                                  # of a model too large for one
 """
 
+import functools
 import time
 
 import torch
 from tqdm import tqdm
 
+from core.conversations import sft_conversations
 from core.distributed import run_distributed
 from core.files import InputError, cli
 from core.flags import Parser
-from core.records import read_records, sft_messages
+from core.records import read_records
 from training.examples import count_supervised, encode_chats
 from training.logps import supervised_logps
 from training.run import end_step, eval_logps, finish_run, run_identity, start_run, stop_run
@@ -45,11 +47,15 @@ def sft_loss(logps, n_supervised):
 def main():
     p = Parser(description=__doc__.split("\n\n")[0])
     add_training_flags(p, epochs=3, batch_size=1000, lr=1e-6)  # the paper's
+    p.add_argument(
+        "--last-turn-only", action="store_true", help="learn the last reply of a conversation, not all of them"
+    )
     a = p.parse_args()
     rank, world, device = setup_ranks(a)
 
-    records = read_records(a.data, sft_messages)
-    eval_records = read_records(a.eval_data, sft_messages) if a.eval_data else []
+    parse = functools.partial(sft_conversations, last_turn_only=a.last_turn_only)
+    records = read_records(a.data, parse)
+    eval_records = read_records(a.eval_data, parse) if a.eval_data else []
     model, tokenizer, ckpt = open_checkpoint(a.ckpt, a, device)
     examples, places = encode_chats(records, tokenizer, a.max_len)
     eval_examples, _ = encode_chats(eval_records, tokenizer, a.max_len)

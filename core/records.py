@@ -1,47 +1,137 @@
-"""Records of training data: JSON Lines, conversations, feedback."""
+"""Files of records: JSON Lines, JSON arrays and Parquet, plain or gzipped, local or from the Hugging Face hub.
 
+    for line, record in read_objects("alpaca.json.gz"): ...
+
+Reading is strict: a broken line raises InputError with its file and line, and nothing after it is read.
+"""
+
+import codecs
+import collections
 import contextlib
+import fnmatch
+import glob
 import gzip
+import itertools
 import json
 import os
+import re
+import stat
 import zlib
+from collections.abc import Callable, Iterable, Iterator
 
 from core.files import InputError, atomic_write
 
-ROLES = ("system", "user", "assistant")
+MAX_RECORD = 64 * 2**20  # the most that one line (bytes) or one object of an array (characters) may take
+CHUNK = 2**20  # bytes of an array read at a time
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of files
+
+
+def expand(patterns: Iterable[str]) -> list[str]:
+    """File names, globs and hf://datasets/OWNER/NAME[@REVISION]/FILE -> paths of local files, in order.
+
+    Files of the hub are downloaded into its cache. A file that is named twice is returned twice.
+    """
+    files = []
+    for pattern in map(os.fspath, patterns):
+        if pattern.startswith("hf://"):
+            found = fetch(pattern)
+        else:
+            found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise InputError(f"{pattern}: no such file")
+        for path in found:
+            if os.path.isdir(path):
+                raise InputError(f"{path}: a folder; name its files, e.g. '{os.path.join(path, '*.json*')}'")
+        files += found
+    return files
+
+
+def fetch(url: str) -> list[str]:
+    """hf://datasets/OWNER/NAME[@REVISION]/FILE, where FILE may be a glob -> local paths of those files."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    found = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", url)
+    if not found:
+        raise InputError(f"{url}: not hf://datasets/OWNER/NAME/FILE or hf://datasets/OWNER/NAME@REVISION/FILE")
+    where = {"repo_id": found[1], "revision": found[2], "repo_type": "dataset"}
+    try:
+        names = [found[3]]
+        if glob.has_magic(found[3]):
+            names = sorted(fnmatch.filter(HfApi().list_repo_files(**where), found[3]))
+        paths = [hf_hub_download(filename=name, **where) for name in names]
+        with contextlib.suppress(Exception):  # states the licence
+            hf_hub_download(filename="README.md", **where)
+    except Exception as e:  # network failures have many types
+        why = " ".join(str(e).split())[:150]
+        raise InputError(
+            f"{url}: cannot be fetched: {type(e).__name__}: {why}; a gated data set needs HF_TOKEN"
+        ) from None
+    return paths
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data
+# Reading
 
 
 @contextlib.contextmanager
 def open_bytes(path):
-    """A file opened for reading bytes, unzipped if its name ends in .gz."""
+    """Opens a regular file for reading bytes, decompressed if its name ends in .gz. InputError for anything else."""
     try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
+            raise InputError(f"{path}: is {kind}; only regular files are read")
         with gzip.open(path) if os.fspath(path).endswith(".gz") else open(path, "rb") as f:
             yield f
     except (OSError, EOFError, zlib.error) as e:
         raise InputError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
 
 
-def read_jsonl(path):
+def read_objects(path) -> Iterator[tuple[int, dict]]:
+    """Yields (line number, object) of JSON Lines or a JSON array, (row number, object) of Parquet. Streams all of them."""
+    if os.fspath(path).endswith(".parquet"):
+        yield from read_parquet(path)
+        return
+    with open_bytes(path) as file:
+        is_array = file.peek(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+        yield from read_array(file, path) if is_array else json_lines(file, path)
+
+
+def read_jsonl(path) -> Iterator[tuple[int, dict]]:
     """Yields (line number, object) for each line of a JSON Lines file, which may be gzipped."""
     with open_bytes(path) as f:
         yield from json_lines(f, path)
 
 
-def json_lines(file, path):
-    """read_jsonl of an open file. Blank lines are passed over. path: for the errors."""
-    for number, line in enumerate(file, 1):
+def json_error(e: Exception) -> str:
+    """Why json refused a text: a few words on one line."""
+    if isinstance(e, RecursionError):
+        return "not JSON: nested too deeply"
+    if isinstance(e, json.JSONDecodeError):
+        return f"not JSON: {e}"
+    return "not JSON: a number of too many digits"  # int() has a limit of its own
+
+
+def json_lines(file, path) -> Iterator[tuple[int, dict]]:
+    """read_jsonl of an open file. Skips blank lines. path: for the errors."""
+    for number in itertools.count(1):
+        line = file.readline(MAX_RECORD + 1)
+        if not line:
+            return
+        if len(line) > MAX_RECORD:
+            raise InputError(
+                f"{path}:{number}: a line of more than {MAX_RECORD >> 20} MiB; one record a line is expected"
+            )
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8-sig"))  # some editors put a mark of the byte order first
+            record = json.loads(line.decode("utf-8-sig"))  # some editors write a byte-order mark first
         except UnicodeDecodeError as e:
             raise InputError(f"{path}:{number}: not UTF-8: {e}; convert it first") from None
         except (ValueError, RecursionError) as e:
-            raise InputError(f"{path}:{number}: not JSON: {e}; one object a line is expected") from None
+            raise InputError(f"{path}:{number}: {json_error(e)}; one object a line is expected") from None
         if not isinstance(record, dict):
             raise InputError(
                 f"{path}:{number}: a {type(record).__name__}, not an object; one object a line is expected"
@@ -49,91 +139,147 @@ def json_lines(file, path):
         yield number, record
 
 
-def write_jsonl(path, rows):
+class ArrayText:
+    """The text of a JSON array, read in chunks. text[at:] is not parsed yet; line: the line number at `at`."""
+
+    def __init__(self, file, path):
+        self.file, self.path = file, path
+        self.text, self.at, self.line, self.ended = "", 0, 1, False
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+
+    def fill(self):
+        """Reads more: as much again as is pending, so that a long object is scanned at most twice."""
+        data = self.file.read(max(CHUNK, len(self.text) - self.at))
+        self.ended = not data
+        try:
+            self.text, self.at = self.text[self.at :] + self.decoder.decode(data, final=self.ended), 0
+        except UnicodeDecodeError as e:
+            self.fail(f"not UTF-8: {e}")
+
+    def fail(self, what):
+        raise InputError(f"{self.path}:{self.line}: {what}; an array of objects is expected")
+
+    def advance(self, end):
+        self.line += self.text.count("\n", self.at, end)
+        self.at = end
+
+    def next_char(self, end_allowed=False):
+        """Skips white space -> the next character, which stays unread; "" at the end of the file where that is allowed."""
+        while True:
+            rest = re.compile(r"\S").search(self.text, self.at)
+            self.advance(rest.start() if rest else len(self.text))
+            if rest:
+                return rest[0]
+            if self.ended and end_allowed:
+                return ""
+            if self.ended:
+                self.fail("the file ends inside the array")
+            self.fill()
+
+    def next_object(self):
+        """Parses the object that begins at `at`."""
+        while True:
+            try:
+                record, end = json.JSONDecoder().raw_decode(self.text, self.at)
+            except (ValueError, RecursionError) as e:
+                incomplete = isinstance(e, json.JSONDecodeError) and not self.ended
+                if incomplete and len(self.text) - self.at <= MAX_RECORD:
+                    self.fill()
+                    continue
+                if incomplete:
+                    self.fail(f"an object of more than {MAX_RECORD >> 20} Mi characters, or one that never ends")
+                self.advance(getattr(e, "pos", self.at))
+                self.fail(json_error(e))
+            self.advance(end)
+            return record
+
+
+def read_array(file, path) -> Iterator[tuple[int, dict]]:
+    """Yields (line number, object) of an open JSON array."""
+    array, expected = ArrayText(file, path), "["
+    while True:
+        found = array.next_char()
+        if found == "]" and expected == ",":
+            break
+        if found != expected:
+            array.fail(f"not JSON: {found!r} where {expected!r} is expected")
+        array.at += 1
+        if array.next_char() == "]" and expected == "[":
+            break
+        if array.next_char() != "{":
+            array.fail(f"not JSON: {array.next_char()!r} where an object is expected")
+        line = array.line
+        yield line, array.next_object()
+        expected = ","
+    array.at += 1
+    if after := array.next_char(end_allowed=True):
+        array.fail(f"not JSON: {after!r} after the end of the array")
+
+
+def read_parquet(path) -> Iterator[tuple[int, dict]]:
+    """Yields (row number from 1, object) of a Parquet file. Needs pyarrow."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f"{path}: Parquet is read where pyarrow is installed: pip install pyarrow") from None
+    with open_bytes(path) as file:
+        try:
+            rows = (row for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024) for row in batch.to_pylist())
+            yield from enumerate(rows, 1)
+        except (pyarrow.ArrowException, UnicodeDecodeError) as e:
+            raise InputError(f"{path}: not a Parquet file that can be read: {' '.join(str(e).split())[:150]}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records of training data
+
+
+class Fields(dict):
+    """A record without its null values, which count as absent. unread: the keys that were never asked for."""
+
+    def __init__(self, record):
+        super().__init__({key: value for key, value in record.items() if value is not None})
+        self.unread = set(self)
+
+    def first(self, *keys):
+        """The value of the first of these keys that is present, else None."""
+        for key in keys:
+            if key in self:
+                self.unread.discard(key)
+                return self[key]
+        return None
+
+
+def read_records(paths: Iterable[str], parse: Callable) -> list[tuple[str, object]]:
+    """[("file:line", example)] of all examples in all files. Says which keys were not read.
+
+    parse(record, where) -> list of examples; core.conversations has sft_conversations and kto_examples. The second
+    examples of the records follow the first ones, 1,000 records at a time, which is TRL's order of unpaired preferences.
+    """
+    examples = []
+    for path in expand(paths):
+        unread = collections.Counter()
+        records = read_objects(path)
+        while block := list(itertools.islice(records, 1000)):
+            parsed = []
+            for line, record in block:
+                fields, where = Fields(record), f"{path}:{line}"
+                parsed.append([(where, example) for example in parse(fields, where)])
+                unread.update(fields.unread)
+            examples += [example for i in range(max(map(len, parsed))) for p in parsed for example in p[i : i + 1]]
+        if unread and os.environ.get("RANK", "0") == "0":
+            keys = ", ".join(f"{key} ({n:,})" for key, n in unread.most_common(12)) + ", ..." * (len(unread) > 12)
+            print(f"note: {path}: keys not read, and in how many records: {keys}")
+    if not examples:
+        raise InputError(f"{', '.join(map(os.fspath, paths))}: no records; nothing to train on")
+    return examples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_jsonl(path, rows: Iterable[dict]) -> None:
     with atomic_write(path) as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def as_messages(value, where, role="user"):
-    """A string, which stands for one message of `role`, or a list of messages -> a checked list of messages."""
-    if isinstance(value, str):
-        value = [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: expected a text or a list of messages, found {json.dumps(value)[:60]}")
-    for i, m in enumerate(value):
-        if not isinstance(m, dict) or m.get("role") not in ROLES:
-            raise InputError(f"{where}: message {i} needs a role, one of {', '.join(ROLES)}")
-        if not isinstance(m.get("content"), str):
-            raise InputError(f"{where}: message {i} ({m['role']}) has no content; content is a text")
-        try:
-            m["content"].encode()
-        except UnicodeEncodeError:
-            raise InputError(
-                f"{where}: message {i} ({m['role']}) holds half of a surrogate pair; remove the record"
-            ) from None
-        if m.get("tool_calls"):
-            raise InputError(f"{where}: message {i} calls tools, which are not supported; remove the record")
-    return [{"role": m["role"], "content": m["content"]} for m in value]
-
-
-def one_reply(value, where):
-    """A completion, as a text or as a list of one assistant message -> its text."""
-    reply = as_messages(value, where, role="assistant")
-    if len(reply) != 1 or reply[0]["role"] != "assistant":
-        raise InputError(f"{where}: a completion is one assistant message")
-    return reply[0]["content"]
-
-
-def alpaca_prompt(record, where):
-    """Alpaca's instruction and optional input -> the user's message, the two joined by a newline."""
-    instruction, extra = record["instruction"], record.get("input") or ""
-    if not isinstance(instruction, str) or not isinstance(extra, str):
-        raise InputError(f"{where}: instruction and input are texts")
-    return f"{instruction}\n{extra}" if extra else instruction
-
-
-def sft_messages(record, where):
-    """A record of any SFT format -> a conversation. where: "file:line", for the errors.
-
-    {"messages"}, {"prompt", "completion"} (texts or message lists), or Alpaca's {"instruction", "input", "output"}.
-    """
-    if "messages" in record:
-        messages = as_messages(record["messages"], where)
-    elif "prompt" in record and "completion" in record:
-        reply = one_reply(record["completion"], where)
-        messages = as_messages(record["prompt"], where) + [{"role": "assistant", "content": reply}]
-    elif "instruction" in record and "output" in record:
-        reply = one_reply(record["output"], where)
-        messages = as_messages(alpaca_prompt(record, where), where) + [{"role": "assistant", "content": reply}]
-    else:
-        raise InputError(
-            f"{where}: keys {sorted(record)}: expected messages, or prompt and completion, or instruction and output"
-        )
-    if all(m["role"] != "assistant" for m in messages):
-        raise InputError(f"{where}: no assistant message, so nothing to learn from")
-    return messages
-
-
-def kto_example(record, where):
-    """{"prompt", "completion", "label"} or {"messages", "label"} -> (prompt messages, completion text, label)."""
-    label = record.get("label")
-    if not isinstance(label, bool):
-        raise InputError(f"{where}: label is {json.dumps(label)}; it is true (desirable) or false (undesirable)")
-    if "messages" in record:
-        *prompt, last = as_messages(record["messages"], where)
-        if not prompt:
-            raise InputError(f"{where}: messages hold a completion but no prompt")
-        return prompt, one_reply([last], where), label
-    if "prompt" not in record or "completion" not in record:
-        raise InputError(
-            f"{where}: keys {sorted(record)}: expected prompt, completion and label, or messages and label"
-        )
-    return as_messages(record["prompt"], where), one_reply(record["completion"], where), label
-
-
-def read_records(paths, parse):
-    """[(where, parse(record, where))] over all lines of all files. parse: sft_messages or kto_example."""
-    records = [(f"{p}:{n}", parse(r, f"{p}:{n}")) for p in paths for n, r in read_jsonl(p)]
-    if not records:
-        raise InputError(f"{', '.join(map(os.fspath, paths))}: no records; nothing to train on")
-    return records

@@ -106,7 +106,8 @@ class Tokenizer:
             if m["role"] == "assistant":
                 # The header is encoded by itself, as it stands in the prompt of a generation: a reply that begins
                 # with a newline must not merge with the header's.
-                yield self.assistant_header(), self.completion_ids(m["content"])
+                header, completion = self.assistant_header(), self.completion_ids(m["content"])
+                yield (header, completion) if m.get("weight", 1) else (header + completion, [])
             else:
                 body = self.encode(f"{m['role']}\n{m['content']}")
                 yield [self.im_start, *body, self.im_end, *self.newline], []
@@ -119,7 +120,7 @@ class Tokenizer:
         return [*self.encode(content), self.im_end, *self.newline]
 
     def chat_ids(self, messages):
-        """A conversation -> (ids, supervised): every assistant turn is supervised, nothing else."""
+        """A conversation -> (ids, supervised): every assistant turn without "weight": 0 is supervised, nothing else."""
         ids, supervised = [], []
         for context, completion in self._turns(messages):
             ids += context + completion

@@ -20,7 +20,7 @@ import re
 import unicodedata
 
 from core.files import InputError
-from core.records import alpaca_prompt, json_lines, open_bytes
+from core.records import json_lines, open_bytes
 from curation import rules
 from verification.ifeval import follows
 
@@ -268,7 +268,10 @@ def conversations(obj, where):
         reply = obj["output_2"] if obj.get("preference") == 2 else obj["output_1"]
     instruction = first(obj, "instruction", "Instruction")
     if instruction is not None:
-        text = alpaca_prompt({"instruction": instruction, "input": obj.get("input")}, where)
+        extra = obj.get("input") or ""
+        if not isinstance(instruction, str) or not isinstance(extra, str):
+            raise InputError(f"{where}: instruction and input are texts")
+        text = f"{instruction}\n{extra}" if extra else instruction
         prompt = [{"role": "user", "content": text}]
         for pair in reversed(obj.get("history") or []):  # [[user, assistant], ...]
             if not isinstance(pair, list) or len(pair) != 2:

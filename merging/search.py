@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from core.conversations import sft_conversations
 from core.files import InputError, atomic_write
 from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
-from core.records import read_records, sft_messages
+from core.records import read_records
 from core.tokenizer import Tokenizer
 from evaluation import benchmarks
 from evaluation.replies import ask_checkpoint
@@ -270,7 +271,7 @@ def main(argv):
     model = Qwen2.from_pretrained(base or models[0], torch.float32, a.device)
     model.compute_dtype = DTYPES[a.dtype]
     if a.data:
-        items, _ = encode_chats(read_records(a.data, sft_messages), tokenizer, a.max_len)
+        items, _ = encode_chats(read_records(a.data, sft_conversations), tokenizer, a.max_len)
     else:
         items = [q for task in dict.fromkeys(a.tasks) for q in benchmarks.prepare(task, a)]
     seen, aside = split(items, a.aside, a.seed)

@@ -14,8 +14,9 @@ from argparse import Namespace
 
 import torch
 
+from core.conversations import kto_examples, sft_conversations
 from core.flags import DTYPES
-from core.records import kto_example, read_records, sft_messages
+from core.records import read_records
 from core.tokenizer import Tokenizer
 from model import Qwen2
 
@@ -76,13 +77,13 @@ def trl_train(args: Namespace, folder: str) -> dict:
         weight_decay=0.0, disable_tqdm=True,
     )  # fmt: skip
     if args.mode == "kto":
-        examples = [e for _, e in read_records([args.data], kto_example)]
+        examples = [e for _, e in read_records([args.data], kto_examples)]
         answer = lambda text: [{"role": "assistant", "content": text}]
         rows = [{"prompt": p, "completion": answer(c), "label": label} for p, c, label in examples]
         config = KTOConfig(precompute_ref_log_probs=True, **settings)
         trainer_class = KTOTrainer
     else:
-        examples = [m for _, m in read_records([args.data], sft_messages)]
+        examples = [m for _, m in read_records([args.data], sft_conversations)]
         rows = [{"prompt": m[:-1], "completion": m[-1:]} for m in examples]
         free = args.side == "trl-padding-free"
         settings["max_length"] = None if free else args.max_len  # padding-free mode cuts nothing: give it short data

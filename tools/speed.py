@@ -28,9 +28,10 @@ import torch
 
 from core.checkpoint import Checkpoint
 from core.config import parse_config
+from core.conversations import kto_examples, sft_conversations
 from core.files import InputError, atomic_write, cli
 from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, torch_device
-from core.records import kto_example, read_records, sft_messages
+from core.records import read_records
 from core.tokenizer import Tokenizer
 from tools.rates import copy_rate, matmul_rate, merge_bytes, synthetic_7b
 from tools.sides import SIDES
@@ -63,11 +64,11 @@ def training_flops(args: Namespace) -> tuple[int, int, int, list[int]]:
         return np.array([sum(lengths), supervised, forward_flops(config, lengths, supervised)])
 
     if args.mode == "sft":
-        examples, _ = encode_chats(read_records([args.data], sft_messages), tokenizer, args.max_len)
+        examples, _ = encode_chats(read_records([args.data], sft_conversations), tokenizer, args.max_len)
         steps = [count(examples[k : k + args.batch_size]) for k in range(0, len(examples), args.batch_size)]
         tokens, supervised, forward = sum(steps)
         return tokens, supervised, 3 * forward, [3 * step[2] for step in steps]
-    rows, _ = train_kto.encode_feedback(read_records([args.data], kto_example), tokenizer, args.max_len)
+    rows, _ = train_kto.encode_feedback(read_records([args.data], kto_examples), tokenizer, args.max_len)
     steps = []  # (matched pairs, mismatched pairs) of each step
     for k in range(0, len(rows), args.batch_size):
         pairs = train_kto.all_pairs(range(len(rows))[k : k + args.batch_size])

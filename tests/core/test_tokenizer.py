@@ -2,10 +2,9 @@ import os
 
 import pytest
 import transformers
-from conftest import QWEN2_TEMPLATE, TEXT, real, tiny_files, tiny_model, write_lines
+from conftest import QWEN2_TEMPLATE, TEXT, real, tiny_files, tiny_model
 
 from core.files import InputError
-from core.records import kto_example, read_jsonl, read_records, sft_messages
 from core.tokenizer import CHATML, Tokenizer, default_system
 from training.examples import pack
 
@@ -101,78 +100,6 @@ def test_unknown_or_missing_templates_and_tokenizers_are_refused(tmp_path):
     tiny_model(vocab_size=300).save(str(tmp_path / "small"), tiny_files())
     with pytest.raises(InputError, match="does not fit the model's vocabulary of 300"):
         Tokenizer(str(tmp_path / "small"))
-
-
-def test_all_formats_of_the_contract(tmp_path):
-    user, assistant = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
-    for record in [
-        {"messages": [user, assistant]},
-        {"prompt": "Q", "completion": "A"},
-        {"prompt": [user], "completion": [assistant]},
-        {"instruction": "Q", "input": "", "output": "A"},
-        {"instruction": "Q", "output": "A"},
-    ]:
-        assert sft_messages(record, "f:1") == [user, assistant]
-    joined = sft_messages({"instruction": "Q", "input": "more", "output": "A"}, "f:1")
-    assert joined[0]["content"] == "Q\nmore"
-    for record in [
-        {"prompt": "Q", "completion": "A", "label": True},
-        {"prompt": [user], "completion": [assistant], "label": True},
-        {"messages": [user, assistant], "label": True},
-    ]:
-        assert kto_example(record, "f:1") == ([user], "A", True)
-
-
-@pytest.mark.parametrize(
-    "parse, record, words",
-    [
-        (sft_messages, {"text": "hello"}, "expected messages"),
-        (sft_messages, {"messages": []}, "list of messages"),
-        (sft_messages, {"messages": [{"role": "user"}]}, "no content"),
-        (sft_messages, {"messages": [{"role": "user", "content": None}]}, "no content"),
-        (sft_messages, {"messages": [{"role": "tool", "content": "x"}]}, "needs a role"),
-        (sft_messages, {"messages": [{"role": "user", "content": "x"}]}, "no assistant"),
-        (sft_messages, {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, "tools"),
-        (sft_messages, {"prompt": "x", "completion": 3}, "expected a text"),
-        (sft_messages, {"instruction": 3, "output": "x"}, "texts"),
-        (kto_example, {"prompt": "x", "completion": "y", "label": "true"}, 'label is "true"'),
-        (kto_example, {"prompt": "x", "completion": "y", "label": 1}, "label is 1"),
-        (kto_example, {"prompt": "x", "completion": "y"}, "label is null"),
-        (kto_example, {"prompt": "x", "label": True}, "expected prompt"),
-        (kto_example, {"messages": [{"role": "assistant", "content": "y"}], "label": True}, "no prompt"),
-        (kto_example, {"messages": [{"role": "user", "content": "y"}] * 2, "label": True}, "one assistant"),
-    ],
-)
-def test_malformed_records_name_their_line(parse, record, words, tmp_path):
-    path = write_lines(tmp_path / "d.jsonl", [{"messages": "x"}, record])
-    (_, _), (number, second) = read_jsonl(path)
-    with pytest.raises(InputError, match="d.jsonl:2: .*" + words):
-        parse(second, f"{path}:{number}")
-
-
-def test_lines_that_are_no_json(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": \n')
-    with pytest.raises(InputError, match="a.jsonl:3: not JSON"):
-        list(read_jsonl(tmp_path / "a.jsonl"))
-    (tmp_path / "b.jsonl").write_text("[1]\n")
-    with pytest.raises(InputError, match="b.jsonl:1: a list"):
-        list(read_jsonl(tmp_path / "b.jsonl"))
-    (tmp_path / "c.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="c.jsonl:1: not UTF-8"):
-        list(read_jsonl(tmp_path / "c.jsonl"))
-    with pytest.raises(InputError, match="gone.jsonl: cannot be read"):
-        list(read_jsonl(tmp_path / "gone.jsonl"))
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(InputError, match="empty.jsonl: no records"):
-        read_records([tmp_path / "empty.jsonl"], sft_messages)
-
-
-def test_a_byte_order_mark_and_half_a_surrogate_pair(tmp_path):
-    (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\n')
-    assert list(read_jsonl(tmp_path / "bom.jsonl")) == [(1, {"prompt": "a", "completion": "b"})]
-    for record in ({"prompt": "\ud800 a", "completion": "b"}, {"instruction": "a", "output": "b\udc00"}):
-        with pytest.raises(InputError, match="x:1: message 0 .* half of a surrogate pair"):
-            sft_messages(record, "x:1")
 
 
 def test_pack_points_at_the_position_before_each_supervised_token():

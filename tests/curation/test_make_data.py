@@ -18,8 +18,9 @@ from test_teacher import KEY, constant_model, environment, serve, user  # noqa: 
 
 import make_data
 from core import files
+from core.conversations import kto_examples, sft_conversations
 from core.files import cli
-from core.records import kto_example, read_jsonl, sft_messages
+from core.records import read_jsonl
 from curation import steps
 from curation import teacher as models
 from curation.prompts import GREETING
@@ -186,15 +187,17 @@ def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
         by_id = {r["id"]: r for r in read(out / "6_score.jsonl")}
         assert len(sft) == report["7_label"]["sft"] == 18 and len(kto) == report["7_label"]["kto"]
         for line in sft:
-            assert sft_messages(line, "x")[-1]["content"] == by_id[line["id"]]["responses"][line["writer"]]["text"]
+            assert (
+                sft_conversations(line, "x")[0][-1]["content"] == by_id[line["id"]]["responses"][line["writer"]]["text"]
+            )
             assert line["scores"]["verified"] is not False and {"source", "category", "language", "task_type"} <= set(
                 line
             )
         for good, bad in zip(kto[::2], kto[1::2]):
             assert good["id"] == bad["id"] and good["label"] is True and bad["label"] is False
             assert (
-                kto_example(good, "x")[0] == kto_example(bad, "x")[0]
-                and kto_example(good, "x")[1] != kto_example(bad, "x")[1]
+                kto_examples(good, "x")[0][0] == kto_examples(bad, "x")[0][0]
+                and kto_examples(good, "x")[0][1] != kto_examples(bad, "x")[0][1]
             )
             assert good["scores"]["composite"] > bad["scores"]["composite"]
         [wrong_original] = [r for r in by_id.values() if r["id"].endswith(":4")]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from core.records import read_jsonl, sft_messages
+from core.conversations import sft_conversations
+from core.records import read_jsonl
 from core.tokenizer import Tokenizer
 from demo import teacher, world
 from demo.tasks import RARE, TASKS
@@ -26,7 +27,7 @@ JUDGE_KEY = "77aa01be"
 
 
 def prompt_of(record):
-    return sft_messages(record, "here")[0]["content"]
+    return sft_conversations(record, "here")[0][0]["content"]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_the_sources_are_as_flawed_as_they_claim(sources):
     assert formats == {("completion", "prompt"), ("messages",), ("input", "instruction", "output")}
     verdicts = []
     for record in sources:
-        item, turns = world.solve(prompt_of(record)), sft_messages(record, "here")
+        item, turns = world.solve(prompt_of(record)), sft_conversations(record, "here")[0]
         if item is not None and item.task.kind != "code":
             verdicts.append(check(item.task.kind, turns[-1]["content"], world.reference(item)["value"]))
     assert 0.5 < sum(verdicts) / len(verdicts) < 0.75
@@ -133,7 +134,7 @@ def test_the_sources_are_as_flawed_as_they_claim(sources):
     for task in RARE:
         rare = {prompt_of(r) for r in sources if (found := world.solve(prompt_of(r))) and found.task is task}
         assert 1 <= len(rare) < 10
-    assert any(not sft_messages(record, "here")[-1]["content"] for record in sources)
+    assert any(not sft_conversations(record, "here")[0][-1]["content"] for record in sources)
 
 
 # ---- the committed base model

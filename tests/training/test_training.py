@@ -30,8 +30,9 @@ import model
 import train_sft
 from core import distributed
 from core.checkpoint import Checkpoint
+from core.conversations import sft_conversations
 from core.distributed import overlapped_reduction, rank_micro_batches, split_by_tokens
-from core.records import read_records, sft_messages
+from core.records import read_records
 from core.tokenizer import Tokenizer
 from model import Qwen2
 from training import logps as training_logps
@@ -438,7 +439,7 @@ def small_buckets():
 
 def shares_differ(tiny, data, n):
     """Whether ranks have different numbers of micro-batches in a step, and more than one in another."""
-    examples, _ = encode_chats(read_records([data], sft_messages), Tokenizer(tiny), 64)
+    examples, _ = encode_chats(read_records([data], sft_conversations), Tokenizer(tiny), 64)
     steps = plan_steps(13, 4, 2, None, order=shuffled_order(13, 0))
     counts = [
         [len(rank_micro_batches([len(examples[i][0]) for i in step], 60, r, n)) for r in range(n)] for step in steps
@@ -516,7 +517,9 @@ def test_activation_checkpointing_computes_the_same_and_comes_where_a_step_would
         run("train_sft", *command(tiny, sft_data, whole, *arguments, "--activation-checkpointing", "off"))[0] == 0
         and not calls
     )
-    longest = max(len(ids) for ids, _ in encode_chats(read_records([sft_data], sft_messages), Tokenizer(tiny), 64)[0])
+    longest = max(
+        len(ids) for ids, _ in encode_chats(read_records([sft_data], sft_conversations), Tokenizer(tiny), 64)[0]
+    )
     without, with_it = (sum(memory_needed(c, longest, on, 4).values()) for on in (False, True))
     weights_there = 4 * parameters(c)[-1]
     for k, (free, more, on, words) in enumerate([

@@ -1,0 +1,296 @@
+"""Turns a record of any known shape into conversations: for supervised learning and for feedback.
+
+A conversation is a list of messages {"role": "system" | "user" | "assistant", "content": text}. An assistant's message
+with "weight": 0 is context and is not learnt. docs/data-formats.md lists the shapes.
+"""
+
+import json
+import re
+from typing import NamedTuple
+
+from core.files import InputError
+from core.records import Fields
+
+# fmt: off
+ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user",
+         "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+# fmt: on
+TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
+TOOL_PARTS = {"tool_use", "tool_call", "tool_result", "function_call"}
+WEIGHTS = ("weight", "loss", "loss_weight", "train")  # OpenAI, ms-swift, LLaMA-Factory, axolotl
+
+
+class Unusable(InputError):
+    """A well-formed record that a text model cannot learn from. reason: a few words, the same for the same cause."""
+
+    def __init__(self, where, reason, message):
+        super().__init__(f"{where}: {message}; remove the record")
+        self.reason = reason
+
+
+class Dialogue(NamedTuple):
+    """One conversation of a record.
+
+    prompt: the messages before the reply. reply: the assistant's last message, None if there is none.
+    rejected: of a preference, the worse reply as a list of messages, else None.
+    all_turns: whether the assistant's turns inside the prompt are learnt too.
+    """
+
+    prompt: list[dict]
+    reply: dict | None
+    rejected: list[dict] | None = None
+    all_turns: bool = False
+
+
+def shown(value) -> str:
+    """The beginning of a value, for an error line."""
+    try:
+        return json.dumps(value, default=str)[:60]
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Messages
+
+
+def content_text(content, where: str, message: str) -> str | None:
+    """A message's content, a text or a list of text parts -> text; None if it is anything else."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    texts = []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        text = part.get("text", part.get("value")) if isinstance(part, dict) else part
+        if kind in TOOL_PARTS:
+            raise Unusable(where, "tool use", f"{message} holds a part of type {kind}, and tool use is not supported")
+        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+            raise Unusable(
+                where, "a part that is not text", f"{message} holds a part of type {shown(kind)} that is not text"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def is_learnt(message: Fields, where: str) -> bool:
+    """False if the message asks to be left out of the loss by "weight": 0, "loss": false or their like."""
+    for key in WEIGHTS:
+        value = message.first(key)
+        if value is not None and (not isinstance(value, (bool, int, float)) or value not in (0, 1)):
+            raise InputError(
+                f"{where} has the {key} {shown(value)}; 1 or true learns the turn, 0 or false leaves it out"
+            )
+        if value is not None and not value:
+            return False
+    return True
+
+
+def as_message(value, where: str, i: int, unread: set) -> dict:
+    """Checks message i of a record -> {"role", "content"}, and "weight": 0 if it is not to be learnt."""
+    message = f"message {i}"
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {message} is {shown(value)}; a message is an object with a role and a content")
+    fields = Fields(value)
+    role = fields.first("role", "from")
+    if role is None or not isinstance(role, str):
+        raise InputError(f"{where}: {message} needs a role, one of system, user, assistant")
+    if role in TOOL_ROLES or fields.first("tool_calls") or fields.first("function_call"):
+        raise Unusable(where, "tool use", f"{message} ({role}) calls tools or answers a call, which is not supported")
+    if role == "developer":
+        raise Unusable(where, "role developer", f"{message} has the role developer, which ChatML models do not know")
+    if role not in ROLES:
+        raise Unusable(where, "unknown role", f"{message} has the role {shown(role)}; known are {', '.join(ROLES)}")
+    message += f" ({role})"
+    text = content_text(fields.first("content", "value"), where, message)
+    if text is None:
+        raise InputError(f"{where}: {message} has no content; content is a text or a list of text parts")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Unusable(where, "garbled text", f"{message} holds half of a surrogate pair") from None
+    out = {"role": ROLES[role], "content": text}
+    if out["role"] == "assistant" and not is_learnt(fields, f"{where}: {message}"):
+        out["weight"] = 0
+    unread |= {f"messages.{key}" for key in fields.unread if out["role"] == "assistant" or key not in WEIGHTS}
+    return out
+
+
+def as_messages(value, where: str, role: str = "user", unread: set | None = None) -> list[dict]:
+    """A text (one message of `role`), a message, or a list of messages -> a checked list of messages.
+
+    Keys of OpenAI's messages (role, content) and ShareGPT's (from, value) are read; `unread` collects the other ones.
+    """
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    elif isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where}: expected a text or a list of messages, found {shown(value)}")
+    unread = set() if unread is None else unread
+    return [as_message(message, where, i, unread) for i, message in enumerate(value)]
+
+
+def transcript(text: str, where: str) -> list[dict]:
+    """Anthropic's "\\n\\nHuman: ...\\n\\nAssistant: ..." -> list of messages."""
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant): ?", text)
+    if len(parts) < 3 or parts[0].strip():
+        raise InputError(f"{where}: has no prompt, and chosen is neither messages nor 'Human: ... Assistant: ...'")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return as_messages([{"role": roles[r], "content": c} for r, c in zip(parts[1::2], parts[2::2])], where)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes
+
+
+def with_system(messages: list[dict], fields: Fields, where: str) -> list[dict]:
+    """Puts the record's own system prompt, if it has one, before its messages."""
+    system = fields.first("system", "system_prompt")
+    if system is None or system == "":
+        return messages
+    first = as_messages(system, where, "system")
+    if messages and messages[0]["role"] == "system":
+        if messages[0] != first[0]:
+            raise InputError(f"{where}: system and the system message of the conversation differ; keep one of them")
+        return messages
+    return first + messages
+
+
+def single_prompt(fields: Fields, where: str) -> list[dict] | None:
+    """The messages before the reply of a record that holds one exchange: Alpaca's, Dolly's, OpenOrca's, TRL's.
+
+    input, context or query follow the instruction after a newline; history's turns precede it. None without a prompt.
+    """
+    key = next((key for key in ("instruction", "Instruction", "prompt", "question", "query") if key in fields), None)
+    if key is None:
+        return None
+    value, extras = fields.first(key), [fields.first(extra) for extra in ("input", "context", "query") if extra != key]
+    extras = [text for text in extras if text not in (None, "")]
+    if extras and not all(isinstance(text, str) for text in (value, *extras)):
+        raise InputError(f"{where}: instruction, input and context are texts")
+    if extras:
+        value = "\n".join([value, *extras] if value else extras)
+    messages = as_messages(value, where, unread=fields.unread)
+    for pair in reversed(fields.first("history") or []):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise InputError(f"{where}: history is a list of [question, answer] pairs")
+        turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair)]
+        messages = as_messages(turns, where) + messages
+    return messages
+
+
+def single_reply(fields: Fields, where: str):
+    """The reply, or the better and the worse reply, of a record that holds one exchange -> (reply, rejected), raw."""
+    if "output_1" in fields and "output_2" in fields:  # AlpacaEval's pairs
+        outputs = fields.first("output_1"), fields.first("output_2")
+        preference = fields.first("preference")
+        if preference in (1, 2):
+            return outputs[:: 1 if preference == 1 else -1]
+        return outputs[0], None
+    reply = fields.first("output", "response", "completion", "chosen", "std_answer", "answer")
+    if isinstance(reply, list) and len(reply) > 1 and all(isinstance(text, str) for text in reply):
+        return reply[0], reply[1]  # LLaMA-Factory's [better, worse]
+    if isinstance(reply, list) and len(reply) == 1 and isinstance(reply[0], str):
+        return reply[0], None
+    return reply, None
+
+
+def one_reply(value, where: str, unread: set | None = None) -> dict:
+    """A completion, as a text or as a list of one assistant message -> that message."""
+    reply = as_messages(value, where, role="assistant", unread=unread)
+    if len(reply) != 1 or reply[0]["role"] != "assistant":
+        raise InputError(f"{where}: a completion is one assistant message")
+    return reply[0]
+
+
+def preference(prompt: list[dict] | None, chosen, rejected, fields: Fields, where: str) -> Dialogue:
+    """Two replies to a prompt, or two whole conversations that share their beginning."""
+    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
+        chosen, rejected = transcript(chosen, where), transcript(rejected, where)
+    else:
+        chosen, rejected = (as_messages(value, where, "assistant", fields.unread) for value in (chosen, rejected))
+    if prompt is None or chosen[0]["role"] != "assistant":  # whole conversations
+        if prompt and prompt[-1] not in chosen:
+            raise InputError(f"{where}: chosen is a conversation that does not hold the prompt")
+        prompt, chosen = chosen[:-1], chosen[-1:]
+        rejected = rejected[len(prompt) :] if rejected[: len(prompt)] == prompt else rejected
+    return Dialogue(prompt, one_reply(chosen, where), rejected)
+
+
+def dialogues(record: dict, where: str) -> list[Dialogue]:
+    """The conversations of a record of any known shape: one, or one for each of self-instruct's `instances`.
+
+    record: a dict or Fields, whose `unread` then names the keys that play no part. where: "file:line", for the errors.
+    """
+    fields = record if isinstance(record, Fields) else Fields(record)
+    if fields.first("tools", "functions") not in (None, "", "[]", []):
+        raise Unusable(where, "tool use", "offers tools, which are not supported")
+    if "instruction" in fields and isinstance(instances := fields.first("instances"), list):
+        whole = {key: value for key, value in fields.items() if key != "instances"}
+        fields.unread -= {"instruction"}
+        return [d for one in instances if isinstance(one, dict) for d in dialogues({**whole, **one}, where)]
+    turns = fields.first("messages", "conversations", "conversation")
+    prompt = single_prompt(fields, where) if turns is None else as_messages(turns, where, unread=fields.unread)
+    if "chosen" in fields and "rejected" in fields or "chosen_messages" in fields and "rejected_messages" in fields:
+        chosen, rejected = fields.first("chosen", "chosen_messages"), fields.first("rejected", "rejected_messages")
+        found = preference(prompt, chosen, rejected, fields, where)
+    elif turns is not None:
+        is_reply = prompt[-1]["role"] == "assistant"
+        found = Dialogue(prompt[:-1] if is_reply else prompt, prompt[-1] if is_reply else None, all_turns=True)
+    elif prompt is not None:
+        reply, rejected = (v if v is None else as_messages(v, where, "assistant") for v in single_reply(fields, where))
+        found = Dialogue(prompt, reply and one_reply(reply, where), rejected, "history" in fields)
+    else:
+        keys = ", ".join(sorted(fields)) or "none that is not null"
+        raise InputError(
+            f"{where}: no known shape, the keys are {keys}; expected messages, conversations, instruction and output, "
+            "prompt and completion, question and answer, or prompt, chosen and rejected"
+        )
+    return [found._replace(prompt=with_system(found.prompt, fields, where))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples
+
+
+def sft_conversations(record: dict, where: str, last_turn_only: bool = False) -> list[list[dict]]:
+    """A record -> conversations to learn from.
+
+    Of messages, conversations and history every assistant's turn is learnt, or with last_turn_only the last one; of
+    prompt and completion the completion alone; of a preference the chosen reply alone.
+    """
+    found = []
+    for dialogue in dialogues(record, where):
+        messages = dialogue.prompt + [dialogue.reply] * (dialogue.reply is not None)
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if not turns:
+            raise InputError(f"{where}: no assistant message, so nothing to learn from")
+        for i in turns[:-1] if last_turn_only or not dialogue.all_turns else []:
+            messages[i] = messages[i] | {"weight": 0}
+        found.append(messages)
+    return found
+
+
+def kto_examples(record: dict, where: str) -> list[tuple[list[dict], str, bool]]:
+    """A record -> [(prompt messages, completion text, label)].
+
+    A reply with a label gives one example. A preference gives two: chosen with true, then rejected with false.
+    """
+    fields = record if isinstance(record, Fields) else Fields(record)
+    examples = []
+    for prompt, reply, rejected, _ in dialogues(fields, where):
+        if reply is None or not prompt:
+            raise InputError(
+                f"{where}: has no {'completion' if prompt else 'prompt'}; KTO learns from a completion of a prompt"
+            )
+        if rejected is not None:
+            if len(rejected) != 1 or rejected[0]["role"] != "assistant":
+                raise Unusable(where, "no shared prompt", "chosen and rejected differ before their last message")
+            examples += [(prompt, reply["content"], True), (prompt, rejected[0]["content"], False)]
+            continue
+        label = fields.first("label", "kto_tag")
+        if not isinstance(label, bool):
+            key = "kto_tag" if "kto_tag" in fields and "label" not in fields else "label"
+            raise InputError(f"{where}: {key} is {shown(label)}; it is true (desirable) or false (undesirable)")
+        examples.append((prompt, reply["content"], label))
+    return examples
