@@ -1,26 +1,43 @@
-"""Supervised fine-tuning on plain PyTorch.
+"""Supervised fine-tuning in plain PyTorch.
 
-python train_sft.py --ckpt Qwen/Qwen2-0.5B-Instruct --data sft.jsonl --out sft.pt
-torchrun --nproc-per-node 8 train_sft.py ...                                          # the same step on 8 ranks
-torchrun --nproc-per-node 8 train_sft.py ... --shard                                  # of a model too large for one
+python train_sft.py                                                   # Qwen/Qwen2-0.5B-Instruct, data/sft.jsonl -> sft.pt
+python train_sft.py --ckpt base --data chats.jsonl --out sft
+torchrun --nproc-per-node 8 train_sft.py ...                          # the same steps on 8 ranks
+torchrun --nproc-per-node 8 train_sft.py ... --shard                  # a model too large for one rank
 """
 
+import argparse
 import functools
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from core.conversations import sft_conversations
-from core.distributed import run_distributed
+from core.distributed import is_main, run_distributed
 from core.files import InputError, cli
 from core.flags import Parser
 from core.records import read_records
+from model import Qwen2
 from training.examples import count_supervised, encode_chats
+from training.flags import add_training_flags, check_default_inputs
 from training.logps import supervised_logps
-from training.run import end_step, eval_logps, finish_run, run_identity, start_run, stop_run
+from training.run import (
+    end_step,
+    eval_due,
+    eval_logps,
+    finish_run,
+    progress,
+    run_identity,
+    start_run,
+    stop_run,
+    warn_of_foreign_weights,
+)
+from training.saves import Run
 from training.setup import (
-    add_training_flags,
+    Setup,
     checkpoint_activations,
     open_checkpoint,
     plan_steps,
@@ -28,94 +45,164 @@ from training.setup import (
     setup_ranks,
     shuffled_order,
 )
-from training.step import lr_at, micro_batches, optimizer_step, record_skip
+from training.step import lr_at, micro_batches, optimizer_step, record_skip, seed_step
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The maths
+# The loss
 
 
-def sft_loss(logps, n_supervised):
-    """Cross-entropy per supervised token of the whole step.
+def sft_loss(logps: Tensor, n_supervised: int) -> Tensor:
+    """Cross-entropy per supervised token of the whole step, in nats.
 
-    logps: (N,) log-probabilities of the supervised tokens of any part of the step's examples. n_supervised: how many the step
-    has, over all micro-batches and ranks. The losses of the parts add up to the loss of the step, so the result does not
-    depend on how the step was cut (a mean of the parts' means would).
+    logps: (N,) log-probabilities of the supervised tokens of one micro-batch, example by example, left to right.
+    n_supervised: supervised tokens of the whole step, over all micro-batches and ranks.
+
+    The losses of the micro-batches add up to the loss of the step. So the result does not depend on how the step was cut,
+    as a mean of the micro-batches' means would. Keep it so: a loss may use its own tokens and what Batch says of the whole
+    step, but nothing computed from the other examples of its micro-batch.
     """
     return -logps.sum() / n_supervised
 
 
-def main():
-    p = Parser(description=__doc__.split("\n\n")[0])
-    add_training_flags(p, epochs=3, batch_size=1000, lr=1e-6)  # the paper's
-    p.add_argument(
-        "--last-turn-only", action="store_true", help="learn the last reply of a conversation, not all of them"
-    )
-    a = p.parse_args()
-    rank, world, device = setup_ranks(a)
+@dataclass(frozen=True)
+class Batch:
+    """The data of one optimizer step, the same on all ranks."""
 
-    parse = functools.partial(sft_conversations, last_turn_only=a.last_turn_only)
-    records = read_records(a.data, parse)
-    eval_records = read_records(a.eval_data, parse) if a.eval_data else []
-    model, tokenizer, ckpt = open_checkpoint(a.ckpt, a, device)
-    examples, places = encode_chats(records, tokenizer, a.max_len)
-    eval_examples, _ = encode_chats(eval_records, tokenizer, a.max_len)
-    if not examples:
-        raise InputError(f"{', '.join(a.data)}: no example has a supervised token within --max-len {a.max_len}")
-    if a.eval_data and not eval_examples:
-        raise InputError(f"{', '.join(a.eval_data)}: no example has a supervised token within --max-len {a.max_len}")
-    steps = plan_steps(
-        len(examples),
-        a.batch_size,
-        a.epochs,
-        a.max_steps,
-        order=None if a.no_shuffle else shuffled_order(len(examples), a.seed),
-    )
-    if rank == 0:
-        for text in schedule_advice(a, steps):
-            print(f"warning: {text}")
+    step: int  # 0 .. n_steps - 1
+    n_steps: int
+    indices: list[int]  # of its examples in the data
+    examples: list  # (ids, supervised) of each
+    n_supervised: int  # supervised tokens, all examples together
 
-    checkpoint_activations(model, a, ([len(examples[i][0]) for i in step] for step in steps), rank, world)
-    run = start_run(a, rank, world, model, ckpt, run_identity(a, examples, ckpt.fingerprint()), len(steps))
 
-    def evaluated(record):
-        """A step's entry of the log, with the held-out loss where that is due."""
-        logps = eval_logps(run, record, eval_examples)
-        if logps is None:
-            return record
-        return record | {
-            "eval_loss": -logps.sum().item() / count_supervised(eval_examples)
-        }  # cross-entropy, whatever sft_loss may become
+def micro_loss(model: Qwen2, batch: Batch, micro: list[int]) -> Tensor:
+    """The loss of one micro-batch. micro: indices into batch.examples."""
+    logps, _ = supervised_logps(model, [batch.examples[i] for i in micro])  # (N,), the order that sft_loss states
+    return sft_loss(logps, batch.n_supervised)
 
-    if run.pending:
-        end_step(run, evaluated(run.pending))
-    bar = tqdm(total=len(steps), initial=run.done, desc="sft", unit="step", disable=True if rank else None)
-    for step in range(run.done, len(steps)):
-        t0 = time.time()
-        batch = [examples[i] for i in steps[step]]
-        n_supervised = count_supervised(batch)
-        lengths = [len(ids) for ids, _ in batch]
 
-        loss = torch.zeros((), device=device)
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def make_batch(setup: Setup, step: int, indices: list[int]) -> Batch:
+    examples = [setup.examples[i] for i in indices]
+    return Batch(step, len(setup.steps), indices, examples, count_supervised(examples))
+
+
+def train(run: Run, setup: Setup, held_out: list, loss: Callable, choose: Callable | None) -> bool:
+    """Makes all remaining steps. -> True; False if SIGTERM or Ctrl-C stopped the run, which is then saved."""
+    model, args = run.model, run.args
+    if run.pending and not end_step(run, with_eval(run, run.pending, held_out)):
+        return False
+    for step in (bar := progress(run, "sft")):
+        start = time.time()
+        seed_step(run, step)
+        batch = make_batch(setup, step, setup.steps[step])
+        if choose:
+            batch = make_batch(setup, step, [batch.indices[i] for i in choose(model, batch)])
+        lengths = [len(ids) for ids, _ in batch.examples]
+
+        step_loss = torch.zeros((), device=model.device)
         for micro in micro_batches(run, lengths):
-            logps, _ = supervised_logps(model, [batch[i] for i in micro])  # (N,), one per supervised token
-            part = sft_loss(logps, n_supervised)
+            part = loss(model, batch, micro)
             part.backward()
-            loss += part.detach()
-        lr = lr_at(step, len(steps), a.lr, a.warmup, a.schedule)
-        verdict, loss, grad_norm = optimizer_step(run, lr, loss)
-        if verdict == "stop":
-            return stop_run(run, step)
+            step_loss += part.detach()
+        lr = lr_at(step, run.total, args.lr, args.warmup, args.schedule)
+        result = optimizer_step(run, lr, step_loss)
+        if result.status == "stop":
+            stop_run(run, step)
+            return False
 
-        record = {"step": step + 1, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm}
-        record |= {"tokens": sum(lengths), "tokens_per_second": sum(lengths) / (time.time() - t0)}
-        if verdict == "skip":
-            record |= record_skip(run, step + 1, batch, [places[i] for i in steps[step]])
-        end_step(run, evaluated(record))
+        record = {"step": step + 1, "loss": result.stats.item(), "lr": lr, "grad_norm": result.grad_norm}
+        record |= {"tokens": sum(lengths), "tokens_per_second": sum(lengths) / (time.time() - start)}
+        if result.status == "skip":
+            record |= record_skip(run, step + 1, batch.examples, [setup.places[i] for i in batch.indices])
+        if not end_step(run, with_eval(run, record, held_out)):
+            return False
         bar.set_postfix(loss=f"{record['loss']:.4f}")
-        bar.update()
-    bar.close()
-    dropped = len(records) - len(examples)
-    finish_run(run, [f"{len(examples)} examples, {dropped} dropped: nothing supervised within {a.max_len} tokens"])
+    return True
+
+
+def with_eval(run: Run, record: dict, held_out: list) -> dict | None:
+    """The log record of a step, with the held-out loss where that is due. None if the run was stopped meanwhile."""
+    if not held_out or not eval_due(run, record):
+        return record
+    logps = eval_logps(run, record, held_out)
+    if logps is None:
+        return None
+    return record | {
+        "eval_loss": -logps.sum().item() / count_supervised(held_out)
+    }  # cross-entropy, whatever the loss is
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_args(argv: list[str] | None = None, add_flags: Callable[[Parser], None] | None = None) -> argparse.Namespace:
+    """add_flags(parser): adds flags of one's own, or changes defaults and the description."""
+    p = Parser(description=__doc__.split("\n\n")[0])
+    add_training_flags(p, "Qwen/Qwen2-0.5B-Instruct", "data/sft.jsonl", "sft.pt", epochs=3, batch_size=1000, lr=1e-6)
+    p.add_argument("--last-turn-only", action="store_true", help="learn only the last reply of a conversation, not all")
+    if add_flags:  # the defaults above are the paper's
+        add_flags(p)
+    args = p.parse_args(argv)
+    check_default_inputs(args)
+    return args
+
+
+def main(
+    args: argparse.Namespace | None = None,
+    *,
+    loss: Callable = micro_loss,
+    prepare: Callable | None = None,
+    choose: Callable | None = None,
+    before_save: Callable | None = None,
+) -> None:
+    """Trains. args: from parse_args; without them those of the command line. The others change the method:
+
+    loss(model, batch, micro) -> scalar: replaces micro_loss. See sft_loss for what it may use.
+    prepare(setup): called after loading and before the optimizer is made. May add modules and buffers to setup.model, freeze
+        parameters or put hooks on them. All ranks then start from the values of rank 0, and OUT.run/ saves them all.
+    choose(model, batch) -> indices into batch.examples to train on in this step, the same on all ranks.
+    before_save(model): called once, before OUT is written. Must leave the parameters that the checkpoint had (fold a LoRA).
+    """
+    args = args or parse_args()
+    ranks = setup_ranks(args)
+    parse = functools.partial(sft_conversations, last_turn_only=args.last_turn_only)
+    records = read_records(args.data, parse)
+    eval_records = read_records(args.eval_data, parse) if args.eval_data else []
+    model, tokenizer, ckpt = open_checkpoint(args.ckpt, args, ranks)
+    examples, places, cuts = encode_chats(records, tokenizer, args.max_len)
+    held_out, *_ = encode_chats(eval_records, tokenizer, args.max_len)
+    for files, found in ((args.data, examples), (args.eval_data, held_out)):
+        if files and not found:
+            raise InputError(f"{', '.join(files)}: no example has a supervised token within --max-len {args.max_len}")
+    order = None if args.no_shuffle else shuffled_order(len(examples), args.seed)
+    steps = plan_steps(len(examples), args.batch_size, args.epochs, args.max_steps, order=order)
+    setup = Setup(args, ranks, model, tokenizer, ckpt, examples, places, steps)
+    for text in schedule_advice(args, steps) if is_main() else []:
+        print(f"warning: {text}")
+
+    identity = run_identity(args, examples, ckpt.fingerprint())
+    if prepare:
+        prepare(setup)
+    if not before_save:
+        warn_of_foreign_weights(setup)
+    checkpoint_activations(model, args, ([len(examples[i][0]) for i in step] for step in steps), ranks)
+    run = start_run(setup, identity)
+    if run is None or not train(run, setup, held_out, loss, choose):
+        return
+    if before_save:
+        before_save(model)
+    dropped = f"{len(records) - len(examples)} dropped: nothing supervised within {args.max_len} tokens"
+    facts = [f"{len(examples)} examples, {dropped}", *cuts.lines(len(examples), args.max_len)]
+    follow = (
+        ["python", "train_kto.py", "--ckpt", args.out],
+        ["python", "eval.py", "--ckpt", args.ckpt, args.out, "--tasks", "gsm8k"],
+    )
+    finish_run(run, facts, follow)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Several processes as one: torchrun's ranks, signals, the cut of a step, gradients over ranks, sharded weights (FSDP2).
+"""Ranks, stop signals, micro-batches, gradients summed over ranks, and sharded weights (FSDP2).
 
-Plain functions, each of which is right for a single process too.
+Every function also works in a single process that torchrun did not start.
 """
 
 import datetime
@@ -10,64 +10,124 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Starting and ending
-
-STOP = {"training": False, "asked": False}  # asked: whether SIGTERM came
+# Ranks
 
 
-def own_device(device):
-    """A rank's own GPU for "cuda"; any other device as it is."""
+@dataclass(frozen=True)
+class Ranks:
+    """The place of this process among those that torchrun started, and the device it computes on."""
+
+    rank: int = 0
+    world: int = 1  # number of ranks
+    device: str = "cpu"
+
+
+ONE_RANK = Ranks()
+
+
+def is_main() -> bool:
+    """True in the one process that prints and writes files: rank 0, or a process that torchrun did not start."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def own_device(device: str) -> str:
+    """The GPU of this rank if device is "cuda"; any other device unchanged."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
 
 
-def join_group(hours, gpu=None):
-    """Under torchrun joins the process group: nccl for the rank's gpu, else gloo. -> (rank, world).
+def join_ranks(device: str = "cpu", hours: float = 1, nccl: bool = False) -> Ranks:
+    """Joins the process group if torchrun started this process.
 
-    hours: how long a rank waits for the others before it gives up."""
+    device: as given on the command line; "cuda" becomes this rank's own GPU. hours: how long a rank waits for the others
+    before it gives up. nccl: GPUs exchange tensors directly; otherwise, and on CPUs, ranks communicate through gloo.
+    """
+    gpu = torch.device(own_device(device)) if device.startswith("cuda") else None
+    if device == "cuda":
+        torch.cuda.set_device(gpu)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(hours=hours), device_id=gpu)
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        timeout, direct = datetime.timedelta(hours=hours), nccl and gpu is not None
+        dist.init_process_group("nccl" if direct else "gloo", timeout=timeout, device_id=gpu if direct else None)
+    return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), own_device(device))
 
 
-def on_sigterm(*_):
-    """While training, the step or evaluation at hand is abandoned after its micro-batch and the steps before it are saved; a
-    save is finished first. Before training there is nothing to save (the reference pass saves its own on the way out): ends at once.
-
-    The exit code is 0. torchrun, told to end, passes SIGTERM on to its ranks, waits 30 s for them (--shutdown-timeout) and
-    exits with 1 whatever they say; where that matters, signal its ranks (pkill -TERM -P PID_OF_TORCHRUN): then it exits with 0."""
-    STOP["asked"] = True
-    if not STOP["training"]:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        os.write(2, b"stopped before the first step\n")  # print may be what the signal interrupted
-        sys.exit(0)
+def join_group(hours: float) -> tuple[int, int]:
+    """join_ranks on CPUs. -> (rank, world)"""
+    ranks = join_ranks(hours=hours)
+    return ranks.rank, ranks.world
 
 
-def stop_asked(device):
-    """Whether SIGTERM came to any rank. All ranks must ask."""
-    return sum_over_ranks(torch.tensor([float(STOP["asked"])], device=device)).item() > 0
+def leave_group(at_once: bool = False) -> None:
+    """Closes the process group.
 
-
-def leave_group(at_once=False):
-    """Closes the process group. A rank that exits with its group open may abort, and so may one whose peer closes while it is
-    still reading, so all wait for one another first. at_once: this rank does not wait."""
+    All ranks wait for one another first: a rank may abort if it exits with its group open, or if a peer closes the group
+    while it still reads. at_once: does not wait.
+    """
     if dist.is_initialized():
         if not at_once:
             dist.barrier()
         dist.destroy_process_group()
 
 
-def run_distributed(main):
-    """main() for cli(), as a process that heeds SIGTERM and, where another rank is gone, says so and ends too."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping
+
+STOP = {"training": False, "asked": False}  # training: steps may have been made; asked: SIGTERM or Ctrl-C came
+
+
+class StopBeforeTraining(BaseException):
+    """Raised by SIGTERM before the first step. Not an Exception, so that nothing on the way out catches it."""
+
+
+def on_stop_signal(number: int, _frame: object) -> None:
+    """Handles SIGTERM and Ctrl-C.
+
+    In training, the loop finishes its micro-batch, drops the current step, saves the state after the previous one and exits
+    with code 0; a second Ctrl-C ends at once. Before training there is nothing to save (the reference pass saves its own
+    cache on the way out), so the process ends at once.
+
+    On SIGTERM torchrun signals its ranks, waits 30 s for them (--shutdown-timeout) and exits with code 1 whatever they
+    return. If code 0 matters, signal the ranks instead: pkill -TERM -P PID_OF_TORCHRUN.
+    """
+    STOP["asked"] = True
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if STOP["training"]:
+        if number == signal.SIGINT and is_main():
+            os.write(
+                2, b"\nstopping: the finished steps are saved; Ctrl-C again ends at once\n"
+            )  # print is not reentrant
+    elif number == signal.SIGINT:
+        raise KeyboardInterrupt
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.write(2, b"stopped before the first step\n")
+        raise StopBeforeTraining
+
+
+def stop_asked(device: torch.device | str) -> bool:
+    """Whether SIGTERM or Ctrl-C reached any rank. A collective call: all ranks must make it."""
+    return sum_over_ranks(torch.tensor([float(STOP["asked"])], device=device)).item() > 0
+
+
+def run_distributed(main: Callable[[], object]) -> Callable[[], None]:
+    """Wraps main() for core.files.cli: SIGTERM and Ctrl-C stop it cleanly, and it exits if another rank has died."""
 
     def run():
-        signal.signal(signal.SIGTERM, on_sigterm)
+        signal.signal(signal.SIGTERM, on_stop_signal)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored in a background job: stays so
+            signal.signal(signal.SIGINT, on_stop_signal)
         try:
             main()
+        except StopBeforeTraining:
+            pass
         except RuntimeError as e:
             if not dist.is_initialized() or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
                 raise
@@ -76,11 +136,9 @@ def run_distributed(main):
             print(
                 f"error: rank {dist.get_rank()}: another rank is gone ({reason}); {after}", file=sys.stderr, flush=True
             )
-            os._exit(1)  # an orderly end would wait for the one that is gone
+            os._exit(1)  # an orderly exit would wait for the rank that is gone
         finally:
-            if (
-                dist.is_initialized() and dist.get_backend() == "gloo"
-            ):  # whose threads may abort a process that ends with them
+            if dist.is_initialized() and dist.get_backend() == "gloo":  # its threads may abort a process that exits
                 dist.destroy_process_group()
 
     return run
@@ -90,25 +148,37 @@ def run_distributed(main):
 # The work of a step
 
 
-def sum_over_ranks(x):
-    """The tensor summed over all ranks, in place."""
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sums the tensor over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
-def from_rank_0(x):
-    """Rank 0's tensor on all ranks, in place."""
+def from_rank_0(x: Tensor) -> Tensor:
+    """Overwrites the tensor with that of rank 0, in place."""
     if dist.is_initialized():
         dist.broadcast(x, 0)
     return x
 
 
-def split_by_tokens(lengths, micro_tokens, world):
-    """A step's examples in micro-batches of nearly equal work: lists of indices, the largest first, as many for each rank.
+@torch.no_grad()
+def broadcast_replicas(model: nn.Module) -> None:
+    """Gives every rank rank 0's parameters and buffers, so that replicas start equal whatever initialised them.
 
-    The fewest that hold at most micro_tokens each (a longer example stands alone): longest first, each into the
-    emptiest. Where the examples are fewer than the ranks, some are empty.
+    Sharded tensors are skipped: no two ranks hold the same part.
+    """
+    for t in (*model.parameters(), *model.buffers()):
+        if not hasattr(t, "full_tensor"):
+            from_rank_0(t.data)
+
+
+def split_by_tokens(lengths: list[int], micro_tokens: int, world: int) -> list[list[int]]:
+    """Cuts a step's examples into micro-batches of nearly equal size. -> lists of indices, the largest first.
+
+    Every rank gets equally many; some are empty if there are fewer examples than ranks. They are the fewest that hold at most
+    micro_tokens tokens each, except that a longer example is a micro-batch by itself. Greedy: the longest example goes first,
+    each into the micro-batch with the fewest tokens.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # stable: the cut depends on the lengths alone
     rounds = max(1, min(math.ceil(sum(lengths) / micro_tokens / world), math.ceil(len(lengths) / world)))
@@ -119,21 +189,25 @@ def split_by_tokens(lengths, micro_tokens, world):
             heapq.heapreplace(bins, (tokens + lengths[i], b, [*indices, i]))
         if all(tokens <= micro_tokens or len(indices) == 1 for tokens, _, indices in bins):
             return [indices for _, _, indices in sorted(bins, key=lambda b: (-b[0], b[1]))]
-        rounds = min(rounds + 1 + rounds // 32, len(lengths))  # the last is enough: each example by itself
+        rounds = min(rounds + 1 + rounds // 32, len(lengths))  # at most one example each, which always fits
 
 
-def rank_micro_batches(lengths, micro_tokens, rank, world, equal_counts=False):
-    """This rank's micro-batches of a step. With equal_counts all ranks have equally many, and so some may be empty."""
+def rank_micro_batches(
+    lengths: list[int], micro_tokens: int, rank: int, world: int, equal_counts: bool = False
+) -> list[list[int]]:
+    """This rank's micro-batches of a step. equal_counts: keeps empty ones, so that every rank has equally many."""
     return [micro for micro in split_by_tokens(lengths, micro_tokens, world)[rank::world] if micro or equal_counts]
 
 
-def overlapped_reduction(model, world, size=2**24):
-    """Sums the gradients of replicated models over the ranks, while the step's last backward is still running.
+def overlapped_reduction(model: nn.Module, world: int, size: int = 2**24) -> tuple[Callable, Callable]:
+    """Sums the gradients of replicated models over the ranks while the step's last backward is still running.
 
-    -> (expect, finish). expect(n): this rank's part of the step has n backwards. finish(): waits for the sums.
-    Every gradient becomes a view into one of several flat buffers of about `size` elements, which fill from the last
-    layer to the first; a full one is sent off at once, in the same order on all ranks. A sharded model sums in each
-    backward instead: whole gradients, kept for the last one, would take the memory that sharding is there to save.
+    -> (start_sync, wait_sync). start_sync(n) announces that this rank runs n backwards in the step. wait_sync() waits for
+    the sums. Each gradient is a view into one of several flat buffers of about `size` elements. The buffers fill from the
+    last layer to the first and are sent as soon as they are full, in the same order on all ranks.
+
+    Sharded models sum inside each backward instead: whole gradients kept until the last one would take the memory that
+    sharding saves.
     """
     if world == 1 or is_sharded(model):
         return lambda n: None, lambda: None
@@ -145,7 +219,7 @@ def overlapped_reduction(model, world, size=2**24):
         buckets[-1].append(p)
         room -= p.numel()
     flat = [torch.zeros(sum(p.numel() for p in bucket), device=model.device) for bucket in buckets]
-    waiting, sent = [0] * len(buckets), []  # gradients that a bucket waits for; the sums on their way
+    waiting, sent = [0] * len(buckets), []  # gradients that each bucket still waits for; reductions under way
 
     def send(all_of_them=False):
         while len(sent) < len(flat) and (all_of_them or waiting[len(sent)] == 0):
@@ -160,31 +234,31 @@ def overlapped_reduction(model, world, size=2**24):
             p.grad = gradient.view_as(p)
             p.register_post_accumulate_grad_hook(functools.partial(count_down, b))
 
-    def expect(n):
+    def start_sync(n):
         waiting[:] = [n * len(bucket) for bucket in buckets]
         sent.clear()
 
-    def finish():
+    def wait_sync():
         send(all_of_them=True)
         for work in sent:
             work.wait()
 
-    return expect, finish
+    return start_sync, wait_sync
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sharded weights
 
 
-def is_sharded(model):
+def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, "unshard")  # a method of FSDP2's modules
 
 
-def shard(model, device, dtype):
-    """Spreads parameters, and with them gradients and optimizer state, over the ranks: FSDP2, per block and the rest.
+def shard(model: nn.Module, device: str, dtype: torch.dtype) -> None:
+    """Spreads parameters, gradients and optimizer state over the ranks with FSDP2: each block, and the rest, by itself.
 
-    Weights are whole only while they compute. Those of the blocks travel in the dtype they compute in; embedding and
-    head stay fp32, so that their gradients, where the two are one matrix, add up in fp32.
+    Weights are gathered only while they compute. Those of the blocks are gathered in the compute dtype. Embedding and head
+    stay fp32, so that their gradients are added in fp32 where the two are one matrix.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -193,13 +267,13 @@ def shard(model, device, dtype):
     for module in (*model.model["layers"], model):
         policy = MixedPrecisionPolicy(None if module is model else dtype, torch.float32)
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-        module.set_gradient_divide_factor(1.0)  # the sum over the ranks, not the mean
-        module.set_force_sum_reduction_for_comms(True)  # as a plain sum: gloo has no other
+        module.set_gradient_divide_factor(1.0)  # sum over the ranks, not mean
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
 
 
 @torch.no_grad()
-def load_into(p, whole):
-    """Copies a whole tensor into a parameter or moment, or this rank's part of it if that is sharded."""
+def load_into(p: Tensor, whole: Tensor) -> None:
+    """Copies a whole tensor into a parameter, buffer or moment; into this rank's part of it if that is sharded."""
     if hasattr(p, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
@@ -207,9 +281,8 @@ def load_into(p, whole):
     p.copy_(whole)
 
 
-def gathered(tensors):
-    """{name: tensor} -> yields (name, the whole tensor, on rank 0 on the CPU). If they are sharded, all ranks must take them
-    all."""
+def gathered(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, whole tensor), on rank 0 copied to the CPU. If any is sharded, all ranks must take all of them."""
     for name, t in tensors.items():
         whole = (t.full_tensor() if hasattr(t, "full_tensor") else t).detach()
-        yield name, whole if dist.is_initialized() and dist.get_rank() else whole.cpu()
+        yield name, whole.cpu() if is_main() else whole

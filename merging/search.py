@@ -271,7 +271,7 @@ def main(argv):
     model = Qwen2.from_pretrained(base or models[0], torch.float32, a.device)
     model.compute_dtype = DTYPES[a.dtype]
     if a.data:
-        items, _ = encode_chats(read_records(a.data, sft_conversations), tokenizer, a.max_len)
+        items, *_ = encode_chats(read_records(a.data, sft_conversations), tokenizer, a.max_len)
     else:
         items = [q for task in dict.fromkeys(a.tasks) for q in benchmarks.prepare(task, a)]
     seen, aside = split(items, a.aside, a.seed)

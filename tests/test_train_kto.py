@@ -12,8 +12,10 @@ from training_runs import feedback, launch, log, torchrun, trl_log, update_error
 import train_kto
 from core.checkpoint import Checkpoint
 from model import Qwen2
-from train_kto import balanced_weight, count_prompt_clashes, kl_estimate, kl_pairs, kto_loss, weight_advice
-from training.pairing import order_without_prompt_clashes
+from train_kto import kl_estimate, kl_pairs, kto_loss
+from training import reference
+from training.feedback import balanced_weight, weight_advice
+from training.pairing import count_prompt_clashes, order_without_prompt_clashes
 from training.setup import plan_steps
 
 
@@ -93,11 +95,15 @@ def test_pairs_and_weights():
     assert "all 5 labels are true" in weight_advice(5, 0, 1.0, 1.0)[0]
 
 
+def clashes(steps, prompts):
+    return count_prompt_clashes((pair for step in steps for pair in kl_pairs(step)), prompts)
+
+
 def clash_free_order_exists(prompts, sizes):
     n = len(prompts)
     for order in itertools.permutations(range(n)):
         steps = plan_steps(n, sizes[0], 1, None, smallest=2, order=lambda *_: list(order))
-        if not count_prompt_clashes(steps, prompts):
+        if not clashes(steps, prompts):
             return True
     return False
 
@@ -117,7 +123,7 @@ def test_an_order_without_clashes_is_found_whenever_one_exists():
         steps = plan_steps(n, batch_size, 1, None, smallest=2, order=order)
         assert sorted(sum(steps, [])) == list(range(n))
         exists = clash_free_order_exists(prompts, found["sizes"])
-        assert (count_prompt_clashes(steps, prompts) == 0) == exists, (prompts, found["sizes"])
+        assert (clashes(steps, prompts) == 0) == exists, (prompts, found["sizes"])
         seen.add(exists)
     assert seen == {True, False}
 
@@ -141,7 +147,7 @@ def test_large_data_of_pairs_and_of_few_prompts_separates():
         )
         steps = [order[0][i : i + 8] for i in range(0, len(prompts), 8)]
         assert sorted(order[0]) == list(range(len(prompts))) and order[0] != sorted(order[0])
-        assert count_prompt_clashes(steps, prompts) == 0
+        assert clashes(steps, prompts) == 0
 
 
 def compare_with_trl(model_dir, ref, lr, tmp_path, run):
@@ -207,7 +213,7 @@ def test_the_reference_is_computed_once_and_never_for_another(tiny, worse, data,
     assert run_and_count("d", "--ref", worse)[0] == first
     assert run_and_count("e", "--dtype", "bf16")[0] == first
     assert run_and_count("f", "--ref", worse)[0] == 0
-    monkeypatch.setattr(train_kto, "code_hash", lambda *_: "an edited forward pass")
+    monkeypatch.setattr(reference, "code_hash", lambda *_: "an edited forward pass")
     assert run_and_count("g")[0] == first
     shorter, all_short = run_and_count("g", "--max-len", 40)
     assert 0 < shorter < all_short  # other ids where something was cut, the same elsewhere
@@ -272,19 +278,19 @@ def test_prompts_that_fill_max_len_are_dropped_and_counted(tiny, tmp_path, run, 
 
 def test_warnings_of_shared_prompts_and_weights(tiny, data, tmp_path, run):
     out = run("train_kto", *flags(tiny, data, tmp_path / "o", "--no-shuffle"))[1]
-    assert "mismatched pairs share their prompt" in out and "recommended" not in out
+    assert "KL pairs share their prompt" in out and "recommended" not in out
     skewed = write_lines(tmp_path / "s.jsonl", feedback(8)[:7] + [feedback(9)[8]])
     assert "recommended --desirable-weight 0.6" in run("train_kto", *flags(tiny, skewed, tmp_path / "p"))[1]
 
 
 def test_bad_input(tiny, data, tmp_path, refused):
-    refused("batch of one", "train_kto", *flags(tiny, data, tmp_path / "o", "--batch-size", 1))
+    refused("a KL pair takes two", "train_kto", *flags(tiny, data, tmp_path / "o", "--batch-size", 1))
     one = write_lines(tmp_path / "one.jsonl", feedback(1))
-    refused("a mismatched pair takes two", "train_kto", *flags(tiny, one, tmp_path / "o"))
+    refused("a KL pair takes two", "train_kto", *flags(tiny, one, tmp_path / "o"))
     text_label = write_lines(tmp_path / "t.jsonl", [*feedback(3), feedback(1)[0] | {"label": "yes"}])
     refused(["t.jsonl:4:", 'label is "yes"'], "train_kto", *flags(tiny, text_label, tmp_path / "o"))
     refused("is a directory; give a file", "train_kto", *flags(tiny, data, tmp_path / "o", "--ref-cache", tmp_path))
-    refused("--ref starts from it", "train_kto", *flags(tiny, data, tmp_path / "two", "--ref", tmp_path / "two"))
+    refused("would overwrite --ref", "train_kto", *flags(tiny, data, tmp_path / "two", "--ref", tmp_path / "two"))
     (tmp_path / "broken").write_text("not a cache")
     refused(
         ["broken", "remove it"], "train_kto", *flags(tiny, data, tmp_path / "o", "--ref-cache", tmp_path / "broken")
@@ -294,7 +300,9 @@ def test_bad_input(tiny, data, tmp_path, refused):
     files["tokenizer.json"] = files["tokenizer.json"].replace("<|endoftext|>", "<|end|>")
     tiny_model().save(str(tmp_path / "other"), files)
     refused(
-        "its tokenizer is not that of", "train_kto", *flags(tiny, data, tmp_path / "o", "--ref", tmp_path / "other")
+        "its tokenizer differs from that of",
+        "train_kto",
+        *flags(tiny, data, tmp_path / "o", "--ref", tmp_path / "other"),
     )
     assert not os.path.exists(tmp_path / "o") and not os.path.exists(tmp_path / "o.run")
 
@@ -317,7 +325,7 @@ def test_a_weight_of_zero_leaves_a_label_out(tiny, data, tmp_path, run):
 def test_held_out_pairs_of_one_prompt_are_not_each_others_mismatch(tiny, tmp_path, run):
     data = write_lines(tmp_path / "d.jsonl", feedback(12))
     held_out = write_lines(tmp_path / "e.jsonl", feedback(12, seed=1))  # two of each prompt, side by side
-    words = "mismatched pairs share"
+    words = "KL pairs share"
     assert words not in run("train_kto", *flags(tiny, data, tmp_path / "o", "--eval-data", held_out))[1]
     assert (
         f"e.jsonl: 6 {words}"

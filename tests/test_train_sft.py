@@ -84,8 +84,10 @@ def test_four_steps_of_a_real_checkpoint_equal_trl(tmp_path, run):
 
 
 def test_the_model_that_a_run_starts_from_is_not_written_over(tiny, data, tmp_path, refused):
-    refused("--ckpt starts from it", "train_sft", *flags(tiny, data, str(tiny) + "/"))
-    refused("or a save of it", "train_sft", *flags(f"{tmp_path}/x.pt.run/step-2.pt", data, tmp_path / "x.pt"))
+    refused("would overwrite --ckpt", "train_sft", *flags(tiny, data, str(tiny) + "/"))
+    refused(
+        "or the saves it lies among", "train_sft", *flags(f"{tmp_path}/x.pt.run/step-2.pt", data, tmp_path / "x.pt")
+    )
 
 
 def test_examples_end_where_the_positions_do(tmp_path, run):
@@ -93,7 +95,7 @@ def test_examples_end_where_the_positions_do(tmp_path, run):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b c " * 60}) + "\n")
     more = ("--max-steps", 1, "--batch-size", 3)
     code, text, _ = run("train_sft", *flags(tmp_path / "short", tmp_path / "long.jsonl", tmp_path / "o", *more))
-    assert code == 0 and "positions end at 50" in text and log(tmp_path / "o")[0]["tokens"] == 50
+    assert code == 0 and "the model has 50 positions" in text and log(tmp_path / "o")[0]["tokens"] == 50
     assert json.loads((tmp_path / "o.run" / "args.json").read_text())["max_len"] == 50
 
 

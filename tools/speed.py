@@ -36,6 +36,7 @@ from core.tokenizer import Tokenizer
 from tools.rates import copy_rate, matmul_rate, merge_bytes, synthetic_7b
 from tools.sides import SIDES
 from training.examples import count_supervised, encode_chats
+from training.feedback import encode_feedback, pair_sequence
 from training.memory import forward_flops
 
 # mode: {--vs: the settings of that peer that are tried; the fastest counts}
@@ -64,15 +65,15 @@ def training_flops(args: Namespace) -> tuple[int, int, int, list[int]]:
         return np.array([sum(lengths), supervised, forward_flops(config, lengths, supervised)])
 
     if args.mode == "sft":
-        examples, _ = encode_chats(read_records([args.data], sft_conversations), tokenizer, args.max_len)
+        examples, *_ = encode_chats(read_records([args.data], sft_conversations), tokenizer, args.max_len)
         steps = [count(examples[k : k + args.batch_size]) for k in range(0, len(examples), args.batch_size)]
         tokens, supervised, forward = sum(steps)
         return tokens, supervised, 3 * forward, [3 * step[2] for step in steps]
-    rows, _ = train_kto.encode_feedback(read_records([args.data], kto_examples), tokenizer, args.max_len)
+    rows, *_ = encode_feedback(read_records([args.data], kto_examples), tokenizer, args.max_len)
     steps = []  # (matched pairs, mismatched pairs) of each step
     for k in range(0, len(rows), args.batch_size):
         pairs = train_kto.all_pairs(range(len(rows))[k : k + args.batch_size])
-        examples = [train_kto.pair_sequence(rows, args.max_len, *pair) for pair in pairs]
+        examples = [pair_sequence(rows, args.max_len, *pair) for pair in pairs]
         steps.append((count(examples[: len(pairs) // 2]), count(examples[len(pairs) // 2 :])))
     tokens, supervised, forward = sum(map(sum, steps))
     flops = [3 * matched[2] + mismatched[2] for matched, mismatched in steps]

@@ -1,22 +1,25 @@
 """Conversations as token ids, and packed rows of them."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from torch import Tensor
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Packing
+from core.tokenizer import Tokenizer
 
 
-def pack(examples):
-    """Examples -> (input_ids, lengths, at, targets, owner), one row without padding.
+def pack(examples: list) -> tuple[Tensor, list[int], Tensor, Tensor, Tensor]:
+    """Examples (ids, supervised) -> (input_ids, lengths, at, targets, owner), one row without padding.
 
-    input_ids: (1, T). lengths: the documents' lengths, sum T. For the N supervised tokens: at (N,) is the position
-    whose hidden state predicts the token (the one before it), targets (N,) the token, owner (N,) its example's index.
+    input_ids: (1, T). lengths: the documents' lengths, with sum T. For the N supervised tokens, in the order of the row:
+    at (N,) is the position whose hidden state predicts the token (the one before it), targets (N,) the token, owner (N,)
+    the index of its example.
     """
     lengths = [len(ids) for ids, _ in examples]
     ids, learn = (torch.from_numpy(np.concatenate(lists)) for lists in zip(*examples))  # (T,) int64, (T,) bool
     ends = torch.tensor(lengths).cumsum(0)
-    learn[ends - torch.tensor(lengths)] = False  # a document's first token: nothing before it predicts it
+    learn[ends - torch.tensor(lengths)] = False  # nothing predicts the first token of a document
     at = learn.nonzero()[:, 0]  # (N,)
     return ids[None], lengths, at - 1, ids[at], torch.searchsorted(ends, at, right=True)
 
@@ -24,17 +27,45 @@ def pack(examples):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def encode_chats(records, tokenizer, max_len):
-    """[(where, messages)] -> (examples cut to max_len tokens, where each stands). Those with nothing supervised left drop out."""
-    examples, places = [], []
+@dataclass
+class Cuts:
+    """Examples that were longer than --max-len and lost their last tokens."""
+
+    examples: int = 0
+    tokens: int = 0  # cut off, in total
+    ends: int = 0  # examples among them whose last reply lost its <|im_end|>
+
+    def add(self, length: int, reply_end: int, max_len: int) -> None:
+        """Counts one example. length: before the cut. reply_end: index of the <|im_end|> of its last reply."""
+        if length > max_len:
+            self.examples += 1
+            self.tokens += length - max_len
+            self.ends += reply_end >= max_len
+
+    def lines(self, total: int, max_len: int) -> list[str]:
+        """For the summary of a run; nothing if nothing was cut."""
+        if not self.examples:
+            return []
+        lost = f"{self.tokens} tokens lost; {self.ends} examples lost their last <|im_end|>"
+        return [f"{self.examples} of {total} examples cut to {max_len} tokens (--max-len): {lost}"]
+
+
+def encode_chats(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[list, list[str], Cuts]:
+    """[("file:line", messages)] -> (examples, their "file:line", what was cut).
+
+    Examples (ids, supervised) are cut to max_len tokens. Those with nothing supervised left are dropped.
+    """
+    examples, places, cuts = [], [], Cuts()
     for where, messages in records:
         ids, supervised = tokenizer.chat_ids(messages)
         if any(supervised[1:max_len]):
             examples.append((ids[:max_len], supervised[:max_len]))
             places.append(where)
-    return examples, places
+            last = len(supervised) - 1 - supervised[::-1].index(True)  # the newline after the last reply's <|im_end|>
+            cuts.add(len(ids), last - 1, max_len)
+    return examples, places, cuts
 
 
-def count_supervised(examples):
-    """Supervised tokens that are predicted; the first token of a sequence has nothing before it."""
+def count_supervised(examples: list) -> int:
+    """Supervised tokens that are predicted: all but the first token of an example."""
     return sum(sum(supervised[1:]) for _, supervised in examples)

@@ -1,48 +1,71 @@
 """Log-probabilities of packed examples."""
 
 import torch
-import torch.utils.checkpoint
+from torch import Tensor
 
 from core.attention import to_device
-from core.distributed import STOP, is_sharded, rank_micro_batches, split_by_tokens, stop_asked, sum_over_ranks
+from core.distributed import (
+    ONE_RANK,
+    STOP,
+    Ranks,
+    is_sharded,
+    rank_micro_batches,
+    split_by_tokens,
+    stop_asked,
+    sum_over_ranks,
+)
 from core.layers import token_logps
+from model import Qwen2
 from training.examples import pack
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Log-probabilities of packed examples
+Example = tuple[list[int], list[bool]]  # (ids, supervised)
 
 
-def pack_to_device(examples, device):
-    """chat.pack, on the device."""
-    ids, lengths, *others = pack(examples)
-    ids, at, targets, owner = (to_device(x, device) for x in (ids, *others))
+def pack_to_device(
+    examples: list[Example], device: torch.device, inputs: list[list[int]] | None = None
+) -> tuple[Tensor, list[int], Tensor, Tensor, Tensor]:
+    """training.examples.pack, with its tensors on the device.
+
+    inputs: token ids that the model reads in place of those of the examples, of the same lengths. The targets stay.
+    """
+    ids, lengths, at, targets, owner = pack(examples)
+    if inputs is not None:
+        ids = torch.tensor([[token for sequence in inputs for token in sequence]])
+    ids, at, targets, owner = (to_device(x, device) for x in (ids, at, targets, owner))
     return ids, lengths, at, targets, owner
 
 
-def supervised_logps(model, examples):
-    """The log-probability that the model gives to each supervised token: (logps (N,) fp32, owner (N,): its example's index).
+def supervised_logps(
+    model: Qwen2, examples: list[Example], inputs: list[list[int]] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The log-probability of each supervised token, given the tokens before it. -> (logps (N,) fp32 in nats, owner (N,)).
 
-    examples: (ids, supervised) pairs, run as one packed row. The head runs on the supervised positions alone. Without
-    examples N is 0, but the model runs all the same: a sharded rank without work must join the others' calls.
+    The order is that of the documents: all supervised tokens of examples[0] from left to right, then those of examples[1].
+    owner[k] is the index of the example that token k belongs to. An example's first token has nothing before it and is left
+    out even if it is supervised.
+
+    The examples run as one packed row, and the head runs on the supervised positions alone. inputs: see pack_to_device.
+    Without examples N is 0, but the model runs all the same: a sharded rank without work must take part in the others' calls.
     """
-    ids, lengths, at, targets, owner = pack_to_device(examples or [([0, 0], [False, True])], model.device)
+    row = examples or [([0, 0], [False, True])]
+    ids, lengths, at, targets, owner = pack_to_device(row, model.device, inputs or None)
     logps = model(ids, lengths, at, targets)
     return (logps, owner) if examples else (logps[:0], owner[:0])
 
 
-def example_logps(model, examples):
+def example_logps(model: Qwen2, examples: list[Example]) -> Tensor:
     """supervised_logps summed over the tokens of each example: (len(examples),) fp32."""
     logps, owner = supervised_logps(model, examples)
     return logps.new_zeros(len(examples)).index_add(0, owner, logps)
 
 
 @torch.no_grad()
-def shared_prefix_logps(model, examples, micro_tokens):
-    """example_logps without gradients, where several examples begin alike: each context is computed once, and what follows it
-    at most micro_tokens tokens at a time.
+def shared_prefix_logps(model: Qwen2, examples: list[Example], micro_tokens: int) -> Tensor:
+    """example_logps without gradients for examples that begin alike: computes each distinct context once.
 
-    The context is what stands before the first supervised token, less its own last token: that one is fed with the rest,
-    since its state predicts the first supervised token."""
+    The context is everything before the first supervised token but its last token. That one runs with the rest, because its
+    state predicts the first supervised token. The rest runs in forwards of at most micro_tokens tokens.
+    """
     starts = [max(0, supervised.index(True) - 1) for _, supervised in examples]
     contexts = [tuple(ids[:n]) for (ids, _), n in zip(examples, starts)]
     unique = {context: i for i, context in enumerate(dict.fromkeys(filter(None, contexts)))}
@@ -63,36 +86,49 @@ def shared_prefix_logps(model, examples, micro_tokens):
     return out
 
 
-@torch.no_grad()
-def sequence_logps(model, examples, micro_tokens, rank=0, world=1, heed_stop=False):
-    """example_logps without gradients, at most micro_tokens tokens at a time: (len(examples),) fp32.
+def group_by_context(examples: list[Example], most: int, share: bool) -> tuple[list[list[int]], list[int]]:
+    """Groups examples that share the tokens before the first supervised one. -> (lists of indices, tokens to compute of each).
 
-    Examples of one context, such as the completions of one prompt, stay together and share its computation, in several forwards
-    if need be; but not if the model is sharded, whose weights are whole only inside its forward, nor on a GPU, where the many
-    small calls that it takes would cost more than they save. With world > 1 the ranks share the work and all get the whole
-    result.
-
-    heed_stop: after SIGTERM the rest is left at 0. The caller must then ask stop_asked() before it uses the result.
+    A group is the work of one rank; it is closed once it has more than `most` tokens. share False: each example by itself.
     """
-    out = torch.zeros(len(examples), device=model.device)
-    share = model.device.type == "cpu" and not is_sharded(model)
-    units, costs, unit_of = [], [], {}  # lists of indices; tokens to compute; {context: the unit that it adds to}
+    groups, costs, group_of = [], [], {}
     for i, (ids, supervised) in enumerate(examples):
         n = supervised.index(True) if share else 0
-        unit = unit_of.get(tuple(ids[:n])) if n else None
-        if unit is None or costs[unit] + len(ids) - n > 4 * micro_tokens:  # a unit is one rank's
-            unit = unit_of[tuple(ids[:n])] = len(units)
-            units.append([])
+        group = group_of.get(tuple(ids[:n])) if n else None
+        if group is None or costs[group] + len(ids) - n > most:
+            group = group_of[tuple(ids[:n])] = len(groups)
+            groups.append([])
             costs.append(n)
-        units[unit].append(i)
-        costs[unit] += len(ids) - n
-    for micro in rank_micro_batches(costs, micro_tokens, rank, world, is_sharded(model)):
-        if heed_stop and (
-            stop_asked(model.device) if is_sharded(model) else STOP["asked"]
-        ):  # sharded ranks leave together
+        groups[group].append(i)
+        costs[group] += len(ids) - n
+    return groups, costs
+
+
+@torch.no_grad()
+def sequence_logps(
+    model: Qwen2, examples: list[Example], micro_tokens: int, ranks: Ranks = ONE_RANK, heed_stop: bool = False
+) -> Tensor:
+    """example_logps without gradients and without dropout, at most micro_tokens tokens a forward: (len(examples),) fp32.
+
+    The ranks share the work, and each gets the whole result.
+
+    Completions of one prompt are computed together, so that the prompt runs once. This is left out on GPUs, where the many
+    small calls cost more than they save, and for sharded models, whose weights are whole only inside forward().
+
+    heed_stop: after SIGTERM or Ctrl-C the remaining values stay 0. The caller must then ask stop_asked() before it uses them.
+    """
+    was_training = model.training
+    model.eval()
+    out = torch.zeros(len(examples), device=model.device)
+    sharded = is_sharded(model)
+    share = model.device.type == "cpu" and not sharded
+    groups, costs = group_by_context(examples, 4 * micro_tokens, share)
+    for micro in rank_micro_batches(costs, micro_tokens, ranks.rank, ranks.world, sharded):
+        if heed_stop and (stop_asked(model.device) if sharded else STOP["asked"]):  # sharded ranks leave together
             break
-        indices = [i for unit in micro for i in units[unit]]
+        indices = [i for group in micro for i in groups[group]]
         some = [examples[i] for i in indices]
         logps = shared_prefix_logps(model, some, micro_tokens) if share else example_logps(model, some)
         out[to_device(torch.tensor(indices, dtype=torch.long), model.device)] = logps
-    return sum_over_ranks(out) if world > 1 else out
+    model.train(was_training)
+    return sum_over_ranks(out) if ranks.world > 1 else out

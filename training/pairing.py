@@ -1,17 +1,20 @@
-"""An order of the examples in which no mismatched pair shares its prompt."""
+"""An order of the examples in which no KL pair joins a prompt with a completion of that same prompt."""
 
 import collections
 import random
-
-# ---------------------------------------------------------------------------------------------------------------------
-# An order of the examples in which no mismatched pair shares its prompt (such a pair would match after all)
+from collections.abc import Callable, Hashable, Iterable
 
 
-def order_without_prompt_clashes(prompts, sizes, rng):
-    """A random permutation, cut into batches of `sizes`, in which neighbours in a batch's cycle differ in their prompt.
+def count_prompt_clashes(pairs: Iterable[tuple[int, int]], prompts: list[Hashable]) -> int:
+    """How many of the pairs (i, j) have equal prompts, so that they match after all."""
+    return sum(prompts[i] == prompts[j] for i, j in pairs)
 
-    prompts: a hashable for each example. Draws a plain shuffle and mends its clashes by random swaps; where that fails, deals
-    the examples out by prompt, which succeeds whenever a clash-free order exists. rng: random.Random.
+
+def order_without_prompt_clashes(prompts: list[Hashable], sizes: list[int], rng: random.Random) -> list[int]:
+    """A random permutation which, cut into batches of `sizes`, has no two equal prompts next to each other.
+
+    The last example of a batch counts as next to its first one, as in train_kto.kl_pairs. Shuffles, then repairs clashes by
+    random swaps. If that fails, deals the examples out by prompt, which works whenever a clash-free order exists.
     """
     starts = [sum(sizes[:b]) for b in range(len(sizes))]
     before = [k - 1 if k > s else s + n - 1 for s, n in zip(starts, sizes) for k in range(s, s + n)]
@@ -20,7 +23,7 @@ def order_without_prompt_clashes(prompts, sizes, rng):
     def clashes_at(order, positions):
         return sum(prompts[order[k]] == prompts[order[before[k]]] for k in positions)
 
-    def mend(order):
+    def repair(order):
         for k in [k for k in range(len(order)) if clashes_at(order, [k])]:
             for other in (rng.randrange(len(order)) for _ in range(100)):
                 near = {k, after[k], other, after[other]}
@@ -34,25 +37,31 @@ def order_without_prompt_clashes(prompts, sizes, rng):
     order = list(range(len(prompts)))
     rng.shuffle(order)
     for _ in range(3):
-        order = mend(order)
+        order = repair(order)
     if not clashes_at(order, range(len(order))):
         return order
-    # Every other place of each batch first (no two of these are neighbours), the places between them next, and the odd
-    # batch's last place at the end; filled by prompt, the most frequent first.
-    batches = list(zip(starts, sizes))
+    return repair(deal_by_prompt(order, prompts, list(zip(starts, sizes)), rng))
+
+
+def deal_by_prompt(
+    order: list[int], prompts: list[Hashable], batches: list[tuple[int, int]], rng: random.Random
+) -> list[int]:
+    """Deals the examples to places that are not neighbours, the most frequent prompt first. batches: (start, size).
+
+    Every other place of each batch is filled first, then the places between them, and the last place of each batch of odd
+    size at the end.
+    """
     rng.shuffle(batches)
-    places = [s + k for s, n in batches for k in range(0, n - 1, 2)] + [
-        s + k for s, n in batches for k in range(1, n, 2)
-    ]
+    places = [s + k for s, n in batches for k in range(0, n - 1, 2)]
+    places += [s + k for s, n in batches for k in range(1, n, 2)]
     places += [s + n - 1 for s, n in batches if n % 2]
-    counts, rank = collections.Counter(prompts), {p: rng.random() for p in prompts}
-    order.sort(key=lambda i: (-counts[prompts[i]], rank[prompts[i]]))
-    dealt = dict(zip(places, order))
-    return mend([dealt[k] for k in range(len(order))])
+    counts, tie = collections.Counter(prompts), {p: rng.random() for p in prompts}
+    by_prompt = sorted(order, key=lambda i: (-counts[prompts[i]], tie[prompts[i]]))
+    return [i for _, i in sorted(zip(places, by_prompt))]
 
 
-def epoch_order(prompts, seed):
-    """loop.plan's order for an epoch shuffled so: another permutation each epoch, the same for the same seed."""
+def epoch_order(prompts: list[Hashable], seed: int) -> Callable[[int, list[int]], list[int]]:
+    """An `order` for training.setup.plan_steps: every epoch another permutation, the same for the same seed."""
 
     def order(epoch, sizes):
         return order_without_prompt_clashes(prompts, sizes, random.Random(f"{seed} {epoch}"))

@@ -1,5 +1,6 @@
-"""The reference model's log-probabilities, computed once and kept on disk."""
+"""The reference model's log-probabilities: computed once, before the first step, and cached on disk."""
 
+import argparse
 import collections
 import hashlib
 import itertools
@@ -7,25 +8,79 @@ import math
 import os
 import time
 from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from core.attention import to_device
-from core.distributed import from_rank_0
-from core.files import InputError, atomic_write
-from training.logps import sequence_logps
+from core.checkpoint import Checkpoint
+from core.distributed import Ranks, from_rank_0, is_main
+from core.files import InputError, atomic_write, code_hash
+from core.tokenizer import Tokenizer, vocabulary
+from model import Qwen2
+from training.logps import Example, sequence_logps
+from training.setup import load_frozen
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The reference's log-probabilities, kept on disk
-
-SAVE_CACHE_EVERY = 60  # seconds that a killed run may lose of them
+# The reference model
 
 
-def read_ref_cache(path):
-    """{digest (32 bytes): log-probability in nats} of a cache file; {} if there is none."""
+@dataclass(frozen=True)
+class Reference:
+    """A reference model, loaded only if a log-probability is missing from the cache."""
+
+    fingerprint: str  # of its weights and tokenizer
+    identity: str  # everything that its log-probabilities depend on but the sequence: weights, compute dtype, code
+    cache: str  # the file that keeps them
+    load: Callable[[], Qwen2]  # gives the model, for the pass before the first step alone
+
+
+def open_reference(args: argparse.Namespace, policy: Qwen2, ckpt: Checkpoint, ranks: Ranks) -> Reference:
+    """The model of --ref, or of --ckpt without it.
+
+    If the two are one model, the policy itself computes the log-probabilities, while it is still untrained. A loss that needs
+    the reference model in training must load its own copy: training.setup.load_frozen.
+    """
+    source = Checkpoint(args.ref) if args.ref else ckpt
+    if args.ref:
+        Tokenizer(source)  # refuses token ids for which the embedding has no rows
+        if vocabulary(source) != vocabulary(ckpt):
+            raise InputError(
+                f"--ref {args.ref}: its tokenizer differs from that of {args.ckpt}, which makes the token ids"
+            )
+    fingerprint = source.fingerprint()
+    same = not args.ref or fingerprint == ckpt.fingerprint()
+    identity = f"{fingerprint} {args.dtype} {code_hash()}"
+    return Reference(
+        fingerprint, identity, cache_path(args), lambda: policy if same else load_frozen(source, args, ranks)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache on disk
+
+SAVE_CACHE_EVERY = 60  # seconds of work that a killed run may lose
+
+
+def cache_path(args: argparse.Namespace) -> str:
+    """--ref-cache, or else ref-cache.safetensors beside OUT."""
+    return args.ref_cache or os.path.join(os.path.dirname(os.path.abspath(args.out)), "ref-cache.safetensors")
+
+
+def check_cache_path(args: argparse.Namespace) -> None:
+    """InputError if the cache can be neither read nor written. Asked before the work begins."""
+    path = cache_path(args)
+    if os.path.isdir(path):
+        raise InputError(f"--ref-cache {path}: is a directory; give a file, such as {path}/ref-cache.safetensors")
+
+
+def read_ref_cache(path: str) -> dict[bytes, float]:
+    """{digest (32 bytes): log-probability in nats}; empty if there is no such file."""
     if not os.path.isfile(path):
         return {}
     try:
@@ -36,65 +91,91 @@ def read_ref_cache(path):
     return {keys[32 * i : 32 * i + 32]: v for i, v in enumerate(values)}
 
 
-def write_ref_cache(path, cache):
+def write_ref_cache(path: str, cache: dict[bytes, float]) -> None:
     keys = torch.frombuffer(bytearray(b"".join(cache)), dtype=torch.uint8).view(-1, 32)
     with atomic_write(path, "wb") as f:
         f.write(safetensors.torch.save({"keys": keys, "logps": torch.tensor(list(cache.values()))}))
 
 
-def example_digest(reference, example):
-    """What a reference log-probability depends on: the reference (weights, compute dtype, code), the ids, where they are
-    supervised."""
+def example_digest(identity: str, example: Example) -> bytes:
+    """SHA-256 of everything that a reference log-probability depends on."""
     ids, supervised = example
-    h = hashlib.sha256(reference.encode())
+    h = hashlib.sha256(identity.encode())
     h.update(array("i", ids).tobytes() + bytes(supervised))
     return h.digest()
 
 
-def reference_logps(pairs, sequence, path, reference, load, device, micro_tokens, rank, world):
-    """The reference's log-probabilities of all pairs, from the cache at `path` or computed and added to it.
+# ---------------------------------------------------------------------------------------------------------------------
+# The pass over all pairs
 
-    pairs: (i, j) keys. sequence(i, j): the example (ids, supervised) of a pair. reference: a text that identifies
-    weights and compute dtype. load() gives the reference model; it is called only if something is missing, and the model
-    is dropped on return. -> ({pair: nats}, the number computed).
+
+def reference_logps(
+    reference: Reference, pairs: list, example_of: Callable, micro_tokens: int, ranks: Ranks
+) -> tuple[dict, int]:
+    """The reference's log-probability of every pair, from the cache or computed and added to it.
+
+    pairs: keys (i, j), where i names the prompt. example_of(i, j): the pair as (ids, supervised).
+    -> ({pair: nats}, the number computed).
     """
-    digests = {pair: example_digest(reference, sequence(*pair)) for pair in pairs}
+    digests = {pair: example_digest(reference.identity, example_of(*pair)) for pair in pairs}
     pair_of = {d: pair for pair, d in digests.items()}  # equal sequences are computed once
-    length = {d: len(sequence(*pair)[0]) for d, pair in pair_of.items()}
-    longest = collections.defaultdict(int)  # {i: the longest of the sequences with prompt i}
+    length = {d: len(example_of(*pair)[0]) for d, pair in pair_of.items()}
+    longest = collections.defaultdict(int)  # {i: length of the longest sequence with prompt i}
     for d, (i, _) in pair_of.items():
         longest[i] = max(longest[i], length[d])
-    # like lengths pack well, and the completions of one prompt share its computation
+    # sorted so that sequences of a chunk have similar lengths, and completions of one prompt share its computation
     order = sorted(pair_of, key=lambda d: (-longest[pair_of[d][0]], pair_of[d]))
-    cache = read_ref_cache(path) if rank == 0 else {}
-    logps = from_rank_0(torch.tensor([cache.get(d, math.nan) for d in order], device=device))
+    cache = read_ref_cache(reference.cache) if is_main() else {}
+    logps = from_rank_0(torch.tensor([cache.get(d, math.nan) for d in order], device=ranks.device))
     missing = logps.isnan().tolist()
     if any(missing):
-        model, saved = load(), time.time()
-        bar = tqdm(total=sum(missing), desc="reference", unit="seq", disable=True if rank else None)
-
-        def save():
-            known = {d: v for d, v in zip(order, logps.tolist()) if not math.isnan(v)}
-            if rank == 0 and known:
-                write_ref_cache(path, read_ref_cache(path) | known)  # another run may have added to the file
-
-        # The edges of the chunks depend on all pairs, and what a chunk lacks is computed and saved together: a run that
-        # was killed in this pass and is resumed finds the same values to the bit.
-        chunk_of = [end // (8 * micro_tokens * world) for end in itertools.accumulate(length[d] for d in order)]
-        try:
-            for _, chunk in itertools.groupby(range(len(order)), key=chunk_of.__getitem__):
-                part = [k for k in chunk if missing[k]]
-                if part:
-                    examples = [sequence(*pair_of[order[k]]) for k in part]
-                    logps[to_device(torch.tensor(part), device)] = sequence_logps(
-                        model, examples, micro_tokens, rank, world
-                    )
-                    bar.update(len(part))
-                if time.time() - saved > SAVE_CACHE_EVERY:
-                    save()
-                    saved = time.time()
-        finally:  # also when SIGTERM ends the pass
-            save()
-            bar.close()
+        chunks = chunks_to_compute([length[d] for d in order], missing, 8 * micro_tokens * ranks.world)
+        compute_chunks(reference, chunks, order, logps, lambda d: example_of(*pair_of[d]), micro_tokens, ranks)
     values = dict(zip(order, logps.tolist()))
     return {pair: values[d] for pair, d in digests.items()}, sum(missing)
+
+
+def chunks_to_compute(lengths: list[int], missing: list[bool], tokens: int) -> Iterator[list[int]]:
+    """Yields the missing indices chunk by chunk. A chunk is about so many tokens of all sequences, cached or not.
+
+    A chunk is computed and saved as a whole, and its edges do not depend on what is missing. So a run that was killed in
+    this pass and resumed gets the same values to the bit.
+    """
+    chunk_of = [end // tokens for end in itertools.accumulate(lengths)]
+    for _, chunk in itertools.groupby(range(len(lengths)), key=chunk_of.__getitem__):
+        if part := [k for k in chunk if missing[k]]:
+            yield part
+
+
+def compute_chunks(
+    reference: Reference,
+    chunks: Iterator[list[int]],
+    order: list[bytes],
+    logps: Tensor,
+    example_of: Callable[[bytes], Example],
+    micro_tokens: int,
+    ranks: Ranks,
+) -> None:
+    """Fills logps, one value for each digest of `order`, and saves the cache every minute and at the end."""
+    model, saved = reference.load(), time.time()
+    total = int(logps.isnan().sum())
+    bar = tqdm(total=total, desc="reference", unit="seq", disable=None if is_main() else True)
+
+    def save():
+        known = {d: v for d, v in zip(order, logps.tolist()) if not math.isnan(v)}
+        if is_main() and known:
+            write_ref_cache(
+                reference.cache, read_ref_cache(reference.cache) | known
+            )  # another run may have added to it
+
+    try:
+        for part in chunks:
+            examples = [example_of(order[k]) for k in part]
+            logps[to_device(torch.tensor(part), ranks.device)] = sequence_logps(model, examples, micro_tokens, ranks)
+            bar.update(len(part))
+            if time.time() - saved > SAVE_CACHE_EVERY:
+                save()
+                saved = time.time()
+    finally:  # also when SIGTERM ends the pass
+        save()
+        bar.close()

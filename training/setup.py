@@ -1,52 +1,82 @@
-"""What a training script does before its first step: flags, ranks, model, batches, optimizer."""
+"""What a training script does before its first step: ranks, model, batches, memory."""
 
+import argparse
 import functools
 import itertools
 import math
 import os
 import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 
 from core.checkpoint import Checkpoint
-from core.distributed import STOP, is_sharded, join_group, load_into, own_device, shard, split_by_tokens, sum_over_ranks
+from core.distributed import (
+    STOP,
+    Ranks,
+    is_main,
+    is_sharded,
+    join_ranks,
+    load_into,
+    shard,
+    split_by_tokens,
+    sum_over_ranks,
+)
 from core.files import InputError, same_path
-from core.flags import DEVICE, DTYPE, DTYPES, at_least, checkpoint_out, number, torch_device
+from core.flags import DTYPES
 from core.pages import GIB, free_memory
 from core.tokenizer import Tokenizer
 from model import Qwen2, check_finite
 from training.memory import memory_needed
+from training.saves import check_not_running
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks and random numbers
 
 
-def setup_ranks(a):
-    """What a training script begins with. -> (rank, world, device)."""
-    # micro-batches differ in length, and what is free of one must serve the next
+def setup_ranks(args: argparse.Namespace) -> Ranks:
+    """Joins the ranks and seeds every rank alike. InputError if another run is writing to the same --out."""
+    # lengths differ between micro-batches: freed memory must fit tensors of other sizes
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    device = own_device(a.device)
-    gpu = torch.device(device) if device.startswith("cuda") else None
-    if a.device == "cuda":
-        torch.cuda.set_device(gpu)
-    rank, world = join_group(
-        hours=1, gpu=gpu
-    )  # nccl's own ten minutes may be too short for rank 0's save of a large model
-    if a.shard and not dist.is_initialized():
+    if is_main():
+        check_not_running(args.out)
+    ranks = join_ranks(
+        args.device, hours=1, nccl=True
+    )  # nccl's default of 10 minutes may be too short for a large save
+    if args.shard and not dist.is_initialized():
         raise InputError("--shard: splits the model over the ranks of a torchrun; start the script with torchrun")
     STOP.update(training=False, asked=False)
-    return rank, world, device
+    seed_all(args.seed)
+    return ranks
+
+
+def seed_all(*seeds: int) -> None:
+    """Seeds torch (CPU and GPU) and Python's random from the given integers."""
+    rng = random.Random(" ".join(map(str, seeds)))
+    torch.manual_seed(rng.getrandbits(63))
+    random.seed(rng.getrandbits(63))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches of indices, drawn before training starts
 
 
-def plan_steps(n, batch_size, epochs, max_steps, smallest=1, order=None):
-    """The whole run's batches: a list of steps, each a list of indices into the n examples.
+def plan_steps(
+    n: int,
+    batch_size: int,
+    epochs: int,
+    max_steps: int | None,
+    smallest: int = 1,
+    order: Callable[[int, list[int]], list[int]] | None = None,
+) -> list[list[int]]:
+    """The batches of the whole run: a list of steps, each a list of indices into the n examples.
 
-    order(epoch, sizes) gives the epoch's permutation, where sizes are the batch sizes it will be cut into. The last
-    batch of an epoch may be short; a remainder under `smallest` joins the batch before. max_steps, where given, decides
-    over epochs.
+    order(epoch, sizes) gives the permutation of an epoch; sizes are the batch sizes into which it will be cut. Without it
+    every epoch keeps the order of the data. The last batch of an epoch may be short; a remainder below `smallest` joins
+    the batch before it. max_steps, if given, overrides epochs.
     """
     sizes = [batch_size] * (n // batch_size) + ([n % batch_size] if n % batch_size else [])
     if sizes[-1] < smallest and len(sizes) > 1:
@@ -62,8 +92,8 @@ def plan_steps(n, batch_size, epochs, max_steps, smallest=1, order=None):
     return steps[:max_steps] if max_steps else steps
 
 
-def shuffled_order(n, seed):
-    """plan()'s order for a shuffled epoch: another permutation each epoch, the same for the same seed."""
+def shuffled_order(n: int, seed: int) -> Callable[[int, list[int]], list[int]]:
+    """An `order` for plan_steps: every epoch another permutation, the same for the same seed."""
 
     def order(epoch, sizes):
         indices = list(range(n))
@@ -73,159 +103,117 @@ def shuffled_order(n, seed):
     return order
 
 
-def schedule_advice(a, steps):
-    """A list of warnings about the learning rate's schedule."""
-    return [f"all {len(steps)} steps are warmup; lower --warmup or --batch-size"] if len(steps) <= a.warmup else []
-
-
-def make_optimizer(model, a):
-    """AdamW (arXiv 1711.05101). Matrices decay, biases and norms do not."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": a.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=a.lr, betas=(a.beta1, a.beta2), eps=a.eps, fused=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
-
-
-def add_training_flags(p, epochs, batch_size, lr):
-    """The flags that both training scripts have; the three arguments are their own defaults."""
-    # checkpoints
-    p.add_argument("--ckpt", required=True, help="model to start from: hub id, directory or .pt file")
-    p.add_argument(
-        "--out",
-        type=checkpoint_out,
-        required=True,
-        help="checkpoint to write: a directory, or a .pt file by its suffix",
-    )
-    # data
-    p.add_argument("--data", nargs="+", required=True, help="JSON Lines files to train on")
-    p.add_argument("--eval-data", nargs="+", help="held-out JSON Lines files")
-    p.add_argument("--max-len", type=at_least(2), default=1024, help="tokens; longer examples lose their end")
-    p.add_argument("--no-shuffle", action="store_true", help="keep the order of the files in every epoch")
-    p.add_argument("--seed", type=int, default=0, help="seed of the order of the data")
-    # optimisation
-    p.add_argument("--epochs", type=at_least(1), default=epochs, help="passes over the data")
-    p.add_argument("--max-steps", type=at_least(1), help="optimizer steps, instead of --epochs")
-    p.add_argument(
-        "--batch-size", type=at_least(1), default=batch_size, help="examples per optimizer step, over all ranks"
-    )
-    p.add_argument("--lr", type=number(0), default=lr, help="peak learning rate")
-    p.add_argument(
-        "--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of the learning rate"
-    )
-    p.add_argument("--warmup", type=at_least(0), default=10, help="steps over which the learning rate rises from 0")
-    p.add_argument("--weight-decay", type=number(0), default=0.0, help="AdamW's, on matrices")
-    p.add_argument("--beta1", type=number(0, below=1), default=0.9, help="AdamW's decay of the first moment")
-    p.add_argument("--beta2", type=number(0, below=1), default=0.999, help="AdamW's decay of the second moment")
-    p.add_argument("--eps", type=number(0), default=1e-8, help="AdamW's epsilon")
-    p.add_argument("--clip", type=number(0), default=1.0, help="largest norm of the gradient; 0 does not clip")
-    p.add_argument(
-        "--max-skips",
-        type=at_least(1),
-        default=3,
-        help="end after so many steps in a row without finite loss and gradient",
-    )
-    # machine
-    micro_tokens = 16384 if DEVICE == "cuda" else 1024
-    p.add_argument("--micro-tokens", type=at_least(1), default=micro_tokens, help="tokens of one forward on one device")
-    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="to compute in; weights stay fp32")
-    p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
-    p.add_argument(
-        "--compile", action="store_true", help="torch.compile the blocks: pays after some hundred micro-batches"
-    )
-    p.add_argument(
-        "--shard", action="store_true", help="spread weights, gradients and moments over the ranks of a torchrun"
-    )
-    p.add_argument("--activation-checkpointing", nargs="?", choices=["auto", "on", "off"], default="auto", const="on",
-                   help="compute blocks again in the backward, to save memory; auto: if a step would not fit otherwise")  # fmt: skip
-    # saving
-    p.add_argument(
-        "--save-every", type=at_least(0), default=100, help="steps between saves into OUT.run/; 0 saves at the end only"
-    )
-    p.add_argument(
-        "--keep", type=at_least(1), default=2, help="newest saves to keep; with --eval-every the best is kept too"
-    )
-    p.add_argument(
-        "--eval-every", type=at_least(0), default=0, help="steps between evaluations; 0 evaluates at the end only"
-    )
-    p.add_argument("--resume", action="store_true", help="go on from the last save in OUT.run/")
-    p.add_argument(
-        "--tensorboard", action="store_true", help="write the log into OUT.run/ as TensorBoard's event files too"
-    )
+def schedule_advice(args: argparse.Namespace, steps: list) -> list[str]:
+    """Warnings about the learning-rate schedule."""
+    return [f"all {len(steps)} steps are warmup; lower --warmup or --batch-size"] if len(steps) <= args.warmup else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 
 
-def load_model(ckpt, a, device):
-    """An open Checkpoint -> the model: fp32 weights that compute in --dtype, sharded as a.shard asks."""
-    dtype = DTYPES[a.dtype]
-    model = Qwen2.from_pretrained(ckpt, torch.float32, "meta" if a.shard else device)
-    if a.shard:  # no rank ever holds the whole model
+@dataclass
+class Setup:
+    """Everything a run has before its optimizer exists. main(prepare=...) of a training script receives it."""
+
+    args: argparse.Namespace
+    ranks: Ranks
+    model: Qwen2
+    tokenizer: Tokenizer
+    ckpt: Checkpoint  # the checkpoint of --ckpt, open
+    examples: list  # SFT: (ids, supervised); KTO: (prompt ids, completion ids, label)
+    places: list = field(default_factory=list)  # "file:line" of each example
+    steps: list = field(default_factory=list)  # plan_steps: the indices of each step's examples
+
+
+def load_model(ckpt: Checkpoint, args: argparse.Namespace, device: str) -> Qwen2:
+    """Loads an open Checkpoint: fp32 weights that compute in --dtype; with --shard, split over the ranks."""
+    dtype = DTYPES[args.dtype]
+    model = Qwen2.from_pretrained(ckpt, torch.float32, "meta" if args.shard else device)
+    if args.shard:  # no rank ever holds the whole model
         shard(model, device, dtype)
         model.to_empty(device=device)
         for name, p in model.named_parameters():
             load_into(p, check_finite(ckpt, name, ckpt.tensor(name)))
     model.compute_dtype = dtype
-    if a.compile:
+    if args.compile:
         model.compile()
     return model
 
 
-def open_checkpoint(source, a, device):
-    """-> (model, tokenizer, checkpoint)."""
-    for flag, path in (("ckpt", a.ckpt), ("ref", getattr(a, "ref", None))):
-        if path and (same_path(a.out, path) or same_path(f"{a.out}.run", os.path.dirname(os.path.realpath(path)))):
-            raise InputError(f"--out {a.out}: --{flag} starts from it or a save of it, as --resume would, and the run replaces them; "
-                             "give another name")  # fmt: skip
+def load_frozen(ckpt: Checkpoint, args: argparse.Namespace, ranks: Ranks) -> Qwen2:
+    """A copy of a checkpoint's model that never trains, for a loss that compares with the reference model itself.
+
+    Such a loss must not use the policy in its place: once trained, the two would still be the same object and differ in nothing.
+    """
+    return load_model(ckpt, args, ranks.device).eval().requires_grad_(False)
+
+
+def open_checkpoint(source: str, args: argparse.Namespace, ranks: Ranks) -> tuple[Qwen2, Tokenizer, Checkpoint]:
+    """Opens --ckpt. Lowers args.max_len to the number of positions of the model."""
+    for flag, path in (("ckpt", args.ckpt), ("ref", getattr(args, "ref", None))):
+        if path and (
+            same_path(args.out, path) or same_path(f"{args.out}.run", os.path.dirname(os.path.realpath(path)))
+        ):
+            raise InputError(
+                f"--out {args.out}: the run would overwrite --{flag}, or the saves it lies among; give another name"
+            )
     ckpt = Checkpoint(source)
-    tokenizer, model = Tokenizer(ckpt), load_model(ckpt, a, device)
-    if a.max_len > model.config.max_position_embeddings:
-        a.max_len = model.config.max_position_embeddings
-        if os.environ.get("RANK", "0") == "0":
-            print(f"--max-len: the model's positions end at {a.max_len}; longer examples lose their end there")
+    tokenizer, model = Tokenizer(ckpt), load_model(ckpt, args, ranks.device)
+    positions = model.config.max_position_embeddings
+    if args.max_len > positions:
+        args.max_len = positions
+        if is_main():
+            print(f"--max-len: the model has {positions} positions; longer examples are cut there")
     return model, tokenizer, ckpt
 
 
-def checkpoint_activations(model, a, batches, rank, world):
-    """Has the backward recompute the blocks if --activation-checkpointing says so; with auto, if a step would not fit otherwise.
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
 
-    batches: yields the lengths of each step's examples. All ranks do as the one with the least memory must. A tenth of
-    what is free is left for what the count does not see: the allocator's gaps, the kernels' own workspaces.
+
+def checkpoint_activations(model: Qwen2, args: argparse.Namespace, batches: Iterable[list[int]], ranks: Ranks) -> None:
+    """Turns activation checkpointing on if --activation-checkpointing says so; with auto, if a step would not fit otherwise.
+
+    batches: yields the lengths of each step's examples.
     """
-    on = a.activation_checkpointing == "on"
-    if a.activation_checkpointing == "auto":
+    on = args.activation_checkpointing == "on"
+    if args.activation_checkpointing == "auto":
         some = itertools.islice(batches, 1000)  # enough to meet the largest micro-batch, or nearly
-        tokens = max(sum(lengths[i] for i in split_by_tokens(lengths, a.micro_tokens, world)[0]) for lengths in some)
-        item, shards = DTYPES[a.dtype].itemsize, world if is_sharded(model) else 1
-        settings = item, shards, model.device.type, a.compile
-        without, with_it = (memory_needed(model.config, tokens, again, *settings) for again in (False, True))
-        held = without["state"] // 4  # the weights, which are there already
-        free = free_memory(model.device)
-        room = held + (free * 0.9 if free else math.inf)
-        short = [sum(need.values()) > room for need in (without, with_it)]
-        on, too_large = (sum_over_ranks(torch.tensor(short, dtype=torch.float32, device=model.device)) > 0).tolist()
-        if rank == 0:
-            parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in without.items())
-            there = f"{(held + free) / GIB:.2f} are free" if free else "how many are free is not known"
-            print(f"memory: a step of {tokens:,} tokens at a time takes {sum(without.values()) / GIB:.2f} GiB ({parts}), {there}: "
-                  f"activation checkpointing {'on, with it ' + format(sum(with_it.values()) / GIB, '.2f') if on else 'off'}")  # fmt: skip
-            if too_large:
-                print(
-                    "warning: too much even so; lower --micro-tokens"
-                    + ("" if a.shard else ", or --shard over several ranks")
-                )
+        largest = max(
+            sum(lengths[i] for i in split_by_tokens(lengths, args.micro_tokens, ranks.world)[0]) for lengths in some
+        )
+        on = needs_checkpointing(model, args, largest, ranks)
     for block in model.model["layers"] if on else []:
         recompute(block)
 
 
-def recompute(block):
-    """Makes the block keep only its input and recompute the rest in the backward. It draws no random numbers to restore."""
-    block.forward = functools.partial(
-        torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-    )
+def needs_checkpointing(model: Qwen2, args: argparse.Namespace, tokens: int, ranks: Ranks) -> bool:
+    """Whether a micro-batch of that many tokens fits only with activation checkpointing on some rank. Prints the estimate.
+
+    A tenth of the free memory is kept for what the estimate leaves out: gaps in the allocator and workspaces of kernels.
+    """
+    settings = DTYPES[args.dtype].itemsize, ranks.world if is_sharded(model) else 1, model.device.type, args.compile
+    without, with_it = (memory_needed(model.config, tokens, again, *settings) for again in (False, True))
+    loaded = without["state"] // 4  # the weights, already in memory
+    free = free_memory(model.device)
+    room = loaded + (free * 0.9 if free else math.inf)
+    short = torch.tensor([float(sum(need.values()) > room) for need in (without, with_it)], device=model.device)
+    on, too_large = (sum_over_ranks(short) > 0).tolist()
+    if is_main():
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in without.items())
+        has = f"{(loaded + free) / GIB:.2f} are free" if free else "free memory not known"
+        with_text = f"on, which takes {sum(with_it.values()) / GIB:.2f}" if on else "off"
+        print(f"memory: a micro-batch of {tokens:,} tokens takes {sum(without.values()) / GIB:.2f} GiB ({parts}), {has}: "
+              f"activation checkpointing {with_text}")  # fmt: skip
+        if too_large:
+            print(
+                "warning: still too large; lower --micro-tokens"
+                + ("" if args.shard else ", or --shard over several ranks")
+            )
+    return on
+
+
+def recompute(block: torch.nn.Module) -> None:
+    """Makes the block keep only its input and run its forward again in the backward, with the same random numbers."""
+    block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)

@@ -107,7 +107,7 @@ def test_scores_are_those_of_the_written_checkpoint(models, run, tmp_path):
     words = shlex.split(next(line for line in said.splitlines() if line.startswith("next:")))[3:]
     assert run("merge", *words[:-1], tmp_path / "fused")[0] == 0  # the command that it prints, with another --out
     m, tokenizer = Qwen2.from_pretrained(str(tmp_path / "fused")), Tokenizer(str(tmp_path / "fused"))
-    examples, _ = encode_chats(read_records([models / "data.jsonl"], sft_conversations), tokenizer, 1024)
+    examples, *_ = encode_chats(read_records([models / "data.jsonl"], sft_conversations), tokenizer, 1024)
     seen, aside = search.split(examples, 0.25, 3)
     assert len(aside) == 3 and len(seen) == 9 and all(e not in seen for e in aside)
     for part, score in ((seen, min(p["score"] for p in points)), (aside, final[0]["score"])):

@@ -1,0 +1,74 @@
+"""KTO's examples: prompts and completions as token ids, advice on the weights, and the numbers of the log."""
+
+from torch import Tensor
+
+from core.files import InputError
+from core.tokenizer import Tokenizer
+from training.examples import Cuts
+
+Row = tuple[tuple[int, ...], tuple[int, ...], bool]  # (prompt ids, completion ids, label)
+
+
+def encode_feedback(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[list[Row], list[str], Cuts]:
+    """[("file:line", (prompt messages, completion, label))] -> (rows, their "file:line", what pair_sequence will cut).
+
+    A prompt of max_len tokens or more leaves no completion to learn from. It is dropped before batches and pairs are formed.
+    """
+    rows, places, cuts = [], [], Cuts()
+    for where, (messages, completion, label) in records:
+        prompt = tuple(tokenizer.prompt_ids(messages))
+        if len(prompt) < max_len:
+            rows.append((prompt, tuple(tokenizer.completion_ids(completion)), label))
+            places.append(where)
+            length = len(prompt) + len(rows[-1][1])
+            cuts.add(length, length - 2, max_len)  # <|im_end|> comes before the last token, a newline
+    if len(rows) < 2:
+        files = ", ".join(dict.fromkeys(where.rsplit(":", 1)[0] for where, _ in records))
+        raise InputError(
+            f"{files}: {len(rows)} examples have a prompt shorter than --max-len {max_len}; KTO needs at least 2, "
+            "because a KL pair takes two"
+        )
+    return rows, places, cuts
+
+
+def pair_sequence(rows: list[Row], max_len: int, i: int, j: int) -> tuple[list[int], list[bool]]:
+    """The prompt of row i with the completion of row j, cut to max_len tokens: (ids, supervised)."""
+    ids, start = [*rows[i][0], *rows[j][1]][:max_len], len(rows[i][0])
+    return ids, [False] * start + [True] * (len(ids) - start)
+
+
+def balanced_weight(n_desirable: int, n_undesirable: int, undesirable_weight: float) -> float:
+    """The w_D for which w_D n_D = w_U n_U, the lower end of the range [1, 4/3] that Eq. 8 recommends for their ratio."""
+    return undesirable_weight * n_undesirable / n_desirable if n_desirable and n_undesirable else 1.0
+
+
+def weight_advice(n_desirable: int, n_undesirable: int, w_d: float, w_u: float) -> list[str]:
+    """Warnings about weights outside the range that Eq. 8 recommends."""
+    if not n_desirable or not n_undesirable:
+        return [f"all {n_desirable + n_undesirable} labels are {str(n_desirable > 0).lower()}: nothing to tell apart"]
+    if not w_d or not w_u:  # one label is left out on purpose
+        return []
+    if 1 - 1e-9 <= w_d * n_desirable / (w_u * n_undesirable) <= 4 / 3 + 1e-9:
+        return []
+    low, high = balanced_weight(n_desirable, n_undesirable, w_u), w_d * n_desirable / n_undesirable
+    return [
+        f"{n_desirable} desirable and {n_undesirable} undesirable examples: recommended --desirable-weight {low:.3g} to "
+        f"{low * 4 / 3:.3g} (auto takes {low:.3g}), or else --undesirable-weight {high * 3 / 4:.3g} to {high:.3g}"
+    ]
+
+
+def kto_metrics(losses: Tensor, rewards: Tensor, logps: Tensor, desirable: Tensor, kl: Tensor) -> dict:
+    """The log's numbers for a batch: means over the examples of each label, null where there is none.
+
+    losses, rewards, logps, desirable: (n,). kl: scalar. All on the CPU.
+    """
+
+    def mean(x, which):
+        return x[which].mean().item() if which.any() else None
+
+    out = {"loss": losses.mean().item(), "kl": kl.item()}
+    for name, which in (("chosen", desirable), ("rejected", ~desirable)):
+        out |= {f"rewards/{name}": mean(rewards, which), f"logps/{name}": mean(logps, which)}
+    both = desirable.any() and (~desirable).any()
+    out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"] if both else None
+    return out

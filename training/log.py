@@ -1,0 +1,62 @@
+"""OUT.run/log.jsonl, one object a step, and TensorBoard's copy of it."""
+
+import contextlib
+import json
+import math
+import os
+
+from core.files import InputError
+from training.saves import Run, run_file
+
+
+def json_safe(record: dict) -> dict:
+    """The record with null in place of numbers that JSON cannot hold."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+def write_log(run: Run, record: dict) -> None:
+    """Appends one object to OUT.run/log.jsonl. Numbers that are not finite become null."""
+    record = json_safe(record)
+    try:
+        with open(run_file(run.args, "log.jsonl"), "a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+    except OSError as e:
+        fault = f"{run.args.out}.run/log.jsonl: cannot be written: {e.strerror}"
+        raise InputError(f"{fault}; --resume goes on from the last save") from None
+    if run.events:
+        for key, value in record.items():
+            if isinstance(value, int | float):
+                run.events.add_scalar(key, value, record["step"])
+
+
+def read_log(run: Run) -> list[str]:
+    """The lines of the log up to step run.done; later steps will be repeated. Restores run.skips and run.best from them."""
+    lines, path = [], run_file(run.args, "log.jsonl")
+    last = run.done - (run.pending is not None)
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: missing, so the saved run is incomplete; drop --resume to start again")
+    with open(path, encoding="utf-8") as f:
+        for line in f:
+            with contextlib.suppress(ValueError):  # the last line may be cut short by a full disk
+                record = json.loads(line)
+                if record["step"] <= last:
+                    lines.append(line.strip() + "\n")
+                    read_skip(run, record)
+                    if run.args.eval_every and record.get("eval_loss") is not None:
+                        run.best = min(run.best, (record["eval_loss"], record["step"]))
+    read_skip(run, run.pending or {})
+    return lines
+
+
+def read_skip(run: Run, record: dict) -> None:
+    if "skipped" in record:
+        run.skips.append((record["step"], record["offending"]))
+
+
+def event_writer(run: Run) -> object:
+    """TensorBoard's writer. It discards earlier events of steps that will be repeated."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard: needs a package; pip install tensorboard, or leave the flag out") from None
+    return SummaryWriter(f"{run.args.out}.run", purge_step=run.done + 1)

@@ -1,0 +1,244 @@
+"""The files in OUT.run/ from which a run resumes, and the lock that keeps a second run out.
+
+args.json, log.jsonl
+step-N                    usable checkpoints after step N (N.pt if OUT is a .pt)
+optimizer-N.safetensors   moments of the optimizer and buffers of the model after step N
+state.json                the step to resume from. Written last: until then the previous save counts
+lock                      held by the run that is writing here
+"""
+
+import argparse
+import fcntl
+import glob
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from core.checkpoint import Checkpoint, write_checkpoint, write_safetensors
+from core.distributed import Ranks, gathered, is_main, is_sharded, load_into
+from core.files import InputError, atomic_write
+from model import Qwen2
+
+
+@dataclass
+class Run:
+    """State of a training run, shared by the functions that end a step, log and save. training.run.start_run makes it."""
+
+    args: argparse.Namespace
+    ranks: Ranks
+    model: Qwen2
+    optimizer: torch.optim.Optimizer
+    start_sync: Callable[[int], None]  # the two functions of overlapped_reduction
+    wait_sync: Callable[[], None]
+    files: dict[str, str]  # side files of its checkpoints: tokenizer, template, generation settings
+    identity: dict  # what a resumed run must share with this one
+    total: int  # steps
+    done: int = 0  # steps finished before this process started
+    saved: int = 0  # the step of the last save to resume from
+    skips: list = field(default_factory=list)  # (step, [places of its offending examples])
+    best: tuple = (math.inf, 0)  # the lowest eval_loss and its step
+    pending: dict | None = None  # the log record of the last step, if the run was stopped in the evaluation after it
+    events: object = None  # TensorBoard's writer
+    started: float = field(default_factory=time.time)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+CHECKPOINTS, MOMENTS = r"step-(\d+)(?:\.pt)?", r"optimizer-(\d+)\.safetensors"
+
+
+def run_file(args: argparse.Namespace, name: str) -> str:
+    return os.path.join(f"{args.out}.run", name)
+
+
+def step_path(args: argparse.Namespace, step: int) -> str:
+    return run_file(args, f"step-{step}" + (".pt" if args.out.endswith(".pt") else ""))
+
+
+def numbered(args: argparse.Namespace, pattern: str) -> dict[int, str]:
+    """{step: path} of the files in OUT.run/ whose names match the pattern."""
+    folder = f"{args.out}.run"
+    found = (re.fullmatch(pattern, name) for name in (os.listdir(folder) if os.path.isdir(folder) else []))
+    return {int(m[1]): os.path.join(folder, m[0]) for m in found if m}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run at a time
+#
+# OUT.run/lock is locked by rank 0 (flock). The system releases it when the process ends, even if killed.
+
+LOCKS: dict[str, int] = {}  # of this process: path of the lock file -> file descriptor
+
+
+def try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+
+
+def lock_path(out: str) -> str:
+    return os.path.realpath(f"{out}.run/lock")
+
+
+def second_run_error(out: str) -> InputError:
+    return InputError(f"--out {out}: another run is writing there; wait until it ends, or give another name")
+
+
+def check_not_running(out: str) -> None:
+    """InputError if another run is writing to OUT. Changes nothing on disk."""
+    path = lock_path(out)
+    if os.path.isfile(path) and path not in LOCKS:
+        fd = os.open(path, os.O_RDONLY)
+        free = try_lock(fd)
+        os.close(fd)
+        if not free:
+            raise second_run_error(out)
+
+
+def take_lock(out: str) -> None:
+    """Makes and locks OUT.run/lock. InputError if another run holds it."""
+    path = lock_path(out)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        while path not in LOCKS:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT)
+            if not try_lock(fd):
+                os.close(fd)
+                raise second_run_error(out)
+            if os.path.isfile(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
+                LOCKS[path] = fd
+            else:  # the run before removed this file between our open and our lock
+                os.close(fd)
+    except OSError as e:
+        raise InputError(f"{out}.run: cannot be written: {e.strerror}; give another --out") from None
+
+
+def release_lock(out: str) -> None:
+    path = lock_path(out)
+    if path in LOCKS:
+        os.remove(path)
+        os.close(LOCKS.pop(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def write_gathered(run: Run, tensors: dict[str, Tensor], write: Callable[[Iterable], None]) -> None:
+    """Rank 0 calls write(pairs) with the whole tensors. The other ranks of a sharded run take part in gathering them."""
+    pairs = gathered(tensors)
+    if is_main():
+        write(pairs)
+    elif is_sharded(run.model):
+        for _ in pairs:
+            pass
+
+
+def tensor_specs(tensors: dict[str, Tensor]) -> dict:
+    return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+
+def save_model(run: Run, out: str) -> None:
+    """Writes a checkpoint, fp32."""
+    weights = dict(run.model.named_parameters())
+    config, specs = run.model.raw_config, tensor_specs(weights)
+    write_gathered(run, weights, lambda pairs: write_checkpoint(out, config, run.files, specs, pairs))
+
+
+def save_state(run: Run, step: int, pending: dict | None = None) -> None:
+    """Writes step-N and what --resume needs, then removes the saves that --keep does not keep. pending: see Run."""
+    names = {p: name for name, p in run.model.named_parameters()}
+    tensors = {f"{kind}/{names[p]}": t for p, state in run.optimizer.state.items() for kind, t in state.items()}
+    tensors |= {f"buffer/{name}": t for name, t in run.model.named_buffers()}
+
+    def write_moments(pairs):
+        with atomic_write(run_file(run.args, f"optimizer-{step}.safetensors"), "wb") as f:
+            write_safetensors(f, tensor_specs(tensors), pairs)
+
+    try:
+        save_model(run, step_path(run.args, step))
+        write_gathered(run, tensors, write_moments)
+        write_state(run, step, pending=pending)
+    except InputError as e:
+        intact = f"the save of step {run.saved} is whole" if run.saved else "no save was made before"
+        raise InputError(f"{e}; {intact}: make room and --resume") from None
+    run.saved = step
+    if is_main():
+        prune(run, step)
+
+
+def write_state(run: Run, step: int, finished: bool = False, pending: dict | None = None) -> None:
+    if is_main():
+        with open(run_file(run.args, "log.jsonl"), "rb") as f:
+            os.fsync(f.fileno())  # flush the log first, so that the saved state never refers to a missing line
+        with atomic_write(run_file(run.args, "state.json")) as f:
+            json.dump({"step": step, "finished": finished, "identity": run.identity, "pending": pending}, f)
+
+
+def restore(run: Run) -> None:
+    """Loads weights, moments and buffers of the save after step run.done."""
+    weights = Checkpoint(step_path(run.args, run.done))
+    path = run_file(run.args, f"optimizer-{run.done}.safetensors")
+    try:
+        moments = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: missing or corrupt ({e}); drop --resume to start again") from None
+    parameters, buffers = dict(run.model.named_parameters()), dict(run.model.named_buffers())
+    for name, p in parameters.items():
+        load_into(p, weights.tensor(name))
+    for key in moments.keys():
+        kind, name = key.split("/")
+        whole = moments.get_tensor(key)
+        if kind == "buffer":
+            load_into(buffers[name], whole)
+            continue
+        p = parameters[name]
+        moment = torch.zeros_like(p) if whole.shape == p.shape else torch.zeros_like(whole, device=p.device)
+        load_into(moment, whole)
+        run.optimizer.state[p][kind] = moment
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Removing
+
+
+def remove(path: str) -> None:
+    """Removes a file or directory. A directory is renamed first, so that nothing under a proper name is ever half there."""
+    if os.path.isdir(path):
+        os.rename(path, f"{path}.tmp{os.getpid()}")
+        shutil.rmtree(f"{path}.tmp{os.getpid()}")
+    elif os.path.exists(path):
+        os.remove(path)
+
+
+def tidy(run: Run) -> None:
+    """Removes what a killed run left half-written in OUT.run/ and beside OUT, and saves of steps later than run.done."""
+    out = glob.escape(run.args.out)
+    beside = glob.glob(f"{out}.tmp[0-9]*")  # .old is the checkpoint that was there before
+    for path in [p for p in beside if not p.endswith(".old")] + glob.glob(f"{out}.run/*.tmp[0-9]*"):
+        remove(path)
+    if not run.done:
+        remove(run_file(run.args, "state.json"))
+    prune(run, run.done)
+
+
+def prune(run: Run, step: int) -> None:
+    """Keeps the last --keep checkpoints in OUT.run/ up to that step, the best one, and the moments to resume from."""
+    earlier = sorted(s for s in numbered(run.args, CHECKPOINTS) if s <= step and s < run.total)  # the last step is OUT
+    newest = earlier[-run.args.keep :]
+    for pattern, wanted in (CHECKPOINTS, {*newest, run.best[1], run.saved}), (MOMENTS, {run.saved}):
+        for number, path in numbered(run.args, pattern).items():
+            if number not in wanted:
+                remove(path)
