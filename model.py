@@ -4,6 +4,7 @@
     logits = model(input_ids)                                        # (B, T) -> (B, T, V)
     logits = model(packed_ids, lengths=[3, 5], at=positions)         # (1, 8) -> (N, V)
     logps = model(packed_ids, [3, 5], at=positions, targets=tokens)  # (N,)
+    logps, kl = model(packed_ids, [3, 5], positions, tokens, ref)    # (N,) each
 
 lengths packs several documents into one row without padding: positions restart with each document, and no document sees
 another. Parameter names are Hugging Face's, so a state dict is a checkpoint.
@@ -20,7 +21,7 @@ from core.attention import KVCache, attention, cached_attention, to_device
 from core.checkpoint import Checkpoint, all_finite, write_checkpoint
 from core.config import Config, parse_config
 from core.files import InputError
-from core.layers import Embedding, Linear, RMSNorm, fused, normed_linears, swiglu_linear, token_logps
+from core.layers import Embedding, Linear, RMSNorm, fused, normed_linears, swiglu_linear, token_kl, token_logps
 from core.pages import release
 
 
@@ -145,17 +146,41 @@ class Qwen2(nn.Module):
         lengths: list[int] | None = None,
         at: Tensor | None = None,
         targets: Tensor | None = None,
-    ) -> Tensor:
+        ref: "Qwen2 | None" = None,
+        forward_kl: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """input_ids (B, T) -> logits (B, T, V).
 
         at (N,): positions of one packed row (1, T) -> logits (N, V) there. targets (N,): tokens -> their
         log-probabilities (N,) in fp32 at those positions, without the logits in memory.
+        ref: the frozen reference model -> (log-probabilities, KL over the whole vocabulary at each position), both (N,).
+        The KL is KL(self || ref), with forward_kl KL(ref || self); see core.layers.token_kl.
         Call the model, not its methods, in training: with --shard the weights are whole only inside forward.
         """
         hidden = self.hidden(input_ids, lengths, at=at)
         if at is None:
             return self.head(hidden)
-        return self.head(hidden[0]) if targets is None else token_logps(hidden[0], self.head_weight, targets)
+        hidden = hidden[0]
+        if targets is None:
+            return self.head(hidden)
+        logps = token_logps(hidden, self.head_weight, targets)
+        if ref is None:
+            return logps
+        return logps, ref.kl_to_policy(hidden, self.head_weight, input_ids, lengths, at, forward_kl)
+
+    def kl_to_policy(
+        self,
+        policy_hidden: Tensor,
+        policy_head: Tensor,
+        input_ids: Tensor,
+        lengths: list[int] | None,
+        at: Tensor,
+        forward_kl: bool,
+    ) -> Tensor:
+        """The reference's part of forward(ref=...): (N,). A method of its own so that --shard gathers its weights too."""
+        with torch.no_grad():
+            hidden = self.hidden(input_ids, lengths, at=at)[0]
+        return token_kl(policy_hidden, policy_head, hidden, self.head_weight, forward_kl)
 
     def hidden(
         self,

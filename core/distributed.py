@@ -261,7 +261,7 @@ def shard(model: nn.Module, device: str, dtype: torch.dtype) -> None:
     stay fp32, so that their gradients are added in fp32 where the two are one matrix.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for module in (*model.model["layers"], model):
@@ -269,6 +269,7 @@ def shard(model: nn.Module, device: str, dtype: torch.dtype) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # sum over the ranks, not mean
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+    register_fsdp_forward_method(model, "kl_to_policy")  # gathers the weights as forward does
 
 
 @torch.no_grad()

@@ -283,6 +283,88 @@ class TokenLogProbs(torch.autograd.Function):
         return d_hidden.to(hidden.dtype), d_weight, None, None
 
 
+def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, forward: bool = False) -> Tensor:
+    """The KL divergence between policy and reference over the whole vocabulary, at each position: (N,) in fp32, in nats.
+
+    hidden: (N, C), weight: (V, C) -> p = softmax(hidden weight^T). ref_hidden: (N, C'), ref_weight: (V, C') -> q.
+    Default: KL(p || q) = sum_v p_v (log p_v - log q_v), the KL to the reference of RLHF.
+    forward=True: KL(q || p) = sum_v q_v (log q_v - log p_v), the forward KL, as in distillation.
+    Gradients reach hidden and weight, never the reference. InputError if the vocabularies differ in size.
+    """
+    if len(weight) != len(ref_weight):
+        raise InputError(
+            f"the reference has {len(ref_weight)} vocabulary entries, the model {len(weight)}; a KL needs the same ones"
+        )
+    if len(hidden) == 0:
+        return hidden.sum(-1).float()  # (0,), still part of the graph
+    ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
+    if fused():
+        columns = head_columns(hidden.device.type) // 2  # a tile of both models takes as much as one of token_logps
+        return TokenKL.apply(hidden, weight, ref_hidden, ref_weight, forward, columns)
+    log_p = project(hidden, weight).float().log_softmax(-1)  # (N, V)
+    log_q = project(ref_hidden, ref_weight).float().log_softmax(-1)
+    if forward:
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+class TokenKL(torch.autograd.Function):
+    """token_kl over the vocabulary in tiles of `columns` entries; never holds an (N, V) tensor.
+
+    With z the logits of p and y those of q, KL(p || q) = E_p[z - y] - lse(z) + lse(y), where lse is the log-sum-exp;
+    KL(q || p) is the same with the two exchanged. The backward recomputes the logits of each tile:
+    d KL(p || q) / dz = p (log p - log q - KL), d KL(q || p) / dz = p - q.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, ref_hidden, ref_weight, forward, columns):
+        tops, logs, means = [], [], []
+        for z, y, _ in logit_tiles(hidden, weight, ref_hidden, ref_weight, columns):
+            tops.append(torch.stack((z.amax(-1), y.amax(-1))))  # (2, N)
+            logs.append(torch.stack((log_sum_exp_above_top(z), log_sum_exp_above_top(y))))
+            z, y = (y, z) if forward else (z, y)
+            means.append(y.neg_().add_(z).mul_(z.softmax(-1)).sum(-1))  # E[z - y] within the tile
+            del z, y  # before the next tile's
+        tops, logs, means = torch.stack(tops), torch.stack(logs), torch.stack(means)  # (tiles, 2, N) twice, (tiles, N)
+        top = tops.amax(0)  # (2, N)
+        logs += tops - top
+        log = logs.logsumexp(0)  # lse(z), lse(y) relative to `top`; kept apart from it for precision
+        mean = (means * (logs - log).exp()[:, int(forward)]).sum(0)
+        (top_1, top_2), (log_1, log_2) = (top.flip(0), log.flip(0)) if forward else (top, log)
+        kl = (mean - (top_1 - top_2)) - (log_1 - log_2)
+        ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, top, log, kl)
+        ctx.forward_kl, ctx.columns = forward, columns
+        return kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, ref_hidden, ref_weight, top, log, kl = ctx.saved_tensors
+        d_hidden = torch.zeros(hidden.shape, device=hidden.device)  # summed over the tiles in fp32
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        start = 0
+        for z, y, w in logit_tiles(hidden, weight, ref_hidden, ref_weight, ctx.columns):
+            log_p, log_q = (x.sub_(top[i][:, None]).sub_(log[i][:, None]) for i, x in enumerate((z, y)))
+            if ctx.forward_kl:
+                d_logits = log_p.exp_().sub_(log_q.exp_())
+            else:
+                d_logits = log_q.neg_().add_(log_p).sub_(kl[:, None]).mul_(log_p.exp_())
+            d_logits = d_logits.mul_(grad[:, None]).to(hidden.dtype)
+            add_tile_gradients(d_logits, hidden, w, d_hidden, None if d_weight is None else d_weight[start:])
+            start += len(w)
+            del z, y, log_p, log_q, d_logits
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None, None
+
+
+def logit_tiles(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, columns: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields (logits of the policy (N, columns), of the reference, the policy's rows of weight) for each tile, in fp32."""
+    for start, w in vocabulary_tiles(weight, hidden.dtype, columns):
+        ref_w = ref_weight[start : start + columns].to(ref_hidden.dtype)
+        yield matmul_as(hidden, w.T, torch.float32), matmul_as(ref_hidden, ref_w.T, torch.float32), w
+
+
 def log_sum_exp_above_top(logits: Tensor) -> Tensor:
     """logsumexp(logits - max(logits)) of each row, in fewer passes: (N, columns) -> (N,)."""
     return -logits.log_softmax(-1).amax(-1)
