@@ -187,6 +187,8 @@ arms=("$base")
 for arm in sft kto sft-kto mean mean-05-95 ties; do arms+=("$run/$arm"); done
 "$py" eval.py --ckpt "${arms[@]}" --tasks "${tasks[@]}" --out "$run/eval" ${score[@]+"${score[@]}"}
 
+"$py" -m tools.page "$run" --out "$run/page.html" >/dev/null
+
 say "done in $((SECONDS - started)) s"
 echo "data      $run/data/report.md"
 echo "results   $run/eval/results.md, results.json, samples.jsonl"
@@ -196,3 +198,4 @@ if [[ -n $demo ]]; then
 else
   echo "next:  try other fusions (python merge.py --help), or more questions (--limit)"
 fi
+echo "look at it: $run/page.html"

@@ -1,46 +1,44 @@
-"""The memory of a training step, counted from the model's shape.
+"""Memory and time of training, computed from the model's shape.
 
 python -m tools.memory                  # Qwen2 of three sizes, on one and on eight GPUs, as a Markdown table
-python -m tools.memory --ckpt C         # the same of a checkpoint
+python -m tools.memory --ckpt C         # the same for a checkpoint
 """
 
 from core.checkpoint import Checkpoint
-from core.config import parse_config
+from core.config import Config, parse_config
 from core.files import cli
 from core.flags import Parser, at_least, number
 from core.pages import GIB
 from training.memory import forward_flops, memory_needed
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-
-SHAPES = {  # of Qwen2's config.json: hidden and intermediate size, blocks, query and key heads, vocabulary, tied
+# From Qwen2's config.json: hidden size, intermediate size, blocks, query heads, key-value heads, vocabulary, tied
+SHAPES = {
     "0.5B": (896, 4864, 24, 14, 2, 151936, True),
     "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
     "7B": (3584, 18944, 28, 28, 4, 152064, False),
 }
 
 
-def raw_config(*numbers):
-    """A config.json of that shape, as a dict."""
+def raw_config(*numbers) -> dict:
+    """config.json as a dict, from a row of SHAPES."""
     names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size tie_word_embeddings"
     return {"model_type": "qwen2"} | dict(zip(names.split(), numbers, strict=True))
 
 
-def shape(*numbers):
-    return parse_config(raw_config(*numbers))
+def memory_table(
+    configs: dict[str, Config], micro_tokens: int, rate: float, examples: int, length: int, supervised: int
+) -> str:
+    """A Markdown table: GiB a GPU in bf16 over fp32 weights, and the time of one epoch at `rate` FLOP/s a GPU.
 
-
-def memory_table(configs, tokens, rate, examples, length, supervised):
-    """Markdown: GiB a GPU at that many micro-tokens, bf16 over fp32; minutes or hours of one epoch at `rate` FLOP/s a GPU.
-
-    configs: {name: Config}. examples, length, supervised: how many, and the tokens of each. Recomputing costs a forward.
+    examples: how many. length, supervised: tokens of each. Activation checkpointing costs one more forward.
     """
     lines = ["| model | GPUs | GiB a GPU | with checkpointing | SFT | KTO |", "|---|---|---|---|---|---|"]
     for name, c in configs.items():
         forward = examples * forward_flops(c, [length], supervised)
         for gpus, shards, how in (1, 1, "1"), (8, 1, "8, replicated"), (8, 8, "8, `--shard`"):
-            whole, less = (sum(memory_needed(c, tokens, on, 2, shards, "cuda").values()) / GIB for on in (False, True))
+            whole, less = (
+                sum(memory_needed(c, micro_tokens, on, 2, shards, "cuda").values()) / GIB for on in (False, True)
+            )
             times = []
             for forwards in 3, 6:  # forward and backward; KTO also the mismatched pairs and the reference of both
                 times.append(" / ".join(minutes(n * forward / gpus / rate) for n in (forwards, forwards + 1)))
@@ -48,11 +46,11 @@ def memory_table(configs, tokens, rate, examples, length, supervised):
     return "\n".join(lines)
 
 
-def minutes(seconds):
+def minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def main():
+def main() -> None:
     p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--ckpt", nargs="+", default=[], help="checkpoints instead of the three sizes")
     p.add_argument("--micro-tokens", type=at_least(1), default=16384, help="tokens of one forward on one GPU")
@@ -64,15 +62,16 @@ def main():
         "--peak", type=number(above=0), default=989, help="TFLOP/s of a GPU; default: an H100 or H200 with dense bf16"
     )
     p.add_argument("--share", type=number(above=0), default=0.4, help="assumed fraction of the peak that is reached")
-    a = p.parse_args()
-    configs = {ckpt: parse_config(Checkpoint(ckpt).config) for ckpt in a.ckpt} or {
-        name: shape(*s) for name, s in SHAPES.items()
-    }
-    print(memory_table(configs, a.micro_tokens, a.peak * a.share * 1e12, a.examples, a.length, a.supervised))
+    args = p.parse_args()
+    configs = {ckpt: parse_config(Checkpoint(ckpt).config) for ckpt in args.ckpt}
+    configs = configs or {name: parse_config(raw_config(*shape)) for name, shape in SHAPES.items()}
+    rate = args.peak * args.share * 1e12
+    print(memory_table(configs, args.micro_tokens, rate, args.examples, args.length, args.supervised))
     print(
-        f"\nComputed, not measured: memory as training/memory.py counts it, at {a.micro_tokens:,} micro-tokens, bf16 over fp32 weights; "
-        f"time of an epoch of {a.examples:,} examples of {a.length} tokens, {a.supervised} supervised, at {a.share:.0%} of {a.peak:,.0f} "
-        "TFLOP/s a GPU, without / with checkpointing, KTO's reference pass included, communication not."
+        f"\nComputed, not measured, at {args.micro_tokens:,} micro-tokens, bf16 over fp32 weights. Times are without / with "
+        f"activation checkpointing, of an epoch of {args.examples:,} examples of {args.length} tokens, {args.supervised} of "
+        f"them supervised, at {args.share:.0%} of {args.peak:,.0f} TFLOP/s a GPU. KTO includes its reference pass. "
+        "Communication is not counted."
     )
 
 

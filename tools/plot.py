@@ -1,10 +1,10 @@
-"""Pictures of what the scripts left behind, as PNG (needs matplotlib, from requirements-dev.txt).
+"""Draw training curves, data categories or a merge search as PNG. Needs matplotlib (requirements-dev.txt).
 
-    python -m tools.plot runs/demo/sft runs/demo/sft-kto --out curves.png          # training: one line a run
-    python -m tools.plot data/aligned/report.json --out categories.png             # make_data.py: categories before and after
+    python -m tools.plot runs/demo/sft runs/demo/sft-kto --out curves.png          # one line a run
+    python -m tools.plot data/report.json --out categories.png             # categories before and after balancing
     python -m tools.plot search.json --out weight.png                              # merge.py search: score over weight
 
-A training run is given as its checkpoint, its OUT.run/ or the log.jsonl itself.
+A training run is its checkpoint, its OUT.run/ or its log.jsonl.
 """
 
 import collections
@@ -15,7 +15,7 @@ from core.files import InputError, atomic_write, cli
 from core.flags import Parser, at_least
 from core.records import read_jsonl
 
-# (title, keys of the log; several are drawn into one panel, the second and later ones dashed)
+# (title, keys of the log); the second key of a panel is dashed
 PANELS = [
     ("loss", ["loss", "eval_loss"]),
     ("z0 (mismatched pairs, clamped at 0), nats", ["kl"]),
@@ -27,25 +27,25 @@ PANELS = [
 ]
 
 
-def read_steps(source):
-    """-> (name, records) of a training run."""
+def read_steps(source: str) -> tuple[str, list[dict]]:
+    """The name of a training run and its log, one record a step."""
     name = source.rstrip("/").removesuffix("/log.jsonl").removesuffix(".run")
     path = source if source.endswith(".jsonl") else f"{name}.run/log.jsonl"
     if not os.path.exists(path):
-        raise InputError(f"{path}: not there; give a checkpoint that train_sft.py or train_kto.py wrote")
+        raise InputError(f"{path}: no such file; give a checkpoint that train_sft.py or train_kto.py wrote")
     records = [record for _, record in read_jsonl(path)]
     if not records:
-        raise InputError(f"{path}: no step is logged yet")
+        raise InputError(f"{path}: holds no step yet")
     return os.path.basename(name), records
 
 
-def smooth(values, window):
+def smooth(values: list[float], window: int) -> list[float]:
     """Running mean over the last `window` values."""
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
 
-def draw_runs(plt, runs, window):
-    """One panel for each thing that any of the runs logged."""
+def draw_runs(plt, runs: list[tuple[str, list[dict]]], window: int):
+    """One panel for each quantity that a run logged."""
     panels = [
         (title, keys) for title, keys in PANELS if any(k in r for _, records in runs for r in records for k in keys)
     ]
@@ -79,8 +79,8 @@ def draw_runs(plt, runs, window):
     return figure
 
 
-def draw_categories(plt, report, most=40):
-    """make_data.py's report.json: how many instructions each secondary category had before and after balancing."""
+def draw_categories(plt, report: dict, most: int = 40):
+    """Instructions per secondary category before and after balancing, from make_data.py's report.json."""
     before, after = (report["steps"]["4_balance"][k] for k in ("before", "after"))
     names = sorted(before, key=lambda name: -before[name])[:most]
     figure, axis = plt.subplots(figsize=(9, 1 + 0.22 * len(names)), layout="constrained")
@@ -96,9 +96,11 @@ def draw_categories(plt, report, most=40):
     return figure
 
 
-def draw_search(plt, found):
-    """merge.py search's JSON: a panel for each number searched, with all points tried and the final scores. A line joins
-    the points that differ in that number alone (in weights alone, if it is a weight); in colour that of the best point."""
+def draw_search(plt, found: dict):
+    """One panel for each number that merge.py search varied: all points tried, and the final scores.
+
+    A line joins points that differ only in that number. The line through the best point is coloured.
+    """
     points, final, models = found["points"], found["final"], found["models"]
 
     def numbers(p):
@@ -122,14 +124,14 @@ def draw_search(plt, found):
 
     for axis, k in zip(axes[0], lines):
         others = [o for o in best if o != k and not (o.startswith("weight") and k.startswith("weight"))]
-        groups = collections.defaultdict(list)  # the points of one line
+        groups = collections.defaultdict(list)  # {values of the other numbers: points of a line}
         for p in points:
             groups[tuple(round(numbers(p)[o], 9) for o in others)].append(p)
         through = groups.pop(tuple(round(best[o], 9) for o in others), [])
         for group in groups.values():
-            draw(axis, k, group, "tried on another line", fmt="o-", ms=4, color="0.75")
+            draw(axis, k, group, "other lines", fmt="o-", ms=4, color="0.75")
         draw(axis, k, through, "tried", fmt="o-", ms=4, color="C0")
-        draw(axis, k, final, "final, on what was set aside", fmt="D", ms=6, color="C3", mfc="none")
+        draw(axis, k, final, "final, on data set aside", fmt="D", ms=6, color="C3", mfc="none")
         axis.axvline(best[k], color="0.5", ls=":", label="the best")
         axis.set_xlabel({"lines": "LiNeS alpha"}.get(k, k))
         axis.grid(alpha=0.3)
@@ -140,17 +142,7 @@ def draw_search(plt, found):
     return figure
 
 
-def main():
-    p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument(
-        "sources",
-        nargs="+",
-        metavar="RUN",
-        help="training runs, or one JSON: make_data.py's report, merge.py search's --out",
-    )
-    p.add_argument("--out", default="plot.png", help="PNG to write")
-    p.add_argument("--smooth", type=at_least(1), default=1, help="steps of the running mean that is drawn")
-    a = p.parse_args()
+def import_pyplot():
     try:
         import matplotlib
 
@@ -158,19 +150,29 @@ def main():
         import matplotlib.pyplot as plt
     except ImportError:
         raise InputError("tools.plot needs matplotlib: pip install -r requirements-dev.txt") from None
-    if a.sources[0].endswith(".json"):
+    return plt
+
+
+def main() -> None:
+    p = Parser(prog="python -m tools.plot", description=__doc__.split("\n\n")[0])
+    p.add_argument("sources", nargs="+", metavar="RUN", help="training runs, or one JSON: report.json or search.json")
+    p.add_argument("--out", default="plot.png", help="PNG to write")
+    p.add_argument("--smooth", type=at_least(1), default=1, help="running mean over that many steps")
+    args = p.parse_args()
+    plt, first = import_pyplot(), args.sources[0]
+    if first.endswith(".json"):
         try:
-            with open(a.sources[0], encoding="utf-8") as f:
+            with open(first, encoding="utf-8") as f:
                 content = json.load(f)
             figure = (draw_search if "points" in content else draw_categories)(plt, content)
         except (OSError, ValueError, KeyError, TypeError) as e:
-            what = "neither make_data.py's report nor the result of merge.py search"
-            raise InputError(f"{a.sources[0]}: {what} ({type(e).__name__}: {e})") from None
+            what = "neither make_data.py's report.json nor the result of merge.py search"
+            raise InputError(f"{first}: {what} ({type(e).__name__}: {e})") from None
     else:
-        figure = draw_runs(plt, [read_steps(source) for source in a.sources], a.smooth)
-    with atomic_write(a.out, "wb") as f:
+        figure = draw_runs(plt, [read_steps(source) for source in args.sources], args.smooth)
+    with atomic_write(args.out, "wb") as f:
         figure.savefig(f, dpi=130, format="png")
-    print(f"wrote {a.out}")
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

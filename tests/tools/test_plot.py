@@ -93,7 +93,7 @@ def test_a_search_has_a_panel_for_each_line():
     one = plot.draw_search(plt, search_result())
     (axis,) = one.axes
     assert axis.get_xlabel() == "weight of model 2, kto.pt" and "loss per token" in axis.get_ylabel()
-    final = "final, on what was set aside"
+    final = "final, on data set aside"
     assert drawn(axis) == {"tried": [[0.3, 1.9], [0.5, 2.0], [0.95, 2.3]], final: [[0.3, 1.95], [0.5, 2.05]]}
     bars = axis.containers[0].lines[2][0].get_segments()[0]
     assert bars[:, 1].tolist() == pytest.approx([1.89, 1.91])  # one standard error each way

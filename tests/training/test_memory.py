@@ -6,7 +6,8 @@ from conftest import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tools.memory import SHAPES, shape
+from core.config import parse_config
+from tools.memory import SHAPES, raw_config
 from training.logps import example_logps
 from training.memory import memory_needed, parameters
 from training.setup import recompute
@@ -42,7 +43,7 @@ def model(item, **changes):
 
 
 def test_parameters_are_those_of_the_published_models():
-    counts = {name: parameters(shape(*s))[-1] for name, s in SHAPES.items()}
+    counts = {name: parameters(parse_config(raw_config(*s)))[-1] for name, s in SHAPES.items()}
     assert counts == {"0.5B": 494_032_768, "1.5B": 1_543_714_304, "7B": 7_615_616_512}
     m = tiny_model(tie_word_embeddings=False)
     assert parameters(m.config)[-1] == sum(p.numel() for p in m.parameters())
@@ -114,7 +115,7 @@ def test_the_peak_of_a_step_is_what_is_counted(item, again, changes):
 
 
 def test_sharding_and_checkpointing_need_less():
-    c = shape(*SHAPES["7B"])
+    c = parse_config(raw_config(*SHAPES["7B"]))
     whole, eighth = (sum(memory_needed(c, 16384, False, 2, shards).values()) for shards in (1, 8))
     assert eighth < whole / 2 and memory_needed(c, 16384, False, 2, 8)["state"] * 8 == pytest.approx(16 * 7_615_616_512)
     assert memory_needed(c, 16384, True, 2)["activations"] < memory_needed(c, 16384, False, 2)["activations"] / 10
