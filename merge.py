@@ -1,90 +1,234 @@
-"""Weight fusion: one checkpoint out of several, tensor by tensor from disk to disk, in fp32 or fp64, rounded once.
+"""Weight fusion: merges checkpoints of one architecture into one, tensor by tensor, from disk to disk.
 
-    python merge.py --method linear --models sft.pt:0.05 kto.pt:0.95 --out fused
-    python merge.py --method ties --base base --models sft kto --density 0.2 --out fused.pt
-    python merge.py search --help                                # weights that do best on held-out data
+    python merge.py --method linear --models sft.pt:0.05 sft-kto.pt:0.95 --out fused
+    python merge.py --method ties --base base --models sft.pt kto.pt --density 0.2 --out fused.pt
+    python merge.py search --help                                # find the weights that do best on held-out data
 
-Without --base, config and tokenizer are the first model's, else the base's. The numbers are those of mergekit 0.1.5;
-`--method ties --trim global` is TIES as its authors' own code defines it, `--rescale density` DARE and DELLA as their
-papers do.
+Linear and TIES are below; the other methods are in merging/methods.py. By default the results equal mergekit 0.1.5's.
+`--trim global` is TIES as its authors' code has it. `--rescale density` is DARE and DELLA as in their papers. Arithmetic
+is in float32 or float64 and the result is rounded once. Config and tokenizer come from --base, or else from the first model.
 """
 
+import argparse
 import json
 import math
+import shlex
 import sys
 import time
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
-from core.checkpoint import write_checkpoint
+from core.checkpoint import Checkpoint, write_checkpoint
 from core.files import InputError, cli
 from core.flags import Parser, checkpoint_out
-from merging import search
-from merging.engine import merged
+from merging import engine, methods, search
 from merging.inputs import NEEDS_BASE, OPTIONS, SPARSE, add_method_flags, open_inputs, parse_size
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The maths. n models, m elements of a tensor. A delta is a model's tensor minus the base's.
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["search"]:
-        return search.main(argv[1:])
-    parser = Parser(description="Fuse checkpoints of one architecture into one. `merge.py search` finds "
-                                     "the weights.")  # fmt: skip
-    add_method_flags(parser)
+
+def linear(tensors: Sequence[Tensor], weights: Tensor, normalize: bool = True) -> Tensor:
+    """Weighted mean: sum_i w_i x_i / sum_i w_i; the plain sum without normalize (arXiv 2203.05482).
+
+    tensors: n of one shape. weights: (n,). Returns that shape.
+    """
+    total = torch.zeros_like(tensors[0])
+    for x, w in zip(tensors, weights):
+        total.add_(x, alpha=float(w))  # one rounding; total += w * x has two
+    return total.div_(weights.sum()) if normalize else total
+
+
+def trim_tensor(magnitudes: Tensor, density: float) -> Tensor:
+    """TIES step 1 as in mergekit: keep exactly max(1, int(density m)) elements of each tensor, the largest.
+
+    magnitudes: |delta|, m elements. Returns a mask of that shape. Of equals at the threshold the first are kept.
+    """
+    k = max(1, int(density * magnitudes.numel()))
+    return methods.largest(magnitudes.view(-1), k).view(magnitudes.shape)
+
+
+def trim_rank(size: int, density: float) -> int | None:
+    """TIES step 1 as in the authors' code: keep |delta| >= its (d - int(d K))-th smallest value over the whole model.
+
+    size: d, the number of elements of the model. density: K. Returns the rank of that value counted from the largest, so
+    int(d K) + 1 elements are kept, and all equals of the last. None: everything is kept.
+    """
+    kept = int(size * density)
+    return kept + 1 if kept < size else None
+
+
+def elect_sign(deltas: Tensor, sign: str = "sum", zero_sign: int = 1) -> Tensor:
+    """TIES step 2, gamma = sgn(sum_i delta_i): one sign for each element, (n, m) -> (m,).
+
+    sign: vote with the sum of the deltas, or with the count of their signs. zero_sign: the result where votes cancel.
+    """
+    votes = (deltas if sign == "sum" else deltas.sign()).sum(0).sign_()
+    return votes.add_(0.5 * zero_sign).sign_()
+
+
+def disjoint_merge(deltas: Tensor, weights: Tensor, elected: Tensor, normalize: bool = True) -> Tensor:
+    """TIES step 3: the weighted mean of the deltas that have the elected sign; their sum without normalize.
+
+    deltas: w_i delta_i, (n, m). weights: w, (n,). elected: +1 or -1, (m,). Returns (m,).
+    """
+    agree = (deltas * elected).clamp_(min=0)  # the magnitude where the signs agree, else 0; faster than masks
+    total = agree.sum(0).mul_(elected)
+    if normalize:
+        share = (agree.sign_() * weights[:, None]).sum(0)
+        # a total of 0 is divided by any small number; with weights of both signs a share of 0 can have a total
+        total /= share.add_(1e-37) if (weights > 0).all() else torch.where(share == 0, 1.0, share)
+    return total
+
+
+def ties(deltas: Tensor, weights: Tensor, normalize: bool = True, sign: str = "sum", zero_sign: int = 1) -> Tensor:
+    """TIES steps 2 and 3 on trimmed deltas (arXiv 2306.01708, Algorithm 1). (n, m), (n,) -> (m,).
+
+    The result is base + lambda * this.
+    """
+    deltas = deltas * weights[:, None]
+    return disjoint_merge(deltas, weights, elect_sign(deltas, sign, zero_sign), normalize)
+
+
+def trim_global(plan: engine.Plan) -> None:
+    """Sets what --trim global needs from the whole model: each model's threshold, and the sign where votes cancel.
+
+    That sign is the majority of all elected signs; a tie is negative, as in the authors' code.
+    """
+    args, total = plan.args, 0
+    size = sum(math.prod(plan.reference.shape(name)) for name in plan.reference.names)
+    ranks = [trim_rank(size, density) for density in args.densities]
+    values = methods.kth_largest(engine.scan_magnitudes(plan), [k or 1 for k in ranks], size)
+    plan.thresholds = [0.0 if k is None else value for k, value in zip(ranks, values)]
+    least = torch.tensor(plan.thresholds, dtype=plan.arithmetic)[:, None]
+
+    def votes(name: str) -> int:
+        tensor, weights = engine.read_tensor(plan, name), plan.weights(name)[:, None]
+        chunks = (tensor.deltas(part, plan.arithmetic) for part in tensor.chunks())
+        kept = (deltas.mul_((deltas.abs() >= least) * weights) for deltas in chunks)
+        return sum(int(elect_sign(deltas, args.sign, zero_sign=0).sum(dtype=torch.float64)) for deltas in kept)
+
+    for _, count in engine.each_tensor(plan, votes, "majority sign"):
+        total += count
+    plan.zero_sign = 1 if total > 0 else -1
+
+
+# --method: (the mask of the elements of a delta that are kept, the combination of the models' tensors or deltas)
+METHODS = {
+    "linear": (None, linear),
+    "slerp": (None, methods.slerp_weights),
+    "task_arithmetic": (None, methods.task_arithmetic),
+    "expo": (None, methods.task_arithmetic),
+    "ties": (trim_tensor, ties),
+    "dare_linear": (methods.dare, methods.task_arithmetic),
+    "dare_ties": (methods.dare, ties),
+    "breadcrumbs": (methods.breadcrumbs, methods.task_arithmetic),
+    "breadcrumbs_ties": (methods.breadcrumbs, ties),
+    "della_linear": (methods.magprune, methods.task_arithmetic),
+    "della": (methods.magprune, ties),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def merged(
+    args: argparse.Namespace,
+    base: Checkpoint | None,
+    models: list[Checkpoint],
+    dtype: torch.dtype,
+    stats: engine.Stats | None = None,
+    quiet: bool = False,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, tensor in dtype) for every tensor of the result. args, base, models: open_inputs()'s.
+
+    stats: filled in as the tensors are taken. quiet: no progress bar.
+    """
+    plan = engine.Plan(args, base, models, *METHODS[args.method], lines=args.lines)
+    if args.method == "ties" and args.trim == "global":
+        trim_global(plan)
+    yield from engine.merge_tensors(plan, dtype, stats, quiet)
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    about = "Merge checkpoints of one architecture into one. `merge.py search` finds the weights."
+    parser = Parser(description=about)
+    add_method_flags(parser, METHODS)
     # output
+    parser.add_argument("--out", type=checkpoint_out, required=True, metavar="O", help="directory or .pt file to write")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the output")
     parser.add_argument(
-        "--out",
-        type=checkpoint_out,
-        required=True,
-        metavar="O",
-        help="directory to write, or a .pt file (held in memory)",
+        "--shard-size",
+        type=parse_size,
+        metavar="SIZE",
+        help="most bytes of one safetensors file, such as 5GB; default: one file for all",
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
-        help="of the weights written")  # fmt: skip
-    parser.add_argument("--shard-size", type=parse_size, metavar="SIZE", help="largest safetensors file, such as 5GB; "
-        "several and an index are written where one does not do (default: one file)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.shard_size and args.out.endswith(".pt"):
-        raise InputError(f"--shard-size: {args.out} is one file; give a directory as --out")
+        raise InputError(f"--shard-size: {args.out} is a single file; use a directory as --out")
+    return args
 
-    start = time.time()
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["search"]:
+        return search.main(argv[1:], METHODS, merged)
+    args, start = parse_args(argv), time.time()
     base, models = open_inputs(args)
-    donor, dtype = base or models[0], getattr(torch, args.dtype)
-    found = {"differs": 0, "lost": 0, "digests": {}}
-    told = lambda: json.dumps(write_manifest(args, base, models, found["digests"]), indent=2, ensure_ascii=False) + "\n"
-    kept = {name: donor.dtype(name) for name in donor.names}
-    specs = {name: (donor.shape(name), dtype if t.is_floating_point else t) for name, t in kept.items()}
-    tensors = merged(args, base, models, dtype, found)
+    donor, dtype, stats = base or models[0], getattr(torch, args.dtype), engine.Stats()
+    specs = {}  # name -> (shape, dtype) of the output
+    for name in donor.names:
+        stored = donor.dtype(name)
+        specs[name] = (donor.shape(name), dtype if stored.is_floating_point else stored)
+    # called once all tensors are written: only then are the digests known
+    manifest = lambda: json.dumps(make_manifest(args, base, models, stats), indent=2, ensure_ascii=False) + "\n"
+    tensors = merged(args, base, models, dtype, stats)
+    write_checkpoint(args.out, donor.config, donor.files | {"merge.json": manifest}, specs, tensors, args.shard_size)
+
+    if stats.lost > 0.01 * stats.changed:
+        print(
+            f"warning: {stats.lost / stats.changed:.1%} of the elements that differ from {donor.source} in float32 equal "
+            f"it in {args.dtype}: that part of the merge is lost; use --dtype float32",
+            file=sys.stderr,
+        )
+    count = sum(math.prod(shape) for shape, _ in specs.values())
     size = sum(math.prod(shape) * t.itemsize for shape, t in specs.values())
-    write_checkpoint(args.out, donor.config, donor.files | {"merge.json": told}, specs, tensors, args.shard_size)
-
-    if found["lost"] > 0.01 * found["differs"]:
-        share = found["lost"] / found["differs"]
-        print(f"warning: {share:.1%} of the elements that differ from {donor.source} in float32 equal it in {args.dtype}: "
-              "that part of the merge is lost; use --dtype float32", file=sys.stderr)  # fmt: skip
-    n = sum(math.prod(shape) for shape, _ in specs.values())
-    print(f"{args.method} of " + ", ".join(f"{m.source}:{w:g}" for m, w in zip(models, args.weights))
-          + (f" on {args.base}" if args.method in NEEDS_BASE else ""))  # fmt: skip
-    print(f"wrote {args.out}: {len(specs)} tensors, {n / 1e6:.1f} M parameters, {args.dtype}, {size / 1e6:.1f} MB in "
-          f"{time.time() - start:.1f} s")  # fmt: skip
-    name = args.out.removesuffix(".pt")
-    print(f"next:  python eval.py --ckpt {args.out} --tasks gsm8k mmlu --out {name}.eval")
+    inputs = ", ".join(f"{model.source}:{w:g}" for model, w in zip(models, args.weights))
+    print(f"{args.method} of {inputs}" + (f" on {args.base}" if args.method in NEEDS_BASE else ""))
+    print(
+        f"wrote {args.out}: {len(specs)} tensors, {count / 1e6:.1f} M parameters, {args.dtype}, {size / 1e6:.1f} MB in "
+        f"{time.time() - start:.1f} s"
+    )
+    scores = args.out.removesuffix(".pt") + ".eval"
+    print("next:  " + shlex.join(["python", "eval.py", "--ckpt", args.out, "--tasks", "gsm8k", "--out", scores]))
 
 
-def write_manifest(args, base, models, digests):
-    """What merge.json says: the options that the method has, the models with what is their own, and fingerprints.
-    digests: merged()'s."""
-    options = {k: getattr(args, k) for k, (methods, _) in OPTIONS.items() if args.method in methods and k != "density"}
+def make_manifest(
+    args: argparse.Namespace, base: Checkpoint | None, models: list[Checkpoint], stats: engine.Stats
+) -> dict:
+    """The content of merge.json: the method's options, the inputs with their fingerprints, weights and densities."""
+    options = {}
+    for name, (attribute, scope, _) in OPTIONS.items():
+        if args.method in scope and name != "density":
+            options[name] = getattr(args, attribute)
     inputs = [*models, base] if base else models
-    sums = [c.fingerprint({name: d[i] for name, d in digests.items()}) for i, c in enumerate(inputs)]
+    sums = [c.fingerprint({name: d[i] for name, d in stats.digests.items()}) for i, c in enumerate(inputs)]
     own = [{"source": m.source, "sha256": s, "weight": w} for m, s, w in zip(models, sums, args.weights)]
     if args.method in SPARSE:
-        own = [x | {"density": d} for x, d in zip(own, args.densities)]
+        own = [entry | {"density": d} for entry, d in zip(own, args.densities)]
     return {
-        "method": args.method, **options, "weights_for": args.weights_for, "seed": args.seed, "arithmetic": args.arithmetic,
-        "dtype": args.dtype, "resize": args.resize, "models": own,
+        "method": args.method,
+        **options,
+        "weights_for": args.weights_for,
+        "seed": args.seed,
+        "arithmetic": args.arithmetic,
+        "dtype": args.dtype,
+        "resize": args.resize,
+        "models": own,
         "base": {"source": base.source, "sha256": sums[-1]} if base else None,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

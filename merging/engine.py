@@ -1,184 +1,236 @@
-"""Merging tensor by tensor, from disk to disk."""
+"""Merges checkpoints tensor by tensor, from disk to disk. The formulas come from merge.py, as an argument."""
 
 import collections
 import hashlib
 import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from core.checkpoint import all_finite
+from core.checkpoint import Checkpoint, all_finite
 from core.files import InputError
 from core.pages import WINDOW, mapped, page_chunks
 from merging import methods
-from merging.inputs import DARE, DELLA, ELECTS, SPARSE
+from merging.inputs import BREADCRUMBS, DARE, DELLA, ELECTS, RANDOM, SPARSE
+
+
+@dataclass
+class Plan:
+    """One merge: what is the same for all of its tensors."""
+
+    args: Namespace  # as open_inputs() completes them
+    base: Checkpoint | None
+    models: list[Checkpoint]
+    sparsify: Callable | None  # magnitudes |delta|, density, options -> mask of the elements kept, of the same shape
+    combine: Callable  # the models' tensors or deltas (n, m), weights (n,), options -> (m,)
+    lines: tuple[float, float] | None = None  # LiNeS' alpha and beta
+    thresholds: list[float] | None = None  # --trim global: the least magnitude that is kept, for each model
+    zero_sign: int = 1  # the sign elected where the votes cancel
+
+    @property
+    def reference(self) -> Checkpoint:
+        """Where names, shapes, config and tokenizer come from: the base, or the first model if there is none."""
+        return self.base or self.models[0]
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        return getattr(torch, self.args.arithmetic)
+
+    def weights(self, name: str) -> Tensor:
+        """The models' weights for one tensor, (n,). The last --weights-for pattern that matches its name wins."""
+        own = [w for pattern, w in self.args.weights_for if fnmatchcase(f".{name}", f"*.{pattern}")]
+        return torch.tensor(own[-1] if own else self.args.weights, dtype=self.arithmetic)
+
+
+@dataclass
+class Stats:
+    """What a merge counts for its manifest and its warning."""
+
+    changed: int = 0  # elements that differ from the reference in float32
+    lost: int = 0  # those of them that are equal to it again once rounded to the output's dtype
+    digests: dict[str, list[str]] = field(default_factory=dict)  # tensor -> SHA-256 in each model, then in the base
+
+
+@dataclass
+class TensorInputs:
+    """One tensor of all inputs: flat, (m,), as stored. Tensors of mapped files are read when they are used."""
+
+    name: str
+    shape: tuple[int, ...]
+    reference: Tensor
+    models: list[Tensor]
+    mapped: list[Tensor]  # those of the above that are in mapped files: pages already read can be dropped
+
+    def chunks(self) -> Iterator[slice]:
+        """The slices to work on, one after the other; drops the pages of mapped files behind them."""
+        return page_chunks(len(self.reference), self.mapped, methods.CHUNK)
+
+    def deltas(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """The models' deltas in dtype, (n, size of part)."""
+        return torch.stack([x[part].to(dtype) for x in self.models]).sub_(self.reference[part].to(dtype))
+
+
+def read_tensor(plan: Plan, name: str) -> TensorInputs:
+    reference, models = plan.reference.tensor(name), [model.tensor(name) for model in plan.models]
+    shape = tuple(reference.shape)
+    for i, x in enumerate(models):
+        if x.shape != reference.shape:  # --resize: missing rows are copied from the reference (zero delta)
+            models[i] = torch.cat([x, reference[len(x) :]])[: len(reference)]
+    reference, *models = (x.contiguous().view(-1) for x in (reference, *models))
+    return TensorInputs(name, shape, reference, models, mapped([reference, *models]))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tensor by tensor
+# One tensor
 
 
-def flat_inputs(name, base, models):
-    """The tensor of the reference (the base, else the first model) and those of the models, flat and as stored: a
-    tensor of a mapped file is not read before it is used. -> (reference, [tensor] * n, those of them that are mapped)."""
-    reference, tensors = (base or models[0]).tensor(name), [m.tensor(name) for m in models]
-    for i, x in enumerate(tensors):
-        if (
-            x.shape != reference.shape
-        ):  # --resize: a row that the model lacks is the reference's own, so it does not move
-            tensors[i] = torch.cat([x, reference[len(x) :]])[: len(reference)]
-    reference, *tensors = (x.contiguous().view(-1) for x in (reference, *tensors))
-    return reference, tensors, mapped([reference, *tensors])
+def magnitudes_of(tensor: TensorInputs, i: int, dtype: torch.dtype) -> Tensor:
+    """|delta| of model i in dtype, in the tensor's shape."""
+    x, reference, out = tensor.models[i], tensor.reference, torch.empty(len(tensor.reference), dtype=dtype)
+    large = len(reference) > 4 * WINDOW  # the pages of a smaller tensor are kept for the merge itself
+    for s in page_chunks(len(reference), tensor.mapped if large else [], methods.CHUNK):
+        torch.sub(x[s].to(dtype), reference[s].to(dtype), out=out[s]).abs_()
+    return out.view(tensor.shape)
 
 
-def magnitudes_of(x, reference, held, dtype, out=None):
-    """|x - reference| in dtype, (m,), in out where that is given. held: as of chunks()."""
-    size = torch.empty(len(x), dtype=dtype) if out is None else out
-    for s in page_chunks(len(x), held, methods.CHUNK):
-        torch.sub(x[s].to(dtype), reference[s].to(dtype), out=size[s]).abs_()
-    return size
-
-
-def keep_mask(magnitudes, shape, density, args, generator):
-    """The elements of one delta that stay, as a mask (m,) or as magprune's probabilities; None where all do. shape:
-    the tensor's, m its elements."""
-    if density >= 1:
-        return None
-    if args.method == "ties":  # of each tensor, as in mergekit: max(1, int(density m))
-        return methods.largest(magnitudes, max(1, int(density * math.prod(shape))))
-    if args.method.startswith("breadcrumbs"):
-        return methods.middle(magnitudes, density, args.gamma)
-    if args.method in DELLA:
-        rows = magnitudes().view(-1, shape[-1])
-        return methods.magprune(rows, density, args.epsilon, generator, args.rescale == "density").view(-1)
-    return torch.rand(math.prod(shape), generator=generator) < density  # DARE (arXiv 2311.03099)
-
-
-def mask_generator(seed, name, i):
-    """The random generator of model i's mask for one tensor: the same whatever the order of tensors and threads."""
+def mask_generator(seed: int, name: str, i: int) -> torch.Generator:
+    """The random generator of model i's mask for one tensor. It does not depend on the order of tensors and threads."""
     digest = hashlib.sha256(f"{seed} {name} {i}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def weights_of(name, args):
-    """The models' weights for one tensor, (n,): of the patterns that match its name the last one's, else --models'."""
-    own = [w for pattern, w in args.weights_for if fnmatchcase(f".{name}", f"*.{pattern}")]
-    return torch.tensor(own[-1] if own else args.weights, dtype=getattr(torch, args.arithmetic))
+def sparse_masks(plan: Plan, tensor: TensorInputs) -> list[tuple[Tensor | None, float]]:
+    """For each model: the mask (m,) of the elements kept, None for all; and the factor on what is kept.
 
-
-def global_trim(args, base, models):
-    """What --trim global must know before the first tensor: each model's threshold over its whole delta, and the sign
-    for elements whose votes cancel, which is the majority over all parameters. -> ([float] * n, +1 or -1).
-
-    The authors keep what is >= the (d - int(d K))-th smallest magnitude: int(d K) + 1 elements, and all its equals.
+    With --rescale density, DELLA's masks hold what the delta is divided by.
     """
-    d, total, dtype = sum(math.prod(base.shape(name)) for name in base.names), 0, getattr(torch, args.arithmetic)
-    bar = lambda title: tqdm(base.names, title, disable=None, leave=False)
+    args, masks = plan.args, []
+    if args.method not in SPARSE or plan.thresholds:
+        return [(None, 1.0)] * len(tensor.models)
+    for i, density in enumerate(args.densities):
+        if density >= 1:
+            masks.append((None, 1.0))
+            continue
+        options = {}
+        if args.method in RANDOM:
+            options["generator"] = mask_generator(args.seed, tensor.name, i)
+        if args.method in BREADCRUMBS:
+            options["gamma"] = args.gamma
+        if args.method in DELLA:
+            options |= {"epsilon": args.epsilon, "probabilities": args.rescale == "density"}
+        magnitudes = magnitudes_of(tensor, i, plan.arithmetic)
+        mask = plan.sparsify(magnitudes, density, **options).view(-1)
+        scale = 1.0
+        if args.rescale == "l1":
+            scale = methods.l1_scale(magnitudes.view(-1), mask)
+        elif args.rescale == "density" and args.method in DARE:
+            scale = 1 / density
+        masks.append((mask, scale))
+    return masks
 
-    def stream(i):
-        for name in bar("threshold"):
-            reference, xs, held = flat_inputs(name, base, models)
-            yield magnitudes_of(xs[i], reference, held, dtype)
 
-    kept = [int(d * density) for density in args.densities]
-    thresholds = [0.0 if k >= d else methods.kth_largest(partial(stream, i), k + 1, dtype) for i, k in enumerate(kept)]
-    bars = torch.tensor(thresholds, dtype=dtype)[:, None]
-    for name in bar("majority sign"):
-        reference, xs, held = flat_inputs(name, base, models)
-        for s in page_chunks(len(reference), held, methods.CHUNK):
-            deltas = torch.stack([x[s].to(dtype) for x in xs]) - reference[s].to(dtype)
-            deltas *= (deltas.abs() >= bars) * weights_of(name, args)[:, None]
-            total += int(methods.elect_sign(deltas, args.sign, 0).sum(dtype=torch.float64))
-    return thresholds, 1 if total > 0 else -1  # a majority of zero counts as negative in the authors' code
+def merged_deltas(plan: Plan, tensor: TensorInputs) -> Callable[[slice, Tensor], Tensor]:
+    """Computes the masks of one tensor. Returns merge(part, deltas (n, c)) -> (c,): sparsify, then combine."""
+    masks, weights, args = sparse_masks(plan, tensor), plan.weights(tensor.name), plan.args
+    elects = {"sign": args.sign, "zero_sign": plan.zero_sign} if args.method in ELECTS else {}
 
-
-def make_tensor_merge(name, args, reference, xs, held, shape, trim):
-    """All that must be known of one tensor before its first chunk: factors, thresholds, masks. -> merge(s, pieces, r), the
-    elements s of the result out of those of the models and of the reference."""
-    arithmetic, weights = getattr(torch, args.arithmetic), weights_of(name, args)
-    if args.method == "linear":
-        return lambda s, pieces, r: methods.linear(pieces, weights, args.normalize)
-    if args.method == "slerp":
-        straight = {"float32": 0.9995, "float64": 1.0}[args.arithmetic]
-        a, b = methods.slerp_weights(*xs, float(weights[1] / weights.sum()), straight)
-        return lambda s, pieces, r: (pieces[0] * a).add_(pieces[1] * b)
-
-    factor = getattr(args, "lambda") * (methods.lines_scale(name, args.lines, args.n_layers) if args.lines else 1.0)
-    masks, scales = [None] * len(xs), [1.0] * len(xs)
-    if args.method in SPARSE and not trim:
-        often = held if len(reference) > 4 * WINDOW else []  # the pages of a smaller one stay until its last pass
-        for i, (x, density) in enumerate(zip(xs, args.densities)):
-            magnitudes = partial(magnitudes_of, x, reference, often, arithmetic)
-            masks[i] = keep_mask(magnitudes, shape, density, args, mask_generator(args.seed, name, i))
-            if masks[i] is not None and args.rescale == "l1":
-                scales[i] = methods.l1_scale(magnitudes(), masks[i])
-            elif args.method in DARE and args.rescale == "density":
-                scales[i] = 1 / density
-
-    def merge(s, pieces, r):
-        deltas = torch.stack(pieces).sub_(r)  # (n, chunk)
-        for i, (delta, mask) in enumerate(zip(deltas, masks)):
-            if trim:
-                delta.masked_fill_(delta.abs() < trim[0][i], 0)
+    def merge(part: slice, deltas: Tensor) -> Tensor:
+        for i, (delta, (mask, scale)) in enumerate(zip(deltas, masks)):
+            if plan.thresholds:
+                delta.masked_fill_(delta.abs() < plan.thresholds[i], 0)
             elif mask is not None and mask.is_floating_point():
-                delta.div_(mask[s])
+                delta.div_(mask[part])
             elif mask is not None:
-                delta.mul_(mask[s]).mul_(scales[i])
-        if args.method in ELECTS:
-            update = methods.ties(deltas, weights, args.sign, trim[1] if trim else 1, args.normalize)
-        else:
-            update = methods.task_arithmetic(deltas, weights, args.normalize)
-        return r + update.mul_(factor)
+                delta.mul_(mask[part]).mul_(scale)
+        return plan.combine(deltas, weights, normalize=args.normalize, **elects)
 
     return merge
 
 
-def merged_tensor(name, args, base, models, trim, dtype, hashing):
-    """One tensor of the result, in dtype. trim: global_trim's, or None. -> (tensor, the number of elements that differ
-    from the reference in fp32, the number of those that rounding to dtype made equal to it, and with hashing the digests
-    of the tensors that were read: the models', then the base's)."""
-    reference, xs, held = flat_inputs(name, base, models)
-    inputs, shape = [*models, base] if base else models, (base or models[0]).shape(name)
-    if not reference.dtype.is_floating_point:
-        if any(not torch.equal(x, reference) for x in xs):
-            raise InputError(f"{name}: {reference.dtype} and not the same in all inputs; only floats are merged")
-        return reference.view(shape), 0, 0, [c.digest(name) for c in inputs if hashing]
-    merge = make_tensor_merge(name, args, reference, xs, held, shape, trim)
-    out, differs, lost = torch.empty(len(reference), dtype=dtype), 0, 0
+def make_tensor_merge(plan: Plan, tensor: TensorInputs) -> Callable[[slice, list[Tensor], Tensor], Tensor]:
+    """Computes all that needs the whole tensor: masks, factors. Returns merge(part, pieces, reference) -> (c,).
+
+    pieces: the models' elements of that part, n of (c,). reference: the reference's, (c,).
+    """
+    args, weights = plan.args, plan.weights(tensor.name)
+    if args.method == "linear":
+        return lambda part, pieces, reference: plan.combine(pieces, weights, normalize=args.normalize)
+    if args.method == "slerp":
+        straight = {"float32": 0.9995, "float64": 1.0}[args.arithmetic]
+        a, b = plan.combine(*tensor.models, float(weights[1] / weights.sum()), straight)
+        return lambda part, pieces, reference: (pieces[0] * a).add_(pieces[1] * b)
+    scale = args.scale
+    if plan.lines:
+        scale *= methods.lines_scale(tensor.name, *plan.lines, args.n_layers)
+    merge_deltas = merged_deltas(plan, tensor)
+
+    def merge(part: slice, pieces: list[Tensor], reference: Tensor) -> Tensor:
+        return reference + merge_deltas(part, torch.stack(pieces).sub_(reference)).mul_(scale)
+
+    return merge
+
+
+def check_finite(name: str, result: Tensor, pieces: list[tuple[Checkpoint, Tensor]]) -> None:
+    """InputError if the merged elements hold NaN or infinity. It names the input that holds them, if one does."""
+    if all_finite(result):
+        return
+    for checkpoint, piece in pieces:
+        if not all_finite(piece):
+            raise InputError(f"{checkpoint.source}: {name} holds NaN or infinity; use another save of this checkpoint")
+    kind = str(result.dtype).removeprefix("torch.")
+    raise InputError(f"{name}: the merged values are not finite in {kind}: they are too large; use another --dtype")
+
+
+def merge_tensor(plan: Plan, name: str, dtype: torch.dtype, hashing: bool) -> tuple[Tensor, int, int, list[str]]:
+    """One tensor of the result, in dtype. Returns (tensor, changed, lost, digests): see Stats. hashing: make digests.
+
+    A tensor of integers is copied if all inputs agree; InputError if they do not.
+    """
+    tensor = read_tensor(plan, name)
+    inputs = [*plan.models, plan.base] if plan.base else plan.models
+    if not tensor.reference.dtype.is_floating_point:
+        if any(not torch.equal(x, tensor.reference) for x in tensor.models):
+            raise InputError(f"{name}: {tensor.reference.dtype}, and the inputs differ; only floats are merged")
+        return tensor.reference.view(tensor.shape), 0, 0, [c.digest(name) for c in inputs if hashing]
+    merge = make_tensor_merge(plan, tensor)
+    out, changed, lost = torch.empty(len(tensor.reference), dtype=dtype), 0, 0
     hashes = [hashlib.sha256() for _ in inputs if hashing]
-    for s in page_chunks(len(reference), held, methods.CHUNK):
-        stored = [x[s] for x in (*xs, reference)]
-        for h, x in zip(
-            hashes, stored
-        ):  # now, while they are at hand: reading them again would cost as much as the merge
+    for part in tensor.chunks():
+        stored = [x[part] for x in (*tensor.models, tensor.reference)]
+        for h, x in zip(hashes, stored):  # here, while they are in memory: reading them again costs as much as merging
             h.update(x.view(torch.uint8).numpy())
-        *pieces, r = (x.to(getattr(torch, args.arithmetic)) for x in stored)
-        y = merge(s, pieces, r)
-        out[s] = methods.rounded(y, dtype)
-        if not all_finite(out[s]):
-            bad = [c.source for c, x in zip(inputs, stored) if not all_finite(x)]
-            kind = str(dtype).removeprefix("torch.")
-            raise InputError(
-                f"{bad[0]}: {name} holds NaN or infinity; take another save of it"
-                if bad
-                else f"{name}: not finite in {kind}: the merged values are too large for it; give another --dtype"
-            )
+        *pieces, reference = (x.to(plan.arithmetic) for x in stored)
+        result = merge(part, pieces, reference)
+        out[part] = methods.rounded(result, dtype)
+        check_finite(name, out[part], list(zip(inputs, stored)))
         if dtype != torch.float32:
-            moved = y.float() != r.float()
-            differs, lost = differs + int(moved.sum()), lost + int((moved & (out[s] == r.to(dtype))).sum())
-    # --resize: what was merged is not what is stored
-    digests = [h.hexdigest() if c.shape(name) == shape else c.digest(name) for h, c in zip(hashes, inputs)]
-    return out.view(shape), differs, lost, digests
+            moved = result.float() != reference.float()
+            changed += int(moved.sum())
+            lost += int((moved & (out[part] == reference.to(dtype))).sum())
+    # with --resize the rows merged are not those stored
+    digests = [h.hexdigest() if c.shape(name) == tensor.shape else c.digest(name) for h, c in zip(hashes, inputs)]
+    return out.view(tensor.shape), changed, lost, digests
 
 
-def in_order(work, sizes, threads):
-    """Yields (name, work(name)) in the order of sizes ({name: elements}), computed by `threads` at once. Tensors that are being
-    computed or wait to be taken have at most 1.5 times the elements of the largest one, which bounds the memory."""
+# ---------------------------------------------------------------------------------------------------------------------
+# All tensors
+
+
+def in_order(work: Callable, sizes: dict[str, int], threads: int) -> Iterator[tuple]:
+    """Yields (name, work(name)) in the order of sizes, {name: elements}, computed by several threads.
+
+    The results being computed or waiting to be taken have at most 1.5 times the elements of the largest tensor. This
+    bounds the memory.
+    """
     todo, queue, ahead, most = collections.deque(sizes), collections.deque(), 0, 1.5 * max(sizes.values())
     pool, before = ThreadPoolExecutor(threads), torch.get_num_threads()
-    torch.set_num_threads(1)  # the threads are the parallelism
+    torch.set_num_threads(1)  # parallel over tensors, not inside an operation
     try:
         while todo or queue:
             while todo and (not queue or ahead + sizes[todo[0]] <= most):
@@ -194,18 +246,40 @@ def in_order(work, sizes, threads):
         torch.set_num_threads(before)
 
 
-def merged(args, base, models, dtype, found=None, quiet=False):
-    """Yields (name, tensor in dtype) for every tensor of the result. found: {"differs": 0, "lost": 0, "digests": {}}, to
-    which is added what merged_tensor returns; without it nothing is hashed. quiet: without a progress bar."""
-    trim = global_trim(args, base, models) if args.method == "ties" and args.trim == "global" else None
-    donor = base or models[0]
-    sizes = {name: math.prod(donor.shape(name)) for name in donor.names}
-    work = lambda name: merged_tensor(name, args, base, models, trim, dtype, found is not None)
-    with tqdm(total=len(sizes), desc="merge", unit="tensor", disable=quiet or None) as bar:
-        for name, (tensor, differs, lost, digests) in in_order(work, sizes, args.threads):
-            if found is not None:
-                found["differs"], found["lost"] = found["differs"] + differs, found["lost"] + lost
-                found["digests"][name] = digests
-            bar.update()
-            yield name, tensor
-            del tensor  # before the next one is taken: they may be large
+def each_tensor(plan: Plan, work: Callable, title: str, quiet: bool = False) -> Iterator[tuple]:
+    """in_order() over all tensors of the result, with a progress bar."""
+    sizes = {name: math.prod(plan.reference.shape(name)) for name in plan.reference.names}
+    with tqdm(total=len(sizes), desc=title, unit="tensor", disable=quiet or None, leave=title == "merge") as progress:
+        for name, result in in_order(work, sizes, plan.args.threads):
+            progress.update()
+            yield name, result
+            del result  # before the next one is taken: it may be large
+
+
+def scan_magnitudes(plan: Plan) -> Callable:
+    """The scan of methods.kth_largest over all deltas of the models."""
+
+    def scan(f: Callable, stride: int) -> Iterator:
+        def work(name: str) -> list:
+            tensor = read_tensor(plan, name)
+            every = lambda part: slice(part.start, part.stop, stride)
+            return [f(tensor.deltas(every(part), plan.arithmetic).abs_()) for part in tensor.chunks()]
+
+        for _, results in each_tensor(plan, work, "thresholds", quiet=True):
+            yield from results
+
+    return scan
+
+
+def merge_tensors(plan: Plan, dtype: torch.dtype, stats: Stats | None = None, quiet: bool = False) -> Iterator[tuple]:
+    """Yields (name, tensor in dtype) for every tensor of the result.
+
+    stats: filled in as the tensors are taken; without it nothing is hashed. quiet: no progress bar.
+    """
+    work = lambda name: merge_tensor(plan, name, dtype, hashing=stats is not None)
+    for name, (tensor, changed, lost, digests) in each_tensor(plan, work, "merge", quiet):
+        if stats is not None:
+            stats.changed, stats.lost = stats.changed + changed, stats.lost + lost
+            stats.digests[name] = digests
+        yield name, tensor
+        del tensor  # before the next one is taken: it may be large

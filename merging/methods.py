@@ -1,42 +1,36 @@
-"""Weight fusion as pure functions on tensors: the merges of several models' tensors and the sparsifications of deltas.
+"""Merge methods beside linear and TIES (those are in merge.py), sparsification of deltas, and exact selection.
 
-A delta is (a model's tensor - the base's), in fp32 or fp64; a merge by deltas is base + lambda * (one of the merges of
-sparsified deltas). deltas: (n, m), n models by m elements; weights: (n,). merge.py applies them to checkpoints.
+A delta is a model's tensor minus the base's, in float32 or float64. A delta method gives base + lambda * (the merge of
+the sparsified deltas). Shapes: n models, m elements of a tensor. deltas: (n, m). weights: (n,).
 """
 
 import math
 import re
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
-CHUNK = 2**18  # elements worked on at once: they stay in the cache, whatever the size of a tensor
+CHUNK = 2**18  # elements per operation: small enough for the CPU's cache
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Merges
 
 
-def linear(tensors, weights, normalize=True):
-    """sum_i w_i x_i, over sum_i w_i with normalize (arXiv 2203.05482). tensors: n of one shape."""
-    total = torch.zeros_like(tensors[0])
-    for x, w in zip(tensors, weights):
-        total.add_(x, alpha=float(w))  # not total += w * x, which rounds twice
-    return total.div_(weights.sum()) if normalize else total
+def slerp_weights(a: Tensor, b: Tensor, t: float, straight: float = 0.9995) -> tuple[float, float]:
+    """Spherical interpolation between two tensors, as flat vectors with angle theta (doi 10.1145/325165.325242).
 
-
-def slerp_weights(a, b, t, straight=0.9995):
-    """The factors of a and b that lead from a (t = 0) to b (t = 1) along the arc of the angle between them, taken as
-    flat vectors (doi 10.1145/325165.325242): sin((1-t) theta) / sin(theta) and sin(t theta) / sin(theta).
-
-    Above cos theta = straight, and with vectors as good as opposite, the straight line takes its place: above 0.9995, where
-    fine-tunes of one base always are, in mergekit. It misses the arc by theta^2 / 8 at most, relative to a and b.
+    Returns the factors of a and b: sin((1 - t) theta) / sin(theta) and sin(t theta) / sin(theta). t = 0 gives a.
+    Falls back to (1 - t, t) if cos theta > straight or the vectors are nearly opposite. mergekit's `straight` is 0.9995,
+    which fine-tunes of one base always exceed; the error is at most theta^2 / 8, relative to a and b.
     """
 
-    def dot(x, y):  # in fp64: in fp32 the rounding of a long sum would move the angle
+    def dot(x, y):  # in float64: float32 rounding over a long sum would change the angle
         return sum(float(p.double() @ q.double()) for p, q in zip(x.view(-1).split(CHUNK), y.view(-1).split(CHUNK)))
 
     norms = [math.sqrt(dot(x, x)) for x in (a, b)]
-    norms = [n if n > 1e-8 else 1.0 for n in norms]  # a vector of zeros is at right angles to everything
+    norms = [n if n > 1e-8 else 1.0 for n in norms]  # a zero vector counts as orthogonal to everything
     cosine = max(-1.0, min(1.0, dot(a, b) / (norms[0] * norms[1])))
     theta = math.acos(cosine)
     if theta == 0 or cosine > straight or cosine < -0.9995:
@@ -44,133 +38,180 @@ def slerp_weights(a, b, t, straight=0.9995):
     return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
 
 
-def task_arithmetic(deltas, weights, normalize=False):
-    """sum_i w_i delta_i, over sum_i w_i with normalize (arXiv 2212.04089). (n, m), (n,) -> (m,)."""
+def task_arithmetic(deltas: Tensor, weights: Tensor, normalize: bool = False) -> Tensor:
+    """sum_i w_i delta_i, divided by sum_i w_i with normalize (arXiv 2212.04089). (n, m), (n,) -> (m,)."""
     total = (deltas * weights[:, None]).sum(0)
     return total.div_(weights.sum()) if normalize else total
 
 
-def elect_sign(deltas, how="sum", zero_sign=1):
-    """TIES step 2: the sign of the sum, or count of signs, over the models. (n, m) -> (m,); zero_sign where it is 0."""
-    votes = (deltas if how == "sum" else deltas.sign()).sum(0).sign_()
-    return votes.add_(0.5 * zero_sign).sign_()
+def lines_scale(name: str, alpha: float, beta: float, n_layers: int) -> float:
+    """LiNeS' factor on the merged delta of one tensor (arXiv 2410.17146, Eq. 2).
 
-
-def ties(deltas, weights, how="sum", zero_sign=1, normalize=True):
-    """TIES steps 2 and 3 on trimmed deltas (arXiv 2306.01708, Algorithm 1): the weighted mean of those that agree with
-    the elected sign; their sum without normalize. (n, m), (n,) -> (m,)."""
-    deltas = deltas * weights[:, None]
-    elected = elect_sign(deltas, how, zero_sign)
-    agree = (deltas * elected).clamp_(min=0)  # the size of those that agree, else 0: no masks, which are slow on floats
-    total = agree.sum(0).mul_(elected)
-    if normalize:
-        share = (agree.sign_() * weights[:, None]).sum(0)
-        # 0 is divided by whatever is quick to put there; only weights of both signs leave a total over a share of 0
-        total /= share.add_(1e-37) if (weights > 0).all() else torch.where(share == 0, 1.0, share)
-    return total
-
-
-def lines_scale(name, lines, n_layers):
-    """LiNeS (arXiv 2410.17146, Eq. 2): the update of block l of 1 .. L is scaled by alpha + beta (l - 1) / (L - 1), all
-    that lies outside the blocks by alpha, as in the authors' code. lines: (alpha, beta)."""
+    Block l of 1 .. L: alpha + beta (l - 1) / (L - 1). Tensors outside the blocks: alpha, as in the authors' code.
+    """
     block = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-    return lines[0] + (lines[1] * int(block[1]) / max(1, n_layers - 1) if block else 0.0)
+    return alpha + (beta * int(block[1]) / max(1, n_layers - 1) if block else 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sparsification: the mask of those elements of a delta that stay. size: |delta|, (m,), made anew at each call of
-# magnitudes(out), in the memory of out where that is given.
+# Sparsification: magnitudes |delta| -> a mask of the elements that are kept
 
 
-def largest(magnitudes, k, first=True):
-    """Mask (m,) of the k largest magnitudes, found in linear time; of equal ones at the edge the first stay, or the
-    last. Zeros may be left out of it: it makes no difference whether they stay."""
-    size = magnitudes()
-    if k >= len(size):
-        return torch.ones(len(size), dtype=torch.bool)
+def largest(magnitudes: Tensor, k: int, first: bool = True) -> Tensor:
+    """Mask of the k largest magnitudes, (m,) -> (m,). Among equals at the threshold the first are kept, or the last.
+
+    Zeros at the threshold may be left out: keeping a zero changes nothing.
+    """
+    m = len(magnitudes)
+    if k >= m:
+        return torch.ones(m, dtype=torch.bool)
     if k <= 0:
-        return torch.zeros(len(size), dtype=torch.bool)
-    size.numpy().partition(len(size) - k)  # in place: the order is lost, so the magnitudes are made a second time
-    threshold = float(size[len(size) - k])
-    size = magnitudes(size)
-    if threshold == 0:  # the equals are zeros; they may be most of a tensor, too many to list
-        return size > 0
-    keep = size >= threshold
+        return torch.zeros(m, dtype=torch.bool)
+    if m <= 4 * SAMPLE:
+        threshold = kth_largest_plain(magnitudes, k)
+    else:
+        parts = magnitudes[None].split(CHUNK, dim=1)
+        (threshold,) = kth_largest(lambda f, stride: (f(part[:, ::stride]) for part in parts), [k], m)
+    if threshold == 0:  # the equals are zeros and can be most of the tensor: too many to list
+        return magnitudes > 0
+    keep = magnitudes >= threshold
     surplus = int(keep.count_nonzero()) - k
     if surplus:
-        equals = np.flatnonzero(size.numpy() == threshold)
+        equals = np.flatnonzero(magnitudes.numpy() == threshold)
         keep.numpy()[equals[-surplus:] if first else equals[:surplus]] = False
     return keep
 
 
-def middle(magnitudes, density, gamma):
-    """Model Breadcrumbs (arXiv 2312.06795): int(density m) elements stay, those under the int(gamma m) largest."""
-    m = len(magnitudes())
+def breadcrumbs(magnitudes: Tensor, density: float, gamma: float) -> Tensor:
+    """Model Breadcrumbs (arXiv 2312.06795): drops the int(gamma m) largest, then keeps the int(density m) next ones.
+
+    Any shape with m elements -> mask of that shape.
+    """
+    flat, m = magnitudes.view(-1), magnitudes.numel()
     n_keep, n_top = int(density * m), int(gamma * m)
-    n_bottom = max(0, m - n_keep - n_top)  # fewer outliers go where density leaves no room for all
-    return largest(magnitudes, m - n_bottom, first=False) & ~largest(magnitudes, m - n_bottom - n_keep, first=False)
+    n_bottom = max(0, m - n_keep - n_top)  # if density leaves no room for gamma, fewer of the largest are dropped
+    keep = largest(flat, m - n_bottom, first=False) & ~largest(flat, m - n_bottom - n_keep, first=False)
+    return keep.view(magnitudes.shape)
 
 
-def magprune(size, density, epsilon, generator, probabilities=False):
-    """DELLA's MAGPRUNE (arXiv 2406.11617): an element stays with a probability that rises evenly with the rank of its
-    magnitude in its row, from density - epsilon to density + epsilon. size: (rows, columns) -> mask of that shape.
-    probabilities: in place of the mask, what the paper divides the delta by: the probability of what stays, else infinity."""
-    columns, keep = size.shape[1], torch.empty(size.shape, dtype=torch.float32 if probabilities else torch.bool)
+def dare(magnitudes: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """DARE (arXiv 2311.03099): keeps each element with probability density. Any shape -> mask of that shape."""
+    return (torch.rand(magnitudes.numel(), generator=generator) < density).view(magnitudes.shape)
+
+
+def magprune(
+    magnitudes: Tensor, density: float, epsilon: float, generator: torch.Generator, probabilities: bool = False
+) -> Tensor:
+    """DELLA's MAGPRUNE (arXiv 2406.11617): keeps an element with a probability that depends on its rank in its row.
+
+    The probability rises linearly from density - epsilon (smallest) to density + epsilon (largest of the row).
+    magnitudes: (..., columns) -> mask of that shape. probabilities: return the paper's divisor of the delta instead:
+    the probability of each element kept, infinity for each dropped.
+    """
+    columns = magnitudes.shape[-1]
+    size = magnitudes.view(-1, columns)  # (rows, columns)
+    keep = torch.empty(size.shape, dtype=torch.float32 if probabilities else torch.bool)
     step = max(1, CHUNK // columns)
     for s, k in zip(size.split(step), keep.split(step)):
         by_rank = torch.arange(columns, dtype=torch.float32).expand(s.shape)
         rank = torch.empty_like(s).scatter_(1, s.argsort(dim=1, stable=True), by_rank)
         probability = (density - epsilon) + rank / max(1, columns - 1) * 2 * epsilon
-        stays = torch.rand(s.shape, generator=generator) < probability
-        k.copy_(probability.where(stays, math.inf) if probabilities else stays)
-    return keep
+        kept = torch.rand(s.shape, generator=generator) < probability
+        k.copy_(probability.where(kept, math.inf) if probabilities else kept)
+    return keep.view(magnitudes.shape)
 
 
-def l1_scale(size, keep):
-    """The factor that gives what is kept the L1 norm of the whole; 1 where either is nothing. Summed in fp64."""
+def l1_scale(magnitudes: Tensor, keep: Tensor) -> float:
+    """The factor that restores the L1 norm of the whole delta, (m,), (m,). 1 if either norm is zero. Sums in float64."""
     norms = torch.zeros(2, dtype=torch.float64)
-    for s, k in zip(size.split(CHUNK), keep.split(CHUNK)):
+    for s, k in zip(magnitudes.split(CHUNK), keep.split(CHUNK)):
         norms += torch.stack([s.sum(dtype=torch.float64), (s * k).sum(dtype=torch.float64)])
     before, after = norms.tolist()
     return before / after if min(before, after) >= 1e-7 else 1.0
 
 
-def kth_largest(stream, k, dtype=torch.float32):
-    """The k-th largest magnitude (k >= 1), exactly, of all the tensors of this dtype (float32 or float64) that stream()
-    yields; it is called once for every 16 bits.
+# ---------------------------------------------------------------------------------------------------------------------
+# Selection: the k-th largest of more numbers than fit in memory
 
-    The bits of a non-negative float order as integers do. The first pass counts how many elements have each value of the
-    upper 16 bits; the next splits the one bucket that holds the k-th by the 16 bits that follow, and so on.
+SAMPLE = 2**15  # elements that are sorted to guess where the k-th largest is
+
+
+def kth_largest_plain(x: Tensor, k: int) -> float:
+    """The k-th largest element of x (m,), k >= 1. The plain twin of kth_largest: simpler, but copies x."""
+    i = len(x) - k
+    return float(np.partition(x.numpy(), i)[i])
+
+
+def kth_largest(scan: Callable[..., Iterable], ks: Sequence[int], m: int) -> list[float]:
+    """The k-th largest magnitude (k >= 1) of each of n models, exactly, in two scans; more only if the sample misleads.
+
+    scan(f, stride): calls f on every stride-th column of each chunk (n, c) of the magnitudes, in any order; yields the
+    results. ks: one k for each model. m: the number of magnitudes of each model.
+
+    The first scan takes a sample, which gives two values that almost surely enclose the k-th largest. The second counts
+    the elements above and at these values, and collects the few in between.
     """
-    integer = {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
-    found = None  # the upper bits of the k-th, as far as known
-    for shift in range(8 * dtype.itemsize - 16, -1, -16):
-        bits = (p.abs().view(integer) for x in stream() for p in x.reshape(-1).split(CHUNK))
-        if found is not None:
-            bits = (b[b >> shift + 16 == found] for b in bits)
-        value, above = bin_of_rank(sum(torch.bincount(b >> shift & 0xFFFF, minlength=2**16) for b in bits), k)
-        found, k = (found or 0) << 16 | value, k - above
-    return torch.tensor(found, dtype=integer).view(dtype).item()
+    n, stride = len(ks), max(1, m // SAMPLE)
+    ends = [(-1.0, math.inf)] * n  # the k-th largest of each model is between these
+    above_ends, inside = [0] * n, [m] * n  # elements at or above the upper end; elements between the ends
+    found: list[float | None] = [None] * n
+    while None in found:
+        samples = scan(lambda chunk: [x[(x > low) & (x < high)] for x, (low, high) in zip(chunk, ends)], stride)
+        samples = [torch.cat(parts) for parts in zip(*samples)]
+        shares = [(k - out) / size for k, out, size in zip(ks, above_ends, inside)]
+        brackets = [bracket(*each) for each in zip(samples, shares, ends)]
+        counts = scan(lambda chunk: [count_in_bracket(x, *each) for x, each in zip(chunk, brackets)], 1)
+        for i, parts in enumerate(zip(*counts)):
+            (low, high), k = brackets[i], ks[i]
+            above, from_high, from_low = (sum(part[j] for part in parts) for j in range(3))
+            if found[i] is not None:
+                continue
+            if k <= above:  # the sample misled: search above the bracket
+                ends[i], inside[i] = (high, ends[i][1]), above - above_ends[i]
+            elif k <= from_high:
+                found[i] = high
+            elif k > from_low and low > ends[i][0]:  # search below the bracket
+                inside[i], above_ends[i] = above_ends[i] + inside[i] - from_low, from_low
+                ends[i] = (ends[i][0], low)
+            else:
+                between = torch.cat([part[3] for part in parts])
+                found[i] = kth_largest_plain(between, k - from_high) if k - from_high <= len(between) else low
+        stride = max(1, stride // 16)  # a narrower range needs a denser sample
+    return found
 
 
-def bin_of_rank(counts, k):
-    """The bin that holds the k-th element counted from the top, and how many lie above that bin."""
-    from_top = counts.flip(0).cumsum(0)
-    i = int(torch.searchsorted(from_top, k))
-    return len(counts) - 1 - i, int(from_top[i] - counts.flip(0)[i])
+def bracket(sample: Tensor, share: float, ends: tuple[float, float]) -> tuple[float, float]:
+    """Two values that almost surely enclose the element at this share of the way down from the largest.
+
+    They are six standard deviations of the rank apart from it. ends: used where the sample does not reach that far.
+    """
+    size = len(sample)
+    rank, slack = share * size, 6 * math.sqrt(size * share * (1 - share)) + 6
+    order = sample.sort(descending=True).values
+    first, last = math.floor(rank - slack), math.ceil(rank + slack)
+    return (order[last].item() if last < size else ends[0]), (order[first].item() if first >= 0 else ends[1])
+
+
+def count_in_bracket(x: Tensor, low: float, high: float) -> tuple[int, int, int, Tensor]:
+    """The number of elements of x (c,) that are > high, >= high and >= low; and those with low < x < high."""
+    at_least_low = x >= low
+    part = x[at_least_low & (x <= high)]
+    from_low = int(at_least_low.count_nonzero())
+    above = from_low - len(part)
+    return above, above + int((part == high).count_nonzero()), from_low, part[(part > low) & (part < high)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rounding
 
 
-def rounded(x, dtype):
-    """x in dtype, rounded once: to half precision torch takes fp64 by way of fp32, which would round a second time."""
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in dtype, rounded once. Torch converts float64 to half precision through float32, which rounds twice."""
     if x.dtype != torch.float64 or dtype.itemsize > 2:
         return x.to(dtype)
     near = x.float()
-    # an inexact fp32 whose last bit is 0 gives way to its neighbour on x's other side, whose last bit is 1: it is halfway
-    # between no two halves, and lies where x lies
+    # Round to odd: an inexact float32 with an even last bit is replaced by its neighbour on the side of x. That is never
+    # halfway between two half-precision numbers, so the second rounding goes the right way.
     away = torch.where(x > near, math.inf, -math.inf)
     even = near.view(torch.int32) & 1 == 0
     return torch.where((x != near) & even, near.nextafter(away), near).to(dtype)

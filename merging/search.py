@@ -1,22 +1,26 @@
-"""The search of merge.py: which weights (density, lambda, LiNeS alpha) do best on held-out data.
+"""The search of merge.py: finds the weights (density, lambda, LiNeS alpha) that do best on held-out data.
 
     python merge.py search --method linear --models sft kto --data heldout.jsonl --out search.json
     python merge.py search --method ties --base base --models sft kto --over weights density --tasks gsm8k --out search.json
     python merge.py search --method linear --models run/step-* --greedy --data heldout.jsonl --out soup.json
 
-Each point is merged straight into one model in memory; no checkpoint is written. A part of the data is set aside: the
-search never sees it, and the final scores are from it alone.
+Each point is merged into one model in memory; no checkpoint is written. Part of the data is set aside: the search never
+uses it, and the final scores come from it alone.
 """
 
 import argparse
 import json
 import random
+import shlex
 import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from core.checkpoint import Checkpoint
 from core.conversations import sft_conversations
 from core.files import InputError, atomic_write
 from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
@@ -25,16 +29,17 @@ from core.tokenizer import Tokenizer
 from evaluation import benchmarks
 from evaluation.replies import ask_checkpoint
 from evaluation.stats import ratio_stderr
-from merging.engine import merged
 from merging.inputs import DELLA, OPTIONS, RANDOM, add_method_flags, fill_options, open_inputs
 from model import Qwen2
 from training.examples import encode_chats
 from training.logps import sequence_logps
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The search: few evaluations of a function of one number at a time
+Point = dict  # {"weights": [w_1 .. w_n]} and what else is searched: "density", "lambda", "lines" (LiNeS' alpha)
 
-# What may be searched: the range, and what is tried first. "weight": that of a single model; "lines": LiNeS' alpha
+# ---------------------------------------------------------------------------------------------------------------------
+# The search: few evaluations, along one number at a time
+
+# What can be searched: its range, and the values tried first. "weight": of a single model.
 RANGES = {
     "weights": (0.0, 1.0),
     "weight": (0.0, 2.0),
@@ -42,15 +47,20 @@ RANGES = {
     "lambda": (0.0, 3.0),
     "lines": (0.0, 1.0),
 }
-FIRST = {"weights": (0.5, 0.95, 0.0, 1.0), "weight": (0.5, 1.0, 1.3), "density": (0.2, 0.5, 1.0),
-         "lambda": (0.5, 1.0, 1.5), "lines": (0.3, 0.7, 1.0)}  # fmt: skip
+FIRST = {
+    "weights": (0.5, 0.95, 0.0, 1.0),
+    "weight": (0.5, 1.0, 1.3),
+    "density": (0.2, 0.5, 1.0),
+    "lambda": (0.5, 1.0, 1.5),
+    "lines": (0.3, 0.7, 1.0),
+}
 
 
-def next_point(tried, low, high, tolerance):
-    """Where in [low, high] to look next for the least of a smooth function. tried: {x: value}. None: near enough.
+def next_point(tried: dict[float, float], low: float, high: float, tolerance: float) -> float | None:
+    """The next x in [low, high] at which to look for the minimum of a smooth function. None: close enough.
 
-    The vertex of the parabola through the best point and its neighbours, which for the loss between two fine-tunes of
-    one base is nearly right at once; a golden section of the wider side where there is no such vertex.
+    tried: {x: value}. Takes the vertex of the parabola through the best point and its neighbours. Between two fine-tunes
+    of one base the loss is almost a parabola. Without a vertex there, a golden section of the wider side.
     """
     xs = sorted(tried)
     best = min(xs, key=tried.get)
@@ -64,59 +74,62 @@ def next_point(tried, low, high, tolerance):
         if after > slope:
             vertex = (p + q) / 2 - slope * (r - p) / (after - slope) / 2
             x = vertex if left < vertex < right else x
-    x = min(max(x, low), high)  # the start may lie outside
+    x = min(max(x, low), high)  # the first points may be outside
     return x if min(abs(x - y) for y in xs) >= tolerance else None
 
 
-def search_directions(point, over, n):
-    """The lines through a point along which to search: (label, name, the point's own x, function from x to a point).
+def search_directions(point: Point, over: Sequence[str], n: int) -> list[tuple[str, str, float, Callable]]:
+    """The lines through a point along which to search: (label, name in RANGES, x at the point, x -> point).
 
-    point: {"weights": [...]} and what else is searched, by its name. Along a line of weights one model has weight x and
-    the others share 1 - x as they do in the point; a single model has x itself.
+    Along a line of weights one model has weight x and the others share 1 - x in their present proportions. A single
+    model has weight x.
     """
-    found = []
+    directions = []
     for name in over:
         if name != "weights":
-            found.append((name, name, point[name], lambda x, name=name: point | {name: x}))
+            directions.append((name, name, point[name], lambda x, name=name: point | {name: x}))
         elif n == 1:
-            found.append(("weight", "weight", point["weights"][0], lambda x: point | {"weights": [x]}))
+            directions.append(("weight", "weight", point["weights"][0], lambda x: point | {"weights": [x]}))
         else:
             for i in range(1, n):
                 line = lambda x, i=i: point | {"weights": with_share(point["weights"], i, x)}
-                found.append((f"weight of model {i + 1}", name, point["weights"][i], line))
-    return found
+                directions.append((f"weight of model {i + 1}", name, point["weights"][i], line))
+    return directions
 
 
-def with_share(weights, i, x):
-    """The weights with x for model i, the others scaled so that all add up to 1."""
+def with_share(weights: Sequence[float], i: int, x: float) -> list[float]:
+    """The weights with x for model i and the others scaled so that all add up to 1."""
     rest = sum(weights) - weights[i]
     others = [w / rest if rest else 1 / (len(weights) - 1) for w in weights]
     return [x if j == i else (1 - x) * w for j, w in enumerate(others)]
 
 
-def search(evaluate, known, point, over, n, budget, ranges=RANGES):
-    """Line after line until a round of them makes nothing better or the budget is spent. -> the best point.
+def search(
+    evaluate: Callable[[Point, str], float],
+    known: Callable[[Point], bool],
+    point: Point,
+    over: Sequence[str],
+    n: int,
+    budget: int,
+    ranges: dict = RANGES,
+) -> Point:
+    """Searches along each direction in turn until a round brings nothing or the budget is spent. Returns the best point.
 
-    evaluate(point, label) -> the value to make small. known(point): whether it is worked out already and so is free.
-    budget: how many points are worked out at most. ranges: as RANGES.
+    evaluate(point, label): the value to minimise. known(point): already evaluated, costs no budget. budget: the most
+    points to evaluate. ranges: as RANGES.
     """
     spent, value, rounds = int(not known(point)), evaluate(point, "start"), 0
     while True:
-        before = value
-        for i in range(len(search_directions(point, over, n))):
-            label, name, x, at = search_directions(point, over, n)[
-                i
-            ]  # anew: the point may have moved along the line before
+        before, directions = value, len(search_directions(point, over, n))
+        for i in range(directions):
+            label, name, x, point_at = search_directions(point, over, n)[i]  # again: the point may have moved
             low, high = ranges[name]
-            near = (high - low) / 50
-            first = [x - 4 * near, x + 4 * near] if rounds else FIRST[name]  # after a round the optimum is near
+            step = (high - low) / 50
+            first = [x - 4 * step, x + 4 * step] if rounds else FIRST[name]  # after a round the optimum is near
             first = dict.fromkeys(min(max(y, low), high) for y in first)
-            tried, todo = {x: value}, [y for y in first if abs(y - x) >= near]
-            while True:
-                x = todo.pop(0) if todo else next_point(tried, low, high, near)
-                if x is None:
-                    break
-                candidate = at(x)
+            tried, todo = {x: value}, [y for y in first if abs(y - x) >= step]
+            while (x := todo.pop(0) if todo else next_point(tried, low, high, step)) is not None:
+                candidate = point_at(x)
                 spent += not known(candidate)
                 if spent > budget:
                     return point
@@ -124,15 +137,13 @@ def search(evaluate, known, point, over, n, budget, ranges=RANGES):
                 if tried[x] < value:
                     point, value = candidate, tried[x]
         rounds += 1
-        if (
-            value >= before or len(search_directions(point, over, n)) == 1
-        ):  # a second round on one line finds nothing new
+        if value >= before or directions == 1:  # a second round along one line finds nothing new
             return point
 
 
-def greedy_soup(evaluate, n):
-    """Greedy soup (arXiv 2203.05482, Recipe 1): from the best model down, each joins the plain mean if the held-out
-    value does not get worse. -> the best point."""
+def greedy_soup(evaluate: Callable[[Point, str], float], n: int) -> Point:
+    """Greedy soup (arXiv 2203.05482, Recipe 1): from the best model down, each joins the plain mean if the value does
+    not get worse. Returns the soup."""
     soup = lambda members: {"weights": [float(i in members) / len(members) for i in range(n)]}
     values = [evaluate(soup([i]), f"model {i + 1} alone") for i in range(n)]
     order = sorted(range(n), key=values.__getitem__)
@@ -146,223 +157,282 @@ def greedy_soup(evaluate, n):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Merging into a model, and what it is worth
+# From a point to a merge
 
 
-def allowed(args, n):
-    """RANGES, less what merge.py refuses with these options. n: how many models."""
+def valid_ranges(args: argparse.Namespace, n: int) -> dict[str, tuple[float, float]]:
+    """RANGES without what merge.py refuses with these options. n: the number of models."""
     ranges = dict(RANGES)
-    if args.method in DELLA:  # density ± epsilon lies between 0 and 1
+    if args.method in DELLA:  # density ± epsilon must be between 0 and 1
         ranges["density"] = low, high = args.epsilon + 0.01, 0.99 - args.epsilon
         if "density" in args.over and low >= high:
-            raise InputError(f"--epsilon {args.epsilon}: leaves no density to search; give a smaller one")
+            raise InputError(f"--epsilon {args.epsilon}: leaves no density to search; use a smaller one")
     if args.method == "expo":  # goes beyond the model
         ranges["weight"] = (1.02, 2.0)
     if n == 1 and args.normalize and "weights" in args.over:
-        raise InputError(
-            "--over weights: a single model's is divided by itself and changes nothing; add --no-normalize"
-        )
+        raise InputError("--over weights: normalizing a single weight always gives 1; add --no-normalize")
     return ranges
 
 
-def args_at(args, point):
-    """args with the numbers of a point in place of its own."""
+def args_at(args: argparse.Namespace, point: Point) -> argparse.Namespace:
+    """args with the numbers of a point."""
     new = argparse.Namespace(**vars(args) | {"weights": point["weights"]})
     if "density" in point:
         new.densities = [point["density"]] * len(new.densities)
     if "lambda" in point:
-        setattr(new, "lambda", point["lambda"])
+        new.scale = point["lambda"]
     if "lines" in point:
-        new.lines = [point["lines"], 1 - point["lines"]]
+        new.lines = (point["lines"], 1 - point["lines"])
     return new
 
 
+def start_points(args: argparse.Namespace, n: int) -> tuple[Point, list[Point]]:
+    """The point that the flags give, and the points that are always scored: the paper's two pairs of weights if two
+    weights are searched, else the former."""
+    total = sum(args.weights) if n > 1 and "weights" in args.over and abs(sum(args.weights)) > 1e-8 else 1.0
+    start = {"weights": [w / total for w in args.weights]}
+    own = {"density": args.densities[0], "lambda": args.scale, "lines": args.lines[0] if args.lines else 1.0}
+    own = {name: own[name] for name in args.over if name != "weights"}
+    pairs = [[0.5, 0.5], [0.05, 0.95]]
+    fixed = [{"weights": pair} | own for pair in pairs] if n == 2 and "weights" in args.over else [start | own]
+    return start | own, fixed
+
+
 @torch.no_grad()
-def merge_into(model, args, base, models):
-    """Gives the model the weights of the merge."""
+def merge_into(model: Qwen2, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copies the merged tensors into the model."""
     parameters = dict(model.named_parameters())
-    for name, tensor in merged(args, base, models, torch.float32, quiet=True):
+    for name, tensor in tensors:
         parameters[name].copy_(tensor)
 
 
-def split(items, share, seed):
-    """-> (what the search sees, what is set aside): a random part of each, the same for the same seed."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The value of a merge
+
+
+def split_aside(items: list, share: float, seed: int) -> tuple[list, list]:
+    """(items the search uses, items set aside): a random share, in the order of items; the same for the same seed."""
     order = list(range(len(items)))
     random.Random(seed).shuffle(order)
     aside = round(share * len(items))
     return [items[i] for i in sorted(order[aside:])], [items[i] for i in sorted(order[:aside])]
 
 
-def losses(a, model, examples):
-    """Minus the log-probability of each example, and its supervised tokens: their ratio of sums is the held-out loss."""
-    logps = sequence_logps(model, examples, a.micro_tokens)
+def measure_loss(args: argparse.Namespace, model: Qwen2, tokenizer: Tokenizer, examples: list) -> tuple[list, list]:
+    """(minus the log-probability of each example, its number of supervised tokens). Sum over sum is the held-out loss."""
+    logps = sequence_logps(model, examples, args.micro_tokens)
     return (-logps).tolist(), [sum(supervised[1:]) for _, supervised in examples]
 
 
-def verdicts(a, model, tokenizer, questions):
-    """The verdict of eval.py on each question, in their order."""
-    found = [0.0] * len(questions)
-    for i, record in ask_checkpoint(model, tokenizer, questions, a):
-        found[i] = float(benchmarks.read(questions[i], record)[1])
-    return found, [1] * len(found)
+def measure_wrong(args: argparse.Namespace, model: Qwen2, tokenizer: Tokenizer, questions: list) -> tuple[list, list]:
+    """(-1 for each question that eval.py counts as right, else 0; ones)."""
+    values = [0.0] * len(questions)
+    for i, record in ask_checkpoint(model, tokenizer, questions, args):
+        values[i] = -float(benchmarks.read(questions[i], record)[1])
+    return values, [1] * len(values)
+
+
+@dataclass
+class Objective:
+    """What a search minimises: a value per record over its size, summed; and how it is shown."""
+
+    name: str
+    measure: Callable  # (args, model, tokenizer, records) -> (value of each record, size of each record)
+    sign: int  # the score is sign * value
+
+    def scored(self, values: list[float], sizes: list[int]) -> dict[str, float]:
+        value, stderr = ratio_stderr(values, sizes)
+        return {"score": self.sign * value, "stderr": stderr}
+
+
+LOSS = Objective("loss per token", measure_loss, 1)
+RIGHT = Objective("share right", measure_wrong, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def parse(argv):
-    description = "Find the weights of a merge that do best on held-out data."
-    p = Parser(prog="merge.py search", description=description)
-    add_method_flags(p)
-    add = p.add_argument
+def parse_args(argv: Sequence[str], methods: Iterable[str]) -> argparse.Namespace:
+    """methods: choices of --method."""
+    parser = Parser(prog="merge.py search", description="Find the weights of a merge that do best on held-out data.")
+    add_method_flags(parser, methods)
+    add_search_flags(parser)
+    args = parser.parse_args(argv)
+    if bool(args.data) == bool(args.tasks):
+        raise InputError("--data or --tasks: give one of them; the merges are judged by it")
+    if args.greedy and args.method != "linear":
+        raise InputError(f"--greedy: averages models, so --method must be linear, not {args.method}")
+    for name in args.over:
+        if name != "weights" and args.method not in OPTIONS[name][1]:
+            raise InputError(f"--over {name}: has no effect with --method {args.method}")
+    if args.weights_for:
+        raise InputError("--weights-for: the search sets one weight per model; use it with merge.py itself")
+    return args
+
+
+def add_search_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     # search
-    add("--over", nargs="+", choices=["weights", "density", "lambda", "lines"], default=["weights"],
-        help="what is searched")  # fmt: skip
-    add("--greedy", action="store_true", help="greedy soup: which of the models to average (--method linear)")
+    add(
+        "--over",
+        nargs="+",
+        choices=["weights", "density", "lambda", "lines"],
+        default=["weights"],
+        help="what to search",
+    )
+    add(
+        "--greedy",
+        action="store_true",
+        help="greedy soup: which of the models to average (linear only); the best of all "
+        "points tried is kept, which may be a fixed pair or the uniform soup",
+    )
     add("--evaluations", type=at_least(3), default=15, help="most points to try; not with --greedy")
     # data
-    add(
-        "--data",
-        nargs="+",
-        metavar="F",
-        help="JSON Lines of conversations, as of train_sft.py: minimise the loss on them",
-    )
-    add("--tasks", nargs="+", metavar="T", help="tasks of eval.py: maximise the share of questions answered right")
+    add("--data", nargs="+", metavar="F", help="conversations, as for train_sft.py: minimise the loss on them")
+    add("--tasks", nargs="+", metavar="T", help="tasks of eval.py: maximise the share of right answers")
     add(
         "--aside",
         type=number(above=0, below=1),
         default=0.5,
         metavar="X",
-        help="share of the data for the final score alone",
+        help="share of the data kept for the final score",
     )
-    add("--max-len", type=at_least(2), default=1024, help="tokens; longer examples lose their end")
-    add("--data-dir", default="data", help="where the tasks' questions lie")
-    add("--limit", type=at_least(1), help="questions per task (default all)")
-    add("--protocol", choices=["paper", "loglik"], default="paper", help="of eval.py")
-    add("--allow-code-execution", action="store_true", help="run what the merges write, in a sandbox")
+    add("--max-len", type=at_least(2), default=1024, help="tokens; longer examples are cut at the end")
+    add("--data-dir", default="data", help="folder of the tasks' questions")
+    add("--limit", type=at_least(1), help="questions per task; default: all")
+    add("--protocol", choices=["paper", "loglik"], default="paper", help="as in eval.py")
+    add("--allow-code-execution", action="store_true", help="run the code that the merges write, in a sandbox")
     add("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
-    add("--batch-size", type=at_least(1), default=32, help="questions in flight")
+    add("--batch-size", type=at_least(1), default=32, help="questions answered at once")
     # machine
-    add("--micro-tokens", type=at_least(1), default=16384 if DEVICE == "cuda" else 2048,
-        help="tokens of one forward")  # fmt: skip
-    add("--dtype", choices=DTYPES, default=DTYPE, help="to compute in")
+    add(
+        "--micro-tokens",
+        type=at_least(1),
+        default=16384 if DEVICE == "cuda" else 2048,
+        help="most tokens of one forward",
+    )
+    add("--dtype", choices=DTYPES, default=DTYPE, help="dtype of the forward passes")
     add("--device", type=torch_device, default=DEVICE, help="torch device")
     # output
-    add("--out", required=True, metavar="F.json", help="JSON file of the points and the final scores")
-    a = p.parse_args(argv)
-    if bool(a.data) == bool(a.tasks):
-        raise InputError("--data or --tasks: give one of them, what the merges are judged by")
-    if a.greedy and a.method != "linear":
-        raise InputError(f"--greedy: averages models, so --method is linear, not {a.method}")
-    for name in a.over:
-        scope = OPTIONS[name][0] if name != "weights" else a.method
-        if a.method not in scope:
-            raise InputError(f"--over {name}: changes nothing with --method {a.method}")
-    if a.weights_for:
-        raise InputError("--weights-for: the search sets one weight a model; give it to merge.py itself")
-    return a
+    add("--out", required=True, metavar="F.json", help="JSON file to write: all points and the final scores")
 
 
-def main(argv):
-    a = parse(argv)
-    base, models = open_inputs(a)
-    tokenizer = Tokenizer(base or models[0])
-    model = Qwen2.from_pretrained(base or models[0], torch.float32, a.device)
-    model.compute_dtype = DTYPES[a.dtype]
-    if a.data:
-        items, *_ = encode_chats(read_records(a.data, sft_conversations), tokenizer, a.max_len)
+def read_items(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list, list]:
+    """The encoded examples or the questions: (used by the search, set aside)."""
+    if args.data:
+        items, *_ = encode_chats(read_records(args.data, sft_conversations), tokenizer, args.max_len)
     else:
-        items = [q for task in dict.fromkeys(a.tasks) for q in benchmarks.prepare(task, a)]
-    seen, aside = split(items, a.aside, a.seed)
+        items = [question for task in dict.fromkeys(args.tasks) for question in benchmarks.prepare(task, args)]
+    seen, aside = split_aside(items, args.aside, args.seed)
     if min(len(seen), len(aside)) < 2:
-        found = f"{', '.join(a.data or a.tasks)}: {len(items)} usable records"
-        raise InputError(f"{found}; the search needs 2 and the final score 2")
-    n, ranges, started = len(models), allowed(a, len(models)), time.time()
-    what = "loss per token" if a.data else "share right"
+        sources = ", ".join(args.data or args.tasks)
+        raise InputError(f"{sources}: {len(items)} usable records; the search needs 2 and the final score 2")
+    return seen, aside
 
-    def measure(point, part):
-        """-> per record (a value to make small, what it is divided by)."""
-        merge_into(model, args_at(a, point), base, models)
-        values, sizes = losses(a, model, part) if a.data else verdicts(a, model, tokenizer, part)
-        return (values if a.data else [-v for v in values]), sizes
 
-    def said(values, sizes):
-        value, stderr = ratio_stderr(values, sizes)
-        return {"score": value if a.data else -value, "stderr": stderr}
+def main(argv: Sequence[str], methods: Iterable[str], merged: Callable) -> None:
+    """methods: choices of --method. merged: merge.py's function of that name."""
+    args = parse_args(argv, methods)
+    base, models = open_inputs(args)
+    tokenizer = Tokenizer(base or models[0])
+    model = Qwen2.from_pretrained(base or models[0], torch.float32, args.device)
+    model.compute_dtype = DTYPES[args.dtype]
+    seen, aside = read_items(args, tokenizer)
+    n, started, objective = len(models), time.time(), LOSS if args.data else RIGHT
+    ranges, scores = valid_ranges(args, n), {}
+    print(f"{len(seen)} records for the search, {len(aside)} set aside; {objective.name} ± one standard error")
 
-    points = {}
-    key = lambda point: str([np.round(point[k], 9).tolist() for k in sorted(point)])
+    def measure(point: Point, records: list) -> tuple[list, list]:
+        """Merges at the point. (value, size) of each record, as two lists."""
+        merge_into(model, merged(args_at(args, point), base, models, torch.float32, quiet=True))
+        return objective.measure(args, model, tokenizer, records)
 
-    def evaluate(point, label):
-        if key(point) not in points:
-            cell = points[key(point)] = {**point, **said(*measure(point, seen))}
-            tqdm.write(f"{label:24s} {describe(point)}  {what} {cell['score']:.5f} ± {cell['stderr']:.5f}")
-        return points[key(point)]["score"] * (1 if a.data else -1)
+    def evaluate(point: Point, label: str) -> float:
+        if point_key(point) not in scores:
+            scores[point_key(point)] = {**point, **objective.scored(*measure(point, seen))}
+            tqdm.write(f"{label:24s} {describe(scores[point_key(point)], objective)}")
+        return scores[point_key(point)]["score"] * objective.sign
 
-    scale = sum(a.weights) if n > 1 and "weights" in a.over and abs(sum(a.weights)) > 1e-8 else 1.0
-    start = {"weights": [w / scale for w in a.weights]}
-    own = {"density": a.densities[0], "lambda": getattr(a, "lambda"), "lines": a.lines[0] if a.lines else 1.0}
-    own = {name: own[name] for name in a.over if name != "weights"}
-    pairs = [[0.5, 0.5], [0.05, 0.95]]  # the paper's two; where weights are not searched, those given stay
-    fixed = [{"weights": pair} | own for pair in pairs] if n == 2 and "weights" in a.over else [start | own]
-    print(f"{len(seen)} records for the search, {len(aside)} set aside; {what} ± one standard error")
-    best = min([*fixed, start | own], key=lambda point: evaluate(point, "fixed"))
-    if a.greedy:
+    start, fixed = start_points(args, n)
+    best = min([*fixed, start], key=lambda point: evaluate(point, "fixed"))
+    if args.greedy:
         fixed.append(greedy_soup(evaluate, n))
-        best = min(({"weights": p["weights"]} for p in points.values()), key=lambda point: evaluate(point, ""))
+        best = min(({"weights": tried["weights"]} for tried in scores.values()), key=lambda point: evaluate(point, ""))
     else:
-        best = search(evaluate, lambda p: key(p) in points, best, a.over, n, a.evaluations - len(points), ranges)
-
-    final, reference = [], None
-    for point in {key(p): p for p in [best, *fixed]}.values():
-        values, sizes = measure(point, aside)
-        reference = reference or values
-        apart, error = ratio_stderr([v - r for v, r in zip(values, reference)], sizes)
-        versus = {"versus_best": apart if a.data else -apart, "versus_best_stderr": error}
-        final.append({**point, **said(values, sizes), **versus})
-    record = {"method": a.method, "models": [m.source for m in models], "base": base.source if base else None,
-              "by": a.data or a.tasks, "what": what, "points": list(points.values()), "best": best, "final": final}  # fmt: skip
-    with atomic_write(a.out) as f:
+        known = lambda point: point_key(point) in scores
+        best = search(evaluate, known, best, args.over, n, args.evaluations - len(scores), ranges)
+    points = list({point_key(point): point for point in [best, *fixed]}.values())
+    final = final_scores(points, [measure(point, aside) for point in points], objective)
+    record = {
+        "method": args.method,
+        "models": [m.source for m in models],
+        "base": base.source if base else None,
+        "by": args.data or args.tasks,
+        "what": objective.name,
+        "points": list(scores.values()),
+        "best": best,
+        "final": final,
+    }
+    with atomic_write(args.out) as f:
         json.dump(record, f, indent=1)
-    print(f"\n{len(points)} points in {time.time() - started:.0f} s; on what was set aside:")
-    for cell in final:
-        apart = f"({cell['versus_best']:+.5f} ± {cell['versus_best_stderr']:.5f} to the best)"
-        print(
-            f"{describe(cell)}  {what} {cell['score']:.5f} ± {cell['stderr']:.5f}  {'the best' if cell is final[0] else apart}"
-        )
-    print(f"wrote {a.out}: all points and final scores")
-    print(f"draw:  python -m tools.plot {a.out} --out {a.out.removesuffix('.json')}.png")
-    print(f"next:  {command(a, args_at(a, best), models)}")
+    print_report(args, final, objective, f"{len(scores)} points in {time.time() - started:.0f} s")
+    print(f"next:  {merge_command(args, args_at(args, best), models)}")
 
 
-def describe(point):
-    """A point in words."""
-    text = ":".join(f"{w:.3g}" for w in point["weights"])
-    return " ".join(
-        [text, *(f"{k} {point[k]:.3g}" for k in ("density", "lambda", "lines") if point.get(k) is not None)]
-    )
+def point_key(point: Point) -> str:
+    """Equal for equal points, up to rounding."""
+    return str([np.round(point[name], 9).tolist() for name in sorted(point)])
 
 
-def command(a, best, models):
-    """The command that writes the merge of the best point."""
-    words = ["python merge.py --method", a.method, "--models"]
-    # a model of weight 0 is left out of a mean; elsewhere it has its place among the densities and the random masks
-    words += [f"{m.source}:{w:.6g}" for m, w in zip(models, best.weights) if w or a.method != "linear"]
-    words += ["--base", a.base] if a.base else []
-    plain = argparse.Namespace(method=a.method, **dict.fromkeys(OPTIONS))
-    fill_options(plain, len(models))  # what the method does with no option given
-    for name, (methods, _) in OPTIONS.items():
-        value, default = ((x.densities if name == "density" else getattr(x, name)) for x in (best, plain))
-        if a.method in methods and value != default and name != "t":
-            if name == "normalize":
-                words.append("--normalize" if value else "--no-normalize")
-            elif name == "lines":
-                words += ["--lines", f"{value[0]:g}:{value[1]:g}"]
-            else:
-                values = value if isinstance(value, list) else [value]
-                words += [f"--{name}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
-    words += ["--seed", str(a.seed)] if a.method in RANDOM else []
-    words += ["--arithmetic", a.arithmetic] if a.arithmetic != "float32" else []
-    words += ["--resize"] * a.resize + ["--allow-tokenizer-mismatch"] * a.allow_tokenizer_mismatch
-    return " ".join([*words, "--out fused"])
+def final_scores(points: list[Point], measured: list[tuple[list, list]], objective: Objective) -> list[dict]:
+    """The final scores of the points, each with its paired difference from the first."""
+    final, (reference, _) = [], measured[0]
+    for point, (values, sizes) in zip(points, measured):
+        difference, stderr = ratio_stderr([v - r for v, r in zip(values, reference)], sizes)
+        versus = {"versus_best": objective.sign * difference, "versus_best_stderr": stderr}
+        final.append({**point, **objective.scored(values, sizes), **versus})
+    return final
+
+
+def describe(scored: dict, objective: Objective) -> str:
+    """A scored point in one line."""
+    words = [":".join(f"{w:.3g}" for w in scored["weights"])]
+    words += [f"{name} {scored[name]:.3g}" for name in ("density", "lambda", "lines") if name in scored]
+    return f"{' '.join(words)}  {objective.name} {scored['score']:.5f} ± {scored['stderr']:.5f}"
+
+
+def print_report(args: argparse.Namespace, final: list[dict], objective: Objective, summary: str) -> None:
+    print(f"\n{summary}; on the records set aside:")
+    for scored in final:
+        difference = f"({scored['versus_best']:+.5f} ± {scored['versus_best_stderr']:.5f} to the best)"
+        print(f"{describe(scored, objective)}  {'the best' if scored is final[0] else difference}")
+    print(f"wrote {args.out}: all points and final scores")
+    picture = args.out.removesuffix(".json") + ".png"
+    print("draw:  " + shlex.join(["python", "-m", "tools.plot", args.out, "--out", picture]))
+
+
+def merge_command(args: argparse.Namespace, best: argparse.Namespace, models: list[Checkpoint]) -> str:
+    """The command that writes the merge of the best point. best: args_at() of that point."""
+    words = ["python", "merge.py", "--method", args.method, "--models"]
+    # a model of weight 0 is left out of a mean; the other methods match densities and random masks by position
+    words += [f"{m.source}:{w:.6g}" for m, w in zip(models, best.weights) if w or args.method != "linear"]
+    words += ["--base", args.base] if args.base else []
+    default = argparse.Namespace(method=args.method, **dict.fromkeys(attribute for attribute, _, _ in OPTIONS.values()))
+    fill_options(default, len(models))  # the options of the method when none are given
+    for flag, (attribute, scope, _) in OPTIONS.items():
+        attribute = "densities" if flag == "density" else attribute
+        value = getattr(best, attribute)
+        if args.method not in scope or flag == "t" or value == getattr(default, attribute):
+            continue
+        if flag == "normalize":
+            words.append("--normalize" if value else "--no-normalize")
+        elif flag == "lines":
+            words += ["--lines", ":".join(f"{x:g}" for x in value)]
+        else:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{flag}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
+    words += ["--seed", str(args.seed)] if args.method in RANDOM else []
+    words += ["--arithmetic", args.arithmetic] if args.arithmetic != "float32" else []
+    words += ["--resize"] * args.resize + ["--allow-tokenizer-mismatch"] * args.allow_tokenizer_mismatch
+    return shlex.join([*words, "--out", "fused"])

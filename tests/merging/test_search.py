@@ -1,4 +1,4 @@
-"""merge_search.py: the search on functions with known answers, and its scores against merging, writing and measuring."""
+"""The search of merge.py: the search on functions with known answers, and its scores against merging, writing and measuring."""
 
 import json
 import shlex
@@ -11,8 +11,8 @@ from core.checkpoint import Checkpoint
 from core.conversations import sft_conversations
 from core.records import read_records
 from core.tokenizer import Tokenizer
+from merge import METHODS, merged
 from merging import search
-from merging.engine import merged
 from merging.inputs import open_inputs
 from model import Qwen2
 from training.examples import count_supervised, encode_chats
@@ -108,7 +108,7 @@ def test_scores_are_those_of_the_written_checkpoint(models, run, tmp_path):
     assert run("merge", *words[:-1], tmp_path / "fused")[0] == 0  # the command that it prints, with another --out
     m, tokenizer = Qwen2.from_pretrained(str(tmp_path / "fused")), Tokenizer(str(tmp_path / "fused"))
     examples, *_ = encode_chats(read_records([models / "data.jsonl"], sft_conversations), tokenizer, 1024)
-    seen, aside = search.split(examples, 0.25, 3)
+    seen, aside = search.split_aside(examples, 0.25, 3)
     assert len(aside) == 3 and len(seen) == 9 and all(e not in seen for e in aside)
     for part, score in ((seen, min(p["score"] for p in points)), (aside, final[0]["score"])):
         loss = -sequence_logps(m, part, 2048).sum().item() / count_supervised(part)
@@ -137,7 +137,7 @@ def test_by_a_task_and_greedily(models, run, tmp_path):
         ("give one of them", []),
         ("give one of them", ["--data", "x", "--tasks", "demo"]),
         ("is not below 1", ["--data", "x", "--aside", "1"]),
-        ("--over density: changes nothing", ["--data", "x", "--over", "density"]),
+        ("--over density: has no effect", ["--data", "x", "--over", "density"]),
         ("--weights-for", ["--data", "x", "--weights-for", "x", "1", "1"]),
         ("needs 2", ["--data", "ONE"]),
     ],
@@ -147,7 +147,7 @@ def test_bad_input(models, refused, tmp_path, words, more):
     more = [one if word == "ONE" else word for word in more]
     refused(words, "merge", "search", "--method", "linear", "--models", models / "a", models / "b", "--out",
             tmp_path / "s.json", *more)  # fmt: skip
-    refused("--method is linear", "merge", "search", "--method", "ties", "--base", models / "base", "--models", models / "a",
+    refused("--method must be linear", "merge", "search", "--method", "ties", "--base", models / "base", "--models", models / "a",
             "--out", tmp_path / "s.json", "--greedy", "--data", one)  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def test_only_what_merge_takes_is_tried(models, method, name, given, least):
 
     def taken(value):
         more = [f"{path}:{value}"] if name == "weights" else [path, "--density", str(value)]
-        a = search.parse([*argv, *more])
+        a = search.parse_args([*argv, *more], METHODS)
         open_inputs(a)
         return a
 
@@ -184,7 +184,7 @@ def test_only_what_merge_takes_is_tried(models, method, name, given, least):
         return (tried[-1] - least) ** 2
 
     start = {"weights": [given]} if name == "weights" else {"weights": [1.0], name: given}
-    search.search(evaluate, lambda point: False, start, [name], 1, 12, search.allowed(taken(given), 1))
+    search.search(evaluate, lambda point: False, start, [name], 1, 12, search.valid_ranges(taken(given), 1))
     assert min(abs(x - least) for x in tried) < 0.23 and len({*tried}) > 2  # as far as the bound
 
 
@@ -198,11 +198,11 @@ def test_only_what_merge_takes_is_tried(models, method, name, given, least):
     ],
 )
 def test_nothing_that_was_tried_is_better_than_the_best(models, run, tmp_path, monkeypatch, weights, more, best):
-    monkeypatch.setattr(search, "merge_into", lambda model, args, base, models: setattr(model, "args", args))
     far = lambda args: abs(args.weights[1] - 0.95) + abs(args.densities[0] - 1)
-    monkeypatch.setattr(
-        search, "losses", lambda a, model, examples: ([far(model.args)] * len(examples), [1] * len(examples))
-    )
+    monkeypatch.setattr("merge.merged", lambda args, *more, **settings: args)
+    monkeypatch.setattr(search, "merge_into", lambda model, args: setattr(model, "args", args))
+    measure = lambda args, model, tokenizer, examples: ([far(model.args)] * len(examples), [1] * len(examples))
+    monkeypatch.setattr(search.LOSS, "measure", measure)
     pair = [f"{models / name}:{w}" for name, w in zip("ab", weights)]
     code, said, _ = run("merge", "search", "--method", "ties", "--base", models / "base", "--models", *pair, "--data",
                         models / "data.jsonl", "--out", tmp_path / "s.json", *more)  # fmt: skip
@@ -220,11 +220,11 @@ def test_the_closing_command_makes_the_best_merge_where_a_weight_is_zero(models,
         if method == "linear"
         else ["--method", method, "--base", str(models / "base"), "--density", "0.5"]
     )
-    a = search.parse([*more, "--models", *paths, "--data", "x", "--out", "s.json", "--seed", "4"])
+    a = search.parse_args([*more, "--models", *paths, "--data", "x", "--out", "s.json", "--seed", "4"], METHODS)
     base, opened = open_inputs(a)
     best = search.args_at(a, {"weights": [0.0, 1.0]})
     want = dict(merged(best, base, opened, torch.float32, quiet=True))
-    words = shlex.split(search.command(a, best, opened))[2:]
+    words = shlex.split(search.merge_command(a, best, opened))[2:]
     assert run("merge", *words[:-1], out)[0] == 0
     assert all(torch.equal(Checkpoint(str(out)).tensor(name), tensor) for name, tensor in want.items())
     assert not {"--normalize", "--no-normalize", "--rescale"} & {*words}  # what the method does anyhow
@@ -233,6 +233,6 @@ def test_the_closing_command_makes_the_best_merge_where_a_weight_is_zero(models,
         "ties": "--rescale l1 --no-normalize",
         "dare_ties": "--rescale none --normalize",
     }[method]
-    a = search.parse([*more, *other.split(), "--models", *paths, "--data", "x", "--out", "s.json"])
+    a = search.parse_args([*more, *other.split(), "--models", *paths, "--data", "x", "--out", "s.json"], METHODS)
     open_inputs(a)
-    assert f" {other} " in search.command(a, search.args_at(a, {"weights": [0.0, 1.0]}), opened)
+    assert f" {other} " in search.merge_command(a, search.args_at(a, {"weights": [0.0, 1.0]}), opened)
