@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -117,13 +118,9 @@ def test_parent_is_out_of_reach():
 
 
 @linux
-def test_no_signals_by_way_of_a_descriptor(monkeypatch, tmp_path):
+def test_no_signals_by_way_of_a_descriptor(monkeypatch):
     """Also where Landlock (before its ABI 6) does not keep signals in."""
-    with open(sandbox.__file__, encoding="utf-8") as f:
-        source = f.read()
-    assert "16 if abi < 6 else 24" in source
-    (tmp_path / "sandbox.py").write_text(source.replace("16 if abi < 6 else 24", "16"))
-    monkeypatch.setattr(sandbox, "__file__", str(tmp_path / "sandbox.py"))
+    monkeypatch.setattr(sandbox, "LAYERS", ("seccomp",))
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as victim:
         head = f"import fcntl, os, socket, struct\nr, w = os.pipe()\ns, t = socket.socketpair()\npid = {victim.pid}\n"
         send = "fcntl.fcntl({0}, fcntl.F_SETFL, fcntl.fcntl({0}, fcntl.F_GETFL) | os.O_ASYNC)\nos.write({1}, b'x')"
@@ -169,13 +166,59 @@ assert not open_to_all, open_to_all
     assert run_program(source) == (True, "passed")
 
 
+NAMED = """
+while True:
+    open(str(n), "wb").write(bytes(8 << 20))
+    n += 1
+"""
+EMPTY = """
+while True:
+    open(str(n), "wb").close()
+    n += 1
+"""
+FOLDERS = """
+while True:
+    os.mkdir("d" * 200)
+    os.chdir("d" * 200)
+"""
+DEEP = FOLDERS.replace(" * 200", "")
+DELETED = """
+while True:  # each file has neither a name nor a descriptor: a mapped page keeps its blocks
+    f = os.open("x", os.O_RDWR | os.O_CREAT)
+    os.unlink("x")
+    try:
+        os.posix_fallocate(f, 0, 8 << 20)
+    except OSError:
+        os.write(f, bytes(8 << 20))
+    kept.append(libc.mmap(None, 4096, 1, 1, f, 0))
+    os.close(f)
+"""
+OPEN = """
+while True:
+    f = open(str(n), "wb")
+    os.unlink(str(n))
+    f.write(bytes(8 << 20))
+    kept.append(f)
+"""
+START = "import ctypes, os\nlibc = ctypes.CDLL(None)\nlibc.mmap.restype = ctypes.c_void_p\nn, kept = 0, []\n"
+
+
 @linux
-def test_files_are_bounded_together():
-    big = "while True:\n    open(str(n), 'wb').truncate(16 << 20)\n    n += 1"
-    many = "while True:\n    open(str(n), 'wb').close()\n    n += 1"
-    for write in (big, many, "for n in range(5):\n    open(str(n), 'wb').truncate(16 << 20)"):
-        assert fails(f"n = 0\n{write}", timeout=60) == "wrote more than 64 MiB of files"
-    assert run_program("for n in range(3):\n    open(str(n), 'wb').truncate(16 << 20)") == (True, "passed")
+@pytest.mark.parametrize("layers", [sandbox.LAYERS, ("landlock", "seccomp")])
+@pytest.mark.parametrize("write", [NAMED, EMPTY, FOLDERS, DEEP, DELETED, OPEN])
+def test_files_are_bounded_together(monkeypatch, write, layers):
+    """On a file system of its own by that, else by a watch, whatever the files' names."""
+    monkeypatch.setattr(sandbox, "LAYERS", layers)
+    folders, make = [], tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda: folders.append(make()) or folders[-1])
+    free = os.statvfs(tempfile.gettempdir())
+    detail = fails(START + write, timeout=60)
+    assert detail == "wrote more than 64 MiB of files" or "No space left" in detail
+    now = os.statvfs(tempfile.gettempdir())
+    assert (free.f_bavail - now.f_bavail) * free.f_frsize < 1 << 30
+    assert [os.path.exists(folder) for folder in folders] == [False]
+    small = "for n in range(3):\n    open(str(n), 'wb').write(bytes(16 << 20))"
+    assert run_program(small) == (True, "passed")
 
 
 TESTS = """
@@ -352,20 +395,159 @@ def test_data_come_back_as_they_were():
 
 def test_nothing_is_left_behind():
     """The child's directory is gone, and so are its processes."""
-    before = set(os.listdir(sandbox.tempfile.gettempdir()))
+    before = set(os.listdir(tempfile.gettempdir()))
     fails("open('x', 'w').write('x')\nwhile True: pass", timeout=0.3)
-    left = set(os.listdir(sandbox.tempfile.gettempdir())) - before
-    assert not [name for name in left if os.path.exists(os.path.join(sandbox.tempfile.gettempdir(), name, "x"))]
+    left = set(os.listdir(tempfile.gettempdir())) - before
+    assert not [name for name in left if os.path.exists(os.path.join(tempfile.gettempdir(), name, "x"))]
 
 
 @linux
-def test_without_the_kernels_help(monkeypatch, tmp_path):
+def test_without_the_kernels_help(monkeypatch):
     """Where seccomp does not know the machine, the interpreter itself refuses sockets and processes."""
-    copy = tmp_path / "sandbox.py"
-    with open(sandbox.__file__, encoding="utf-8") as f:
-        copy.write_text(f.read().replace("platform.machine()", "'other'").replace("libc.unshare(", "(lambda *_: 0)("))
-    monkeypatch.setattr(sandbox, "__file__", str(copy))
+    monkeypatch.setattr(sandbox, "LAYERS", ())
     assert run_program("assert True")[0]
     assert "refused" in fails("import socket\nsocket.socket()")
     assert "refused" in fails("import os\nos.fork()")
     assert "refused" in fails("import subprocess\nsubprocess.run(['true'])")
+
+
+CALLER = """
+import sys
+sys.path.insert(0, {root!r})
+from verification import sandbox
+sandbox.LAYERS = {layers!r}
+sandbox.run_program({program!r}, timeout=60)
+"""
+STUBBORN = (
+    "import ctypes, time\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\nprint('x' * (1 << 16))\ntime.sleep(50)  # {mark}"
+)
+
+
+@linux
+@pytest.mark.parametrize("layers", [sandbox.LAYERS, ("landlock", "seccomp")])
+def test_the_program_dies_with_the_caller(layers):
+    """Also when SIGKILL leaves the caller no moment, and the program asks the kernel to spare it."""
+    root = os.path.dirname(os.path.dirname(sandbox.__file__))
+    source = CALLER.format(root=root, layers=layers, program=STUBBORN)
+    with subprocess.Popen([sys.executable, "-c", source]) as caller:
+        deadline = time.time() + 20
+        while len(family(caller.pid)) < 3 and time.time() < deadline:  # supervisor, tests, program
+            time.sleep(0.05)
+        started = family(caller.pid)
+        time.sleep(0.2)
+        caller.kill()
+    assert len(started) == 3
+    while any(map(alive, started)) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in started if alive(pid)]
+
+
+def family(pid):
+    """The ids of a process's descendants."""
+    with open(f"/proc/{pid}/task/{pid}/children") as f:
+        children = [int(child) for child in f.read().split()]
+    return children + [pid for child in children for pid in family(child)]
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@linux
+def test_threads_are_bounded():
+    many = (
+        "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
+    )
+    assert fails(f"import threading\nthreading.stack_size(1 << 16)\n{many}") == "started more than 64 threads"
+
+
+OUTSIDE = """
+import ctypes, fcntl, os, socket, struct
+refused, libc = [], ctypes.CDLL(None, use_errno=True)
+def attempt(name, call, *args):
+    try:
+        call(*args)
+    except PermissionError:
+        refused.append(name)
+def native(name, *args):
+    ctypes.set_errno(0)
+    if getattr(libc, name)(*args) < 0 and ctypes.get_errno() == 1:
+        refused.append(name)
+attempt("pair", socket.socketpair, socket.AF_UNIX, socket.SOCK_DGRAM)
+attempt("flags", fcntl.ioctl, os.open(ctypes.__file__, os.O_RDONLY), 0x40086602, struct.pack("l", 0))
+a, b = socket.socketpair()
+attempt("connect", a.connect, "/run/x")
+attempt("pass", socket.send_fds, a, [b"x"], [0])
+attempt("lease", fcntl.fcntl, os.open(ctypes.__file__, os.O_RDONLY), 1024, 0)
+attempt("fallocate", os.posix_fallocate, os.open("x", os.O_CREAT | os.O_RDWR), 0, 9)
+native("inotify_init1", 0)
+native("inotify_add_watch", 0, b"/", 2)
+native("prctl", 1, 0, 0, 0, 0)
+a.send(b"hi")
+assert b.recv(9) == b"hi" and not os.isatty(0)
+wanted = "pair flags connect pass lease fallocate inotify_init1 inotify_add_watch prctl".split()
+assert refused == wanted, refused
+"""
+
+
+@linux
+@pytest.mark.parametrize("layers", [sandbox.LAYERS, ("landlock", "seccomp")])
+def test_ways_out_of_the_folder(monkeypatch, layers):
+    monkeypatch.setattr(sandbox, "LAYERS", layers)
+    assert run_program(OUTSIDE) == (True, "passed")
+
+
+@linux
+def test_a_private_root_hides_what_is_outside(tmp_path):
+    """Where the kernel grants it; elsewhere the metadata of files can be seen, as confine.py says."""
+    (tmp_path / "link").symlink_to("secret")
+    seen = f"import os\nprint(os.path.isdir('/box'))\nassert not os.path.lexists({str(tmp_path / 'link')!r})\n"
+    passed, _ = run_program(seen + "assert not os.path.exists('/proc/self') and os.stat('/usr')")
+    private = run_program("import os\nassert os.getcwd() == '/box'")[0]
+    assert passed == private
+
+
+@linux
+@pytest.mark.parametrize("layers", [sandbox.LAYERS, ("landlock", "seccomp"), ("namespaces", "seccomp")])
+def test_ordinary_use_of_files_and_threads(monkeypatch, layers):
+    monkeypatch.setattr(sandbox, "LAYERS", layers)
+    assert run_program(ORDINARY) == (True, "passed")
+
+
+ORDINARY = """
+import asyncio, os, pathlib, shutil, tempfile, threading, zoneinfo
+from concurrent.futures import ThreadPoolExecutor
+os.mkdir("a")
+pathlib.Path("a/x").write_text("hi")
+shutil.copy("a/x", "y")
+shutil.copy2("y", "z")
+shutil.move("a/x", "b")
+shutil.copytree("a", "c/d")
+shutil.rmtree("c")
+os.rename("z", "a/z")
+os.replace("b", "a/z")
+assert open("a/z").read() == "hi" and sorted(os.listdir()) == ["a", "y"]
+with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile("w") as file, tempfile.TemporaryFile() as other:
+    pathlib.Path(folder, "x").write_text("x")
+    other.write(b"y")
+assert not os.path.exists(folder)
+open("/dev/null", "w").write("x")
+done = []
+threads = [threading.Thread(target=done.append, args=(i,)) for i in range(20)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert sorted(done) == list(range(20))
+with ThreadPoolExecutor(8) as pool:
+    assert list(pool.map(abs, [-1, 2])) == [1, 2]
+async def three():
+    await asyncio.sleep(0)
+    return 3
+assert asyncio.run(three()) == 3
+zoneinfo.ZoneInfo("Europe/Paris")
+"""
