@@ -1,4 +1,4 @@
-"""Messages to tokens: the tokenizer, ChatML, what is supervised, truncation, packing. Knows no model.
+"""Messages to tokens: the tokenizer, ChatML, what is supervised. Knows no model.
 
     tok = Tokenizer("Qwen/Qwen2-0.5B-Instruct")
     ids, supervised = tok.chat_ids([{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}])
@@ -6,120 +6,80 @@
 An example is a pair (ids, supervised): token ids and, for each, whether the model is trained to produce it.
 """
 
-import hashlib
 import json
-import re
+import os
+from collections.abc import Iterable
 
 import tokenizers
 
+from core.chat_template import default_system
 from core.checkpoint import Checkpoint
 from core.files import InputError, json_object
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Templates. Every one known here renders a message as <|im_start|>ROLE\nCONTENT<|im_end|>\n; they differ in the system
-# prompt that stands in when the conversation brings none, so that is all that is read from them.
-
-CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-CHATML_DEFAULT_SYSTEM = (  # Qwen1.5, Qwen2, SmolLM2
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nDEFAULT<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# Of Qwen2.5's and its Coder's: the above, and tools, which are refused here
-QWEN25_SHA256 = "a52f58ce6705560877b073d01e7a33dc62326e4fe0184d65fe5547a44c3102ae"
-
-
-def default_system(template, where):
-    """The default system prompt of a chat template, None if it has none. InputError for a template not known here."""
-    text = template.strip().replace("\\n", "\n")
-    found = re.search(r"'<\|im_start\|>system\n([^'{}]+)<\|im_end\|>\n'", text)
-    if text == CHATML:
-        return None
-    if found:
-        skeleton = text.replace(found[1], "DEFAULT")
-        if skeleton == CHATML_DEFAULT_SYSTEM or hashlib.sha256(skeleton.encode()).hexdigest() == QWEN25_SHA256:
-            return found[1]
-    raise InputError(f"{where}: unknown chat template {text[:60]!r}...: known are plain ChatML, Qwen2's and Qwen2.5's")
+SPECIAL_NAMES = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 
 
 class Tokenizer:
     """The tokenizer and the chat template of a checkpoint (a Checkpoint or anything that Checkpoint opens).
 
-    stop_ids: the tokens that end a reply. default_system: the system prompt added where a conversation brings none. prefix: the
-    token that stands before a plain text, whose first token would be predicted from nothing else.
+    backend: the tokenizers.Tokenizer. stop_ids: the tokens that end a reply. default_system: the system prompt added to
+    a conversation without one, or None. prefix: the token put before a plain text, to predict its first token from.
     """
 
-    def __init__(self, source):
+    def __init__(self, source: Checkpoint | str):
         ckpt = source if isinstance(source, Checkpoint) else Checkpoint(source)
         where = f"{ckpt.source}/tokenizer.json"
-        try:
-            spec = json.loads(ckpt.files["tokenizer.json"])
-            self.full = tokenizers.Tokenizer.from_str(ckpt.files["tokenizer.json"])
-            # Text is encoded by a copy that knows no added token: "<|im_end|>" typed by a user stays seven characters
-            # of text. Only the template below puts control tokens in.
-            self.text = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
-        except KeyError:
-            raise InputError(f"{where}: missing; a checkpoint needs it beside its weights") from None
-        except Exception as e:  # the library raises plain Exception
-            raise InputError(f"{where}: corrupt: {e}") from None
-        settings = json_object(ckpt.files.get("tokenizer_config.json", "{}"), f"{ckpt.source}/tokenizer_config.json")
-        template = ckpt.files.get("chat_template.jinja") or settings.get("chat_template")
-        if not isinstance(template, str):
-            raise InputError(f"{ckpt.source}/tokenizer_config.json: no chat_template; an instruct checkpoint has one")
-        self.default_system = default_system(template, f"{ckpt.source}/tokenizer_config.json")
-        self.im_start, self.im_end = (self.full.token_to_id(t) for t in ("<|im_start|>", "<|im_end|>"))
+        settings = tokenizer_settings(ckpt)
+        special_tokens = special_token_texts(settings, f"{ckpt.source}/tokenizer_config.json")
+        self.backend = load_backend(ckpt, settings, special_tokens.values())
+        self.default_system = default_system(*chat_template(ckpt, settings), special_tokens)
+        self.im_start, self.im_end = (self.backend.token_to_id(t) for t in ("<|im_start|>", "<|im_end|>"))
         if self.im_start is None or self.im_end is None:
             raise InputError(f"{where}: has no <|im_start|> and <|im_end|>, which the chat template uses")
-        size, largest = ckpt.config.get("vocab_size", 0), max(self.full.get_vocab(with_added_tokens=True).values())
-        if largest >= size:
+        size, largest = ckpt.config.get("vocab_size", 0), max(self.backend.get_vocab(with_added_tokens=True).values())
+        if not isinstance(size, int) or largest >= size:
             raise InputError(f"{where}: token id {largest} does not fit the model's vocabulary of {size} rows")
-        control = [settings.get(name) for name in ("bos_token", "eos_token")]  # texts, or objects with one, or null
-        control = [self.full.token_to_id(t["content"] if isinstance(t, dict) else t) for t in control if t]
-        self.prefix = next((t for t in control if t is not None), self.im_end)
+        named = [self.backend.token_to_id(special_tokens.get(name, "")) for name in ("bos_token", "eos_token")]
+        self.prefix = next((t for t in named if t is not None), self.im_end)
         self.newline = self.encode("\n")
-        generation = json_object(
-            ckpt.files.get("generation_config.json", "{}"), f"{ckpt.source}/generation_config.json"
-        )
+        where = f"{ckpt.source}/generation_config.json"
+        generation = json_object(ckpt.files.get("generation_config.json", "{}"), where)
         eos = generation.get("eos_token_id", ckpt.config.get("eos_token_id"))
-        self.stop_ids = {self.im_end, *(eos if isinstance(eos, list) else [eos])} - {None}
-        if not all(type(t) is int for t in self.stop_ids):
-            raise InputError(
-                f"{ckpt.source}/generation_config.json: eos_token_id is {eos!r}; it is a token id or a list of them"
-            )
+        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        if not all(type(t) is int for t in eos):
+            raise InputError(f"{where}: eos_token_id is {str(eos)[:60]}; it is a token id or a list of them")
+        self.stop_ids = {self.im_end, *(t for t in eos if 0 <= t < size)}  # the model cannot produce other ids
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """Text -> ids. Control tokens typed in the text are encoded as the characters they are."""
-        return self.text.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids):
-        """Ids -> text, control tokens left out."""
-        return self.full.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text without special tokens."""
+        return self.backend.decode(ids, skip_special_tokens=True)
 
     def _turns(self, messages):
+        """Yields (context ids, supervised ids) of each message."""
         if self.default_system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.default_system}, *messages]
         for m in messages:
             if m["role"] == "assistant":
-                # The header is encoded by itself, as it stands in the prompt of a generation: a reply that begins
-                # with a newline must not merge with the header's.
+                # Encode the header alone, as in a generation's prompt: a reply that begins with a newline must not
+                # merge with the newline of the header.
                 header, completion = self.assistant_header(), self.completion_ids(m["content"])
                 yield (header, completion) if m.get("weight", 1) else (header + completion, [])
             else:
                 body = self.encode(f"{m['role']}\n{m['content']}")
                 yield [self.im_start, *body, self.im_end, *self.newline], []
 
-    def assistant_header(self):
+    def assistant_header(self) -> list[int]:
         return [self.im_start, *self.encode("assistant\n")]
 
-    def completion_ids(self, content):
-        """What is supervised of an assistant's turn: the content, its <|im_end|> and the newline after it."""
+    def completion_ids(self, content: str) -> list[int]:
+        """The supervised part of an assistant's turn: the content, its <|im_end|> and the newline after it."""
         return [*self.encode(content), self.im_end, *self.newline]
 
-    def chat_ids(self, messages):
+    def chat_ids(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
         """A conversation -> (ids, supervised): every assistant turn without "weight": 0 is supervised, nothing else."""
         ids, supervised = [], []
         for context, completion in self._turns(messages):
@@ -127,13 +87,116 @@ class Tokenizer:
             supervised += [False] * len(context) + [True] * len(completion)
         return ids, supervised
 
-    def prompt_ids(self, messages):
-        """A conversation up to and with the header of the assistant's next turn, ready to generate."""
+    def prompt_ids(self, messages: list[dict]) -> list[int]:
+        """A conversation and the header of the assistant's next turn, ready to generate."""
         return self.chat_ids(messages)[0] + self.assistant_header()
 
 
-def vocabulary(ckpt):
-    """What the tokenizer.json of a Checkpoint makes of text, however it is formatted: vocabulary, merges, added tokens."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The files of a tokenizer, read as transformers does
+
+
+def tokenizer_settings(ckpt: Checkpoint) -> dict:
+    """tokenizer_config.json, with what older checkpoints keep in special_tokens_map.json and added_tokens.json."""
+    where = f"{ckpt.source}/tokenizer_config.json"
+    settings = json_object(ckpt.files.get("tokenizer_config.json", "{}"), where)
+    if settings.get("added_tokens_decoder") is None:
+        older = [f"{ckpt.source}/{name}" for name in ("special_tokens_map.json", "added_tokens.json")]
+        special_map, added = (json_object(ckpt.files.get(os.path.basename(path), "{}"), path) for path in older)
+        settings |= special_map
+        special = set(special_token_texts(settings, where).values()) | set(more_special_texts(settings))
+        settings["added_tokens_decoder"] = {
+            i: {"content": text, "special": text in special, "normalized": text not in special}
+            for text, i in added.items()
+        }
+    return settings
+
+
+def special_token_texts(settings: dict, where: str) -> dict[str, str]:
+    """{"bos_token": text, "eos_token": text, ...} of those that a checkpoint names."""
+    texts = {}
+    for name in SPECIAL_NAMES:
+        value = settings.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not isinstance(text, str):
+            raise InputError(
+                f"{where}: {name} is {str(value)[:60]!r}; it is a text, or an object with the text as content"
+            )
+        if text:
+            texts[name] = text
+    return texts
+
+
+def more_special_texts(settings: dict) -> list[str]:
+    """The special tokens without a name of their own."""
+    tokens = [settings.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
+    tokens = [token for listed in tokens if isinstance(listed, list) for token in listed]
+    texts = [token.get("content") if isinstance(token, dict) else token for token in tokens]
+    return [text for text in texts if isinstance(text, str)]
+
+
+def load_backend(ckpt: Checkpoint, settings: dict, special: Iterable[str]) -> tokenizers.Tokenizer:
+    """The tokenizer of tokenizer.json, with the tokens that only tokenizer_config.json lists.
+
+    Special tokens typed in a text are encoded as the characters they are; ordinary added tokens are used. A truncation
+    or a padding saved in the file has no effect.
+    """
+    where = f"{ckpt.source}/tokenizer.json"
+    if "tokenizer.json" not in ckpt.files:
+        raise InputError(f"{where}: missing; a checkpoint needs it beside its weights")
+    try:
+        backend = tokenizers.Tokenizer.from_str(ckpt.files["tokenizer.json"])
+    except Exception as e:  # the library raises plain Exception
+        raise InputError(f"{where}: corrupt: {' '.join(str(e).split())[:150]}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    where, known = f"{ckpt.source}/tokenizer_config.json", backend.get_added_tokens_decoder()
+    try:
+        listed = sorted((int(i), token) for i, token in (settings.get("added_tokens_decoder") or {}).items())
+        listed = [(i, tokenizers.AddedToken(**token)) for i, token in listed]
+    except (TypeError, ValueError, AttributeError):
+        raise InputError(
+            f"{where}: added_tokens_decoder is not a list of tokens by their ids; fetch it again"
+        ) from None
+    for i, token in listed:
+        if repr(known.get(i)) != repr(token):
+            backend.add_tokens([token])
+        if backend.token_to_id(token.content) != i:
+            found = backend.token_to_id(token.content)
+            raise InputError(
+                f"{where}: added_tokens_decoder gives {token.content!r} the id {i}, tokenizer.json {found}"
+            )
+    control = {"<|im_start|>", "<|im_end|>", *special, *more_special_texts(settings)}
+    control |= {token.content for token in [*known.values(), *(token for _, token in listed)] if token.special}
+    ordinary = [token.content for token in backend.get_added_tokens_decoder().values() if not token.special]
+    backend.add_special_tokens([text for text in ordinary if text in control])
+    return backend
+
+
+def chat_template(ckpt: Checkpoint, settings: dict) -> tuple[str, str]:
+    """The chat template of a checkpoint and its file: chat_template.jinja, else the setting, of several the default."""
+    if "chat_template.jinja" in ckpt.files:
+        return ckpt.files["chat_template.jinja"], f"{ckpt.source}/chat_template.jinja"
+    template, where = settings.get("chat_template"), f"{ckpt.source}/tokenizer_config.json"
+    if isinstance(template, list):
+        try:
+            template = {named["name"]: named["template"] for named in template}
+        except (TypeError, KeyError):
+            raise InputError(f"{where}: chat_template is a list of anything but named templates") from None
+    if isinstance(template, dict) and "default" not in template:
+        names = ", ".join(map(str, template)) or "none"
+        raise InputError(
+            f"{where}: of the named chat templates ({names}) none is called default; rename the one to use"
+        )
+    template = template["default"] if isinstance(template, dict) else template
+    if not isinstance(template, str):
+        raise InputError(f"{where}: no chat_template; an instruct checkpoint has one")
+    return template, where
+
+
+def vocabulary(ckpt: Checkpoint) -> tuple:
+    """(vocabulary, merges, added tokens) of a tokenizer.json. Equal for files that tokenize alike."""
     try:
         spec = json.loads(ckpt.files["tokenizer.json"])
         model = spec.get("model") or {}

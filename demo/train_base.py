@@ -27,10 +27,11 @@ from tokenizers import (
 )
 from tqdm import tqdm
 
+from core.chat_template import CHATML_DEFAULT_SYSTEM
 from core.files import cli
 from core.flags import Parser
 from core.layers import token_logps
-from core.tokenizer import CHATML_DEFAULT_SYSTEM, Tokenizer
+from core.tokenizer import Tokenizer
 from demo import words, world
 from demo.tasks import TASKS
 from model import Qwen2

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from core import layers  # noqa: E402
-from core.tokenizer import CHATML_DEFAULT_SYSTEM  # noqa: E402
+from core.chat_template import CHATML_DEFAULT_SYSTEM  # noqa: E402
 from model import Qwen2  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))

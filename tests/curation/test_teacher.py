@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+from core.chat_template import CHATML_DEFAULT_SYSTEM
 from core.checkpoint import Checkpoint
 from core.files import InputError
-from core.tokenizer import CHATML_DEFAULT_SYSTEM
 from curation import teacher as models
 from model import Qwen2
 

@@ -1,0 +1,188 @@
+"""Reads a chat template by what it renders: ChatML is accepted, whatever the template's text, and the rest refused.
+
+The template is a program from outside. It runs in jinja2's sandbox, in a process of its own with limits of time and memory.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+from core.files import ROOT, InputError
+
+MAX_TEMPLATE = 2**18  # characters; Qwen3.5's template has 8,000
+MAX_RENDERED = 2**20  # characters of one rendered conversation
+CPU_SECONDS, WALL_SECONDS, MEMORY = 5, 60, 2**30  # limits of the process
+
+# Qwen2's template (also Qwen1.5's and SmolLM2's), with DEFAULT in place of its default system prompt
+CHATML_DEFAULT_SYSTEM = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nDEFAULT<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+START, END = "<|im_start|>", "<|im_end|>\n"
+
+
+def chatml(messages: list[dict], generation_prompt: bool = False) -> str:
+    """ChatML's text of a conversation."""
+    text = "".join(f"{START}{m['role']}\n{m['content']}{END}" for m in messages)
+    return text + f"{START}assistant\n" * generation_prompt
+
+
+def _turns(*texts, system=None):
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return first + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+# Conversations as they are in training (they end with a reply) and in generation (they end with a question).
+PROBES = [
+    _turns("Q"),
+    _turns("Q", "A"),
+    _turns("Q", "A", "Q2", "A2", "Q3", "A3"),
+    _turns("Q", "A", "Q2"),
+    _turns("Q", "A", system="S"),
+    _turns("Q", system="S"),
+    _turns("Q", "A", "Q2", "A2", "Q3", system="S"),
+    _turns("", "", "", "", system=""),
+    _turns("  Q \n", " A\n\n", "\n\nQ2\t", "\n\n A2 ", system="\n S \n"),
+    _turns("<b>&amp; 'Q' \"\\n\"", "{{ A }} {% raw %}", system="{# S #} \\"),
+    _turns("法国的首都是?", "巴黎。", "Ünïcödé 😀", "é e\u0301", system="你是"),
+    _turns("Q", "<think>\nhm\n</think>\n\nA", "Q2", "<think>\n\n</think>\n\nA2"),
+    _turns("Q", "<think>hm</think>A", "<tool_response>x</tool_response>", "<tool_call>{}</tool_call>"),
+    _turns("Q /no_think", "A", "Q2 /think", "A2", system="S /no_think"),
+]
+
+
+def default_system(template: str, where: str, special_tokens: dict[str, str] | None = None) -> str | None:
+    """The system prompt that a template adds to a conversation without one, None if it adds none.
+
+    special_tokens: {"bos_token": text, ...}, the variables that a template may print. InputError for a template that
+    renders any probe otherwise than ChatML does, or that fails. where: the file, for the error.
+    """
+    if len(template) > MAX_TEMPLATE:
+        raise InputError(f"{where}: a chat template of {len(template):,} characters; at most {MAX_TEMPLATE:,} are read")
+    rendered = render(template, json.dumps(special_tokens or {}, sort_keys=True))
+    if isinstance(rendered, str):
+        raise InputError(f"{where}: the chat template fails: {rendered}")
+    *texts, a_year_later = rendered
+    if texts[0] != a_year_later:
+        raise InputError(f"{where}: the chat template prints today's date, so its tokens change from day to day")
+    header, default = f"{START}system\n", None
+    if texts[0].startswith(header) and START not in (first := texts[0][len(header) :].partition(END)[0]):
+        default = first
+    for messages, text in zip(PROBES, texts):
+        if default is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": default}, *messages]
+        expected = chatml(messages, generation_prompt=messages[-1]["role"] == "user")
+        if text != expected:
+            at = len(os.path.commonprefix([text, expected]))
+            start = max(0, at - 20)
+            raise InputError(
+                f"{where}: the chat template is not ChatML: it renders {text[start : at + 40]!r} where ChatML has "
+                f"{expected[start : at + 40]!r}; only ChatML models are supported"
+            )
+    return default
+
+
+@functools.lru_cache(maxsize=16)
+def render(template: str, special_tokens: str) -> list[str] | str:
+    """What a template makes of PROBES, and of the first one a year later; or, as a text, why it fails.
+
+    special_tokens: JSON. Runs `main` below as a process of its own.
+    """
+    job = json.dumps({"template": template, "special_tokens": json.loads(special_tokens), "cpu_seconds": CPU_SECONDS})
+    environment = {key: os.environ[key] for key in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if key in os.environ}
+    environment |= {"PYTHONPATH": os.pathsep.join([ROOT, *filter(None, sys.path)]), "PYTHONUTF8": "1"}  # no secrets
+    command = [sys.executable, "-m", "core.chat_template"]
+    try:
+        done = subprocess.run(
+            command, input=job.encode(), capture_output=True, cwd=ROOT, env=environment, timeout=WALL_SECONDS
+        )
+        return json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        return f"it runs for more than {WALL_SECONDS} seconds"
+    except ValueError:
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2][:150]
+        return f"it runs for more than {CPU_SECONDS} seconds or takes more than {MEMORY >> 20} MiB (exit {done.returncode}) {last}".strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside the process
+
+
+def sandbox():
+    """jinja2's sandbox with the settings, the filters and the functions that transformers gives to chat templates."""
+    import jinja2
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} ... {% endgeneration %} marks the assistant's tokens and renders as its body."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    if tuple(map(int, jinja2.__version__.split(".")[:3])) < (3, 1, 6):
+        raise jinja2.TemplateError(f"jinja2 {jinja2.__version__} has holes in its sandbox; pip install -U jinja2")
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    return environment
+
+
+def limit_process(cpu_seconds):
+    """Bounds the processor time and the memory of this process; it ends where it exceeds them."""
+    try:
+        import resource
+    except ImportError:  # Windows has the limit of wall time alone
+        return
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main():
+    """Reads a job of `render` from stdin and prints its result as JSON."""
+    import datetime
+
+    job = json.load(sys.stdin)
+    limit_process(job["cpu_seconds"])
+    today = datetime.datetime(2025, 1, 31)
+    try:
+        environment = sandbox()
+        environment.globals["strftime_now"] = lambda form: today.strftime(form)
+        template = environment.from_string(job["template"])
+
+        def text(messages):
+            text = template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=messages[-1]["role"] == "user",
+                **job["special_tokens"],
+            )  # fmt: skip
+            if len(text) > MAX_RENDERED:
+                raise ValueError(f"it renders more than {MAX_RENDERED:,} characters")
+            return text
+
+        result = [text(messages) for messages in PROBES]
+        today = datetime.datetime(2026, 2, 1)
+        result.append(text(PROBES[0]))
+    except BaseException as e:  # whatever the template raises
+        result = f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
