@@ -19,6 +19,7 @@ from collections import Counter
 
 from core.files import InputError, atomic_write, cli, code_hash, same_path
 from core.flags import DTYPE, DTYPES, Parser, at_least, number
+from core.records import expand
 from curation import report, sources, steps
 from curation import teacher as models
 from curation.prompts import AGAIN_JUDGE, GREETING, JUDGE
@@ -105,7 +106,7 @@ def parse_args():
         nargs="+",
         required=True,
         metavar="F",
-        help="JSON Lines or JSON arrays, plain or .gz; globs; hf://datasets/OWNER/NAME[@REVISION]/FILE",
+        help="JSON Lines, JSON arrays or Parquet, plain or .gz; globs; hf://datasets/OWNER/NAME[@REVISION]/FILE",
     )
     p.add_argument(
         "--decontaminate",
@@ -260,8 +261,10 @@ def main():
 def make(args):
     """The whole run, on rank 0."""
     out = args.out.rstrip("/") or "/"
-    files, questions, recorded = (sources.expand(f) for f in (args.sources, args.decontaminate, args.recorded))
-    args.recorded, args.trust_references = recorded, sources.expand(args.trust_references)
+    files, questions, recorded, args.trust_references = (
+        list(dict.fromkeys(expand(f))) for f in (args.sources, args.decontaminate, args.recorded, args.trust_references)
+    )
+    args.recorded = recorded
     for path in args.trust_references:
         if not any(same_path(path, f) for f in files):
             raise InputError(f"--trust-references {path}: is none of the --sources; name it there too")

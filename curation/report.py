@@ -34,6 +34,12 @@ def write_report(out, counts):
             continue
         why = "; ".join(f"{n:,} {reason}" for reason, n in c["dropped"].items())
         text.append(f"| {name} | {c['in']:,} | {c['out']:,} | {why or 'none'} |")
+    for label, keys in counts["1_collect"]["keys not read"].items():
+        if keys:
+            text += [
+                "",
+                f"Keys of {label} that were not read: " + ", ".join(f"{k} ({n:,})" for k, n in keys.items()) + ".",
+            ]
     held = counts["2_dedup"]["held by"]
     text += ["", "Held by evaluation sets: " + ("; ".join(f"{n:,} {k}" for k, n in held.items()) or "none") + "."]
     labels = counts["7_label"]

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 import numpy as np
 from tqdm import tqdm
 
-from core.records import read_jsonl
+from core.records import read_jsonl, read_objects
 from curation import dedup, rules, sources
 from curation import teacher as models
 from curation.prompts import (
@@ -147,15 +147,18 @@ def collect_sources(args, files, counts):
     """Step 1: every source in its own shape -> one record each, with its task type by rule.
 
     A record cannot vouch for itself: its reference is used only if its file is in args.trust_references."""
-    counts |= {"by source": {}, "references not trusted": 0}
+    counts |= {"by source": {}, "references not trusted": 0, "keys not read": {}}
     trusted_files = set(map(os.path.realpath, args.trust_references))
     for path, label in zip(files, sources.labels(files)):
+        unread, counts["keys not read"][label] = set(), Counter()
         taken, licence, trusted = 0, sources.licence_of_file(path), os.path.realpath(path) in trusted_files
-        for n, (line, obj) in enumerate(tqdm(sources.read_objects(path), desc=label, unit="record", disable=None), 1):
+        for n, (line, obj) in enumerate(tqdm(read_objects(path), desc=label, unit="record", disable=None), 1):
             if args.limit and taken >= args.limit:
                 break
             try:
-                found = sources.instructions(obj, f"{path}:{line}", args.max_chars)
+                unread.clear()
+                found = sources.instructions(obj, f"{path}:{line}", args.max_chars, unread)
+                counts["keys not read"][label].update(unread)
             except sources.Drop as reason:
                 yield False, {"id": f"{label}:{n}", "reason": str(reason)}
                 continue

@@ -6,7 +6,9 @@ import os
 
 import pytest
 
+from core import records
 from core.files import InputError
+from core.records import expand, read_objects
 from curation import sources
 
 
@@ -29,7 +31,7 @@ SHAPES = [
     {"messages": [*user("q"), {"role": "assistant", "content": "a"}], "label": True},
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
     {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
-    {"chosen_messages": [*user("q"), {"role": "assistant", "content": "a"}], "rejected_messages": []},
+    {"chosen_messages": [*user("q"), {"role": "assistant", "content": "a"}], "rejected_messages": [*user("q"), {"role": "assistant", "content": "b"}]},
     {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
     {"chosen": [*user("q"), {"role": "assistant", "content": "a"}], "rejected": [*user("q")]},
     {"prompt": "q", "chosen": "a", "rejected": "b"},
@@ -62,8 +64,45 @@ def test_shapes_with_more_than_one_turn_or_part():
     history = {"instruction": "q2", "input": "", "output": "a2", "history": [["q1", "a1"]], "system": "s"}
     [(prompt, response, _)] = unify(history)
     assert [m["role"] for m in prompt] == ["system", "user", "assistant", "user"] and response == "a2"
-    hh = {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b", "rejected": "x"}
+    hh = {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b",
+          "rejected": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: c"}  # fmt: skip
     assert unify(hh)[0][0] == [*user("q"), {"role": "assistant", "content": "a"}, *user("r")]
+
+
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize("obj, prompt", [
+    ({"instruction": "q", "context": "c", "response": "a", "category": "x"}, user("q\nc")),  # Dolly
+    ({"instruction": "q", "context": "", "response": "a"}, user("q")),
+    ({"id": "1", "system_prompt": "s", "question": "q", "response": "a"}, [SYSTEM, *user("q")]),  # OpenOrca
+    ({"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [SYSTEM, *user("q")]),
+    ({"system": "s", "messages": [*user("q"), {"role": "assistant", "content": "a"}]}, [SYSTEM, *user("q")]),
+    ({"system": "s", "prompt": "q", "completion": "a"}, [SYSTEM, *user("q")]),
+    ({"system": "s", "prompt": "q", "chosen": "a", "rejected": "b"}, [SYSTEM, *user("q")]),
+    ({"messages": None, "instruction": "q", "input": None, "output": "a", "system": None, "reference": None}, user("q")),
+])  # fmt: skip
+def test_contexts_and_system_prompts_are_kept(obj, prompt):
+    assert unify(obj) == [(prompt, "a", None)]
+
+
+def test_keys_that_play_no_part_are_collected():
+    unread = set()
+    record = {
+        "prompt": "q",
+        "chosen": "a",
+        "rejected": "b",
+        "reference": "x",
+        "license": "mit",
+        "score": 3,
+        "tags": None,
+    }
+    sources.instructions(record, "f:1", 99, unread)
+    assert unread == {"rejected", "score"}
+    unweighted = [*user("q"), {"role": "assistant", "content": "a", "weight": 0}]
+    assert unify({"messages": unweighted}) == [(user("q"), None, None)], (
+        "a reply that nobody should learn is no response"
+    )
 
 
 def test_references_are_read_where_a_set_writes_them():
@@ -98,7 +137,7 @@ def test_format_references():
         == unify({"prompt": "q", "completion": "a", "reference": want})[0][2]
         == want
     )
-    for broken, what in (({"kwargs": []}, "as many kwargs"), ({"instruction_id_list": None}, "as many kwargs"), ({"kwargs": [{}]}, "cannot be used"),
+    for broken, what in (({"kwargs": []}, "as many kwargs"), ({"instruction_id_list": []}, "as many kwargs"), ({"kwargs": [{}]}, "cannot be used"),
                          ({"instruction_id_list": ["length:words"]}, "unknown instruction 'length:words'")):  # fmt: skip
         with pytest.raises(InputError, match=f"^f:1: .*{what}"):
             unify({"prompt": "q", **value, **broken})
@@ -106,11 +145,13 @@ def test_format_references():
 
 @pytest.mark.parametrize("obj, what", [
     ({"text": "plain"}, "f:1: no known shape"),
-    ({"messages": [{"role": "user"}]}, "f:1: message 0 has no content"),
-    ({"messages": [{"role": "pilot", "content": "x"}]}, "f:1: message 0 has the role 'pilot'"),
+    ({"messages": [{"role": "user"}]}, "f:1: message 0 (user) has no content"),
+    ({"messages": [*user("q"), {"role": "assistant", "content": None}]}, "f:1: message 1 (assistant) has no content"),
+    ({"messages": None, "prompt": None}, "f:1: no known shape, the keys are none that is not null"),
     ({"messages": []}, "f:1: expected a text or a list"),
-    ({"instruction": 3, "output": "x"}, "f:1: instruction and input are texts"),
-    ({"prompt": {"a": 1}, "completion": "x"}, "f:1: message 0 has the role None"),
+    ({"instruction": 3, "output": "x"}, "f:1: expected a text or a list of messages, found 3"),
+    ({"instruction": 3, "input": "y", "output": "x"}, "f:1: instruction, input and context are texts"),
+    ({"prompt": {"a": 1}, "completion": "x"}, "f:1: message 0 needs a role"),
     ({"instruction": "q", "history": ["x"]}, "f:1: history"),
 ])  # fmt: skip
 def test_malformed_records_are_errors(obj, what):
@@ -133,6 +174,13 @@ def test_malformed_records_are_errors(obj, what):
     ({"prompt": "q", "completion": "```python\nx = 1"}, "a response that is cut off"),
     ({"messages": [{"role": "assistant", "content": "hello"}]}, "no user turn before the response"),
     ({"messages": [*user("q"), {"role": "tool", "content": "x"}]}, "tool use"),
+    ({"messages": [*user("q"), {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}, "tool use"),
+    ({"messages": [*user("q"), {"role": "assistant", "content": None, "function_call": {"name": "f"}}]}, "tool use"),
+    ({"messages": [{"role": "user", "content": [{"type": "tool_result", "content": "x"}]}]}, "tool use"),
+    ({"messages": user("q"), "tools": [{"name": "f"}]}, "tool use"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "a part that is not text"),
+    ({"messages": [{"role": "developer", "content": "x"}, *user("q")]}, "role developer"),
+    ({"messages": [{"role": "pilot", "content": "x"}]}, "unknown role"),
 ])  # fmt: skip
 def test_useless_records_are_dropped_with_a_reason(obj, reason):
     with pytest.raises(sources.Drop) as e:
@@ -153,11 +201,11 @@ ROWS = [{"prompt": f'q{i} {{["\u4f60\u597d', "n": [i, {"x": None}]} for i in ran
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_arrays_stream(tmp_path, monkeypatch, indent, zipped):
-    monkeypatch.setattr(sources, "CHUNK", 7)  # every object, character and bracket is cut somewhere
+    monkeypatch.setattr(records, "CHUNK", 7)  # every object, character and bracket is cut somewhere
     path = str(tmp_path / "a.json") + (".gz" if zipped else "")
     with (gzip.open if zipped else open)(path, "wb") as f:
         f.write(b"\xef\xbb\xbf" + json.dumps(ROWS, indent=indent, ensure_ascii=False).encode() + b"\n")
-    read = list(sources.read_objects(path))
+    read = list(read_objects(path))
     assert [obj for _, obj in read] == ROWS
     lines = open(path, encoding="utf-8-sig").read().splitlines() if not zipped else []
     if lines and indent:
@@ -167,7 +215,7 @@ def test_arrays_stream(tmp_path, monkeypatch, indent, zipped):
 def test_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps(r) for r in ROWS[:2]) + "\n\n" + json.dumps(ROWS[2]))
-    assert list(sources.read_objects(str(path))) == [(1, ROWS[0]), (2, ROWS[1]), (4, ROWS[2])]
+    assert list(read_objects(str(path))) == [(1, ROWS[0]), (2, ROWS[1]), (4, ROWS[2])]
 
 
 @pytest.mark.parametrize("data, what", [
@@ -186,19 +234,19 @@ def test_broken_files_name_file_and_line(tmp_path, data, what):
     path = str(tmp_path / "x.json")
     open(path, "wb").write(data)
     with pytest.raises(InputError) as e:
-        list(sources.read_objects(path))
+        list(read_objects(path))
     assert path in str(e.value) and what in str(e.value) and "\n" not in str(e.value)
 
 
 def test_missing_folder_and_truncated_gzip(tmp_path):
     with pytest.raises(InputError, match="no such file"):
-        sources.expand([str(tmp_path / "no*.json")])
+        expand([str(tmp_path / "no*.json")])
     with pytest.raises(InputError, match="a folder"):
-        sources.expand([str(tmp_path)])
+        expand([str(tmp_path)])
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"prompt": "' + os.urandom(4000).hex().encode() + b'"}\n')[:-900])
     with pytest.raises(InputError, match="a.jsonl.gz: cannot be read"):
-        list(sources.read_objects(str(path)))
+        list(read_objects(str(path)))
 
 
 def test_labels_tell_files_of_one_name_apart():
@@ -265,12 +313,12 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_files_of_the_hub(hub, tmp_path):
-    [path] = sources.expand(["hf://datasets/some/set/data/a.jsonl"])
+    [path] = expand(["hf://datasets/some/set/data/a.jsonl"])
     assert hub[0] == ("some/set", "data/a.jsonl", "dataset", None)
     assert sources.labels([path, str(tmp_path / "a" / "own.jsonl")]) == ["some/set/data/a.jsonl", "a/own.jsonl"]
-    assert [obj["prompt"] for _, obj in sources.read_objects(path)] == ["q"]
+    assert [obj["prompt"] for _, obj in read_objects(path)] == ["q"]
     assert sources.licence_of_file(path) == "cc-by-4.0" and sources.licence_of_file(__file__) is None
-    two = sources.expand(["hf://datasets/some/set@v2/data/*.jsonl"])
+    two = expand(["hf://datasets/some/set@v2/data/*.jsonl"])
     assert sources.labels(two) == ["some/set/data/a.jsonl", "some/set/data/b.jsonl"] and hub[-2][3] == "v2"
     for url, what in (
         ("hf://datasets/some/set/none.json", "cannot be fetched: FileNotFoundError: 404 Client Error none.json"),
@@ -278,7 +326,7 @@ def test_files_of_the_hub(hub, tmp_path):
         ("hf://datasets/some/set/*.csv", "no such file"),
     ):
         with pytest.raises(InputError, match=what.replace("*", ".")) as e:
-            sources.expand([url])
+            expand([url])
         assert url in str(e.value) and "\n" not in str(e.value)
 
 
