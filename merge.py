@@ -149,6 +149,11 @@ def merged(
     plan = engine.Plan(args, base, models, *METHODS[args.method], lines=args.lines)
     if args.method == "ties" and args.trim == "global":
         trim_global(plan)
+    if plan.lines and plan.lines[0] is None:  # --lines auto
+        alpha, beta = engine.lines_alpha(plan), plan.lines[1]
+        plan.lines = (alpha, 1 - alpha if beta is None else beta)
+    if stats:
+        stats.lines = plan.lines
     yield from engine.merge_tensors(plan, dtype, stats, quiet)
 
 
@@ -212,7 +217,7 @@ def make_manifest(
     options = {}
     for name, (attribute, scope, _) in OPTIONS.items():
         if args.method in scope and name != "density":
-            options[name] = getattr(args, attribute)
+            options[name] = stats.lines if name == "lines" else getattr(args, attribute)
     inputs = [*models, base] if base else models
     sums = [c.fingerprint({name: d[i] for name, d in stats.digests.items()}) for i, c in enumerate(inputs)]
     own = [{"source": m.source, "sha256": s, "weight": w} for m, s, w in zip(models, sums, args.weights)]

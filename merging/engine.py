@@ -54,6 +54,7 @@ class Stats:
 
     changed: int = 0  # elements that differ from the reference in float32
     lost: int = 0  # those of them that are equal to it again once rounded to the output's dtype
+    lines: tuple[float, float] | None = None  # LiNeS' alpha and beta, as used
     digests: dict[str, list[str]] = field(default_factory=dict)  # tensor -> SHA-256 in each model, then in the base
 
 
@@ -269,6 +270,28 @@ def scan_magnitudes(plan: Plan) -> Callable:
             yield from results
 
     return scan
+
+
+def lines_alpha(plan: Plan) -> float:
+    """LiNeS' alpha for n models, as in the authors' code: ||sum_i w_i delta_i||_1 / ||merged delta||_1 / n.
+
+    The norms are over the whole model. The merged delta is the method's, before lambda. The authors have w = 1.
+    """
+    norms = torch.zeros(2, dtype=torch.float64)
+
+    def tensor_norms(name: str) -> Tensor:
+        tensor, sums = read_tensor(plan, name), torch.zeros(2, dtype=torch.float64)
+        merge, weights = merged_deltas(plan, tensor), plan.weights(name)[:, None]
+        for part in tensor.chunks():
+            deltas = tensor.deltas(part, plan.arithmetic)
+            both = torch.stack([(deltas * weights).sum(0), merge(part, deltas)])  # merge() changes deltas
+            sums += both.abs_().sum(1, dtype=torch.float64)
+        return sums
+
+    for _, sums in each_tensor(plan, tensor_norms, "LiNeS alpha"):
+        norms += sums
+    summed, merged = norms.tolist()
+    return summed / merged / len(plan.models) if merged else 1.0
 
 
 def merge_tensors(plan: Plan, dtype: torch.dtype, stats: Stats | None = None, quiet: bool = False) -> Iterator[tuple]:

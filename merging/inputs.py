@@ -45,89 +45,60 @@ def add_method_flags(parser: argparse.ArgumentParser, methods: Iterable[str]) ->
     # checkpoints
     add("--models", required=True, nargs="+", metavar="C[:WEIGHT]", help="hub id, directory or .pt; default weight: 1")
     add("--base", metavar="C", help="checkpoint the models were trained from; optional for linear and slerp")
-    add(
-        "--resize",
-        action="store_true",
-        help="cut or extend embeddings to the number of rows of --base (or of the first "
-        "model); missing rows are copied from it",
+    resize = (
+        "cut or extend embeddings to the rows of --base, or else of the first model; missing rows are copied from it"
     )
+    add("--resize", action="store_true", help=resize)
     add("--allow-tokenizer-mismatch", action="store_true", help="merge models whose tokenizers have different tokens")
     # method
     add("--method", required=True, choices=list(methods), help="how to merge")
-    add(
-        "--weights-for",
-        action="append",
-        nargs="+",
-        metavar="X",
-        help="PATTERN W W ...: one weight per model for the tensors "
-        "whose names end in PATTERN, such as 'layers.[0-7].*' or '*mlp*'; repeatable, the last match wins",
+    groups = (
+        "PATTERN W W ...: one weight per model for the tensors whose names end in PATTERN, such as 'layers.[0-7].*' or "
     )
-    add(
-        "--t",
-        type=number(),
-        metavar="X",
-        help="slerp: position between the first model, or the base if it is one of the "
-        "two (0), and the other (1); default: w2 / (w1 + w2)",
+    groups += "'*mlp*'; repeatable, the last match wins"
+    add("--weights-for", action="append", nargs="+", metavar="X", help=groups)
+    normalize = "divide by the sum of the weights; default: on for linear, ties, della"
+    add("--normalize", action=argparse.BooleanOptionalAction, help=normalize)
+    t = "slerp: position between the first model, or the base if it is one of the two (0), and the other (1); default: "
+    add("--t", type=number(), metavar="X", help=t + "w2 / (w1 + w2)")
+    add_delta_flags(parser)
+    # arithmetic and machine
+    arithmetic = (
+        "float32 as in mergekit; float64 takes twice the time and memory, and slerp then follows the arc at small "
     )
-    add(
-        "--density",
-        type=number(),
-        nargs="+",
-        metavar="X",
-        help="ties, dare_*, breadcrumbs*, della*: share of a delta's "
-        "elements that is kept, one number or one per model; default: 1",
-    )
-    add(
-        "--gamma",
-        type=number(0, below=1),
-        metavar="X",
-        help="breadcrumbs*: share of the largest elements that is dropped; default: 0.01",
-    )
-    add(
-        "--epsilon",
-        type=number(),
-        metavar="X",
-        help="della*: keep probabilities range over density ± this; default: 0.15",
-    )
-    add("--lambda", dest="scale", type=number(), metavar="X", help="factor on the merged delta; default: 1")
-    add(
-        "--lines",
-        metavar="ALPHA[:BETA]",
-        help="LiNeS: scale the merged delta by ALPHA in the first block, rising linearly "
-        "to ALPHA + BETA in the last; default BETA: 1 - ALPHA",
-    )
-    add(
-        "--trim",
-        choices=["tensor", "global"],
-        help="ties: keep the largest elements of each tensor, as in mergekit, or of "
-        "the whole model, as in the authors' code; default: tensor",
-    )
-    add(
-        "--sign",
-        choices=["sum", "count"],
-        help="ties, *_ties, della: elect each sign by the sum of the deltas or by the count of signs; default: sum",
-    )
-    add(
-        "--rescale",
-        choices=["none", "l1", "density"],
-        help="scale the kept elements to the whole delta's L1 norm, as in "
-        "mergekit (default for dare_*, della*), or each by 1 / its keep probability, as in their papers",
-    )
-    add(
-        "--normalize",
-        action=argparse.BooleanOptionalAction,
-        help="divide by the sum of the weights; default: on for linear, ties, della",
-    )
-    add(
-        "--arithmetic",
-        choices=["float32", "float64"],
-        default="float32",
-        help="float32 as in mergekit; float64 takes "
-        "twice the time and memory, and slerp then follows the arc at small angles too",
-    )
+    add("--arithmetic", choices=["float32", "float64"], default="float32", help=arithmetic + "angles too")
     add("--seed", type=int, default=0, help="seed of the random masks of dare_* and della*")
-    # machine
     add("--threads", type=at_least(1), default=torch.get_num_threads(), help="tensors merged at once")
+
+
+def add_delta_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the methods that merge deltas. fill_options() fills in the defaults, so that it can tell what was given."""
+    add = parser.add_argument
+    # deltas
+    density = (
+        "ties, dare_*, breadcrumbs*, della*: share of a delta's elements that is kept, one number or one per model"
+    )
+    add("--density", type=number(), nargs="+", metavar="X", help=density + "; default: 1")
+    gamma = "breadcrumbs*: share of the largest elements that is dropped; default: 0.01"
+    add("--gamma", type=number(0, below=1), metavar="X", help=gamma)
+    epsilon = "della*: keep probabilities range over density ± this; default: 0.15"
+    add("--epsilon", type=number(), metavar="X", help=epsilon)
+    trim = (
+        "ties: keep the largest elements of each tensor, as in mergekit, or of the whole model, as in the authors' code"
+    )
+    add("--trim", choices=["tensor", "global"], help=trim + "; default: tensor")
+    sign = "ties, *_ties, della: elect each sign by the sum of the deltas or by the count of their signs; default: sum"
+    add("--sign", choices=["sum", "count"], help=sign)
+    rescale = (
+        "scale the kept elements to the whole delta's L1 norm, as in mergekit (default for dare_*, della*), or each by "
+    )
+    add("--rescale", choices=["none", "l1", "density"], help=rescale + "1 / its keep probability, as in their papers")
+    add("--lambda", dest="scale", type=number(), metavar="X", help="factor on the merged delta; default: 1")
+    lines = "LiNeS: scale the merged delta by ALPHA in the first block, rising linearly to ALPHA + BETA in the last; "
+    lines += (
+        "default BETA: 1 - ALPHA. auto: the authors' ALPHA for several models, |sum of deltas|_1 / |merged delta|_1 / n"
+    )
+    add("--lines", metavar="ALPHA[:BETA]|auto[:BETA]", help=lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,11 +131,19 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
 
 
-def parse_lines(text: str) -> tuple[float, float]:
-    """'ALPHA' or 'ALPHA:BETA' -> (alpha, beta). Default beta: 1 - alpha."""
+def parse_lines(text: str) -> tuple[float | None, float | None]:
+    """'ALPHA[:BETA]' or 'auto[:BETA]' -> (alpha, beta). alpha None: auto. Default beta: 1 - alpha, None until it is known."""
     first, colon, second = text.partition(":")
-    alpha = parse_finite(first, f"--lines {text}")
-    return alpha, parse_finite(second, f"--lines {text}") if colon else 1 - alpha
+    alpha = None if first == "auto" else parse_finite(first, f"--lines {text}")
+    if colon:
+        return alpha, parse_finite(second, f"--lines {text}")
+    return alpha, None if alpha is None else 1 - alpha
+
+
+def format_lines(lines: tuple[float | None, float | None]) -> str:
+    """The inverse of parse_lines."""
+    alpha, beta = lines
+    return ("auto" if alpha is None else f"{alpha:g}") + ("" if beta is None else f":{beta:g}")
 
 
 def fill_options(args: argparse.Namespace, n: int) -> list[str]:
@@ -296,6 +275,8 @@ def open_inputs(args: argparse.Namespace) -> tuple[Checkpoint | None, list[Check
     if args.t is not None and args.method == "slerp":
         args.weights = [1 - args.t, args.t]
     check_weights(args)
+    if args.lines and args.lines[0] is None and len(args.weights) == 1:
+        raise InputError("--lines auto: is a rule for several models, and there is one; give ALPHA as a number")
 
     base, models = args.base and Checkpoint(args.base), [Checkpoint(source) for source, _ in parsed]
     donor = base or models[0]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import weakref
@@ -17,10 +18,10 @@ from core import pages
 from core.checkpoint import Checkpoint
 from core.files import InputError, cli
 from core.pages import mapped
-from merge import main
+from merge import METHODS, main
 from merging import engine, methods
 from merging.engine import in_order
-from merging.inputs import parse_model
+from merging.inputs import NEEDS_BASE, SPARSE, format_lines, parse_lines, parse_model, parse_size
 from model import Qwen2
 
 
@@ -252,6 +253,13 @@ def test_parse_model(tmp_path, monkeypatch):
     assert parse_model("step:100:2") == ("step:100", 2.0)
 
 
+def test_parse_sizes_and_lines():
+    assert [parse_size(text) for text in ("5GB", "1.5m", "1000", "2 KB")] == [5 * 10**9, 1_500_000, 1000, 2000]
+    lines = {"0.25": (0.25, 0.75), "0.2:0.6": (0.2, 0.6), "auto": (None, None), "auto:0.5": (None, 0.5)}
+    for text, parsed in lines.items():
+        assert parse_lines(text) == parsed == parse_lines(format_lines(parsed))
+
+
 BAD = [
     ("linear {a} {wide}", r"x is \(3, 2\), but \(2, 2\) in .*a; "),
     ("linear {a} {other}", "has no tensor x"),
@@ -327,10 +335,27 @@ def test_bad_input(faulty, tmp_path, capsys, command, message, suffix):
 
 def test_out_is_never_an_input(faulty):
     a, b = str(faulty / "a"), str(faulty / "b")
-    before = load(a)
+    before, files = load(a), sorted(os.listdir(a))
     with pytest.raises(InputError, match="one of the inputs"):
         run(a + "/", "linear", [a + ":1", b])
+    for inside in (a + "/out", a + "/deep/out.pt"):
+        with pytest.raises(InputError, match="is inside the input"):
+            run(inside, "linear", [a, b])
     assert_same(load(a), before)
+    assert sorted(os.listdir(a)) == files
+
+
+def test_the_closing_line_can_be_pasted(faulty, tmp_path, capsys):
+    out = tmp_path / "a name; with 'signs'"
+    run(out, "linear", [str(faulty / "a"), str(faulty / "b")])
+    last = capsys.readouterr().out.splitlines()[-1]
+    words = shlex.split(last.removeprefix("next:"))
+    assert words == ["python", "eval.py", "--ckpt", str(out), "--tasks", "gsm8k", "--out", f"{out}.eval"]
+
+
+def test_every_method_has_its_formulas_and_flags():
+    assert {*METHODS} == {"linear", "slerp", *NEEDS_BASE}
+    assert all((sparsify is not None) == (name in SPARSE) for name, (sparsify, _) in METHODS.items())
 
 
 def test_from_the_command_line(faulty, tmp_path):

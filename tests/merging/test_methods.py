@@ -56,16 +56,6 @@ def test_ties_is_the_definition(data, n, how, zero_sign, normalize):
     np.testing.assert_allclose(ours.numpy(), np.array(want, dtype=np.float32), rtol=1e-6)
 
 
-def test_sign_by_count_equals_mergekit():
-    method = pytest.importorskip("mergekit.merge_methods.generalized_task_arithmetic")
-    deltas, weights = torch.randn(3, 500, generator=generator()), torch.tensor([0.5, 1.0, 2.0])
-    weighted = deltas * weights[:, None]
-    agree = method.get_mask(weighted, "count")
-    theirs = (weighted * agree).sum(0) / (weights[:, None] * agree).sum(0).clamp(min=1e-9)
-    assert torch.equal(merge.ties(deltas, weights, sign="count"), theirs)
-    assert not torch.equal(merge.ties(deltas, weights, sign="sum"), theirs)
-
-
 def slerp(a, b, t):
     at_a, at_b = methods.slerp_weights(a, b, t)
     return a * at_a + b * at_b
@@ -197,27 +187,6 @@ def test_breadcrumbs_is_the_definition(values, density, gamma):
     want[np.argsort(size, kind="stable")[n_bottom : n_bottom + n_keep]] = True
     keep = methods.breadcrumbs(torch.from_numpy(size), density, gamma).numpy()
     assert ((keep == want) | (size == 0)).all()
-
-
-@pytest.mark.parametrize(("density", "gamma"), [(0.3, 0.01), (0.9, 0.3), (0.5, 0.0), (0.001, 0.1)])
-def test_breadcrumbs_equals_mergekit(density, gamma):
-    sparsify = pytest.importorskip("mergekit.sparsify")
-    delta = torch.randn(37, 41, generator=generator())
-    keep = methods.breadcrumbs(delta.abs(), density, gamma)
-    assert torch.equal(delta * keep, sparsify.magnitude_outliers(delta, density, None, gamma))
-
-
-@pytest.mark.parametrize("shape", [(30, 41), (97,), (5, 1)])
-def test_magprune_equals_mergekit_given_the_same_numbers(monkeypatch, shape):
-    sparsify = pytest.importorskip("mergekit.sparsify")
-    monkeypatch.setattr(methods, "CHUNK", 100)  # several pieces of rows
-    delta = torch.randn(shape, generator=generator())
-    keep = methods.magprune(delta.abs().view(-1, shape[-1]), 0.4, 0.3, generator(7)).view(shape)
-    monkeypatch.setattr(torch, "bernoulli", lambda p: (torch.rand(p.shape, generator=generator(7)) < p).float())
-    if shape[-1] == 1:  # one element in a row has no rank: theirs divides 0 by 0
-        assert torch.equal(keep.view(-1), torch.rand(5, generator=generator(7)) < 0.1)
-    else:
-        assert torch.equal(delta * keep, sparsify.della_magprune(delta, 0.4, 0.3, None))
 
 
 def test_magprune_keeps_the_large_more_often():

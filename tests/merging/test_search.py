@@ -12,7 +12,7 @@ from core.conversations import sft_conversations
 from core.records import read_records
 from core.tokenizer import Tokenizer
 from merge import METHODS, merged
-from merging import search
+from merging import minimise, search
 from merging.inputs import open_inputs
 from model import Qwen2
 from training.examples import count_supervised, encode_chats
@@ -24,7 +24,7 @@ def find(f, over=("weights",), n=2, budget=15):
     tried = {}
     start = {"weights": [1 / n] * n, **{name: 1.0 for name in over if name != "weights"}}
     evaluate = lambda point, label: tried.setdefault(str(point), f(point))
-    best = search.search(evaluate, lambda point: str(point) in tried, start, over, n, budget)
+    best = minimise.minimise(evaluate, lambda point: str(point) in tried, start, over, n, budget)
     assert f(best) == min(tried.values()) and len(tried) <= budget
     return best, tried
 
@@ -69,7 +69,7 @@ def test_greedy_soup():
         asked.append(members)
         return -sum(gain[i] for i in members)
 
-    assert search.greedy_soup(evaluate, 3) == {"weights": [0.5, 0, 0.5]}
+    assert minimise.greedy_soup(evaluate, 3) == {"weights": [0.5, 0, 0.5]}
     assert asked == [[0], [1], [2], [0, 2], [0, 1, 2], [0, 1, 2]]
 
 
@@ -184,7 +184,7 @@ def test_only_what_merge_takes_is_tried(models, method, name, given, least):
         return (tried[-1] - least) ** 2
 
     start = {"weights": [given]} if name == "weights" else {"weights": [1.0], name: given}
-    search.search(evaluate, lambda point: False, start, [name], 1, 12, search.valid_ranges(taken(given), 1))
+    minimise.minimise(evaluate, lambda point: False, start, [name], 1, 12, search.valid_ranges(taken(given), 1))
     assert min(abs(x - least) for x in tried) < 0.23 and len({*tried}) > 2  # as far as the bound
 
 

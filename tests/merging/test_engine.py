@@ -1,4 +1,4 @@
-"""The methods of merge.py against mergekit 0.1.5, against TIES, DARE and DELLA written out, by hand and by algebra."""
+"""Whole merges: against TIES, DARE and DELLA written out, by hand and by algebra."""
 
 import json
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from merge_families import assert_same, load, make_family, numpy_ties, run, save
 
+from core.files import InputError
 from merging import methods
 from merging.engine import mask_generator
 from merging.inputs import DELLA, ELECTS, NEEDS_BASE, RANDOM, SPARSE
@@ -18,116 +19,7 @@ def family(tmp_path_factory):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# mergekit
-
-
-def run_mergekit(out, method, models, weights, base=None, per_model=None, **parameters):
-    """models: absolute paths. per_model: further parameters of each. -> {name: tensor}"""
-    mergekit_merge, mergekit_config = pytest.importorskip("mergekit.merge"), pytest.importorskip("mergekit.config")
-    config = {"merge_method": method, "dtype": "float32", "parameters": parameters, "models": []}
-    for model, weight in zip(models, weights):
-        own = {} if weight is None else {"weight": weight}
-        config["models"].append(
-            {"model": str(model), "parameters": own | (per_model or [{}] * 9)[len(config["models"])]}
-        )
-    if base:
-        config["base_model"] = str(base)
-    options = mergekit_merge.MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
-    mergekit_merge.run_merge(mergekit_config.MergeConfiguration.model_validate(config), str(out), options)
-    return load(out)
-
-
-@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.05, 0.95), (1.0, 2.0, 0.3)])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_linear_equals_mergekit(family, tmp_path, weights, normalize):
-    names = ["a", "b", "c"][: len(weights)]
-    theirs = run_mergekit(tmp_path / "theirs", "linear", [family / n for n in names], weights, normalize=normalize)
-    flag = [] if normalize else ["--no-normalize"]
-    assert_same(run(tmp_path / "ours", "linear", [f"{family / n}:{w}" for n, w in zip(names, weights)], *flag), theirs)
-
-
-@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
-def test_slerp_equals_mergekit(family, tmp_path, t):
-    models = [str(family / "a"), str(family / "b")]
-    for start in models:
-        theirs = run_mergekit(tmp_path / "theirs", "slerp", models, (None, None), start, t=t)
-        ours = run(tmp_path / "ours", "slerp", models, "--t", t, "--base", start)
-        assert_same(ours, theirs, rtol=1e-6, atol=1e-8)
-    by_weight = run(tmp_path / "weights", "slerp", [f"{models[0]}:{1 - t}", f"{models[1]}:{t}"])
-    assert_same(run(tmp_path / "ours", "slerp", models, "--t", t), by_weight, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("weights", [(0.7, 0.4), (0.5, -0.2, 1.5)])
-@pytest.mark.parametrize(
-    ("method", "options", "parameters"),
-    [
-        ("task_arithmetic", [], {}),
-        ("task_arithmetic", ["--normalize", "--lambda", "0.8"], {"normalize": True, "lambda": 0.8}),
-        ("ties", [], {}),
-        ("ties", ["--density", "0.2", "--lambda", "1.5"], {"density": 0.2, "lambda": 1.5}),
-        ("ties", ["--density", "0.53", "--no-normalize", "--trim", "tensor"], {"density": 0.53, "normalize": False}),
-        ("ties", ["--density", "0.0001"], {"density": 0.0001}),
-    ],
-)
-def test_delta_methods_equal_mergekit(family, tmp_path, method, options, parameters, weights):
-    paths = [family / n for n in ("a", "b", "c")[: len(weights)]]
-    theirs = run_mergekit(tmp_path / "theirs", method, paths, weights, family / "base", **parameters)
-    models = [f"{p}:{w}" for p, w in zip(paths, weights)]
-    assert_same(run(tmp_path / "ours", method, models, "--base", family / "base", *options), theirs)
-
-
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, -0.2, 1.5)])
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        ("dare_linear", {}),
-        ("dare_ties", {"normalize": True}),
-        ("dare_linear", {"rescale": False}),
-        ("della", {"epsilon": 0.2}),
-        ("della_linear", {"lambda": 0.7}),
-        ("breadcrumbs", {"gamma": 0.1}),
-        ("breadcrumbs", {"rescale": True}),
-        ("breadcrumbs_ties", {"normalize": True}),
-        ("ties", {"rescale": True}),
-    ],
-)
-def test_sparse_methods_equal_mergekit_given_the_same_masks(family, tmp_path, monkeypatch, method, options, weights):
-    """Each model has its own density; the random numbers are those of merge.mask_generator."""
-    pytest.importorskip("mergekit.sparsify")
-    paths, densities = [family / n for n in ("a", "b", "c")[: len(weights)]], [0.4, 0.6, 0.25][: len(weights)]
-    base, names = load(family / "base"), {}
-    for i, p in enumerate(paths):
-        names |= {(x - base[name]).numpy().tobytes(): (name, i) for name, x in load(p).items()}
-    draws = []
-    sparsify = mergekit_sparsify(monkeypatch, lambda delta: draws.append(names[delta.numpy().tobytes()]))
-    monkeypatch.setattr(
-        torch, "bernoulli", lambda p: (torch.rand(p.shape, generator=mask_generator(7, *draws[-1])) < p).float()
-    )
-    own = [{"weight": w, "density": d} for w, d in zip(weights, densities)]
-    per_model = [o | {k: v for k, v in options.items() if k in ("epsilon", "gamma")} for o in own]
-    shared = {k: v for k, v in options.items() if k not in ("epsilon", "gamma")}
-    theirs = run_mergekit(tmp_path / "theirs", method, paths, weights, family / "base", per_model, **shared)
-    assert draws and sparsify
-    models = [f"{p}:{w}" for p, w in zip(paths, weights)]
-    flags = ["--density", *densities, "--seed", 7]
-    for key, value in options.items():
-        if key == "rescale":
-            flags += ["--rescale", "l1" if value else "none"]
-        else:
-            flags += ["--normalize"] if key == "normalize" else [f"--{key}", value]
-    ours = run(tmp_path / "ours", method, models, "--base", family / "base", *flags)
-    # theirs sums the L1 norms in fp32: one spacing of fp32 at the size of the rescaled deltas (up to 0.5) may differ
-    assert_same(ours, theirs, rtol=0, atol=6e-8)
-    assert any((ours[n] != base[n]).any() for n in ours)
-
-
-def mergekit_sparsify(monkeypatch, seen):
-    """Has mergekit call seen(delta) before it sparsifies a delta."""
-    import mergekit.merge_methods.generalized_task_arithmetic as theirs
-
-    original = theirs.sparsify
-    monkeypatch.setattr(theirs, "sparsify", lambda delta, **more: (seen(delta), original(delta, **more))[1])
-    return original
+# DARE and DELLA as in their papers
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
@@ -338,3 +230,24 @@ def test_lines_on_top_of_a_method(family, tmp_path, method):
         for name, x in run(tmp_path / "out", method, models, *flags, "--lines", text).items():
             scale = last if ".layers.1." in name else first
             torch.testing.assert_close(x, base[name] + scale * (plain[name] - base[name]), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("flags", "alpha"), [("ties", 10 / 8 / 2), ("task_arithmetic --lambda 3", 0.5)])
+def test_lines_alpha_for_several_models_by_hand(tmp_path, flags, alpha):
+    """Deltas (3, -1, 0, 2) and (-1, -1, 2, 2) sum to 10 in the L1 norm; their TIES mean (3, -1, 2, 2) to 8; n = 2."""
+    shapes = {"model.layers.0.x": 2, "model.layers.1.x": 1, "model.norm.weight": 1}
+
+    def put(name, values):
+        return save(tmp_path / name, dict(zip(shapes, torch.tensor(values).split(list(shapes.values())))))
+
+    base, a, b = put("base", [0.0, 0, 0, 0]), put("a", [3.0, -1, 0, 2]), put("b", [-1.0, -1, 2, 2])
+    method, *more = flags.split()
+    merged = torch.tensor([3.0, -1, 2, 2]) if method == "ties" else 3 * torch.tensor([2.0, -2, 2, 4])
+    for text, last in (("auto", 1.0), ("auto:0.25", alpha + 0.25)):
+        out = run(tmp_path / "out", method, [a, b], "--base", base, *more, "--lines", text)
+        scale = torch.tensor([alpha, alpha, last, alpha])  # block 1 of 2, block 2, outside the blocks
+        torch.testing.assert_close(torch.cat([out[name] for name in shapes]), merged * scale)
+        record = json.loads((tmp_path / "out" / "merge.json").read_text())
+        assert record["lines"] == pytest.approx([alpha, last - alpha])
+    with pytest.raises(InputError, match="--lines auto: is a rule for several models"):
+        run(tmp_path / "one", method, [a], "--base", base, "--lines", "auto")
