@@ -45,10 +45,10 @@ class Tokenizer:
         where = f"{ckpt.source}/generation_config.json"
         generation = json_object(ckpt.files.get("generation_config.json", "{}"), where)
         eos = generation.get("eos_token_id", ckpt.config.get("eos_token_id"))
-        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        if not all(type(t) is int for t in eos):
-            raise InputError(f"{where}: eos_token_id is {str(eos)[:60]}; it is a token id or a list of them")
-        self.stop_ids = {self.im_end, *(t for t in eos if 0 <= t < size)}  # the model cannot produce other ids
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(t) is int for t in ids):
+            raise InputError(f"{where}: eos_token_id is {repr(eos)[:60]}; it is a token id or a list of them")
+        self.stop_ids = {self.im_end, *(t for t in ids if 0 <= t < size)}  # the model cannot produce other ids
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids. Control tokens typed in the text are encoded as the characters they are."""
