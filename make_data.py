@@ -20,8 +20,10 @@ from collections import Counter
 from core.files import InputError, atomic_write, cli, code_hash, same_path
 from core.flags import DTYPE, DTYPES, Parser, at_least, number
 from core.records import expand
-from curation import report, sources, steps
+from curation import local, report, sources, steps
 from curation import teacher as models
+from curation.costs import price
+from curation.endpoint import Endpoint
 from curation.prompts import AGAIN_JUDGE, GREETING, JUDGE
 
 STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")
@@ -248,14 +250,14 @@ def next_commands(small, out, pairs):
 
 def main():
     args = parse_args()
-    if models.join_ranks() > 0:
-        return models.serve_rank()
+    if local.join_other_ranks() > 0:
+        return local.serve_jobs()
     try:
         make(args)
     except BaseException:
-        models.leave_ranks(failed=True)
+        local.end_other_ranks(failed=True)
         raise
-    models.leave_ranks()
+    local.end_other_ranks()
 
 
 def make(args):
@@ -270,7 +272,7 @@ def make(args):
             raise InputError(f"--trust-references {path}: is none of the --sources; name it there too")
     teacher = models.open_teacher(args.teacher, args.teacher_model, args.dtype)
     small = models.open_teacher(args.small, dtype=args.dtype)
-    if small.url:
+    if isinstance(small, Endpoint):
         raise InputError(
             f"--small {args.small}: the small model is a local checkpoint (it also gives the perplexities)"
         )
@@ -297,8 +299,8 @@ def make(args):
     with models.open_replies(f"{out}/replies.jsonl") as log:
         for stale in glob.glob(f"{glob.escape(out)}/*.tmp[0-9]*"):  # a killed run's: it is gone, we hold the log's lock
             os.remove(stale)
-        if teacher.url and not args.dry_run and not log:
-            models.ask(teacher, [GREETING], log, desc="greeting", **short)
+        if isinstance(teacher, Endpoint) and not args.dry_run and not log:
+            models.ask_model(teacher, [GREETING], log, desc="greeting", **short)
         path = {name: f"{out}/{name}.jsonl" for name in STEPS}
         weighing = ("weight_quality", "weight_safety", "weight_perplexity", "judge_orders", "judge_verified", "allow_code_execution",
                     "max_len", "seed")  # fmt: skip
@@ -334,7 +336,7 @@ def make(args):
     labels = counts["7_label"]
     print(f"\n{labels['sft']:,} SFT examples, {labels['kto'] // 2:,} KTO pairs.")
     if any(log.spent):
-        cost = f", {models.price(log.spent, prices):,.2f} in all" if prices else ""
+        cost = f", {price(log.spent, prices):,.2f} in all" if prices else ""
         print(f"The teacher's replies in {out}/replies.jsonl: {log.spent[0]:,} tokens in, {log.spent[1]:,} out{cost}.")
     print(f"Written: {out}/sft.jsonl, {out}/kto.jsonl, {out}/report.md. Next:")
     for command in next_commands(args.small, out, labels["kto"]):

@@ -5,9 +5,9 @@ import math
 
 from core.files import atomic_write
 from core.records import read_jsonl
+from curation.costs import price, request_tokens, tokens_of
 from curation.prompts import AGAIN_CLASSIFY, AGAIN_JUDGE, GREETING, JUDGE_CHARS, classify_request, clip, judge_request
 from curation.steps import LETTERS, WRITERS, evenness
-from curation.teacher import price, request_tokens, tokens_of
 
 CATEGORY_TOKENS, GRADE_TOKENS = 20, 16  # of a likely reply: a category; the grades of one response
 FENCE_TOKENS = 20  # around each response in a request of the judge

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.records import read_jsonl, read_objects
-from curation import dedup, rules, sources
+from curation import dedup, local, rules, sources
 from curation import teacher as models
 from curation.prompts import (
     AGAIN_CLASSIFY,
@@ -211,14 +211,14 @@ def deduplicate(args, path, questions, counts):
 def ask_parsed(teacher, requests, parse, again, cache, options, desc):
     """Asks, and asks once more, with the words `again`, what did not parse. parse(i, text) -> value or None.
     -> ([(value or None, reason)], how many were asked again)"""
-    replies = models.ask(teacher, requests, cache, desc=desc, **options)
+    replies = models.ask_model(teacher, requests, cache, desc=desc, **options)
     out = [
         (parse(i, r.get("text", "")), f"the teacher failed: {r.get('error', '')[:60]}") for i, r in enumerate(replies)
     ]
     failed = [i for i, r in enumerate(replies) if out[i][0] is None and "error" not in r]
     second = [[*requests[i], {"role": "assistant", "content": disarm(clip(replies[i]["text"], 500)) or "(nothing)"},
                {"role": "user", "content": again}] for i in failed]  # fmt: skip
-    for i, reply in zip(failed, models.ask(teacher, second, cache, desc=f"{desc}, again", **options)):
+    for i, reply in zip(failed, models.ask_model(teacher, second, cache, desc=f"{desc}, again", **options)):
         out[i] = (parse(i, reply.get("text", "")), "the teacher's reply did not parse, twice")
     return out, len(failed)
 
@@ -296,7 +296,7 @@ def respond(args, path, teacher, small, cache, options, counts):
             had = [recorded.get((family(writer), key), [])[k : k + 1] for key in keys]
             asked = [i for i in range(len(batch)) if not had[i]]
             prompts = [disarm_messages(batch[i]["prompt"]) for i in asked]
-            replies = models.ask(model, prompts, cache, desc=f"respond: {writer}", **sampling, **options)
+            replies = models.ask_model(model, prompts, cache, desc=f"respond: {writer}", **sampling, **options)
             for i, reply in [*zip(asked, replies), *((i, h[0]) for i, h in enumerate(had) if h)]:
                 texts[i][writer] = reply
         for record, replies in zip(batch, texts):
@@ -397,7 +397,7 @@ def score_responses(args, path, teacher, scorer, own, cache, options, counts):
         ]
         flat = [(i, text) for i, texts in enumerate(found) for text in texts]
         scored = [(batch[i]["prompt"], text) for i, text in flat]
-        for (i, text), p in zip(flat, models.perplexities(scorer, scored, args.max_len, args.micro_tokens)):
+        for (i, text), p in zip(flat, local.perplexities(scorer, scored, args.max_len, args.micro_tokens)):
             found[i][text]["perplexity"] = p
         failed = judge_responses(args, batch, found, teacher, cache, options, counts)
         for i, record in enumerate(batch):

@@ -16,7 +16,7 @@ from core.flags import Parser, at_least
 from core.records import write_jsonl
 from core.tokenizer import Tokenizer
 from curation.prompts import fence, parse_object
-from curation.teacher import ask, open_replies, open_teacher
+from curation.teacher import ask_model, open_replies, open_teacher
 from evaluation.benchmarks import prepare
 from evaluation.replies import add_reply_flags, checkpoint_names, collect_replies
 from evaluation.stats import holm, mean_stderr, paired_comparison
@@ -123,7 +123,7 @@ def main(argv=None):
                     requests.append(comparison_request(q["messages"][0]["content"], *pair))
                     index.append((name, task, i, order))
     with open_replies(os.path.join(a.out, "judgements.jsonl")) as log:
-        replies = ask(teacher, requests, log, max_tokens=64, concurrency=a.concurrency, desc="judging")
+        replies = ask_model(teacher, requests, log, max_tokens=64, concurrency=a.concurrency, desc="judging")
     found = {key: preference(reply.get("text", "")) for key, reply in zip(index, replies)}
 
     results, samples = {}, []

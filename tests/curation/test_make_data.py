@@ -13,16 +13,15 @@ import time
 
 import pytest
 from conftest import ROOT
+from mock_endpoint import KEY, constant_model, environment, serve, user  # noqa: F401  (environment is a fixture)
 from test_steps import FENCED
-from test_teacher import KEY, constant_model, environment, serve, user  # noqa: F401  (environment is a fixture)
 
 import make_data
 from core import files
 from core.conversations import kto_examples, sft_conversations
 from core.files import cli
 from core.records import read_jsonl
-from curation import steps
-from curation import teacher as models
+from curation import steps, workers
 from curation.prompts import GREETING
 
 # ---- the whole
@@ -465,7 +464,7 @@ def test_64_in_flight_with_every_fault(tmp_path, small, monkeypatch):
         kind = re.search(r"Compose (\w+) words", messages[-1]["content"]) if messages[0]["role"] == "user" else None
         return kind and {"cut": "cut", "held": "filtered", "refused": 400}.get(kind[1])
 
-    monkeypatch.setattr(models, "FIRST_TRIES", 99)  # on a slow machine more time out than are meant to
+    monkeypatch.setattr(workers, "FIRST_TRIES", 99)  # on a slow machine more time out than are meant to
     written = {}
     for name in ("calm", "storm"):
         storm = lambda n, m: "hang" if n == 8 else TRANSPORT[n // 5 % 7] if n % 5 == 3 else replies(n, m)  # noqa: E731
@@ -594,7 +593,7 @@ def test_bad_input_ends_with_one_line(tmp_path, small):
         "weights": (["--sources", source, *base, gone, "--weight-quality", "-1"], "-1 is less than 0"),
     }
     for name, (argv, what) in cases.items():
-        command = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from curation import teacher; teacher.BACKOFF = 0.01; import make_data; make_data.cli(make_data.main)"
+        command = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from curation import workers; workers.BACKOFF = 0.01; import make_data; make_data.cli(make_data.main)"
         if name not in ("unreachable", "malformed"):  # a process each only where the way out is what is tested
             with pytest.MonkeyPatch.context() as patch:
                 lines = []

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_teacher import user
+from mock_endpoint import user
 
 from curation import prompts, steps
-from curation import teacher as models
 from curation.task_types import NAMES
 
 # ---- what the teacher says
@@ -176,7 +175,7 @@ def test_balance(tmp_path):
 
 
 def ask_with(monkeypatch, answer):
-    """steps' models.ask becomes answer(model, messages, options) -> text or reply. -> the list of what was asked."""
+    """steps' models.ask_model becomes answer(model, messages, options) -> text or reply. -> the list of what was asked."""
     asked = []
 
     def ask(model, requests, cache, desc=None, **options):
@@ -184,7 +183,7 @@ def ask_with(monkeypatch, answer):
         replies = [answer(model, messages, options) for messages in requests]
         return [r if isinstance(r, dict) else {"text": r, "finish_reason": "stop"} for r in replies]
 
-    monkeypatch.setattr(steps.models, "ask", ask)
+    monkeypatch.setattr(steps.models, "ask_model", ask)
     return asked
 
 
@@ -499,7 +498,7 @@ def test_the_scorers_own_words_win_no_tie(tmp_path, monkeypatch):
         lambda model, messages, options: json.dumps({n: {"quality": 4, "safety": 5} for n in fields(messages)[1]}),
     )
     likely = {"strange original": 90.0, "the teacher's": 9.0, "my own": 1.1}
-    monkeypatch.setattr(models, "perplexities", lambda scorer, pairs, *limits: [likely[text] for _, text in pairs])
+    monkeypatch.setattr(steps.local, "perplexities", lambda scorer, pairs, *limits: [likely[text] for _, text in pairs])
     args = types.SimpleNamespace(judge_orders=1, judge_verified=False, seed=0, weight_quality=0.6, weight_safety=0.3, weight_perplexity=0.1,
                                  allow_code_execution=False, max_len=9, micro_tokens=9)  # fmt: skip
     path = lines_of(tmp_path, [record("q", original="strange original", teacher="the teacher's", small="my own")])

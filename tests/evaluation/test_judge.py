@@ -78,7 +78,7 @@ def test_whole_run(world, tmp_path, run, refused, monkeypatch):
 
     args = ["eval", "judge", "--ckpt", world / "base", world / "sft", "--tasks", "mt_bench", "--data-dir", world / "data",
             "--max-new-tokens", 12, "--teacher", "http://localhost:9/v1", "--out", tmp_path / "out"]  # fmt: skip
-    monkeypatch.setattr(judge, "ask", longer)
+    monkeypatch.setattr(judge, "ask_model", longer)
     code, out, err = run(*args)
     assert code == 0, err
     cell = json.loads((tmp_path / "out/judge.json").read_text())["sft"]["mt_bench"]
@@ -88,11 +88,11 @@ def test_whole_run(world, tmp_path, run, refused, monkeypatch):
     assert asked == [6] and [s["outcome"] for s in samples] == want and cell["score"] == sum(want) / 3
     assert cell["characters"] == sum(len(s["reply"]) for s in samples) / 3 and "| sft | mt_bench |" in out
 
-    monkeypatch.setattr(judge, "ask", lambda t, requests, c, **s: [{"text": '{"better": "A"}'}] * len(requests))
+    monkeypatch.setattr(judge, "ask_model", lambda t, requests, c, **s: [{"text": '{"better": "A"}'}] * len(requests))
     assert run(*args)[0] == 0
     cell = json.loads((tmp_path / "out/judge.json").read_text())["sft"]["mt_bench"]
     assert (cell["score"], cell["ties"], cell["p"]) == (0.5, 3, 1.0)
 
-    monkeypatch.setattr(judge, "ask", lambda t, requests, c, **s: [{"error": "HTTP 400"}] * len(requests))
+    monkeypatch.setattr(judge, "ask_model", lambda t, requests, c, **s: [{"error": "HTTP 400"}] * len(requests))
     refused("no readable verdict", *args)
     refused("two or more", *args, "--ckpt", world / "base")

@@ -1,0 +1,248 @@
+"""One request to an OpenAI-compatible endpoint: its URL and key, what a reply must look like, and what each failure means."""
+
+import json
+import os
+import re
+import time
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from core.files import InputError
+from curation.http_client import Connection, HTTPError, post
+
+RETRY_AFTER_CAP = 120.0  # seconds: the longest wait that a server's Retry-After can ask for
+SHORTEST_SECRET = 8  # characters: a shorter key, such as "EMPTY", is a word that replies may use
+FATAL = {
+    401: "set TEACHER_API_KEY (OPENAI_API_KEY is sent to https://api.openai.com only)",
+    402: "the account has no credit",
+    404: "check the URL and --teacher-model",
+}
+FILTERED = re.compile(
+    r"content[_ ]?(filter|policy)|content management policy|responsible_?ai|moderation|data_?inspection", re.I
+)
+
+
+@dataclass
+class Endpoint:
+    """An OpenAI-compatible endpoint. name: for people. identity: the part of the reply log's keys that tells models apart."""
+
+    name: str
+    identity: str
+    url: str  # of the chat API
+    model: str | None  # as the endpoint calls it; None: it serves only one
+    key: str | None = field(default=None, repr=False)  # never printed, never written
+
+
+class RequestFailed(Exception):
+    """One request got no reply. The message is one line. remedy: "retry", "set aside" (this request alone is at fault) or
+    "end" (so would every request). wait: seconds that the server asks for. used: tokens that it charged, if it said so."""
+
+    def __init__(
+        self, reason: str, remedy: str, wait: float = 0.0, doubtful: bool = False, used: list[int] | None = None
+    ):
+        super().__init__(reason)
+        self.reason, self.remedy, self.wait, self.doubtful, self.used = reason, remedy, wait, doubtful, used
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The URL and the key
+
+
+def looks_like_url(source: str) -> bool:
+    """Whether a --teacher is meant as a URL: it has a scheme, or a user and a password before a host."""
+    return bool(re.match(r"\s*(https?:|[a-z][a-z0-9+.-]*:[/\\]|[^/\\]*:[^/\\]*@)", source, re.I))
+
+
+def mask_url(text: str) -> str:
+    """A URL on one line, without what may be a secret: user and password, a port that is no number, query, fragment."""
+    text = re.sub(r"^(\s*[a-z][a-z0-9+.-]*:[/\\]*)?.*(@|%40)", r"\1[hidden]@", text, flags=re.I | re.S)
+    text = re.sub(r"[?#].*|%3f.*", "?[hidden]", text, flags=re.I | re.S)
+    text = re.sub(r"//[^/]*%[^/]*", "//[hidden]", text)
+    text = re.sub(r"(//[^/:\[\]]*):(?!\d*(/|\?|$))[^/]*", r"\1:[hidden]", text)
+    return "".join(c if c.isprintable() else "?" for c in text)[:200]
+
+
+def open_endpoint(source: str, model_name: str | None) -> Endpoint:
+    """source: the base URL (.../v1) or the URL of the chat API itself. The key is read from the environment.
+
+    Raises InputError for a URL that cannot be used. The line shows no password, wherever in the URL it stands."""
+    shown = mask_url(source)
+    try:
+        parts = urlsplit(source)
+        port, host = parts.port, parts.hostname or ""
+        host.encode("idna")
+    except ValueError:  # UnicodeError too
+        raise InputError(f"{shown}: is not a valid URL; give one like http://localhost:8000/v1") from None
+    if parts.scheme not in ("http", "https"):
+        raise InputError(f"{shown}: is neither http:// nor https://; give a URL like http://localhost:8000/v1")
+    if "@" in parts.netloc or "%40" in parts.netloc or parts.query or parts.fragment:
+        raise InputError(f"{shown}: the URL carries a password or a query; set TEACHER_API_KEY to the key instead")
+    if not host:
+        raise InputError(f"{shown}: this URL has no host; give one like http://localhost:8000/v1")
+    if not re.fullmatch(r"[!-~]+", source) or not re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", host) or port == 0:
+        raise InputError(f"{shown}: is not a valid URL; give one like http://localhost:8000/v1")
+    # the identity leaves out the URL if the model has a name: the same model on another port is the same model
+    name = model_name or source
+    return Endpoint(name, name, chat_url(parts), model_name, endpoint_key(parts.scheme, host))
+
+
+def chat_url(parts):
+    path = parts.path.rstrip("/")
+    if not path.endswith("/chat/completions"):
+        path = f"{path or '/v1'}/chat/completions"
+    return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+
+
+def endpoint_key(scheme: str, host: str) -> str | None:
+    """The key for this host. TEACHER_API_KEY is for any --teacher; OPENAI_API_KEY for https://api.openai.com alone."""
+    name = "TEACHER_API_KEY"
+    if not os.environ.get(name) and (scheme, host) == ("https", "api.openai.com"):
+        name = "OPENAI_API_KEY"
+    key = (os.environ.get(name) or "").strip() or None
+    if key and not (key.isascii() and key.isprintable()):
+        raise InputError(f"the key in {name} holds a character that no key has; set it anew")
+    return key
+
+
+def mask_key(text: str, key: str | None) -> str:
+    """The text with every spelling of the key replaced by [key]."""
+    if key and len(key) >= SHORTEST_SECRET:
+        for spelling in (key, quote(key, safe=""), quote(key), json.dumps(key)[1:-1]):
+            text = text.replace(spelling, "[key]")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One request
+
+
+def look_up(value, *path):
+    """value[path[0]][path[1]]...; None where a step is missing or of another type."""
+    for step in path:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def read_json_body(body: bytes):
+    """Raises ValueError or RecursionError. Numbers of 20 digits or more, which nothing here needs, become None."""
+    return json.loads(body, parse_int=lambda digits: int(digits) if len(digits) < 20 else None)
+
+
+def read_completion(body: bytes) -> tuple[str, str, list[int] | None]:
+    """The body of an HTTP 200 -> (text, finish_reason, usage). finish_reason: "stop", "length" or "content_filter".
+    usage: tokens [of the prompt, of the reply], None if the endpoint gives none that can be true.
+
+    Raises RequestFailed if there is no text in it."""
+    try:
+        reply = read_json_body(body)
+    except (ValueError, RecursionError):
+        raise RequestFailed("HTTP 200, but the body is not JSON", "retry") from None
+    if look_up(reply, "error"):
+        status = look_up(reply, "error", "code")
+        raise read_refusal(status if type(status) is int and 400 <= status < 600 else 500, {}, body)
+    usage = [look_up(reply, "usage", name) for name in ("prompt_tokens", "completion_tokens")]
+    if not all(type(n) is int and 0 <= n < 10**9 for n in usage):
+        usage = None
+    choice = look_up(reply, "choices", 0)
+    message, finish_reason = look_up(choice, "message"), look_up(choice, "finish_reason")
+    text = read_content(look_up(message, "content"))
+    if look_up(message, "refusal") or finish_reason == "content_filter":
+        return text or "", "content_filter", usage
+    if text is None and finish_reason == "length":  # a reasoning model that used up its tokens before it answered
+        return "", "length", usage
+    if text is None:
+        block = look_up(reply, "promptFeedback", "blockReason")
+        reason = (
+            f"content filter: {block}"
+            if isinstance(block, str)
+            else "the reply has no choices"
+            if choice is None
+            else "the reply has no message"
+            if message is None
+            else "the reply calls a tool"
+            if look_up(message, "tool_calls")
+            else "the reply has no text"
+        )
+        raise RequestFailed(f"HTTP 200, but {one_line(reason)}", "set aside", used=usage)
+    return text, finish_reason if finish_reason == "length" else "stop", usage
+
+
+def read_content(content):
+    """A message's content, a text or a list of parts -> the text, None if there is none."""
+    if isinstance(content, list):
+        parts = [look_up(part, "text") for part in content if look_up(part, "type") == "text"]
+        content = "".join(parts) if parts and all(isinstance(part, str) for part in parts) else None
+    if not isinstance(content, str):
+        return None
+    return content.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair, files may not
+
+
+def read_refusal(status: int, headers: dict[str, str], body: bytes) -> RequestFailed:
+    """A reply other than HTTP 200 -> what follows from it."""
+    try:
+        error = read_json_body(body)
+    except (ValueError, RecursionError):
+        error = None
+    message = look_up(error, "error", "message") or look_up(error, "message") or look_up(error, "error")
+    if not isinstance(message, str):
+        message = body[:2000].decode("utf-8", "replace")
+    reason = f"HTTP {status}: {one_line(message)}"
+    if 300 <= status < 400:
+        where = mask_url(headers.get("location", "nowhere"))
+        return RequestFailed(
+            f"HTTP {status}: it redirects to {where}, which is not followed; if you trust that address, give it as --teacher",
+            "end",
+        )
+    codes = [
+        look_up(error, "error", *path)
+        for path in (("code",), ("type",), ("innererror", "code"), ("metadata", "reasons"))
+    ]
+    if status in (400, 403, 422, 451) and FILTERED.search(" ".join(map(str, [*codes, message[:2000]]))):
+        return RequestFailed(f"content filter: {reason}", "set aside")
+    if status in FATAL:
+        return RequestFailed(f"{reason}; {FATAL[status]}", "end")
+    if status == 403:  # the key may not use this model, or a firewall dislikes this request
+        return RequestFailed(reason, "set aside", doubtful=True)
+    if 400 <= status < 500 and status not in (408, 409, 425, 429):
+        return RequestFailed(reason, "set aside")
+    return RequestFailed(reason, "retry", wait=retry_after(headers.get("retry-after")))
+
+
+def retry_after(value: str | None) -> float:
+    """A Retry-After header, in seconds or as a date -> seconds, between 0 and RETRY_AFTER_CAP; 0 if it is neither."""
+    if not value:
+        return 0.0
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError, IndexError):
+            return 0.0
+    return min(max(seconds, 0.0), RETRY_AFTER_CAP) if seconds == seconds else 0.0
+
+
+def one_line(text):
+    """At most 200 characters of it, without control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:2000]).split())[:200]
+
+
+async def send(connection: Connection, endpoint: Endpoint, messages: list[dict], parameters: dict, timeout: float):
+    """One request, once -> (text, finish_reason, usage or None). Raises RequestFailed."""
+    model = {"model": endpoint.model} if endpoint.model else {}
+    body = json.dumps({**model, "messages": messages, "stream": False, **parameters}).encode()
+    try:
+        response = await post(connection, body, timeout)
+        if response.status != 200:
+            raise read_refusal(response.status, response.headers, response.body)
+        text, finish_reason, usage = read_completion(response.body)
+    except HTTPError as e:
+        raise RequestFailed(mask_key(one_line(str(e)), endpoint.key), "retry" if e.retry else "set aside") from None
+    except RequestFailed as e:
+        e.reason = mask_key(e.reason, endpoint.key)
+        raise
+    return mask_key(text, endpoint.key), finish_reason, usage

@@ -1,0 +1,212 @@
+"""A local checkpoint that answers and scores, on one device or on all ranks of torchrun.
+
+Rank 0 runs the steps. The other ranks wait in serve_jobs() for the shares of work that it sends them.
+"""
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from core.checkpoint import Checkpoint
+from core.distributed import join_group, leave_group, own_device
+from core.flags import DEVICE, DTYPES
+from core.reply_log import ReplyLog
+from core.tokenizer import Tokenizer
+from generate import generate_iter
+from model import Qwen2
+from training.logps import sequence_logps
+
+BLOCK = 256  # prompts that each rank answers at a time
+
+
+@dataclass
+class LocalModel:
+    """A checkpoint. name: for people. identity: the part of the reply log's keys that tells models apart."""
+
+    name: str
+    identity: str
+    source: str
+    dtype: str
+    checkpoint: Checkpoint
+    loaded: tuple[Qwen2, Tokenizer] | None = None  # set by load()
+
+
+def open_local(source: str, model_name: str | None = None, dtype: str = "fp32") -> LocalModel:
+    """Opens and fingerprints a checkpoint. Its weights are loaded when they are first needed."""
+    checkpoint = Checkpoint(source)
+    name = model_name or os.path.basename(os.path.normpath(source))
+    return LocalModel(name, f"{checkpoint.fingerprint()} {dtype}", source, dtype, checkpoint)
+
+
+def load(local: LocalModel) -> tuple[Qwen2, Tokenizer]:
+    """The model and its tokenizer, on this rank's GPU if there is one."""
+    if local.loaded is None:
+        model = Qwen2.from_pretrained(local.checkpoint, DTYPES[local.dtype], own_device(DEVICE)).eval()
+        local.loaded = (model, Tokenizer(local.checkpoint))
+    return local.loaded
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replies
+
+
+def ask_local(
+    local: LocalModel,
+    todo: dict[str, list[dict]],
+    log: ReplyLog,
+    errors: dict[str, str],
+    parameters: dict,
+    batch_size: int,
+    bar: tqdm,
+) -> None:
+    """Asks for all of todo, {key: messages}. Replies go into the log; the reasons of requests without one go into errors, {key: reason}.
+
+    One rank answers all prompts in one call of generate_iter, which sorts them into batches and computes a shared prefix once.
+    Several ranks get BLOCK prompts each at a time. The random numbers of a sampled reply depend on its key alone, so neither a
+    restart nor the number of ranks changes it."""
+    model, tokenizer = load(local)
+    longest = model.config.max_position_embeddings - parameters["max_tokens"]
+    keys, world = [], world_size()
+    for key, messages in todo.items():
+        n = len(tokenizer.prompt_ids(messages))
+        if n <= longest:
+            keys.append(key)
+        else:
+            errors[key] = f"a prompt of {n} tokens leaves no room for the reply"
+            bar.update()
+    size = BLOCK if world > 1 else max(len(keys), 1)
+    blocks = [keys[i : i + size] for i in range(0, len(keys), size)]
+    for first in range(0, len(blocks), world):
+        round_of_blocks = blocks[first : first + world]
+        shares = [
+            ([todo[key] for key in block], [int(key[:14], 16) for key in block], parameters, batch_size)
+            for block in round_of_blocks
+        ]
+        for block, replies in zip(round_of_blocks, on_ranks(generate_replies, local, shares)):
+            for i, text, finish_reason in replies:
+                log.append(block[i], {"model": local.name, "text": text, "finish_reason": finish_reason})
+                bar.update()
+
+
+def generate_replies(local: LocalModel, prompts: list[list[dict]], seeds: list[int], parameters: dict, batch_size: int):
+    """Yields (index, text, finish_reason)."""
+    sampling = {"temperature": parameters["temperature"], "top_p": parameters.get("top_p", 1.0), "seed": seeds}
+    length = {"max_new_tokens": parameters["max_tokens"], "batch_size": batch_size}
+    yield from generate_iter(*load(local), prompts, **length, **sampling)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Perplexities
+
+
+def perplexities(
+    scorer: LocalModel, pairs: list[tuple[list[dict], str]], max_len: int, micro_tokens: int
+) -> list[float | None]:
+    """pairs: [(prompt, response text)] -> the perplexity of each response under the scorer: exp(-mean log p) of its tokens,
+    its <|im_end|> and newline included. None for a prompt that fills max_len tokens alone.
+
+    All ranks share the work. Responses to one prompt go to one rank, which computes the prompt once."""
+    same_prompt = defaultdict(list)  # {prompt: indices}
+    for i, (prompt, _) in enumerate(pairs):
+        same_prompt[json.dumps(prompt)].append(i)
+    longest_first = sorted(same_prompt.values(), key=lambda indices: -sum(len(pairs[i][1]) for i in indices))
+    dealt = [[i for indices in longest_first[rank :: world_size()] for i in indices] for rank in range(world_size())]
+    dealt = [indices for indices in dealt if indices]
+    shares = [([pairs[i] for i in indices], max_len, micro_tokens) for indices in dealt]
+    out = [None] * len(pairs)
+    for indices, values in zip(dealt, on_ranks(score_share, scorer, shares)):
+        for i, value in zip(indices, values):
+            out[i] = value
+    return out
+
+
+def score_share(scorer: LocalModel, pairs: list[tuple[list[dict], str]], max_len: int, micro_tokens: int):
+    """perplexities() of one rank's share."""
+    model, tokenizer = load(scorer)
+    examples = []
+    for prompt, text in pairs:
+        context, reply = tokenizer.prompt_ids(prompt), tokenizer.completion_ids(text)
+        examples.append(((context + reply)[:max_len], ([False] * len(context) + [True] * len(reply))[:max_len]))
+    n = [sum(supervised) for _, supervised in examples]
+    scored = [i for i in range(len(pairs)) if n[i]]
+    out = [None] * len(pairs)
+    if scored:
+        for i, logp in zip(scored, sequence_logps(model, [examples[i] for i in scored], micro_tokens).tolist()):
+            out[i] = round(math.exp(min(-logp / n[i], 50.0)), 4)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks: rank 0 scatters jobs to all ranks, each rank does its own, rank 0 gathers the results
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_other_ranks() -> int:
+    """Under torchrun, joins the other ranks. -> this process's rank."""
+    rank, _ = join_group(hours=30 * 24)  # rank 0 may wait for an endpoint for days before it needs the others again
+    return rank
+
+
+def scatter_jobs(jobs: list | None):
+    """Sends each rank its job, from rank 0 (the others pass None). -> this rank's job: () for none now, None at the end."""
+    mine = [None]
+    dist.scatter_object_list(mine, jobs, src=0)
+    return mine[0]
+
+
+def gather_results(results: list) -> list | None:
+    """On rank 0: the results of all ranks, in the order of ranks."""
+    out = [None] * world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(results, out, dst=0)
+    return out
+
+
+def on_ranks(work: Callable[..., Iterable], local: LocalModel, shares: list[tuple]) -> Iterator[Iterable]:
+    """Yields work(local, *share) for each share, of which there are at most as many as ranks.
+
+    Rank 0 does the first share while it is consumed, and the other ranks do theirs meanwhile. work: a function of this
+    module, because the ranks find it by its name."""
+    first, *others = shares
+    if others:
+        jobs = [(work, local.source, local.dtype, share) for share in others]
+        scatter_jobs([None, *jobs] + [()] * (world_size() - 1 - len(jobs)))
+    yield work(local, *first)
+    if others:
+        yield from gather_results([])[1:]
+
+
+def serve_jobs() -> None:
+    """The whole life of a rank above 0: does the jobs that rank 0 sends, until there are no more."""
+    opened = {}
+
+    def or_exit(collective, *arguments):
+        try:
+            return collective(*arguments)
+        except RuntimeError:  # rank 0 has ended and has said why; an orderly exit would wait for it
+            os._exit(1)
+
+    while (job := or_exit(scatter_jobs, None)) is not None:
+        results = []
+        if job:
+            work, source, dtype, share = job
+            if (source, dtype) not in opened:
+                opened[source, dtype] = open_local(source, dtype=dtype)
+            results = list(work(opened[source, dtype], *share))
+        or_exit(gather_results, results)
+    or_exit(leave_group)
+
+
+def end_other_ranks(failed: bool = False) -> None:
+    """Rank 0's last call: ends the other ranks. failed: exits without a word to them; they notice."""
+    if world_size() > 1 and not failed:
+        scatter_jobs([None] * world_size())
+    leave_group(failed)
