@@ -1,27 +1,28 @@
-"""What the command lines share: a parser whose faults are one line, and argparse types that check their values."""
+"""Command-line flags: a parser that ends with one error line, and argparse types that check their values."""
 
 import argparse
 import math
-import os
+from collections.abc import Callable
 
 import torch
 
+from core.distributed import is_main
 from core.files import InputError, check_out
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what --dtype says
-DEVICE, DTYPE = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")  # where nothing is said
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the values of --dtype
+DEVICE, DTYPE = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")  # defaults
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Help texts end with the flag's default, where there is one."""
+    """Adds the default to each help text, unless it is None, False, an empty list, or described by the text itself."""
 
     def _get_help_string(self, action):
         nothing = action.default is None or action.default is False or action.default == []
-        return action.help if nothing else super()._get_help_string(action)
+        return action.help if nothing or "(default" in (action.help or "") else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's; but a wrong flag ends like any other bad input, in one line and without the usage before it."""
+    """An argparse parser that reports a wrong flag as InputError, in one line and without the usage text."""
 
     def __init__(self, **settings):
         super().__init__(**{"formatter_class": Help, **settings})
@@ -30,22 +31,22 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def at_least(low, high=math.inf):
+def at_least(low: int, high: float = math.inf) -> Callable[[str], int]:
     """An argparse type: an integer from `low` to `high`."""
 
     def integer(text):
         value = int(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"{value} is " + (f"less than {low}" if value < low else f"more than {high}")
-            )
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is less than {low}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"{value} is more than {high}")
         return value
 
     return integer
 
 
-def number(low=-math.inf, above=-math.inf, below=math.inf):
-    """An argparse type: a finite number, low <= number, above < number < below."""
+def number(low: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite number with low <= number, above < number and number < below."""
 
     def number(text):
         value = float(text)
@@ -62,24 +63,24 @@ def number(low=-math.inf, above=-math.inf, below=math.inf):
     return number
 
 
-def checkpoint_out(text):
-    """An argparse type: where a checkpoint can be written. A slash at its end goes, for OUT.run stands beside OUT."""
+def checkpoint_out(text: str) -> str:
+    """An argparse type: a path where a checkpoint can be written. Drops a slash at its end, since OUT.run lies beside OUT."""
     out = text.rstrip("/") or "/"
-    if os.environ.get("RANK", "0") == "0":  # which is the rank that writes; another machine's disk may be another
+    if is_main():  # only rank 0 writes; other nodes may have other disks
         check_out(out)
     return out
 
 
-def torch_device(text):
-    """An argparse type: the name of a torch device that is there."""
+def torch_device(text: str) -> str:
+    """An argparse type: the name of a torch device that this machine has."""
     try:
-        name = torch.device(text)
+        device = torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no torch device; cpu, cuda and cuda:1 are") from None
-    if name.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text}: runs on cpu and cuda only")
-    if name.type == "cuda" and (name.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text!r} is no torch device; give cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text}: only cpu and cuda are supported")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(
-            f"{text}: no such GPU, torch sees {torch.cuda.device_count()} here; cpu is there"
+            f"{text}: no such GPU, torch sees {torch.cuda.device_count()} here; cpu always works"
         )
     return text

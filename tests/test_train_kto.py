@@ -1,20 +1,26 @@
+import functools
 import itertools
 import json
 import math
 import os
 import random
+import shlex
+import shutil
 
 import pytest
 import torch
 from conftest import real, tiny_files, tiny_model, write_lines
-from training_runs import feedback, launch, log, torchrun, trl_log, update_error, weights
+from training_runs import chats, feedback, launch, log, torchrun, trl_log, update_error, weights
 
 import train_kto
+import train_sft
 from core.checkpoint import Checkpoint
+from core.tokenizer import Tokenizer
 from model import Qwen2
 from train_kto import kl_estimate, kl_pairs, kto_loss
 from training import reference
 from training.feedback import balanced_weight, weight_advice
+from training.flags import kto_out
 from training.pairing import count_prompt_clashes, order_without_prompt_clashes
 from training.setup import plan_steps
 
@@ -333,19 +339,62 @@ def test_held_out_pairs_of_one_prompt_are_not_each_others_mismatch(tiny, tmp_pat
     )
 
 
-def test_the_command_as_the_readme_has_it(tiny, data, tmp_path):
-    tiny_model().save(str(tmp_path / "sft.pt"), tiny_files())
-    torchrun(
-        2,
-        "train_kto.py",
-        "--ckpt",
-        tmp_path / "sft.pt",
-        "--data",
-        data,
-        "--out",
-        tmp_path / "kto.pt",
-        "--batch-size",
-        4,
+def test_completions_that_are_cut_are_counted(tiny, tmp_path, run):
+    long = {"prompt": "a", "completion": "b c " * 40, "label": True}
+    data = write_lines(tmp_path / "d.jsonl", [*feedback(4), long, long | {"label": False}])
+    _, text, _ = run("train_kto", *flags(tiny, data, tmp_path / "o"))
+    tok = Tokenizer(tiny)
+    n = len(tok.prompt_ids([{"role": "user", "content": "a"}])) + len(tok.completion_ids("b c " * 40)) - 64
+    assert (
+        f"2 of 6 examples cut to 64 tokens (--max-len): {2 * n} tokens lost; 2 examples lost their last <|im_end|>"
+        in text
     )
-    assert json.loads((tmp_path / "kto.pt.run" / "args.json").read_text())["beta"] == 0.1
-    assert update_error(weights(tmp_path / "kto.pt"), weights(tmp_path / "sft.pt"), weights(tmp_path / "sft.pt")) >= 0
+
+
+def test_the_missions_line(tiny, tmp_path, monkeypatch, run, refused):
+    """python train_sft.py, then torchrun train_kto.py --ckpt sft.pt: each finds what the one before wrote."""
+    monkeypatch.chdir(tmp_path)
+    refused(["data/sft.jsonl: no such file", "python make_data.py"], "train_sft")
+    (tmp_path / "data").mkdir()
+    write_lines("data/sft.jsonl", chats(8))
+    refused(["data/kto.jsonl: no such file", "python make_data.py"], "train_kto")
+    write_lines("data/kto.jsonl", feedback(8))
+    refused(["sft.pt: no such file", "python train_sft.py"], "train_kto")
+    refused(["sft.pt: no such file", "python train_sft.py"], "train_kto", "--ckpt", "sft.pt")
+    monkeypatch.setattr(
+        train_sft, "add_training_flags", functools.partial(defaults, train_sft.add_training_flags, tiny)
+    )
+    code, text, _ = run("train_sft")
+    assert code == 0 and "wrote sft.pt" in text and "next: python train_kto.py --ckpt sft.pt\n" in text
+    text = torchrun(2, "train_kto.py", "--ckpt", "sft.pt")
+    assert "wrote sft-kto.pt" in text
+    assert "next: python eval.py --ckpt sft.pt sft-kto.pt --tasks gsm8k\n" in text
+    args = json.loads((tmp_path / "sft-kto.pt.run" / "args.json").read_text())
+    assert args["beta"] == 0.1 and args["batch_size"] == 64 and args["data"] == ["data/kto.jsonl"]
+    assert update_error(weights("sft-kto.pt"), weights("sft.pt"), weights(tiny)) >= 0
+
+
+def defaults(real, ckpt, parser, hub_id, *more, **others):
+    assert hub_id == "Qwen/Qwen2-0.5B-Instruct"
+    real(parser, ckpt, *more, **others)
+
+
+def test_out_is_named_after_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "sft.v2").mkdir(parents=True)
+    for ckpt, out in (
+        ("sft.pt", "sft-kto.pt"), ("runs/a.b.pt", "runs/a.b-kto.pt"), ("runs/sft.v2", "runs/sft.v2-kto"), ("runs/", "runs-kto"),
+        ("Qwen/Qwen2-0.5B-Instruct", "Qwen2-0.5B-Instruct-kto"), (".", f"{tmp_path}-kto"), ("runs/..", f"{tmp_path}-kto"),
+    ):  # fmt: skip
+        assert kto_out(ckpt) == out
+
+
+def test_the_next_line_can_be_pasted(tiny, data, tmp_path, run):
+    out, ckpt = str(tmp_path / "my out"), str(tmp_path / "the $base")
+    shutil.copytree(tiny, ckpt)
+    for script, others in ("train_kto", 0), ("train_sft", 1):
+        records = write_lines(tmp_path / "s.jsonl", chats(4)) if others else data
+        text = run(script, *flags(ckpt, records, f"{out} {script}", "--max-steps", 1))[1]
+        found = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("next: ")]
+        assert found[-1] == ["python", "eval.py", "--ckpt", ckpt, f"{out} {script}", "--tasks", "gsm8k"]
+        assert found[:-1] == [["python", "train_kto.py", "--ckpt", f"{out} {script}"]] * others

@@ -194,3 +194,52 @@ def test_bad_input(tiny, data, tmp_path, refused):
 
 def test_a_run_that_is_all_warmup_is_warned_of(tiny, data, tmp_path, run):
     assert "warning: all 8 steps are warmup" in run("train_sft", *flags(tiny, data, tmp_path / "o", "--warmup", 10))[1]
+
+
+def test_examples_that_are_cut_are_counted(tiny, tmp_path, run):
+    """By --max-len 64: one in its reply, one at its last newline alone, one in a later question."""
+    tok = Tokenizer(tiny)
+    turn = lambda role, content: {"role": role, "content": content}
+    two = [turn("user", "a"), turn("assistant", "b"), turn("user", "x " * 60)]
+    edge = next(
+        messages
+        for n in range(100)
+        for messages in [[turn("user", "a"), turn("assistant", "=" * n)]]
+        if len(tok.chat_ids(messages)[0]) == 65
+    )
+    long = [turn("user", "a"), turn("assistant", "b c " * 40)]
+    records = [*chats(4), {"messages": two}, {"messages": edge}, {"messages": long}]
+    lost = sum(max(0, len(tok.chat_ids(r["messages"])[0]) - 64) for r in records)
+    data = write_lines(tmp_path / "d.jsonl", records)
+    _, text, _ = run("train_sft", *flags(tiny, data, tmp_path / "o"))
+    assert (
+        f"3 of 7 examples cut to 64 tokens (--max-len): {lost} tokens lost; 1 examples lost their last <|im_end|>"
+        in text
+    )
+    assert " cut to " not in run("train_sft", *flags(tiny, data, tmp_path / "p", "--max-len", 1000))[1]
+
+
+def test_a_base_models_fine_tune_ends_at_im_end(data, tmp_path, run):
+    files = tiny_files()
+    settings = json.loads(files["tokenizer_config.json"]) | {"eos_token": "<|endoftext|>"}
+    files["tokenizer_config.json"] = json.dumps(settings)
+    files["special_tokens_map.json"] = json.dumps({"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
+    for name, end, want in (
+        ("one", 0, [2, 0]),
+        ("many", [0, 7], [2, 0, 7]),
+        ("none", None, [2]),
+        ("chat", [0, 2], [0, 2]),
+    ):
+        base = str(tmp_path / name)
+        files["generation_config.json"] = json.dumps({"eos_token_id": end, "top_k": 20})
+        tiny_model(eos_token_id=None).save(base, files)
+        assert run("train_sft", *flags(base, data, tmp_path / f"{name}.pt", "--max-steps", 1))[0] == 0
+        written = Checkpoint(tmp_path / f"{name}.pt").files
+        assert json.loads(written["generation_config.json"]) == {"eos_token_id": want, "top_k": 20}
+        if name == "chat":
+            assert written == files
+        else:
+            assert json.loads(written["tokenizer_config.json"]) == settings | {"eos_token": "<|im_end|>"}
+            tokens = json.loads(written["special_tokens_map.json"])
+            assert tokens == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+        assert Checkpoint(base).files == files

@@ -19,10 +19,10 @@ def add_training_flags(
     """Adds the flags; the other arguments are the defaults of the script. out None: named after --ckpt (see kto_out)."""
     # checkpoints
     p.add_argument("--ckpt", default=ckpt, help="model to start from: hub id, directory or .pt file")
-    p.add_argument("--out", type=checkpoint_out, default=out, help="checkpoint to write: a directory, or a .pt file"
-                   + ("" if out else " (default: --ckpt with -kto in its name)"))  # fmt: skip
+    note = "" if out else " (default: --ckpt with -kto in its name)"
+    p.add_argument("--out", type=checkpoint_out, default=out, help=f"checkpoint to write: directory or .pt file{note}")
     # data
-    p.add_argument("--data", nargs="+", default=[data], help="data files to train on")
+    p.add_argument("--data", nargs="+", default=[data], help=f"data files to train on (default: {data})")
     p.add_argument("--eval-data", nargs="+", help="held-out data files")
     p.add_argument("--max-len", type=at_least(2), default=1024, help="tokens; longer examples are cut at their end")
     p.add_argument("--no-shuffle", action="store_true", help="keep the order of the files in every epoch")
@@ -30,31 +30,36 @@ def add_training_flags(
     # optimisation
     p.add_argument("--epochs", type=at_least(1), default=epochs, help="passes over the data")
     p.add_argument("--max-steps", type=at_least(1), help="optimizer steps; overrides --epochs")
-    p.add_argument("--batch-size", type=at_least(1), default=batch_size, help="examples per optimizer step, all ranks together")  # fmt: skip
+    p.add_argument("--batch-size", type=at_least(1), default=batch_size, help="examples a step, all ranks together")
     p.add_argument("--lr", type=number(0), default=lr, help="peak learning rate")
-    p.add_argument("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="learning-rate schedule")  # fmt: skip
+    schedules = ["cosine", "linear", "constant"]
+    p.add_argument("--schedule", choices=schedules, default="cosine", help="learning-rate schedule")
     p.add_argument("--warmup", type=at_least(0), default=10, help="steps in which the learning rate rises from 0")
     p.add_argument("--weight-decay", type=number(0), default=0.0, help="AdamW's weight decay, on matrices only")
     p.add_argument("--beta1", type=number(0, below=1), default=0.9, help="AdamW's decay of the first moment")
     p.add_argument("--beta2", type=number(0, below=1), default=0.999, help="AdamW's decay of the second moment")
     p.add_argument("--eps", type=number(0), default=1e-8, help="AdamW's epsilon")
     p.add_argument("--clip", type=number(0), default=1.0, help="maximum gradient norm; 0 turns clipping off")
-    p.add_argument("--max-skips", type=at_least(1), default=3, help="give up after this many steps in a row whose loss or gradient is not finite")  # fmt: skip
+    skips = "end after this many steps in a row whose loss or gradient is not finite"
+    p.add_argument("--max-skips", type=at_least(1), default=3, help=skips)
     # machine
     micro_tokens = 16384 if DEVICE == "cuda" else 1024
-    p.add_argument("--micro-tokens", type=at_least(1), default=micro_tokens, help="maximum tokens of one forward on one device")  # fmt: skip
+    p.add_argument("--micro-tokens", type=at_least(1), default=micro_tokens, help="maximum tokens of one forward")
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="compute dtype; the weights stay fp32")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks; pays off after some hundred micro-batches")  # fmt: skip
-    p.add_argument("--shard", action="store_true", help="split weights, gradients and optimizer state over the ranks (FSDP2)")  # fmt: skip
-    p.add_argument("--activation-checkpointing", nargs="?", choices=["auto", "on", "off"], default="auto", const="on",
-                   help="recompute the blocks in the backward to save memory; auto: only if a step would not fit otherwise")  # fmt: skip
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks; pays after some 100 micro-batches")
+    p.add_argument("--shard", action="store_true", help="split weights and optimizer state over the ranks (FSDP2)")
+    again = "recompute the blocks in the backward to save memory; auto: only if a step would not fit otherwise"
+    ways = ["auto", "on", "off"]
+    p.add_argument("--activation-checkpointing", nargs="?", choices=ways, default="auto", const="on", help=again)
     # saving
-    p.add_argument("--save-every", type=at_least(0), default=100, help="steps between saves into OUT.run/; 0 saves at the end only")  # fmt: skip
-    p.add_argument("--keep", type=at_least(1), default=2, help="number of newest saves to keep; with --eval-every also the best one")  # fmt: skip
-    p.add_argument("--eval-every", type=at_least(0), default=0, help="steps between evaluations; 0 evaluates at the end only")  # fmt: skip
+    every = "steps between saves into OUT.run/; 0 saves at the end only"
+    p.add_argument("--save-every", type=at_least(0), default=100, help=every)
+    p.add_argument("--keep", type=at_least(1), default=2, help="newest saves to keep; with --eval-every also the best")
+    every = "steps between evaluations; 0 evaluates at the end only"
+    p.add_argument("--eval-every", type=at_least(0), default=0, help=every)
     p.add_argument("--resume", action="store_true", help="go on from the last save in OUT.run/")
-    p.add_argument("--tensorboard", action="store_true", help="also write the log into OUT.run/ as TensorBoard event files")  # fmt: skip
+    p.add_argument("--tensorboard", action="store_true", help="also write the log as TensorBoard event files")
 
 
 def check_default_inputs(args: argparse.Namespace) -> None:

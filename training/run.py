@@ -57,11 +57,12 @@ CODE = "the code"  # may change between runs with a warning: the edit may be a b
 
 
 def run_identity(args: argparse.Namespace, examples: Iterable, fingerprint: str) -> dict:
-    """The arguments that matter, and hashes of the model, the token ids and the code."""
+    """The arguments that matter, and hashes of the model, the token ids and the code, with the running script."""
     data = hashlib.sha256()
     for example in examples:  # one at a time: the text of all of them may take gigabytes
         data.update(json.dumps(example).encode() + b"\n")
-    code = code_hash("train_sft.py", "train_kto.py")
+    script = getattr(sys.modules["__main__"], "__file__", None) or ""
+    code = code_hash("train_sft.py", "train_kto.py", os.path.abspath(script))
     own = {"the data": data.hexdigest(), "the model": fingerprint, CODE: code}
     return {k: v for k, v in vars(args).items() if k not in FREE_TO_CHANGE} | own
 

@@ -1,5 +1,6 @@
 """Losing nothing, and several ranks: real runs of tiny models as processes of their own."""
 
+import fcntl
 import functools
 import itertools
 import json
@@ -264,6 +265,48 @@ def test_what_args_and_log_say_and_a_finished_run(tiny, sft_data, tmp_path, run,
     os.remove(tmp_path / "a" / "o.run" / "log.jsonl")
     refused("log.jsonl: missing", "train_sft", *arguments, "--resume")
     assert all(torch.equal(before[n], t) for n, t in weights(out).items())
+
+
+def interrupted(function, lines, times):
+    signal_at(function, lines, signal.SIGINT)
+    if times == 2:  # the second one in the save that the first one asked for
+        real = training_run.save_state
+        training_run.save_state = lambda *args: (os.kill(os.getpid(), signal.SIGINT), real(*args))
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(tiny, kto_data, tmp_path):
+    more = ("--epochs", 2, "--micro-tokens", 100, "--save-every", 0)
+    whole, stopped = tmp_path / "a" / "o.pt", tmp_path / "b" / "o.pt"
+    finish("train_kto", command(tiny, kto_data, whole, *more), tmp_path)
+    arguments = command(tiny, kto_data, stopped, *more, "--resume")
+    for function, times, code, words in (
+        ("reference_logps", 1, 130, ""),
+        ("lr_at", 2, 130, "Ctrl-C again ends at once"),
+        ("lr_at", 1, 0, "stopped after step 1 of 8"),
+    ):
+        codes, (text,) = launch(
+            "train_kto", arguments, tmp_path / "text", prepare={0: (interrupted, function, 10, times)}
+        )
+        assert codes == [code] and words in text and "Traceback" not in text, text
+        assert not [name for name in listing(stopped) if ".tmp" in name]
+    assert "lock" not in listing(stopped)
+    finish("train_kto", arguments, tmp_path)
+    same_run(whole, stopped)
+
+
+def test_a_second_run_in_one_out_is_refused(tiny, sft_data, tmp_path, run, refused, monkeypatch):
+    out = tmp_path / "a" / "o"
+    arguments = command(tiny, sft_data, out, "--epochs", 1)
+    os.makedirs(f"{out}.run")
+    with open(f"{out}.run/lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)  # as a run that is alive holds it
+        refused([f"--out {out}", "another run is writing there"], "train_sft", *arguments)
+        refused([f"--out {out}", "another run is writing there"], "train_sft", *arguments, "--resume")
+        monkeypatch.setattr(training_setup, "check_not_running", lambda out: None)  # both started in the same moment
+        refused([f"--out {out}", "another run is writing there"], "train_sft", *arguments)
+        assert listing(out) == ["lock"]
+    assert run("train_sft", *arguments)[0] == 0  # what a killed run left does not block
+    assert listing(out) == ["args.json", "log.jsonl", "state.json"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
