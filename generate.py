@@ -1,408 +1,389 @@
-"""Batched generation over model.py: ragged prompts without padding, continuous refill, a shared prefix computed once.
+"""Batched generation without padding: ended rows are replaced at once, and shared prefixes are computed once.
 
-    texts = generate(m, tokenizer, [[{"role": "user", "content": "Hello"}], ...], max_new_tokens=100)
+    texts = generate(model, tokenizer, [[{"role": "user", "content": "Hello"}], ...], max_new_tokens=100)
     python generate.py --ckpt C --prompt "Why is the sky blue?"
 
-A row's output does not depend on its neighbours: each has its own cache row, its own positions and its own random numbers.
+A reply does not depend on the other prompts: each row has its own part of the KV cache, positions and random numbers.
 """
 
+import argparse
 import contextlib
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from core.attention import to_device
+from core.attention import KVCache, to_device
 from core.checkpoint import Checkpoint
 from core.conversations import as_messages
+from core.cuda_graph import capture_graph
 from core.files import InputError, cli
 from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
-from core.layers import Linear, fused
-from core.pages import available_memory
+from core.layers import fused
+from core.onednn import onednn_weights
+from core.prefixes import SharedPrefixes
+from core.sampling import penalise, sample
 from core.tokenizer import Tokenizer
 from model import Qwen2
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Choosing the next token
+Prompt = str | list[dict]  # a user's message, or a list of messages
 
 
-def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
-    """One token a row by inverting the cumulative distribution. logits: (B, V) fp32, uniform: (B,) in [0, 1) -> (B,).
+@dataclass(frozen=True)
+class Settings:
+    """The keyword arguments of generate, generate_iter, generate_steps and stream."""
 
-    temperature 0 is greedy. top_k keeps the k likeliest tokens (0: all); of these, top_p the fewest whose probability
-    reaches p (arXiv 1904.09751). transformers filters in this order too.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits, order = logits / temperature, None
-    if top_k or top_p < 1:  # only a filter needs the vocabulary sorted
-        logits, order = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
-    if top_k:
-        logits, order = logits[:, :top_k], order[:, :top_k]
-    p = logits.softmax(-1)
-    if top_p < 1:
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # those before it, all likelier, reach top_p
-    cumulative = p.double().cumsum(-1)
-    pick = torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True)
-    pick = pick.clamp_max(p.shape[1] - 1)  # (B, 1)
-    return (pick if order is None else order.gather(1, pick))[:, 0]
+    max_new_tokens: int = 256
+    temperature: float = 0.0  # 0: the likeliest token
+    top_k: int = 0  # sample from the k likeliest tokens; 0: from all
+    top_p: float = 1.0  # sample from the likeliest tokens that together reach this probability
+    repetition_penalty: float = 1.0
+    stop: str | Sequence[str] = ()  # a reply ends before the first of these strings
+    seed: int | Sequence[int] = 0  # for all prompts, or one for each
+    batch_size: int = 32  # rows in flight, fewer if cache_gb is too small for them
+    cache_gb: float = 4.0  # GiB of the KV cache
+    prefill_tokens: int = 4096  # prompt tokens of one forward; further prompts start in the next step
+    steps_per_sync: int | None = None  # decoding steps between read-backs to the host. Default: 16 on a GPU, else 1
 
+    def __post_init__(self):
+        if self.max_new_tokens < 1 or self.temperature < 0:
+            values = f"max_new_tokens is {self.max_new_tokens}, temperature {self.temperature}"
+            raise InputError(f"{values}; they must be at least 1 and at least 0")
 
-def penalise(logits, seen, penalty):
-    """The repetition penalty of arXiv 1909.05858, in place: the logits (B, V) of the tokens seen (B, T), some perhaps more than
-    once, move down by the factor."""
-    old = logits.gather(1, seen)
-    return logits.scatter_(1, seen, torch.where(old < 0, old * penalty, old / penalty))
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
-
-def next_tokens(logits, uniform, fed, at, seen=None, penalty=1.0, **sampling):
-    """The next token of each row, by sample(). logits: (B, V), uniform: (B,), fed: (B,) the rows' last tokens, which stand at
-    (B,) -> (B,). seen: for a penalty, the rows' tokens so far, (B or more, T), where these are put down."""
-    if seen is not None:
-        penalise(logits, seen[: len(fed)].scatter_(1, at[:, None], fed[:, None]), penalty)
-    return sample(logits, uniform, **sampling)
-
-
-def common_prefix(sequences):
-    """The length of the prefix that all sequences share, at least one token short of the shortest."""
-    first, last = min(sequences), max(sequences)  # in lexicographic order, all others lie between these two
-    limit = min(map(len, sequences)) - 1
-    return next((i for i in range(limit) if first[i] != last[i]), limit)
-
-
-def prefix_lengths(prompts, overhead=64, depth=50):
-    """For each prompt (a list of tokens) the length of its prefix that is worth computing once for several prompts.
-
-    In lexicographic order the prompts of a common prefix are an interval; it splits where its neighbours share least, if
-    that leaves fewer tokens to compute. A prefix costs `overhead` tokens more than its own, since it is a forward of its
-    own. depth bounds the recursion.
-    """
-    order = sorted(range(len(prompts)), key=prompts.__getitem__)
-    shares = [common_prefix((prompts[a], prompts[b])) for a, b in zip(order, order[1:])]
-
-    def best(i, j, depth):  # order[i:j] -> (tokens to compute, the prefix of each)
-        total, shared = sum(len(prompts[k]) for k in order[i:j]), min(shares[i : j - 1], default=0)
-        whole = total - (j - i - 1) * shared + overhead
-        together = (whole, [shared] * (j - i)) if whole < total else (total, [0] * (j - i))
-        if j - i == 1 or not depth:
-            return together
-        ends = [i, *(k + 1 for k in range(i, j - 1) if shares[k] == shared), j]
-        parts = [best(a, b, depth - 1) for a, b in zip(ends, ends[1:])]
-        apart = sum(tokens for tokens, _ in parts), [n for _, lengths in parts for n in lengths]
-        return min(together, apart, key=lambda way: way[0])
-
-    lengths = best(0, len(prompts), depth)[1]
-    return [n for _, n in sorted(zip(order, lengths))]
+    def row_seed(self, i: int) -> int:
+        """The seed of prompt i."""
+        return self.seed * 1_000_003 + i if isinstance(self.seed, int) else self.seed[i]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights as a CPU's kernels want them
+# The batch
 
 
-@contextlib.contextmanager
-def onednn_weights(model: Qwen2) -> Iterator[None]:
-    """While open, the matrices of the model also exist in the layout that oneDNN's CPU kernels read.
+@dataclass
+class Row:
+    """A prompt in flight. Row r of the batch is row r of the KV cache."""
 
-    Linear.forward uses them. F.linear reorders the whole weight at each call, which at the 8 to 64 rows of a decoding
-    step takes 0.3 to 1 times as long as the product itself. The copies take as much memory as the weights, so they are
-    made only if half of the free memory suffices, and only where oneDNN has kernels for the dtype.
-    """
-    modules = [module for module in model.modules() if isinstance(module, Linear)]
-    if model.config.tie_word_embeddings:
-        modules.append(model.model["embed_tokens"])  # whose matrix is also the head's
-    size = sum(module.weight.numel() * module.weight.element_size() for module in modules)
-    if has_onednn_kernels(model) and 2 * size < available_memory():
-        for module in modules:
-            module.onednn_weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 64)
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.onednn_weight = None
+    index: int  # of the prompt
+    limit: int  # most tokens of the reply
+    pending: list[int]  # tokens that the model reads in the next step: the prompt, later the last token
+    generator: torch.Generator
+    reply: list[int] = field(default_factory=list)
 
 
-def has_onednn_kernels(model: Qwen2) -> bool:
-    """True on a CPU whose oneDNN multiplies in the model's dtype, if this torch has the operators (they are private)."""
-    dtype, operators = model.head_weight.dtype, torch.ops.mkldnn
-    if not fused() or model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if not all(hasattr(operators, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
-        return False
-    if model.compute_dtype not in (None, dtype):
-        return False
-    if dtype == torch.bfloat16:
-        return hasattr(operators, "_is_mkldnn_bf16_supported") and operators._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
+@dataclass
+class Batch:
+    """The rows in flight and their tensors. last_tokens, uniform and cache.positions have fixed addresses for CUDA graphs."""
+
+    model: Qwen2
+    settings: Settings
+    cache: KVCache
+    seen: Tensor | None  # (rows, max_len), for a repetition penalty: each row's tokens; the first fills what is unused
+    last_tokens: Tensor  # (rows,)
+    uniform: Tensor  # (rows,), random numbers in [0, 1)
+    rows: list[Row] = field(default_factory=list)
+    graphs: dict[int, Callable[[], None]] = field(default_factory=dict)  # {cache.width: decoding_step(batch)}
+
+
+def new_batch(model: Qwen2, settings: Settings, rows: int, max_len: int) -> Batch:
+    """An empty batch with room for `rows` rows of at most max_len tokens each, prompt and reply."""
+    cache = model.new_cache(rows, max_len)
+    cache.lengths = []  # no row is in use yet
+    last_tokens, uniform = cache.positions.clone(), torch.zeros(rows, device=model.device)
+    seen = cache.positions.new_zeros(rows, max_len) if settings.repetition_penalty != 1.0 else None
+    return Batch(model, settings, cache, seen, last_tokens, uniform)
+
+
+def remove_row(batch: Batch, r: int) -> None:
+    """Frees a row. The last row moves into its place."""
+    batch.cache.remove(r)
+    if batch.seen is not None:
+        batch.seen[r] = batch.seen[len(batch.rows) - 1]
+    batch.rows[r] = batch.rows[-1]
+    batch.rows.pop()
+
+
+@dataclass
+class WaitingPrompts:
+    """All prompts, and which of them still wait."""
+
+    prompts: list[list[int]]
+    limits: list[int]  # most tokens of each reply
+    prefixes: SharedPrefixes
+    order: list[int]  # the prompts that no row has taken yet
+
+
+def admit(batch: Batch, waiting: WaitingPrompts) -> None:
+    """Fills free rows with waiting prompts, up to prefill_tokens of them; a longer prompt goes alone."""
+    budget = prefill_tokens = batch.settings.prefill_tokens
+    while waiting.order and len(batch.rows) < batch.cache.rows:
+        i, row = waiting.order[0], len(batch.rows)
+        pending = waiting.prefixes.rest(i)
+        if budget < min(len(pending), prefill_tokens):
+            break
+        waiting.order.pop(0)
+        budget -= len(pending)
+        batch.cache.lengths.append(0)
+        waiting.prefixes.copy(i, batch.cache, row)
+        if batch.seen is not None:
+            prompt = waiting.prompts[i]
+            batch.seen[row] = prompt[0]
+            batch.seen[row, : len(prompt)] = to_device(prompt, batch.seen.device)
+        generator = torch.Generator().manual_seed(batch.settings.row_seed(i))
+        batch.rows.append(Row(i, waiting.limits[i], pending, generator))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several steps before the tokens are read back, for GPUs: to read them after each step would leave the GPU idle meanwhile
+# Steps
 
 
-def decoding_step(m, cache, tokens, uniform, **choice):
-    """A function without arguments that feeds `tokens` (rows,) to all rows of the cache and puts the next ones there.
-    choice: further arguments of choose().
+def next_steps(batch: Batch) -> list[list[int]]:
+    """The next tokens: a list of steps, each with one token for every row."""
+    steps = batch.settings.steps_per_sync or (16 if batch.model.device.type == "cuda" and fused() else 1)
+    if steps > 1 and all(len(row.pending) == 1 for row in batch.rows):
+        return decode_steps(batch, min(steps, max(row.limit - len(row.reply) for row in batch.rows)))
+    return [packed_step(batch)]
 
-    It reads uniform (rows,), advances cache.positions (rows,), and needs no tensor's value on the host, so on a GPU it is
-    captured as a CUDA graph, one launch for all its kernels. The tensors are the same in each call.
+
+def packed_step(batch: Batch) -> list[int]:
+    """One packed forward for all rows: first the decoding rows, one token each, then the new rows with their prompts."""
+    model, device = batch.model, batch.model.device
+    lengths = [len(row.pending) for row in batch.rows]
+    ids = to_device([[token for row in batch.rows for token in row.pending]], device)  # (1, T)
+    last = to_device(lengths, device).cumsum(0) - 1
+    logits = model.head(model.hidden(ids, lengths, batch.cache, last)[0]).float()  # (rows, V)
+    positions, uniform = to_device(batch.cache.lengths, device) - 1, draw(batch, 1)[0].to(device)
+    return next_tokens(batch, logits, uniform, ids[0, last], positions).tolist()
+
+
+def next_tokens(batch: Batch, logits: Tensor, uniform: Tensor, last_tokens: Tensor, positions: Tensor) -> Tensor:
+    """The next token of each row. logits: (n, V); the others: (n,). last_tokens are at `positions` -> (n,)."""
+    settings = batch.settings
+    if batch.seen is not None:
+        seen = batch.seen[: len(last_tokens)].scatter_(1, positions[:, None], last_tokens[:, None])
+        penalise(logits, seen, settings.repetition_penalty)
+    return sample(logits, uniform, settings.temperature, settings.top_k, settings.top_p)
+
+
+def draw(batch: Batch, steps: int) -> Tensor:
+    """Random numbers (steps, rows) in [0, 1), each row's from its own generator; zeros if sampling needs none."""
+    if batch.settings.temperature == 0:
+        return torch.zeros(steps, len(batch.rows))
+    return torch.stack([torch.rand(steps, generator=row.generator) for row in batch.rows], dim=1)
+
+
+def decode_steps(batch: Batch, steps: int) -> list[list[int]]:
+    """Several decoding steps with one read-back at the end, so that a GPU need not wait for the host after each.
+
+    A row that ends in between runs on; the caller drops its further tokens.
     """
-
-    def step():
-        logits = m.head(m.hidden(tokens[:, None], cache=cache)[:, 0]).float()  # (rows, V)
-        tokens.copy_(next_tokens(logits, uniform, tokens, cache.positions, **choice))
-        cache.positions.add_(1).clamp_max_(cache.k.shape[3] - 1)  # a row that has ended runs on, and stays inside
-
-    if not tokens.is_cuda:
-        return step
-    state = [x for x in (tokens, cache.positions, choice.get("seen")) if x is not None]
-    before = [x.clone() for x in state]
-    with torch.cuda.device(tokens.device):  # streams and graphs are those of the current device
-        side = torch.cuda.Stream()  # a capture wants some calls before it, on a stream of their own
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-    for to, value in zip(
-        state, before
-    ):  # what the trial steps wrote to the cache lies ahead, where it is written again
-        to.copy_(value)
-    return graph.replay
-
-
-def decode_ahead(m, cache, static, feed, random, **choice):
-    """The next tokens of each row in use, a list for each step: what is chosen comes to the host once, at the end.
-
-    static: tokens and uniform of decoding_step, and {cache.width: the step}, filled here. feed: each row's last token.
-    random: (steps, rows in use) numbers in [0, 1). choice: further arguments of choose().
-    """
-    (tokens, uniform, steps), (count, n) = static, random.shape
-    cache.width = min(-(-(max(cache.lengths) + count) // 256) * 256, cache.k.shape[3])  # few widths, few graphs
-    for to, values in ((cache.positions, cache.lengths), (tokens, feed)):
-        to[:n] = torch.tensor(values)
-        to[n:] = 0
-    if cache.width not in steps:
-        steps[cache.width] = decoding_step(m, cache, tokens, uniform, **choice)
-    random, chosen = random.to(uniform.device), torch.empty(count, n, dtype=torch.long, device=tokens.device)
-    for i in range(count):
-        uniform[:n] = random[i]
-        steps[cache.width]()
-        chosen[i] = tokens[:n]
-    cache.lengths = [min(length + count, cache.k.shape[3]) for length in cache.lengths]
+    cache, n = batch.cache, len(batch.rows)
+    cache.width = min(-(-(max(cache.lengths) + steps) // 256) * 256, cache.max_len)  # few widths, so few graphs
+    pending = [row.pending[0] for row in batch.rows]
+    for buffer, values in ((cache.positions, cache.lengths), (batch.last_tokens, pending)):
+        buffer[:n] = torch.tensor(values)
+        buffer[n:] = 0
+    if cache.width not in batch.graphs:
+        batch.graphs[cache.width] = decoding_step(batch)
+    uniform, chosen = draw(batch, steps).to(batch.uniform.device), batch.last_tokens.new_empty(steps, n)
+    for i in range(steps):
+        batch.uniform[:n] = uniform[i]
+        batch.graphs[cache.width]()
+        chosen[i] = batch.last_tokens[:n]
+    cache.lengths = [min(length + steps, cache.max_len) for length in cache.lengths]
     return chosen.tolist()
 
 
+def decoding_step(batch: Batch) -> Callable[[], None]:
+    """A function that feeds last_tokens to all rows of the cache and replaces them by the next tokens.
+
+    Its tensors have the same shapes and addresses in each call, and the host reads none of their values. On a GPU it is
+    one CUDA graph.
+    """
+    model, cache = batch.model, batch.cache
+
+    def step() -> None:
+        logits = model.head(model.hidden(batch.last_tokens[:, None], cache=cache)[:, 0]).float()  # (rows, V)
+        batch.last_tokens.copy_(next_tokens(batch, logits, batch.uniform, batch.last_tokens, cache.positions))
+        cache.positions.add_(1).clamp_max_(cache.max_len - 1)  # a row that has ended runs on inside the cache
+
+    if not batch.last_tokens.is_cuda or not fused():
+        return step
+    # the calls before the capture write keys and values too, but only where the next step writes again
+    return capture_graph(step, [x for x in (batch.last_tokens, cache.positions, batch.seen) if x is not None])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The loop
-
-
-def uniforms(rows, steps, temperature):
-    """(steps, rows) random numbers in [0, 1) for sample, each row's from its own generator; zeros for greedy rows."""
-    if temperature == 0:
-        return torch.zeros(steps, len(rows))
-    return torch.stack([torch.rand(steps, generator=row["generator"]) for row in rows], dim=1)
+# Generation
 
 
 @torch.no_grad()
 def generate_steps(
-    m, tokenizer, prompts, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, stop=(),
-    seed=0, batch_size=32, cache_gb=4.0, prefill_tokens=4096, look_every=None,
-):  # fmt: skip
-    """Yields (index, tokens so far, finish_reason or None) for each row after each step.
+    model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Prompt], **settings
+) -> Iterator[tuple[int, list[int], str | None]]:
+    """Yields (index of the prompt, tokens so far, finish_reason or None) for each row after each step.
 
-    prompts: message lists, or texts, each a user's message. finish_reason: "stop" after one of the model's end tokens, which
-    is not kept, or once the text holds one of the `stop` strings; "length" after max_new_tokens or at the end of the model's
-    positions. seed: an integer, from which each row draws by its index, or one integer for each prompt. batch_size: rows in
-    flight, or as many as fit a KV cache of cache_gb GiB.
-    prefill_tokens bounds the prompt tokens of one forward; more prompts wait a step. look_every: steps until the tokens
-    are looked at, and the places of ended rows filled again; by default 16 on a GPU, 1 elsewhere. It changes no reply.
+    finish_reason: "stop" after an end token, which is not kept, or once the text holds a stop string; "length" after
+    max_new_tokens or at the model's last position. settings: see Settings.
     """
-    if max_new_tokens < 1 or temperature < 0:
-        raise InputError(
-            f"max_new_tokens is {max_new_tokens}, temperature {temperature}; they are at least 1 and at least 0"
-        )
-    prompts = [tokenizer.prompt_ids(as_messages(p, f"prompt {i}")) for i, p in enumerate(prompts)]
+    settings = Settings(**settings)
+    prompts = encode_prompts(tokenizer, prompts)
     if not prompts:
         return
-    seeds = seed if isinstance(seed, (list, tuple)) else [seed * 1_000_003 + i for i in range(len(prompts))]
-    end = m.config.max_position_embeddings
-    if (full := next((i for i, p in enumerate(prompts) if len(p) >= end), None)) is not None:
-        raise InputError(
-            f"prompt {full} takes {len(prompts[full])} tokens; the model ends at {end}, so it has no room for a reply"
-        )
-    limits = [min(max_new_tokens, end - len(p)) for p in prompts]
-    longest = max(len(p) + most for p, most in zip(prompts, limits))
-    stop = [stop] if isinstance(stop, str) else list(stop)
-    tail = 4 * max(
-        map(len, stop), default=0
-    )  # tokens that hold a stop string at the end: a character has up to 4 bytes
-
-    device = m.device
-    fit = int(cache_gb * 2**30 / m.new_cache(1, longest, "meta").bytes)
-    cache = m.new_cache(max(1, min(batch_size, len(prompts), fit)), longest)
-    cache.lengths = []  # no row is in use yet
-    ahead = look_every or (16 if device.type == "cuda" else 1)
-    tokens, uniform = (torch.zeros(cache.k.shape[1], dtype=kind, device=device) for kind in (torch.long, torch.float32))
-    static, cache.positions = (tokens, uniform, {}), tokens.clone()
-    seen = torch.zeros(len(tokens), longest, dtype=torch.long, device=device) if repetition_penalty != 1.0 else None
-    choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seen": seen, "penalty": repetition_penalty}
-    shared = prefix_lengths(prompts)
-    prefix = [tuple(p[:n]) for p, n in zip(prompts, shared)]
-    waiting = sorted(
-        range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i])
-    )  # rows of like length share the batch
-    uses, computed = (
-        Counter(prefix),
-        {(): None},
-    )  # {prefix: its KV cache, from the first prompt that has it to the last}
-
-    rows = []  # in flight, one a row of the cache: {"index", "new": tokens so far, "feed": tokens the model sees next}
-
-    def admit():
-        """Gives the cache's free rows to waiting prompts, as far as prefill_tokens go; a longer prompt comes alone."""
-        budget = prefill_tokens
-        while waiting and len(rows) < cache.k.shape[1]:
-            i, n = waiting[0], shared[waiting[0]]
-            feed = prompts[i][n:]
-            if budget < min(len(feed), prefill_tokens):
-                break
-            waiting.pop(0)
-            budget -= len(feed)
-            if prefix[i] not in computed:
-                computed[prefix[i]] = known = m.new_cache(1, n)
-                m.prefill([prefix[i]], known)
-            cache.lengths.append(0)
-            if n:
-                cache.copy_start(len(rows), computed[prefix[i]], 0, n)
-                uses[prefix[i]] -= 1
-                if not uses[prefix[i]]:
-                    del computed[prefix[i]]
-            if seen is not None:
-                seen[len(rows)] = prompts[i][0]  # up to the end, which so far holds nothing new
-                seen[len(rows), : len(prompts[i])] = to_device(prompts[i], device)
-            generator = torch.Generator().manual_seed(seeds[i])  # of this row alone
-            rows.append({"index": i, "new": [], "feed": feed, "generator": generator})
-
-    with onednn_weights(m) if len(prompts) > 1 else contextlib.nullcontext():
-        while waiting or rows:
-            admit()
-            lengths, fed = [len(row["feed"]) for row in rows], [t for row in rows for t in row["feed"]]
-            if ahead > 1 and max(lengths) == 1:
-                count = min(ahead, max(limits[row["index"]] - len(row["new"]) for row in rows))
-                chosen = decode_ahead(m, cache, static, fed, uniforms(rows, count, temperature), **choice)
-            else:
-                # One forward for all rows: the others feed their last token, the new ones, behind them, their prompt.
-                ids = to_device([fed], device)  # (1, T)
-                last = to_device(lengths, device).cumsum(0) - 1
-                logits = m.head(m.hidden(ids, lengths, cache, last)[0]).float()  # (rows, V)
-                at, random = to_device(cache.lengths, device) - 1, uniforms(rows, 1, temperature)[0].to(device)
-                chosen = [next_tokens(logits, random, ids[0, last], at, **choice).tolist()]
-
-            for r in reversed(range(len(rows))):  # backwards: remove() moves the last row, which has been looked at
-                row = rows[r]
-                for token in (tokens[r] for tokens in chosen):
-                    row["feed"], finish = [token], "stop" if token in tokenizer.stop_ids else None
-                    if not finish:
-                        row["new"].append(token)
-                        if stop and any(text in tokenizer.decode(row["new"][-tail:]) for text in stop):
-                            finish = "stop"
-                        elif len(row["new"]) == limits[row["index"]]:
-                            finish = "length"
-                    yield row["index"], row["new"], finish
+    limits = reply_limits(prompts, model.config.max_position_embeddings, settings.max_new_tokens)
+    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
+    fitting = int(settings.cache_gb * 2**30 / model.new_cache(1, longest, "meta").bytes)
+    batch = new_batch(model, settings, max(1, min(settings.batch_size, len(prompts), fitting)), longest)
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))  # similar lengths share a batch
+    waiting = WaitingPrompts(prompts, limits, SharedPrefixes(model, prompts), order)
+    with onednn_weights(model) if len(prompts) > 1 else contextlib.nullcontext():
+        while waiting.order or batch.rows:
+            admit(batch, waiting)
+            steps = next_steps(batch)
+            for r in reversed(range(len(batch.rows))):  # backwards: remove_row moves the last row, already handled
+                row = batch.rows[r]
+                for token in (step[r] for step in steps):
+                    finish = append_token(row, token, tokenizer, settings.stop_strings)
+                    yield row.index, row.reply, finish
                     if finish:
-                        cache.remove(r)
-                        if seen is not None:
-                            seen[r] = seen[len(rows) - 1]
-                        rows[r] = rows[-1]
-                        rows.pop()
+                        remove_row(batch, r)
                         break
 
 
-def generate_iter(m, tokenizer, prompts, *args, stop=(), **settings):
-    """Yields (index, text, finish_reason) for each prompt as it finishes; the order is not that of the prompts.
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Tokens of the prompts. InputError if one is no prompt."""
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, dict):
+            raise InputError(
+                f"prompt {i}: expected a text or a list of messages, found one message; wrap a conversation in a list"
+            )
+    return [tokenizer.prompt_ids(as_messages(prompt, f"prompt {i}")) for i, prompt in enumerate(prompts)]
 
-    Arguments as in generate_steps. The text ends before the first of the `stop` strings."""
-    stop = [stop] if isinstance(stop, str) else list(stop)
-    for i, tokens, finish in generate_steps(m, tokenizer, prompts, *args, stop=stop, **settings):
+
+def reply_limits(prompts: list[list[int]], positions: int, max_new_tokens: int) -> list[int]:
+    """The most tokens of each reply. InputError if a prompt fills all of the model's positions."""
+    for i, prompt in enumerate(prompts):
+        if len(prompt) >= positions:
+            fault = f"prompt {i} takes {len(prompt)} tokens; the model ends at {positions}"
+            raise InputError(f"{fault}, so it has no room for a reply: shorten the prompt")
+    return [min(max_new_tokens, positions - len(prompt)) for prompt in prompts]
+
+
+def append_token(row: Row, token: int, tokenizer: Tokenizer, stop_strings: list[str]) -> str | None:
+    """Adds a token to the row's reply unless it is an end token. -> finish_reason, None if the reply goes on."""
+    row.pending = [token]
+    if token in tokenizer.stop_ids:
+        return "stop"
+    row.reply.append(token)
+    if stop_strings:
+        tail = row.reply[-4 * max(map(len, stop_strings)) :]  # long enough: a character has at most 4 bytes, or tokens
+        if any(text in tokenizer.decode(tail) for text in stop_strings):
+            return "stop"
+    return "length" if len(row.reply) == row.limit else None
+
+
+def generate_iter(
+    model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Prompt], **settings
+) -> Iterator[tuple[int, str, str]]:
+    """Yields (index, text, finish_reason) of each prompt as it finishes, in any order. settings: see Settings."""
+    stop_strings = Settings(**settings).stop_strings
+    for i, tokens, finish in generate_steps(model, tokenizer, prompts, **settings):
         if finish:
             text = tokenizer.decode(tokens)
-            yield i, text[: min((at for s in stop if (at := text.find(s)) >= 0), default=None)], finish
+            end = min((at for s in stop_strings if (at := text.find(s)) >= 0), default=None)
+            yield i, text[:end], finish
 
 
-def generate(m, tokenizer, prompts, max_new_tokens=256, temperature=0.0, **settings):
-    """prompts: list of message lists or texts -> their replies, a list of texts in the same order. Arguments as in generate_steps.
+def generate(
+    model: Qwen2,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    **settings,
+) -> list[str]:
+    """The replies to the prompts, message lists or texts, in the same order. settings: see Settings.
 
-    Several samples of one prompt: repeat the prompt; what its copies share is computed once."""
-    texts = [""] * len(prompts)
-    for i, text, _ in generate_iter(m, tokenizer, prompts, max_new_tokens, temperature, **settings):
+    For several samples of a prompt, repeat it: the copies share its computation.
+    """
+    texts, settings = [""] * len(prompts), settings | {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    for i, text, _ in generate_iter(model, tokenizer, prompts, **settings):
         texts[i] = text
     return texts
 
 
-def stream(m, tokenizer, messages, **settings):
-    """Yields the pieces of one reply's text as they come; a character whose bytes are not all there waits."""
-    told = 0
-    for _, tokens, finish in generate_steps(m, tokenizer, [messages], **settings):
+def stream(model: Qwen2, tokenizer: Tokenizer, messages: Prompt, **settings) -> Iterator[str]:
+    """Yields the pieces of one reply as they come. A character whose bytes are incomplete waits for the next token."""
+    length = 0
+    for _, tokens, finish in generate_steps(model, tokenizer, [messages], **settings):
         text = tokenizer.decode(tokens)
         if finish or not text.endswith("\ufffd"):
-            yield text[told:]
-            told = len(text)
+            yield text[length:]
+            length = len(text)
 
 
-def main():
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "cache_gb")
+
+
+def parse_args() -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--ckpt", required=True, help="hub id, directory or .pt file")
-    p.add_argument("--prompt", nargs="+", help="one or several user messages; without it, a chat in the terminal")
-    p.add_argument("--system", help="system prompt instead of the template's default")
+    p.add_argument("--prompt", nargs="+", help="one or more user messages; without it, a chat in the terminal")
+    p.add_argument("--system", help="system prompt; without it, the template's default")
     # sampling
     p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="most tokens of a reply")
-    p.add_argument("--temperature", type=number(0), default=0.0, help="0 is greedy")
-    p.add_argument("--top-k", type=at_least(0), default=0, help="keep the k likeliest tokens; 0 keeps all")
-    p.add_argument(
-        "--top-p", type=number(above=0), default=1.0, help="keep the likeliest tokens that reach this probability"
-    )
+    p.add_argument("--temperature", type=number(0), default=0.0, help="0 takes the likeliest token")
+    p.add_argument("--top-k", type=at_least(0), default=0, help="sample from the k likeliest tokens; 0: from all")
+    p.add_argument("--top-p", type=number(above=0), default=1.0, help="sample from the likeliest tokens up to this sum")
     p.add_argument(
         "--repetition-penalty",
         type=number(above=0),
         default=1.0,
-        help="above 1, tokens already there become less likely; "
-        "transformers' generate takes it from the checkpoint's generation_config.json, this does not",
+        help="above 1, earlier tokens become less likely; generation_config.json is not read for it",
     )
-    p.add_argument("--seed", type=int, default=0, help="of the sampling")
+    p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     p.add_argument(
-        "--cache-gb", type=number(above=0), default=4.0, help="GiB of keys and values: prompts that do not fit wait"
+        "--cache-gb", type=number(above=0), default=4.0, help="GiB of the KV cache; prompts that do not fit wait"
     )
     # machine
-    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="of weights and computation")
+    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
-    a = p.parse_args()
-    ckpt = Checkpoint(a.ckpt)
-    m = Qwen2.from_pretrained(ckpt, dtype=DTYPES[a.dtype], device=a.device)
-    tokenizer = Tokenizer(ckpt)
-    settings = {
-        k: getattr(a, k)
-        for k in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "cache_gb")
-    }
-    system = [{"role": "system", "content": a.system}] if a.system else []
-    if a.prompt:
-        prompts = [system + [{"role": "user", "content": text}] for text in a.prompt]
-        for text, reply in zip(a.prompt, generate(m, tokenizer, prompts, **settings)):
-            print(f"> {text}\n{reply}\n")
-        return
+    return p.parse_args()
+
+
+def chat(model: Qwen2, tokenizer: Tokenizer, system: list[dict], settings: dict) -> None:
+    """A chat in the terminal. system: a list of one system message or none."""
     messages = list(system)
     print("An empty line ends the chat.")
     with contextlib.suppress(EOFError):
         while text := input("> ").strip():
             messages.append({"role": "user", "content": text})
             reply = ""
-            for piece in stream(m, tokenizer, messages, **settings):
+            for piece in stream(model, tokenizer, messages, **settings):
                 print(piece, end="", flush=True)
                 reply += piece
             messages.append({"role": "assistant", "content": reply})
             print("\n")
+
+
+def main() -> None:
+    args = parse_args()
+    ckpt = Checkpoint(args.ckpt)
+    model, tokenizer = Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device), Tokenizer(ckpt)
+    settings = {name: getattr(args, name) for name in SAMPLING}
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    if not args.prompt:
+        return chat(model, tokenizer, system, settings)
+    prompts = [system + [{"role": "user", "content": text}] for text in args.prompt]
+    for text, reply in zip(args.prompt, generate(model, tokenizer, prompts, **settings)):
+        print(f"> {text}\n{reply}\n")
 
 
 if __name__ == "__main__":

@@ -38,12 +38,12 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def onednn_project(x: Tensor, onednn_weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """project with a weight in oneDNN's own layout (see generate.onednn_weights)."""
+    """project with a weight in oneDNN's own layout (see core/onednn.py)."""
     return torch.ops.mkldnn._linear_pointwise(x, onednn_weight, bias, "none", [], "")
 
 
 class Linear(nn.Linear):
-    onednn_weight = None  # set only inside generate.onednn_weights, for generation on CPUs
+    onednn_weight = None  # set only while core.onednn.onednn_weights is open
 
     def forward(self, x: Tensor) -> Tensor:
         if self.onednn_weight is not None and not torch.is_grad_enabled():

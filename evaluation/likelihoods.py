@@ -7,8 +7,8 @@ import torch
 from core.attention import to_device
 from core.files import InputError
 from core.layers import token_logps
+from core.prefixes import common_prefix
 from evaluation.benchmarks import BENCHMARKS
-from generate import common_prefix
 
 CACHE_TOKENS = 1 << 15  # of one forward's cache, all rows together, where --batch-size would take more
 

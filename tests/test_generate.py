@@ -3,31 +3,18 @@ import os
 import re
 import types
 
-import hypothesis
 import pytest
 import torch
 import transformers
 from conftest import TEXT, real, tiny_files, tiny_model
-from hypothesis import strategies as st
 
 import generate as generate_module
-from core.attention import KVCache
 from core.files import InputError
 from core.layers import Linear
+from core.onednn import has_onednn_kernels, onednn_weights
+from core.prefixes import prefix_lengths
 from core.tokenizer import Tokenizer
-from generate import (
-    common_prefix,
-    decoding_step,
-    generate,
-    generate_iter,
-    generate_steps,
-    has_onednn_kernels,
-    onednn_weights,
-    penalise,
-    prefix_lengths,
-    sample,
-    stream,
-)
+from generate import Settings, decoding_step, generate, generate_iter, generate_steps, new_batch, stream
 from model import Qwen2
 
 
@@ -130,41 +117,6 @@ def test_what_generate_refuses(loaded):
     assert generate(*loaded, ["Hello"], 4) == generate(*loaded, [user("Hello")], 4)
 
 
-def test_common_prefix_leaves_a_token():
-    assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2]]) == 1
-    assert common_prefix([[1, 2, 3], [1, 2, 3]]) == 2
-    assert common_prefix([[1, 5], [2, 5]]) == 0
-    assert common_prefix([[1, 2, 9, 9], [1, 2, 3, 4, 5], [1, 2, 3, 9]]) == 2
-
-
-def tokens_to_compute(prompts, lengths, overhead):
-    prefixes = {tuple(p[:n]) for p, n in zip(prompts, lengths) if n}
-    return sum(len(p) - n for p, n in zip(prompts, lengths)) + sum(len(p) + overhead for p in prefixes)
-
-
-def test_prefix_lengths_by_hand():
-    few_shot, short = list(range(100)), [0, 1, 2, 3, 4]
-    prompts = [few_shot + [200, 1], short + [300], few_shot + [201], short + [301, 2], few_shot + [200, 1], [7, 7]]
-    assert prefix_lengths(prompts, overhead=10) == [100, 0, 100, 0, 100, 0]
-    assert prefix_lengths([prompts[1], prompts[3], [7, 7]], overhead=2) == [5, 5, 0]
-    assert prefix_lengths(prompts, overhead=10**6) == [0] * 6
-    assert prefix_lengths([few_shot], overhead=0) == [0]
-    assert prefix_lengths([few_shot] * 3, overhead=0) == [99] * 3  # the last token is left to be fed
-    assert len(prefix_lengths([[1] * n for n in range(1, 900)])) == 899  # nested deeper than Python recurses
-
-
-@hypothesis.settings(max_examples=60, deadline=None)
-@hypothesis.given(
-    st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=8), st.integers(0, 6)
-)
-def test_prefix_lengths_save_work(prompts, overhead):
-    lengths = prefix_lengths(prompts, overhead)
-    assert all(0 <= n < len(p) for p, n in zip(prompts, lengths))
-    cost = tokens_to_compute(prompts, lengths, overhead)
-    n = common_prefix(prompts) if len(prompts) > 1 else 0
-    assert cost <= min(tokens_to_compute(prompts, [n] * len(prompts), overhead), sum(map(len, prompts)))
-
-
 @pytest.mark.usefixtures("kernels")
 def test_groups_of_prompts_with_prefixes_of_their_own(loaded):
     m, tok = loaded
@@ -214,15 +166,6 @@ def test_without_private_operators_of_onednn_replies_are_the_same(loaded, monkey
     assert generate(m, tok, PROMPTS, max_new_tokens=8) == want
 
 
-def test_repetition_penalty_is_that_of_transformers():
-    logits, texts = torch.randn(3, 50), [[1, 4, 4, 9], [0], list(range(50))]
-    seen = torch.tensor([ids + ids[:1] * (50 - len(ids)) for ids in texts])
-    for got, row, ids in zip(penalise(logits.clone(), seen, 1.3), logits, texts):
-        assert torch.equal(
-            got, transformers.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([ids]), row[None].clone())[0]
-        )
-
-
 @pytest.mark.usefixtures("kernels")
 def test_repetition_penalty_in_a_reply(lively, loaded):
     m, tok = loaded
@@ -231,17 +174,17 @@ def test_repetition_penalty_in_a_reply(lively, loaded):
     assert penalised == by_transformers(lively, tok, PROMPTS, 12, penalty=1.1)
 
 
-def test_looking_seldom_changes_no_reply(loaded, monkeypatch):
-    """The way of a GPU, without its graph: static tensors, rows that have ended running on, places filled late."""
+def test_several_steps_per_sync_change_no_reply(loaded, monkeypatch):
+    """As on a GPU but without its graph: fixed tensors, ended rows run on, free rows are filled late."""
     m, tok = loaded
-    ahead, taken = generate_module.decode_ahead, []
+    decode_steps, taken = generate_module.decode_steps, []
 
-    def counted(m, cache, static, feed, random, **choice):
-        chosen = ahead(m, cache, static, feed, random, **choice)
-        taken.append((cache.width, len(chosen)))
+    def counted(batch, steps):
+        chosen = decode_steps(batch, steps)
+        taken.append((batch.cache.width, len(chosen)))
         return chosen
 
-    monkeypatch.setattr(generate_module, "decode_ahead", counted)
+    monkeypatch.setattr(generate_module, "decode_steps", counted)
     prompts = [*PROMPTS, user(TEXT[0] * 5), user(TEXT[1] * 8)]  # these two grow past 256 places
     assert 230 < len(tok.prompt_ids(prompts[-1])) < 256
     whole = generate(m, tok, prompts, max_new_tokens=30)
@@ -251,8 +194,8 @@ def test_looking_seldom_changes_no_reply(loaded, monkeypatch):
         settings |= {"max_new_tokens": 30}
         want = sorted(generate_iter(m, tok, prompts, **settings))
         assert settings != {"max_new_tokens": 30} or not taken
-        for look_every, batch_size in ((2, 5), (7, 64), (40, 3)):
-            found = generate_iter(m, tok, prompts, look_every=look_every, batch_size=batch_size, **settings)
+        for steps_per_sync, batch_size in ((2, 5), (7, 64), (40, 3)):
+            found = generate_iter(m, tok, prompts, steps_per_sync=steps_per_sync, batch_size=batch_size, **settings)
             assert sorted(found) == want, settings
     assert min(taken)[0] == 256 < max(taken)[0] and {count for _, count in taken} >= {2, 7, 29}
 
@@ -260,20 +203,18 @@ def test_looking_seldom_changes_no_reply(loaded, monkeypatch):
 def test_a_decoding_step_asks_for_no_value():
     """On tensors that have none: whatever would make the host wait for a GPU fails here."""
     m = tiny_model().to("meta")
-    cache = KVCache(m.config, 3, 64, device="meta")
-    tokens, cache.positions = torch.zeros(2, 3, dtype=torch.long, device="meta")
-    cache.width = 32
-    with pytest.raises(NotImplementedError):
-        tokens.tolist()
-    with torch.no_grad():
-        seen = torch.zeros(3, 64, dtype=torch.long, device="meta")
-        for settings in (
-            {"temperature": 0.0},
-            {},
-            {"top_k": 5, "top_p": 0.9},
-            {"temperature": 0.0, "seen": seen, "penalty": 1.1},
-        ):
-            decoding_step(m, cache, tokens, torch.zeros(3, device="meta"), **settings)()
+    for settings in (
+        {},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_k": 5, "top_p": 0.9},
+        {"repetition_penalty": 1.1},
+    ):
+        batch = new_batch(m, Settings(**settings), 3, 64)
+        batch.cache.width = 32
+        with pytest.raises(NotImplementedError):
+            batch.last_tokens.tolist()
+        with torch.no_grad():
+            decoding_step(batch)()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: TEST_GPU=1")
@@ -283,9 +224,17 @@ def test_a_gpu_says_the_same(loaded):
     there.load_state_dict(m.state_dict())
     for settings in ({}, {"repetition_penalty": 1.2}):
         want = generate(m, tok, PROMPTS, max_new_tokens=30, **settings)
-        for look_every in (1, None):
+        for steps_per_sync in (1, None):
             assert (
-                generate(there.cuda(), tok, PROMPTS, max_new_tokens=30, batch_size=5, look_every=look_every, **settings)
+                generate(
+                    there.cuda(),
+                    tok,
+                    PROMPTS,
+                    max_new_tokens=30,
+                    batch_size=5,
+                    steps_per_sync=steps_per_sync,
+                    **settings,
+                )
                 == want
             )
 
@@ -311,22 +260,6 @@ def test_stream_adds_up_to_the_reply(loaded):
     for p in PROMPTS:
         pieces = list(stream(m, tok, p, max_new_tokens=12))
         assert "".join(pieces) == generate(m, tok, [p], max_new_tokens=12)[0]
-
-
-def test_sampling_follows_the_distribution():
-    logits = torch.tensor([0.1, 0.5, 0.05, 0.35]).log().repeat(10000, 1)
-    uniform = (torch.arange(10000) + 0.5) / 10000
-    frequencies = sample(logits, uniform).bincount(minlength=4) / 10000
-    torch.testing.assert_close(frequencies, torch.tensor([0.1, 0.5, 0.05, 0.35]), atol=2e-4, rtol=0)
-    assert sample(logits, uniform, temperature=0.0).unique().tolist() == [1]
-    assert sample(logits, uniform, top_k=1).unique().tolist() == [1]
-    nucleus = sample(logits, uniform, top_p=0.6).bincount(minlength=4) / 10000  # 0.5 alone does not reach 0.6
-    torch.testing.assert_close(nucleus, torch.tensor([0, 0.5 / 0.85, 0, 0.35 / 0.85]), atol=2e-4, rtol=0)
-    both = sample(logits, uniform, top_k=2, top_p=0.55).bincount(minlength=4) / 10000  # of the two 0.5 has 0.59 already
-    torch.testing.assert_close(both, torch.tensor([0, 1.0, 0, 0]), atol=2e-4, rtol=0)
-    cold = sample(logits, uniform, temperature=0.5).bincount(minlength=4) / 10000
-    squares = torch.tensor([0.1, 0.5, 0.05, 0.35]) ** 2
-    torch.testing.assert_close(cold, squares / squares.sum(), atol=2e-4, rtol=0)
 
 
 def test_command_line(tiny, run):
@@ -376,4 +309,4 @@ def test_real_checkpoint_equals_transformers():
     want = by_transformers(path, tok, prompts, 16)
     assert generate(m, tok, prompts * 4, max_new_tokens=16, batch_size=64) == want * 4
     assert generate(m, tok, prompts, max_new_tokens=16, batch_size=1) == want
-    assert generate(m, tok, prompts, max_new_tokens=16, look_every=8) == want
+    assert generate(m, tok, prompts, max_new_tokens=16, steps_per_sync=8) == want

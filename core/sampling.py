@@ -1,0 +1,35 @@
+"""Choosing the next token from logits."""
+
+import torch
+from torch import Tensor
+
+
+def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """One token a row by inverting the cumulative distribution. logits: (B, V) fp32, uniform: (B,) in [0, 1) -> (B,).
+
+    temperature 0 takes the likeliest token. top_k keeps the k likeliest (0: all), then top_p the fewest of these whose
+    probability reaches p (arXiv 1904.09751), in the order of transformers.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, order = logits / temperature, None
+    if top_k or top_p < 1:  # only these need the vocabulary sorted
+        logits, order = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
+    if top_k:
+        logits, order = logits[:, :top_k], order[:, :top_k]
+    p = logits.softmax(-1)
+    if top_p < 1:
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # drop a token if the likelier ones reach top_p
+    cumulative = p.double().cumsum(-1)
+    pick = torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True)
+    pick = pick.clamp_max(p.shape[1] - 1)  # (B, 1)
+    return (pick if order is None else order.gather(1, pick))[:, 0]
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """The repetition penalty of arXiv 1909.05858, in place: lowers the logits (B, V) of the tokens seen (B, T).
+
+    A token that was seen several times is lowered once.
+    """
+    old = logits.gather(1, seen)
+    return logits.scatter_(1, seen, torch.where(old < 0, old * penalty, old / penalty))

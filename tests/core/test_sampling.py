@@ -1,0 +1,29 @@
+import torch
+import transformers
+
+from core.sampling import penalise, sample
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([0.1, 0.5, 0.05, 0.35]).log().repeat(10000, 1)
+    uniform = (torch.arange(10000) + 0.5) / 10000
+    frequencies = sample(logits, uniform).bincount(minlength=4) / 10000
+    torch.testing.assert_close(frequencies, torch.tensor([0.1, 0.5, 0.05, 0.35]), atol=2e-4, rtol=0)
+    assert sample(logits, uniform, temperature=0.0).unique().tolist() == [1]
+    assert sample(logits, uniform, top_k=1).unique().tolist() == [1]
+    nucleus = sample(logits, uniform, top_p=0.6).bincount(minlength=4) / 10000  # 0.5 alone does not reach 0.6
+    torch.testing.assert_close(nucleus, torch.tensor([0, 0.5 / 0.85, 0, 0.35 / 0.85]), atol=2e-4, rtol=0)
+    both = sample(logits, uniform, top_k=2, top_p=0.55).bincount(minlength=4) / 10000  # of the two 0.5 has 0.59 already
+    torch.testing.assert_close(both, torch.tensor([0, 1.0, 0, 0]), atol=2e-4, rtol=0)
+    cold = sample(logits, uniform, temperature=0.5).bincount(minlength=4) / 10000
+    squares = torch.tensor([0.1, 0.5, 0.05, 0.35]) ** 2
+    torch.testing.assert_close(cold, squares / squares.sum(), atol=2e-4, rtol=0)
+
+
+def test_repetition_penalty_is_that_of_transformers():
+    logits, texts = torch.randn(3, 50), [[1, 4, 4, 9], [0], list(range(50))]
+    seen = torch.tensor([ids + ids[:1] * (50 - len(ids)) for ids in texts])
+    for got, row, ids in zip(penalise(logits.clone(), seen, 1.3), logits, texts):
+        assert torch.equal(
+            got, transformers.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([ids]), row[None].clone())[0]
+        )
