@@ -14,7 +14,6 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,11 +24,9 @@ from core.distributed import is_main, is_sharded, run_distributed
 from core.files import InputError, cli
 from core.flags import Parser, checkpoint_out, number
 from core.records import read_records
-from training.examples import Cuts
-from training.feedback import balanced_weight, encode_feedback, kto_metrics, pair_sequence, weight_advice
-from training.flags import add_training_flags, check_default_inputs, kto_out
+from training.feedback import Feedback, kto_metrics, label_weights, plan_feedback, weight_advice
+from training.flags import add_training_flags, check_default_inputs, kto_out, number_or_auto
 from training.logps import example_logps, sequence_logps
-from training.pairing import count_prompt_clashes, epoch_order
 from training.reference import check_cache_path, open_reference, reference_logps
 from training.run import (
     end_step,
@@ -43,7 +40,7 @@ from training.run import (
     warn_of_foreign_weights,
 )
 from training.saves import Run
-from training.setup import Setup, checkpoint_activations, open_checkpoint, plan_steps, schedule_advice, setup_ranks
+from training.setup import Setup, checkpoint_activations, open_checkpoint, schedule_advice, setup_ranks
 from training.step import lr_at, micro_batches, optimizer_step, record_skip, seed_step
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,38 +87,6 @@ def kl_pairs(indices: list[int]) -> list[tuple[int, int]]:
 def all_pairs(indices: list[int]) -> list[tuple[int, int]]:
     """The matched pairs of a step (i, i), then its KL pairs."""
     return [(i, i) for i in indices] + kl_pairs(indices)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-@dataclass
-class Feedback:
-    """Encoded data and the plan of the whole run over them. Held-out data are planned as one large step."""
-
-    rows: list  # (prompt ids, completion ids, label)
-    places: list[str]  # "file:line" of each row
-    cuts: Cuts
-    steps: list[list[int]]  # the rows of each step
-    sequence: Callable  # (i, j) -> (ids, supervised): prompt i with completion j
-    ref: dict  # {(i, j): the reference's log-probability in nats}, filled in before the first step
-
-
-def plan_feedback(records: list, files: list[str], setup: Setup, held_out: bool = False) -> Feedback:
-    """Encodes records and draws every step, and with it every KL pair."""
-    args = setup.args
-    rows, places, cuts = encode_feedback(records, setup.tokenizer, args.max_len)
-    prompts = [prompt for prompt, _, _ in rows]
-    sizes = (len(rows), 1, None) if held_out else (args.batch_size, args.epochs, args.max_steps)
-    steps = plan_steps(
-        len(rows), *sizes, smallest=2, order=None if args.no_shuffle else epoch_order(prompts, args.seed)
-    )
-    clashes = count_prompt_clashes((pair for step in steps for pair in kl_pairs(step)), prompts)
-    if clashes and is_main():
-        advice = "; leave --no-shuffle out" * args.no_shuffle
-        print(f"warning: {', '.join(files)}: {clashes} KL pairs share their prompt, so they match{advice}")
-    return Feedback(rows, places, cuts, steps, functools.partial(pair_sequence, rows, args.max_len), {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,11 +167,6 @@ def with_eval(run: Run, record: dict, held_out: Feedback | None, loss: Callable)
 # The command
 
 
-def weight(text: str) -> float | str:
-    """An argparse type: a number or "auto"."""
-    return text if text == "auto" else number(0)(text)
-
-
 def parse_args(argv: list[str] | None = None, add_flags: Callable[[Parser], None] | None = None) -> argparse.Namespace:
     """add_flags(parser): adds flags of one's own, or changes defaults and the description."""
     p = Parser(description=__doc__.split("\n\n")[0])
@@ -214,7 +174,7 @@ def parse_args(argv: list[str] | None = None, add_flags: Callable[[Parser], None
     # KTO (the paper does not publish its settings)
     p.add_argument("--ref", help="reference checkpoint; without it, the model before training")
     p.add_argument("--beta", type=number(above=0), default=0.1, help="strength of the pull to the reference, per nat")
-    p.add_argument("--desirable-weight", type=weight, default=1.0, help="w_D; auto balances the labels")
+    p.add_argument("--desirable-weight", type=number_or_auto, default=1.0, help="w_D; auto balances the labels")
     p.add_argument("--undesirable-weight", type=number(0), default=1.0, help="w_U")
     p.add_argument(
         "--ref-cache", help="file of reference log-probabilities (default: ref-cache.safetensors beside OUT)"
@@ -248,25 +208,25 @@ def main(
     eval_records = read_records(args.eval_data, kto_examples) if args.eval_data else []
     model, tokenizer, ckpt = open_checkpoint(args.ckpt, args, ranks)
     setup = Setup(args, ranks, model, tokenizer, ckpt, [])
-    data = plan_feedback(records, args.data, setup)
-    held_out = plan_feedback(eval_records, args.eval_data, setup, held_out=True) if eval_records else None
+    data = plan_feedback(records, args.data, setup, kl_pairs)
+    held_out = plan_feedback(eval_records, args.eval_data, setup, kl_pairs, held_out=True) if eval_records else None
     rows, steps = data.rows, data.steps
     setup.examples, setup.places, setup.steps = rows, data.places, steps
 
     n, n_d = len(rows), sum(label for _, _, label in rows)
-    w_u = args.undesirable_weight
-    w_d = balanced_weight(n_d, n - n_d, w_u) if args.desirable_weight == "auto" else args.desirable_weight
+    w_d, w_u = label_weights(args, n_d, n - n_d)
     for text in weight_advice(n_d, n - n_d, w_d, w_u) + schedule_advice(args, steps) if is_main() else []:
         print(f"warning: {text}")
 
-    reference = open_reference(args, model, ckpt, ranks)
+    fingerprint = ckpt.fingerprint()
+    reference = open_reference(setup, fingerprint)
     pairs = {pair for step in steps for pair in all_pairs(step)}
     data.ref, computed = reference_logps(reference, sorted(pairs), data.sequence, args.micro_tokens, ranks)
     if held_out:
         held_pairs = all_pairs(held_out.steps[0])
         held_out.ref, _ = reference_logps(reference, held_pairs, held_out.sequence, args.micro_tokens, ranks)
 
-    identity = run_identity(args, rows, ckpt.fingerprint()) | {"the reference": reference.fingerprint}
+    identity = run_identity(args, rows, fingerprint) | {"the reference": reference.fingerprint}
     if prepare:
         prepare(setup)
     if not before_save:

@@ -1,10 +1,18 @@
-"""KTO's examples: prompts and completions as token ids, advice on the weights, and the numbers of the log."""
+"""KTO's data: prompts and completions as token ids, the plan of the run over them, label weights, the log's numbers."""
+
+import argparse
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from core.distributed import is_main
 from core.files import InputError
 from core.tokenizer import Tokenizer
 from training.examples import Cuts
+from training.pairing import count_prompt_clashes, epoch_order
+from training.setup import Setup, plan_steps
 
 Row = tuple[tuple[int, ...], tuple[int, ...], bool]  # (prompt ids, completion ids, label)
 
@@ -37,6 +45,46 @@ def pair_sequence(rows: list[Row], max_len: int, i: int, j: int) -> tuple[list[i
     return ids, [False] * start + [True] * (len(ids) - start)
 
 
+@dataclass
+class Feedback:
+    """Encoded data and the plan of the whole run over them. Held-out data are planned as one large step."""
+
+    rows: list[Row]
+    places: list[str]  # "file:line" of each row
+    cuts: Cuts
+    steps: list[list[int]]  # the rows of each step
+    sequence: Callable  # (i, j) -> (ids, supervised): prompt i with completion j
+    ref: dict  # {(i, j): the reference's log-probability in nats}, filled in before the first step
+
+
+def plan_feedback(
+    records: list, files: list[str], setup: Setup, kl_pairs: Callable, held_out: bool = False
+) -> Feedback:
+    """Encodes records and draws every step, and with it every KL pair. kl_pairs(indices): the KL pairs of a step."""
+    args = setup.args
+    rows, places, cuts = encode_feedback(records, setup.tokenizer, args.max_len)
+    prompts = [prompt for prompt, _, _ in rows]
+    sizes = (len(rows), 1, None) if held_out else (args.batch_size, args.epochs, args.max_steps)
+    order = None if args.no_shuffle else epoch_order(prompts, args.seed)
+    steps = plan_steps(len(rows), *sizes, smallest=2, order=order)
+    clashes = count_prompt_clashes((pair for step in steps for pair in kl_pairs(step)), prompts)
+    if clashes and is_main():
+        advice = "; leave --no-shuffle out" * args.no_shuffle
+        print(f"warning: {', '.join(files)}: {clashes} KL pairs share their prompt, so they match{advice}")
+    return Feedback(rows, places, cuts, steps, functools.partial(pair_sequence, rows, args.max_len), {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The weights of the two labels, Eq. 8
+
+
+def label_weights(args: argparse.Namespace, n_desirable: int, n_undesirable: int) -> tuple[float, float]:
+    """(w_D, w_U) as the flags give them."""
+    w_u = args.undesirable_weight
+    auto = args.desirable_weight == "auto"
+    return balanced_weight(n_desirable, n_undesirable, w_u) if auto else args.desirable_weight, w_u
+
+
 def balanced_weight(n_desirable: int, n_undesirable: int, undesirable_weight: float) -> float:
     """The w_D for which w_D n_D = w_U n_U, the lower end of the range [1, 4/3] that Eq. 8 recommends for their ratio."""
     return undesirable_weight * n_undesirable / n_desirable if n_desirable and n_undesirable else 1.0
@@ -55,6 +103,9 @@ def weight_advice(n_desirable: int, n_undesirable: int, w_d: float, w_u: float) 
         f"{n_desirable} desirable and {n_undesirable} undesirable examples: recommended --desirable-weight {low:.3g} to "
         f"{low * 4 / 3:.3g} (auto takes {low:.3g}), or else --undesirable-weight {high * 3 / 4:.3g} to {high:.3g}"
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def kto_metrics(losses: Tensor, rewards: Tensor, logps: Tensor, desirable: Tensor, kl: Tensor) -> dict:

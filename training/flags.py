@@ -62,6 +62,11 @@ def add_training_flags(
     p.add_argument("--tensorboard", action="store_true", help="also write the log as TensorBoard event files")
 
 
+def number_or_auto(text: str) -> float | str:
+    """An argparse type: a number of at least 0, or "auto"."""
+    return text if text == "auto" else number(0)(text)
+
+
 def check_default_inputs(args: argparse.Namespace) -> None:
     """InputError, naming the command that writes it, for a missing input whose name is one of the defaults."""
     for flag, paths in (("--data", args.data), ("--ckpt", [args.ckpt])):

@@ -24,7 +24,7 @@ from core.files import InputError, atomic_write, code_hash
 from core.tokenizer import Tokenizer, vocabulary
 from model import Qwen2
 from training.logps import Example, sequence_logps
-from training.setup import load_frozen
+from training.setup import Setup, load_frozen
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The reference model
@@ -40,25 +40,24 @@ class Reference:
     load: Callable[[], Qwen2]  # gives the model, for the pass before the first step alone
 
 
-def open_reference(args: argparse.Namespace, policy: Qwen2, ckpt: Checkpoint, ranks: Ranks) -> Reference:
-    """The model of --ref, or of --ckpt without it.
+def open_reference(setup: Setup, fingerprint: str) -> Reference:
+    """The model of --ref, or of --ckpt without it. fingerprint: that of --ckpt.
 
     If the two are one model, the policy itself computes the log-probabilities, while it is still untrained. A loss that needs
     the reference model in training must load its own copy: training.setup.load_frozen.
     """
-    source = Checkpoint(args.ref) if args.ref else ckpt
+    args, source, same = setup.args, setup.ckpt, True
     if args.ref:
+        source = Checkpoint(args.ref)
         Tokenizer(source)  # refuses token ids for which the embedding has no rows
-        if vocabulary(source) != vocabulary(ckpt):
+        if vocabulary(source) != vocabulary(setup.ckpt):
             raise InputError(
                 f"--ref {args.ref}: its tokenizer differs from that of {args.ckpt}, which makes the token ids"
             )
-    fingerprint = source.fingerprint()
-    same = not args.ref or fingerprint == ckpt.fingerprint()
-    identity = f"{fingerprint} {args.dtype} {code_hash()}"
-    return Reference(
-        fingerprint, identity, cache_path(args), lambda: policy if same else load_frozen(source, args, ranks)
-    )
+        ref_fingerprint = source.fingerprint()
+        same, fingerprint = ref_fingerprint == fingerprint, ref_fingerprint
+    load = lambda: setup.model if same else load_frozen(source, args, setup.ranks)
+    return Reference(fingerprint, f"{fingerprint} {args.dtype} {code_hash()}", cache_path(args), load)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

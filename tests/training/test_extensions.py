@@ -274,7 +274,7 @@ def test_a_frozen_reference_is_never_the_policy(tiny, tmp_path):
     kept = {}
 
     def prepare(setup):
-        reference = open_reference(setup.args, setup.model, setup.ckpt, setup.ranks)
+        reference = open_reference(setup, setup.ckpt.fingerprint())
         assert reference.load() is setup.model  # not trained yet
         kept["reference"], kept["policy"] = load_frozen(setup.ckpt, setup.args, setup.ranks), setup.model
 
@@ -289,7 +289,7 @@ def test_a_frozen_reference_is_never_the_policy(tiny, tmp_path):
     args = train_kto.parse_args(command(tiny, data, tmp_path / "p", "--epochs", 1, "--ref", other))
 
     def prepare_other(setup):
-        loaded = open_reference(setup.args, setup.model, setup.ckpt, setup.ranks).load()
+        loaded = open_reference(setup, setup.ckpt.fingerprint()).load()
         assert loaded is not setup.model and not any(p.requires_grad for p in loaded.parameters())
 
     train_kto.main(args, prepare=prepare_other)
