@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from core.checkpoint import Checkpoint
-from core.distributed import join_group, leave_group, own_device
+from core.distributed import join_ranks, leave_group, own_device
 from core.flags import DEVICE, DTYPES
 from core.reply_log import ReplyLog
 from core.tokenizer import Tokenizer
@@ -152,8 +152,7 @@ def world_size() -> int:
 
 def join_other_ranks() -> int:
     """Under torchrun, joins the other ranks. -> this process's rank."""
-    rank, _ = join_group(hours=30 * 24)  # rank 0 may wait for an endpoint for days before it needs the others again
-    return rank
+    return join_ranks(hours=30 * 24).rank  # rank 0 may wait for an endpoint for days before it needs the others again
 
 
 def scatter_jobs(jobs: list | None):
