@@ -76,11 +76,15 @@ def open_endpoint(source: str, model_name: str | None) -> Endpoint:
         raise InputError(f"{shown}: is not a valid URL; give one like http://localhost:8000/v1") from None
     if parts.scheme not in ("http", "https"):
         raise InputError(f"{shown}: is neither http:// nor https://; give a URL like http://localhost:8000/v1")
-    if "@" in parts.netloc or "%40" in parts.netloc or parts.query or parts.fragment:
+    if re.search(r"[@?#]|%(40|3f|23)", source, re.I):
         raise InputError(f"{shown}: the URL carries a password or a query; set TEACHER_API_KEY to the key instead")
     if not host:
         raise InputError(f"{shown}: this URL has no host; give one like http://localhost:8000/v1")
-    if not re.fullmatch(r"[!-~]+", source) or not re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", host) or port == 0:
+    if (
+        not re.fullmatch(r"[!-~]+", source)
+        or not re.fullmatch(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d*)?", parts.netloc.lower())
+        or port == 0
+    ):
         raise InputError(f"{shown}: is not a valid URL; give one like http://localhost:8000/v1")
     # the identity leaves out the URL if the model has a name: the same model on another port is the same model
     name = model_name or source

@@ -22,7 +22,8 @@ def user(text):
 @contextlib.contextmanager
 def serve(answer, faults=None):
     """A server on loopback whose replies are answer(messages). faults(n, messages) may name a fault for the n-th POST (from
-    0): a status, (status, headers), "drop", "hang" (no answer at all), "garbage", "cut", "filtered", "no usage". Yields an object
+    0): a status, (status, headers), "drop", "hang" (no answer at all), "garbage", "cut", "filtered", "no usage", or the
+    bytes of an HTTP 200. Yields an object
     with .url, .seen (the messages of the requests that got an answer), .posts (all of them) and .headers (of the last)."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -57,6 +58,8 @@ def serve(answer, faults=None):
                 return self.connection.close()
             if fault == "garbage":
                 return self.send(200, b"<html>busy</html>")
+            if isinstance(fault, bytes):
+                return self.send(200, fault)
             if isinstance(fault, int):
                 fault = (fault, ())
             if isinstance(fault, tuple):

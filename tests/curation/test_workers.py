@@ -123,6 +123,44 @@ def test_an_outage_ends_the_run_and_costs_no_record(tmp_path):
         assert len(server.seen) == 30 and asked < 30, "each was answered once"
 
 
+@pytest.mark.parametrize(
+    "fault", [b'{"choices": []}', 400, "garbage", 503, b'{"error": {"message": "no"}}', b"[" * 100_000]
+)
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_endpoint_that_answers_nothing_at_all(tmp_path, fault, kept):
+    """Also when the log holds replies of an earlier run."""
+    broken = False
+    with serve(echo, lambda n, m: fault if broken else None) as server, open_replies(tmp_path / "r.jsonl") as log:
+        if kept:
+            ask_model(open_teacher(server.url, "m"), [user("before")], log)
+        broken = True
+        with pytest.raises(InputError, match="Every reply so far is kept") as e:
+            ask_model(open_teacher(server.url, "m"), [user("a"), user("b")], log, retries=1)
+        assert "\n" not in str(e.value) and len(log) == kept
+
+
+def test_one_request_that_is_refused_alone_is_not_the_endpoints_fault(tmp_path):
+    fault = {"poison": b'{"choices": []}'}
+    with (
+        serve(echo, lambda n, m: fault.get(m[-1]["content"])) as server,
+        open_replies(tmp_path / "r.jsonl") as log,
+    ):
+        replies = ask_model(open_teacher(server.url, "m"), [user("poison")], log)
+        assert replies == [{"error": "HTTP 200, but the reply has no choices"}] and server.posts == 2
+
+
+def test_the_wait_is_shown_in_the_bar_and_nowhere_else(tmp_path, monkeypatch, capfd):
+    shown = []
+    monkeypatch.setattr(workers.tqdm, "set_postfix_str", lambda bar, text="", refresh=True: shown.append(text))
+    with (
+        serve(echo, lambda n, m: (429, [("Retry-After", "1")]) if n == 0 else None) as server,
+        open_replies(tmp_path / "r.jsonl") as log,
+    ):
+        ask_model(open_teacher(server.url, "m"), [user("q")], log)
+    assert any(text.startswith("waiting 1 s: HTTP 429") for text in shown)
+    assert capfd.readouterr() == ("", ""), "quiet where there is no terminal"
+
+
 def test_unreachable_teacher(tmp_path):
     with serve(echo) as server:
         url = server.url
