@@ -28,6 +28,8 @@ from merging.inputs import NEEDS_BASE, OPTIONS, SPARSE, add_method_flags, open_i
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The maths. n models, m elements of a tensor. A delta is a model's tensor minus the base's.
+# TIES (arXiv 2306.01708): 1. trim each delta to its largest elements, 2. elect a sign for each element, 3. average the
+# deltas that agree with it. The result is base + lambda * that average.
 
 
 def linear(tensors: Sequence[Tensor], weights: Tensor, normalize: bool = True) -> Tensor:
@@ -84,10 +86,7 @@ def disjoint_merge(deltas: Tensor, weights: Tensor, elected: Tensor, normalize: 
 
 
 def ties(deltas: Tensor, weights: Tensor, normalize: bool = True, sign: str = "sum", zero_sign: int = 1) -> Tensor:
-    """TIES steps 2 and 3 on trimmed deltas (arXiv 2306.01708, Algorithm 1). (n, m), (n,) -> (m,).
-
-    The result is base + lambda * this.
-    """
+    """TIES steps 2 and 3 on trimmed deltas (arXiv 2306.01708, Algorithm 1). (n, m), (n,) -> (m,)."""
     deltas = deltas * weights[:, None]
     return disjoint_merge(deltas, weights, elect_sign(deltas, sign, zero_sign), normalize)
 

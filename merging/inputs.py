@@ -245,13 +245,16 @@ def check_tokenizers(a: Checkpoint, b: Checkpoint, allow_mismatch: bool) -> list
 
 
 def check_out_is_no_input(out: str, inputs: Iterable[str]) -> None:
-    """InputError if out is one of the inputs, or inside one: writing it would change that input."""
-    target = os.path.realpath(out)
-    for source in inputs:
-        if same_path(source, out):
+    """InputError if out is an input, is inside one, or has one inside: writing it would change that input."""
+    target = os.path.join(os.path.realpath(out), "")
+    for source in filter(os.path.exists, inputs):
+        path = os.path.join(os.path.realpath(source), "")
+        if path == target:
             raise InputError(f"--out {out}: is one of the inputs; use another name")
-        if os.path.isdir(source) and target.startswith(os.path.join(os.path.realpath(source), "")):
+        if target.startswith(path):
             raise InputError(f"--out {out}: is inside the input {source}; use another place")
+        if path.startswith(target):
+            raise InputError(f"--out {out}: has the input {source} inside; use another name")
 
 
 def open_inputs(args: argparse.Namespace) -> tuple[Checkpoint | None, list[Checkpoint]]:

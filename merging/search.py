@@ -10,6 +10,7 @@ uses it, and the final scores come from it alone.
 
 import argparse
 import json
+import os
 import random
 import shlex
 import time
@@ -151,6 +152,16 @@ def parse_args(argv: Sequence[str], methods: Iterable[str]) -> argparse.Namespac
     return args
 
 
+def json_out(text: str) -> str:
+    """An argparse type: a file that can be written. Checked before the search, whose result would be lost."""
+    parent = os.path.abspath(text)
+    while not os.path.exists(parent := os.path.dirname(parent)):
+        pass
+    if os.path.isdir(text) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written; give the name of a JSON file in another folder")
+    return text
+
+
 def add_search_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     # search
@@ -195,7 +206,13 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default=DTYPE, help="dtype of the forward passes")
     add("--device", type=torch_device, default=DEVICE, help="torch device")
     # output
-    add("--out", required=True, metavar="F.json", help="JSON file to write: all points and the final scores")
+    add(
+        "--out",
+        type=json_out,
+        required=True,
+        metavar="F.json",
+        help="JSON file to write: all points and the final scores",
+    )
 
 
 def read_items(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list, list]:

@@ -21,7 +21,7 @@ from core.pages import mapped
 from merge import METHODS, main
 from merging import engine, methods
 from merging.engine import in_order
-from merging.inputs import NEEDS_BASE, SPARSE, format_lines, parse_lines, parse_model, parse_size
+from merging.inputs import NEEDS_BASE, SPARSE, check_out_is_no_input, format_lines, parse_lines, parse_model, parse_size
 from model import Qwen2
 
 
@@ -341,6 +341,8 @@ def test_out_is_never_an_input(faulty):
     for inside in (a + "/out", a + "/deep/out.pt"):
         with pytest.raises(InputError, match="is inside the input"):
             run(inside, "linear", [a, b])
+    with pytest.raises(InputError, match="has the input .*/a inside"):
+        check_out_is_no_input(str(faulty), [b.replace("/b", "/missing"), a])
     assert_same(load(a), before)
     assert sorted(os.listdir(a)) == files
 

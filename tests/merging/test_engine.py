@@ -8,7 +8,7 @@ import torch
 from merge_families import assert_same, load, make_family, numpy_ties, run, save
 
 from core.files import InputError
-from merging import methods
+from merging import engine, methods
 from merging.engine import mask_generator
 from merging.inputs import DELLA, ELECTS, NEEDS_BASE, RANDOM, SPARSE
 
@@ -142,6 +142,16 @@ def test_trims_differ_and_cancelled_votes_follow_the_majority(tmp_path):
     c, d = (save(tmp_path / f"-{m[-1]}", {n: -x for n, x in load(m).items()}) for m in (a, b))
     out = run(tmp_path / "minus", "ties", [c, d], *flags, "global")
     assert out["x"].tolist() == [-8, 7, -6, -5] and out["y"].tolist() == [-4, 1, 0, 0]
+
+
+@pytest.mark.parametrize("models", ["a", "abc"])
+def test_a_global_trim_reads_each_tensor_four_times(family, tmp_path, monkeypatch, models):
+    """For the sample, the thresholds, the majority sign and the merge, however many models there are."""
+    read, original = [], engine.read_tensor
+    monkeypatch.setattr(engine, "read_tensor", lambda plan, name: (read.append(name), original(plan, name))[1])
+    flags = ["--base", family / "base", "--density", 0.3, "--trim", "global"]
+    out = run(tmp_path / "out", "ties", [str(family / name) for name in models], *flags)
+    assert sorted(read) == sorted([*out] * 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

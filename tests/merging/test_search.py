@@ -140,11 +140,13 @@ def test_by_a_task_and_greedily(models, run, tmp_path):
         ("--over density: has no effect", ["--data", "x", "--over", "density"]),
         ("--weights-for", ["--data", "x", "--weights-for", "x", "1", "1"]),
         ("needs 2", ["--data", "ONE"]),
+        ("cannot be written", ["--data", "x", "--out", "FOLDER"]),
+        ("cannot be written", ["--data", "x", "--out", "ONE/s.json"]),
     ],
 )
 def test_bad_input(models, refused, tmp_path, words, more):
     one = write_lines(tmp_path / "one.jsonl", [{"prompt": "a", "completion": "b"}] * 2)
-    more = [one if word == "ONE" else word for word in more]
+    more = [word.replace("ONE", str(one)).replace("FOLDER", str(tmp_path)) for word in more]
     refused(words, "merge", "search", "--method", "linear", "--models", models / "a", models / "b", "--out",
             tmp_path / "s.json", *more)  # fmt: skip
     refused("--method must be linear", "merge", "search", "--method", "ties", "--base", models / "base", "--models", models / "a",
