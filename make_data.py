@@ -136,7 +136,12 @@ def parse_args():
         help="longest record kept, in characters of prompt and response",
     )
     # models
-    p.add_argument("--teacher", required=True, help="URL of an OpenAI-compatible endpoint (.../v1), or a checkpoint")
+    p.add_argument(
+        "--teacher",
+        required=True,
+        help="URL of an OpenAI-compatible endpoint (.../v1), or a checkpoint. The endpoint is sent the key in TEACHER_API_KEY; "
+        "the one in OPENAI_API_KEY goes to https://api.openai.com alone",
+    )
     p.add_argument("--teacher-model", help="the model's name at the endpoint")
     p.add_argument("--small", required=True, help="checkpoint of the small model, which responds too")
     p.add_argument(
@@ -166,9 +171,12 @@ def parse_args():
     )
     # the endpoint
     p.add_argument("--concurrency", type=at_least(1), default=16, help="requests in flight")
-    p.add_argument("--timeout", type=number(above=0), default=120.0, help="seconds to wait for one reply")
+    p.add_argument("--timeout", type=number(above=0), default=120.0, help="seconds for one whole reply")
     p.add_argument(
-        "--retries", type=at_least(0), default=8, help="how often a failed request is sent again, with growing pauses"
+        "--retries",
+        type=at_least(0),
+        default=8,
+        help="how often a failed request is sent again, with growing pauses. One that fails every time is set aside, and the report names it",
     )
     p.add_argument(
         "--requests-per-minute", type=number(0), default=0, help="most requests sent in a minute; 0: no limit"

@@ -20,6 +20,18 @@ def histogram(counts, most=40):
     return text + [f"| ... {len(rows) - most} more | {sum(n for _, n in rows[most:]):,} | |"] * (len(rows) > most)
 
 
+def unanswered_lines(counts):
+    """Markdown lines on the requests that no model answered: how many, in which step, the first of them by record and reason."""
+    text = []
+    for step, c in counts.items():
+        if "unanswered" in c:
+            n, records = c["unanswered"]["requests"], c["unanswered"]["records"]
+            more = f" (the first {len(records)})" if n > len(records) else ""
+            text += ["", f"{step}: {n:,} request{'s' * (n > 1)} without an answer{more}:", ""]
+            text += [f"- {name}: {why}" for name, why in records.items()]
+    return text
+
+
 def write_report(out, counts):
     """report.json: every step's counts. report.md: the same to read."""
     before, after = counts["4_balance"]["before"], counts["4_balance"]["after"]
@@ -90,6 +102,7 @@ def write_report(out, counts):
         ]
     left_out = counts["5_respond"]["left out"]
     text += ["", "Responses left out: " + ("; ".join(f"{n:,} {k}" for k, n in left_out.items()) or "none") + "."]
+    text += unanswered_lines(counts)
     for title, c, s in (("before", before, shape["before"]), ("after", after, shape["after"])):
         text += ["", f"## Categories {title} balancing", "", f"{s['categories']} categories, entropy {s['entropy']} nats, as even as "
                  f"{s['effective categories']} equal ones. Water level: {counts['4_balance']['water level']:,}.", "",

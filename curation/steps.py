@@ -34,6 +34,8 @@ from curation.prompts import (
 from curation.task_types import conversation_type, language
 from verification import answers
 
+UNANSWERED, UNPARSED = "the teacher did not answer", "the teacher's reply did not parse, twice"
+NAMED = 20  # unanswered records that the report names
 WRITERS = ("original", "teacher", "small")  # further samples of the small model are small-2, small-3, ...
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # that name the responses before the judge
 CHUNK = 10_000  # records held in memory while models are asked
@@ -212,15 +214,36 @@ def ask_parsed(teacher, requests, parse, again, cache, options, desc):
     """Asks, and asks once more, with the words `again`, what did not parse. parse(i, text) -> value or None.
     -> ([(value or None, reason)], how many were asked again)"""
     replies = models.ask_model(teacher, requests, cache, desc=desc, **options)
-    out = [
-        (parse(i, r.get("text", "")), f"the teacher failed: {r.get('error', '')[:60]}") for i, r in enumerate(replies)
-    ]
-    failed = [i for i, r in enumerate(replies) if out[i][0] is None and "error" not in r]
+    out = [(parse(i, r.get("text", "")), why_unusable(r)) for i, r in enumerate(replies)]
+    failed = [i for i, (value, reason) in enumerate(out) if value is None and reason == UNPARSED]
     second = [[*requests[i], {"role": "assistant", "content": disarm(clip(replies[i]["text"], 500)) or "(nothing)"},
                {"role": "user", "content": again}] for i in failed]  # fmt: skip
     for i, reply in zip(failed, models.ask_model(teacher, second, cache, desc=f"{desc}, again", **options)):
-        out[i] = (parse(i, reply.get("text", "")), "the teacher's reply did not parse, twice")
+        out[i] = (parse(i, reply.get("text", "")), why_unusable(reply))
     return out, len(failed)
+
+
+def why_unusable(reply):
+    """Why nothing could be read out of a teacher's reply."""
+    held_back = reply.get("finish_reason") == "content_filter" and "held back by the endpoint"
+    why = reply.get("error") or held_back
+    return f"{UNANSWERED}: {why}" if why else UNPARSED
+
+
+def note_unanswered(counts, name, why):
+    """Counts a request that a model did not answer. The report names the records of the first NAMED ones."""
+    unanswered = counts.setdefault("unanswered", {"requests": 0, "records": {}})
+    unanswered["requests"] += 1
+    if len(unanswered["records"]) < NAMED:
+        unanswered["records"][name] = why
+
+
+def set_aside(record, reason, counts):
+    """The dropped record of a request without a usable reply."""
+    reason, _, why = reason.partition(": ")
+    if reason == UNANSWERED:
+        note_unanswered(counts, record["id"], why)
+    return dropped(record, reason, **({"why": why} if why else {}))
 
 
 def classify(path, teacher, cache, options, counts):
@@ -233,7 +256,7 @@ def classify(path, teacher, cache, options, counts):
         counts["asked again"] += again
         for record, (value, reason) in zip(batch, parsed):
             if value is None:
-                yield dropped(record, reason)
+                yield set_aside(record, reason, counts)
                 continue
             name = category_name(value[1])
             spellings[name].add(value[1])
@@ -310,6 +333,8 @@ def respond(args, path, teacher, small, cache, options, counts):
                     "declined" if must_respond and rules.declines(text) else None  # fmt: skip
                 if why:
                     counts["left out"][f"{family(writer)}: {why}"] += 1
+                    if "error" in reply:
+                        note_unanswered(counts, record["id"], f"{family(writer)}: {reply['error']}")
                     continue
                 record["responses"][writer] = {"text": text}
                 if "recorded" in reply:
@@ -402,7 +427,7 @@ def score_responses(args, path, teacher, scorer, own, cache, options, counts):
         failed = judge_responses(args, batch, found, teacher, cache, options, counts)
         for i, record in enumerate(batch):
             if i in failed:
-                yield dropped(record, failed[i])
+                yield set_aside(record, failed[i], counts)
                 continue
             foreign = {r["text"] for w, r in record["responses"].items() if family(w) != own}
             fluent = fluency({t: s["perplexity"] for t, s in found[i].items()}, found[i].keys() - foreign)

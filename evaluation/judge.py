@@ -99,7 +99,11 @@ def main(argv=None):
         "--ckpt", nargs="+", required=True, help="two or more checkpoints; the others are compared with the first"
     )
     # judge
-    p.add_argument("--teacher", required=True, help="URL of an OpenAI-compatible endpoint, or a checkpoint")
+    p.add_argument(
+        "--teacher",
+        required=True,
+        help="URL of an OpenAI-compatible endpoint, or a checkpoint; TEACHER_API_KEY holds its key",
+    )
     p.add_argument("--teacher-model", help="the model's name at the endpoint")
     p.add_argument("--concurrency", type=at_least(1), default=16, help="requests under way at once")
     add_reply_flags(p)

@@ -500,6 +500,39 @@ def test_cut_off_and_refused_replies_are_left_out(tmp_path, small):
         assert set(r["responses"]) == {"original", "small"} | (set() if hit else {"teacher"})
 
 
+def test_requests_without_an_answer_are_set_aside_and_named(tmp_path, small):
+    """One record that is always filtered, one that always gets HTTP 500, one whose judgement is refused: the run goes on."""
+
+    def faults(n, messages):
+        text = json.dumps(messages)
+        if "autumn" in text:
+            return b'{"choices": []}'
+        if "bicycle" in text:
+            return 500
+        return 400 if "Task: judge" in text and "rain on tin" in text else None
+
+    with serve(fake_teacher, faults) as server:
+        assert run(*flags(tmp_path, server, small), "--retries", 1) == 0
+    out = tmp_path / "out"
+    steps_counts = json.loads((out / "report.json").read_text())["steps"]
+    unanswered = steps_counts["3_classify"]["unanswered"]
+    gone = {r["id"]: r for r in read(out / "3_classify.dropped.jsonl") if r["reason"] == "the teacher did not answer"}
+    assert unanswered["requests"] == len(gone) == len(unanswered["records"]) == 2 and set(gone) == set(
+        unanswered["records"]
+    )
+    assert sorted(r["why"] for r in gone.values()) == [
+        "HTTP 200, but the reply has no choices", "no answer after 2 tries (last: HTTP 500: no, sk-test-5up3r-s3cr3t)"]  # fmt: skip
+    text = (out / "report.md").read_text()
+    assert "3_classify: 2 requests without an answer:" in text
+    for name, why in unanswered["records"].items():
+        assert f"- {name}: {why}" in text
+    [judged] = steps_counts["6_score"]["unanswered"]["records"].items()
+    assert judged[1].startswith("HTTP 400: no") and f"- {judged[0]}: HTTP 400: no" in text
+    assert (
+        steps_counts["6_score"]["dropped"] == {"the teacher did not answer": 1} and steps_counts["7_label"]["sft"] > 5
+    )
+
+
 def test_code_runs_only_when_allowed(tmp_path, small):
     source = tmp_path / "code.jsonl"
     reference = {"kind": "code", "value": {"tests": "assert f(2) == 3", "entry_point": "f"}}
