@@ -1,12 +1,13 @@
-"""Benchmarks of checkpoints, with standard errors and paired tests: one table for all checkpoints given.
+"""Evaluate checkpoints on benchmarks: one table with standard errors and paired tests.
 
-    python eval.py --ckpt Qwen/Qwen2-0.5B-Instruct sft.pt --tasks gsm8k mmlu --limit 200 --out runs/eval
-    python eval.py compare Qwen2-0.5B-Instruct sft --out runs/eval       # the questions on which two of them differ
+    python eval.py --ckpt Qwen/Qwen2-0.5B-Instruct sft.pt --tasks gsm8k mmlu --limit 200       # -> eval/
+    python eval.py compare Qwen2-0.5B-Instruct sft --out eval        # the questions on which two of them differ
+    python eval.py judge --ckpt base sft.pt --tasks mt_bench --teacher http://HOST:8000/v1 --out judge
 
---protocol paper: greedy chat replies, read as the paper's scripts read them. --protocol loglik: the likeliest of the
-choices, as lm-evaluation-harness asks it. A score belongs to its protocol; the two never share a column.
-OUT/replies.jsonl grows with each reply: a run that is started again only asks what is missing, --rescore reads the
-replies again without the model, and torchrun spreads the questions over its ranks.
+--protocol paper reads greedy chat replies as the paper's scripts do. --protocol loglik takes the likeliest choice, as
+lm-evaluation-harness does. Scores of different protocols never share a column. The first checkpoint is the baseline.
+OUT/replies.jsonl keeps each reply: the same command again asks only what is missing, and --rescore reads the replies again
+without the models. torchrun spreads the questions over its ranks.
 """
 
 import collections
@@ -14,19 +15,29 @@ import itertools
 import json
 import math
 import os
+import shlex
 import sys
+from argparse import Namespace
 
 from tqdm import tqdm
 
 from core.checkpoint import Checkpoint
-from core.distributed import join_group, leave_group, own_device
+from core.distributed import join_ranks, leave_group
 from core.files import InputError, atomic_write, cli
 from core.flags import Parser
 from core.records import read_jsonl, write_jsonl
 from core.tokenizer import Tokenizer
 from evaluation import judge
-from evaluation.benchmarks import BENCHMARKS, prepare, read
-from evaluation.replies import add_reply_flags, checkpoint_names, collect_replies, load_replies, protocol_name
+from evaluation.benchmarks import BENCHMARKS, load_questions, score_reply
+from evaluation.replies import (
+    Replies,
+    Work,
+    add_reply_flags,
+    checkpoint_names,
+    collect_replies,
+    load_replies,
+    protocol_name,
+)
 from evaluation.stats import (
     POWER,
     calibration,
@@ -37,18 +48,19 @@ from evaluation.stats import (
     subjects_mean_stderr,
 )
 
-# ---------------------------------------------------------------- summing up
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
 
 
-def average_metric(values):
-    """Values of a metric, one a question: numbers, lists (several verdicts a question) or (numerator, denominator)."""
+def average_metric(values: list) -> dict:
+    """Mean and standard error of a metric. values: one a question: a number, a list of verdicts, or (numerator, denominator)."""
     pairs = [v if isinstance(v, tuple) else (sum(v), len(v)) if isinstance(v, list) else (v, 1) for v in values]
     score, stderr = ratio_stderr(*zip(*pairs))
     return {"score": score, "stderr": stderr}
 
 
-def summarise_task(verdicts, subjects, over, first=None):
-    """Score, standard error, n; against the first checkpoint's verdicts also the paired comparison."""
+def summarise_task(verdicts: list, subjects: list, over: str, first: list | None = None) -> dict:
+    """Score, standard error and n; with the first checkpoint's verdicts also the paired comparison."""
     subjects = subjects if over == "subjects" else None
     x = [float(v) for v in verdicts]
     score, stderr = subjects_mean_stderr(x, subjects) if subjects else mean_stderr(x)
@@ -58,55 +70,51 @@ def summarise_task(verdicts, subjects, over, first=None):
     return cell
 
 
-def score_replies(names, work, said, protocol):
-    """What was said -> (the content of results.json, the lines of samples.jsonl)."""
+def further_figures(metrics: list[dict], confidences: list, verdicts: list) -> dict:
+    """The task's other metrics, and the calibration where every question has a confidence."""
+    found = {}
+    if metrics[0]:
+        found["metrics"] = {metric: average_metric([m[metric] for m in metrics]) for metric in metrics[0]}
+    if "nll_per_token" in metrics[0]:
+        nll, error = found["metrics"]["nll_per_token"].values()
+        found["metrics"]["perplexity"] = {"score": math.exp(nll), "stderr": error and math.exp(nll) * error}
+    if None not in confidences:
+        found["calibration"] = calibration(confidences, verdicts)
+    return found
+
+
+def score_replies(names: list[str], work: Work, replies: Replies, protocol: str) -> tuple[dict, list[dict]]:
+    """The content of results.json, and the lines of samples.jsonl."""
     results, samples = {name: {} for name in names}, []
-    first = {}  # the first checkpoint's verdicts on each task
+    first = {}  # {task: the first checkpoint's verdicts}
     for name, (task, questions) in itertools.product(names, work.items()):
-        records = said[name][task]
+        records = replies[name][task]
         bar = tqdm(records, f"{name} {task}: verdicts", disable=None, leave=False)
-        found = [read(q, record) for record, q in zip(bar, questions)]  # anew for earlier replies too: reading is cheap
-        extracted, verdicts, metrics, confidences = zip(*found)
+        scored = [score_reply(q, record) for record, q in zip(bar, questions)]
+        extracted, verdicts, metrics, confidences = zip(*scored)
         for q, record, text, correct in zip(questions, records, extracted, verdicts):
-            kept = {k: v for k, v in record.items() if k not in ("key", "checkpoint", "task", "id", "code")}
-            samples.append(
-                {
-                    "checkpoint": name,
-                    "task": task,
-                    "id": q["row"]["id"],
-                    "prompt": q["messages"],
-                    **kept,
-                    "extracted": text,
-                    "correct": correct,
-                    "protocol": protocol,
-                }
-            )
+            sample = {"checkpoint": name, "task": task, "id": q["row"]["id"], "prompt": q["messages"]}
+            sample |= {k: v for k, v in record.items() if k not in ("key", "code", *sample)}
+            samples.append({**sample, "extracted": text, "correct": correct, "protocol": protocol})
         subjects = [q["row"].get("subject") for q in questions]
         cell = summarise_task(verdicts, subjects, BENCHMARKS[task]["over"], first.get(task))
         cell |= {"protocol": protocol, "cut_short": sum(r.get("finish_reason") == "length" for r in records)}
-        if metrics[0]:
-            cell["metrics"] = {metric: average_metric([m[metric] for m in metrics]) for metric in metrics[0]}
-        if "nll_per_token" in metrics[0]:
-            nll, error = cell["metrics"]["nll_per_token"].values()
-            cell["metrics"]["perplexity"] = {"score": math.exp(nll), "stderr": error and math.exp(nll) * error}
-        if None not in confidences:
-            cell["calibration"] = calibration(confidences, verdicts)
-        results[name][task] = cell
+        results[name][task] = cell | further_figures(metrics, confidences, verdicts)
         first.setdefault(task, verdicts)
     correct_for_many(results)
     return results, samples
 
 
-def correct_for_many(results):
-    """Adds to each comparison its p-value corrected for all comparisons of the table, and what it could have shown."""
+def correct_for_many(results: dict) -> None:
+    """Adds to each comparison its Holm-corrected p-value and the smallest true difference that it could have shown."""
     pairs = [cell["vs_first"] for cells in results.values() for cell in cells.values() if "vs_first" in cell]
     for versus, p in zip(pairs, holm([versus["p"] for versus in pairs])):
         versus["p_holm"] = p
         versus["smallest"] = versus["stderr"] and POWER * versus["stderr"]
 
 
-def results_table(results):
-    """results.json's content as Markdown, in percent; the first row is what the others are compared with."""
+def results_table(results: dict) -> str:
+    """The content of results.json as Markdown, in percent. The other rows are compared with the first."""
 
     def text(cell):
         error = "?" if cell["stderr"] is None else f"{100 * cell['stderr']:.1f}"
@@ -128,11 +136,11 @@ def results_table(results):
             f"comparison{'s' * (m > 1)}"
         )
     rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return "\n".join([rows, f"{note}.\n", *in_words(results), *metric_lines(results)])
+    return "\n".join([rows, f"{note}.\n", *describe_differences(results), *metric_lines(results)])
 
 
-def in_words(results):
-    """Which differences are more than noise, which are not, and how small a one these questions could have shown."""
+def describe_differences(results: dict) -> list[str]:
+    """Lines: the differences that are more than noise, those that are not, and the smallest that could have shown."""
     first, *others = results
     real, noise, power = [], [], []
     for task in results[first]:
@@ -155,8 +163,8 @@ def in_words(results):
     return lines
 
 
-def metric_lines(results):
-    """The other figures of a task, and its calibration, a line each."""
+def metric_lines(results: dict) -> list[str]:
+    """A line for each task with further metrics or a calibration."""
     lines = []
     for name, cells in results.items():
         for task, cell in cells.items():
@@ -169,93 +177,109 @@ def metric_lines(results):
     return ["\n".join(["Further figures:", *lines]) + "\n"] if lines else []
 
 
-def compare_command(argv):
-    """eval.py compare A B: the questions that one of two checkpoints answered better, with both replies."""
-    p = Parser(prog="eval.py compare", description=compare_command.__doc__)
-    p.add_argument("names", nargs=2, help="names of two checkpoints, as the table has them")
-    p.add_argument("--out", required=True, help="directory of an evaluation, which holds samples.jsonl")
-    a = p.parse_args(argv)
-    samples, path = {}, os.path.join(a.out, "samples.jsonl")
-    for line, s in read_jsonl(path):
+def read_samples(path: str) -> dict[tuple, dict]:
+    """samples.jsonl as {(checkpoint, task, question id): sample}."""
+    samples = {}
+    for line, sample in read_jsonl(path):
         try:
-            samples[s["checkpoint"], s["task"], s["id"]] = s
+            samples[sample["checkpoint"], sample["task"], sample["id"]] = sample
         except KeyError as e:
             raise InputError(f"{path}:{line}: no {e}; run the evaluation again") from None
+    return samples
+
+
+def compare_command(argv: list[str]) -> None:
+    """Write the questions that one of two checkpoints answered better, with both replies."""
+    p = Parser(prog="eval.py compare", description=compare_command.__doc__)
+    p.add_argument("names", nargs=2, help="names of two checkpoints, as the table has them")
+    p.add_argument("--out", default="eval", help="directory of an evaluation, with samples.jsonl")
+    args = p.parse_args(argv)
+    path, (a, b) = os.path.join(args.out, "samples.jsonl"), args.names
+    samples = read_samples(path)
     known = list(dict.fromkeys(name for name, _, _ in samples))
-    for name in a.names:
+    for name in args.names:
         if name not in known:
             raise InputError(f"{path}: no checkpoint {name!r}; it holds {', '.join(known)}")
-    text, count = "", collections.defaultdict(lambda: [0, 0, 0])  # per task: A better, B better, n
-    for (name, task, id), s in samples.items():
-        t = samples.get((a.names[1], task, id))
-        if name != a.names[0] or t is None:
+    text, counts = "", collections.defaultdict(lambda: [0, 0, 0])  # {task: [a better, b better, questions]}
+    for (name, task, question_id), sample in samples.items():
+        other = samples.get((b, task, question_id))
+        if name != a or other is None:
             continue
-        count[task][2] += 1
-        if s["correct"] != t["correct"]:
-            count[task][s["correct"] < t["correct"]] += 1
-            text += f"## {task} {id}\n\n{s['prompt'][-1]['content']}\n\n"
-            for x in (s, t):
-                text += (
-                    f"### {x['checkpoint']}: {float(x['correct']):g}, read as {x['extracted']!r}\n\n{x['reply']}\n\n"
-                )
-    lines = [f"{task}: {a.names[0]} better on {x}, {a.names[1]} on {y}, of {n} questions"
-             for task, (x, y, n) in count.items()]  # fmt: skip
-    path = os.path.join(a.out, "-vs-".join(name.strip("/").replace("/", "_") for name in a.names) + ".md")
+        counts[task][2] += 1
+        if sample["correct"] != other["correct"]:
+            counts[task][sample["correct"] < other["correct"]] += 1
+            text += f"## {task} {question_id}\n\n{sample['prompt'][-1]['content']}\n\n"
+            for x in (sample, other):
+                verdict = f"{float(x['correct']):g}, read as {x['extracted']!r}"
+                text += f"### {x['checkpoint']}: {verdict}\n\n{x['reply']}\n\n"
+    lines = [f"{task}: {a} better on {x}, {b} on {y}, of {n} questions" for task, (x, y, n) in counts.items()]
+    path = os.path.join(args.out, "-vs-".join(name.strip("/").replace("/", "_") for name in args.names) + ".md")
     with atomic_write(path) as f:
-        f.write(f"# {a.names[0]} and {a.names[1]}\n\n" + "\n".join(f"- {line}" for line in lines) + f"\n\n{text}")
-    print("\n".join(lines) + f"\nBoth replies to each of them are in {path}")
+        f.write(f"# {a} and {b}\n\n" + "\n".join(f"- {line}" for line in lines) + f"\n\n{text}")
+    print("\n".join(lines) + f"\nwrote {path} (both replies to each of them)")
 
 
-def main():
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_args() -> Namespace:
+    p = Parser(description=__doc__.split("\n\n")[0])
+    p.add_argument(
+        "--ckpt", nargs="+", required=True, help="hub ids, directories or .pt files; the first is the baseline"
+    )
+    p.add_argument(
+        "--protocol", choices=["paper", "loglik"], default="paper", help="chat replies, or likelihoods of choices"
+    )
+    p.add_argument("--allow-code-execution", action="store_true", help="run what the checkpoints write, in a sandbox")
+    p.add_argument("--rescore", action="store_true",
+                   help="read the replies in OUT again and open no checkpoint; give the other flags of that run")  # fmt: skip
+    add_reply_flags(p, out="eval")
+    args = p.parse_args()
+    if args.protocol == "loglik" and args.repetition_penalty != 1.0:
+        raise InputError("--repetition-penalty is for replies; --protocol loglik has none, leave it out")
+    return args
+
+
+def write_results(args: Namespace, results: dict, samples: list[dict]) -> None:
+    write_jsonl(os.path.join(args.out, "samples.jsonl"), samples)
+    with atomic_write(os.path.join(args.out, "results.json")) as f:
+        json.dump(results, f, indent=1)
+    with atomic_write(os.path.join(args.out, "results.md")) as f:
+        f.write(results_table(results))
+
+
+def main() -> None:
     if sys.argv[1:2] == ["compare"]:
         return compare_command(sys.argv[2:])
     if sys.argv[1:2] == ["judge"]:
         return judge.main(sys.argv[2:])
-    p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--ckpt", nargs="+", required=True, help="hub ids, directories, .pt files; first the baseline")
-    p.add_argument(
-        "--protocol", choices=["paper", "loglik"], default="paper", help="chat, or likelihoods of the choices"
-    )
-    p.add_argument("--allow-code-execution", action="store_true", help="run what the checkpoints write, in a sandbox")
-    p.add_argument(
-        "--rescore",
-        action="store_true",
-        help="read the replies in OUT again; no checkpoint is opened, "
-        "the other flags are those of the run that asked for them",
-    )
-    add_reply_flags(p)
-    a = p.parse_args()
-    if a.protocol == "loglik" and a.repetition_penalty != 1.0:
-        raise InputError("--repetition-penalty is for replies; --protocol loglik has none, leave it out")
-    names = checkpoint_names(a.ckpt)
-    work = {task: prepare(task, a) for task in dict.fromkeys(a.tasks)}
-    rank, world = join_group(hours=7 * 24)  # for two barriers: a rank may wait long for another
-    if rank == 0:
+    args = parse_args()
+    names = checkpoint_names(args.ckpt)
+    work = {task: load_questions(task, args) for task in dict.fromkeys(args.tasks)}
+    ranks = join_ranks(args.device, hours=7 * 24)  # a rank may wait long for another at a barrier
+    if not ranks.rank:
         for task, questions in work.items():
             subjects = len({q["row"].get("subject") for q in questions})
-            print(
-                f"{task}: {len(questions)} questions" + (f", {subjects} subjects" if subjects > 1 else ""), flush=True
-            )
-    if a.rescore:
-        said = load_replies(a, names, work)
+            print(f"{task}: {len(questions)} questions" + f", {subjects} subjects" * (subjects > 1), flush=True)
+    if args.rescore:
+        replies = load_replies(args, names, work)
     else:
-        for source in a.ckpt:
-            Tokenizer(Checkpoint(source))  # a broken one is better known now than in an hour
-        said = collect_replies(a, names, work, rank, world, own_device(a.device))
+        for source in args.ckpt:
+            Tokenizer(Checkpoint(source))  # fail fast on a broken checkpoint
+        replies = collect_replies(args, names, work, ranks)
     leave_group()
-    if rank:
+    if ranks.rank:
         return
-
-    results, samples = score_replies(names, work, said, protocol_name(a))
-    write_jsonl(os.path.join(a.out, "samples.jsonl"), samples)
-    with atomic_write(os.path.join(a.out, "results.json")) as f:
-        json.dump(results, f, indent=1)
-    with atomic_write(os.path.join(a.out, "results.md")) as f:
-        f.write(results_table(results))
+    results, samples = score_replies(names, work, replies, protocol_name(args))
+    write_results(args, results, samples)
     print(
-        f"\n{results_table(results)}\nIn {a.out}: results.json, results.md, samples.jsonl (every prompt, reply and verdict)."
-        "\nNext: the same command with another --ckpt or task added; replies that are there are not asked for again."
+        f"\n{results_table(results)}\nwrote {args.out}/results.json, results.md and samples.jsonl (prompts, replies, verdicts)"
     )
+    if len(names) > 1:
+        print(f"next: python eval.py compare {shlex.join(names[:2])} --out {shlex.quote(args.out)}")
+    else:
+        print("next: the same command with another --ckpt or task; kept replies are not asked for again")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the benchmarks' files come from, and how they are read: one line that names the file for whatever is wrong."""
+"""Find the benchmarks' files below --data-dir, or download them from their original homes against pinned checksums."""
 
 import csv
 import glob
@@ -14,12 +14,9 @@ import zipfile
 from huggingface_hub import hf_hub_download
 
 from core.files import InputError, atomic_write
-from core.records import read_jsonl
 
 LETTERS = "ABCD"
 FOUR_SHOTS = "25974f0a5d980c8e6b432422e959cb3293b6d715a99a90d1a4c8ab1ae207c54f"  # SHA-256 of the rendered examples
-
-# ---------------------------------------------------------------- downloads
 
 
 def open_url(url, method="GET", **headers):
@@ -28,8 +25,8 @@ def open_url(url, method="GET", **headers):
     return urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=method), timeout=30)
 
 
-def put(path, data, sha256, convert=lambda data: data):
-    """Check what was downloaded, and put it in its place whole."""
+def save_checked(path: str, data: bytes, sha256: str | None, convert=lambda data: data) -> None:
+    """Checks a download's SHA-256 and writes it, converted. The file appears whole."""
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError("the file's SHA-256 is not the expected one")
     data = convert(data)
@@ -39,11 +36,11 @@ def put(path, data, sha256, convert=lambda data: data):
 
 def from_url(path, url, *check):
     with open_url(url) as reply:
-        put(path, reply.read(), *check)
+        save_checked(path, reply.read(), *check)
 
 
 class RemoteFile(io.RawIOBase):
-    """A file on a server, read in parts: of a large archive zipfile needs its end and one member."""
+    """A file on a server, read in parts: zipfile needs only the end of an archive and one member."""
 
     def __init__(self, url):
         self.url, self.at = url, 0
@@ -77,15 +74,15 @@ class RemoteFile(io.RawIOBase):
 
 
 def from_zip(path, url, member, sha256):
-    """Take one file out of a zip archive on a server, without fetching the rest."""
+    """Takes one file out of a zip archive on a server without fetching the rest."""
     with zipfile.ZipFile(io.BufferedReader(RemoteFile(url), 1 << 20)) as archive:
-        put(path, archive.read(member), sha256)
+        save_checked(path, archive.read(member), sha256)
 
 
 def from_archive(path, repo, name, sha256):
-    """Take a split's folder of CSV files (the last part of path) out of an archive in a Hugging Face dataset.
+    """Takes a split's folder of CSV files (the last part of path) out of an archive in a Hugging Face dataset.
 
-    sha256: of the rows (csv_digest), which unlike the archive's does not depend on how it was packed.
+    sha256: of the rows (see csv_digest). Unlike the archive's own, it does not depend on how the archive was packed.
     """
     archive = hf_hub_download(repo, name, repo_type="dataset")
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -111,7 +108,7 @@ def render_shots(shots):
 
 
 def four_shots(data):
-    """chain-of-thought-hub's prompt file -> its first four examples as JSON Lines."""
+    """The first four examples of chain-of-thought-hub's prompt file, as JSON Lines."""
     blocks = [block.partition("\nLet's think step by step\n") for block in data.decode().split("\n\n")[:4]]
     shots = [{"question": q.removeprefix("Question: "), "answer": a.strip()} for q, _, a in blocks]
     if hashlib.sha256(render_shots(shots).encode()).hexdigest() != FOUR_SHOTS:
@@ -132,8 +129,7 @@ SAFETY = "thu-coai/SafetyBench/960833692a1ec82b191ff3e902daca7993c35cc1/opensour
 FASTCHAT = "lm-sys/FastChat/0e6d3e4beaab66f4d3f93db72541a4abab8af28d/fastchat/llm_judge/data"
 MMLU, CMMLU = ("cais/mmlu", "data.tar"), ("haonan-li/cmmlu", "cmmlu_v1_0_1.zip")
 CEVAL = ("ceval/ceval-exam", "ceval-exam.zip")
-# Where a file, or the folder of a split, comes from when it is not below --data-dir, and its SHA-256; or, as a text
-# alone, what a person does about it.
+# {file or folder of a split: where to fetch it and its SHA-256, or a text that tells the user what to do}
 HOMES = {
     "gsm8k/test.jsonl": github(
         "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/test.jsonl",
@@ -176,13 +172,16 @@ HOMES = {
     "ceval/dev": (from_archive, *CEVAL, "a2a117c8de980dbb67e680ecf7d492b01a06bb14c23f3bdea83c517db489741f"),
     "ceval/val": (from_archive, *CEVAL, "0fa0abf440a3c8e1b6f726844369c39b277c2e66471afe3cb88646a98b7f2845"),
     "perplexity": "make it a folder of your own texts, each a file *.txt in UTF-8",
-    "demo/heldout.jsonl": "it lies beside this script (--data-dir .), lines of id, prompt and reference",
+    "demo/heldout.jsonl": "it is part of this repository (--data-dir .)",
 }  # fmt: skip
 
 
-def find_data_file(data_dir, name):
-    """The path of a benchmark's file or folder, downloaded if it is not there."""
+def find_data_file(data_dir: str, name: str) -> str:
+    """The path of a benchmark's file or folder; downloads it if it is missing. A file is found with and without .gz."""
     path = os.path.join(data_dir, name)
+    other = path.removesuffix(".gz") if path.endswith(".gz") else f"{path}.gz"
+    if not os.path.exists(path) and os.path.isfile(other):
+        return other
     if not os.path.exists(path):
         home = HOMES.get(name, "")
         if isinstance(home, str):
@@ -191,63 +190,13 @@ def find_data_file(data_dir, name):
         fetch, *where = home
         try:
             fetch(path, *where)
-        except Exception as e:  # of many kinds: the network's, the hub's, the archive's, the disk's
+        except Exception as e:  # network, hub, archive or disk
             reason = (str(e).splitlines() or [""])[0] or type(e).__name__
             names = {from_url: "{0}", from_zip: "{1} in {0}", from_archive: "{1} of huggingface.co/datasets/{0}"}
             home = names[fetch].format(*where)
             home += " (its first four examples as JSON Lines of question and answer)" if four_shots in where else ""
             raise InputError(
-                f"{path}: not there, and not to be downloaded ({reason}); put it there from {home}, "
+                f"{path}: not there, and the download failed ({reason}); put it there from {home}, "
                 "or give another --data-dir"
             ) from None
     return path
-
-
-# ---------------------------------------------------------------- reading
-
-
-def choice_rows(folder, suffix, header):
-    """Rows of a folder of CSV files, one per subject: question, four choices, the answer's letter."""
-    rows = []
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*" + suffix))):
-        subject = os.path.basename(path)[: -len(suffix)]
-        try:
-            with open(path, encoding="utf-8-sig", newline="") as f:
-                reader = csv.reader(f)
-                names = [n.strip() for n in next(reader, [])] if header else ["question", *LETTERS, "answer"]
-                names = [n if n in LETTERS else n.lower() for n in names]
-                if not {"question", *LETTERS, "answer"} <= set(names):
-                    raise InputError(f"{path}:1: the header is {names}; it needs question, A, B, C, D and answer")
-                for i, cells in enumerate(line for line in reader if line):
-                    row = dict(zip(names, cells))
-                    if len(cells) != len(names) or row["answer"].strip() not in tuple(LETTERS):
-                        raise InputError(
-                            f"{path}:{reader.line_num}: expected {len(names)} columns, the answer one of "
-                            f"A, B, C, D; found {len(cells)} columns: fetch the file again"
-                        )
-                    rows.append(
-                        {
-                            "id": f"{subject}/{i}",
-                            "subject": subject,
-                            "question": row["question"],
-                            "choices": {x: row[x] for x in LETTERS},
-                            "answer": row["answer"].strip(),
-                        }
-                    )
-        except (OSError, UnicodeDecodeError, csv.Error) as e:
-            raise InputError(f"{path}: cannot be read: {e}; fetch it again") from None
-    if not rows:
-        raise InputError(f"{folder}: no rows in files named *{suffix}; see the list of benchmark files in the README")
-    return rows
-
-
-def json_rows(path, **keys):
-    """Rows of a JSON Lines file. keys: what every row has, and of which type (answer=str)."""
-    rows = list(read_jsonl(path))
-    for number, row in rows:
-        for key, kind in keys.items():
-            if not isinstance(row.get(key), kind):
-                raise InputError(f"{path}:{number}: {key!r} is missing or of a wrong type; a row has {', '.join(keys)}")
-    if not rows:
-        raise InputError(f"{path}: no rows")
-    return [{"id": f"{i}", **row, "where": f"{path}:{n}"} for i, (n, row) in enumerate(rows)]

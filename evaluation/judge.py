@@ -1,24 +1,26 @@
-"""Pairwise win rates on open questions, judged by a teacher in both orders.
+"""Win rates on open questions, judged by a teacher in both orders.
 
     python eval.py judge --ckpt base sft.pt sft-kto.pt --tasks mt_bench alignbench --teacher http://HOST:8000/v1 --out runs/judge
 
-Each checkpoint is compared with the first one. A question is won only by a reply that is preferred in both orders; a
-preference that turns with the order is a tie, as is one that the judge calls a tie. Judges like length: it stands beside
-the win rate. Replies (replies.jsonl, as in eval.py) and judgements (judgements.jsonl) are kept; the same command goes on.
+Each checkpoint is compared with the first one. A reply wins only if it is preferred in both orders; otherwise it is a tie.
+Judges prefer longer replies, so the table shows the lengths too. Replies (replies.jsonl, as in eval.py) and judgements
+(judgements.jsonl) are kept: the same command again asks only what is missing.
 """
 
 import json
 import os
+from argparse import Namespace
 
 from core.checkpoint import Checkpoint
+from core.distributed import Ranks
 from core.files import InputError, atomic_write
 from core.flags import Parser, at_least
 from core.records import write_jsonl
 from core.tokenizer import Tokenizer
 from curation.prompts import fence, parse_object
 from curation.teacher import ask_model, open_replies, open_teacher
-from evaluation.benchmarks import prepare
-from evaluation.replies import add_reply_flags, checkpoint_names, collect_replies
+from evaluation.benchmarks import load_questions
+from evaluation.replies import Replies, Work, add_reply_flags, checkpoint_names, collect_replies
 from evaluation.stats import holm, mean_stderr, paired_comparison
 
 COMPARE = """Task: compare
@@ -29,39 +31,40 @@ Prefer the response that is more correct, then the one that does more exactly wh
 the order of the responses nor their length is a merit.
 Reply with one line of JSON and nothing else: {"better": "A"}, {"better": "B"}, or {"better": "tie"}"""
 
-# ---------------------------------------------------------------- one judgement
+# ---------------------------------------------------------------------------------------------------------------------
+# One judgement
 
 
-def comparison_request(question, a, b):
-    """-> messages that ask which of two responses is better."""
+def comparison_request(question: str, a: str, b: str) -> list[dict]:
+    """Messages that ask which of two responses is better."""
     parts = fence([("instruction", question), ("A", a), ("B", b)])
     ask_for = f"{parts}\nThe better response as one line of JSON:"
     return [{"role": "system", "content": COMPARE}, {"role": "user", "content": ask_for}]
 
 
-def preference(text):
-    """A judge's reply -> 1 for A, -1 for B, 0 for a tie, None where it is not what was asked for."""
+def preference(text: str) -> int | None:
+    """1 if the judge prefers A, -1 for B, 0 for a tie, None if its reply is not readable."""
     value = parse_object(text)
-    return {"A": 1, "B": -1, "tie": 0}.get(value["better"]) if value and set(value) == {"better"} and \
-        isinstance(value["better"], str) else None  # fmt: skip
+    if not value or set(value) != {"better"} or not isinstance(value["better"], str):
+        return None
+    return {"A": 1, "B": -1, "tie": 0}.get(value["better"])
 
 
-def outcome(first, second):
-    """Preferences for X over Y with X as A (first) and as B (second, so its sign is turned) -> 1 won, 0.5 tied, 0 lost.
+def outcome(first: int | None, second: int | None) -> float | None:
+    """1 if X won, 0.5 for a tie, 0 if it lost, None if neither order gave a readable preference.
 
-    None where neither order gave a readable preference; one readable order of two decides nothing, a tie.
+    first: the preference with X as A. second: the preference with X as B. One readable order decides nothing: a tie.
     """
     if first is None and second is None:
         return None
-    won = (first, second) == (1, -1)
-    lost = (first, second) == (-1, 1)
+    won, lost = (first, second) == (1, -1), (first, second) == (-1, 1)
     return 1.0 if won else 0.0 if lost else 0.5
 
 
-def summarise_verdicts(outcomes, lengths, base_lengths):
-    """Outcomes of one checkpoint against the baseline (1, 0.5, 0 or None) -> the win rate and what stands beside it.
+def summarise_verdicts(outcomes: list[float | None], lengths: list[int], base_lengths: list[int]) -> dict:
+    """The win rate of one checkpoint against the first, from its outcomes (1, 0.5, 0 or None).
 
-    score: the mean outcome, a tie counting half; stderr and p (of no difference from one half) over the questions.
+    score: the mean outcome; a tie counts half. stderr and p (of no difference from one half) are over the questions.
     lengths: characters of the replies.
     """
     known = [x for x in outcomes if x is not None]
@@ -69,85 +72,108 @@ def summarise_verdicts(outcomes, lengths, base_lengths):
         raise InputError("the judge gave no readable verdict at all; try another --teacher")
     score, stderr = mean_stderr(known)
     versus = paired_comparison([0.5] * len(known), known)
-    return {"score": score, "stderr": stderr, "n": len(known), "wins": known.count(1.0), "ties": known.count(0.5),
-            "losses": known.count(0.0), "unread": len(outcomes) - len(known), "p": versus["p"],
-            "interval": [0.5 + x for x in versus["interval"]], "characters": sum(lengths) / len(lengths),
-            "characters_first": sum(base_lengths) / len(base_lengths), "protocol": "judge"}  # fmt: skip
+    return {
+        "score": score, "stderr": stderr, "n": len(known), "wins": known.count(1.0), "ties": known.count(0.5),
+        "losses": known.count(0.0), "unread": len(outcomes) - len(known), "p": versus["p"],
+        "interval": [0.5 + x for x in versus["interval"]], "characters": sum(lengths) / len(lengths),
+        "characters_first": sum(base_lengths) / len(base_lengths), "protocol": "judge",
+    }  # fmt: skip
 
 
-def verdict_table(results, first):
-    lines = [f"| against {first} | task | win rate | 95% interval | p | won / tied / lost | characters, theirs |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+def verdict_table(results: dict, first: str) -> str:
+    lines = [
+        f"| against {first} | task | win rate | 95% interval | p | won / tied / lost | characters, theirs |",
+        "|---" * 7 + "|",
+    ]
     for name, cells in results.items():
         for task, c in cells.items():
             low, high = c["interval"]
             error = "?" if c["stderr"] is None else f"{100 * c['stderr']:.1f}"
-            lines.append(f"| {name} | {task} | {100 * c['score']:.1f} ± {error} | {100 * low:.1f} to {100 * high:.1f} | "
-                         f"{c['p_holm']:.2g} | {c['wins']} / {c['ties']} / {c['losses']} | {c['characters']:.0f}, "
-                         f"{c['characters_first']:.0f} |")  # fmt: skip
-    note = ("Percent, ties counting half, ± one standard error over questions; p of no difference from 50 by bootstrap, "
-            "corrected by Holm.\n")  # fmt: skip
+            row = [
+                name,
+                task,
+                f"{100 * c['score']:.1f} ± {error}",
+                f"{100 * low:.1f} to {100 * high:.1f}",
+                f"{c['p_holm']:.2g}",
+            ]
+            row += [f"{c['wins']} / {c['ties']} / {c['losses']}", f"{c['characters']:.0f}, {c['characters_first']:.0f}"]
+            lines.append(f"| {' | '.join(row)} |")
+    note = (
+        "Percent ± one standard error; a tie counts half. p: no difference from 50, by bootstrap, corrected by Holm.\n"
+    )
     return "\n".join(lines) + f"\n\n{note}"
 
 
-# ---------------------------------------------------------------- the run
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
 
 
-def main(argv=None):
+def parse_args(argv: list[str] | None) -> Namespace:
     p = Parser(prog="eval.py judge", description=__doc__.split("\n\n")[0])
-    p.add_argument(
-        "--ckpt", nargs="+", required=True, help="two or more checkpoints; the others are compared with the first"
-    )
+    p.add_argument("--ckpt", nargs="+", required=True, help="two or more checkpoints; the first is the baseline")
     # judge
     p.add_argument(
         "--teacher",
         required=True,
-        help="URL of an OpenAI-compatible endpoint, or a checkpoint; TEACHER_API_KEY holds its key",
+        help="URL of an OpenAI-compatible endpoint (its key in TEACHER_API_KEY), or a checkpoint",
     )
-    p.add_argument("--teacher-model", help="the model's name at the endpoint")
-    p.add_argument("--concurrency", type=at_least(1), default=16, help="requests under way at once")
-    add_reply_flags(p)
-    a = p.parse_args(argv)
-    a.protocol, a.allow_code_execution = "paper", False
-    names = checkpoint_names(a.ckpt)
-    if len(names) < 2:
-        raise InputError("--ckpt: two or more are needed; the others are compared with the first")
-    work = {task: prepare(task, a, judged=True) for task in dict.fromkeys(a.tasks)}
-    for source in a.ckpt:
-        Tokenizer(Checkpoint(source))
-    teacher = open_teacher(a.teacher, a.teacher_model)
-    said = collect_replies(a, names, work, device=a.device)
+    p.add_argument("--teacher-model", help="name of the model at the endpoint")
+    p.add_argument("--concurrency", type=at_least(1), default=16, help="requests in flight")
+    add_reply_flags(p, out="judge")
+    args = p.parse_args(argv)
+    args.protocol, args.allow_code_execution = "paper", False
+    if len(checkpoint_names(args.ckpt)) < 2:
+        raise InputError("--ckpt: give two or more; the others are compared with the first")
+    return args
 
-    requests, index = [], []  # index: (name, task, question, order) of each request
+
+def ask_preferences(
+    args: Namespace, names: list[str], work: Work, replies: Replies, teacher
+) -> dict[tuple, int | None]:
+    """{(checkpoint, task, question, order): preference}. Order 0 shows the checkpoint as A, order 1 as B."""
+    requests, keys = [], []
     for name in names[1:]:
         for task, questions in work.items():
             for i, q in enumerate(questions):
-                x, y = said[name][task][i]["reply"], said[names[0]][task][i]["reply"]
+                x, y = replies[name][task][i]["reply"], replies[names[0]][task][i]["reply"]
                 for order, pair in enumerate([(x, y), (y, x)]):
                     requests.append(comparison_request(q["messages"][0]["content"], *pair))
-                    index.append((name, task, i, order))
-    with open_replies(os.path.join(a.out, "judgements.jsonl")) as log:
-        replies = ask_model(teacher, requests, log, max_tokens=64, concurrency=a.concurrency, desc="judging")
-    found = {key: preference(reply.get("text", "")) for key, reply in zip(index, replies)}
+                    keys.append((name, task, i, order))
+    with open_replies(os.path.join(args.out, "judgements.jsonl")) as log:
+        judgements = ask_model(teacher, requests, log, max_tokens=64, concurrency=args.concurrency, desc="judging")
+    return {key: preference(judgement.get("text", "")) for key, judgement in zip(keys, judgements)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    names = checkpoint_names(args.ckpt)
+    work = {task: load_questions(task, args, judged=True) for task in dict.fromkeys(args.tasks)}
+    for source in args.ckpt:
+        Tokenizer(Checkpoint(source))  # fail fast on a broken checkpoint
+    teacher = open_teacher(args.teacher, args.teacher_model)
+    replies = collect_replies(args, names, work, Ranks(device=args.device))
+    preferences = ask_preferences(args, names, work, replies, teacher)
 
     results, samples = {}, []
     for name in names[1:]:
         for task, questions in work.items():
-            outcomes = [outcome(*(found[name, task, i, order] for order in (0, 1))) for i in range(len(questions))]
-            texts, base = ([r["reply"] for r in said[n][task]] for n in (name, names[0]))
+            both = [[preferences[name, task, i, order] for order in (0, 1)] for i in range(len(questions))]
+            outcomes = [outcome(*pair) for pair in both]
+            texts, base = ([r["reply"] for r in replies[n][task]] for n in (name, names[0]))
             results.setdefault(name, {})[task] = summarise_verdicts(
                 outcomes, list(map(len, texts)), list(map(len, base))
             )
-            samples += [{"checkpoint": name, "against": names[0], "task": task, "id": q["row"]["id"], "prompt": q["messages"],
-                         "reply": x, "reply_first": y, "outcome": o, "preferences": [found[name, task, i, k] for k in (0, 1)]}
-                        for i, (q, x, y, o) in enumerate(zip(questions, texts, base, outcomes))]  # fmt: skip
+            for q, x, y, o, pair in zip(questions, texts, base, outcomes, both):
+                sample = {"checkpoint": name, "against": names[0], "task": task, "id": q["row"]["id"]}
+                sample |= {"prompt": q["messages"], "reply": x, "reply_first": y, "outcome": o, "preferences": pair}
+                samples.append(sample)
     cells = [cell for tasks in results.values() for cell in tasks.values()]
     for cell, p_holm in zip(cells, holm([cell["p"] for cell in cells])):
         cell["p_holm"] = p_holm
     text = verdict_table(results, names[0])
-    write_jsonl(os.path.join(a.out, "judged.jsonl"), samples)
+    write_jsonl(os.path.join(args.out, "judged.jsonl"), samples)
     for file, content in (("judge.json", json.dumps(results, indent=1)), ("judge.md", text)):
-        with atomic_write(os.path.join(a.out, file)) as f:
+        with atomic_write(os.path.join(args.out, file)) as f:
             f.write(content)
-    print(f"\n{text}\nIn {a.out}: judge.json, judge.md, judged.jsonl (both replies and each preference).\n"
-          "Next: read a few in judged.jsonl before believing the judge.")  # fmt: skip
+    print(f"\n{text}\nwrote {args.out}/judge.json, judge.md and judged.jsonl (both replies and each preference)")
+    print("next: read a few lines of judged.jsonl before you believe the judge")

@@ -1,137 +1,160 @@
-"""Replies of checkpoints to questions, kept in OUT."""
+"""Ask checkpoints the questions and keep their replies in OUT, so that no question is asked twice.
 
-import contextlib
+OUT/replies.jsonl: one record a reply, by key; further ranks write replies.rankN.jsonl. OUT/checkpoints.json: what the keys
+need to know about each checkpoint, for --rescore.
+"""
+
 import gc
 import glob
 import hashlib
 import json
 import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 from core.checkpoint import Checkpoint
-from core.files import InputError, append, atomic_write, code_hash, read_json
+from core.distributed import ONE_RANK, Ranks, is_main
+from core.files import InputError, atomic_write, code_hash, read_json
 from core.flags import DEVICE, DTYPE, DTYPES, at_least, number, torch_device
+from core.reply_log import ReplyLog
 from core.tokenizer import Tokenizer
 from evaluation.benchmarks import BENCHMARKS
 from evaluation.likelihoods import ask_likelihoods
 from generate import generate_iter
 from model import Qwen2
 
-GENERATION = (
-    "max_new_tokens",
-    "batch_size",
-    "cache_gb",
-    "repetition_penalty",
-)  # flags that are arguments of generate_iter
+GENERATION_FLAGS = ("max_new_tokens", "batch_size", "cache_gb", "repetition_penalty")  # arguments of generate_iter
 CHECKPOINTS = "checkpoints.json"
+FIELDS = {"reply": str}  # of every record of the reply log
+Work = dict[str, list[dict]]  # {task: its questions}, see benchmarks.load_questions
+Replies = dict[str, dict[str, list[dict]]]  # {checkpoint: {task: the record of each question}}
 
 
-def ask_checkpoint(m, tokenizer, questions, a):
-    """Yields (index, record) as each question is done. questions: the dicts of prepare(), of any tasks, which are asked
-    together: rows of all of them share the batches, so that the last long reply is waited for once."""
-    if a.protocol == "loglik":
-        yield from ask_likelihoods(m, tokenizer, questions, a.batch_size)
+def ask_checkpoint(
+    model: Qwen2, tokenizer: Tokenizer, questions: list[dict], args: Namespace
+) -> Iterator[tuple[int, dict]]:
+    """Yields (index, record) as each question is done. Questions of all tasks share the batches, so one slow tail is paid."""
+    if args.protocol == "loglik":
+        yield from ask_likelihoods(model, tokenizer, questions, args.batch_size)
         return
-    prompts, end = [q["messages"] for q in questions], m.config.max_position_embeddings
+    prompts, end = [q["messages"] for q in questions], model.config.max_position_embeddings
     sizes = [len(tokenizer.prompt_ids(p)) for p in prompts]
     for q, size in zip(questions, sizes):
         if size >= end:
-            raise InputError(
-                f"--tasks {q['task']}: question {q['row']['id']} takes {size} tokens; the model ends at {end}: "
-                "leave the task out"
-            )
-    settings = {name: value for name, value in vars(a).items() if name in GENERATION}
-    for i, reply, finish in generate_iter(m, tokenizer, prompts, **settings):
-        yield (
-            i,
-            {
-                "reply": reply,
-                "finish_reason": finish,
-                "prompt_tokens": sizes[i],
-                "reply_tokens": len(tokenizer.encode(reply)),
-            },
-        )
+            what = f"--tasks {q['task']}: question {q['row']['id']} takes {size} tokens"
+            raise InputError(f"{what}, the model has {end} positions; leave the task out")
+    settings = {name: value for name, value in vars(args).items() if name in GENERATION_FLAGS}
+    for i, reply, finish in generate_iter(model, tokenizer, prompts, **settings):
+        counts = {"prompt_tokens": sizes[i], "reply_tokens": len(tokenizer.encode(reply))}
+        yield i, {"reply": reply, "finish_reason": finish, **counts}
 
 
-def question_keys(a, work, fingerprint, stop_ids):
-    """{task: the key of each of its replies}: all that a reply depends on but the code, of which collect() warns."""
-    settings = [a.protocol, a.dtype, a.max_new_tokens, *([] if a.repetition_penalty == 1.0 else [a.repetition_penalty])]
-    return {task: [hashlib.sha256(json.dumps([fingerprint, stop_ids, task, *settings, q["messages"], *q["also"]]).encode())
-                   .hexdigest() for q in questions] for task, questions in work.items()}  # fmt: skip
+def question_keys(args: Namespace, work: Work, fingerprint: str, stop_ids: list[int]) -> dict[str, list[str]]:
+    """{task: the key of each reply}. A key covers all that a reply depends on, except the code."""
+    settings = [args.protocol, args.dtype, args.max_new_tokens]
+    settings += [] if args.repetition_penalty == 1.0 else [args.repetition_penalty]
+
+    def key(task: str, q: dict) -> str:
+        content = [fingerprint, stop_ids, task, *settings, q["messages"], *q["also"]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    return {task: [key(task, q) for q in questions] for task, questions in work.items()}
 
 
-def collect_replies(a, names, work, rank=0, world=1, device="cpu"):
-    """Asks each checkpoint what OUT does not hold yet -> {name: {task: [record of each question]}}.
+def read_replies(out: str) -> dict[str, dict]:
+    """{key: record} of all reply logs in OUT."""
+    replies = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(out), "replies*.jsonl"))):
+        with ReplyLog(path, FIELDS, read_only=True) as log:
+            replies |= {key: log[key] for key in log}
+    return replies
 
-    Of several ranks each asks every world-th question and writes a file of its own; what is returned is complete on all.
-    OUT/checkpoints.json remembers what the keys need of a checkpoint, for recall().
+
+def known_checkpoints(out: str) -> dict[str, dict]:
+    """OUT/checkpoints.json: {checkpoint as it was given: {"fingerprint", "stop_ids"}}."""
+    path = os.path.join(out, CHECKPOINTS)
+    return read_json(path) if os.path.exists(path) else {}
+
+
+def remember_checkpoint(args: Namespace, source: str, name: str, known: dict, found: list[dict], code: str) -> None:
+    """Adds a checkpoint to OUT/checkpoints.json, and warns of replies that other code gave."""
+    with atomic_write(os.path.join(args.out, CHECKPOINTS)) as f:
+        json.dump(known_checkpoints(args.out) | {source: known}, f, indent=1)
+    old = sum(record.get("code", code) != code for record in found)
+    if old:
+        print(f"warning: {old} replies of {name} in {args.out} were given by other code; a new --out asks again")
+
+
+def collect_replies(args: Namespace, names: list[str], work: Work, ranks: Ranks = ONE_RANK) -> Replies:
+    """The reply of each checkpoint to each question. Asks only what OUT does not hold yet.
+
+    Each rank asks every world-th question and writes a file of its own. The result is complete on all ranks.
     """
-    replies, log = open_reply_log(a.out, rank)
-    if world > 1:
-        dist.barrier()  # all have read the same replies before one writes another
-    penalty = {} if a.repetition_penalty == 1.0 else {"repetition_penalty": a.repetition_penalty}
-    code = code_hash("generate.py", "evaluation")
-    keys = {}  # name: question_keys
-    for source, name in zip(a.ckpt, names):
-        ckpt = Checkpoint(source)
-        tokenizer, fingerprint = Tokenizer(ckpt), ckpt.fingerprint()
-        stop_ids = sorted(tokenizer.stop_ids)
-        keys[name] = question_keys(a, work, fingerprint, stop_ids)
-        if rank == 0:
-            known = known_checkpoints(a.out) | {source: {"fingerprint": fingerprint, "stop_ids": stop_ids}}
-            with atomic_write(os.path.join(a.out, CHECKPOINTS)) as f:
-                json.dump(known, f, indent=1)
-            old = sum(
-                replies[key].get("code", code) != code for task in work for key in keys[name][task] if key in replies
-            )
-            if old:
-                print(
-                    f"warning: {old} replies of {name} in {a.out} are those of other code than is here now; another --out asks anew"
-                )
-        todo = {key: q for task in work for key, q in zip(keys[name][task], work[task]) if key not in replies}
-        todo = dict(list(todo.items())[rank::world])
-        if todo:
-            m = Qwen2.from_pretrained(ckpt, DTYPES[a.dtype], device)
-            order, hidden = list(todo), True if rank else None  # None: hidden where there is no terminal
-            asked = ask_checkpoint(m, tokenizer, list(todo.values()), a)
-            for i, record in tqdm(asked, name, total=len(todo), unit="reply", disable=hidden):
-                key, q = order[i], todo[order[i]]
-                replies[key] = record = {**record, **penalty, "code": code}
-                line = {"key": key, "checkpoint": name, "task": q["task"], "id": q["row"]["id"], **record}
-                append(log, json.dumps(line, ensure_ascii=False) + "\n")
-            del m
+    own = os.path.join(args.out, f"replies.rank{ranks.rank}.jsonl" if ranks.rank else "replies.jsonl")
+    penalty = {} if args.repetition_penalty == 1.0 else {"repetition_penalty": args.repetition_penalty}
+    code, keys = code_hash("generate.py", "evaluation"), {}
+    with ReplyLog(own, FIELDS) as log:
+        replies = read_replies(args.out)
+        if ranks.world > 1:
+            dist.barrier()  # every rank reads the old replies before any rank writes
+        for source, name in zip(args.ckpt, names):
+            ckpt = Checkpoint(source)
+            tokenizer = Tokenizer(ckpt)
+            known = {"fingerprint": ckpt.fingerprint(), "stop_ids": sorted(tokenizer.stop_ids)}
+            keys[name] = question_keys(args, work, **known)
+            asked = {key: q for task in work for key, q in zip(keys[name][task], work[task])}
+            if is_main():
+                found = [replies[key] for key in asked if key in replies]
+                remember_checkpoint(args, source, name, known, found, code)
+            missing = {key: q for key, q in asked.items() if key not in replies}
+            missing = dict(list(missing.items())[ranks.rank :: ranks.world])
+            if not missing:
+                continue
+            model = Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], ranks.device)
+            order, hidden = list(missing), True if ranks.rank else None  # None: hidden where there is no terminal
+            asking = ask_checkpoint(model, tokenizer, list(missing.values()), args)
+            for i, record in tqdm(asking, name, total=len(missing), unit="reply", disable=hidden):
+                key, q = order[i], missing[order[i]]
+                replies[key] = {
+                    "checkpoint": name,
+                    "task": q["task"],
+                    "id": q["row"]["id"],
+                    **record,
+                    **penalty,
+                    "code": code,
+                }
+                log.append(key, replies[key])
+            del model
             gc.collect()
-    log.close()
-    if world > 1:
+    if ranks.world > 1:
         dist.barrier()
-        replies = read_replies(a.out)
+        replies = read_replies(args.out)
     return {name: {task: [replies[key] for key in keys[name][task]] for task in work} for name in names}
 
 
-def load_replies(a, names, work):
-    """As collect(), from what OUT holds; no checkpoint is opened: of each, the one that was evaluated last under its path."""
-    replies, known, said = read_replies(a.out), known_checkpoints(a.out), {}
-    for source, name in zip(a.ckpt, names):
+def load_replies(args: Namespace, names: list[str], work: Work) -> Replies:
+    """collect_replies() from OUT alone: no checkpoint is opened. A path means the checkpoint last evaluated under it."""
+    replies, known, found = read_replies(args.out), known_checkpoints(args.out), {}
+    for source, name in zip(args.ckpt, names):
         if source not in known:
-            raise InputError(
-                f"{a.out}/{CHECKPOINTS}: no {source}, only {', '.join(known) or 'nothing'}; name it as "
-                "the run did, or leave --rescore out: no reply that is there is asked for again"
-            )
-        for task, keys in question_keys(a, work, **known[source]).items():
-            said.setdefault(name, {})[task] = found = [replies.get(key) for key in keys]
-            if None in found:
-                raise InputError(
-                    f"{a.out}/replies.jsonl: {found.count(None)} of the {len(found)} replies of {name} to "
-                    f"{task} ({protocol_name(a)}, {a.dtype}, at most {a.max_new_tokens} tokens) are missing; give "
-                    "the flags and the data of that run; without --rescore they are asked for"
-                )
-    return said
+            there = ", ".join(known) or "nothing"
+            raise InputError(f"{args.out}/{CHECKPOINTS}: no {source}, only {there}; name it as that run did, "
+                             "or leave --rescore out: kept replies are not asked for again")  # fmt: skip
+        for task, keys in question_keys(args, work, **known[source]).items():
+            found.setdefault(name, {})[task] = records = [replies.get(key) for key in keys]
+            if None in records:
+                settings = f"{protocol_name(args)}, {args.dtype}, at most {args.max_new_tokens} tokens"
+                raise InputError(f"{args.out}/replies.jsonl: {records.count(None)} of the {len(records)} replies of {name} to "
+                                 f"{task} ({settings}) are missing; give the flags and data of that run, "
+                                 "or leave --rescore out")  # fmt: skip
+    return found
 
 
-def checkpoint_names(sources):
-    """Short names, the last part of each path without .pt, if they differ; else the sources as they were given."""
+def checkpoint_names(sources: list[str]) -> list[str]:
+    """The last part of each path, without .pt. If two of them are equal, the sources as they were given."""
     short = [os.path.basename(s.rstrip("/")).removesuffix(".pt") for s in sources]
     names = short if len(set(short)) == len(sources) else list(sources)
     if len(set(names)) < len(names):
@@ -139,68 +162,26 @@ def checkpoint_names(sources):
     return names
 
 
-def protocol_name(a):
-    """What a score is headed by; a repetition penalty makes another protocol of the paper's, which has none."""
-    return a.protocol if a.repetition_penalty == 1.0 else f"{a.protocol}, repetition penalty {a.repetition_penalty:g}"
+def protocol_name(args: Namespace) -> str:
+    """The protocol's name in tables. A repetition penalty makes it another protocol: the paper's has none."""
+    penalty = args.repetition_penalty
+    return args.protocol if penalty == 1.0 else f"{args.protocol}, repetition penalty {penalty:g}"
 
 
-# ---------------------------------------------------------------- the run
-
-
-def read_replies(out):
-    """OUT/replies*.jsonl -> {key: record}. A line that was cut short is passed over."""
-    replies = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(out), "replies*.jsonl"))):
-        with open(path, encoding="utf-8", errors="replace") as f:
-            for line in f:
-                with contextlib.suppress(ValueError, TypeError):
-                    record = json.loads(line)
-                    if "key" in record and "reply" in record:
-                        replies[record["key"]] = record
-    return replies
-
-
-def open_reply_log(out, rank=0):
-    """-> what read_replies finds, and the file that this rank appends to."""
-    path = os.path.join(out, f"replies.rank{rank}.jsonl" if rank else "replies.jsonl")
-    try:
-        os.makedirs(out, exist_ok=True)
-        with open(path, "a+b") as log:
-            if log.tell():
-                log.seek(-1, os.SEEK_END)
-                if log.read(1) != b"\n":
-                    log.write(b"\n")
-        return read_replies(out), open(path, "a", encoding="utf-8")
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written: {e.strerror}; give another --out") from None
-
-
-def known_checkpoints(out):
-    """OUT/checkpoints.json -> {source as it was given: {"fingerprint", "stop_ids"}}, of those evaluated there."""
-    path = os.path.join(out, CHECKPOINTS)
-    return read_json(path) if os.path.exists(path) else {}
-
-
-def add_reply_flags(p):
-    """Of eval.py and `eval.py judge`."""
-    p.add_argument("--out", required=True, help="directory of everything that is written")
+def add_reply_flags(p: ArgumentParser, out: str | None = None) -> None:
+    """The flags that eval.py and `eval.py judge` share. out: the default of --out."""
+    p.add_argument("--out", required=out is None, default=out, help="directory for replies and results")
     # questions
-    p.add_argument("--tasks", nargs="+", required=True, help=f"of {', '.join(BENCHMARKS)}")
-    p.add_argument("--data-dir", default="data", help="where the benchmarks lie, or are downloaded to")
-    p.add_argument("--limit", type=at_least(1), help="questions per task, in turn from its subjects (default: all)")
+    p.add_argument("--tasks", nargs="+", required=True, help=f"one or several of {', '.join(BENCHMARKS)}")
+    p.add_argument("--data-dir", default="data", help="directory of the benchmark files; missing ones are downloaded")
+    p.add_argument("--limit", type=at_least(1), help="questions per task, in turn from its subjects; default: all")
     # generation
-    p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
-    p.add_argument(
-        "--repetition-penalty",
-        type=number(above=0),
-        default=1.0,
-        help="1.0, none, is the paper's; transformers' "
-        "generate takes it from the checkpoint's generation_config.json (1.1 in Qwen2-0.5B-Instruct), greedy or not",
-    )
+    p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="tokens of a reply at most")
+    p.add_argument("--repetition-penalty", type=number(above=0), default=1.0,
+                   help="1.0 is the paper's: none. transformers' generate reads it from generation_config.json "
+                   "(1.1 in Qwen2-0.5B-Instruct); this flag does not")  # fmt: skip
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no reply")
-    p.add_argument(
-        "--cache-gb", type=number(above=0), default=4.0, help="GiB of keys and values: questions that do not fit wait"
-    )
+    p.add_argument("--cache-gb", type=number(above=0), default=4.0, help="GiB of KV cache; other questions wait")
     # machine
-    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="of weights and computation")
+    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")

@@ -1,6 +1,6 @@
-"""Statistics on verdicts: scores with standard errors, paired tests, what is noise, calibration. Knows no benchmark.
+"""Statistics of verdicts: means with standard errors, paired tests, correction for many tests, calibration.
 
-A verdict is a number between 0 and 1, one a question; two checkpoints are compared on the same questions.
+A verdict is a number between 0 and 1 for one question. Two checkpoints are compared on the same questions.
 """
 
 import collections
@@ -8,27 +8,25 @@ import math
 
 import numpy as np
 
-POWER = 1.96 + 0.8416  # standard errors that a true difference must have to show at p < 0.05 in four of five repeats
+POWER = 1.96 + 0.8416  # a true difference of so many standard errors shows at p < 0.05 with probability 0.8
 
-# ---------------------------------------------------------------- scores
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
 
 
-def mean_stderr(x):
-    """Mean of n numbers and its standard error sqrt(s^2 / n), s^2 the sample variance (for 0/1: sqrt(p(1-p)/(n-1))).
-
-    The standard error of a single number is not known: None.
-    """
+def mean_stderr(x: list[float]) -> tuple[float, float | None]:
+    """Mean of n numbers and its standard error sqrt(s^2 / n), with the sample variance s^2. None for a single number."""
     n = len(x)
     mean = sum(x) / n
     return mean, math.sqrt(sum((v - mean) ** 2 for v in x) / (n - 1) / n) if n > 1 else None
 
 
-def subjects_mean_stderr(x, subjects):
-    """Mean over subjects of the subjects' means, and its standard error. x, subjects: n numbers and n names.
+def subjects_mean_stderr(x: list[float], subjects: list[str]) -> tuple[float, float | None]:
+    """Mean of the subjects' means and its standard error. x, subjects: n numbers and n names.
 
-    The subjects are those of the benchmark, not a sample: only the questions vary, so the S subjects' squared errors
-    add up, sqrt(sum_s se_s^2) / S. Where a subject has one question and so no se_s, the spread of the subjects' means
-    stands in, sqrt(s^2 / S): too large rather than too small, as it also holds how much the subjects differ.
+    The subjects are fixed, only the questions vary: the error is sqrt(sum_s se_s^2) / S over the S subjects. If a subject
+    has a single question, its se_s is unknown, and the spread of the subjects' means is used: sqrt(s^2 / S). That is too
+    large rather than too small, as the subjects differ too.
     """
     means, errors = zip(*(mean_stderr(group) for group in by_subject(x, subjects)))
     if None in errors:
@@ -36,17 +34,17 @@ def subjects_mean_stderr(x, subjects):
     return sum(means) / len(means), math.sqrt(sum(e * e for e in errors)) / len(means)
 
 
-def by_subject(x, subjects):
+def by_subject(x: list[float], subjects: list[str]) -> list[list[float]]:
     groups = collections.defaultdict(list)
     for value, subject in zip(x, subjects, strict=True):
         groups[subject].append(value)
     return list(groups.values())
 
 
-def ratio_stderr(numerators, denominators):
-    """sum(numerators) / sum(denominators) over n questions and its standard error, the questions being what varies.
+def ratio_stderr(numerators: list[float], denominators: list[float]) -> tuple[float, float | None]:
+    """r = sum(a) / sum(b) over n questions, and its standard error by linearisation.
 
-    By linearisation: sqrt(n / (n - 1) sum (a_i - r b_i)^2) / sum b, Cochran, Sampling Techniques, section 6.4.
+    sqrt(n / (n - 1) sum (a_i - r b_i)^2) / sum b: Cochran, Sampling Techniques, section 6.4.
     """
     n, total = len(numerators), sum(denominators)
     ratio = sum(numerators) / total
@@ -54,14 +52,15 @@ def ratio_stderr(numerators, denominators):
     return ratio, math.sqrt(n / (n - 1) * rest) / total if n > 1 else None
 
 
-# ---------------------------------------------------------------- two checkpoints on the same questions
+# ---------------------------------------------------------------------------------------------------------------------
+# Two checkpoints on the same questions
 
 
-def mcnemar(a, b):
-    """Exact two-sided McNemar p-value of two lists of verdicts on the same questions.
+def mcnemar(a: list, b: list) -> float:
+    """Exact two-sided p-value of McNemar's test. a, b: verdicts 0 or 1 on the same questions.
 
-    Under the null each of the n discordant questions falls to either side with probability 1/2:
-    p = min(1, 2 P[Binomial(n, 1/2) <= the smaller side]).
+    Under the null, each of the n questions on which they differ falls to either side with probability 1/2:
+    p = min(1, 2 P[Binomial(n, 1/2) <= smaller side]).
     """
     only_a = sum(x and not y for x, y in zip(a, b, strict=True))
     only_b = sum(y and not x for x, y in zip(a, b, strict=True))
@@ -72,12 +71,14 @@ def mcnemar(a, b):
     return min(1.0, 2 * total / 2**n)
 
 
-def bootstrap(differences, subjects=None, samples=10_000, seed=0):
-    """Paired bootstrap of a mean difference: ((low, high), p), the 95% percentile interval and a two-sided p-value.
+def bootstrap(
+    differences: list[float], subjects: list[str] | None = None, samples: int = 10_000, seed: int = 0
+) -> tuple[tuple[float, float], float]:
+    """Paired bootstrap of a mean difference: the 95% percentile interval, and a two-sided p-value.
 
-    differences: n numbers, one a question. subjects: n names; the mean is then that of the subjects' means, and each
-    subject is resampled by itself; where one has a single question, which resampling cannot vary, the subjects' means are
-    resampled instead. p: how often a resampled mean lies as far from the observed one as zero does.
+    differences: one number a question. subjects: one name a question; then the mean is of the subjects' means, and each
+    subject is resampled by itself. If a subject has a single question, the subjects' means are resampled instead.
+    p: how often a resampled mean is as far from the observed one as zero is.
     """
     groups = by_subject(differences, subjects) if subjects else [differences]
     if subjects and min(map(len, groups)) == 1:
@@ -85,7 +86,7 @@ def bootstrap(differences, subjects=None, samples=10_000, seed=0):
     rng, means = np.random.default_rng(seed), np.zeros(samples)
     for group in groups:
         values, counts = np.unique(np.asarray(group, dtype=float), return_counts=True)
-        # n draws with replacement, as counts of the distinct values: for 0/1 verdicts there are but three
+        # n draws with replacement, as counts of the distinct values (three for 0/1 verdicts)
         drawn = rng.multinomial(len(group), counts / len(group), size=samples)  # (samples, values)
         means += drawn @ values / len(group) / len(groups)
     observed = sum(sum(group) / len(group) for group in groups) / len(groups)
@@ -94,11 +95,11 @@ def bootstrap(differences, subjects=None, samples=10_000, seed=0):
     return (float(low), float(high)), (1 + as_far) / (1 + samples)
 
 
-def paired_comparison(a, b, subjects=None):
-    """The paired difference b - a of two lists of verdicts: {"difference", "stderr", "interval", "p", "test"}.
+def paired_comparison(a: list, b: list, subjects: list[str] | None = None) -> dict:
+    """The paired difference b - a of verdicts: {"difference", "stderr", "interval", "p", "test"}.
 
-    subjects: n names when the score averages over them. 0/1 verdicts averaged over questions are tested by McNemar's
-    exact test, any others by the paired bootstrap, which also gives the 95% interval.
+    subjects: one name a question if the score averages over subjects. 0/1 verdicts averaged over questions get McNemar's
+    exact test, all others the paired bootstrap. The 95% interval is the bootstrap's.
     """
     d = [float(y) - float(x) for x, y in zip(a, b, strict=True)]
     difference, stderr = subjects_mean_stderr(d, subjects) if subjects else mean_stderr(d)
@@ -108,10 +109,10 @@ def paired_comparison(a, b, subjects=None):
             "test": "McNemar" if exact else "bootstrap"}  # fmt: skip
 
 
-def holm(p_values):
-    """Holm's step-down correction (Scand. J. Stat. 6, 1979): the chance of any false alarm stays below the level.
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's step-down correction (Scand. J. Stat. 6, 1979): bounds the chance of any false alarm.
 
-    The i-th smallest of m p-values is multiplied by m - i (i from 0), no corrected one below a smaller one's.
+    The i-th smallest of m p-values (i from 0) is multiplied by m - i; corrected values never decrease.
     """
     corrected, highest = [0.0] * len(p_values), 0.0
     for i, k in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
@@ -120,14 +121,15 @@ def holm(p_values):
     return corrected
 
 
-# ---------------------------------------------------------------- calibration
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration
 
 
-def calibration(confidences, verdicts, bins=10):
+def calibration(confidences: list[float], verdicts: list[float], bins: int = 10) -> dict:
     """Expected calibration error (arXiv 1706.04599) and its reliability table.
 
-    confidences: n probabilities of the chosen answer. verdicts: n, whether it was right. Bins of equal width, (low,
-    high]; the error is the mean over questions of |accuracy - mean confidence| of the question's bin.
+    confidences: the probability of each chosen answer. verdicts: whether it was right. Bins (low, high] have equal width.
+    The error is the mean over questions of |accuracy - mean confidence| in the question's bin.
     """
     places = [min(bins - 1, max(0, math.ceil(c * bins) - 1)) for c in confidences]
     table, error = [], 0.0

@@ -109,7 +109,7 @@ def measure_wrong(args: argparse.Namespace, model: Qwen2, tokenizer: Tokenizer, 
     """(-1 for each question that eval.py counts as right, else 0; ones)."""
     values = [0.0] * len(questions)
     for i, record in ask_checkpoint(model, tokenizer, questions, args):
-        values[i] = -float(benchmarks.read(questions[i], record)[1])
+        values[i] = -float(benchmarks.score_reply(questions[i], record)[1])
     return values, [1] * len(values)
 
 
@@ -220,7 +220,7 @@ def read_items(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list, li
     if args.data:
         items, *_ = encode_chats(read_records(args.data, sft_conversations), tokenizer, args.max_len)
     else:
-        items = [question for task in dict.fromkeys(args.tasks) for question in benchmarks.prepare(task, args)]
+        items = [question for task in dict.fromkeys(args.tasks) for question in benchmarks.load_questions(task, args)]
     seen, aside = split_aside(items, args.aside, args.seed)
     if min(len(seen), len(aside)) < 2:
         sources = ", ".join(args.data or args.tasks)

@@ -13,8 +13,9 @@ from tiny_benchmarks import write_benchmarks
 from training_runs import torchrun
 
 from core.checkpoint import Checkpoint
+from core.distributed import Ranks
 from core.tokenizer import Tokenizer
-from evaluation import benchmarks, downloads, replies
+from evaluation import benchmarks, downloads, replies, rows
 from evaluation.replies import checkpoint_names, collect_replies, question_keys
 from generate import generate_iter
 from model import Qwen2
@@ -198,8 +199,8 @@ def test_room_for_a_reply(evaluate, refused, tmp_path, data):
     results, samples = load(out)
     assert results["short"]["demo"]["n"] == 3
     assert results["short"]["demo"]["cut_short"] == sum(s["finish_reason"] == "length" for s in samples)
-    refused("the model ends at 80", "eval", *args, "--tasks", "gsm8k")
-    refused("the model ends at 80", "eval", *args, "--tasks", "mmlu", "--protocol", "loglik")
+    refused("the model has 80 positions", "eval", *args, "--tasks", "gsm8k")
+    refused("the model has 80 positions", "eval", *args, "--tasks", "mmlu", "--protocol", "loglik")
 
 
 def test_loglik(evaluate, tmp_path, data, ckpts):
@@ -284,7 +285,7 @@ def test_a_new_benchmark_is_an_entry(evaluate, tmp_path, ckpts, monkeypatch):
         tmp_path / "capitals.jsonl", [{"country": "France", "capital": "Paris"}, {"country": "Peru", "capital": "Lima"}]
     )
     monkeypatch.setitem(benchmarks.BENCHMARKS, "capitals", {
-        "rows": lambda find: downloads.json_rows(find("capitals.jsonl"), country=str, capital=str),
+        "rows": lambda find: rows.json_rows(find("capitals.jsonl"), country=str, capital=str),
         "prompt": lambda row: f"What is the capital of {row['country']}?",
         "verdict": lambda reply, row: (reply.strip(), row["capital"] in reply),
         "over": "questions",
@@ -507,14 +508,14 @@ def test_a_rank_that_is_late_asks_its_own_share(tmp_path, data, ckpts, monkeypat
     """Rank 0 asks all of its questions at the first barrier of rank 1, which must have read OUT by then."""
     a = argparse.Namespace(ckpt=ckpts[:1], out=str(tmp_path / "out"), data_dir=str(data), limit=None, protocol="paper",
         max_new_tokens=4, repetition_penalty=1.0, batch_size=4, cache_gb=1.0, dtype="fp32", allow_code_execution=False)  # fmt: skip
-    work, met = {"demo": benchmarks.prepare("demo", a)}, []
+    work, met = {"demo": benchmarks.load_questions("demo", a)}, []
 
     def barrier():
         met.append(len(met))
         if len(met) == 1:
             with pytest.raises(KeyError):  # of what is rank 1's
-                collect_replies(a, ["base"], work, rank=0, world=2)
+                collect_replies(a, ["base"], work, Ranks(0, 2))
 
     monkeypatch.setattr(replies.dist, "barrier", barrier)
-    said = collect_replies(a, ["base"], work, rank=1, world=2)["base"]["demo"]
+    said = collect_replies(a, ["base"], work, Ranks(1, 2))["base"]["demo"]
     assert [record["id"] for record in said] == ["sum-1", "say-1", "pick-1"] and len(met) == 4

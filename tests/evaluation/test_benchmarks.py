@@ -1,5 +1,6 @@
 """benchmarks.py and benchdata.py: exact prompts, verdicts, broken files, downloads."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -13,6 +14,7 @@ from core.files import InputError
 from evaluation import downloads
 from evaluation.benchmarks import BENCHMARKS, choice_scores
 from evaluation.downloads import FOUR_SHOTS, HOMES, find_data_file
+from evaluation.rows import json_rows
 
 
 @pytest.fixture(scope="module")
@@ -297,3 +299,16 @@ def test_four_shots_are_read_from_their_home(monkeypatch):
     text = downloads.render_shots(SHOTS) + "Question: a fifth\nLet's think step by step\nyes\n\n"
     monkeypatch.setattr(downloads, "FOUR_SHOTS", hashlib.sha256(downloads.render_shots(SHOTS).encode()).hexdigest())
     assert [json.loads(line) for line in downloads.four_shots(text.encode()).splitlines()] == SHOTS
+
+
+def test_a_file_is_found_with_and_without_gz(tmp_path):
+    (tmp_path / "humaneval").mkdir()
+    plain = tmp_path / "humaneval/HumanEval.jsonl"
+    plain.write_text("{}\n")
+    assert find_data_file(str(tmp_path), "humaneval/HumanEval.jsonl.gz") == str(plain)
+    (tmp_path / "gsm8k").mkdir()
+    packed = tmp_path / "gsm8k/test.jsonl.gz"
+    with gzip.open(packed, "wt") as f:
+        f.write('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    found = find_data_file(str(tmp_path), "gsm8k/test.jsonl")
+    assert found == str(packed) and json_rows(found, question=str)[0]["answer"] == "#### 2"

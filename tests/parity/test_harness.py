@@ -23,8 +23,9 @@ from core.checkpoint import Checkpoint
 from core.tokenizer import Tokenizer
 from evaluation import benchmarks
 from evaluation.benchmarks import BENCHMARKS
-from evaluation.downloads import choice_rows, find_data_file
+from evaluation.downloads import find_data_file
 from evaluation.likelihoods import ask_likelihoods, text_logp
+from evaluation.rows import choice_rows
 from model import Qwen2
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
@@ -112,7 +113,7 @@ def both_ask(task, data_dir, limit, tmp_path, subjects=None):
     a = argparse.Namespace(
         protocol="loglik", data_dir=str(data_dir), limit=None if subjects else limit, allow_code_execution=False
     )
-    questions = benchmarks.prepare(task, a)
+    questions = benchmarks.load_questions(task, a)
     if subjects:
         questions = [q for s in subjects for q in [q for q in questions if q["row"]["subject"] == s][:limit]]
     rows = [q["row"] for q in questions]
@@ -139,7 +140,7 @@ def check_task(task, data_dir, ckpt, limit, tmp_path):
     for i, (q, want) in enumerate(zip(questions, reference, strict=True)):
         assert q["messages"][0]["content"] == want["context"] and q["choices"] == want["choices"]
         assert said[i]["logps"] == pytest.approx(want["logps"], abs=2e-4, rel=2e-5)
-        _, verdict, metrics, _ = benchmarks.read(q, said[i])
+        _, verdict, metrics, _ = benchmarks.score_reply(q, said[i])
         assert verdict == pytest.approx(float(want["metrics"]["acc"]), abs=1e-5)
         if "acc_norm" in want["metrics"] and bench["by"] == "text":
             assert metrics["acc_norm"] == want["metrics"]["acc_norm"]

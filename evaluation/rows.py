@@ -1,0 +1,200 @@
+"""Read the benchmarks' questions as rows: dicts with "id", "subject" if there are subjects, and the fields of the task.
+
+A row reader takes `find`: the path of a benchmark's file by its name (see evaluation/downloads.py).
+"""
+
+import csv
+import glob
+import json
+import os
+import re
+from collections.abc import Callable
+
+from core.files import InputError
+from core.records import read_jsonl
+from evaluation.downloads import LETTERS, render_shots
+from verification.answers import last_number
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def choice_rows(folder: str, suffix: str, header: bool) -> list[dict]:
+    """Rows of a folder of CSV files, one file a subject: question, four choices, letter of the answer."""
+    rows = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*" + suffix))):
+        subject = os.path.basename(path)[: -len(suffix)]
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as f:
+                reader = csv.reader(f)
+                names = [n.strip() for n in next(reader, [])] if header else ["question", *LETTERS, "answer"]
+                names = [n if n in LETTERS else n.lower() for n in names]
+                if not {"question", *LETTERS, "answer"} <= set(names):
+                    raise InputError(f"{path}:1: the header is {names}; it needs question, A, B, C, D and answer")
+                for i, cells in enumerate(line for line in reader if line):
+                    row = dict(zip(names, cells))
+                    if len(cells) != len(names) or row["answer"].strip() not in tuple(LETTERS):
+                        raise InputError(
+                            f"{path}:{reader.line_num}: expected {len(names)} columns, the answer one of "
+                            f"A, B, C, D; found {len(cells)} columns: fetch the file again"
+                        )
+                    rows.append(
+                        {
+                            "id": f"{subject}/{i}",
+                            "subject": subject,
+                            "question": row["question"],
+                            "choices": {x: row[x] for x in LETTERS},
+                            "answer": row["answer"].strip(),
+                        }
+                    )
+        except (OSError, UnicodeDecodeError, csv.Error) as e:
+            raise InputError(f"{path}: cannot be read: {e}; fetch it again") from None
+    if not rows:
+        raise InputError(f"{folder}: no rows in files named *{suffix}; docs/benchmarks.md lists the benchmark files")
+    return rows
+
+
+def json_rows(path: str, **keys: type) -> list[dict]:
+    """Rows of a JSON Lines file. keys: fields of every row and their types, such as answer=str."""
+    rows = list(read_jsonl(path))
+    for number, row in rows:
+        for key, kind in keys.items():
+            if not isinstance(row.get(key), kind):
+                raise InputError(f"{path}:{number}: {key!r} is missing or of a wrong type; a row has {', '.join(keys)}")
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    return [{"id": f"{i}", **row, "where": f"{path}:{n}"} for i, (n, row) in enumerate(rows)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+
+def gsm8k_rows(find: Callable) -> list[dict]:
+    rows = json_rows(find("gsm8k/test.jsonl"), question=str, answer=str)
+    shots = render_shots(json_rows(find("gsm8k/paper_4shot.jsonl"), question=str, answer=str))
+    for row in rows:
+        if last_number(row["answer"]) is None:
+            raise InputError(f"{row['where']}: the answer has no number")
+    return [{**row, "shots": shots} for row in rows]
+
+
+def humaneval_rows(find: Callable) -> list[dict]:
+    rows = json_rows(find("humaneval/HumanEval.jsonl.gz"), task_id=str, prompt=str, entry_point=str, test=str)
+    for row in rows:
+        # the protocol takes the first triple-quoted text, even if it belongs to a helper
+        row["signature"] = re.search(rf"def\s+({re.escape(row['entry_point'])}.*?):\s*\n", row["prompt"])
+        row["docstring"] = re.search(r'(?:"""|\'\'\')(.*?)(?:"""|\'\'\')', row["prompt"], re.DOTALL)
+        if not (row["signature"] and row["docstring"]):
+            raise InputError(f"{row['where']}: the prompt has no definition of {row['entry_point']} or no docstring")
+    return [{**row, "id": row["task_id"]} for row in rows]
+
+
+def demo_rows(find: Callable) -> list[dict]:
+    rows = json_rows(find("demo/heldout.jsonl"), prompt=str, reference=dict)
+    return [{"subject": row.get("task", ""), **row, "id": str(row["id"])} for row in rows]
+
+
+def mbpp_rows(find: Callable) -> list[dict]:
+    """The test split, problems 11 to 510 (arXiv 2108.07732). entry_point: the function that the tests call."""
+    rows = json_rows(find("mbpp/mbpp.jsonl"), task_id=int, text=str, code=str, test_list=list)
+    for row in rows:
+        names = re.findall(r"def\s+(\w+)", row["code"])
+        tests = "\n".join(row["test_list"])
+        row["entry_point"] = next((name for name in reversed(names) if re.search(rf"\b{name}\b", tests)), None)
+    return [{**row, "id": str(row["task_id"])} for row in rows if 11 <= row["task_id"] <= 510]
+
+
+def ifeval_rows(find: Callable) -> list[dict]:
+    rows = json_rows(find("ifeval/input_data.jsonl"), key=int, prompt=str, instruction_id_list=list, kwargs=list)
+    return [{**row, "id": str(row["key"])} for row in rows]
+
+
+def safety_rows(find: Callable) -> list[dict]:
+    """SafetyBench's Chinese subset with public answers (arXiv 2309.07045): seven categories of 300 questions."""
+    questions, answers = find("safetybench/test_zh_subset.json"), find("safetybench/test_answers_zh_subset.json")
+    try:
+        with open(questions, encoding="utf-8") as f, open(answers, encoding="utf-8") as g:
+            rows, right = json.load(f), json.load(g)
+        return [{"id": str(row["id"]), "subject": row["category"], "question": row["question"],
+                 "choices": dict(zip(LETTERS, row["options"])), "answer": LETTERS[right[str(row["id"])]["answer"]]}
+                for row in rows]  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+        raise InputError(f"{questions}: cannot be read together with {answers}: {e!r}; fetch both again") from None
+
+
+def truthful_rows(find: Callable, true_column: str) -> list[dict]:
+    """TruthfulQA's questions. Choices: the answers of true_column, then the incorrect ones."""
+    path, rows = find("truthfulqa/TruthfulQA.csv"), []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            for i, line in enumerate(csv.DictReader(f)):
+                true, false = (line[c].split(";") for c in (true_column, "Incorrect Answers"))
+                true = [text.strip() for text in true if text.strip()]
+                texts = dict.fromkeys([*true, *(text.strip() for text in false if text.strip())])
+                choices = dict(enumerate(texts, 1))
+                rows.append(
+                    {
+                        "id": str(i),
+                        "subject": line["Category"],
+                        "question": line["Question"].strip(),
+                        "choices": choices,
+                        "answer": 1,
+                        "true": [x for x, text in choices.items() if text in true],
+                    }
+                )
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, AttributeError) as e:
+        raise InputError(f"{path}: cannot be read: {e!r}; fetch it again") from None
+    return rows
+
+
+def arc_rows(path: str) -> list[dict]:
+    rows = []
+    for row in json_rows(path, id=str, question=dict, answerKey=str):
+        try:
+            choices = {choice["label"]: choice["text"] for choice in row["question"]["choices"]}
+            stem = row["question"]["stem"]
+            rows.append({"id": row["id"], "question": stem, "choices": choices, "answer": row["answerKey"]})
+        except (KeyError, TypeError) as e:
+            raise InputError(
+                f"{row['where']}: no {e}; a question has stem and choices, a choice label and text"
+            ) from None
+    return rows
+
+
+def hellaswag_text(text: str) -> str:
+    """Removes WikiHow's bracketed marks, as the harness does."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def hellaswag_rows(find: Callable) -> list[dict]:
+    keys = dict(activity_label=str, ctx_a=str, ctx_b=str, endings=list, label=int)
+    rows = []
+    for row in json_rows(find("hellaswag/hellaswag_val.jsonl"), **keys):
+        begun = hellaswag_text(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+        endings = dict(enumerate(map(hellaswag_text, row["endings"])))
+        rows.append({"id": row["id"], "question": begun, "choices": endings, "answer": row["label"]})
+    return rows
+
+
+def text_rows(find: Callable) -> list[dict]:
+    """One row for each file of perplexity/*.txt."""
+    folder, rows = find("perplexity"), []
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.txt"))):
+        try:
+            with open(path, encoding="utf-8") as f:
+                rows.append({"id": os.path.basename(path), "text": f.read()})
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"{path}: cannot be read as UTF-8 text: {e}") from None
+        if not rows[-1]["text"].strip():
+            raise InputError(f"{path}: no text")
+    if not rows:
+        raise InputError(f"{folder}: no files *.txt; each is one text")
+    return rows
+
+
+def open_rows(path: str, key: str = "turns") -> list[dict]:
+    """Questions without a right answer, for `eval.py judge`. Only the first turn is asked."""
+    rows = json_rows(path, question_id=int, category=str, **{key: list if key == "turns" else str})
+    return [{"id": str(row["question_id"]), "subject": row["category"],
+             "question": "".join(row["turns"][:1]) if key == "turns" else row[key]} for row in rows]  # fmt: skip
