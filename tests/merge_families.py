@@ -1,4 +1,4 @@
-"""What the tests of merge.py share: checkpoints of any tensors, merging them, TIES written out."""
+"""Shared by the tests of merge.py: checkpoints of any tensors, merging them, TIES in numpy."""
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ FILES = {"tokenizer.json": '{"of": "base"}', "generation_config.json": "{}"}
 
 
 def save(path, tensors, config=TIED, files=FILES):
-    """A checkpoint of any tensors: merging asks for no model."""
+    """Writes a checkpoint of any tensors: merging does not need a complete model."""
     tensors = {name: torch.as_tensor(x) for name, x in tensors.items()}
     specs = {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}
     write_checkpoint(str(path), config, files, specs, tensors.items())
@@ -42,8 +42,11 @@ def make_family(folder):
     start = {name: p.detach().clone() for name, p in base.named_parameters()}
     for name in ("base", "a", "b", "c"):
         noise = 0.0 if name == "base" else 0.02
-        save(folder / name, {n: x + noise * torch.randn(x.shape, generator=generator) for n, x in start.items()},
-             base.raw_config)  # fmt: skip
+        save(
+            folder / name,
+            {n: x + noise * torch.randn(x.shape, generator=generator) for n, x in start.items()},
+            base.raw_config,
+        )
     return folder
 
 

@@ -45,7 +45,7 @@ def test_pt_in_and_out_equals_directories(family, tmp_path):
     one, other = Checkpoint(str(tmp_path / "out")), Checkpoint(str(tmp_path / "out.pt"))
     assert one.config == other.config and one.fingerprint() == other.fingerprint()
     assert one.files["tokenizer.json"] == other.files["tokenizer.json"] == FILES["tokenizer.json"]
-    assert "merge.json" not in one.files | other.files  # it tells of these weights, not of what is trained from them
+    assert "merge.json" not in one.files | other.files  # not handed on to checkpoints trained from this one
     in_pt = torch.load(tmp_path / "out.pt", weights_only=True)["files"]["merge.json"]
     records = [json.loads(text) for text in ((tmp_path / "out" / "merge.json").read_text(), in_pt)]
     sums = [[m["sha256"] for m in (*r["models"], r["base"])] for r in records]
@@ -91,8 +91,10 @@ def test_shards(family, tmp_path):
     one, other = Checkpoint(str(tmp_path / "one")), Checkpoint(str(tmp_path / "out"))
     assert one.fingerprint() == other.fingerprint() and one.files == other.files
     assert (tmp_path / "out" / "merge.json").exists()
-    assert_same(run(tmp_path / "again", "linear", [str(tmp_path / "out"), models[0]], "--no-normalize"),
-                run(tmp_path / "again2", "linear", [str(tmp_path / "one"), models[0]], "--no-normalize"))  # fmt: skip
+    assert_same(
+        run(tmp_path / "again", "linear", [str(tmp_path / "out"), models[0]], "--no-normalize"),
+        run(tmp_path / "again2", "linear", [str(tmp_path / "one"), models[0]], "--no-normalize"),
+    )
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(theirs.lm_head.weight, want["lm_head.weight"])
@@ -121,21 +123,29 @@ def test_rows_that_differ(tmp_path, capsys):
         run(tmp_path / "out", "linear", [short, long], "--base", base)
     for method in ("linear", "task_arithmetic", "dare_linear"):
         scale = 0.5 if method == "linear" else 1
-        out = run(tmp_path / "out", method, [f"{short}:{scale}", f"{long}:{scale}"], "--base", base, "--resize",
-                  *(["--no-normalize"] if method == "linear" else []))[name]  # fmt: skip
+        out = run(
+            tmp_path / "out",
+            method,
+            [f"{short}:{scale}", f"{long}:{scale}"],
+            "--base",
+            base,
+            "--resize",
+            *(["--no-normalize"] if method == "linear" else []),
+        )[name]
         x, y, z = draw(5, 0), torch.cat([draw(4, 1).bfloat16().float(), draw(5, 0)[4:]]), draw(7, 2)[:5]
         torch.testing.assert_close(out, (y + z) / 2 if method == "linear" else y + z - x)
         assert Checkpoint(str(tmp_path / "out")).config["vocab_size"] == 5
         sums = [m["sha256"] for m in json.loads((tmp_path / "out" / "merge.json").read_text())["models"]]
-        assert sums == [Checkpoint(p).fingerprint() for p in (short, long)]  # of what is stored, not of what is merged
+        assert sums == [
+            Checkpoint(p).fingerprint() for p in (short, long)
+        ]  # of the stored tensors, not of the resized ones
     assert "has 4 rows; the result has 5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["ties", "linear", "slerp", "dare_linear", "breadcrumbs", "della"])
 @pytest.mark.parametrize("suffix", ["", ".pt"])
 def test_memory_that_is_no_files_is_kept(tmp_path, monkeypatch, method, suffix):
-    """Rows put together for --resize, and whatever lies between them and the mapped files, are read to the end, several
-    times over, while the pages of the files are given back all along."""
+    """Pages of mapped files are dropped during the merge. Rows joined for --resize are in ordinary memory and must stay."""
     name, rng, given_back = "model.embed_tokens.weight", np.random.default_rng(5), []
     embed = {
         n: rng.normal(size=(rows, 64)).astype(np.float32) for n, rows in (("base", 500), ("short", 300), ("long", 700))
@@ -145,12 +155,12 @@ def test_memory_that_is_no_files_is_kept(tmp_path, monkeypatch, method, suffix):
     monkeypatch.setattr(methods, "CHUNK", 1024)
     plain = run(tmp_path / "plain", method, [paths["short"], paths["long"]], *flags)[
         name
-    ]  # one window: given back at the end
+    ]  # one window: pages are dropped at the end
     for file in (pages, engine):
         monkeypatch.setattr(file, "WINDOW", 2048)
     monkeypatch.setattr(pages, "drop_pages", lambda t, drop=pages.drop_pages: (given_back.append(t), drop(t)))
     out = run(tmp_path / "out", method, [paths["short"], paths["long"]], *flags)[name]
-    in_file = mapped([Checkpoint(paths["base"]).tensor(name)])  # is decided by the system and by safetensors
+    in_file = mapped([Checkpoint(paths["base"]).tensor(name)])  # depends on the system and on safetensors
     assert torch.equal(out, plain) and (len(given_back) > 10) == bool(in_file)
     if method == "ties":
         b = embed["base"]
@@ -160,7 +170,7 @@ def test_memory_that_is_no_files_is_kept(tmp_path, monkeypatch, method, suffix):
 
 
 def test_inputs_are_read_once(family, tmp_path, monkeypatch):
-    """The fingerprints in merge.json come from the bytes that were merged, in whatever order and number of threads."""
+    """The fingerprints in merge.json are computed from the bytes as they are merged, with any number of threads."""
     models = [str(family / n) for n in ("a", "b")]
     sums = [Checkpoint(m).fingerprint() for m in models]
     monkeypatch.setattr(Checkpoint, "digest", lambda *_: pytest.fail("read a second time"))
@@ -172,9 +182,9 @@ def test_inputs_are_read_once(family, tmp_path, monkeypatch):
         assert [m["sha256"] for m in json.loads(text)["models"]] == sums
 
 
-def test_a_result_is_let_go_before_more_than_the_bound_is_in_work(tmp_path, monkeypatch):
+def test_a_result_is_freed_before_the_next_one_is_computed(tmp_path, monkeypatch):
     x = torch.ones(4, 3)
-    a = save(tmp_path / "a", {n: x for n in "uvwxyz"})  # tensors of one size: one at a time is in work
+    a = save(tmp_path / "a", {n: x for n in "uvwxyz"})  # tensors of one size: one at a time is computed
     results = []
 
     def merge_tensor(*more, original=engine.merge_tensor, **settings):
@@ -205,7 +215,7 @@ def test_tokenizers_that_differ(tmp_path, capsys):
         run(tmp_path / "out", "linear", [a, d])
 
 
-def test_what_is_no_float_is_copied(tmp_path):
+def test_integers_are_copied(tmp_path):
     x, n = torch.ones(2, 2), torch.tensor([3, 4])
     a, b = save(tmp_path / "a", {"x": x, "n": n}), save(tmp_path / "b", {"x": x, "n": n})
     out = run(tmp_path / "out", "linear", [a, b], "--dtype", "bfloat16")

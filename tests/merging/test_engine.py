@@ -119,8 +119,21 @@ def test_ties_equals_its_definition(tmp_path, monkeypatch, trim, sign, seed):
     density, lam = [0.2, 0.5, 0.03, 1.0, 0.7, 0.33][seed], [1.0, 0.5][seed % 2]
     weights = [[1.0, 1.0, 1.0], [0.5, 2.0, 1.0]][seed // 2 % 2][: len(models)]
     paths = [f"{save(tmp_path / str(i), m)}:{w}" for i, (m, w) in enumerate(zip(models, weights))]
-    ours = run(tmp_path / "out", "ties", paths, "--base", save(tmp_path / "base", base), "--density", density,
-               "--lambda", lam, "--trim", trim, "--sign", sign)  # fmt: skip
+    ours = run(
+        tmp_path / "out",
+        "ties",
+        paths,
+        "--base",
+        save(tmp_path / "base", base),
+        "--density",
+        density,
+        "--lambda",
+        lam,
+        "--trim",
+        trim,
+        "--sign",
+        sign,
+    )
     want = numpy_ties(base, models, weights, density, lam, trim, sign)
     for n in shapes:
         np.testing.assert_allclose(ours[n].numpy(), want[n], rtol=1e-6, atol=0)

@@ -90,9 +90,33 @@ def models(tmp_path_factory):
 
 def test_scores_are_those_of_the_written_checkpoint(models, run, tmp_path):
     out = tmp_path / "s.json"
-    code, said, _ = run("merge", "search", "--method", "ties", "--base", models / "base", "--models", models / "a",
-                        models / "b", "--density", 0.5, "--over", "weights", "lambda", "lines", "--evaluations", 9,
-                        "--data", models / "data.jsonl", "--aside", 0.25, "--seed", 3, "--out", out)  # fmt: skip
+    code, said, _ = run(
+        "merge",
+        "search",
+        "--method",
+        "ties",
+        "--base",
+        models / "base",
+        "--models",
+        models / "a",
+        models / "b",
+        "--density",
+        0.5,
+        "--over",
+        "weights",
+        "lambda",
+        "lines",
+        "--evaluations",
+        9,
+        "--data",
+        models / "data.jsonl",
+        "--aside",
+        0.25,
+        "--seed",
+        3,
+        "--out",
+        out,
+    )
     assert code == 0
     record = json.loads(out.read_text())
     points, final = record["points"], record["final"]
@@ -119,11 +143,30 @@ def test_scores_are_those_of_the_written_checkpoint(models, run, tmp_path):
 
 def test_by_a_task_and_greedily(models, run, tmp_path):
     (tmp_path / "demo").mkdir()
-    write_lines(tmp_path / "demo" / "heldout.jsonl",
-                [{"id": i, "prompt": f"{i}?", "reference": {"kind": "number", "value": "3"}} for i in range(6)])  # fmt: skip
+    write_lines(
+        tmp_path / "demo" / "heldout.jsonl",
+        [{"id": i, "prompt": f"{i}?", "reference": {"kind": "number", "value": "3"}} for i in range(6)],
+    )
     out = tmp_path / "s.json"
-    code, said, _ = run("merge", "search", "--method", "linear", "--models", models / "a", models / "b", models / "base",
-                        "--greedy", "--tasks", "demo", "--data-dir", tmp_path, "--max-new-tokens", 3, "--out", out)  # fmt: skip
+    code, said, _ = run(
+        "merge",
+        "search",
+        "--method",
+        "linear",
+        "--models",
+        models / "a",
+        models / "b",
+        models / "base",
+        "--greedy",
+        "--tasks",
+        "demo",
+        "--data-dir",
+        tmp_path,
+        "--max-new-tokens",
+        3,
+        "--out",
+        out,
+    )
     record = json.loads(out.read_text())
     assert code == 0 and record["what"] == "share right" and all(0 <= p["score"] <= 1 for p in record["points"])
     assert [1.0, 0.0, 0.0] in [
@@ -147,10 +190,35 @@ def test_by_a_task_and_greedily(models, run, tmp_path):
 def test_bad_input(models, refused, tmp_path, words, more):
     one = write_lines(tmp_path / "one.jsonl", [{"prompt": "a", "completion": "b"}] * 2)
     more = [word.replace("ONE", str(one)).replace("FOLDER", str(tmp_path)) for word in more]
-    refused(words, "merge", "search", "--method", "linear", "--models", models / "a", models / "b", "--out",
-            tmp_path / "s.json", *more)  # fmt: skip
-    refused("--method must be linear", "merge", "search", "--method", "ties", "--base", models / "base", "--models", models / "a",
-            "--out", tmp_path / "s.json", "--greedy", "--data", one)  # fmt: skip
+    refused(
+        words,
+        "merge",
+        "search",
+        "--method",
+        "linear",
+        "--models",
+        models / "a",
+        models / "b",
+        "--out",
+        tmp_path / "s.json",
+        *more,
+    )
+    refused(
+        "--method must be linear",
+        "merge",
+        "search",
+        "--method",
+        "ties",
+        "--base",
+        models / "base",
+        "--models",
+        models / "a",
+        "--out",
+        tmp_path / "s.json",
+        "--greedy",
+        "--data",
+        one,
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,8 +274,21 @@ def test_nothing_that_was_tried_is_better_than_the_best(models, run, tmp_path, m
     measure = lambda args, model, tokenizer, examples: ([far(model.args)] * len(examples), [1] * len(examples))
     monkeypatch.setattr(search.LOSS, "measure", measure)
     pair = [f"{models / name}:{w}" for name, w in zip("ab", weights)]
-    code, said, _ = run("merge", "search", "--method", "ties", "--base", models / "base", "--models", *pair, "--data",
-                        models / "data.jsonl", "--out", tmp_path / "s.json", *more)  # fmt: skip
+    code, said, _ = run(
+        "merge",
+        "search",
+        "--method",
+        "ties",
+        "--base",
+        models / "base",
+        "--models",
+        *pair,
+        "--data",
+        models / "data.jsonl",
+        "--out",
+        tmp_path / "s.json",
+        *more,
+    )
     record = json.loads((tmp_path / "s.json").read_text())
     assert code == 0 and record["best"]["weights"] == best == record["final"][0]["weights"]
     assert record["final"][0]["score"] == min(p["score"] for p in record["points"])
