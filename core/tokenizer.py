@@ -23,7 +23,8 @@ class Tokenizer:
     """The tokenizer and the chat template of a checkpoint (a Checkpoint or anything that Checkpoint opens).
 
     backend: the tokenizers.Tokenizer. stop_ids: the tokens that end a reply. default_system: the system prompt added to
-    a conversation without one, or None. prefix: the token put before a plain text, to predict its first token from.
+    a conversation without one, or None. header: the ids before a reply. prefix: the token put before a plain text, to
+    predict its first token from.
     """
 
     def __init__(self, source: Checkpoint | str):
@@ -42,6 +43,7 @@ class Tokenizer:
         named = [self.backend.token_to_id(special_tokens.get(name, "")) for name in ("bos_token", "eos_token")]
         self.prefix = next((t for t in named if t is not None), self.im_end)
         self.newline = self.encode("\n")
+        self.header = [self.im_start, *self.encode("assistant\n")]
         where = f"{ckpt.source}/generation_config.json"
         generation = json_object(ckpt.files.get("generation_config.json", "{}"), where)
         eos = generation.get("eos_token_id", ckpt.config.get("eos_token_id"))
@@ -63,17 +65,13 @@ class Tokenizer:
         if self.default_system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.default_system}, *messages]
         for m in messages:
-            if m["role"] == "assistant":
-                # Encode the header alone, as in a generation's prompt: a reply that begins with a newline must not
-                # merge with the newline of the header.
-                header, completion = self.assistant_header(), self.completion_ids(m["content"])
-                yield (header, completion) if m.get("weight", 1) else (header + completion, [])
+            ids = [self.im_start, *self.encode(f"{m['role']}\n{m['content']}"), self.im_end, *self.newline]
+            if m["role"] == "assistant" and m.get("weight", 1):
+                # A newline that begins the reply may merge with the header's into one token, supervised as in TRL
+                start = len(os.path.commonprefix([ids, self.header]))
+                yield ids[:start], ids[start:]
             else:
-                body = self.encode(f"{m['role']}\n{m['content']}")
-                yield [self.im_start, *body, self.im_end, *self.newline], []
-
-    def assistant_header(self) -> list[int]:
-        return [self.im_start, *self.encode("assistant\n")]
+                yield ids, []
 
     def completion_ids(self, content: str) -> list[int]:
         """The supervised part of an assistant's turn: the content, its <|im_end|> and the newline after it."""
@@ -89,7 +87,7 @@ class Tokenizer:
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """A conversation and the header of the assistant's next turn, ready to generate."""
-        return self.chat_ids(messages)[0] + self.assistant_header()
+        return self.chat_ids(messages)[0] + self.header
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import time
 import pytest
 import tokenizers
 import transformers
+import trl.data_utils
 from conftest import QWEN2_TEMPLATE, TEXT, real, tiny_files, tiny_model
 
 from core import chat_template
@@ -164,11 +165,44 @@ def test_exactly_the_assistants_words_are_supervised(tiny):
 
 
 def test_a_prompt_and_its_completion_make_the_conversation(tiny):
+    """As ids, but for a reply that begins with a newline, which may share a token with the header: then as text."""
     tok = Tokenizer(tiny)
-    for reply in ("Paris", "\n\nParis", "", "  \n"):
+    for reply in ("Paris", "\n\nParis", "", "  \n", " Paris"):
         messages = [{"role": "user", "content": "Capital?"}]
         whole = tok.chat_ids(messages + [{"role": "assistant", "content": reply}])[0]
-        assert whole == tok.prompt_ids(messages) + tok.completion_ids(reply)
+        apart = tok.prompt_ids(messages) + tok.completion_ids(reply)
+        assert tok.backend.decode(whole, skip_special_tokens=False) == tok.backend.decode(
+            apart, skip_special_tokens=False
+        )
+        assert whole == apart or reply[:1].isspace()
+
+
+def test_a_newline_that_begins_a_reply_is_encoded_and_supervised_as_in_trl(tmp_path):
+    """Qwen2 has a token of two newlines, so such a reply shares its first token with the header."""
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r" ?[^\s]+|\s*[\r\n]+|\s+"), "isolated")
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [split, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tok.train_from_iterator(["a\n\nb\n\nc"] * 9, trainer)
+    path = checkpoint(tmp_path / "m", **{"tokenizer.json": tok.to_str()})
+    ours, theirs = Tokenizer(path), hugging_face(path)
+    assert len(ours.encode("\n\n")) == 1
+    question = [{"role": "user", "content": "Q"}]
+    for reply in ("\n\nParis", "\nParis", "\n", "", " Paris", "Paris\n\n"):
+        messages = question + [{"role": "assistant", "content": reply}]
+        ids, supervised = ours.chat_ids(messages)
+        prompt = theirs.apply_chat_template(question, add_generation_prompt=True)["input_ids"]
+        assert ids == theirs.apply_chat_template(messages)["input_ids"]
+        assert supervised.index(True) == trl.data_utils.common_prefix_length(prompt, ids)
 
 
 def test_control_tokens_in_content_are_text(tiny):
@@ -349,8 +383,5 @@ def test_real_tokenizer_equals_transformers():
     ours, theirs = Tokenizer(path), hugging_face(path)
     for messages in CONVERSATIONS:
         assert theirs.decode(ours.chat_ids(messages)[0]) == theirs.apply_chat_template(messages, tokenize=False)
-        # Headers and contents are encoded apart, so that supervision begins at a token. A pre-tokenizer that joins the
-        # header's new line to a space (SmolLM2's does, Qwen2's does not) would render a content " 1" in fewer tokens.
-        messages = [m | {"content": m["content"].lstrip(" ")} for m in messages]
         assert ours.chat_ids(messages)[0] == theirs.apply_chat_template(messages, tokenize=True)["input_ids"]
     assert default_system(theirs.chat_template, path) == ours.default_system
