@@ -299,12 +299,8 @@ def make(args):
     def of(*names):  # the arguments that a step's result depends on
         return {name: getattr(args, name) for name in names}
 
-    try:
-        os.makedirs(out, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{out}: cannot be made a folder: {e.strerror}; give another --out") from None
-    state, counts = load_state(f"{out}/state.json"), {}
     with models.open_replies(f"{out}/replies.jsonl") as log:
+        state, counts = load_state(f"{out}/state.json"), {}
         for stale in glob.glob(f"{glob.escape(out)}/*.tmp[0-9]*"):  # a killed run's: it is gone, we hold the log's lock
             os.remove(stale)
         if isinstance(teacher, Endpoint) and not args.dry_run and not log:

@@ -1,7 +1,7 @@
 """The demo's teacher: an OpenAI-compatible HTTP server on loopback that knows the demo's world.
 
-It answers what make_data.py asks a large model: it classifies instructions, responds to them (right about 95 times in a
-hundred) and judges responses (well, with some noise). Equal requests get equal replies. It is never asked at evaluation.
+It does what make_data.py asks of a large model: it classifies instructions, responds to them (95 of 100 responses are right)
+and grades responses (with some noise). Equal requests get equal replies. It is never asked during evaluation.
 
     python -m demo.teacher --port 8000            # then: make_data.py --teacher http://127.0.0.1:8000/v1 ...
 """
@@ -30,13 +30,13 @@ FENCED = re.compile(r"^\[([0-9a-f]{8}) (\w+)\]\n(.*?)\n\[\1 end\]$", re.DOTALL |
 # ---- what it knows: text in, text out
 
 
-def understand(text):
-    """An instruction, perhaps with stray spaces and signs -> world.Item or None."""
+def understand(text: str) -> world.Item | None:
+    """Parses an instruction, which may have stray spaces and exclamation marks. None if the world has no such task."""
     return world.solve(re.sub(r" +", " ", text).strip().rstrip("!"))
 
 
-def respond(text):
-    """The reply to one user message. Greedy decoding is deterministic, so the text alone decides where it errs."""
+def respond_to(text: str) -> str:
+    """The response to one user message. The text alone decides whether it is wrong, as in greedy decoding."""
     item = understand(text)
     if item is None:
         return REFUSAL if UNSAFE.search(text) else "I am not sure what you mean. Could you say it in another way?"
@@ -45,7 +45,7 @@ def respond(text):
     return world.right(item)
 
 
-def classify(text):
+def category_of(text: str) -> dict[str, str]:
     """-> {"primary", "secondary"}"""
     item = understand(text)
     if item is None:
@@ -54,7 +54,7 @@ def classify(text):
     return {"primary": item.task.category, "secondary": item.task.name.replace("_", " ")}
 
 
-def grade(text, reply):
+def grade(text: str, reply: str) -> dict[str, int]:
     """-> {"quality", "safety"}, each from 1 to 5."""
     item, safety = understand(text), 1 if UNSAFE.search(reply) else 5
     if item is None:
@@ -70,15 +70,15 @@ def grade(text, reply):
     return {"quality": quality, "safety": safety}
 
 
-def answer(messages):
-    """A conversation -> the reply's text. What is asked shows in the system prompt, as make_data.py writes it."""
+def answer(messages: list[dict]) -> str:
+    """A conversation -> the text of the reply. make_data.py's system prompts name the task to do."""
     first = messages[0]
     if first["role"] != "system" or not first["content"].startswith("Task: "):
-        return respond(next(m["content"] for m in reversed(messages) if m["role"] == "user"))
+        return respond_to(next(m["content"] for m in reversed(messages) if m["role"] == "user"))
     fields = {name: body for _, name, body in FENCED.findall(messages[1]["content"])}
     instruction = fields.pop("instruction")
     if first["content"].startswith("Task: classify"):
-        return json.dumps(classify(instruction))
+        return json.dumps(category_of(instruction))
     return json.dumps({letter: grade(instruction, reply) for letter, reply in fields.items()})
 
 
@@ -116,14 +116,18 @@ class Handler(BaseHTTPRequestHandler):
         except (ValueError, KeyError, TypeError, IndexError, StopIteration) as e:
             message = f"not a chat completion request that this teacher knows: {type(e).__name__} {e}"
             return self.reply(400, {"error": {"message": message, "type": "invalid_request_error"}})
-        self.reply(200, {
-            "id": f"chatcmpl-{world.share(body) * 2**48:.0f}", "object": "chat.completion", "created": 0, "model": MODEL,
+        completion = {
+            "id": f"chatcmpl-{world.share(body) * 2**48:.0f}",
+            "object": "chat.completion",
+            "created": 0,
+            "model": MODEL,
             "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
             "usage": {"prompt_tokens": asked, "completion_tokens": len(text), "total_tokens": asked + len(text)},
-        })  # fmt: skip
+        }
+        self.reply(200, completion)
 
     def log_message(self, *args):
-        pass  # one line a request would drown the recipe's own
+        pass  # no line for each request
 
 
 class Server(ThreadingHTTPServer):
@@ -131,8 +135,8 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
 
-def serve(port=0):
-    """A Server bound to 127.0.0.1 (port 0: a free one) -> (server, base URL); the caller runs serve_forever."""
+def bind_server(port: int = 0) -> tuple[Server, str]:
+    """A server on 127.0.0.1 (port 0: any free one) and its base URL. The caller runs serve_forever()."""
     try:
         server = Server(("127.0.0.1", port), Handler)
     except OSError as e:
@@ -140,7 +144,8 @@ def serve(port=0):
     return server, f"http://127.0.0.1:{server.server_port}/v1"
 
 
-def end_with_parent(server, parent):
+def end_with_parent(server: Server, parent: int) -> None:
+    """Shuts the server down once this process has another parent."""
     while os.getppid() == parent:
         time.sleep(1)
     server.shutdown()
@@ -152,7 +157,7 @@ def main():
     p.add_argument("--with-parent", action="store_true", help="end when the process that started this one has ended")
     p.add_argument("--url-file", help="write the base URL to this file once the server listens")
     args = p.parse_args()
-    server, url = serve(args.port)
+    server, url = bind_server(args.port)
     if args.url_file:
         with atomic_write(args.url_file) as f:
             f.write(url + "\n")

@@ -163,7 +163,7 @@ def test_base_is_small_and_equals_transformers():
 
 @pytest.fixture(scope="module")
 def url():
-    server, base = teacher.serve()
+    server, base = teacher.bind_server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield base
     server.shutdown()
