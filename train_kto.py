@@ -120,10 +120,10 @@ def train(run: Run, data: Feedback, held_out: Feedback | None, loss: Callable) -
         step_stats = torch.zeros(4, len(indices), device=device)
         for micro in micro_batches(run, [len(ids) for ids, _ in matched]):
             logps = example_logps(model, [matched[k] for k in micro])  # (len(micro),)
-            at = to_device(torch.tensor(micro, dtype=torch.long), device)
-            losses, rewards = loss(logps, ref_logps[at], kl, desirable[at])
+            index = to_device(torch.tensor(micro, dtype=torch.long), device)
+            losses, rewards = loss(logps, ref_logps[index], kl, desirable[index])
             (losses.sum() / len(indices)).backward()
-            step_stats[:, at] = torch.stack((losses.detach(), rewards, logps.detach(), kl.expand(len(micro))))
+            step_stats[:, index] = torch.stack((losses.detach(), rewards, logps.detach(), kl.expand(len(micro))))
         lr = lr_at(step, run.total, args.lr, args.warmup, args.schedule)
         result = optimizer_step(run, lr, step_stats)
         if result.status == "stop":

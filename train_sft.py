@@ -58,14 +58,14 @@ def sft_loss(logps: Tensor, n_supervised: int) -> Tensor:
     n_supervised: supervised tokens of the whole step, over all micro-batches and ranks.
 
     The losses of the micro-batches add up to the loss of the step. So the result does not depend on how the step was cut,
-    as a mean of the micro-batches' means would. Keep it so: a loss may use its own tokens and what Batch says of the whole
+    as a mean of the micro-batches' means would. Keep it so: a loss may use its own tokens and what StepBatch says of the whole
     step, but nothing computed from the other examples of its micro-batch.
     """
     return -logps.sum() / n_supervised
 
 
 @dataclass(frozen=True)
-class Batch:
+class StepBatch:
     """The data of one optimizer step, the same on all ranks."""
 
     step: int  # 0 .. n_steps - 1
@@ -75,7 +75,7 @@ class Batch:
     n_supervised: int  # supervised tokens, all examples together
 
 
-def micro_loss(model: Qwen2, batch: Batch, micro: list[int]) -> Tensor:
+def micro_loss(model: Qwen2, batch: StepBatch, micro: list[int]) -> Tensor:
     """The loss of one micro-batch. micro: indices into batch.examples."""
     logps, _ = supervised_logps(model, [batch.examples[i] for i in micro])  # (N,), the order that sft_loss states
     return sft_loss(logps, batch.n_supervised)
@@ -85,9 +85,9 @@ def micro_loss(model: Qwen2, batch: Batch, micro: list[int]) -> Tensor:
 # The loop
 
 
-def make_batch(setup: Setup, step: int, indices: list[int]) -> Batch:
+def make_batch(setup: Setup, step: int, indices: list[int]) -> StepBatch:
     examples = [setup.examples[i] for i in indices]
-    return Batch(step, len(setup.steps), indices, examples, count_supervised(examples))
+    return StepBatch(step, len(setup.steps), indices, examples, count_supervised(examples))
 
 
 def train(run: Run, setup: Setup, held_out: list, loss: Callable, choose: Callable | None) -> bool:

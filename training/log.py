@@ -53,10 +53,15 @@ def read_skip(run: Run, record: dict) -> None:
         run.skips.append((record["step"], record["offending"]))
 
 
-def event_writer(run: Run) -> object:
-    """TensorBoard's writer. It discards earlier events of steps that will be repeated."""
+def require_tensorboard() -> type:
+    """TensorBoard's writer class. InputError if its package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError("--tensorboard: needs a package; pip install tensorboard, or leave the flag out") from None
-    return SummaryWriter(f"{run.args.out}.run", purge_step=run.done + 1)
+    return SummaryWriter
+
+
+def event_writer(run: Run) -> object:
+    """TensorBoard's writer. It discards earlier events of steps that will be repeated."""
+    return require_tensorboard()(f"{run.args.out}.run", purge_step=run.done + 1)

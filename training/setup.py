@@ -30,6 +30,7 @@ from core.flags import DTYPES
 from core.pages import GIB, free_memory
 from core.tokenizer import Tokenizer
 from model import Qwen2, check_finite
+from training.log import require_tensorboard
 from training.memory import memory_needed
 from training.saves import check_not_running
 
@@ -39,6 +40,8 @@ from training.saves import check_not_running
 
 def setup_ranks(args: argparse.Namespace) -> Ranks:
     """Joins the ranks and seeds every rank alike. InputError if another run is writing to the same --out."""
+    if args.tensorboard:
+        require_tensorboard()
     # lengths differ between micro-batches: freed memory must fit tensors of other sizes
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if is_main():
