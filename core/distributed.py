@@ -58,12 +58,6 @@ def join_ranks(device: str = "cpu", hours: float = 1, nccl: bool = False) -> Ran
     return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), own_device(device))
 
 
-def join_group(hours: float) -> tuple[int, int]:
-    """join_ranks on CPUs. -> (rank, world)"""
-    ranks = join_ranks(hours=hours)
-    return ranks.rank, ranks.world
-
-
 def leave_group(at_once: bool = False) -> None:
     """Closes the process group.
 
