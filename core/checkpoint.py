@@ -1,29 +1,42 @@
-"""Checkpoints in and out, their configuration, and what all scripts do with files and bad input.
+"""Read and write checkpoints.
 
-ckpt = Checkpoint("Qwen/Qwen2-0.5B-Instruct")     # a hub id, a Hugging Face directory or a .pt file
+ckpt = Checkpoint("Qwen/Qwen2-0.5B-Instruct")     # a hub id, a Hugging Face folder or a .pt file
 ckpt.names, ckpt.shape(name), ckpt.tensor(name)   # one tensor at a time
 write_checkpoint(out, config, files, specs, tensors)
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import pickle
 import re
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from core.config import parse_config
-from core.files import InputError, atomic_directory, atomic_write, read_json, read_text
+from core.config import parse_config, rope_settings
+from core.files import InputError, atomic_write, check_regular, read_json, read_text
+from core.outputs import (
+    CARD,
+    atomic_folder,
+    check_replaceable,
+    check_writable,
+    foreign_entries,
+    is_inside,
+    remove_leftovers,
+    write_card,
+    written_files,
+)
 from core.pages import mapped, page_chunks, start_writing
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-# What a checkpoint carries beside its weights and config.json and hands on to those made from it; all of it text.
+HEAD, EMBEDDING, INDEX = "lm_head.weight", "model.embed_tokens.weight", "model.safetensors.index.json"
+# Text files beside weights and config.json that a checkpoint passes on to the checkpoints made from it
 SIDE_FILES = (
     "generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
     "merges.txt chat_template.jinja"
@@ -37,97 +50,120 @@ SAFETENSORS_DTYPES = {
 class Checkpoint:
     """A checkpoint opened for reading, one tensor at a time.
 
-    source: a hub id, a Hugging Face directory (one or many safetensors), or a .pt file written by this project.
-    config: config.json as a dict. files: {name: text} of SIDE_FILES. names: the tensors, sorted; a tied lm_head.weight
-    is not among them. Nothing is unpickled but tensors and plain containers. InputError says what is missing or broken.
+    source: a hub id, a Hugging Face folder (one or many safetensors), or a .pt file written by this project.
+    config: config.json as a dict. files: {name: text} of SIDE_FILES. names: the tensors' names in Qwen2ForCausalLM, sorted.
+    Tied weights have one name, model.embed_tokens.weight. Only tensors and plain containers are unpickled.
+    Raises InputError, which names what is missing or broken.
     """
 
-    def __init__(self, source):
+    def __init__(self, source: str | os.PathLike):
         self.source = str(source)
         if os.path.isdir(self.source):
-            self._open_directory(self.source)
+            self._open_folder(self.source)
         elif os.path.isfile(self.source):
             self._open_pt(self.source)
         else:
-            self._open_directory(download(self.source))
-        self.names = sorted(self._where)
-        if self.config.get("tie_word_embeddings") and "lm_head.weight" in self.names:
-            embed = "model.embed_tokens.weight"
-            if embed in self._where and not torch.equal(self.tensor("lm_head.weight"), self.tensor(embed)):
-                raise InputError(f"{self.source}: tie_word_embeddings is true, but lm_head.weight differs from {embed}")
-            self.names.remove("lm_head.weight")
+            check_regular(self.source)
+            self._open_folder(download(self.source))
+        self._tensors = {key: place for key, place in self._tensors.items() if not key.endswith("rotary_emb.inv_freq")}
+        if "embed_tokens.weight" in self._tensors:  # saved as Qwen2Model, without a head
+            self._tensors = {k if k == HEAD else f"model.{k}": place for k, place in self._tensors.items()}
+        if self.config.get("tie_word_embeddings") is True and HEAD in self._tensors:
+            self._untie()
+        self.names = sorted(self._tensors)
 
-    def _open_directory(self, path):
-        self.config = read_json(os.path.join(path, "config.json"))
-        self.files = {}
-        for name in SIDE_FILES:
-            if os.path.isfile(os.path.join(path, name)):
-                self.files[name] = read_text(os.path.join(path, name))
-        index = os.path.join(path, "model.safetensors.index.json")
-        if os.path.isfile(index):
-            try:
-                shards = sorted(map(os.fspath, set(read_json(index)["weight_map"].values())))
-            except (KeyError, TypeError, AttributeError):
-                raise InputError(f"{index}: has no weight_map of tensors to files; fetch it again") from None
+    def _untie(self) -> None:
+        """Keep one name of tied weights that were stored under lm_head.weight too, or under it alone."""
+        if EMBEDDING in self._tensors and not torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING)):
+            raise InputError(f"{self.source}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}")
+        head = self._tensors.pop(HEAD)
+        self._tensors.setdefault(EMBEDDING, head)
+
+    def _open_folder(self, path: str) -> None:
+        config = os.path.join(path, "config.json")
+        if not os.path.exists(config) and os.path.exists(os.path.join(path, "adapter_config.json")):
+            raise InputError(f"{path}: is an adapter (LoRA) without config.json; fold it into its base model first")
+        self.config = read_json(config)
+        present = [name for name in SIDE_FILES if os.path.exists(os.path.join(path, name))]
+        self.files = {name: read_text(os.path.join(path, name)) for name in present}
+        self._tensors, listed = {}, {}
+        index = os.path.join(path, INDEX)
+        if os.path.exists(os.path.join(path, "model.safetensors")):  # counts even beside an index, as in transformers
+            shards = ["model.safetensors"]
+        elif os.path.exists(index):
+            listed = read_index(index)
+            shards = sorted(set(listed.values()))
         else:
             shards = sorted(n for n in os.listdir(path) if n.endswith(".safetensors"))
         if not shards:
-            raise InputError(f"{path}: no *.safetensors file in this directory; weights in other formats are not read")
-        self._where = {}
-        for shard in (os.path.join(path, s) for s in shards):
-            try:
-                f = safe_open(shard, framework="pt")
-            except (SafetensorError, OSError) as e:
-                raise InputError(f"{shard}: missing or corrupt ({e}); fetch it again") from None
-            self._where |= {name: f for name in f.keys()}
+            others = [
+                n for n in sorted(os.listdir(path)) if n.endswith((".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"))
+            ]
+            raise InputError(f"{path}: no *.safetensors file{f', only {others[0]}' if others else ''}; convert the weights "
+                             "with save_pretrained of transformers")  # fmt: skip
+        for shard in shards:
+            f = open_safetensors(os.path.join(path, shard))
+            for name in f.keys():
+                if name in self._tensors:
+                    raise InputError(
+                        f"{path}: two files hold the tensor {name}, one of them {shard}; remove the wrong one"
+                    )
+                self._tensors[name] = (f, name)
+        for name in listed:
+            if name not in self._tensors:
+                raise InputError(
+                    f"{path}: {listed[name]} has no tensor {name}, but {INDEX} says so; download them again"
+                )
 
-    def _open_pt(self, path):
+    def _open_pt(self, path: str) -> None:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            self.config, self._where = content["config"], content["weights"]
+            self.config, weights = content["config"], content["weights"]
             self.files = {name: text for name, text in content["files"].items() if name in SIDE_FILES}
-            kinds = {type(self.config) is dict, *(isinstance(t, torch.Tensor) for t in self._where.values())}
-            if kinds | {isinstance(text, str) for text in self.files.values()} != {True}:
+            kinds = {type(self.config) is dict, *(isinstance(t, Tensor) for t in weights.values())}
+            kinds |= {isinstance(text, str) for text in [*self.files.values(), *weights]}
+            if kinds != {True}:
                 raise TypeError
+            self._tensors = {name: (t, name) for name, t in weights.items()}
         except pickle.UnpicklingError:
-            raise InputError(
-                f"{path}: holds more than tensors and plain data (or is no .pt file); not loaded"
-            ) from None
-        except (RuntimeError, EOFError):
-            raise InputError(
-                f"{path}: a corrupt .pt checkpoint, or none; a hub id, a directory or a .pt of this project is one"
-            ) from None
+            raise InputError(f"{path}: holds more than tensors and plain data, or is no .pt file; not loaded") from None
+        except (RuntimeError, EOFError, RecursionError, UnicodeDecodeError):
+            raise InputError(f"{path}: is not a .pt checkpoint or is corrupt; give a hub id, a folder or a .pt of this "
+                             "project")  from None  # fmt: skip
         except OSError as e:
             raise InputError(f"{path}: cannot be read: {e.strerror}") from None
         except (KeyError, TypeError, IndexError, AttributeError):
             raise InputError(f"{path}: a .pt checkpoint of this project has the keys config, files, weights") from None
 
-    def tensor(self, name):
-        """The tensor in its stored dtype, on the CPU, read now."""
-        f = self._where[name]
-        return f if isinstance(f, torch.Tensor) else f.get_tensor(name)
+    def tensor(self, name: str) -> Tensor:
+        """The tensor in its stored dtype, on the CPU. It is read from disk now."""
+        f, key = self._tensors[name]
+        return f if isinstance(f, Tensor) else f.get_tensor(key)
 
-    def shape(self, name):
-        f = self._where[name]
-        return tuple(f.shape if isinstance(f, torch.Tensor) else f.get_slice(name).get_shape())
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, from the file's header."""
+        f, key = self._tensors[name]
+        return tuple(f.shape if isinstance(f, Tensor) else f.get_slice(key).get_shape())
 
-    def dtype(self, name):
-        f = self._where[name]
-        if isinstance(f, torch.Tensor):
+    def dtype(self, name: str) -> torch.dtype:
+        """The tensor's stored dtype, from the file's header."""
+        f, key = self._tensors[name]
+        if isinstance(f, Tensor):
             return f.dtype
-        code = f.get_slice(name).get_dtype()
+        code = f.get_slice(key).get_dtype()
         return next((d for d, c in SAFETENSORS_DTYPES.items() if c == code), None) or self.tensor(name).dtype
 
-    def digest(self, name):
-        """SHA-256 of a tensor's bytes."""
+    def digest(self, name: str) -> str:
+        """SHA-256 of a tensor's bytes, in hexadecimal."""
         flat, h = self.tensor(name).contiguous().view(-1), hashlib.sha256()
         for s in page_chunks(len(flat), mapped([flat]), 2**20):
             h.update(flat[s].view(torch.uint8).numpy())
         return h.hexdigest()
 
-    def fingerprint(self, digests=None):
-        """SHA-256 of architecture, weights and tokenizer: equal for a directory and a .pt of the same model.
-        digests: {name: digest(name)} of all tensors, where they are known; else the tensors are read for it."""
+    def fingerprint(self, digests: dict[str, str] | None = None) -> str:
+        """SHA-256 of architecture, weights and tokenizer. A folder and a .pt of the same model have the same.
+
+        digests: {name: digest(name)} of all tensors if they are known; otherwise all tensors are read."""
         if digests is None:
             with ThreadPoolExecutor(4) as pool:
                 digests = dict(zip(self.names, pool.map(self.digest, self.names)))
@@ -139,17 +175,38 @@ class Checkpoint:
         return h.hexdigest()
 
 
-def all_finite(t):
-    """Whether a tensor of floats holds neither NaN nor infinity."""
-    return bool(t.sum().isfinite()) or bool(t.isfinite().all())  # the sum is quicker, but may overflow
+def read_index(path: str) -> dict[str, str]:
+    """{tensor name: file name} of a shard index. Each file must lie beside the index."""
+    try:
+        listed = read_json(path)["weight_map"]
+        shards = set(map(os.fspath, listed.values()))
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: has no weight_map of tensors to files; download it again") from None
+    for name in shards:
+        if os.path.basename(name) != name or not name.endswith(".safetensors") or "\0" in name:
+            raise InputError(f"{path}: names the file {name!r}; a shard is a .safetensors file beside the index")
+    return listed
 
 
-def download(repo):
-    """A hub id -> the directory of its files: configuration, tokenizer, safetensors, nothing else."""
+def open_safetensors(path: str) -> safe_open:
+    """The open safetensors file; its tensors are read later, one at a time."""
+    check_regular(path)
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: missing or corrupt ({e}); download it again") from None
+
+
+def all_finite(t: Tensor) -> bool:
+    """True if a tensor of floats, of any shape, has no NaN and no infinity."""
+    return bool(t.sum().isfinite()) or bool(t.isfinite().all())  # the sum is faster but may overflow
+
+
+def download(repo: str) -> str:
+    """Download configuration, tokenizer and safetensors of a hub id. -> the local folder."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise InputError(
-            f"{repo}: no such checkpoint: give a directory, a .pt file or a hub id such as Qwen/Qwen2-0.5B-Instruct"
-        )
+        raise InputError(f"{repo}: no such checkpoint; give a folder, a .pt file or a hub id such as "
+                         "Qwen/Qwen2-0.5B-Instruct")  # fmt: skip
     from huggingface_hub import snapshot_download
 
     try:
@@ -161,71 +218,135 @@ def download(repo):
         raise InputError(f"{repo}: no such directory here, and the hub did not give it: {reason}") from None
 
 
-def write_checkpoint(out, config, files, specs, tensors, shard_size=None):
-    """Writes a checkpoint, whole or not at all: a directory that transformers and vLLM load, or a .pt by the suffix.
+def check_out(out: str) -> None:
+    """InputError unless a checkpoint can be written at `out`, so that the work before it is not lost."""
+    path = os.path.realpath(out)
+    if os.path.basename(out.rstrip("/")) in ("", ".", "..") or is_inside(os.getcwd(), path):
+        raise InputError(f"--out {out}: is the current folder or contains it; give the name of a new folder")
+    check_writable(out)
+    if out.endswith(".pt"):
+        if os.path.isdir(path):
+            raise InputError(f"{out}: is a directory; a .pt checkpoint is a file; give another --out")
+        if os.path.lexists(path) and (not os.path.isfile(path) or os.path.getsize(path)):
+            try:
+                Checkpoint(path)
+            except InputError:
+                raise InputError(f"{out}: exists and is no checkpoint of this project; give another --out") from None
+        return
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise InputError(f"{out}: is a file; give a folder, or a name that ends in .pt, as --out")
+    if os.path.isdir(path):
+        check_replaceable(path)
+        foreign = foreign_entries(path, "checkpoint")
+        if foreign and "config.json" not in written_files(path, "checkpoint"):
+            raise InputError(f"{out}: exists and is no checkpoint that this project wrote; give another --out")
+        for name in foreign:
+            if name in (*SIDE_FILES, "config.json", INDEX) or name.endswith(".safetensors"):
+                raise InputError(f"{out}/{name}: was not written by this project; move it, or give another --out")
 
-    config: dict. files: {name: text}, or a function that gives the text when the tensors have been taken. specs: {name:
-    (shape, dtype)}. tensors: (name, tensor) pairs in the order of specs, taken one at a time, so that a directory is
-    written without ever holding the model. shard_size: most bytes of a safetensors file (a larger tensor has one of its
-    own); None: one file for all.
+
+Text = str | Callable[[], str]
+
+
+def write_checkpoint(
+    out: str,
+    config: dict,
+    files: dict[str, Text],
+    specs: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_size: int | None = None,
+    card: Text | None = None,
+) -> None:
+    """Write a checkpoint: a folder that transformers and vLLM load, or a .pt file if `out` ends so. All of it or nothing.
+
+    config: config.json. files: {name: text}; a function instead of a text is called after the last tensor.
+    specs: {name: (shape, dtype)}. tensors: (name, tensor) pairs in the order of specs. They are taken one at a time, so
+    writing a folder never holds the model in memory. shard_size: most bytes of a safetensors file (a larger tensor has its
+    own); None: one file. card: text of README.md in a folder; a README.md of the user's is kept instead.
     """
-    texts = lambda: {name: text() if callable(text) else text for name, text in files.items()}
+    call = lambda text: text() if callable(text) else text
     dtypes = {str(dtype).removeprefix("torch.") for _, dtype in specs.values() if dtype.is_floating_point}
     if len(dtypes) == 1:
         config = {**config, "dtype" if "dtype" in config else "torch_dtype": dtypes.pop()}
+    if "rope_theta" in config:  # for readers that do not know rope_parameters
+        config = {**config, "rope_theta": rope_settings(config)["rope_theta"]}
+    remove_leftovers(os.path.dirname(os.path.realpath(out)), os.path.basename(os.path.realpath(out)))
     if out.endswith(".pt"):
         with atomic_write(out, "wb") as f:
             weights = {n: t.contiguous() for n, t in tensors}
-            try:
-                torch.save({"config": config, "files": texts(), "weights": weights}, f)
-            except RuntimeError as e:  # what torch makes of a full disk
-                raise (
-                    e.__context__ if isinstance(e.__context__, OSError) else OSError(str(e).splitlines()[0])
-                ) from None
+            save_pt({"config": config, "files": {n: call(text) for n, text in files.items()}, "weights": weights}, f)
         return
-    shards, index, tensors = plan_shards(specs, shard_size), {}, iter(tensors)
+    check_out(out)
+    shards, index = plan_shards(specs, shard_size), {}
     if len(shards) > 1:
         where = {tensor: name for name, shard in shards.items() for tensor in shard}
-        index = {"metadata": {"total_size": sum(map(nbytes, specs.values()))}, "weight_map": where}
-        index = {"model.safetensors.index.json": json.dumps(index, indent=2) + "\n"}
-    with atomic_directory(out) as folder:
-        for name, shard in shards.items():
-            with atomic_write(os.path.join(folder, name), "wb") as f:
-                write_safetensors(f, shard, itertools.islice(tensors, len(shard)))
-        config = {"config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
-        for name, text in {**texts(), **index, **config}.items():
-            with atomic_write(os.path.join(folder, name)) as f:
-                f.write(text)
+        total = sum(tensor_bytes(*spec) for spec in specs.values())
+        index = {INDEX: json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"}
+    texts = {**files, **index, "config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+    with atomic_folder(out, [*shards, *texts, *([CARD] if card else [])]) as folder:
+        try:
+            tensors = iter(tensors)
+            for name, shard in shards.items():
+                with create_file(os.path.join(folder, name)) as f:
+                    write_safetensors(f, shard, itertools.islice(tensors, len(shard)))
+            for name, text in texts.items():
+                with create_file(os.path.join(folder, name)) as f:
+                    f.write(call(text).encode())
+            if card:
+                write_card(folder, call(card))
+        except OSError as e:
+            raise InputError(f"{out}: cannot be written: {e.strerror or e}") from None
 
 
-def nbytes(spec):
-    shape, dtype = spec
+@contextlib.contextmanager
+def create_file(path: str) -> Iterator[BinaryIO]:
+    """Open a new binary file; at the end its bytes are on the disk."""
+    with open(path, "xb") as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def save_pt(content: dict, f: BinaryIO) -> None:
+    """torch.save, with an OSError where torch raises RuntimeError for a full disk."""
+    try:
+        torch.save(content, f)
+    except RuntimeError as e:
+        raise (e.__context__ if isinstance(e.__context__, OSError) else OSError(str(e).splitlines()[0])) from None
+
+
+def tensor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of a tensor."""
     return dtype.itemsize * torch.Size(shape).numel()
 
 
-def plan_shards(specs, shard_size):
-    """specs in files of at most shard_size bytes, in their order: {file name: its specs}."""
+def plan_shards(specs: dict, shard_size: int | None) -> dict[str, dict]:
+    """Distribute specs over files of at most shard_size bytes, in order. -> {file name: its specs}."""
     shards, room = [], 0
     for name, spec in specs.items():
-        if not shards or shard_size and nbytes(spec) > room:
+        size = tensor_bytes(*spec)
+        if not shards or shard_size and size > room:
             shards.append({})
             room = shard_size
         shards[-1][name] = spec
-        room = shard_size and room - nbytes(spec)
+        room = shard_size and room - size
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def write_safetensors(f, specs, tensors):
-    """The safetensors format, streamed: 8 bytes of header length, a JSON header, then the tensors' bytes in order."""
+def write_safetensors(f: BinaryIO, specs: dict, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write the safetensors format: 8 bytes of header length, a JSON header, then the tensors' bytes in order.
+
+    specs: {name: (shape, dtype)}. tensors: (name, tensor) pairs in the order of specs, taken one at a time.
+    """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, (shape, dtype) in specs.items():
-        size = nbytes((shape, dtype))
+        size = tensor_bytes(shape, dtype)
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)  # the data start on a multiple of 8 bytes
+    head += b" " * (-len(head) % 8)  # align the data to 8 bytes
     f.write(len(head).to_bytes(8, "little") + head)
     tensors = iter(tensors)
     for name, (shape, dtype) in specs.items():
@@ -233,5 +354,5 @@ def write_safetensors(f, specs, tensors):
         if (got, tuple(t.shape), t.dtype) != (name, tuple(shape), dtype):
             raise ValueError(f"expected {name} {shape} {dtype}, was given {got} {tuple(t.shape)} {t.dtype}")
         f.write(t.contiguous().view(-1).view(torch.uint8).numpy())
-        del t  # before the next one is made: they may be large
+        del t  # free it before the next tensor is made
         start_writing(f)

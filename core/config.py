@@ -1,13 +1,15 @@
-"""config.json as the numbers that shape the forward pass."""
+"""config.json -> the numbers that the forward pass depends on."""
 
 from dataclasses import dataclass
 
 from core.files import InputError
 
+LARGEST = 2**31  # of any integer in a config.json; no published model comes near
+
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers of a config.json that shape the forward pass, under Hugging Face's names."""
+    """The numbers of a config.json that the forward pass depends on, under their Hugging Face names."""
 
     vocab_size: int
     hidden_size: int
@@ -22,35 +24,50 @@ class Config:
     max_position_embeddings: int
 
 
-def parse_config(raw, where="config.json"):
-    """config.json as a dict -> Config. What this file does not implement raises InputError instead of being ignored."""
+def rope_settings(raw: dict) -> dict:
+    """{"rope_type", "rope_theta", "partial_rotary_factor"} of a config.json, as transformers 5 reads them.
+
+    A rope_theta inside rope_scaling or rope_parameters has precedence over the older key outside them.
+    """
+    nested = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if isinstance(nested, dict) and isinstance(nested.get("full_attention"), dict):  # one entry a layer type
+        nested = nested["full_attention"]
+    if not isinstance(nested, dict):
+        nested = {"rope_type": nested}
+    outer = raw.get("rope_theta")
+    return {
+        "rope_type": nested.get("rope_type", nested.get("type", "default")),
+        "rope_theta": nested.get("rope_theta", 10000.0 if outer is None else outer),
+        "partial_rotary_factor": nested.get("partial_rotary_factor", raw.get("partial_rotary_factor")),
+    }
+
+
+def parse_config(raw: dict, where: str = "config.json") -> Config:
+    """config.json as a dict -> Config. Raises InputError for settings that this code does not implement."""
 
     def refuse(what):
-        raise InputError(f"{where}: {what}: this code implements plain Qwen2 only")
+        raise InputError(f"{where}: {what}; only plain Qwen2 is implemented")
 
     if raw.get("model_type") != "qwen2":
-        refuse(f"model_type is {raw.get('model_type')!r}, not 'qwen2'")
-    rope = raw.get("rope_parameters") or {}  # transformers >= 5 keeps rope_theta in here
-    for scaling in raw.get("rope_scaling") or {}, rope:
-        if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
-            refuse(f"rope scaling {scaling} is asked for")
-    layer_types = set(raw.get("layer_types") or ["full_attention"])
-    if raw.get("use_sliding_window") or layer_types != {"full_attention"}:
-        refuse("sliding-window attention is asked for")
+        refuse(f"model_type is {short(raw.get('model_type'))}, not 'qwen2'")
+    rope = rope_settings(raw)
+    if rope["rope_type"] not in ("default", None):
+        refuse(f"rope scaling {short(rope['rope_type'])} is set")
+    if rope["partial_rotary_factor"] not in (None, 1.0):
+        refuse(f"partial_rotary_factor is {short(rope['partial_rotary_factor'])}, not 1")
+    layer_types = raw.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        refuse(f"layer_types is {short(layer_types)}, not full_attention everywhere: sliding-window attention")
+    if raw.get("use_sliding_window"):
+        refuse("use_sliding_window is set: sliding-window attention")
     if raw.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act is {raw['hidden_act']!r}, not 'silu'")
+        refuse(f"hidden_act is {short(raw['hidden_act'])}, not 'silu'")
     if raw.get("quantization_config"):
-        refuse("the weights are quantised")
+        refuse("quantization_config is set: the weights are quantised")
 
-    def field(name, default=None, kind=int):
-        value = default if raw.get(name) is None else raw[name]
-        try:
-            if (number := kind(value)) == value and number != float("inf"):
-                return number
-        except (TypeError, ValueError, OverflowError):
-            pass
-        what = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-        raise InputError(f"{where}: {name} is {'missing; it is' if value is None else f'{value!r}, not'} {what}")
+    def field(name, default=None, kind=int, value=None):
+        value = raw.get(name) if value is None else value
+        return checked_number(default if value is None else value, name, kind, where)
 
     heads, size = field("num_attention_heads"), field("hidden_size")
     config = Config(
@@ -60,17 +77,40 @@ def parse_config(raw, where="config.json"):
         num_hidden_layers=field("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=field("num_key_value_heads", heads),
-        head_dim=field("head_dim", size // max(heads, 1)),
+        head_dim=field("head_dim", size // heads),
         rms_norm_eps=field("rms_norm_eps", 1e-6, float),
-        rope_theta=field("rope_theta", rope.get("rope_theta", 10000.0), float),
+        rope_theta=field("rope_theta", 10000.0, float, value=rope["rope_theta"]),
         tie_word_embeddings=field("tie_word_embeddings", False, bool),
         max_position_embeddings=field("max_position_embeddings", 32768),
     )
-    for name, value in vars(config).items():
-        if value <= 0 and not isinstance(value, bool):
-            raise InputError(f"{where}: {name} is {value}; it is above 0")
     if config.num_attention_heads % config.num_key_value_heads:
-        refuse(
-            f"{config.num_attention_heads} query heads do not divide into {config.num_key_value_heads} key-value heads"
-        )
+        refuse(f"{heads} query heads do not divide into {config.num_key_value_heads} key-value heads")
+    if config.head_dim % 2:
+        refuse(f"head_dim is {config.head_dim}, but rotary embeddings need an even number")
     return config
+
+
+def checked_number(value: object, name: str, kind: type, where: str) -> int | float | bool:
+    """The value as int, float or bool. InputError if it is of another kind, not finite, not above 0, or too large."""
+    what = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    if value is None:
+        raise InputError(f"{where}: {name} is missing; it is {what}")
+    if kind is bool and isinstance(value, bool):
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool) and kind is not bool
+    if not number or not abs(value) < float("inf") or kind is int and value != int(value):
+        raise InputError(f"{where}: {name} is {short(value)}, not {what}")
+    if value <= 0 or kind is int and value > LARGEST:
+        raise InputError(
+            f"{where}: {name} is {short(value)}; it must be {'above 0' if value <= 0 else f'at most {LARGEST}'}"
+        )
+    return kind(value)
+
+
+def short(value: object) -> str:
+    """The value for an error line, at most 60 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more than 4,300 digits
+        text = "a very long number"
+    return text if len(text) <= 60 else f"{text[:57]}..."

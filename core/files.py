@@ -1,140 +1,193 @@
-"""Files in and out: whole or not at all; bad input as one line and exit code 2."""
+"""Read and write files: bad input becomes one error line with exit code 2, and each file appears whole or not at all."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
-import shutil
+import re
 import signal
+import stat
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from typing import IO
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from core.interrupt import ROOT, exit_silently
+
+MAX_TEXT = 2**28  # bytes; the largest tokenizer.json of a published model is a tenth of this
+MAX_ERROR = 2000  # characters of an error line
 
 
 class InputError(Exception):
-    """Bad input from outside. The message is one line: file, line, what is wrong, what to do. See cli()."""
+    """Bad input from outside. The message is one line: the file, its line, the fault, what to do. cli() prints it."""
 
 
-def cli(main):
-    """Runs a script's main(). Bad input ends with one line on stderr and exit code 2, Ctrl-C with 130, SIGTERM with 143."""
+def printable(text: str) -> str:
+    """The text as one line for a terminal: control characters become escapes, and the middle of a long text is cut."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    half = MAX_ERROR // 2
+    return shown if len(shown) <= MAX_ERROR else f"{shown[:half]} ... {shown[-half:]}"
+
+
+def cli(main: Callable[[], object]) -> None:
+    """Run a script's main(). Exit codes: 2 after bad input, 130 after Ctrl-C, 141 when stdout was closed, 143 after SIGTERM."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGTERM, lambda *_: sys.exit(143)
-        )  # by the way out, on which half-written files are removed
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files are removed
+        if signal.getsignal(signal.SIGINT) is exit_silently:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that shows ASCII only gets escapes, not a UnicodeEncodeError
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        try:
+            main()
+        finally:
+            if sys.stdout and not sys.stdout.closed:
+                sys.stdout.flush()  # a closed pipe raises here, not in the interpreter's exit
     except InputError as e:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun the ranks of a machine meet the same error
-            print(f"error: {e}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun all ranks of a machine raise the same error
+            print(f"error: {printable(str(e))}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
+        discard_output()
+        sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-@contextlib.contextmanager
-def atomic_write(path, mode="w"):
-    """Opens a temporary file beside `path`; on success it takes the name, on failure nothing is left."""
-    path = os.path.abspath(path)
-    temporary = f"{path}.tmp{os.getpid()}"
+def discard_output() -> None:
+    """Point stdout and stderr at /dev/null, so that the interpreter's last flush cannot fail."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def check_regular(path: str | os.PathLike) -> None:
+    """InputError for a FIFO, device or socket, which could block for ever. A missing file is left to open()."""
+    with contextlib.suppress(OSError, ValueError):
+        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+            raise InputError(f"{path}: is a pipe, device or socket; give a regular file")
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The UTF-8 text of a file of at most MAX_TEXT bytes."""
+    check_regular(path)
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written: {e.strerror or e}") from None
-    finally:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.remove(temporary)
-
-
-def append(f, data):
-    """Writes data to the end of a file that keeps what was done so far, at once."""
-    try:
-        f.write(data)
-        f.flush()
-    except OSError as e:
-        raise InputError(
-            f"{f.name}: cannot be written: {e.strerror}; make room and run the same command to go on"
-        ) from None
-
-
-def read_text(path):
-    try:
+        if os.path.getsize(path) > MAX_TEXT:
+            raise InputError(f"{path}: is larger than {MAX_TEXT >> 20} MiB; this is not the file it should be")
         with open(path, encoding="utf-8") as f:
             return f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(
-            f"{path}: cannot be read as text ({getattr(e, 'strerror', None) or e}); mend it, or fetch it again"
-        ) from None
+    except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a name with a null character
+        reason = getattr(e, "strerror", None) or e
+        raise InputError(f"{path}: cannot be read as text ({reason}); correct it, or download it again") from None
 
 
-def code_hash(*more):
-    """SHA-256 of the source of model.py, core/, training/ and `more`: files or rooms, by their paths in the repository."""
-    paths = [os.path.join(ROOT, name) for name in ("model.py", "core", "training", *more)]
-    files = {path for path in paths if path.endswith(".py")}
-    files |= {
-        os.path.join(room, name)
-        for room in paths
-        if os.path.isdir(room)
-        for name in os.listdir(room)
-        if name.endswith(".py")
-    }
-    return hashlib.sha256("".join(read_text(path) for path in sorted(files)).encode()).hexdigest()
-
-
-def json_object(text, where):
+def json_object(text: str, where: str | os.PathLike) -> dict:
     """The dict of a JSON text. where: the file, for the error."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{where}: cannot be read as JSON ({e}); mend it, or fetch it again") from None
+        raise InputError(f"{where}: cannot be read as JSON ({e}); correct it, or download it again") from None
     if not isinstance(value, dict):
         raise InputError(f"{where}: holds a JSON {type(value).__name__}, not an object")
     return value
 
 
-def read_json(path):
+def read_json(path: str | os.PathLike) -> dict:
+    """The JSON object in a file."""
     return json_object(read_text(path), path)
 
 
-def same_path(a, b):
-    """Whether two paths are of one file or directory."""
+def code_hash(*more: str) -> str:
+    """SHA-256 of the source of model.py, core/, training/ and `more`: files or folders, relative to the repository."""
+    paths = [os.path.join(ROOT, name) for name in ("model.py", "core", "training", *more)]
+    files = {path for path in paths if path.endswith(".py")}
+    for folder in filter(os.path.isdir, paths):
+        files |= {os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py")}
+    return hashlib.sha256("".join(read_text(path) for path in sorted(files)).encode()).hexdigest()
+
+
+def same_path(a: str | os.PathLike, b: str | os.PathLike) -> bool:
+    """True if both paths lead to the same file or folder."""
     return os.path.realpath(a) == os.path.realpath(b)
 
 
-def check_out(out):
-    """InputError unless a checkpoint can be written there. Asked before the work, so that the work is not lost."""
-    path = parent = os.path.realpath(out)
-    if out.endswith(".pt") and os.path.isdir(path):
-        raise InputError(f"{out}: is a directory; a .pt checkpoint is a file; give another --out")
-    if not out.endswith(".pt") and os.path.isfile(path):
-        raise InputError(f"{out}: is a file; give a directory, or a name that ends in .pt, as --out")
-    if os.path.isdir(path) and os.listdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        raise InputError(f"{out}: exists and is no checkpoint; give another --out")
-    while not os.path.exists(parent := os.path.dirname(parent)):
-        pass
-    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-        raise InputError(f"{out}: nothing can be written in {parent}; give another --out")
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing. A file is written under a temporary name and renamed when it is complete. The writer holds a lock on it, so
+# that a later run can tell the leftover of a killed process (core/outputs.py removes it) from a file in progress.
+
+TEMPORARY = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)(?P<token>[0-9a-f]{8})(?P<check>[0-9a-f]{8})", re.DOTALL)
+
+
+def temporary_path(path: str, kind: str = "tmp") -> str:
+    """A new name beside `path`. Its check digits tell it from a user's file with a similar name."""
+    token = os.urandom(4).hex()
+    return f"{path}.{kind}{token}{check_digits(os.path.basename(path), token)}"
+
+
+def check_digits(name: str, token: str) -> str:
+    return hashlib.sha256(os.fsencode(f"{name} {token}")).hexdigest()[:8]
+
+
+def lock(fd: int) -> bool:
+    """Lock an open file until it is closed. False if another process has locked it, or the disk has no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def open_temporary(path: str, mode: str) -> IO:
+    """A new, locked temporary file for `path`. It has the permissions of `path` if that exists, else those of the umask."""
+    while True:
+        f = open(temporary_path(path), mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
+        lock(f.fileno())
+        if os.fstat(f.fileno()).st_nlink:  # else another run removed it as a leftover before it was locked
+            break
+        f.close()
+    with contextlib.suppress(OSError):
+        os.fchmod(f.fileno(), stat.S_IMODE(os.stat(path).st_mode))
+    return f
 
 
 @contextlib.contextmanager
-def atomic_directory(out):
-    """Gives a directory beside `out` to write in; on success it takes the name of out, on failure nothing is left."""
-    check_out(out)
-    out = os.path.realpath(out)  # of a link it is what the link points to that is replaced
-    temporary = f"{out}.tmp{os.getpid()}"
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file for `path` and rename it to `path` at the end. After an error, nothing is left or changed.
+
+    A symbolic link stays, and the file it points to is replaced. Raises InputError if the file cannot be written.
+    """
+    path = os.path.realpath(path)
+    f = None
     try:
-        yield temporary
-        try:
-            if os.path.isdir(out):  # rename cannot replace a directory that is not empty
-                os.rename(out, f"{temporary}.old")
-            os.rename(temporary, out)
-        except OSError as e:
-            raise InputError(f"{out}: cannot be replaced: {e.strerror}; give another --out") from None
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open_temporary(path, mode) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+            os.replace(f.name, path)
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written: {e.strerror or e}") from None
     finally:
-        for leftover in (temporary, f"{temporary}.old"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if f:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.remove(f.name)
+
+
+def append(f: IO, data: str | bytes) -> None:
+    """Append data to an open file and flush it."""
+    try:
+        f.write(data)
+        f.flush()
+    except OSError as e:
+        fault = f"{f.name}: cannot be written: {e.strerror}"
+        raise InputError(f"{fault}; make room and run the same command to continue") from None

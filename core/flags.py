@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from core.checkpoint import check_out
 from core.distributed import is_main
-from core.files import InputError, check_out
+from core.files import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the values of --dtype
 DEVICE, DTYPE = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")  # defaults

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from core.checkpoint import Checkpoint, nbytes, write_checkpoint
+from core.checkpoint import Checkpoint, tensor_bytes, write_checkpoint
 from model import Qwen2
 from tools.memory import SHAPES, raw_config
 
@@ -41,7 +41,7 @@ def merge_bytes(checkpoints: list[str], dtype: torch.dtype) -> tuple[list[str], 
     """The files that a merge reads, and the number of bytes that it writes in `dtype`."""
     files = [os.path.join(c, n) for c in checkpoints for n in sorted(os.listdir(c)) if n.endswith(".safetensors")]
     first = Checkpoint(checkpoints[0])
-    return files, sum(nbytes((first.shape(name), dtype)) for name in first.names)
+    return files, sum(tensor_bytes(first.shape(name), dtype) for name in first.names)
 
 
 def copy_rate(files: list[str], to_write: int, scratch: str | None) -> float:

@@ -78,6 +78,7 @@ def test_truncated_safetensors_and_missing_shards(tiny, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InputError, match="model.safetensors: missing or corrupt"):
         Checkpoint(tmp_path / "cut")
+    file.unlink()  # beside an index it would count, and the index would not
     (tmp_path / "cut" / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"x": "gone.safetensors"}})
     )
@@ -105,6 +106,8 @@ def test_truncated_safetensors_and_missing_shards(tiny, tmp_path):
 )
 def test_corrupt_files_are_named(tiny, tmp_path, name, text, words):
     shutil.copytree(tiny, tmp_path / "c")
+    if "index" in name:  # which counts only without this file
+        os.remove(tmp_path / "c" / "model.safetensors")
     (tmp_path / "c" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=words):
         ckpt = Checkpoint(tmp_path / "c")

@@ -1,0 +1,323 @@
+"""Output folders: what this project wrote there, and how it is replaced without touching anything else.
+
+Each output folder has a MANIFEST, which lists the files that a command wrote and so may replace. Every other file in the
+folder belongs to the user.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+
+from core.files import TEMPORARY, InputError, atomic_write, check_digits, lock, temporary_path
+
+MANIFEST = ".written.json"
+CARD = "README.md"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The manifest: {"files": {file name: the writer}, "card": SHA-256 of the README.md that we wrote}
+
+
+def read_manifest(folder: str) -> dict:
+    """The manifest of a folder; an empty one if there is none, or if the file is not one of ours."""
+    try:
+        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as f:
+            manifest = json.load(f)
+        names = manifest["files"]
+        if all(os.path.basename(name) == name and isinstance(writer, str) for name, writer in names.items()):
+            return {"files": names, "card": manifest.get("card")}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        pass
+    return {"files": {}, "card": None}
+
+
+def write_manifest(folder: str, manifest: dict) -> None:
+    with atomic_write(os.path.join(folder, MANIFEST)) as f:
+        json.dump(manifest, f, indent=1, ensure_ascii=False)
+
+
+def written_files(folder: str, writer: str) -> set[str]:
+    """The names of the files in a folder that `writer` wrote. A model card that was edited since is the user's."""
+    manifest = read_manifest(folder)
+    names = {name for name, by in manifest["files"].items() if by == writer}
+    with contextlib.suppress(OSError), open(os.path.join(folder, CARD), "rb") as f:
+        if hashlib.sha256(f.read()).hexdigest() != manifest["card"]:
+            names.discard(CARD)
+    return names
+
+
+def foreign_entries(folder: str, writer: str) -> list[str]:
+    """Files and folders in `folder` that `writer` did not write, sorted. Temporary files of ours are not among them."""
+    others = {*os.listdir(folder)} - written_files(folder, writer) - {MANIFEST}
+    return sorted(name for name in others if not parse_temporary(name))
+
+
+def write_card(folder: str, text: str) -> None:
+    """Write the model card of a new checkpoint folder, its SHA-256 into the manifest first."""
+    write_manifest(folder, read_manifest(folder) | {"card": hashlib.sha256(text.encode()).hexdigest()})
+    with open(os.path.join(folder, CARD), "xb") as f:
+        f.write(text.encode())
+        os.fsync(f.fileno())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks before the work begins
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """True if `path` is `folder` or lies in it, after following symbolic links."""
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.commonpath([path, folder]) == folder
+
+
+def check_writable(path: str, flag: str = "--out") -> None:
+    """InputError, which names the flag, unless a file can be created beside `path`, or in the nearest parent folder that exists."""
+    parent = os.path.dirname(os.path.realpath(path))
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as e:
+        raise InputError(f"{path}: nothing can be written in {parent} ({e.strerror}); give another {flag}") from None
+
+
+def check_replaceable(path: str) -> None:
+    """InputError if the folder at `path` belongs to another user who has made it, or its parent, read-only for us."""
+    info, parent = os.stat(path), os.stat(os.path.dirname(os.path.realpath(path)))
+    protected = parent.st_mode & stat.S_ISVTX and os.geteuid() not in (0, parent.st_uid, info.st_uid)
+    if protected or not os.access(path, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: belongs to another user or is read-only; give another --out")
+
+
+def check_file(path: str, mark: str) -> None:
+    """InputError unless `path` can be written: it is absent, empty, or a file of ours, which contains the text `mark`."""
+    check_writable(path)
+    if not os.path.lexists(path):
+        return
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: is not a regular file; give another --out")
+    try:
+        with open(path, "rb") as f:
+            content = f.read()
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read: {e.strerror}; give another --out") from None
+    if content and mark.encode() not in content:
+        raise InputError(f"{path}: exists and was not written by this command; give another --out, or move the file")
+
+
+def check_inputs(out: str, inputs: Iterable[str]) -> None:
+    """InputError if `out` is one of the inputs, lies in one, or contains one. Inputs that are no local paths are ignored."""
+    for path in filter(os.path.exists, inputs):
+        if is_inside(out, path) or is_inside(path, out):
+            relation = "is one of the inputs" if is_inside(out, path) and is_inside(path, out) else "overlaps the input"
+            raise InputError(f"--out {out}: {relation}, {path}; give another name")
+
+
+def check_folder(folder: str, writer: str, names: Iterable[str]) -> None:
+    """InputError unless `writer` can write these files in `folder`: each is absent, or `writer` wrote it before."""
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise InputError(f"{folder}: is a file; give a folder as --out")
+    check_writable(os.path.join(folder, MANIFEST))
+    own = written_files(folder, writer)
+    for name in names:
+        path = os.path.join(folder, name)
+        if name not in own and os.path.lexists(path):
+            raise InputError(f"{path}: was not written by {writer}; move it, or give another --out")
+
+
+def claim_folder(folder: str, writer: str, names: Iterable[str]) -> None:
+    """Make `folder` and record in its manifest that `writer` owns these files. Remove leftovers of killed runs.
+
+    See check_folder for the errors."""
+    names = list(names)
+    check_folder(folder, writer, names)
+    manifest = read_manifest(folder)
+    write_manifest(folder, manifest | {"files": manifest["files"] | dict.fromkeys(names, writer)})
+    remove_leftovers(folder)
+
+
+@contextlib.contextmanager
+def claimed_folder(folder: str, writer: str, names: Iterable[str]) -> Iterator[None]:
+    """claim_folder, undone at the end if the run has written none of the files, so that a refused run leaves nothing."""
+    names, before, existed = list(names), read_manifest(folder), os.path.exists(folder)
+    claim_folder(folder, writer, names)
+    try:
+        yield
+    finally:
+        if not before["files"] and not any(os.path.lexists(os.path.join(folder, name)) for name in names):
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(folder, MANIFEST))
+                if not existed:
+                    os.rmdir(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leftovers of killed runs
+
+
+def parse_temporary(entry: str) -> re.Match | None:
+    """The parts of a name that temporary_path() gave; None for any other name."""
+    found = TEMPORARY.fullmatch(entry)
+    return found if found and check_digits(found["name"], found["token"]) == found["check"] else None
+
+
+def remove_leftovers(folder: str, name: str | None = None) -> None:
+    """Remove the temporary files of `name` (None: of all names) in `folder` whose writer has died.
+
+    A leftover has a name from temporary_path() and nobody holds its lock. Files of the user's inside a leftover folder
+    move to the folder that it was made for.
+    """
+    for entry in os.listdir(folder) if os.path.isdir(folder) else []:
+        found = parse_temporary(entry)
+        if not found or name not in (None, found["name"]):
+            continue
+        path, target = os.path.join(folder, entry), os.path.join(folder, found["name"])
+        with contextlib.suppress(OSError):
+            flags = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR
+            fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if lock(fd):
+                    remove_leftover(path, target, found["kind"])
+            finally:
+                os.close(fd)
+
+
+def remove_leftover(path: str, target: str, kind: str) -> None:
+    if not os.path.isdir(path):
+        os.remove(path)
+    elif kind == "old" and not os.path.lexists(target):  # killed between the two renames of replace_folder
+        os.rename(path, target)
+    else:
+        if os.path.isdir(target):
+            move_foreign(path, target)
+        remove_written(path)
+
+
+def move_foreign(source: str, target: str) -> None:
+    """Move what is not part of a checkpoint of ours from one folder to the other, unless the name is taken there."""
+    for name in foreign_entries(source, "checkpoint"):
+        if not os.path.lexists(os.path.join(target, name)):
+            os.rename(os.path.join(source, name), os.path.join(target, name))
+
+
+def remove_written(folder: str) -> None:
+    """Remove a checkpoint folder of ours: the files in its manifest, then the folder unless other files are left."""
+    remove_leftovers(folder)
+    for name in written_files(folder, "checkpoint"):
+        with contextlib.suppress(OSError):
+            os.remove(os.path.join(folder, name))
+    with contextlib.suppress(OSError):
+        if not foreign_entries(folder, "checkpoint"):
+            os.remove(os.path.join(folder, MANIFEST))
+        os.rmdir(folder)
+
+
+def discard_checkpoint(path: str) -> None:
+    """Remove a checkpoint of ours, a folder or a .pt file. It is renamed first, so that a kill leaves no partial checkpoint."""
+    if os.path.isdir(path):
+        if "config.json" not in written_files(path, "checkpoint"):
+            return
+        os.rename(path, hidden := temporary_path(path))
+        remove_written(hidden)
+    elif os.path.exists(path):
+        os.remove(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replacing a folder
+
+
+@contextlib.contextmanager
+def atomic_folder(out: str, names: Iterable[str]) -> Iterator[str]:
+    """Give a new folder to write the files `names` in; at the end it replaces the checkpoint at `out` in one step.
+
+    Foreign files in `out` stay there, byte for byte. After an error, nothing is left or changed.
+    """
+    out = os.path.realpath(out)
+    temporary, fd = None, None
+    try:
+        try:
+            os.makedirs(os.path.dirname(out), exist_ok=True)
+            temporary, fd = make_temporary_folder(out)
+            write_manifest(temporary, {"files": dict.fromkeys(names, "checkpoint"), "card": None})
+        except OSError as e:
+            raise InputError(f"{out}: cannot be written: {e.strerror}") from None
+        yield temporary
+        try:
+            replace_folder(temporary, out)
+        except OSError as e:
+            raise InputError(f"{out}: cannot be replaced: {e.strerror}; give another --out") from None
+    finally:
+        if temporary and os.path.isdir(temporary):
+            remove_leftover(temporary, out, "tmp")
+        if fd is not None:
+            os.close(fd)
+
+
+def make_temporary_folder(out: str) -> tuple[str, int]:
+    """A new folder beside `out` and its locked file descriptor."""
+    while True:
+        os.mkdir(temporary := temporary_path(out))
+        with contextlib.suppress(FileNotFoundError):  # another run removed it as a leftover before it was locked
+            fd = os.open(temporary, os.O_RDONLY)
+            lock(fd)
+            if os.path.isdir(temporary):
+                return temporary, fd
+            os.close(fd)
+
+
+def replace_folder(temporary: str, out: str) -> None:
+    """Give `temporary` the name `out`. The folder that had it loses the files of its checkpoint and then disappears."""
+    if not os.path.isdir(out):
+        os.rename(temporary, out)
+        return
+    card = os.path.join(temporary, CARD)
+    if CARD in foreign_entries(out, "checkpoint") and os.path.exists(card):
+        os.remove(card)  # the user's own README.md stays
+    keep_other_writers(temporary, out)
+    taken = {*foreign_entries(out, "checkpoint")} & {*os.listdir(temporary)}
+    if taken:
+        raise InputError(f"{out}/{min(taken)}: was not written by this project; move it, or give another --out")
+    shutil.copymode(out, temporary)
+    fd = os.open(out, os.O_RDONLY)
+    try:
+        lock(fd)
+        old = temporary
+        if not exchange(temporary, out):
+            os.rename(out, old := temporary_path(out, "old"))
+            try:
+                os.rename(temporary, out)
+            except OSError:
+                os.rename(old, out)
+                raise
+        move_foreign(old, out)
+        remove_written(old)
+    finally:
+        os.close(fd)
+
+
+def keep_other_writers(temporary: str, out: str) -> None:
+    """Write the final manifest of a new checkpoint: its own files, and what other commands wrote in the folder `out`."""
+    own = {name: "checkpoint" for name in os.listdir(temporary) if name != MANIFEST}
+    others = {name: by for name, by in read_manifest(out)["files"].items() if by != "checkpoint"}
+    write_manifest(temporary, {"files": others | own, "card": read_manifest(temporary)["card"]})
+
+
+def exchange(a: str, b: str) -> bool:
+    """Swap two folders in one step, with renameat2 of Linux. False where the system or the disk has no such call."""
+    if sys.platform != "linux":
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        return ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
+    except AttributeError:
+        return False
