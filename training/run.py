@@ -25,6 +25,7 @@ from core.distributed import (
     sum_over_ranks,
 )
 from core.files import InputError, atomic_write, code_hash, json_object, read_json
+from core.outputs import discard_checkpoint
 from core.tokenizer import Tokenizer
 from training.log import event_writer, json_safe, read_log, write_log
 from training.logps import sequence_logps
@@ -34,7 +35,6 @@ from training.saves import (
     numbered,
     prune,
     release_lock,
-    remove,
     restore,
     run_file,
     save_model,
@@ -283,7 +283,7 @@ def finish_run(run: Run, facts: list[str], following: list[list[str]]) -> None:
     write_state(run, run.total, finished=True)
     run.saved = 0
     if is_main():
-        remove(step_path(run.args, run.total))  # of a run that was stopped in its last evaluation
+        discard_checkpoint(step_path(run.args, run.total))  # of a run that was stopped in its last evaluation
         prune(run, run.total)
         for line in facts:
             print(line)

@@ -8,13 +8,10 @@ lock                      held by the run that is writing here
 """
 
 import argparse
-import fcntl
-import glob
 import json
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,7 +22,8 @@ from torch import Tensor
 
 from core.checkpoint import Checkpoint, write_checkpoint, write_safetensors
 from core.distributed import Ranks, gathered, is_main, is_sharded, load_into
-from core.files import InputError, atomic_write
+from core.files import InputError, atomic_write, lock
+from core.outputs import check_folder, claim_folder, discard_checkpoint, remove_leftovers
 from model import Qwen2
 
 
@@ -54,6 +52,7 @@ class Run:
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
 
+OWN_FILES = ("args.json", "log.jsonl", "state.json")
 CHECKPOINTS, MOMENTS = r"step-(\d+)(?:\.pt)?", r"optimizer-(\d+)\.safetensors"
 
 
@@ -80,14 +79,6 @@ def numbered(args: argparse.Namespace, pattern: str) -> dict[int, str]:
 LOCKS: dict[str, int] = {}  # of this process: path of the lock file -> file descriptor
 
 
-def try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-
-
 def lock_path(out: str) -> str:
     return os.path.realpath(f"{out}.run/lock")
 
@@ -97,11 +88,12 @@ def second_run_error(out: str) -> InputError:
 
 
 def check_not_running(out: str) -> None:
-    """InputError if another run is writing to OUT. Changes nothing on disk."""
+    """InputError if another run is writing to OUT, or OUT.run/ holds files that no run wrote. Changes nothing on disk."""
+    check_folder(f"{out}.run", "training", OWN_FILES)
     path = lock_path(out)
     if os.path.isfile(path) and path not in LOCKS:
         fd = os.open(path, os.O_RDONLY)
-        free = try_lock(fd)
+        free = lock(fd)
         os.close(fd)
         if not free:
             raise second_run_error(out)
@@ -114,7 +106,7 @@ def take_lock(out: str) -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         while path not in LOCKS:
             fd = os.open(path, os.O_RDWR | os.O_CREAT)
-            if not try_lock(fd):
+            if not lock(fd):
                 os.close(fd)
                 raise second_run_error(out)
             if os.path.isfile(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
@@ -214,23 +206,13 @@ def restore(run: Run) -> None:
 # Removing
 
 
-def remove(path: str) -> None:
-    """Removes a file or directory. A directory is renamed first, so that nothing under a proper name is ever half there."""
-    if os.path.isdir(path):
-        os.rename(path, f"{path}.tmp{os.getpid()}")
-        shutil.rmtree(f"{path}.tmp{os.getpid()}")
-    elif os.path.exists(path):
-        os.remove(path)
-
-
 def tidy(run: Run) -> None:
-    """Removes what a killed run left half-written in OUT.run/ and beside OUT, and saves of steps later than run.done."""
-    out = glob.escape(run.args.out)
-    beside = glob.glob(f"{out}.tmp[0-9]*")  # .old is the checkpoint that was there before
-    for path in [p for p in beside if not p.endswith(".old")] + glob.glob(f"{out}.run/*.tmp[0-9]*"):
-        remove(path)
+    """Removes what killed runs left half-written in OUT.run/ and beside OUT, and saves of steps later than run.done."""
+    folder, name = os.path.split(os.path.realpath(run.args.out))
+    remove_leftovers(folder, name)
+    claim_folder(f"{run.args.out}.run", "training", OWN_FILES)
     if not run.done:
-        remove(run_file(run.args, "state.json"))
+        discard_checkpoint(run_file(run.args, "state.json"))
     prune(run, run.done)
 
 
@@ -241,4 +223,4 @@ def prune(run: Run, step: int) -> None:
     for pattern, wanted in (CHECKPOINTS, {*newest, run.best[1], run.saved}), (MOMENTS, {run.saved}):
         for number, path in numbered(run.args, pattern).items():
             if number not in wanted:
-                remove(path)
+                discard_checkpoint(path)
