@@ -66,7 +66,9 @@ def command(ckpt, data, out, *more):
 def listing(out):
     """Files in OUT.run/ but for its manifest, and half-written files beside OUT."""
     inside = sorted(os.listdir(f"{out}.run")) if os.path.isdir(f"{out}.run") else []
-    return [name for name in inside if name != ".written.json"] + [name for name in os.listdir(out.parent) if ".tmp" in name]
+    return [name for name in inside if name != ".written.json"] + [
+        name for name in os.listdir(out.parent) if ".tmp" in name
+    ]
 
 
 def finish(script, args, tmp_path):
