@@ -1,0 +1,88 @@
+"""The model card of a written checkpoint: README.md with the YAML front matter that the Hugging Face hub reads."""
+
+import json
+import os
+import re
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+MARK = "<!-- written by this project; remove this line to keep your own text -->"
+
+
+def hub_id(source: str) -> str | None:
+    """The source if it is a hub id such as Qwen/Qwen2-0.5B-Instruct, and no local path."""
+    return source if HUB_ID.fullmatch(source) and not os.path.exists(source) else None
+
+
+def dataset_id(source: str) -> str | None:
+    """OWNER/NAME of hf://datasets/OWNER/NAME/FILE; None for a local file."""
+    found = re.match(r"hf://datasets/([^/]+/[^/]+)", source)
+    return found[1] if found else None
+
+
+def base_license(folder: str) -> str | None:
+    """The license in the front matter of a local base model's README.md."""
+    try:
+        with open(os.path.join(folder, "README.md"), encoding="utf-8") as f:
+            text = f.read(10_000)
+    except (OSError, UnicodeDecodeError):
+        return None
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = re.search(r"^license:\s*(\S+)\s*$", front[1], re.MULTILINE) if front else None
+    return found[1].strip("\"'") if found else None
+
+
+def front_matter(fields: dict[str, str | list[str] | None]) -> str:
+    """YAML of texts and lists of texts. Each text is quoted as JSON, which YAML reads. Empty fields are left out."""
+    lines = []
+    for name, value in fields.items():
+        if isinstance(value, list) and value:
+            lines += [f"{name}:", *(f"- {json.dumps(x, ensure_ascii=False)}" for x in value)]
+        elif isinstance(value, str):
+            lines.append(f"{name}: {json.dumps(value, ensure_ascii=False)}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def table(rows: dict[str, object]) -> str:
+    plain = lambda x: str(x).replace("|", "\\|").replace("\n", " ")
+    lines = [f"| {plain(name)} | {plain(value)} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def model_card(
+    name: str,
+    done: str,
+    bases: list[str],
+    relation: str,
+    settings: dict[str, object],
+    datasets: list[str] = (),
+    figures: dict[str, object] | None = None,
+    versions: dict[str, str] | None = None,
+) -> str:
+    """README.md of a checkpoint.
+
+    done: one sentence that says what was done. bases: the models it was made from, as they were given; the hub knows those
+    that are hub ids. relation: "finetune" or "merge". datasets: training files. figures: the last figures of the log.
+    """
+    licenses = {license for source in bases if (license := base_license(source))}
+    head = front_matter(
+        {
+            "library_name": "transformers",
+            "pipeline_tag": "text-generation",
+            "license": licenses.pop() if len(licenses) == 1 else None,
+            "base_model": [x for source in bases if (x := hub_id(source))],
+            "base_model_relation": relation if any(map(hub_id, bases)) else None,
+            "datasets": list(dict.fromkeys(x for source in datasets if (x := dataset_id(source)))),
+            "tags": ["qwen2", "post-training", relation],
+        }
+    )
+    parts = [head, MARK, f"# {name}", done, f"Made from: {', '.join(f'`{source}`' for source in bases)}."]
+    if datasets:
+        parts.append(f"Data: {', '.join(f'`{source}`' for source in datasets)}.")
+    parts += ["## Settings", table(settings)]
+    if figures:
+        parts += ["## Last figures of the log", table(figures)]
+    if versions:
+        parts += ["## Versions", table(versions)]
+    code = 'model = AutoModelForCausalLM.from_pretrained("PATH")\ntokenizer = AutoTokenizer.from_pretrained("PATH")'
+    load = f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n{code}\n```"
+    return "\n\n".join([*parts, "## How to load it", load]) + "\n"

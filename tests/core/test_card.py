@@ -1,0 +1,40 @@
+"""Model cards: the front matter that the hub reads, escaped names, the base's license."""
+
+import huggingface_hub
+import pytest
+
+from core.card import base_license, dataset_id, hub_id, model_card
+
+
+def parse(card):
+    return huggingface_hub.ModelCard(card).data.to_dict()
+
+
+def test_the_hub_reads_the_front_matter():
+    card = model_card(
+        "sft", "Fine-tuned.", ["Qwen/Qwen2-0.5B-Instruct"], "finetune", {"lr": 1e-6, "note": "a | b"},
+        ["hf://datasets/openai/gsm8k/main/train.parquet", "data/sft.jsonl"], {"loss": 0.5}, {"torch": "2.13.0"},
+    )  # fmt: skip
+    data = parse(card)
+    assert data["base_model"] == ["Qwen/Qwen2-0.5B-Instruct"] and data["base_model_relation"] == "finetune"
+    assert data["datasets"] == ["openai/gsm8k"] and data["library_name"] == "transformers" and "license" not in data
+    assert "| note | a \\| b |" in card and "`data/sft.jsonl`" in card and "from_pretrained" in card
+
+
+@pytest.mark.parametrize("name", ['x": y', "# c", "a: b", "- x", "'", "\u2028", "---\nlicense: mit\n---"])
+def test_odd_names_do_not_break_the_front_matter(name, tmp_path):
+    card = model_card("out", "Merged.", [name, "Qwen/Qwen2-0.5B"], "merge", {}, [f"hf://datasets/o/{name.strip()}/f"])
+    data = parse(card)
+    assert data["base_model"] == ["Qwen/Qwen2-0.5B"] and "license" not in data
+
+
+def test_a_local_base_gives_its_license_and_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "models/base"
+    base.mkdir(parents=True)
+    assert base_license(str(base)) is None
+    (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Base\nlicense: mit\n")
+    assert base_license(str(base)) == "apache-2.0" and hub_id("models/base") is None
+    data = parse(model_card("o", "Done.", ["models/base"], "finetune", {}))
+    assert data["license"] == "apache-2.0" and "base_model" not in data and "base_model_relation" not in data
+    assert hub_id("a/b/c") is None and dataset_id("data/x.jsonl") is None
