@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from core.config import parse_config
 from tools.memory import SHAPES, raw_config
 from training.logps import example_logps
-from training.memory import memory_needed, parameters
+from training.memory import count_parameters, memory_needed
 from training.setup import recompute
 
 SHAPE = dict(
@@ -43,10 +43,10 @@ def model(item, **changes):
 
 
 def test_parameters_are_those_of_the_published_models():
-    counts = {name: parameters(parse_config(raw_config(*s)))[-1] for name, s in SHAPES.items()}
+    counts = {name: count_parameters(parse_config(raw_config(*s)))[-1] for name, s in SHAPES.items()}
     assert counts == {"0.5B": 494_032_768, "1.5B": 1_543_714_304, "7B": 7_615_616_512}
     m = tiny_model(tie_word_embeddings=False)
-    assert parameters(m.config)[-1] == sum(p.numel() for p in m.parameters())
+    assert count_parameters(m.config)[-1] == sum(p.numel() for p in m.parameters())
 
 
 @pytest.mark.parametrize("item", [4, 2])

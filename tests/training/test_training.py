@@ -42,7 +42,7 @@ from training import run as training_run
 from training import setup as training_setup
 from training.examples import encode_chats
 from training.logps import example_logps, shared_prefix_logps
-from training.memory import memory_needed, parameters
+from training.memory import count_parameters, memory_needed
 from training.setup import open_checkpoint, plan_steps, shuffled_order
 
 COMMON = ("--batch-size", 4, "--lr", 1e-3, "--max-len", 64, "--warmup", 0)
@@ -565,7 +565,7 @@ def test_activation_checkpointing_computes_the_same_and_comes_where_a_step_would
         len(ids) for ids, _ in encode_chats(read_records([sft_data], sft_conversations), Tokenizer(tiny), 64)[0]
     )
     without, with_it = (sum(memory_needed(c, longest, on, 4).values()) for on in (False, True))
-    weights_there = 4 * parameters(c)[-1]
+    weights_there = 4 * count_parameters(c)[-1]
     for k, (free, more, on, words) in enumerate([
         ((without - weights_there) / 0.89, (), False, "checkpointing off"),
         ((without - weights_there) / 0.91, (), True, "checkpointing on"),
