@@ -57,53 +57,57 @@ def by_transformers(path, tokenizer, prompts, n, penalty=1.0):
 
 @pytest.mark.usefixtures("kernels")
 def test_greedy_equals_transformers(lively, loaded):
-    m, tok = loaded
-    replies = generate(m, tok, PROMPTS, max_new_tokens=20)
+    model, tok = loaded
+    replies = generate(model, tok, PROMPTS, max_new_tokens=20)
     assert replies == by_transformers(lively, tok, PROMPTS, 20)
     assert len(set(replies)) > 6  # the random model does not say one thing only
 
 
 @pytest.mark.usefixtures("kernels")
 def test_a_reply_depends_on_no_neighbour(loaded):
-    m, tok = loaded
+    model, tok = loaded
     for settings in ({}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.8, "top_p": 0.9, "top_k": 50}):
         settings |= {"max_new_tokens": 12}
-        whole = generate(m, tok, PROMPTS, **settings)
+        whole = generate(model, tok, PROMPTS, **settings)
         for batch_size in (1, 3, 64):
-            assert generate(m, tok, PROMPTS, batch_size=batch_size, **settings) == whole
-        pieces = [(i, text) for i, text, _ in generate_iter(m, tok, PROMPTS, prefill_tokens=40, **settings)]
+            assert generate(model, tok, PROMPTS, batch_size=batch_size, **settings) == whole
+        pieces = [(i, text) for i, text, _ in generate_iter(model, tok, PROMPTS, prefill_tokens=40, **settings)]
         assert sorted(pieces) == list(enumerate(whole))
-    first = generate(m, tok, PROMPTS[:1], temperature=1.0, seed=3, max_new_tokens=12)  # row 0 keeps its random numbers
-    assert first == generate(m, tok, PROMPTS, temperature=1.0, seed=3, max_new_tokens=12)[:1]
-    assert generate(m, tok, PROMPTS, temperature=1.0, seed=4, max_new_tokens=12)[:1] != first
+    first = generate(
+        model, tok, PROMPTS[:1], temperature=1.0, seed=3, max_new_tokens=12
+    )  # row 0 keeps its random numbers
+    assert first == generate(model, tok, PROMPTS, temperature=1.0, seed=3, max_new_tokens=12)[:1]
+    assert generate(model, tok, PROMPTS, temperature=1.0, seed=4, max_new_tokens=12)[:1] != first
 
 
 def test_finish_reasons_and_limits(loaded):
-    m, tok = loaded
-    assert generate(m, tok, []) == []
-    reasons = {reason for _, _, reason in generate_iter(m, tok, PROMPTS, max_new_tokens=2)}
+    model, tok = loaded
+    assert generate(model, tok, []) == []
+    reasons = {reason for _, _, reason in generate_iter(model, tok, PROMPTS, max_new_tokens=2)}
     assert reasons == {"length"}
     stop = Tokenizer.__new__(Tokenizer)
     stop.__dict__ = tok.__dict__ | {"stop_ids": set(range(512))}
-    assert sorted(generate_iter(m, stop, PROMPTS[:2], max_new_tokens=2)) == [(0, "", "stop"), (1, "", "stop")]
+    assert sorted(generate_iter(model, stop, PROMPTS[:2], max_new_tokens=2)) == [(0, "", "stop"), (1, "", "stop")]
 
 
 def test_a_reply_ends_with_the_models_positions(lively):
     """Each row has the room that its own prompt leaves, whatever --max-new-tokens says; a prompt that leaves none is refused."""
-    m, tok = Qwen2.from_pretrained(lively), Tokenizer(lively)
+    model, tok = Qwen2.from_pretrained(lively), Tokenizer(lively)
     sizes = [len(tok.prompt_ids(p)) for p in PROMPTS]
-    m.config = dataclasses.replace(m.config, max_position_embeddings=max(sizes) + 3)
+    model.config = dataclasses.replace(model.config, max_position_embeddings=max(sizes) + 3)
     never = Tokenizer.__new__(Tokenizer)
     never.__dict__ = tok.__dict__ | {"stop_ids": set()}
     ends = {
-        i: (len(tokens), finish) for i, tokens, finish in generate_steps(m, never, PROMPTS, max_new_tokens=40) if finish
+        i: (len(tokens), finish)
+        for i, tokens, finish in generate_steps(model, never, PROMPTS, max_new_tokens=40)
+        if finish
     }
     assert ends == {i: (min(40, max(sizes) + 3 - n), "length") for i, n in enumerate(sizes)}
-    m.config = dataclasses.replace(m.config, max_position_embeddings=max(sizes))
+    model.config = dataclasses.replace(model.config, max_position_embeddings=max(sizes))
     with pytest.raises(
         InputError, match=f"prompt {sizes.index(max(sizes))} takes {max(sizes)} tokens; the model ends at {max(sizes)}"
     ):
-        generate(m, tok, PROMPTS)
+        generate(model, tok, PROMPTS)
 
 
 def test_what_generate_refuses(loaded):
@@ -119,64 +123,64 @@ def test_what_generate_refuses(loaded):
 
 @pytest.mark.usefixtures("kernels")
 def test_groups_of_prompts_with_prefixes_of_their_own(loaded):
-    m, tok = loaded
+    model, tok = loaded
     shots = "Question: 1 + 1? Answer: 2. " * 8
     prompts = [user(shots + t[:n]) for t in TEXT for n in (3, 11)] + [user(t[:5]) for t in TEXT] * 2
     assert len(set(prefix_lengths([tok.prompt_ids(p) for p in prompts], overhead=8))) > 1
-    alone = [generate(m, tok, [p], max_new_tokens=10)[0] for p in prompts]
+    alone = [generate(model, tok, [p], max_new_tokens=10)[0] for p in prompts]
     for batch_size in (2, 5, 32):
-        assert generate(m, tok, prompts, max_new_tokens=10, batch_size=batch_size) == alone
-    assert generate(m, tok, prompts, max_new_tokens=10, cache_gb=0.0001) == alone
+        assert generate(model, tok, prompts, max_new_tokens=10, batch_size=batch_size) == alone
+    assert generate(model, tok, prompts, max_new_tokens=10, cache_gb=0.0001) == alone
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_onednn_weights_change_nothing_but_speed(dtype, tolerance, tied):
-    m = tiny_model(tie_word_embeddings=tied).to(dtype)
-    if not has_onednn_kernels(m):
+    model = tiny_model(tie_word_embeddings=tied).to(dtype)
+    if not has_onednn_kernels(model):
         pytest.skip("this processor has no bf16 kernels")
-    modules = [x for x in m.modules() if isinstance(x, Linear)] + [m.model["embed_tokens"]] * tied
+    modules = [x for x in model.modules() if isinstance(x, Linear)] + [model.model["embed_tokens"]] * tied
     assert len(modules) == 2 * 7 + 1
     ids = torch.arange(24).view(1, 24)
     with torch.no_grad():
-        plain = m(ids)
-        with onednn_weights(m):
-            torch.testing.assert_close(m(ids), plain, rtol=tolerance, atol=tolerance)
+        plain = model(ids)
+        with onednn_weights(model):
+            torch.testing.assert_close(model(ids), plain, rtol=tolerance, atol=tolerance)
             for module in modules:  # each is read
                 kept, zeros = module.onednn_weight, torch.zeros(module.weight.shape, dtype=dtype)
                 module.onednn_weight = torch.ops.mkldnn._reorder_linear_weight(zeros, 64)
-                assert not torch.allclose(m(ids), plain, rtol=tolerance, atol=tolerance)
+                assert not torch.allclose(model(ids), plain, rtol=tolerance, atol=tolerance)
                 module.onednn_weight = kept
             with torch.enable_grad():
-                assert m(ids).requires_grad
+                assert model(ids).requires_grad
         assert all(module.onednn_weight is None for module in modules)
-        assert torch.equal(m(ids), plain)
+        assert torch.equal(model(ids), plain)
 
 
 @pytest.mark.parametrize("missing", ["_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported"])
 def test_without_private_operators_of_onednn_replies_are_the_same(loaded, monkeypatch, missing):
-    m, tok = loaded
-    want = generate(m, tok, PROMPTS, max_new_tokens=8)
+    model, tok = loaded
+    want = generate(model, tok, PROMPTS, max_new_tokens=8)
     real = torch.ops.mkldnn
     names = {"_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported"} - {missing}
     left = types.SimpleNamespace(**{name: getattr(real, name) for name in names if hasattr(real, name)})
     monkeypatch.setattr(torch.ops, "mkldnn", left)
     assert not has_onednn_kernels(tiny_model().to(torch.bfloat16))
-    assert generate(m, tok, PROMPTS, max_new_tokens=8) == want
+    assert generate(model, tok, PROMPTS, max_new_tokens=8) == want
 
 
 @pytest.mark.usefixtures("kernels")
 def test_repetition_penalty_in_a_reply(lively, loaded):
-    m, tok = loaded
-    plain, penalised = (generate(m, tok, PROMPTS, max_new_tokens=12, repetition_penalty=p) for p in (1.0, 1.1))
-    assert plain == generate(m, tok, PROMPTS, max_new_tokens=12) != penalised
+    model, tok = loaded
+    plain, penalised = (generate(model, tok, PROMPTS, max_new_tokens=12, repetition_penalty=p) for p in (1.0, 1.1))
+    assert plain == generate(model, tok, PROMPTS, max_new_tokens=12) != penalised
     assert penalised == by_transformers(lively, tok, PROMPTS, 12, penalty=1.1)
 
 
 def test_several_steps_per_sync_change_no_reply(loaded, monkeypatch):
     """As on a GPU but without its graph: fixed tensors, ended rows run on, free rows are filled late."""
-    m, tok = loaded
+    model, tok = loaded
     decode_steps, taken = generate_module.decode_steps, []
 
     def counted(batch, steps):
@@ -187,29 +191,29 @@ def test_several_steps_per_sync_change_no_reply(loaded, monkeypatch):
     monkeypatch.setattr(generate_module, "decode_steps", counted)
     prompts = [*PROMPTS, user(TEXT[0] * 5), user(TEXT[1] * 8)]  # these two grow past 256 places
     assert 230 < len(tok.prompt_ids(prompts[-1])) < 256
-    whole = generate(m, tok, prompts, max_new_tokens=30)
+    whole = generate(model, tok, prompts, max_new_tokens=30)
     string = next(text[8:11] for text in whole if len(text) > 14 and text[8:11] not in text[:10])
     for settings in ({}, {"stop": string}, {"repetition_penalty": 1.2}, {"temperature": 1.0, "seed": 3},
                      {"temperature": 0.8, "top_p": 0.9, "top_k": 50}):  # fmt: skip
         settings |= {"max_new_tokens": 30}
-        want = sorted(generate_iter(m, tok, prompts, **settings))
+        want = sorted(generate_iter(model, tok, prompts, **settings))
         assert settings != {"max_new_tokens": 30} or not taken
         for steps_per_sync, batch_size in ((2, 5), (7, 64), (40, 3)):
-            found = generate_iter(m, tok, prompts, steps_per_sync=steps_per_sync, batch_size=batch_size, **settings)
+            found = generate_iter(model, tok, prompts, steps_per_sync=steps_per_sync, batch_size=batch_size, **settings)
             assert sorted(found) == want, settings
     assert min(taken)[0] == 256 < max(taken)[0] and {count for _, count in taken} >= {2, 7, 29}
 
 
 def test_a_decoding_step_asks_for_no_value():
     """On tensors that have none: whatever would make the host wait for a GPU fails here."""
-    m = tiny_model().to("meta")
+    model = tiny_model().to("meta")
     for settings in (
         {},
         {"temperature": 1.0},
         {"temperature": 1.0, "top_k": 5, "top_p": 0.9},
         {"repetition_penalty": 1.1},
     ):
-        batch = new_batch(m, Settings(**settings), 3, 64)
+        batch = new_batch(model, Settings(**settings), 3, 64)
         batch.cache.width = 32
         with pytest.raises(NotImplementedError):
             batch.last_tokens.tolist()
@@ -219,11 +223,11 @@ def test_a_decoding_step_asks_for_no_value():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: TEST_GPU=1")
 def test_a_gpu_says_the_same(loaded):
-    m, tok = loaded
-    there = Qwen2(m.raw_config)
-    there.load_state_dict(m.state_dict())
+    model, tok = loaded
+    there = Qwen2(model.raw_config)
+    there.load_state_dict(model.state_dict())
     for settings in ({}, {"repetition_penalty": 1.2}):
-        want = generate(m, tok, PROMPTS, max_new_tokens=30, **settings)
+        want = generate(model, tok, PROMPTS, max_new_tokens=30, **settings)
         for steps_per_sync in (1, None):
             assert (
                 generate(
@@ -240,26 +244,26 @@ def test_a_gpu_says_the_same(loaded):
 
 
 def test_stop_strings_end_a_reply_before_them(loaded):
-    m, tok = loaded
-    whole = generate(m, tok, PROMPTS, max_new_tokens=16)
+    model, tok = loaded
+    whole = generate(model, tok, PROMPTS, max_new_tokens=16)
     string = next(text[3:6] for text in whole if len(text) > 9 and text[3:6] not in text[:5])
-    cut = list(generate_iter(m, tok, PROMPTS, max_new_tokens=16, stop=string))
+    cut = list(generate_iter(model, tok, PROMPTS, max_new_tokens=16, stop=string))
     assert {i: text for i, text, _ in cut} == {i: text.split(string)[0] for i, text in enumerate(whole)}
     assert {finish for i, _, finish in cut if string in whole[i]} == {"stop"}
 
 
 def test_samples_of_one_prompt_by_their_seeds(loaded):
-    m, tok = loaded
-    three = generate(m, tok, [PROMPTS[0]] * 3, max_new_tokens=12, temperature=1.0, seed=[5, 6, 5])
+    model, tok = loaded
+    three = generate(model, tok, [PROMPTS[0]] * 3, max_new_tokens=12, temperature=1.0, seed=[5, 6, 5])
     assert three[0] == three[2] != three[1]
-    assert three[1:2] == generate(m, tok, PROMPTS[:1], max_new_tokens=12, temperature=1.0, seed=[6])
+    assert three[1:2] == generate(model, tok, PROMPTS[:1], max_new_tokens=12, temperature=1.0, seed=[6])
 
 
 def test_stream_adds_up_to_the_reply(loaded):
-    m, tok = loaded
+    model, tok = loaded
     for p in PROMPTS:
-        pieces = list(stream(m, tok, p, max_new_tokens=12))
-        assert "".join(pieces) == generate(m, tok, [p], max_new_tokens=12)[0]
+        pieces = list(stream(model, tok, p, max_new_tokens=12))
+        assert "".join(pieces) == generate(model, tok, [p], max_new_tokens=12)[0]
 
 
 def test_command_line(tiny, run):
@@ -278,7 +282,7 @@ def test_chat_in_the_terminal(tiny, run, monkeypatch):
 
     asked = []
 
-    def fake_stream(m, tokenizer, messages, **settings):
+    def fake_stream(model, tokenizer, messages, **settings):
         asked.append([message["content"] for message in messages])
         yield from ("so ", "be it")
 
@@ -290,8 +294,8 @@ def test_chat_in_the_terminal(tiny, run, monkeypatch):
 
 
 def test_untied_and_bf16(tmp_path, loaded):
-    m = tiny_model(tie_word_embeddings=False).to(torch.bfloat16)
-    assert len(generate(m, loaded[1], PROMPTS[:3], max_new_tokens=4)) == 3
+    model = tiny_model(tie_word_embeddings=False).to(torch.bfloat16)
+    assert len(generate(model, loaded[1], PROMPTS[:3], max_new_tokens=4)) == 3
 
 
 QUESTIONS = """What is the capital of France? 写一首关于春天的短诗。 Name three animals. 2+2? 用一句话解释什么是重力。 How do I boil an egg?
@@ -303,10 +307,10 @@ Translate "good morning" into French. 水的化学式是什么？ List two prime
 def test_real_checkpoint_equals_transformers():
     """Token by token at batch 1 and 64, English and Chinese, of different lengths."""
     path = os.environ["REAL_CKPT"]
-    m, tok = Qwen2.from_pretrained(path), Tokenizer(path)
+    model, tok = Qwen2.from_pretrained(path), Tokenizer(path)
     prompts = [user(text) for text in re.split("(?<=[.?。？]) |\n", QUESTIONS)]
     assert len(prompts) == 16
     want = by_transformers(path, tok, prompts, 16)
-    assert generate(m, tok, prompts * 4, max_new_tokens=16, batch_size=64) == want * 4
-    assert generate(m, tok, prompts, max_new_tokens=16, batch_size=1) == want
-    assert generate(m, tok, prompts, max_new_tokens=16, steps_per_sync=8) == want
+    assert generate(model, tok, prompts * 4, max_new_tokens=16, batch_size=64) == want * 4
+    assert generate(model, tok, prompts, max_new_tokens=16, batch_size=1) == want
+    assert generate(model, tok, prompts, max_new_tokens=16, steps_per_sync=8) == want

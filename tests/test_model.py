@@ -9,15 +9,15 @@ from conftest import real, tiny_config, tiny_files, tiny_model
 
 from core import layers
 from core.attention import KVCache, attend_documents, varlen_attention
-from core.layers import Linear, NormedLinears, SwiGLULinear, TokenLogProbs, rms_norm, token_logps
+from core.layers import Linear, NormedLinears, SwiGLULinear, TokenKL, TokenLogProbs, rms_norm, token_logps
 from model import Qwen2
 from training.logps import example_logps, sequence_logps
 from training.setup import recompute
 
 
-def oracle(m, tmp_path):
+def oracle(model, tmp_path):
     """transformers' model from the directory that ours writes."""
-    m.save(str(tmp_path / "ckpt"), tiny_files())
+    model.save(str(tmp_path / "ckpt"), tiny_files())
     hf, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ckpt", dtype=torch.float32, output_loading_info=True
     )
@@ -44,88 +44,90 @@ CONFIGS = {
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.usefixtures("kernels")
 def test_logits_and_gradients_equal_transformers(changes, tmp_path):
-    m = tiny_model(**changes)
-    hf = oracle(m, tmp_path)
-    ids = torch.randint(0, m.config.vocab_size, (3, 37), generator=torch.Generator().manual_seed(1))
-    ours, theirs = m(ids), hf(ids).logits
-    assert ours.shape == (3, 37, m.config.vocab_size)
+    model = tiny_model(**changes)
+    hf = oracle(model, tmp_path)
+    ids = torch.randint(0, model.config.vocab_size, (3, 37), generator=torch.Generator().manual_seed(1))
+    ours, theirs = model(ids), hf(ids).logits
+    assert ours.shape == (3, 37, model.config.vocab_size)
     assert relative(ours, theirs) < 1e-5
     weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
     (ours * weight).sum().backward()
     (theirs * weight).sum().backward()
     expected = dict(hf.named_parameters())
-    for name, p in m.named_parameters():
+    for name, p in model.named_parameters():
         assert relative(p.grad, expected[name].grad) < 1e-4, name
 
 
 @pytest.mark.usefixtures("kernels")
 def test_packed_equals_unpacked_with_gradients():
-    m, g = tiny_model(), torch.Generator().manual_seed(3)
+    model, g = tiny_model(), torch.Generator().manual_seed(3)
     lengths = [1, 17, 5, 30]
     documents = [torch.randint(0, 512, (1, n), generator=g) for n in lengths]
-    packed = m(torch.cat(documents, 1), lengths=lengths)
-    alone = torch.cat([m(d) for d in documents], 1)
+    packed = model(torch.cat(documents, 1), lengths=lengths)
+    alone = torch.cat([model(d) for d in documents], 1)
     assert relative(packed, alone) < 1e-6
     weight = torch.randn(packed.shape, generator=g)
-    grads = [torch.autograd.grad((x * weight).sum(), list(m.parameters())) for x in (packed, alone)]
-    for (name, _), a, b in zip(m.named_parameters(), *grads):
+    grads = [torch.autograd.grad((x * weight).sum(), list(model.parameters())) for x in (packed, alone)]
+    for (name, _), a, b in zip(model.named_parameters(), *grads):
         assert relative(a, b) < 1e-5, name
 
 
 @pytest.mark.usefixtures("kernels")
 def test_a_document_does_not_see_another():
-    m = tiny_model()
+    model = tiny_model()
     ids = torch.randint(0, 512, (1, 20))
     other = ids.clone()
     other[0, :8] = (other[0, :8] + 1) % 512
-    assert torch.equal(m(ids, lengths=[8, 12])[:, 8:], m(other, lengths=[8, 12])[:, 8:])
+    assert torch.equal(model(ids, lengths=[8, 12])[:, 8:], model(other, lengths=[8, 12])[:, 8:])
 
 
 @pytest.mark.parametrize("at", [[3, 4, 7, 19], [19, 0], []])
 @pytest.mark.usefixtures("kernels")
 def test_states_of_some_positions_are_those_of_all(at):
-    m, at = tiny_model(), torch.tensor(at, dtype=torch.long)
+    model, at = tiny_model(), torch.tensor(at, dtype=torch.long)
     ids = torch.randint(0, 512, (1, 20), generator=torch.Generator().manual_seed(4))
     weighting = torch.linspace(-1, 1, 32)
-    some, all_of_them = m.hidden(ids, [8, 12], at=at), m.hidden(ids, [8, 12])[:, at]
+    some, all_of_them = model.hidden(ids, [8, 12], at=at), model.hidden(ids, [8, 12])[:, at]
     torch.testing.assert_close(some, all_of_them)
-    for a, b in zip(*(torch.autograd.grad((x * weighting).sum(), list(m.parameters())) for x in (some, all_of_them))):
+    for a, b in zip(
+        *(torch.autograd.grad((x * weighting).sum(), list(model.parameters())) for x in (some, all_of_them))
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
-        cache = m.new_cache(2, 12)
+        cache = model.new_cache(2, 12)
         cache.lengths = [0, 0]
-        torch.testing.assert_close(m.hidden(ids, [8, 12], cache, at), some)
+        torch.testing.assert_close(model.hidden(ids, [8, 12], cache, at), some)
 
 
 @pytest.mark.usefixtures("kernels")
 def test_logits_at_positions_of_a_packed_row():
-    m, ids = tiny_model(), torch.arange(8)[None]
+    model, ids = tiny_model(), torch.arange(8)[None]
     at = torch.tensor([1, 2, 7])
-    logits = m(ids, lengths=[3, 5], at=at)
+    logits = model(ids, lengths=[3, 5], at=at)
     assert logits.shape == (3, 512)
-    torch.testing.assert_close(logits, m(ids, lengths=[3, 5])[0, at])
-    torch.testing.assert_close(m(ids, [3, 5], at, ids[0, at]), logits.log_softmax(-1)[range(3), ids[0, at]])
+    torch.testing.assert_close(logits, model(ids, lengths=[3, 5])[0, at])
+    torch.testing.assert_close(model(ids, [3, 5], at, ids[0, at]), logits.log_softmax(-1)[range(3), ids[0, at]])
     with pytest.raises(ValueError, match="lengths sum to 7"):
-        m(ids, lengths=[3, 4], at=at)
+        model(ids, lengths=[3, 4], at=at)
 
 
 @pytest.mark.usefixtures("kernels")
 def test_cached_equals_uncached_in_pieces_and_after_removal():
-    m, g = tiny_model(), torch.Generator().manual_seed(4)
+    model, g = tiny_model(), torch.Generator().manual_seed(4)
     documents = [torch.randint(0, 512, (1, 25), generator=g) for _ in range(3)]
     with torch.no_grad():
-        full = [m(d)[0] for d in documents]
-        cache, seen = KVCache(m.config, 3, 40), [0, 0, 0]
+        full = [model(d)[0] for d in documents]
+        cache, seen = KVCache(model.config, 3, 40), [0, 0, 0]
         for lengths in ([5, 9, 2], [1, 1, 1], [0, 4, 3], [1, 1, 1]):
             pieces = [d[:, s : s + n] for d, s, n in zip(documents, seen, lengths)]
-            logits = m.head(m.hidden(torch.cat(pieces, 1), lengths, cache))[0].split(lengths)
+            logits = model.head(model.hidden(torch.cat(pieces, 1), lengths, cache))[0].split(lengths)
             for d, (s, n) in enumerate(zip(seen, lengths)):
                 torch.testing.assert_close(logits[d], full[d][s : s + n], rtol=1e-4, atol=1e-5)
             seen = [s + n for s, n in zip(seen, lengths)]
         cache.remove(0)  # the last row moves to the front
         assert cache.lengths == [seen[2], seen[1]]
-        logits = m.head(
-            m.hidden(torch.cat([documents[d][:, seen[d] : seen[d] + 1] for d in (2, 1)], 1), [1, 1], cache)
+        logits = model.head(
+            model.hidden(torch.cat([documents[d][:, seen[d] : seen[d] + 1] for d in (2, 1)], 1), [1, 1], cache)
         )[0]
         torch.testing.assert_close(logits, torch.stack([full[2][seen[2]], full[1][seen[1]]]), rtol=1e-4, atol=1e-5)
 
@@ -157,27 +159,27 @@ def test_token_logps_far_apart():
 
 @pytest.mark.usefixtures("kernels")
 def test_bf16_compute_over_fp32_weights():
-    m = tiny_model()
+    model = tiny_model()
     ids = torch.randint(0, 512, (1, 12))
-    exact = m(ids)
-    m.compute_dtype = torch.bfloat16
-    rough = m(ids)
+    exact = model(ids)
+    model.compute_dtype = torch.bfloat16
+    rough = model(ids)
     assert rough.dtype == torch.bfloat16 and 0 < relative(rough.float(), exact) < 0.05
-    hidden = m.hidden(ids)[0]
-    logps = token_logps(hidden, m.head_weight, ids[0])
+    hidden = model.hidden(ids)[0]
+    logps = token_logps(hidden, model.head_weight, ids[0])
     assert logps.dtype == torch.float32
     logps.sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in m.parameters())
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
 @real
 def test_real_checkpoint_equals_transformers():
     path = os.environ["REAL_CKPT"]
-    m = Qwen2.from_pretrained(path)
+    model = Qwen2.from_pretrained(path)
     hf = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     ids = torch.randint(0, 40000, (2, 123), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert relative(m(ids), hf(ids).logits) < 1e-5
+        assert relative(model(ids), hf(ids).logits) < 1e-5
 
 
 def plain_varlen(q, k, v, ends, lengths_of_k, max_q, max_k, causal, gqa):
@@ -278,27 +280,27 @@ def test_what_stands_in_place_of_a_layer_is_called():
     ids = torch.arange(9)[None]
     for part, names in ("self_attn", "qkvo"), ("mlp", ("gate", "up", "down")):
         for name in (f"{n}_proj" for n in names):
-            m, merged = tiny_model(), tiny_model()
-            block, twin = (getattr(x.model["layers"][0], part) for x in (m, merged))
+            model, merged = tiny_model(), tiny_model()
+            block, twin = (getattr(x.model["layers"][0], part) for x in (model, merged))
             setattr(block, name, lora := LoRA(getattr(block, name)))
             with torch.no_grad():
                 getattr(twin, name).weight += (lora.A @ lora.B).T
-            torch.testing.assert_close(got := m(ids), merged(ids))
+            torch.testing.assert_close(got := model(ids), merged(ids))
             got.square().sum().backward()
             assert lora.A.grad.abs().sum() > 0, name
-    m, seen = tiny_model(), []
-    for module in m.modules():
+    model, seen = tiny_model(), []
+    for module in model.modules():
         module.register_forward_hook(lambda module, *_: seen.append(module))
-    m(ids)
-    assert {*m.modules()} - {*seen} == {m.model, m.model["layers"]}, "all but the two containers"
+    model(ids)
+    assert {*model.modules()} - {*seen} == {model.model, model.model["layers"]}, "all but the two containers"
 
 
 @pytest.mark.usefixtures("kernels")
 def test_a_frozen_matrix_gets_no_gradient():
-    m, ids = tiny_model(), torch.arange(9)[None]
-    attention = m.model["layers"][0].self_attn
+    model, ids = tiny_model(), torch.arange(9)[None]
+    attention = model.model["layers"][0].self_attn
     attention.q_proj.weight.requires_grad_(False)
-    m(ids).sum().backward()
+    model(ids).sum().backward()
     assert attention.q_proj.weight.grad is None and attention.k_proj.weight.grad is not None
 
 
@@ -306,14 +308,14 @@ def test_a_frozen_matrix_gets_no_gradient():
 @pytest.mark.usefixtures("kernels")
 def test_packed_gradients_whatever_the_number_of_threads(threads):
     """With three threads the key-value heads of a long document are repeated, with one they are not."""
-    m, lengths, before = tiny_model(), [4, 300, 1], torch.get_num_threads()
+    model, lengths, before = tiny_model(), [4, 300, 1], torch.get_num_threads()
     ids = torch.randint(0, 512, (1, 305), generator=torch.Generator().manual_seed(0))
     weighting = torch.linspace(-1, 1, 305)[None, :, None]
-    parts = [(m.hidden(part) * w).sum() for part, w in zip(ids.split(lengths, 1), weighting.split(lengths, 1))]
-    want = torch.autograd.grad(sum(parts), list(m.parameters()))
+    parts = [(model.hidden(part) * w).sum() for part, w in zip(ids.split(lengths, 1), weighting.split(lengths, 1))]
+    want = torch.autograd.grad(sum(parts), list(model.parameters()))
     try:
         torch.set_num_threads(threads)
-        got = torch.autograd.grad((m.hidden(ids, lengths) * weighting).sum(), list(m.parameters()))
+        got = torch.autograd.grad((model.hidden(ids, lengths) * weighting).sum(), list(model.parameters()))
     finally:
         torch.set_num_threads(before)
     assert all(relative(b, a) < 1e-4 for a, b in zip(want, got))
@@ -322,18 +324,18 @@ def test_packed_gradients_whatever_the_number_of_threads(threads):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
 def test_fused_equals_plain(dtype, tolerance, monkeypatch):
     """The whole of a training forward and backward under KERNELS=fused and KERNELS=plain."""
-    m, lengths = tiny_model(), [4, 300, 1]
-    m.compute_dtype = dtype
+    model, lengths = tiny_model(), [4, 300, 1]
+    model.compute_dtype = dtype
     ids = torch.randint(0, 512, (1, 305), generator=torch.Generator().manual_seed(0))
     at = torch.arange(0, 305, 2)
     out = []
     for kernels in ("plain", "fused"):
         monkeypatch.setattr(layers, "KERNELS", kernels)
-        logps = m(ids, lengths, at, ids[0, at])
+        logps = model(ids, lengths, at, ids[0, at])
         names = {node[0].name() for node in walk(logps.grad_fn)}
         custom = {"NormedLinearsBackward", "SwiGLULinearBackward", "TokenLogProbsBackward"}
         assert custom & names == (custom if kernels == "fused" else set())
-        out.append([logps, *torch.autograd.grad(logps.square().sum(), list(m.parameters()))])
+        out.append([logps, *torch.autograd.grad(logps.square().sum(), list(model.parameters()))])
     assert all(relative(b, a) < tolerance for a, b in zip(*out, strict=True))
 
 
@@ -370,9 +372,9 @@ def test_compiled_blocks_of_one_graph_for_all_lengths(dtype, tolerance, monkeypa
     compiled.compile()
     for lengths in ([4, 9, 1], [7], [20, 5]):
         ids = torch.randint(0, 512, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
-        got, want = ([m.hidden(ids, lengths).float()] for m in (compiled, plain))
-        for m, out in ((compiled, got), (plain, want)):
-            out += torch.autograd.grad(out[0].square().sum(), list(m.parameters()))
+        got, want = ([model.hidden(ids, lengths).float()] for model in (compiled, plain))
+        for model, out in ((compiled, got), (plain, want)):
+            out += torch.autograd.grad(out[0].square().sum(), list(model.parameters()))
         assert all(relative(a, b) < tolerance for a, b in zip(got, want))
         assert counters["stats"]["unique_graphs"] == 2, "one before attention, one after, for all blocks"
 
@@ -400,14 +402,14 @@ def test_the_ways_of_a_gpu_fit_together(dtype, monkeypatch):
         )
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        m = Qwen2(tiny_config())
-        for module in m.modules():
+        model = Qwen2(tiny_config())
+        for module in model.modules():
             for name, p in module.named_parameters(recurse=False):
                 setattr(module, name, torch.nn.Parameter(empty(*p.shape, dtype=torch.float32)))
-        m.compute_dtype = dtype
-        check([m(ids(27), [20, 7], ids(11)[0], ids(11)[0])], [empty(11, dtype=torch.float32)])
+        model.compute_dtype = dtype
+        check([model(ids(27), [20, 7], ids(11)[0], ids(11)[0])], [empty(11, dtype=torch.float32)])
 
-        cache = m.new_cache(4, 64)
+        cache = model.new_cache(4, 64)
         cache.lengths = [0] * 3
         for more, lengths in (
             (0, [10, 10, 7]),
@@ -415,17 +417,22 @@ def test_the_ways_of_a_gpu_fit_together(dtype, monkeypatch):
             (0, [1, 2, 2, 1]),
         ):  # prefill, beside a step, continuation
             cache.lengths += [0] * more
-            check([m.hidden(ids(sum(lengths)), lengths, cache, ids(3)[0])], [empty(1, 3, 32)])
+            check([model.hidden(ids(sum(lengths)), lengths, cache, ids(3)[0])], [empty(1, 3, 32)])
         cache.positions, cache.width = ids(4)[0], 32
-        check([m.hidden(ids(4).T, cache=cache)], [empty(4, 1, 32)])
+        check([model.hidden(ids(4).T, cache=cache)], [empty(4, 1, 32)])
 
         x, w, wide = empty(1, 27, 32), empty(64, 32, dtype=torch.float32), empty(1, 27, 64)
         for function, inputs, out in (
             (NormedLinears, (x, w[0], 1e-6, w, w[:, 0], w, None), (wide, wide)),
             (SwiGLULinear, (wide, wide, w.T), (x,)),
             (TokenLogProbs, (x[0], w, ids(27)[0], 24), (empty(27, dtype=torch.float32),)),
+            (TokenKL, (x[0], w, x[0], w, False, 24), (empty(27, dtype=torch.float32),)),
+            (TokenKL, (x[0], w, x[0], w, True, 24), (empty(27, dtype=torch.float32),)),
         ):
-            ctx = types.SimpleNamespace(needs_input_grad=[torch.is_tensor(i) and i.is_floating_point() for i in inputs])
+            needed = [torch.is_tensor(i) and i.is_floating_point() for i in inputs]
+            if function is TokenKL:
+                needed[2:4] = False, False  # the reference
+            ctx = types.SimpleNamespace(needs_input_grad=needed)
             ctx.save_for_backward = lambda *saved: setattr(ctx, "saved_tensors", saved)
             got = function.forward(ctx, *inputs)
             check(got if isinstance(got, tuple) else (got,), out)
@@ -441,16 +448,16 @@ def test_a_gpu_gives_the_log_probabilities_and_gradients_of_a_cpu(dtype, toleran
     g, examples = torch.Generator().manual_seed(5), []
     for n in (40, 3, 300, 1100):
         examples.append((torch.randint(0, 512, (n,), generator=g).tolist(), [t > n // 3 for t in range(n)]))
-    want = example_logps(m := tiny_model(max_position_embeddings=2048), examples)
-    gradients = torch.autograd.grad(want.sum() / 100, list(m.parameters()))
+    want = example_logps(model := tiny_model(max_position_embeddings=2048), examples)
+    gradients = torch.autograd.grad(want.sum() / 100, list(model.parameters()))
     for again in (False, True):
-        m = tiny_model(max_position_embeddings=2048).to("cuda")
-        m.compute_dtype = dtype
-        for block in m.model["layers"] if again else []:
+        model = tiny_model(max_position_embeddings=2048).to("cuda")
+        model.compute_dtype = dtype
+        for block in model.model["layers"] if again else []:
             recompute(block)
-        got = example_logps(m, examples)
+        got = example_logps(model, examples)
         assert relative(got.cpu(), want) < tolerance / 10
-        assert relative(sequence_logps(m, examples, 400).cpu(), want) < tolerance / 10
-        for a, b in zip(torch.autograd.grad(got.sum() / 100, list(m.parameters())), gradients):
+        assert relative(sequence_logps(model, examples, 400).cpu(), want) < tolerance / 10
+        for a, b in zip(torch.autograd.grad(got.sum() / 100, list(model.parameters())), gradients):
             assert a.dtype == torch.float32
             assert relative(a.cpu(), b) < tolerance
