@@ -35,14 +35,16 @@ class Endpoint:
 
 
 class RequestFailed(Exception):
-    """One request got no reply. The message is one line. remedy: "retry", "set aside" (this request alone is at fault) or
-    "end" (so would every request). wait: seconds that the server asks for. used: tokens that it charged, if it said so."""
+    """One request got no usable reply.
+
+    reason: one line. remedy: "retry", "set aside" (only this request is at fault) or "end" (every request would fail).
+    status: of HTTP, None without a reply. wait: seconds that the server asks for. used: tokens charged, if known."""
 
     def __init__(
-        self, reason: str, remedy: str, wait: float = 0.0, doubtful: bool = False, used: list[int] | None = None
+        self, reason: str, remedy: str, status: int | None = None, wait: float = 0.0, used: list[int] | None = None
     ):
         super().__init__(reason)
-        self.reason, self.remedy, self.wait, self.doubtful, self.used = reason, remedy, wait, doubtful, used
+        self.reason, self.remedy, self.status, self.wait, self.used = reason, remedy, status, wait, used
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,7 +146,7 @@ def read_completion(body: bytes) -> tuple[str, str, list[int] | None]:
     try:
         reply = read_json_body(body)
     except (ValueError, RecursionError):
-        raise RequestFailed("HTTP 200, but the body is not JSON", "retry") from None
+        raise RequestFailed("HTTP 200, but the body is not JSON", "retry", 200) from None
     if look_up(reply, "error"):
         status = look_up(reply, "error", "code")
         raise read_refusal(status if type(status) is int and 400 <= status < 600 else 500, {}, body)
@@ -171,7 +173,7 @@ def read_completion(body: bytes) -> tuple[str, str, list[int] | None]:
             if look_up(message, "tool_calls")
             else "the reply has no text"
         )
-        raise RequestFailed(f"HTTP 200, but {one_line(reason)}", "set aside", used=usage)
+        raise RequestFailed(f"HTTP 200, but {one_line(reason)}", "set aside", 200, used=usage)
     return text, finish_reason if finish_reason == "length" else "stop", usage
 
 
@@ -197,23 +199,19 @@ def read_refusal(status: int, headers: dict[str, str], body: bytes) -> RequestFa
     reason = f"HTTP {status}: {one_line(message)}"
     if 300 <= status < 400:
         where = mask_url(headers.get("location", "nowhere"))
-        return RequestFailed(
-            f"HTTP {status}: it redirects to {where}, which is not followed; if you trust that address, give it as --teacher",
-            "end",
-        )
-    codes = [
-        look_up(error, "error", *path)
-        for path in (("code",), ("type",), ("innererror", "code"), ("metadata", "reasons"))
-    ]
+        advice = "which is not followed; if you trust that address, give it as --teacher"
+        return RequestFailed(f"HTTP {status}: it redirects to {where}, {advice}", "end", status)
+    paths = ("code",), ("type",), ("innererror", "code"), ("metadata", "reasons")
+    codes = [look_up(error, "error", *path) for path in paths]
     if status in (400, 403, 422, 451) and FILTERED.search(" ".join(map(str, [*codes, message[:2000]]))):
         return RequestFailed(f"content filter: {reason}", "set aside")
+    if "insufficient_quota" in codes:
+        status = 402  # some endpoints send 429 for it, which would be tried again
     if status in FATAL:
-        return RequestFailed(f"{reason}; {FATAL[status]}", "end")
-    if status == 403:  # the key may not use this model, or a firewall dislikes this request
-        return RequestFailed(reason, "set aside", doubtful=True)
+        return RequestFailed(f"{reason}; {FATAL[status]}", "end", status)
     if 400 <= status < 500 and status not in (408, 409, 425, 429):
-        return RequestFailed(reason, "set aside")
-    return RequestFailed(reason, "retry", wait=retry_after(headers.get("retry-after")))
+        return RequestFailed(reason, "set aside", status)
+    return RequestFailed(reason, "retry", status, wait=retry_after(headers.get("retry-after")))
 
 
 def retry_after(value: str | None) -> float:

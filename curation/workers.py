@@ -3,7 +3,8 @@
 Each worker sends one request after the other over its own connection. A request that fails for a passing reason (no
 connection, a timeout, HTTP 408, 429 or 5xx) is sent again after a pause. If it fails every time, the endpoint is sent a
 greeting: if that is answered, the request is set aside with its reason; if not, the run ends, and the same command goes
-on later. A request that the endpoint refuses (another HTTP 4xx, a reply without text) is set aside at once.
+on later. HTTP 429 says nothing against a request, so it gets several such rounds. A request that the endpoint refuses
+(another HTTP 4xx, a reply without text) is set aside at once.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ from curation.prompts import GREETING
 
 BACKOFF, BACKOFF_CAP = 1.0, 60.0  # seconds before the first retry; doubled for each further one, up to the cap
 FIRST_TRIES = 3  # tries before a server that was never reached counts as unreachable
+THROTTLED_ROUNDS = 4  # times that all tries are made for a request that fails with HTTP 429 while others are answered
 GREETING_TOKENS = 16  # longest reply to the greeting that tests whether an endpoint still answers
 
 
@@ -56,7 +58,7 @@ async def ask_endpoint(
     timeout: float = 120.0,
     retries: int = 8,
     **limits,
-):
+) -> None:
     """Asks for all of todo, {key: messages}. Replies go into the log; the reasons of requests without one go into errors, {key: reason}.
 
     concurrency: requests in flight. Each of so many workers takes the next request as soon as its last one is answered.
@@ -77,37 +79,43 @@ async def ask_endpoint(
         )
 
 
-async def work(session: Session, queue: Iterator):
+async def work(session: Session, queue: Iterator) -> None:
     """One worker: asks for the rest of the queue, one request after the other."""
     with contextlib.closing(new_connection(session.endpoint)) as connection:
         for key, messages in queue:
-            try:
-                reply = await ask_until_answered(session, connection, messages, session.parameters)
-            except RequestFailed as e:
-                if e.remedy == "end":
-                    end(session, e.reason)
-                elif (e.remedy == "retry" or e.doubtful) and messages == GREETING:
-                    end(session, with_hint(e))
-                elif e.remedy == "set aside" and not e.doubtful or await still_answers(session):
-                    session.errors[key] = e.reason
-                    session.limits.set_aside = [a + b for a, b in zip(session.limits.set_aside, e.used or (0, 0))]
-            else:
-                if reply:
-                    text, finish_reason, usage = reply
-                    record = {
-                        "model": session.endpoint.name,
-                        "text": text,
-                        "finish_reason": finish_reason,
-                        "usage": usage,
-                    }
-                    session.log.append(key, record)
+            await ask_or_set_aside(session, connection, key, messages)
             if session.stop.is_set():
                 return
             session.bar.update()
             show_spent(session)
 
 
-async def ask_until_answered(session: Session, connection: Connection, messages: list[dict], parameters: dict):
+async def ask_or_set_aside(session: Session, connection: Connection, key: str, messages: list[dict]) -> None:
+    """Puts the reply into the log, or the reason why there is none into the errors, or ends the run."""
+    for last_round in (*[False] * (THROTTLED_ROUNDS - 1), True):
+        try:
+            reply = await ask_until_answered(session, connection, messages, session.parameters)
+        except RequestFailed as e:
+            whose_fault = e.remedy == "retry" or e.status == 403  # this request's, or the endpoint's?
+            if e.remedy == "end" or (whose_fault and messages == GREETING):
+                return end(session, with_hint(e))
+            if whose_fault and not await still_answers(session):
+                return
+            if e.status == 429 and not last_round:
+                continue  # other requests were served first
+            session.errors[key] = e.reason
+            session.limits.set_aside = [a + b for a, b in zip(session.limits.set_aside, e.used or (0, 0))]
+        else:
+            if reply:
+                text, finish_reason, usage = reply
+                record = {"model": session.endpoint.name, "text": text, "finish_reason": finish_reason, "usage": usage}
+                session.log.append(key, record)
+        return
+
+
+async def ask_until_answered(
+    session: Session, connection: Connection, messages: list[dict], parameters: dict
+) -> tuple[str, str, list[int]] | None:
     """Sends a request until it is answered -> (text, finish_reason, usage); None if the run ends meanwhile.
 
     Raises RequestFailed when it is refused, or has failed for the last time."""
@@ -125,11 +133,11 @@ async def ask_until_answered(session: Session, connection: Connection, messages:
                     connection, session.endpoint, messages, parameters, session.timeout
                 )
             except RequestFailed as e:
-                unreachable = not session.answered and tries >= FIRST_TRIES and not e.reason.startswith("HTTP")
-                if e.remedy == "retry" and (tries > session.retries or unreachable):
-                    e.reason = f"no answer after {tries} {'tries' if tries > 1 else 'try'} (last: {e.reason})"
-                    raise
                 if e.remedy != "retry":
+                    raise
+                unreachable = not session.answered and tries >= FIRST_TRIES and e.status is None
+                if tries > session.retries or unreachable:
+                    e.reason = f"no answer after {tries} {'tries' if tries > 1 else 'try'} (last: {e.reason})"
                     raise
                 backoff = min(BACKOFF_CAP, BACKOFF * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
                 await pause(session, max(e.wait, backoff), e.reason)
@@ -158,8 +166,14 @@ async def still_answers(session: Session) -> bool:
 
 
 def with_hint(failure):
-    hints = {"retry": "; check that it is running and that the URL is that of its chat API"}
-    return failure.reason + ("; the key may not use this model" if failure.doubtful else hints.get(failure.remedy, ""))
+    hint = ""
+    if failure.status == 403:
+        hint = "; the key may not use this model"
+    elif failure.status == 429:
+        hint = "; lower --concurrency, or try later"
+    elif failure.remedy == "retry":
+        hint = "; check that it is running and that the URL is that of its chat API"
+    return failure.reason + hint
 
 
 def new_connection(endpoint):

@@ -105,6 +105,30 @@ def test_a_request_that_always_fails_is_set_aside(tmp_path, fault):
         )
 
 
+def test_a_request_that_others_overtake_is_not_set_aside(tmp_path):
+    """HTTP 429 says nothing against a request: it is tried for longer, but not for ever."""
+    left = {"slow": 10, "too large": 10**9}
+
+    def faults(n, messages):
+        text = messages[-1]["content"]
+        left[text] = left.get(text, 0) - 1
+        return 429 if left[text] >= 0 else None
+
+    with serve(echo, faults) as server, open_replies(tmp_path / "r.jsonl") as log:
+        teacher = open_teacher(server.url, "m")
+        slow, large = ask_model(teacher, [user("slow"), user("too large")], log, concurrency=1, retries=3)
+        assert slow["text"] == "re: slow" and large["error"].startswith("no answer after 4 tries (last: HTTP 429")
+        assert server.posts == (10 + 1 + 2) + (4 * 4 + 4), "tries, and a greeting after each round that failed"
+
+
+def test_no_credit_ends_the_run_at_once(tmp_path):
+    body = b'{"error": {"code": "insufficient_quota", "message": "You exceeded your current quota"}}'
+    with serve(echo, lambda n, m: body) as server, open_replies(tmp_path / "r.jsonl") as log:
+        with pytest.raises(InputError, match="You exceeded your current quota; the account has no credit"):
+            ask_model(open_teacher(server.url, "m"), [user("q")], log)
+        assert server.posts == 1
+
+
 def test_an_outage_ends_the_run_and_costs_no_record(tmp_path):
     """From the eleventh reply on the endpoint fails: nothing is set aside, and the next run gets every reply."""
     prompts, down = [user(f"q{i}") for i in range(30)], True
