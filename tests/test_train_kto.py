@@ -296,7 +296,11 @@ def test_bad_input(tiny, data, tmp_path, refused):
     text_label = write_lines(tmp_path / "t.jsonl", [*feedback(3), feedback(1)[0] | {"label": "yes"}])
     refused(["t.jsonl:4:", 'label is "yes"'], "train_kto", *flags(tiny, text_label, tmp_path / "o"))
     refused("is a directory; give a file", "train_kto", *flags(tiny, data, tmp_path / "o", "--ref-cache", tmp_path))
-    refused("would overwrite --ref", "train_kto", *flags(tiny, data, tmp_path / "two", "--ref", tmp_path / "two"))
+    refused(
+        "would overwrite the checkpoint of --ref",
+        "train_kto",
+        *flags(tiny, data, tmp_path / "two", "--ref", tmp_path / "two"),
+    )
     (tmp_path / "broken").write_text("not a cache")
     refused(
         ["broken", "remove it"], "train_kto", *flags(tiny, data, tmp_path / "o", "--ref-cache", tmp_path / "broken")

@@ -84,9 +84,11 @@ def test_four_steps_of_a_real_checkpoint_equal_trl(tmp_path, run):
 
 
 def test_the_model_that_a_run_starts_from_is_not_written_over(tiny, data, tmp_path, refused):
-    refused("would overwrite --ckpt", "train_sft", *flags(tiny, data, str(tiny) + "/"))
+    refused("would overwrite the checkpoint of --ckpt", "train_sft", *flags(tiny, data, str(tiny) + "/"))
     refused(
-        "or the saves it lies among", "train_sft", *flags(f"{tmp_path}/x.pt.run/step-2.pt", data, tmp_path / "x.pt")
+        ["checkpoint of --ckpt", "x.pt.run"],
+        "train_sft",
+        *flags(f"{tmp_path}/x.pt.run/step-2.pt", data, tmp_path / "x.pt"),
     )
 
 

@@ -188,6 +188,12 @@ def restore(run: Run) -> None:
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path}: missing or corrupt ({e}); drop --resume to start again") from None
     parameters, buffers = dict(run.model.named_parameters()), dict(run.model.named_buffers())
+    if other := {*parameters} ^ {*weights.names}:
+        name = min(other)
+        fault = "has no" if name in parameters else "has"
+        raise InputError(
+            f"{weights.source}: {fault} {name}, unlike the model that is to resume; undo that or drop --resume"
+        )
     for name, p in parameters.items():
         load_into(p, weights.tensor(name))
     for key in moments.keys():

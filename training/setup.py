@@ -158,9 +158,8 @@ def open_checkpoint(source: str, args: argparse.Namespace, ranks: Ranks) -> tupl
         if path and (
             same_path(args.out, path) or same_path(f"{args.out}.run", os.path.dirname(os.path.realpath(path)))
         ):
-            raise InputError(
-                f"--out {args.out}: the run would overwrite --{flag}, or the saves it lies among; give another name"
-            )
+            where = f"the checkpoint of --{flag}, which is there or in {args.out}.run"
+            raise InputError(f"--out {args.out}: the run would overwrite {where}; give another name")
     ckpt = Checkpoint(source)
     tokenizer, model = Tokenizer(ckpt), load_model(ckpt, args, ranks.device)
     positions = model.config.max_position_embeddings

@@ -165,6 +165,19 @@ def test_what_is_computed_without_gradients_has_no_dropout(tiny):
     assert torch.equal(sequence_logps(model, examples, 100), want) and model.training
 
 
+def test_a_run_with_other_modules_does_not_resume(tiny, sft_data, tmp_path, refused):
+    arguments = command(tiny, sft_data, tmp_path / "o", "--epochs", 2)
+    prepare = {0: (lora_stopped,)}
+    codes, (text,) = launch("train_sft", arguments, tmp_path / "text", prepare=prepare)
+    assert codes == [0] and "stopped after step 1" in text
+    refused(["step-1: has", "unlike the model that is to resume"], "train_sft", *arguments, "--resume")
+
+
+def lora_stopped():
+    with_lora()
+    signal_at("lr_at", 10, signal.SIGTERM)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # main's parameters
 

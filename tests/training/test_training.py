@@ -94,20 +94,8 @@ KILLS = [
 
 
 def test_killed_at_any_moment_a_run_resumes_to_the_bit(tiny, kto_data, tmp_path):
-    more = (
-        "--epochs",
-        2,
-        "--micro-tokens",
-        100,
-        "--save-every",
-        1,
-        "--eval-data",
-        kto_data,
-        "--eval-every",
-        3,
-        "--keep",
-        1,
-    )
+    numbers = "--epochs 2 --micro-tokens 100 --save-every 1 --eval-every 3 --keep 1"
+    more = (*numbers.split(), "--eval-data", kto_data)
     whole, broken = tmp_path / "a" / "o", tmp_path / "b" / "o"
     finish("train_kto", command(tiny, kto_data, whole, *more), tmp_path)
     rng, killed = random.Random(0), 0
@@ -141,13 +129,9 @@ def test_sigterm_saves_and_ends_well(tiny, kto_data, tmp_path):
             "train_kto", command(tiny, kto_data, stopped, *more, "--resume"), tmp_path / "text", prepare=prepare
         )
         assert codes == [0], text
-        if (
-            lines == 1
-        ):  # before the evaluation's first line: it is abandoned, and abandoned again where it is made up for
-            assert (
-                json.loads((tmp_path / "b" / "o.pt.run" / "state.json").read_text())["pending"]["step"]
-                == len(log(stopped)) + 1
-            )
+        if lines == 1:  # before the evaluation's first line: it is abandoned, and again when it is made up for
+            state = json.loads((tmp_path / "b" / "o.pt.run" / "state.json").read_text())
+            assert state["pending"]["step"] == len(log(stopped)) + 1
         if not stopped.exists():
             assert "stopped " in text
             assert not [name for name in listing(stopped) if ".tmp" in name]
@@ -175,29 +159,13 @@ def sigterm_in_evaluation(n):
 
 @pytest.mark.parametrize("n, more", [(1, ()), (2, ()), (2, ("--shard",))])
 def test_sigterm_abandons_an_evaluation_and_resuming_makes_up_for_it(tiny, sft_data, tmp_path, n, more):
-    settings = (
-        "--epochs",
-        1,
-        "--micro-tokens",
-        60,
-        "--eval-data",
-        sft_data,
-        "--eval-every",
-        2,
-        "--save-every",
-        1,
-        "--resume",
-        *more,
-    )
+    numbers = "--epochs 1 --micro-tokens 60 --eval-every 2 --save-every 1"
+    settings = (*numbers.split(), "--eval-data", sft_data, "--resume", *more)
     whole, stopped = tmp_path / "a" / "o", tmp_path / "b" / "o"
     assert launch("train_sft", command(tiny, sft_data, whole, *settings), tmp_path / "text", n)[0] == [0] * n
     assert [s["step"] for s in log(whole) if "eval_loss" in s] == [2, 4]
-    for evaluation, step in (
-        (1, 2),
-        (1, 2),
-        (2, 4),
-        (1, 4),
-    ):  # the one that is made up for, stopped again; the one after that; the last
+    # the first evaluation; it again, when it is made up for; the next one; the last one, when it is made up for
+    for evaluation, step in (1, 2), (1, 2), (2, 4), (1, 4):
         prepare = {n - 1: (sigterm_in_evaluation, evaluation)}
         codes, texts = launch("train_sft", command(tiny, sft_data, stopped, *settings), tmp_path / "text", n, prepare)
         assert codes == [0] * n and f"stopped after step {step} of 4" in texts[0], texts
