@@ -25,15 +25,17 @@ from verification import confine
 
 OUTPUT_BYTES = 1 << 20  # most that a program may print
 CHILD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sandbox_child.py")
+UNCHECKABLE = 3  # the child's exit status when the verdict is None
 LAYERS = confine.LAYERS  # of the confinement; the tests leave some out
 
 
 def run_program(
     source: str, tests: str = "", entry_point: str | None = None, timeout: float = 10.0, memory_mb: int = 1024
-) -> tuple[bool, str]:
+) -> tuple[bool | None, str]:
     """Run an untrusted Python program, then trusted tests of it; (passed, detail).
 
-    passed: both ran to their end within `timeout` seconds of wall time, each in `memory_mb` MiB of address space. tests:
+    passed: True if both ran to their end within `timeout` seconds of wall time, each in `memory_mb` MiB of address space;
+    None if the tests need what cannot be checked from outside the program (stand_ins.py), so the program may be right. tests:
     they see the program's names, but none in place of a built-in function except entry_point, the function that they
     call. detail: the last line printed (usually an exception's), or what ended the run. Needs POSIX.
     """
@@ -63,6 +65,8 @@ def run_program(
     if ended_by is None and child.returncode == 0:
         return True, "passed"
     lines = [line for line in output.decode("utf-8", "replace").splitlines() if line.strip()]
+    if ended_by is None and child.returncode == UNCHECKABLE:
+        return None, lines[-1][:500] if lines else "cannot be checked"
     if ended_by is None and child.returncode < 0:
         ended_by = f"killed by signal {-child.returncode}"
     return False, ended_by or (lines[-1][:500] if lines else f"exit code {child.returncode} before its end")

@@ -4,19 +4,15 @@ The first process stays a supervisor: it starts one process for the tests and on
 program takes, and ends as the tests end. All of them die with the caller's process PID.
 """
 
-import builtins
 import contextlib
-import importlib
 import json
 import os
-import re
 import select
 import signal
 import stat
 import sys
 import time
 import traceback
-import types
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from verification.confine import (  # noqa: E402
@@ -29,76 +25,17 @@ from verification.confine import (  # noqa: E402
     enter_private_root,
     make_private_root,
 )
-from verification.values import ACTIONS, Remote, decode_value, encode_value  # noqa: E402
+from verification.program_side import run_program  # noqa: E402
+from verification.stand_ins import Uncheckable  # noqa: E402
+from verification.tests_side import run_tests  # noqa: E402
 
 del sys.path[0]
 
+UNCHECKABLE = 3  # exit status when the tests need what cannot be checked from outside the program
 TOO_MANY_FILES = f"wrote more than {BOX_BYTES >> 20} MiB of files"
 
 
 # ---------------------------------------------------------------- the two processes
-
-
-def tell(outbox, message):
-    outbox.write(json.dumps(message) + "\n")
-    outbox.flush()
-
-
-def serve(inbox, outbox):
-    """The program's process: run it, tell its names, and do with its objects what the tests ask, while they ask."""
-    objects = []
-
-    def keep(value):
-        objects.append(value)
-        return len(objects) - 1
-
-    module = sys.modules["program"] = types.ModuleType("program")  # not __main__: a reply's own main part stays out
-    exec(compile(json.loads(inbox.readline()), "program.py", "exec"), module.__dict__)
-    names = {name: value for name, value in vars(module).items() if not name.startswith("__")}
-    modules = [name for name, x in names.items() if isinstance(x, types.ModuleType) and x.__name__ == name]
-    tell(outbox, [modules, {name: keep(value) for name, value in names.items() if name not in modules}])
-    for line in inbox:
-        action, index, args, kwargs = decode_value(json.loads(line), objects.__getitem__)
-        try:
-            answer = ["value", encode_value(ACTIONS[action](objects[index], *args, **kwargs), keep)]
-        except Exception as e:
-            answer = ["error", type(e).__name__, str(e)]
-        tell(outbox, answer)
-
-
-def run_tests(inbox, outbox):
-    """The tests' process: hand the program over, and run the tests on what comes back. It ends as the tests end."""
-    source, tests, entry_point = json.load(sys.stdin)
-
-    def number(value):
-        if isinstance(value, Remote):
-            return value.index
-        raise TypeError(f"the tests hand over an object of {type(value)}, which is no data")
-
-    def ask(action, index, args=(), kwargs=()):
-        tell(outbox, encode_value([action, index, args, dict(kwargs)], number))
-        line = inbox.readline()
-        if not line:
-            raise EOFError("the program ended in the midst of the tests")
-        kind, *answer = json.loads(line)
-        if kind == "value":
-            return decode_value(answer[0], remote)
-        error = getattr(builtins, answer[0], None)
-        raise (error if isinstance(error, type) and issubclass(error, Exception) else RuntimeError)(answer[1])
-
-    def remote(index):
-        return Remote(index, ask)
-
-    paper = compile(tests, "tests.py", "exec")
-    tell(outbox, source)
-    line = inbox.readline()
-    if not line:
-        sys.exit(1)  # the program did not come to its end, and has said why
-    modules, names = json.loads(line)
-    wanted = {word for word in re.findall(r"\w+", tests) if word == entry_point or not hasattr(builtins, word)}
-    known = {name: importlib.import_module(name) for name in wanted & {*modules} & sys.stdlib_module_names}
-    known |= {name: ask("value", index) for name, index in names.items() if name in wanted}
-    exec(paper, {**known, "__builtins__": builtins, "__name__": "tests"})
 
 
 def start(role, alive, settings, private, run):
@@ -128,6 +65,9 @@ def start(role, alive, settings, private, run):
         status = 0
     except SystemExit:  # to leave early is to fail
         pass
+    except Uncheckable as error:
+        print(f"cannot be checked: {error}", flush=True)
+        status = UNCHECKABLE
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
@@ -240,8 +180,10 @@ def main(caller, timeout, memory_mb, layers):
         return os.fdopen(pair[0], "r"), os.fdopen(pair[1], "w")
 
     # the tests first: in a process namespace the first process is the one whose end kills all others
-    tests = start("tests", alive, settings, private, lambda: run_tests(*ends(answers[0], questions[1])))
-    program = start("program", alive, settings, private, lambda: serve(*ends(questions[0], answers[1])))
+    tests = start(
+        "tests", alive, settings, private, lambda: run_tests(*ends(answers[0], questions[1]), *json.load(sys.stdin))
+    )
+    program = start("program", alive, settings, private, lambda: run_program(*ends(questions[0], answers[1])))
     for fd in (*questions, *answers):
         os.close(fd)
     return supervise(tests, program, box, watch_files=not private)

@@ -1,38 +1,111 @@
-"""Values that cross the border between the program's process and the tests' process."""
+"""Data that cross the border between the program's process and the tests' process, as JSON.
 
+Data are values of Python's own types: numbers, texts, containers, dates, paths and the like. They are copied, type for
+type. Anything else (functions, objects and classes of the program) crosses as a reference; program_side.py and
+stand_ins.py say how.
+"""
+
+import builtins
 import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
 
 CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-NUMBERS = {"Fraction": "fractions", "Decimal": "decimal"}  # exact ones, and the modules that have them
-ACTIONS = {"call": lambda f, *args, **kwargs: f(*args, **kwargs), "iterate": list, "get": getattr, "set": setattr,
-           "value": lambda x: x}  # fmt: skip
+IMMUTABLE = (int, float, complex, str, bytes, tuple, frozenset)
+MUTABLE = (list, dict, set)
+VIEWS = {"dict_keys": dict.keys, "dict_values": dict.values, "dict_items": dict.items}
 
 
-def encode_value(value, refer):
-    """A value as JSON: data of subclasses as their base (a Counter is a dict), anything else as refer(value), a number."""
-    if value is None or isinstance(value, (bool, str, float)):
-        return value
-    if isinstance(value, int):
-        return {"int": hex(value)}  # in decimal Python refuses more than 4300 digits
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    if isinstance(value, (bytes, bytearray)):
-        return {"bytes": value.hex()}
-    if isinstance(value, dict):
-        return {"dict": [[encode_value(k, refer), encode_value(v, refer)] for k, v in value.items()]}
-    for name, kind in CONTAINERS.items():
-        if isinstance(value, kind):
-            return {name: [encode_value(x, refer) for x in value]}
+def clock(x):
+    return [x.hour, x.minute, x.second, x.microsecond, x.tzinfo, x.fold]
+
+
+# type -> its module, and the arguments that make an equal value (see build_value)
+STANDARD: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "range": ("builtins", lambda x: [x.start, x.stop, x.step]),
+    "slice": ("builtins", lambda x: [x.start, x.stop, x.step]),
+    "bytearray": ("builtins", lambda x: [bytes(x)]),
+    "date": ("datetime", lambda x: [x.year, x.month, x.day]),
+    "datetime": ("datetime", lambda x: [x.year, x.month, x.day, *clock(x)]),
+    "time": ("datetime", clock),
+    "timedelta": ("datetime", lambda x: [x.days, x.seconds, x.microseconds]),
+    "timezone": ("datetime", lambda x: list(x.__getinitargs__())),
+    "ZoneInfo": ("zoneinfo", lambda x: [x.key]),
+    "Fraction": ("fractions", lambda x: [x.numerator, x.denominator]),
+    "Decimal": ("decimal", lambda x: [str(x)]),
+    "UUID": ("uuid", lambda x: [str(x)]),
+    "PosixPath": ("pathlib", lambda x: [str(x)]),
+    "PurePosixPath": ("pathlib", lambda x: [str(x)]),
+    "PureWindowsPath": ("pathlib", lambda x: [str(x)]),
+    "Path": ("pathlib", lambda x: [str(x)]),  # has no instances of its own; here as a type
+    "deque": ("collections", lambda x: [list(x), x.maxlen]),
+    "Counter": ("collections", lambda x: [dict(x)]),
+    "OrderedDict": ("collections", lambda x: [list(x.items())]),
+    "defaultdict": ("collections", lambda x: [x.default_factory, dict(x)]),
+    "array": ("array", lambda x: [x.typecode, x.tolist()]),
+}
+
+
+def standard_type(name: str) -> type:
+    return getattr(importlib.import_module(STANDARD[name][0]), name)
+
+
+def standard_name(kind: type) -> str | None:
+    """The name of a type of STANDARD, None for another type."""
+    name = kind.__name__
+    known = name in STANDARD and getattr(sys.modules.get(STANDARD[name][0]), name, None) is kind
+    return name if known else None
+
+
+def type_name(kind: type) -> str | None:
+    """The name under which a type crosses: of STANDARD, or a built-in one. None for another type."""
+    return standard_name(kind) or (kind.__name__ if getattr(builtins, kind.__name__, None) is kind else None)
+
+
+def type_by_name(name: str) -> type:
+    """type_name's inverse. Raises TypeError for what is no such type: no function crosses by name."""
+    kind = standard_type(name) if name in STANDARD else getattr(builtins, name, None)
+    if not isinstance(kind, type):
+        raise TypeError(f"{name!r} is no type that can cross")
+    return kind
+
+
+def build_value(name: str, args: list) -> Any:
+    """The value of a type of STANDARD."""
+    if name in ("datetime", "time"):
+        return standard_type(name)(*args[:-1], fold=args[-1])
+    return standard_type(name)(*args)
+
+
+def encode_value(value: Any, refer: Callable[[Any], dict]) -> Any:
+    """A value as JSON. refer(value) encodes what is no data, as an object with one key that decode_value hands back."""
     kind = type(value)
-    if NUMBERS.get(kind.__name__) == kind.__module__:
-        return {kind.__name__: str(value)}
-    if hasattr(kind, "tolist"):  # numpy's arrays and numbers
+    if value is None or kind in (bool, str, float):
+        return value
+    if kind is int:
+        return {"int": hex(value)}  # in decimal Python refuses more than 4300 digits
+    if kind is complex:
+        return {"complex": [value.real, value.imag]}
+    if kind is bytes:
+        return {"bytes": value.hex()}
+    if kind is dict:
+        return {"dict": [[encode_value(k, refer), encode_value(v, refer)] for k, v in value.items()]}
+    if kind.__name__ in CONTAINERS and kind is CONTAINERS[kind.__name__]:
+        return {kind.__name__: [encode_value(x, refer) for x in value]}
+    if kind.__name__ in VIEWS and kind.__module__ == "builtins":
+        return {kind.__name__: [encode_value(x, refer) for x in value]}
+    if name := standard_name(kind):
+        return {"standard": [name, [encode_value(x, refer) for x in STANDARD[name][1](value)]]}
+    if isinstance(value, type) and (name := type_name(value)):
+        return {"type": name}
+    if kind.__module__ == "numpy" and hasattr(kind, "tolist"):  # arrays and numbers
         return encode_value(value.tolist(), refer)
-    return {"object": refer(value)}
+    return refer(value)
 
 
-def decode_value(packed, resolve):
-    """pack's inverse; resolve turns a number into an object. Whatever it is given, what comes out is data."""
+def decode_value(packed: Any, resolve: Callable[[str, Any], Any]) -> Any:
+    """encode_value's inverse; resolve(key, body) decodes the references. Whatever it is given, it makes only data."""
     if not isinstance(packed, dict):
         return packed
     ((kind, body),) = packed.items()
@@ -40,29 +113,16 @@ def decode_value(packed, resolve):
         return CONTAINERS[kind](decode_value(x, resolve) for x in body)
     if kind == "dict":
         return {decode_value(k, resolve): decode_value(v, resolve) for k, v in body}
-    if kind in NUMBERS:
-        return getattr(importlib.import_module(NUMBERS[kind]), kind)(body)
-    readers = {"int": lambda x: int(x, 16), "complex": lambda x: complex(*x), "bytes": bytes.fromhex, "object": resolve}
-    return readers[kind](body)
-
-
-class Remote:
-    """An object of the program's in the tests' process. It can be called, gone through, and its attributes are there;
-    it equals nothing but itself, and has no operators whose result the program could make up."""
-
-    def __init__(self, index, ask):
-        vars(self).update(index=index, ask=ask)
-
-    def __call__(self, *args, **kwargs):
-        return self.ask("call", self.index, args, kwargs)
-
-    def __iter__(self):
-        return iter(self.ask("iterate", self.index))
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self.ask("get", self.index, (name,))
-
-    def __setattr__(self, name, value):
-        self.ask("set", self.index, (name, value))
+    if kind in VIEWS:
+        items = [decode_value(x, resolve) for x in body]
+        return VIEWS[kind](dict.fromkeys(items) if kind == "dict_keys" else
+                           dict(enumerate(items)) if kind == "dict_values" else dict(items))  # fmt: skip
+    if kind == "standard":
+        return build_value(body[0], [decode_value(x, resolve) for x in body[1]])
+    readers = {
+        "int": lambda x: int(x, 16),
+        "complex": lambda x: complex(*x),
+        "bytes": bytes.fromhex,
+        "type": type_by_name,
+    }
+    return readers[kind](body) if kind in readers else resolve(kind, body)

@@ -1,0 +1,241 @@
+"""The program's process: run the program, then do with its objects what the tests ask."""
+
+import asyncio
+import copy
+import dataclasses
+import importlib
+import json
+import sys
+import threading
+import types
+
+from verification.values import IMMUTABLE, MUTABLE, decode_value, encode_value, type_name
+
+# What a class may have that a stand-in for its objects then has too (stand_ins.py)
+METHODS = (
+    "__call__ __iter__ __next__ __reversed__ __len__ __bool__ __str__ __repr__ __format__ __bytes__ __hash__ __getitem__ "
+    "__setitem__ __delitem__ __contains__ __enter__ __exit__ __int__ __float__ __complex__ __index__ __round__ __trunc__ "
+    "__floor__ __ceil__ __abs__ __neg__ __pos__ __invert__ __fspath__ __await__ __lt__ __le__ __gt__ __ge__ __add__ "
+    "__radd__ __sub__ __rsub__ __mul__ __rmul__ __matmul__ __rmatmul__ __truediv__ __rtruediv__ __floordiv__ "
+    "__rfloordiv__ __mod__ __rmod__ __divmod__ __rdivmod__ __pow__ __rpow__ __and__ __rand__ __or__ __ror__ __xor__ "
+    "__rxor__ __lshift__ __rlshift__ __rshift__ __rrshift__"
+).split()
+# A value of a subclass as its base, whatever methods the subclass replaces
+PLAIN = {
+    int: int.__int__,
+    float: float.__float__,
+    complex: complex.__complex__,
+    str: str.__str__,
+    bytes: lambda x: bytes.__getitem__(x, slice(None)),
+    tuple: lambda x: tuple(tuple.__iter__(x)),
+    frozenset: lambda x: frozenset(frozenset.__iter__(x)),
+}
+CHUNK = 64  # items of an iterator that one answer brings, once as many were asked for one by one
+
+
+def equality(kind):
+    """How the tests compare objects of a class: by "identity", "fields" (a dataclass), "data", or "own" for its own way."""
+    method = kind.__eq__
+    if method is object.__eq__:
+        return "identity"
+    if dataclasses.is_dataclass(kind):
+        written = getattr(getattr(method, "__code__", None), "co_filename", None) != "<string>"
+        return "own" if written else "fields"
+    return "data" if any(method is base.__eq__ for base in MUTABLE) else "own"
+
+
+class ProgramSide:
+    """Answers the tests' questions about the program's objects, each known by its index in `objects`."""
+
+    def __init__(self, inbox, outbox):
+        self.inbox, self.outbox = inbox, outbox
+        self.objects, self.indexes, self.late_errors = [], {}, {}
+        self.described, self.untold = set(), set()  # classes that the tests know; those of the message under way
+        self.turn, self.depth = threading.RLock(), 0  # the threads of a program may call the tests' functions too
+
+    # -------- from here to the tests
+
+    def keep(self, value):
+        """The index of an object, the same one for the same object."""
+        if id(value) not in self.indexes:
+            self.indexes[id(value)] = len(self.objects)
+            self.objects.append(value)  # kept alive, so that no other gets its id
+        return self.indexes[id(value)]
+
+    def encode(self, value):
+        return encode_value(value, self.refer)
+
+    def refer(self, value):
+        kind = type(value)
+        if isinstance(value, type):
+            return {"class": self.describe(value)}
+        if isinstance(value, Exception):
+            return {"error": self.describe_error(value)}
+        if isinstance(value, IMMUTABLE):  # of a subclass: a copy that has the object's attributes
+            base = next(base for base in IMMUTABLE if isinstance(value, base))
+            plain = PLAIN[base](value)
+            return {"like": [self.describe(kind), self.keep(value), self.encode(plain)]}
+        return {
+            "coroutine" if isinstance(value, types.CoroutineType) else "object": [self.describe(kind), self.keep(value)]
+        }
+
+    def describe(self, kind):
+        """A class: its index, and the first time its name, bases, methods and the way its objects compare."""
+        index = self.keep(kind)
+        if index in self.described:
+            return [index]
+        self.described.add(index)
+        self.untold.add(index)
+        bases = [
+            {"type": name} if (name := type_name(base)) else {"class": self.describe(base)} for base in kind.__bases__
+        ]
+        found = {name: value for base in kind.__mro__[::-1] for name, value in vars(base).items() if base is not object}
+        methods = [name for name in METHODS if found.get(name) is not None]
+        real = kind.__module__ if issubclass(kind, Exception) and kind.__module__ != "program" else None
+        return [index, kind.__name__, bases, methods, equality(kind), real]
+
+    def describe_error(self, error):
+        name, args = type_name(type(error)), error.args
+        if isinstance(error, OSError) and error.filename is not None:
+            args = (*args[:2], error.filename)
+        attributes = {k: v for k, v in getattr(error, "__dict__", {}).items() if isinstance(v, (str, int, float))}
+        kind = {"type": name} if name else {"class": self.describe(type(error))}
+        return [kind, self.encode(list(args)), str(error), self.keep(error), self.encode(attributes)]
+
+    # -------- from the tests to here
+
+    def decode(self, packed):
+        return decode_value(packed, self.resolve)
+
+    def resolve(self, kind, body):
+        if kind == "object":
+            return self.objects[body]
+        if kind == "named":  # a function or class that Python brings
+            return getattr(importlib.import_module(body[0]), body[1])
+        if kind == "error":
+            return self.decode(body[0])(*self.decode(body[1]))
+        if kind == "iterator":
+            return self.items_of(body)
+        index, name = body
+
+        def function(*args, **kwargs):
+            return self.call_back(index, args, kwargs)
+
+        function.__name__ = function.__qualname__ = name
+        return function
+
+    def items_of(self, index):
+        """An iterator of the tests'."""
+        while True:
+            try:
+                yield self.call_back(index, (), {})
+            except StopIteration:
+                return
+
+    def call_back(self, index, args, kwargs):
+        """Call a function of the tests', while they wait for an answer."""
+        with self.turn:
+            if not self.depth:
+                raise RuntimeError("a function of the tests can only be called while they wait")
+            self.tell(["ask", index, self.encode(list(args)), self.encode(dict(kwargs))])
+            for line in self.inbox:
+                kind, *body = json.loads(line)
+                if kind == "ask":  # the function calls the program in its turn
+                    self.answer(*body)
+                elif kind == "error":
+                    raise self.decode(body[0])
+                else:
+                    return self.decode(body[0])
+            raise EOFError("the tests ended")
+
+    def tell(self, message):
+        self.untold.clear()
+        self.outbox.write(json.dumps(message) + "\n")
+        self.outbox.flush()
+
+    def answer(self, action, index, packed_args, packed_kwargs):
+        changed = False
+        self.depth += 1
+        try:
+            args, kwargs = self.decode(packed_args), self.decode(packed_kwargs)
+            before = snapshot([args, kwargs])
+            value = getattr(self, f"do_{action}")(self.objects[index], *args, **kwargs)
+            changed = snapshot([args, kwargs]) != before
+            reply = ["value", self.encode(value), changed]
+        except Exception as error:
+            self.described -= self.untold
+            self.untold.clear()
+            reply = ["error", self.refer(error), changed]
+        finally:
+            self.depth -= 1
+        self.tell(reply)
+
+    def do_value(self, value):
+        return value
+
+    def do_call(self, function, /, *args, **kwargs):
+        return function(*args, **kwargs)
+
+    def do_method(self, value, name, /, *args):
+        if name == "__bool__":
+            return bool(value)
+        return getattr(type(value), name)(value, *args)
+
+    def do_get(self, value, name):
+        return getattr(value, name)
+
+    def do_item(self, value, key):
+        return value[key]
+
+    def do_set(self, value, name, new):
+        setattr(value, name, new)
+
+    def do_delete(self, value, name):
+        delattr(value, name)
+
+    def do_fields(self, value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare}
+
+    def do_data(self, value):
+        base = next(base for base in MUTABLE if isinstance(value, base))
+        return set(set.__iter__(value)) if base is set else base.copy(value)
+
+    def do_copy(self, value, deep):
+        return copy.deepcopy(value) if deep else copy.copy(value)
+
+    def do_wait(self, value):
+        async def wait():
+            return await value
+
+        return asyncio.run(wait())
+
+    def do_items(self, iterator):
+        """The next items of an iterator, fewer than CHUNK at its end or before an error, which the next call raises."""
+        index, items = self.keep(iterator), []
+        if index in self.late_errors:
+            raise self.late_errors.pop(index)
+        try:
+            while len(items) < CHUNK:
+                items.append(next(iterator))
+        except Exception as error:
+            if not items:
+                raise
+            self.late_errors[index] = error
+        return items
+
+
+def snapshot(value):
+    """Something equal as long as the data in a value are."""
+    return encode_value(value, id)
+
+
+def run_program(inbox, outbox):
+    """Run the program, tell the tests its names, and answer them until they end."""
+    module = sys.modules["program"] = types.ModuleType("program")  # not __main__: a reply's own main part does not run
+    exec(compile(json.loads(inbox.readline()), "program.py", "exec"), module.__dict__)
+    side = ProgramSide(inbox, outbox)
+    names = {name: value for name, value in vars(module).items() if not name.startswith("__")}
+    modules = {name: value.__name__ for name, value in names.items() if isinstance(value, types.ModuleType)}
+    side.tell([modules, {name: side.keep(value) for name, value in names.items() if name not in modules}])
+    for line in inbox:
+        side.answer(*json.loads(line)[1:])

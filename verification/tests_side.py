@@ -1,0 +1,242 @@
+"""The tests' process: run the tests, and carry their calls to the program's process (program_side.py) and back."""
+
+import ast
+import builtins
+import importlib
+import json
+import re
+import sys
+import types
+
+from verification.stand_ins import (
+    SLOT,
+    ClassStandIn,
+    DataStandIn,
+    ErrorStandIn,
+    StandIn,
+    Uncheckable,
+    index_of,
+    stand_in_methods,
+)
+from verification.values import IMMUTABLE, decode_value, encode_value, type_name
+
+ALIASES = {"np": "numpy", "pd": "pandas"}
+
+
+class Border:
+    """The way to the program's process, and what is known of the objects and classes there."""
+
+    def __init__(self, inbox, outbox):
+        self.inbox, self.outbox = inbox, outbox
+        self.classes, self.objects, self.buffers, self.callbacks = {}, {}, {}, []
+        self.changed = False  # an argument in place, that the tests may look at afterwards
+        self.reason = None  # of the first Uncheckable, also if the tests caught it
+        self.errors = []  # raised here on the program's behalf
+        self.unshared = [0, 0]  # references to an argument, by place or by name, that only the call itself holds
+
+    def uncheckable(self, reason):
+        self.reason = self.reason or reason
+        return Uncheckable(reason)
+
+    # -------- from here to the program
+
+    def ask(self, action, index, args=(), kwargs=None):
+        """Have the program do something with an object; its answer, or the exception that it raised."""
+        kwargs = kwargs or {}
+        counts = [max((sys.getrefcount(x) for x in some if type(x) in (list, dict, set)), default=0)
+                  for some in (args, kwargs.values())]  # fmt: skip
+        if index is None:
+            return counts
+        shared = any(count > unshared for count, unshared in zip(counts, self.unshared))
+        self.tell(["ask", action, index, self.encode(list(args)), self.encode(kwargs)])
+        while True:
+            line = self.inbox.readline()
+            if not line:
+                raise EOFError("the program ended in the midst of the tests")
+            kind, *body = json.loads(line)
+            if kind == "ask":
+                self.call_back(*body)
+                continue
+            self.changed |= shared and bool(body[1])
+            value = self.decode(body[0])
+            if kind == "value":
+                return value
+            if isinstance(value, StopIteration) and action not in ("items", "method"):
+                value = RuntimeError("StopIteration")  # it would silently end a loop of the tests
+            self.errors.append(value)
+            raise value if isinstance(value, Exception) else RuntimeError("the program answered without an exception")
+
+    def call_back(self, index, args, kwargs):
+        """Call a function of the tests for the program."""
+        try:
+            reply = ["value", self.encode(self.callbacks[index](*self.decode(args), **self.decode(kwargs)))]
+        except Exception as error:
+            reply = ["error", self.encode(error)]
+        self.tell(reply)
+
+    def tell(self, message):
+        self.outbox.write(json.dumps(message) + "\n")
+        self.outbox.flush()
+
+    def encode(self, value):
+        return encode_value(value, self.refer)
+
+    def refer(self, value):
+        if (index := index_of(value)) is not None:
+            return {"object": index}
+        module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+        if module in sys.stdlib_module_names and getattr(sys.modules.get(module), name, None) is value:
+            return {"named": [module, name]}
+        if isinstance(value, Exception) and type_name(type(value)):
+            return {"error": [self.encode(type(value)), self.encode(list(value.args))]}
+        if hasattr(value, "__next__"):
+            self.callbacks.append(value.__next__)
+            return {"iterator": len(self.callbacks) - 1}
+        if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType)):
+            self.callbacks.append(value)
+            return {"callback": [len(self.callbacks) - 1, value.__name__]}
+        raise self.uncheckable(f"the tests hand over an object of {type(value)}, which is no data")
+
+    # -------- from the program to here
+
+    def decode(self, packed):
+        return decode_value(packed, self.resolve)
+
+    def resolve(self, kind, body):
+        if kind == "class":
+            return self.class_of(body)
+        if kind == "error":
+            return self.error_of(*body)
+        description, index, *base = body
+        if kind == "coroutine":
+            return self.wait_for(index)
+        if index not in self.objects:
+            local = self.class_of(description)
+            if kind == "like":
+                value = local.__new__(local, self.decode(base[0]))
+                value.__dict__["stand_in_index"] = index
+            else:
+                value = object.__new__(local if issubclass(local, StandIn) else StandIn)
+                SLOT.__set__(value, index)
+            self.objects[index] = value
+        elif kind == "object":
+            self.class_of(description)
+        return self.objects[index]
+
+    async def wait_for(self, index):
+        return self.ask("wait", index)
+
+    def class_of(self, description):
+        """The local class that stands for one of the program's; described the first time that it is named."""
+        index, *rest = description
+        if index in self.classes:
+            return self.classes[index]
+        name, bases, methods, equality, module = rest
+        if module is not None and (real := real_exception(module, name)):
+            self.classes[index] = real
+            return real
+        local = [self.decode(base) for base in bases]
+        if errors := [base for base in local if issubclass(base, Exception)]:
+            bases, space = unique([*errors, ErrorStandIn], errors), {}
+        elif data := [base for base in local if issubclass(base, IMMUTABLE)]:
+            bases, space = unique([DataStandIn, *data], data), {}
+        else:
+            bases = [base for base in local if isinstance(base, ClassStandIn)] or [StandIn]
+            space = {"__slots__": (), **stand_in_methods(methods, equality)}
+        self.classes[index] = ClassStandIn(str(name), tuple(bases), {**space, "stand_in_index": index})
+        return self.classes[index]
+
+    def error_of(self, kind, args, text, index, attributes):
+        kind, args, attributes = self.decode(kind), self.decode(args), self.decode(attributes)
+        if not (isinstance(kind, type) and issubclass(kind, Exception)):
+            return RuntimeError(text)
+        if isinstance(kind, ClassStandIn):
+            error = kind.__new__(kind, *args)
+            error.__dict__.update(attributes, stand_in_index=index, stand_in_text=text)
+            return error
+        try:
+            error = kind(*args) if type_name(kind) else kind.__new__(kind, *args)
+        except (TypeError, ValueError):
+            return RuntimeError(text)
+        error.args = tuple(args) if not isinstance(error, OSError) else error.args
+        error.__dict__.update({k: v for k, v in attributes.items() if not k.startswith("__")})
+        return error
+
+
+def unique(bases, before):
+    """Bases of a class without the mixin that one of `before` already has."""
+    mixins = (ErrorStandIn, DataStandIn)
+    return [base for base in bases if base not in mixins or not any(issubclass(other, base) for other in before)]
+
+
+def real_exception(module, name):
+    """An exception class of the standard library, None for any other thing."""
+    if module.split(".")[0] in sys.stdlib_module_names and "__" not in module:
+        kind = getattr(importlib.import_module(module), name, None)
+        return kind if isinstance(kind, type) and issubclass(kind, Exception) else None
+
+
+# ---------------------------------------------------------------- the tests' names, and their run
+
+
+def real_module(name, attributes=()):
+    """A module of the standard library, or one of ALIASES, that has these attributes; None without one."""
+    if name.split(".")[0] not in (*sys.stdlib_module_names, *ALIASES.values()) or "__" in name:
+        return None
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        return None
+    return module if all(hasattr(module, attribute) for attribute in attributes) else None
+
+
+def program_names(border, tests, entry_point, modules, names):
+    """What the tests see of the program's names: {name: value}.
+
+    A name of a module that they only use as a module ("math.sqrt") is the real module, whatever the program calls so.
+    """
+    attributes, bare = {}, set()
+    for node in ast.walk(ast.parse(tests)):  # a node before those in it
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            attributes.setdefault(node.value.id, set()).add(node.attr)
+            node.value.id = ""
+        elif isinstance(node, ast.Name):
+            bare.add(node.id)
+    words = {word for word in re.findall(r"\w+", tests) if word == entry_point or not hasattr(builtins, word)}
+    known = {}
+    for word in words & {*modules, *names}:
+        if word != entry_point and word not in bare and word in attributes:
+            known[word] = real_module(ALIASES.get(word, word), attributes[word])
+        if known.get(word) is None and word in modules:
+            known[word] = real_module(modules[word])
+    known = {word: module for word, module in known.items() if module is not None}
+    return known | {word: border.ask("value", names[word]) for word in words & {*names} - {*known}}
+
+
+def run_tests(inbox, outbox, source, tests, entry_point):
+    """Hand the program over and run the tests on what comes back. Raises as they do, and Uncheckable."""
+    paper = compile(tests, "tests.py", "exec")
+    border = StandIn.border = Border(inbox, outbox)
+    probe = object.__new__(
+        ClassStandIn("probe", (StandIn,), {"stand_in_index": 0, **stand_in_methods(["__call__"], "own")})
+    )
+    SLOT.__set__(probe, None)
+    border.unshared = [probe([])[0], probe(x=[])[1]]
+    border.tell(source)
+    line = inbox.readline()
+    if not line:
+        sys.exit(1)  # the program did not come to its end, and has said why
+    known = program_names(border, tests, entry_point, *json.loads(line))
+    try:
+        exec(paper, {**known, "__builtins__": builtins, "__name__": "tests"})
+    except AssertionError as error:
+        if border.changed and error not in border.errors:
+            raise border.uncheckable("the program changes an argument in place, and the tests see copies") from error
+        raise
+    except TypeError as error:
+        objects = [value for value in border.objects.values() if not callable(value)]
+        if objects and error not in border.errors:
+            raise border.uncheckable(f"{error} (of an object of the program)") from error
+        raise
+    if border.reason:
+        raise Uncheckable(border.reason)
