@@ -259,8 +259,9 @@ def sft_conversations(record: dict, where: str, last_turn_only: bool = False) ->
     Of messages, conversations and history every assistant's turn is learnt, or with last_turn_only the last one; of
     prompt and completion the completion alone; of a preference the chosen reply alone.
     """
-    found = []
-    for dialogue in dialogues(record, where):
+    fields, found = record if isinstance(record, Fields) else Fields(record), []
+    for dialogue in dialogues(fields, where):
+        fields.unread |= {"rejected"} if dialogue.rejected else set()
         messages = dialogue.prompt + [dialogue.reply] * (dialogue.reply is not None)
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if not turns:

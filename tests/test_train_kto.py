@@ -156,8 +156,8 @@ def test_large_data_of_pairs_and_of_few_prompts_separates():
         assert clashes(steps, prompts) == 0
 
 
-def compare_with_trl(model_dir, ref, lr, tmp_path, run):
-    records = feedback(16, seed=3)
+def compare_with_trl(model_dir, ref, lr, tmp_path, run, records=None):
+    records = records or feedback(16, seed=3)
     data = write_lines(tmp_path / "kto.jsonl", records)
     theirs = trl_log("kto", model_dir, records, tmp_path / "trl", max_steps=4, ref=ref, beta=0.1, learning_rate=lr)
     more = ("--ref", ref, "--max-steps", 4, "--schedule", "constant", "--no-shuffle", "--lr", lr)
@@ -173,7 +173,10 @@ def compare_with_trl(model_dir, ref, lr, tmp_path, run):
             *(f"{x}/{y}" for x in ("rewards", "logps") for y in ("chosen", "rejected")),
             "rewards/margins",
         ):
-            assert float(a[key]) == pytest.approx(b[key], rel=1e-4, abs=2e-5), key
+            if key not in a:  # a batch of one label
+                assert b[key] is None, key
+            else:
+                assert float(a[key]) == pytest.approx(b[key], rel=1e-4, abs=2e-5), key
     base = weights(model_dir)
     assert update_error(weights(tmp_path / "trl"), weights(tmp_path / "ours"), base) < 1e-3
 
@@ -181,6 +184,19 @@ def compare_with_trl(model_dir, ref, lr, tmp_path, run):
 @pytest.mark.usefixtures("kernels")
 def test_four_steps_equal_trl(tiny, worse, tmp_path, run):
     compare_with_trl(tiny, worse, 1e-3, tmp_path, run)
+
+
+@pytest.mark.parametrize("shape", ["prompt, chosen, rejected", "whole conversations"])
+def test_preferences_equal_trl(shape, tiny, worse, tmp_path, run):
+    labelled = feedback(16, seed=3)
+    pairs = [
+        {"prompt": good["prompt"], "chosen": good["completion"], "rejected": bad["completion"]}
+        for good, bad in zip(labelled[::2], labelled[1::2])
+    ]
+    if shape == "whole conversations":
+        start = [{"role": "system", "content": "Be brief."}]
+        pairs = [{key: start + r["prompt"] + r[key] for key in ("chosen", "rejected")} for r in pairs]
+    compare_with_trl(tiny, worse, 1e-3, tmp_path, run, pairs)
 
 
 @real

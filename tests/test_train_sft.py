@@ -78,6 +78,38 @@ def test_four_steps_equal_trl(tiny, tmp_path, run):
     compare_with_trl(tiny, 1e-3, tmp_path, run)
 
 
+def several_turns(n):
+    """n records {"messages"} of two exchanges."""
+    return [{"messages": a["messages"] + b["messages"]} for a, b in zip(chats(n), chats(n, seed=1))]
+
+
+def test_prompts_of_several_turns_equal_trl(tiny, tmp_path, run):
+    """The completion alone is learnt, so messages with --last-turn-only or with a weight of 0 make the same run."""
+    records = several_turns(8)
+    theirs = trl_log("sft", tiny, records, tmp_path / "trl", max_steps=2)
+    unlearnt = [[m | {"weight": int(i == 3)} if i % 2 else m for i, m in enumerate(r["messages"])] for r in records]
+    for name, rows, more in [
+        ("pairs", [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in records], ()),
+        ("last", records, ("--last-turn-only",)),
+        ("weights", [{"messages": messages} for messages in unlearnt], ()),
+    ]:
+        data, more = write_lines(tmp_path / f"{name}.jsonl", rows), (*more, "--schedule", "constant", "--no-shuffle")
+        assert run("train_sft", *flags(tiny, data, tmp_path / name, *more, "--max-steps", 2))[0] == 0
+        for a, b in zip(theirs, log(tmp_path / name), strict=True):
+            assert float(a["loss"]) == pytest.approx(b["loss"], rel=2e-5)
+
+
+def test_every_assistants_turn_of_messages_is_learnt(tiny, tmp_path, run):
+    data = write_lines(tmp_path / "sft.jsonl", several_turns(4))
+    assert run("train_sft", *flags(tiny, data, tmp_path / "out", "--max-steps", 1, "--max-len", 1024))[0] == 0
+    m, tok = Qwen2.from_pretrained(tiny), Tokenizer(tiny)
+    examples = [tok.chat_ids(r["messages"]) for r in several_turns(4)]
+    replies = [tok.completion_ids(x["content"]) for r in several_turns(4) for x in r["messages"][1::2]]
+    assert count_supervised(examples) == sum(map(len, replies))
+    expected = -example_logps(m, examples).sum().item() / sum(map(len, replies))
+    assert log(tmp_path / "out")[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 @real
 def test_four_steps_of_a_real_checkpoint_equal_trl(tmp_path, run):
     compare_with_trl(os.environ["REAL_CKPT"], 1e-5, tmp_path, run)

@@ -223,6 +223,12 @@ def test_conversations_that_part_early_are_no_pair():
 
 
 def test_keys_that_play_no_part_are_known():
+    fields = Fields({"prompt": "Q", "chosen": "A", "rejected": "B"})
+    sft_conversations(fields, "f:1")
+    assert fields.unread == {"rejected"}
+    fields = Fields({"prompt": "Q", "chosen": "A", "rejected": "B"})
+    kto_examples(fields, "f:1")
+    assert not fields.unread
     fields = Fields({"messages": [user("Q") | {"name": "Ann"}, assistant("A", reasoning_content="r", weight=1)],
                      "id": 7, "prompt": "Q", "note": None})  # fmt: skip
     sft_conversations(fields, "f:1")
