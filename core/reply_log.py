@@ -5,8 +5,9 @@
             log.append(key, {"text": "Paris"})
         record = log[key]
 
-A run that is killed and started again finds every reply that was written. Each line is one object: its "key" (hexadecimal,
-usually a SHA-256 of the request), then the record. Only keys and offsets are in memory, so a log may hold millions of replies.
+A run that is killed and started again finds every reply that was written. Each line is one object: its "key" in
+hexadecimal, usually a SHA-256 of the request, then the record. Only keys and offsets are in memory, so a log may hold
+millions of replies.
 """
 
 import collections.abc
@@ -25,9 +26,9 @@ class ReplyLog(collections.abc.Mapping):
     fields: the name and type of each field that every record has. spent: [prompt tokens, reply tokens], summed over the
     records' "usage". read_only: take no lock, create and change nothing; a missing file is an empty log.
 
-    Raises InputError when another process writes this log, for a damaged line, and when the file cannot be used. A last line
-    without its newline was cut short by a kill: it is removed. The file is created at opening, for the lock, and removed at
-    closing if nothing was appended; so are the folders that were made for it."""
+    Raises InputError if another process writes this log, if a line is damaged, and if the file cannot be used. A last
+    line without its newline was cut short by a kill: it is removed. The file is created at opening, for the lock. If
+    nothing was appended, it is removed at closing, as are the folders that were made for it."""
 
     def __init__(self, path: str | os.PathLike, fields: dict[str, type], read_only: bool = False):
         self.path, self.fields = os.fspath(path), fields
@@ -87,8 +88,9 @@ class ReplyLog(collections.abc.Mapping):
         return json.loads(self.reader.readline())
 
     def append(self, key: str, record: dict):
-        """Writes the record to disk before it returns. InputError when the disk is full; the log then ends with the last
-        whole line."""
+        """Writes the record to disk before it returns.
+
+        Raises InputError if the disk is full; the log then ends with its last whole line."""
         data = json.dumps({"key": key, **record}).encode() + b"\n"  # ASCII: a cut cannot split a character
         offset = os.fstat(self.file.fileno()).st_size
         try:

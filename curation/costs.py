@@ -17,7 +17,7 @@ def request_tokens(messages: list[dict]) -> int:
 
 
 def price(tokens: tuple[float, float], prices: tuple[float, float] | None) -> float:
-    """tokens: (of prompts, of replies). prices: currency per million of either -> currency. Without prices: the tokens' sum."""
+    """tokens: (of prompts, of replies). prices: currency per million of either -> currency; without prices, tokens."""
     return sum(n * p for n, p in zip(tokens, prices)) / 1e6 if prices else sum(tokens)
 
 

@@ -1,4 +1,4 @@
-"""One request to an OpenAI-compatible endpoint: its URL and key, what a reply must look like, and what each failure means."""
+"""One request to an OpenAI-compatible endpoint: URL and key, what a reply must hold, what each failure means."""
 
 import json
 import os
@@ -25,7 +25,9 @@ FILTERED = re.compile(
 
 @dataclass
 class Endpoint:
-    """An OpenAI-compatible endpoint. name: for people. identity: the part of the reply log's keys that tells models apart."""
+    """An OpenAI-compatible endpoint.
+
+    name: for people. identity: tells models apart in the keys of the reply log."""
 
     name: str
     identity: str
@@ -161,20 +163,19 @@ def read_completion(body: bytes) -> tuple[str, str, list[int] | None]:
     if text is None and finish_reason == "length":  # a reasoning model that used up its tokens before it answered
         return "", "length", usage
     if text is None:
-        block = look_up(reply, "promptFeedback", "blockReason")
-        reason = (
-            f"content filter: {block}"
-            if isinstance(block, str)
-            else "the reply has no choices"
-            if choice is None
-            else "the reply has no message"
-            if message is None
-            else "the reply calls a tool"
-            if look_up(message, "tool_calls")
-            else "the reply has no text"
-        )
-        raise RequestFailed(f"HTTP 200, but {one_line(reason)}", "set aside", 200, used=usage)
+        raise RequestFailed(f"HTTP 200, but {why_no_text(reply, choice, message)}", "set aside", 200, used=usage)
     return text, finish_reason if finish_reason == "length" else "stop", usage
+
+
+def why_no_text(reply, choice, message):
+    block = look_up(reply, "promptFeedback", "blockReason")
+    if isinstance(block, str):
+        return f"content filter: {one_line(block)}"
+    if choice is None:
+        return "the reply has no choices"
+    if message is None:
+        return "the reply has no message"
+    return "the reply calls a tool" if look_up(message, "tool_calls") else "the reply has no text"
 
 
 def read_content(content):
@@ -239,9 +240,14 @@ async def send(connection: Connection, endpoint: Endpoint, messages: list[dict],
     body = json.dumps({**model, "messages": messages, "stream": False, **parameters}).encode()
     try:
         response = await post(connection, body, timeout)
+        # before anything is cut to length, so that no part of a key is left
+        reply = mask_key(response.body.decode("utf-8", "surrogateescape"), endpoint.key).encode(
+            "utf-8", "surrogateescape"
+        )
         if response.status != 200:
-            raise read_refusal(response.status, response.headers, response.body)
-        text, finish_reason, usage = read_completion(response.body)
+            headers = {name: mask_key(value, endpoint.key) for name, value in response.headers.items()}
+            raise read_refusal(response.status, headers, reply)
+        text, finish_reason, usage = read_completion(reply)
     except HTTPError as e:
         raise RequestFailed(mask_key(one_line(str(e)), endpoint.key), "retry" if e.retry else "set aside") from None
     except RequestFailed as e:

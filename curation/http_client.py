@@ -3,10 +3,11 @@
     connection = Connection("https://api.openai.com/v1/chat/completions", {"Authorization": "Bearer ..."})
     response = await post(connection, body, timeout=120)
 
-The usual clients bound the wait for each piece of a reply, so a server that sends one byte a second holds them for ever. Here
-the timeout covers connecting, sending and the whole reply, and a reply has a largest size. Redirects are not followed,
-so headers never reach another host. Compressed replies are refused, because a few bytes may unpack to gigabytes.
-A connection stays open from one request to the next. HTTPS_PROXY, HTTP_PROXY and NO_PROXY are obeyed, except for this machine.
+The usual clients bound the wait for each piece of a reply, so a server that sends one byte a second holds them for
+ever. Here the timeout covers connecting, sending and the whole reply, and a reply has a largest size. Redirects are not
+followed, so headers never reach another host. Compressed replies are refused, because a few bytes may unpack to
+gigabytes. A connection stays open between requests. HTTPS_PROXY, HTTP_PROXY and NO_PROXY are obeyed, except for this
+machine.
 """
 
 import asyncio

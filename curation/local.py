@@ -65,11 +65,11 @@ def ask_local(
     batch_size: int,
     bar: tqdm,
 ) -> None:
-    """Asks for all of todo, {key: messages}. Replies go into the log; the reasons of requests without one go into errors, {key: reason}.
+    """Asks for all of todo, {key: messages}. Replies go into the log; errors gets {key: reason} where there is none.
 
-    One rank answers all prompts in one call of generate_iter, which sorts them into batches and computes a shared prefix once.
-    Several ranks get BLOCK prompts each at a time. The random numbers of a sampled reply depend on its key alone, so neither a
-    restart nor the number of ranks changes it."""
+    One rank answers all prompts in one call of generate_iter, which sorts them into batches and computes a shared
+    prefix once. Several ranks get BLOCK prompts each at a time. The random numbers of a sampled reply depend on its key
+    alone, so neither a restart nor the number of ranks changes it."""
     model, tokenizer = load(local)
     longest = model.config.max_position_embeddings - parameters["max_tokens"]
     keys, world = [], world_size()
@@ -108,8 +108,10 @@ def generate_replies(local: LocalModel, prompts: list[list[dict]], seeds: list[i
 def perplexities(
     scorer: LocalModel, pairs: list[tuple[list[dict], str]], max_len: int, micro_tokens: int
 ) -> list[float | None]:
-    """pairs: [(prompt, response text)] -> the perplexity of each response under the scorer: exp(-mean log p) of its tokens,
-    its <|im_end|> and newline included. None for a prompt that fills max_len tokens alone.
+    """pairs: [(prompt, response text)] -> the perplexity of each response under the scorer.
+
+    It is exp(-mean log p) over the response's tokens, its <|im_end|> and newline included; None for a prompt that alone
+    fills max_len tokens.
 
     All ranks share the work. Responses to one prompt go to one rank, which computes the prompt once."""
     same_prompt = defaultdict(list)  # {prompt: indices}
@@ -156,7 +158,7 @@ def join_other_ranks() -> int:
 
 
 def scatter_jobs(jobs: list | None):
-    """Sends each rank its job, from rank 0 (the others pass None). -> this rank's job: () for none now, None at the end."""
+    """Rank 0 sends each rank its job; the others pass None. -> this rank's job: () for none now, None at the end."""
     mine = [None]
     dist.scatter_object_list(mine, jobs, src=0)
     return mine[0]

@@ -1,4 +1,4 @@
-"""A teacher is a model that can be asked: an OpenAI-compatible endpoint, or a local checkpoint. Every reply is kept on disk at once.
+"""A teacher is an OpenAI-compatible endpoint or a local checkpoint. Every reply is kept on disk at once.
 
     teacher = open_teacher("http://localhost:8000/v1", model_name="Qwen2.5-7B-Instruct")     # or a checkpoint
     with open_replies("out/replies.jsonl") as log:
@@ -54,11 +54,12 @@ def ask_model(
     desc: str = "asking",
     **endpoint_options,
 ) -> list[dict]:
-    """prompts: list of message lists -> a reply to each, in order: {"text", "finish_reason"}, or {"error"} with the reason.
+    """prompts: list of message lists -> a reply to each, in order: {"text", "finish_reason"}, or {"error"}, the reason.
 
-    Equal prompts are asked once. finish_reason: "stop"; "length" if cut off at max_tokens; "content_filter" if the endpoint
-    held text back. A request that is set aside is not in the log, so the next run asks it again. batch_size: sequences that a
-    local checkpoint generates at once. endpoint_options: the last arguments of ask_endpoint, which lists the errors too."""
+    Equal prompts are asked once. finish_reason: "stop"; "length" if cut off at max_tokens; "content_filter" if the
+    endpoint held text back. An error is not kept in the log, so the next run asks again. batch_size: sequences that a
+    local checkpoint generates at once. endpoint_options: the last arguments of ask_endpoint, which also lists what it
+    raises."""
     parameters = {"max_tokens": max_tokens, "temperature": temperature}
     if temperature > 0:
         parameters |= {"top_p": top_p, "seed": seed}

@@ -59,13 +59,13 @@ async def ask_endpoint(
     retries: int = 8,
     **limits,
 ) -> None:
-    """Asks for all of todo, {key: messages}. Replies go into the log; the reasons of requests without one go into errors, {key: reason}.
+    """Asks for all of todo, {key: messages}. Replies go into the log; errors gets {key: reason} where there is none.
 
     concurrency: requests in flight. Each of so many workers takes the next request as soon as its last one is answered.
     timeout: seconds for one whole reply. retries: further tries of a failed request. limits: the arguments of Limits.
 
-    Raises InputError if the endpoint cannot be reached, refuses the key, answers nothing at all, or if the budget is used up.
-    Requests in flight are finished first, because they may have cost money."""
+    Raises InputError if the endpoint cannot be reached, refuses the key or answers nothing at all, and when the budget
+    is used up. Requests in flight are finished first, because they may have cost money."""
     bounds = Limits(log, **limits)
     session = Session(endpoint, log, errors, parameters, bounds, bar, timeout, retries, bounds.spent())
     queue = iter(todo.items())
@@ -74,9 +74,8 @@ async def ask_endpoint(
         if GREETING in todo.values() or not await still_answers(session):
             session.ended_by = f"it refused every request: {next(iter(errors.values()))}"
     if session.ended_by:
-        raise InputError(
-            f"the teacher at {endpoint.url}: {session.ended_by}. Every reply so far is kept: run the same command to go on"
-        )
+        kept = "Every reply so far is kept: run the same command to go on"
+        raise InputError(f"the teacher at {endpoint.url}: {session.ended_by}. {kept}")
 
 
 async def work(session: Session, queue: Iterator) -> None:
@@ -151,7 +150,7 @@ async def ask_until_answered(
 
 
 async def still_answers(session: Session) -> bool:
-    """Sends the greeting, to tell a request that always fails from an endpoint that is down. If it fails, the run ends."""
+    """Sends a greeting, to tell a request that always fails from an endpoint that is down. Ends the run if it fails."""
     with contextlib.closing(new_connection(session.endpoint)) as connection:
         try:
             reply = await ask_until_answered(

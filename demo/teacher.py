@@ -1,7 +1,7 @@
 """The demo's teacher: an OpenAI-compatible HTTP server on loopback that knows the demo's world.
 
-It does what make_data.py asks of a large model: it classifies instructions, responds to them (95 of 100 responses are right)
-and grades responses (with some noise). Equal requests get equal replies. It is never asked during evaluation.
+It does what make_data.py asks of a large model: it classifies instructions, responds to them (95 of 100 responses are
+right) and grades responses (with some noise). Equal requests get equal replies. It is never asked during evaluation.
 
     python -m demo.teacher --port 8000            # then: make_data.py --teacher http://127.0.0.1:8000/v1 ...
 """

@@ -173,6 +173,16 @@ def test_a_reply_that_echoes_the_key_is_stored_masked(tmp_path, monkeypatch, cap
     assert mask_key("EMPTY is a word", "EMPTY") == "EMPTY is a word", "no key at all, as local servers ask for"
 
 
+def test_no_part_of_a_key_is_left_where_a_reason_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEACHER_API_KEY", KEY)
+    for n in (150, 185, 190, 199):
+        body = json.dumps({"error": {"code": 400, "message": "x" * n + KEY}}).encode()
+        with serve(echo, lambda n, m: body if m != user("fine") else None) as server:
+            with open_replies(tmp_path / f"{n}.jsonl") as log:
+                error = ask_model(open_teacher(server.url, "m"), [user("q"), user("fine")], log, retries=0)[0]["error"]
+        assert "sk-" not in error
+
+
 # ---- malformed replies
 
 
