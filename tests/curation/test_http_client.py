@@ -4,7 +4,10 @@ import asyncio
 import base64
 import contextlib
 import gzip
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 
@@ -17,7 +20,7 @@ JSON = b"{}"
 
 
 @contextlib.contextmanager
-def raw_server(answer):
+def raw_server(answer, tls=None):
     """A server on loopback that reads requests and calls answer(connection, request) for each, until one returns False.
     Yields an object with .url, .requests (bytes) and .connections (how many)."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=32)
@@ -27,7 +30,10 @@ def raw_server(answer):
     opened = []
 
     def serve_one(connection):
-        with contextlib.suppress(OSError), connection:
+        with (
+            contextlib.suppress(OSError),
+            tls.wrap_socket(connection, server_side=True) if tls else connection as connection,
+        ):
             data = b""
             while block := connection.recv(65536):
                 data += block
@@ -72,6 +78,17 @@ def ask(url, timeout=20.0, headers=None, body=JSON, times=1):
     return asyncio.run(run())
 
 
+async def ask_again_once_closed(url):
+    """Two bodies: the second request is made once the server has closed the connection of the first."""
+    with contextlib.closing(Connection(url, {})) as connection:
+        first = await post(connection, JSON, 20)
+        for _ in range(2000):
+            if not connection.is_open():
+                break
+            await asyncio.sleep(0.01)
+        return [first.body, (await post(connection, JSON, 20)).body]
+
+
 def reply(data, close=False):
     def answer(connection, request):
         connection.sendall(data)
@@ -103,8 +120,8 @@ def test_a_connection_is_reused_and_the_request_is_whole():
 ])  # fmt: skip
 def test_bodies_in_every_framing(data, body):
     with raw_server(reply(data, close=True)) as server:
-        assert ask(server.url, times=1)[0].body == body
-        assert [r.body for r in ask(server.url, times=2)] == [body] * 2, "a closed connection is opened again"
+        assert asyncio.run(ask_again_once_closed(server.url)) == [body] * 2
+        assert server.connections == 2
 
 
 @pytest.mark.parametrize("data, words", [
@@ -192,6 +209,29 @@ def test_nothing_listens():
     with pytest.raises(HTTPError, match="Connect") as e:
         ask(url)
     assert e.value.retry and "\n" not in str(e.value)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
+def test_https_needs_a_trusted_certificate(tmp_path, monkeypatch):
+    certificate, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",
+                    "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"], check=True, capture_output=True)  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    answer = reply(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+    with raw_server(answer, context) as server:
+        url = server.url.replace("http://127.0.0.1", "https://localhost")
+        with pytest.raises(HTTPError, match="not trusted.*SSL_CERT_FILE"):
+            ask(url)
+        assert not server.requests, "nothing is sent before the certificate is known"
+        monkeypatch.setenv("SSL_CERT_FILE", certificate)
+        http_client.trusted_certificates.cache_clear()
+        try:
+            assert [r.body for r in ask(url, times=2)] == [b"{}"] * 2 and len(server.requests) == 2
+            with pytest.raises(HTTPError, match="not trusted"):
+                ask(url.replace("localhost", "127.0.0.1"))
+        finally:
+            http_client.trusted_certificates.cache_clear()
 
 
 # ---- proxies
