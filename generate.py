@@ -77,7 +77,10 @@ class Row:
 
 @dataclass
 class Batch:
-    """The rows in flight and their tensors. last_tokens, uniform and cache.positions have fixed addresses for CUDA graphs."""
+    """The rows in flight and their tensors.
+
+    CUDA graphs read and write last_tokens, uniform, seen and cache.positions, so these are never replaced.
+    """
 
     model: Qwen2
     settings: Settings
@@ -150,7 +153,7 @@ def next_steps(batch: Batch) -> list[list[int]]:
 
 
 def packed_step(batch: Batch) -> list[int]:
-    """One packed forward for all rows: first the decoding rows, one token each, then the new rows with their prompts."""
+    """One packed forward for all rows: the decoding rows, with one token each, then the new rows, with their prompts."""
     model, device = batch.model, batch.model.device
     lengths = [len(row.pending) for row in batch.rows]
     ids = to_device([[token for row in batch.rows for token in row.pending]], device)  # (1, T)

@@ -26,7 +26,7 @@ from core.pages import release
 
 
 def rope_table(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (arXiv 2104.09864): positions (T,) or (B, T) -> two tensors (..., T, D).
+    """Rotary embedding (arXiv 2104.09864): positions (T,) or (B, T) -> cosines and sines, (..., T, D) each.
 
     Half-split, as in Hugging Face's checkpoints: dimension i < D/2 rotates with i + D/2. The first half of the sines is
     negated, ready for apply_rope. Angles are computed in fp32.
@@ -43,7 +43,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention. The norm before it is an argument of forward, so that both can be one fused operation."""
+    """Grouped-query attention. forward takes the norm before it as an argument, so that the two can be fused."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU. The norm before it is an argument of forward, as in Attention."""
+    """SwiGLU. forward takes the norm before it, as in Attention."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -153,7 +153,7 @@ class Qwen2(nn.Module):
 
         at (N,): positions of one packed row (1, T) -> logits (N, V) there. targets (N,): tokens -> their
         log-probabilities (N,) in fp32 at those positions, without the logits in memory.
-        ref: the frozen reference model -> (log-probabilities, KL over the whole vocabulary at each position), both (N,).
+        ref: the frozen reference model -> (log-probabilities, KL over the whole vocabulary), (N,) each.
         The KL is KL(self || ref), with forward_kl KL(ref || self); see core.layers.token_kl.
         Call the model, not its methods, in training: with --shard the weights are whole only inside forward.
         """
@@ -177,7 +177,7 @@ class Qwen2(nn.Module):
         at: Tensor,
         forward_kl: bool,
     ) -> Tensor:
-        """The reference's part of forward(ref=...): (N,). A method of its own so that --shard gathers its weights too."""
+        """The KL (N,) of forward(ref=self). A method that --shard knows (core.distributed.shard), so it gathers weights."""
         with torch.no_grad():
             hidden = self.hidden(input_ids, lengths, at=at)[0]
         return token_kl(policy_hidden, policy_head, hidden, self.head_weight, forward_kl)
@@ -232,7 +232,7 @@ class Qwen2(nn.Module):
         self.hidden(ids, list(map(len, sequences)), cache, at=ids.new_zeros(1))
 
     def compile(self) -> None:
-        """Compiles the two parts of a block around attention with torch.compile: one graph each for all blocks and lengths.
+        """Compiles what comes before and after attention in a block: two graphs, which serve all blocks and lengths.
 
         Attention stays out, since the documents' lengths change from call to call.
         """

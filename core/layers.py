@@ -284,7 +284,7 @@ class TokenLogProbs(torch.autograd.Function):
 
 
 def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, forward: bool = False) -> Tensor:
-    """The KL divergence between policy and reference over the whole vocabulary, at each position: (N,) in fp32, in nats.
+    """The KL divergence between policy and reference over the whole vocabulary, (N,) in fp32 and in nats.
 
     hidden: (N, C), weight: (V, C) -> p = softmax(hidden weight^T). ref_hidden: (N, C'), ref_weight: (V, C') -> q.
     Default: KL(p || q) = sum_v p_v (log p_v - log q_v), the KL to the reference of RLHF.
@@ -359,7 +359,7 @@ class TokenKL(torch.autograd.Function):
 def logit_tiles(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, columns: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields (logits of the policy (N, columns), of the reference, the policy's rows of weight) for each tile, in fp32."""
+    """Yields for each tile (logits of the policy (N, columns), of the reference, both fp32; the rows of weight)."""
     for start, w in vocabulary_tiles(weight, hidden.dtype, columns):
         ref_w = ref_weight[start : start + columns].to(ref_hidden.dtype)
         yield matmul_as(hidden, w.T, torch.float32), matmul_as(ref_hidden, ref_w.T, torch.float32), w

@@ -137,10 +137,12 @@ def kl_on_a_rank(rank, store, kernels, forward_kl, path):
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     models = [tiny_model(), tiny_model(1, hidden_size=48, num_hidden_layers=1)]
     model, ref = map(sharded, models)
+    ids, at = torch.arange(9)[None], torch.tensor([0, 2, 3, 8])
+    logits = model(ids, [4, 5], at).detach()
     logps, kl, grads = kl_and_gradients(model, ref.requires_grad_(False), forward_kl)
     grads = {name: g.full_tensor() / 2 for name, g in grads.items()}  # the sum over two ranks of the same work
     if rank == 0:
-        torch.save((logps, kl, grads), path)
+        torch.save((logits, logps, kl, grads), path)
     torch.distributed.destroy_process_group()
 
 
@@ -153,7 +155,8 @@ def test_kl_through_forward_with_sharded_weights(kernels, forward_kl, tmp_path):
     for process in ranks:
         process.join(60)
         assert process.exitcode == 0
-    logps, kl, grads = torch.load(path)
+    logits, logps, kl, grads = torch.load(path)
+    torch.testing.assert_close(logits, tiny_model()(torch.arange(9)[None], [4, 5], torch.tensor([0, 2, 3, 8])).detach())
     want = kl_and_gradients(tiny_model(), tiny_model(1, hidden_size=48, num_hidden_layers=1), forward_kl)
     for a, b in zip((logps, kl, *grads.values()), (*want[:2], *want[2].values()), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
