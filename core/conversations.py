@@ -4,12 +4,11 @@ A conversation is a list of messages {"role": "system" | "user" | "assistant", "
 with "weight": 0 is context and is not learnt. docs/data-formats.md lists the shapes.
 """
 
-import json
 import re
 from typing import NamedTuple
 
 from core.files import InputError
-from core.records import Fields
+from core.records import Fields, shown
 
 # fmt: off
 ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user",
@@ -40,14 +39,6 @@ class Dialogue(NamedTuple):
     reply: dict | None
     rejected: list[dict] | None = None
     all_turns: bool = False
-
-
-def shown(value) -> str:
-    """The beginning of a value, for an error line."""
-    try:
-        return json.dumps(value, default=str)[:60]
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,9 +162,10 @@ def single_prompt(fields: Fields, where: str) -> list[dict] | None:
     if extras:
         value = "\n".join([value, *extras] if value else extras)
     messages = as_messages(value, where, unread=fields.unread)
-    for pair in reversed(fields.first("history") or []):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise InputError(f"{where}: history is a list of [question, answer] pairs")
+    history = fields.first("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise InputError(f"{where}: history is {shown(history)}; it is a list of [question, answer] pairs")
+    for pair in reversed(history):
         turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair)]
         messages = as_messages(turns, where) + messages
     return messages
@@ -228,7 +220,9 @@ def dialogues(record: dict, where: str) -> list[Dialogue]:
     if "instruction" in fields and isinstance(instances := fields.first("instances"), list):
         whole = {key: value for key, value in fields.items() if key != "instances"}
         fields.unread -= {"instruction"}
-        return [d for one in instances if isinstance(one, dict) for d in dialogues({**whole, **one}, where)]
+        if not instances or not all(isinstance(one, dict) for one in instances):
+            raise InputError(f"{where}: instances is {shown(instances)}; it is a list of objects with input and output")
+        return [dialogue for one in instances for dialogue in dialogues({**whole, **one}, where)]
     turns = fields.first("messages", "conversations", "conversation")
     prompt = single_prompt(fields, where) if turns is None else as_messages(turns, where, unread=fields.unread)
     if "chosen" in fields and "rejected" in fields or "chosen_messages" in fields and "rejected_messages" in fields:
@@ -241,7 +235,7 @@ def dialogues(record: dict, where: str) -> list[Dialogue]:
         reply, rejected = (v if v is None else as_messages(v, where, "assistant") for v in single_reply(fields, where))
         found = Dialogue(prompt, reply and one_reply(reply, where), rejected, "history" in fields)
     else:
-        keys = ", ".join(sorted(fields)) or "none that is not null"
+        keys = ", ".join(shown(key)[1:-1] for key in sorted(fields)[:20]) or "none that is not null"
         raise InputError(
             f"{where}: no known shape, the keys are {keys}; expected messages, conversations, instruction and output, "
             "prompt and completion, question and answer, or prompt, chosen and rejected"

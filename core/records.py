@@ -235,6 +235,14 @@ def read_parquet(path) -> Iterator[tuple[int, dict]]:
 # Records of training data
 
 
+def shown(value) -> str:
+    """The beginning of a value as ASCII on one line, for an error."""
+    try:
+        return json.dumps(value, default=str)[:60]
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
+
+
 class Fields(dict):
     """A record without its null values, which count as absent. unread: the keys that were never asked for."""
 
@@ -269,7 +277,9 @@ def read_records(paths: Iterable[str], parse: Callable) -> list[tuple[str, objec
                 unread.update(fields.unread)
             examples += [example for i in range(max(map(len, parsed))) for p in parsed for example in p[i : i + 1]]
         if unread and os.environ.get("RANK", "0") == "0":
-            keys = ", ".join(f"{key} ({n:,})" for key, n in unread.most_common(12)) + ", ..." * (len(unread) > 12)
+            keys = ", ".join(f"{shown(key)[1:-1]} ({n:,})" for key, n in unread.most_common(12)) + ", ..." * (
+                len(unread) > 12
+            )
             print(f"note: {path}: keys not read, and in how many records: {keys}")
     if not examples:
         raise InputError(f"{', '.join(map(os.fspath, paths))}: no records; nothing to train on")
