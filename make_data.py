@@ -10,7 +10,6 @@ the replies in replies.jsonl. Under torchrun, local checkpoints answer and score
 """
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from collections import Counter
 
 from core.files import InputError, atomic_write, cli, code_hash, same_path
 from core.flags import DTYPE, DTYPES, Parser, at_least, number
+from core.outputs import remove_leftovers
 from core.records import expand
 from curation import local, report, sources, steps
 from curation import teacher as models
@@ -301,8 +301,7 @@ def make(args):
 
     with models.open_replies(f"{out}/replies.jsonl") as log:
         state, counts = load_state(f"{out}/state.json"), {}
-        for stale in glob.glob(f"{glob.escape(out)}/*.tmp[0-9]*"):  # a killed run's: it is gone, we hold the log's lock
-            os.remove(stale)
+        remove_leftovers(out)  # of killed runs
         if isinstance(teacher, Endpoint) and not args.dry_run and not log:
             models.ask_model(teacher, [GREETING], log, desc="greeting", **short)
         path = {name: f"{out}/{name}.jsonl" for name in STEPS}
