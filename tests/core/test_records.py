@@ -171,7 +171,8 @@ def test_keys_that_were_not_read_are_said(tmp_path, capsys):
     path = write_lines(tmp_path / "d.jsonl", [row | {"id": 1, "source": None} for row in ROWS])
     read_records([path], sft_conversations)
     assert capsys.readouterr().out == f"note: {path}: keys not read, and in how many records: id (3)\n"
-    odd = write_lines(tmp_path / "odd.jsonl", [ROWS[0] | {"a\nb \ud800": 1}])
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text(json.dumps(ROWS[0] | {"a\nb \ud800": 1}) + "\n")
     read_records([odd], sft_conversations)
     assert capsys.readouterr().out == f"note: {odd}: keys not read, and in how many records: a\\nb \\ud800 (1)\n"
     read_records([write_lines(tmp_path / "e.jsonl", ROWS)], sft_conversations)
