@@ -64,9 +64,9 @@ def kto_loss(
         r = policy_logps - ref_logps        loss = w_D (1 - sigmoid(beta (r - z0)))  desirable
         reward = beta r                            w_U (1 - sigmoid(beta (z0 - r)))  undesirable
 
-    It is called once for each micro-batch, whose n examples are any part of the step's. The loss of an example may depend on
-    that example and on kl, and on nothing else in the micro-batch: otherwise the result would depend on --micro-tokens and
-    on the number of ranks. What needs the whole step belongs where kl is computed.
+    It is called once for each micro-batch, whose n examples are any part of the step's. The loss of an example may
+    depend on that example and on kl, and on nothing else in the micro-batch: otherwise the result would depend on
+    --micro-tokens and on the number of ranks. What needs the whole step belongs where kl is computed.
     """
     r, kl = policy_logps - ref_logps, torch.as_tensor(kl).detach()
     gain = torch.where(desirable, r - kl, kl - r)
@@ -75,7 +75,7 @@ def kto_loss(
 
 
 def kl_estimate(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """z0: the mean log-ratio over the step's KL pairs, clamped at 0 after the mean. (n,), (n,) -> scalar; 0 if n is 0."""
+    """z0: the mean log-ratio of the step's KL pairs, clamped at 0 after the mean. (n,), (n,) -> scalar; 0 if n is 0."""
     return ((policy_logps - ref_logps).sum() / max(1, len(ref_logps))).clamp(min=0)
 
 
@@ -239,11 +239,11 @@ def main(
         return
     if before_save:
         before_save(model)
-    finish_run(run, [
-        f"{n} examples, {n_d} of them desirable, {len(records) - n} dropped: their prompt fills {args.max_len} tokens",
-        *data.cuts.lines(n, args.max_len),
-        f"weights {w_d:.4g} and {w_u:.4g}; {computed} of {len(pairs)} reference log-probabilities computed, kept in {reference.cache}",
-    ], [["python", "eval.py", "--ckpt", args.ckpt, args.out, "--tasks", "gsm8k"]])  # fmt: skip
+    dropped = f"{len(records) - n} dropped: their prompt fills {args.max_len} tokens"
+    facts = [f"{n} examples, {n_d} of them desirable, {dropped}", *data.cuts.lines(n, args.max_len)]
+    known = f"{computed} of {len(pairs)} reference log-probabilities computed, kept in {reference.cache}"
+    facts.append(f"weights {w_d:.4g} and {w_u:.4g}; {known}")
+    finish_run(run, facts, [["python", "eval.py", "--ckpt", args.ckpt, args.out, "--tasks", "gsm8k"]])
 
 
 if __name__ == "__main__":

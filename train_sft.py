@@ -1,9 +1,9 @@
 """Supervised fine-tuning in plain PyTorch.
 
-python train_sft.py                                                   # Qwen/Qwen2-0.5B-Instruct, data/sft.jsonl -> sft.pt
-python train_sft.py --ckpt base --data chats.jsonl --out sft
-torchrun --nproc-per-node 8 train_sft.py ...                          # the same steps on 8 ranks
-torchrun --nproc-per-node 8 train_sft.py ... --shard                  # a model too large for one rank
+python train_sft.py                                                   # Qwen/Qwen2-0.5B-Instruct, data/sft.jsonl ->
+sft.pt python train_sft.py --ckpt base --data chats.jsonl --out sft torchrun --nproc-per-node 8 train_sft.py ...
+# the same steps on 8 ranks torchrun --nproc-per-node 8 train_sft.py ... --shard                  # a model too large
+for one rank
 """
 
 import argparse
@@ -57,9 +57,10 @@ def sft_loss(logps: Tensor, n_supervised: int) -> Tensor:
     logps: (N,) log-probabilities of the supervised tokens of one micro-batch, example by example, left to right.
     n_supervised: supervised tokens of the whole step, over all micro-batches and ranks.
 
-    The losses of the micro-batches add up to the loss of the step. So the result does not depend on how the step was cut,
-    as a mean of the micro-batches' means would. Keep it so: a loss may use its own tokens and what StepBatch says of the whole
-    step, but nothing computed from the other examples of its micro-batch.
+    The losses of the micro-batches add up to the loss of the step, so the result does not depend on how the step was
+    cut into micro-batches. A mean over each micro-batch would depend on it. So would anything else computed across
+    the examples of a micro-batch: the loss of an example may use that example and what StepBatch says of the whole
+    step, and nothing else.
     """
     return -logps.sum() / n_supervised
 
@@ -77,7 +78,7 @@ class StepBatch:
 
 def micro_loss(model: Qwen2, batch: StepBatch, micro: list[int]) -> Tensor:
     """The loss of one micro-batch. micro: indices into batch.examples."""
-    logps, _ = supervised_logps(model, [batch.examples[i] for i in micro])  # (N,), the order that sft_loss states
+    logps, _ = supervised_logps(model, [batch.examples[i] for i in micro])  # (N,), in the order that sft_loss describes
     return sft_loss(logps, batch.n_supervised)
 
 
@@ -162,11 +163,12 @@ def main(
 ) -> None:
     """Trains. args: from parse_args; without them those of the command line. The others change the method:
 
-    loss(model, batch, micro) -> scalar: replaces micro_loss. See sft_loss for what it may use.
-    prepare(setup): called after loading and before the optimizer is made. May add modules and buffers to setup.model, freeze
+    loss(model, batch, micro) -> scalar: replaces micro_loss. See sft_loss for what it may use. prepare(setup): called
+    after loading and before the optimizer is made. May add modules and buffers to setup.model, freeze
         parameters or put hooks on them. All ranks then start from the values of rank 0, and OUT.run/ saves them all.
     choose(model, batch) -> indices into batch.examples to train on in this step, the same on all ranks.
-    before_save(model): called once, before OUT is written. Must leave the parameters that the checkpoint had (fold a LoRA).
+    before_save(model): called once, before OUT is written. Must leave the parameters that the checkpoint had (fold a
+    LoRA).
     """
     args = args or parse_args()
     ranks = setup_ranks(args)

@@ -46,8 +46,9 @@ def own_device(device: str) -> str:
 def join_ranks(device: str = "cpu", hours: float = 1, nccl: bool = False) -> Ranks:
     """Joins the process group if torchrun started this process.
 
-    device: as given on the command line; "cuda" becomes this rank's own GPU. hours: how long a rank waits for the others
-    before it gives up. nccl: GPUs exchange tensors directly; otherwise, and on CPUs, ranks communicate through gloo.
+    device: as given on the command line; "cuda" becomes this rank's own GPU. hours: how long a rank waits for the
+    others before it gives up. nccl: GPUs exchange tensors directly; otherwise, and on CPUs, ranks communicate through
+    gloo.
     """
     gpu = torch.device(own_device(device)) if device.startswith("cuda") else None
     if device == "cuda":
@@ -61,8 +62,8 @@ def join_ranks(device: str = "cpu", hours: float = 1, nccl: bool = False) -> Ran
 def leave_group(at_once: bool = False) -> None:
     """Closes the process group.
 
-    All ranks wait for one another first: a rank may abort if it exits with its group open, or if a peer closes the group
-    while it still reads. at_once: does not wait.
+    All ranks wait for one another first: a rank may abort if it exits with its group open, or if a peer closes the
+    group while it still reads. at_once: does not wait.
     """
     if dist.is_initialized():
         if not at_once:
@@ -83,9 +84,9 @@ class StopBeforeTraining(BaseException):
 def on_stop_signal(number: int, _frame: object) -> None:
     """Handles SIGTERM and Ctrl-C.
 
-    In training, the loop finishes its micro-batch, drops the current step, saves the state after the previous one and exits
-    with code 0; a second Ctrl-C ends at once. Before training there is nothing to save (the reference pass saves its own
-    cache on the way out), so the process ends at once.
+    In training, the loop finishes its micro-batch, drops the current step, saves the state after the previous one and
+    exits with code 0; a second Ctrl-C ends at once. Before training there is nothing to save (the reference pass
+    saves its own cache on the way out), so the process ends at once.
 
     On SIGTERM torchrun signals its ranks, waits 30 s for them (--shutdown-timeout) and exits with code 1 whatever they
     return. If code 0 matters, signal the ranks instead: pkill -TERM -P PID_OF_TORCHRUN.
@@ -170,9 +171,9 @@ def broadcast_replicas(model: nn.Module) -> None:
 def split_by_tokens(lengths: list[int], micro_tokens: int, world: int) -> list[list[int]]:
     """Cuts a step's examples into micro-batches of nearly equal size. -> lists of indices, the largest first.
 
-    Every rank gets equally many; some are empty if there are fewer examples than ranks. They are the fewest that hold at most
-    micro_tokens tokens each, except that a longer example is a micro-batch by itself. Greedy: the longest example goes first,
-    each into the micro-batch with the fewest tokens.
+    Every rank gets equally many; some are empty if there are fewer examples than ranks. They are the fewest that hold
+    at most micro_tokens tokens each, except that a longer example is a micro-batch by itself. Greedy: the longest
+    example goes first, each into the micro-batch with the fewest tokens.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # stable: the cut depends on the lengths alone
     rounds = max(1, min(math.ceil(sum(lengths) / micro_tokens / world), math.ceil(len(lengths) / world)))
@@ -196,9 +197,9 @@ def rank_micro_batches(
 def overlapped_reduction(model: nn.Module, world: int, size: int = 2**24) -> tuple[Callable, Callable]:
     """Sums the gradients of replicated models over the ranks while the step's last backward is still running.
 
-    -> (start_sync, wait_sync). start_sync(n) announces that this rank runs n backwards in the step. wait_sync() waits for
-    the sums. Each gradient is a view into one of several flat buffers of about `size` elements. The buffers fill from the
-    last layer to the first and are sent as soon as they are full, in the same order on all ranks.
+    -> (start_sync, wait_sync). start_sync(n) announces that this rank runs n backwards in the step. wait_sync() waits
+    for the sums. Each gradient is a view into one of several flat buffers of about `size` elements. The buffers fill
+    from the last layer to the first and are sent as soon as they are full, in the same order on all ranks.
 
     Sharded models sum inside each backward instead: whole gradients kept until the last one would take the memory that
     sharding saves.
@@ -251,8 +252,8 @@ def is_sharded(model: nn.Module) -> bool:
 def shard(model: nn.Module, device: str, dtype: torch.dtype) -> None:
     """Spreads parameters, gradients and optimizer state over the ranks with FSDP2: each block, and the rest, by itself.
 
-    Weights are gathered only while they compute. Those of the blocks are gathered in the compute dtype. Embedding and head
-    stay fp32, so that their gradients are added in fp32 where the two are one matrix.
+    Weights are gathered only while they compute. Those of the blocks are gathered in the compute dtype. Embedding and
+    head stay fp32, so that their gradients are added in fp32 where the two are one matrix.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method

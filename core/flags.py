@@ -65,7 +65,7 @@ def number(low: float = -math.inf, above: float = -math.inf, below: float = math
 
 
 def checkpoint_out(text: str) -> str:
-    """An argparse type: a path where a checkpoint can be written. Drops a slash at its end, since OUT.run lies beside OUT."""
+    """An argparse type: a path where a checkpoint can be written. Drops a trailing slash: OUT.run lies beside OUT."""
     out = text.rstrip("/") or "/"
     if is_main():  # only rank 0 writes; other nodes may have other disks
         check_out(out)

@@ -12,9 +12,9 @@ from core.tokenizer import Tokenizer
 def pack(examples: list) -> tuple[Tensor, list[int], Tensor, Tensor, Tensor]:
     """Examples (ids, supervised) -> (input_ids, lengths, at, targets, owner), one row without padding.
 
-    input_ids: (1, T). lengths: the documents' lengths, with sum T. For the N supervised tokens, in the order of the row:
-    at (N,) is the position whose hidden state predicts the token (the one before it), targets (N,) the token, owner (N,)
-    the index of its example.
+    input_ids: (1, T). lengths: the documents' lengths, with sum T. For the N supervised tokens, in the order of the
+    row: at (N,) is the position whose hidden state predicts the token (the one before it), targets (N,) the token,
+    owner (N,) the index of its example.
     """
     lengths = [len(ids) for ids, _ in examples]
     ids, learn = (torch.from_numpy(np.concatenate(lists)) for lists in zip(*examples))  # (T,) int64, (T,) bool

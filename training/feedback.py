@@ -20,7 +20,8 @@ Row = tuple[tuple[int, ...], tuple[int, ...], bool]  # (prompt ids, completion i
 def encode_feedback(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[list[Row], list[str], Cuts]:
     """[("file:line", (prompt messages, completion, label))] -> (rows, their "file:line", what pair_sequence will cut).
 
-    A prompt of max_len tokens or more leaves no completion to learn from. It is dropped before batches and pairs are formed.
+    A prompt of max_len tokens or more leaves no completion to learn from. It is dropped before batches and pairs are
+    formed.
     """
     rows, places, cuts = [], [], Cuts()
     for where, (messages, completion, label) in records:
@@ -86,7 +87,7 @@ def label_weights(args: argparse.Namespace, n_desirable: int, n_undesirable: int
 
 
 def balanced_weight(n_desirable: int, n_undesirable: int, undesirable_weight: float) -> float:
-    """The w_D for which w_D n_D = w_U n_U, the lower end of the range [1, 4/3] that Eq. 8 recommends for their ratio."""
+    """The w_D for which w_D n_D = w_U n_U, the lower end of the ratio's range [1, 4/3] that Eq. 8 recommends."""
     return undesirable_weight * n_undesirable / n_desirable if n_desirable and n_undesirable else 1.0
 
 
@@ -100,8 +101,8 @@ def weight_advice(n_desirable: int, n_undesirable: int, w_d: float, w_u: float) 
         return []
     low, high = balanced_weight(n_desirable, n_undesirable, w_u), w_d * n_desirable / n_undesirable
     return [
-        f"{n_desirable} desirable and {n_undesirable} undesirable examples: recommended --desirable-weight {low:.3g} to "
-        f"{low * 4 / 3:.3g} (auto takes {low:.3g}), or else --undesirable-weight {high * 3 / 4:.3g} to {high:.3g}"
+        f"{n_desirable} desirable and {n_undesirable} undesirable examples: recommended "
+        f"--desirable-weight {low:.3g} to {low * 4 / 3:.3g} (auto takes {low:.3g}), or else --undesirable-weight {high * 3 / 4:.3g} to {high:.3g}"
     ]
 
 

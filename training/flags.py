@@ -16,7 +16,7 @@ WRITTEN_BY = {  # default inputs, and the command that writes each
 def add_training_flags(
     p: Parser, ckpt: str, data: str, out: str | None, epochs: int, batch_size: int, lr: float
 ) -> None:
-    """Adds the flags; the other arguments are the defaults of the script. out None: named after --ckpt (see kto_out)."""
+    """Adds the flags; the other arguments are the script's defaults. out None: named after --ckpt (see kto_out)."""
     # checkpoints
     p.add_argument("--ckpt", default=ckpt, help="model to start from: hub id, directory or .pt file")
     note = "" if out else " (default: --ckpt with -kto in its name)"

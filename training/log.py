@@ -30,7 +30,7 @@ def write_log(run: Run, record: dict) -> None:
 
 
 def read_log(run: Run) -> list[str]:
-    """The lines of the log up to step run.done; later steps will be repeated. Restores run.skips and run.best from them."""
+    """The lines of the log up to step run.done; later steps will be repeated. Restores run.skips and run.best."""
     lines, path = [], run_file(run.args, "log.jsonl")
     last = run.done - (run.pending is not None)
     if not os.path.isfile(path):

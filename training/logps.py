@@ -38,14 +38,15 @@ def pack_to_device(
 def supervised_logps(
     model: Qwen2, examples: list[Example], inputs: list[list[int]] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The log-probability of each supervised token, given the tokens before it. -> (logps (N,) fp32 in nats, owner (N,)).
+    """The log-probability of each supervised token given the tokens before it. -> (logps (N,) fp32, nats; owner (N,)).
 
-    The order is that of the documents: all supervised tokens of examples[0] from left to right, then those of examples[1].
-    owner[k] is the index of the example that token k belongs to. An example's first token has nothing before it and is left
-    out even if it is supervised.
+    The order is that of the documents: all supervised tokens of examples[0] from left to right, then those of
+    examples[1]. owner[k] is the index of the example that token k belongs to. An example's first token has nothing
+    before it and is left out even if it is supervised.
 
-    The examples run as one packed row, and the head runs on the supervised positions alone. inputs: see pack_to_device.
-    Without examples N is 0, but the model runs all the same: a sharded rank without work must take part in the others' calls.
+    The examples run as one packed row, and the head runs on the supervised positions alone. inputs: see
+    pack_to_device. Without examples N is 0, but the model runs all the same: a sharded rank without work must take
+    part in the others' calls.
     """
     row = examples or [([0, 0], [False, True])]
     ids, lengths, at, targets, owner = pack_to_device(row, model.device, inputs or None)
@@ -63,8 +64,8 @@ def example_logps(model: Qwen2, examples: list[Example]) -> Tensor:
 def shared_prefix_logps(model: Qwen2, examples: list[Example], micro_tokens: int) -> Tensor:
     """example_logps without gradients for examples that begin alike: computes each distinct context once.
 
-    The context is everything before the first supervised token but its last token. That one runs with the rest, because its
-    state predicts the first supervised token. The rest runs in forwards of at most micro_tokens tokens.
+    The context is everything before the first supervised token but its last token. That one runs with the rest,
+    because its state predicts the first supervised token. The rest runs in forwards of at most micro_tokens tokens.
     """
     starts = [max(0, supervised.index(True) - 1) for _, supervised in examples]
     contexts = [tuple(ids[:n]) for (ids, _), n in zip(examples, starts)]
@@ -87,9 +88,10 @@ def shared_prefix_logps(model: Qwen2, examples: list[Example], micro_tokens: int
 
 
 def group_by_context(examples: list[Example], most: int, share: bool) -> tuple[list[list[int]], list[int]]:
-    """Groups examples that share the tokens before the first supervised one. -> (lists of indices, tokens to compute of each).
+    """Groups examples with equal tokens before the first supervised one. -> (lists of indices, tokens to compute).
 
-    A group is the work of one rank; it is closed once it has more than `most` tokens. share False: each example by itself.
+    A group is the work of one rank; it is closed once it has more than `most` tokens. share False: each example by
+    itself.
     """
     groups, costs, group_of = [], [], {}
     for i, (ids, supervised) in enumerate(examples):
@@ -108,14 +110,15 @@ def group_by_context(examples: list[Example], most: int, share: bool) -> tuple[l
 def sequence_logps(
     model: Qwen2, examples: list[Example], micro_tokens: int, ranks: Ranks = ONE_RANK, heed_stop: bool = False
 ) -> Tensor:
-    """example_logps without gradients and without dropout, at most micro_tokens tokens a forward: (len(examples),) fp32.
+    """example_logps without gradients or dropout, at most micro_tokens tokens a forward: (len(examples),) fp32.
 
     The ranks share the work, and each gets the whole result.
 
-    Completions of one prompt are computed together, so that the prompt runs once. This is left out on GPUs, where the many
-    small calls cost more than they save, and for sharded models, whose weights are whole only inside forward().
+    Completions of one prompt are computed together, so that the prompt runs once. This is left out on GPUs, where the
+    many small calls cost more than they save, and for sharded models, whose weights are whole only inside forward().
 
-    heed_stop: after SIGTERM or Ctrl-C the remaining values stay 0. The caller must then ask stop_asked() before it uses them.
+    heed_stop: after SIGTERM or Ctrl-C the remaining values stay 0. The caller must then ask stop_asked() before it
+    uses them.
     """
     was_training = model.training
     model.eval()

@@ -13,8 +13,9 @@ def count_prompt_clashes(pairs: Iterable[tuple[int, int]], prompts: list[Hashabl
 def order_without_prompt_clashes(prompts: list[Hashable], sizes: list[int], rng: random.Random) -> list[int]:
     """A random permutation which, cut into batches of `sizes`, has no two equal prompts next to each other.
 
-    The last example of a batch counts as next to its first one, as in train_kto.kl_pairs. Shuffles, then repairs clashes by
-    random swaps. If that fails, deals the examples out by prompt, which works whenever a clash-free order exists.
+    The last example of a batch counts as next to its first one, as in train_kto.kl_pairs. Shuffles, then repairs
+    clashes by random swaps. If that fails, deals the examples out by prompt, which works whenever a clash-free order
+    exists.
     """
     starts = [sum(sizes[:b]) for b in range(len(sizes))]
     before = [k - 1 if k > s else s + n - 1 for s, n in zip(starts, sizes) for k in range(s, s + n)]
@@ -48,8 +49,8 @@ def deal_by_prompt(
 ) -> list[int]:
     """Deals the examples to places that are not neighbours, the most frequent prompt first. batches: (start, size).
 
-    Every other place of each batch is filled first, then the places between them, and the last place of each batch of odd
-    size at the end.
+    Every other place of each batch is filled first, then the places between them, and the last place of each batch of
+    odd size at the end.
     """
     rng.shuffle(batches)
     places = [s + k for s, n in batches for k in range(0, n - 1, 2)]

@@ -43,8 +43,8 @@ class Reference:
 def open_reference(setup: Setup, fingerprint: str) -> Reference:
     """The model of --ref, or of --ckpt without it. fingerprint: that of --ckpt.
 
-    If the two are one model, the policy itself computes the log-probabilities, while it is still untrained. A loss that needs
-    the reference model in training must load its own copy: training.setup.load_frozen.
+    If the two are one model, the policy itself computes the log-probabilities, while it is still untrained. A loss
+    that needs the reference model in training must load its own copy: training.setup.load_frozen.
     """
     args, source, same = setup.args, setup.ckpt, True
     if args.ref:
@@ -137,8 +137,8 @@ def reference_logps(
 def chunks_to_compute(lengths: list[int], missing: list[bool], tokens: int) -> Iterator[list[int]]:
     """Yields the missing indices chunk by chunk. A chunk is about so many tokens of all sequences, cached or not.
 
-    A chunk is computed and saved as a whole, and its edges do not depend on what is missing. So a run that was killed in
-    this pass and resumed gets the same values to the bit.
+    A chunk is computed and saved as a whole, and its edges do not depend on what is missing. So a run that was killed
+    in this pass and resumed gets the same values to the bit.
     """
     chunk_of = [end // tokens for end in itertools.accumulate(lengths)]
     for _, chunk in itertools.groupby(range(len(lengths)), key=chunk_of.__getitem__):

@@ -1,4 +1,4 @@
-"""How a training run starts, ends a step, stops and finishes. The files it writes are in training/saves.py and log.py."""
+"""How a training run starts, ends a step, stops and finishes. Its files: training/saves.py and training/log.py."""
 
 import argparse
 import hashlib
@@ -74,7 +74,8 @@ def run_identity(args: argparse.Namespace, examples: Iterable, fingerprint: str)
 def start_run(setup: Setup, identity: dict) -> Run | None:
     """Opens OUT.run/ and, with --resume, restores the last save. identity: see run_identity.
 
-    -> Run, or None if --resume finds the run finished. After this call every rank holds the same parameters and buffers.
+    -> Run, or None if --resume finds the run finished. After this call every rank holds the same parameters and
+    buffers.
     """
     args, model, total = setup.args, setup.model, len(setup.steps)
     start_sync, wait_sync = overlapped_reduction(model, setup.ranks.world)
@@ -113,9 +114,8 @@ def find_save(run: Run) -> None:
                 f"{path}: was saved by a run that differs in {', '.join(others)}; undo that or drop --resume"
             )
         if changed and is_main():
-            print(
-                f"warning: the code has changed since step {state['step']} was saved; the remaining steps run the new code"
-            )
+            since = f"the code has changed since step {state['step']} was saved"
+            print(f"warning: {since}; the remaining steps run the new code")
         if not state["finished"]:
             run.done = run.saved = state["step"]
             run.pending = state.get("pending")
@@ -153,7 +153,8 @@ def write_beginning(run: Run, lines: list[str]) -> None:
 def with_end_token(files: dict[str, str], tokenizer: Tokenizer) -> dict[str, str]:
     """The side files of OUT: generation ends at <|im_end|> too, which every trained reply ends with.
 
-    A base model's files name <|endoftext|> alone. transformers and vLLM would not stop its fine-tune where this code does.
+    A base model's files name <|endoftext|> alone. transformers and vLLM would not stop its fine-tune where this code
+    does.
     """
     generation = json_object(files.get("generation_config.json", "{}"), "generation_config.json")
     known = generation.get("eos_token_id")
@@ -176,8 +177,8 @@ def warn_of_foreign_weights(setup: Setup) -> None:
     foreign = [name for name, _ in setup.model.named_parameters() if name not in setup.ckpt.names]
     if foreign and is_main():
         print(
-            f"warning: OUT will hold {foreign[0]}{' and more' * (len(foreign) > 1)}, which no script here loads; fold it "
-            "into the checkpoint's own weights before the run ends (before_save of main)"
+            f"warning: OUT will hold {foreign[0]}{' and more' * (len(foreign) > 1)}, which no script here loads; "
+            "fold it into the checkpoint's own weights before the run ends (before_save of main)"
         )
 
 
@@ -204,7 +205,8 @@ def eval_due(run: Run, record: dict) -> bool:
 def eval_logps(run: Run, record: dict, examples: list) -> Tensor | None:
     """Log-probabilities (len(examples),) of held-out examples after the step of this record.
 
-    None if SIGTERM or Ctrl-C came meanwhile. The run is then stopped and saved, and --resume begins with this evaluation.
+    None if SIGTERM or Ctrl-C came meanwhile. The run is then stopped and saved, and --resume begins with this
+    evaluation.
     """
     logps = sequence_logps(run.model, examples, run.args.micro_tokens, run.ranks, heed_stop=True)
     if stop_asked(run.model.device):

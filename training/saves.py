@@ -29,7 +29,7 @@ from model import Qwen2
 
 @dataclass
 class Run:
-    """State of a training run, shared by the functions that end a step, log and save. training.run.start_run makes it."""
+    """State of a training run, shared by the functions that end a step, log and save. start_run makes it."""
 
     args: argparse.Namespace
     ranks: Ranks
@@ -88,7 +88,7 @@ def second_run_error(out: str) -> InputError:
 
 
 def check_not_running(out: str) -> None:
-    """InputError if another run is writing to OUT, or OUT.run/ holds files that no run wrote. Changes nothing on disk."""
+    """InputError if another run is writing to OUT, or OUT.run/ has files that no run wrote. Changes nothing on disk."""
     check_folder(f"{out}.run", "training", OWN_FILES)
     path = lock_path(out)
     if os.path.isfile(path) and path not in LOCKS:
@@ -129,7 +129,7 @@ def release_lock(out: str) -> None:
 
 
 def write_gathered(run: Run, tensors: dict[str, Tensor], write: Callable[[Iterable], None]) -> None:
-    """Rank 0 calls write(pairs) with the whole tensors. The other ranks of a sharded run take part in gathering them."""
+    """Rank 0 calls write(pairs) with the whole tensors. The other ranks of a sharded run help to gather them."""
     pairs = gathered(tensors)
     if is_main():
         write(pairs)

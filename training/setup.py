@@ -77,9 +77,9 @@ def plan_steps(
 ) -> list[list[int]]:
     """The batches of the whole run: a list of steps, each a list of indices into the n examples.
 
-    order(epoch, sizes) gives the permutation of an epoch; sizes are the batch sizes into which it will be cut. Without it
-    every epoch keeps the order of the data. The last batch of an epoch may be short; a remainder below `smallest` joins
-    the batch before it. max_steps, if given, overrides epochs.
+    order(epoch, sizes) gives the permutation of an epoch; sizes are the batch sizes into which it will be cut.
+    Without it every epoch keeps the order of the data. The last batch of an epoch may be short; a remainder below
+    `smallest` joins the batch before it. max_steps, if given, overrides epochs.
     """
     sizes = [batch_size] * (n // batch_size) + ([n % batch_size] if n % batch_size else [])
     if sizes[-1] < smallest and len(sizes) > 1:
@@ -147,7 +147,7 @@ def load_model(ckpt: Checkpoint, args: argparse.Namespace, device: str) -> Qwen2
 def load_frozen(ckpt: Checkpoint, args: argparse.Namespace, ranks: Ranks) -> Qwen2:
     """A copy of a checkpoint's model that never trains, for a loss that compares with the reference model itself.
 
-    Such a loss must not use the policy in its place: once trained, the two would still be the same object and differ in nothing.
+    The policy cannot stand in for it: it would be compared with itself, and the difference would always be 0.
     """
     return load_model(ckpt, args, ranks.device).eval().requires_grad_(False)
 
@@ -175,7 +175,7 @@ def open_checkpoint(source: str, args: argparse.Namespace, ranks: Ranks) -> tupl
 
 
 def checkpoint_activations(model: Qwen2, args: argparse.Namespace, batches: Iterable[list[int]], ranks: Ranks) -> None:
-    """Turns activation checkpointing on if --activation-checkpointing says so; with auto, if a step would not fit otherwise.
+    """Turns activation checkpointing on, with --activation-checkpointing auto only if a step would not fit otherwise.
 
     batches: yields the lengths of each step's examples.
     """
@@ -191,9 +191,10 @@ def checkpoint_activations(model: Qwen2, args: argparse.Namespace, batches: Iter
 
 
 def needs_checkpointing(model: Qwen2, args: argparse.Namespace, tokens: int, ranks: Ranks) -> bool:
-    """Whether a micro-batch of that many tokens fits only with activation checkpointing on some rank. Prints the estimate.
+    """Whether, on some rank, a micro-batch of so many tokens fits only with checkpointing. Prints the estimate.
 
-    A tenth of the free memory is kept for what the estimate leaves out: gaps in the allocator and workspaces of kernels.
+    A tenth of the free memory is kept for what the estimate leaves out: gaps in the allocator and workspaces of
+    kernels.
     """
     settings = DTYPES[args.dtype].itemsize, ranks.world if is_sharded(model) else 1, model.device.type, args.compile
     without, with_it = (memory_needed(model.config, tokens, again, *settings) for again in (False, True))
@@ -205,9 +206,9 @@ def needs_checkpointing(model: Qwen2, args: argparse.Namespace, tokens: int, ran
     if is_main():
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in without.items())
         has = f"{(loaded + free) / GIB:.2f} are free" if free else "free memory not known"
-        with_text = f"on, which takes {sum(with_it.values()) / GIB:.2f}" if on else "off"
-        print(f"memory: a micro-batch of {tokens:,} tokens takes {sum(without.values()) / GIB:.2f} GiB ({parts}), {has}: "
-              f"activation checkpointing {with_text}")  # fmt: skip
+        takes = f"{sum(without.values()) / GIB:.2f} GiB ({parts})"
+        choice = f"on, which takes {sum(with_it.values()) / GIB:.2f}" if on else "off"
+        print(f"memory: a micro-batch of {tokens:,} tokens takes {takes}, {has}: activation checkpointing {choice}")
         if too_large:
             print(
                 "warning: still too large; lower --micro-tokens"

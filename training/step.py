@@ -83,9 +83,9 @@ class StepResult:
 def optimizer_step(run: Run, lr: float, stats: Tensor) -> StepResult:
     """Ends a step: sums gradients and statistics over the ranks, clips, updates the weights, clears the gradients.
 
-    stats: fp32, any shape: this rank's statistics of the step, with zeros where another rank fills them in. Status "skip"
-    means that one of these numbers is not finite, "stop" that SIGTERM or Ctrl-C reached some rank. Both leave the weights
-    untouched. Every rank sees the same sums, so all agree.
+    stats: fp32, any shape: this rank's statistics of the step, with zeros where another rank fills them in. Status
+    "skip" means that one of these numbers is not finite, "stop" that SIGTERM or Ctrl-C reached some rank. Both leave
+    the weights untouched. Every rank sees the same sums, so all agree.
     """
     run.wait_sync()
     norm = clip_gradients(run.model, run.args.clip)
