@@ -317,6 +317,12 @@ def test_bad_input(tiny, data, tmp_path, refused):
         "train_kto",
         *flags(tiny, data, tmp_path / "two", "--ref", tmp_path / "two"),
     )
+    under_a_file = tmp_path / "one.jsonl" / "cache"
+    refused(
+        [f"{under_a_file}: nothing can be written", "--ref-cache"],
+        "train_kto",
+        *flags(tiny, data, tmp_path / "o", "--ref-cache", under_a_file),
+    )
     (tmp_path / "broken").write_text("not a cache")
     refused(
         ["broken", "remove it"], "train_kto", *flags(tiny, data, tmp_path / "o", "--ref-cache", tmp_path / "broken")

@@ -21,6 +21,7 @@ from core.attention import to_device
 from core.checkpoint import Checkpoint
 from core.distributed import Ranks, from_rank_0, is_main
 from core.files import InputError, atomic_write, code_hash
+from core.outputs import check_writable
 from core.tokenizer import Tokenizer, vocabulary
 from model import Qwen2
 from training.logps import Example, sequence_logps
@@ -72,8 +73,10 @@ def cache_path(args: argparse.Namespace) -> str:
 
 
 def check_cache_path(args: argparse.Namespace) -> None:
-    """InputError if the cache can be neither read nor written. Asked before the work begins."""
+    """InputError if the cache is a directory, or is missing and cannot be written. Asked before the work begins."""
     path = cache_path(args)
+    if is_main() and not os.path.isfile(path):
+        check_writable(path, "--ref-cache")
     if os.path.isdir(path):
         raise InputError(f"--ref-cache {path}: is a directory; give a file, such as {path}/ref-cache.safetensors")
 
@@ -128,6 +131,8 @@ def reference_logps(
     logps = from_rank_0(torch.tensor([cache.get(d, math.nan) for d in order], device=ranks.device))
     missing = logps.isnan().tolist()
     if any(missing):
+        if is_main():  # a complete cache may be read-only
+            check_writable(reference.cache, "--ref-cache")
         chunks = chunks_to_compute([length[d] for d in order], missing, 8 * micro_tokens * ranks.world)
         compute_chunks(reference, chunks, order, logps, lambda d: example_of(*pair_of[d]), micro_tokens, ranks)
     values = dict(zip(order, logps.tolist()))

@@ -8,6 +8,7 @@ lock                      held by the run that is writing here
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from core.checkpoint import Checkpoint, write_checkpoint, write_safetensors
 from core.distributed import Ranks, gathered, is_main, is_sharded, load_into
-from core.files import InputError, atomic_write, lock
+from core.files import InputError, atomic_write
 from core.outputs import check_folder, claim_folder, discard_checkpoint, remove_leftovers
 from model import Qwen2
 
@@ -79,6 +80,17 @@ def numbered(args: argparse.Namespace, pattern: str) -> dict[int, str]:
 LOCKS: dict[str, int] = {}  # of this process: path of the lock file -> file descriptor
 
 
+def try_lock(fd: int) -> bool:
+    """False if another process holds the lock of an open file. A disk without locks refuses nobody."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def lock_path(out: str) -> str:
     return os.path.realpath(f"{out}.run/lock")
 
@@ -92,9 +104,11 @@ def check_not_running(out: str) -> None:
     check_folder(f"{out}.run", "training", OWN_FILES)
     path = lock_path(out)
     if os.path.isfile(path) and path not in LOCKS:
-        fd = os.open(path, os.O_RDONLY)
-        free = lock(fd)
-        os.close(fd)
+        try:
+            with open(path, "rb") as f:
+                free = try_lock(f.fileno())
+        except OSError as e:
+            raise InputError(f"{path}: cannot be read: {e.strerror}; give another --out") from None
         if not free:
             raise second_run_error(out)
 
@@ -106,7 +120,7 @@ def take_lock(out: str) -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         while path not in LOCKS:
             fd = os.open(path, os.O_RDWR | os.O_CREAT)
-            if not lock(fd):
+            if not try_lock(fd):
                 os.close(fd)
                 raise second_run_error(out)
             if os.path.isfile(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
