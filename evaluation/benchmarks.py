@@ -117,10 +117,16 @@ def humaneval_prompt(row: dict) -> str:
     return f"{head}{problem}\n{row['prompt']}"
 
 
+def code_verdict(program: str, tests: str, entry_point: str) -> tuple[bool, dict]:
+    """Whether a program passes its tests. The metric unchecked counts those that are not right only because the tests
+    cannot be run from outside the program."""
+    passed, _ = run_program(program, tests, entry_point)
+    return passed is True, {"unchecked": passed is None}
+
+
 def humaneval_verdict(reply: str, row: dict) -> tuple:
-    body = extract_code(reply, row["entry_point"])
-    name = row["entry_point"]
-    return body, run_program(f"{row['prompt']}{body}", f"{row['test']}\ncheck({name})", name)[0]
+    body, name = extract_code(reply, row["entry_point"]), row["entry_point"]
+    return body, *code_verdict(f"{row['prompt']}{body}", f"{row['test']}\ncheck({name})", name)
 
 
 def demo_verdict(reply: str, row: dict) -> tuple:
@@ -133,6 +139,8 @@ def demo_verdict(reply: str, row: dict) -> tuple:
             extracted = extract_choice(reply, choices)
         return extracted, extracted == value["letter"]
     correct = check(kind, reply, value)
+    if correct is None and kind == "code" and isinstance(value, dict) and isinstance(value.get("tests"), str):
+        correct = False  # the program, not the reference, is at fault: it cannot be tested from outside
     if correct is None:
         raise InputError(f"{row['where']}: the reference cannot be checked; see `check` in verification/answers.py")
     readers = {"number": last_number, "code": lambda text: extract_program(text, value.get("entry_point"))}
@@ -148,7 +156,7 @@ def mbpp_prompt(row: dict) -> str:
 def mbpp_verdict(reply: str, row: dict) -> tuple:
     program = extract_program(reply, row["entry_point"])
     tests = "\n".join([row.get("test_setup_code", ""), *row["test_list"]])
-    return program, run_program(program, tests, row["entry_point"])[0]
+    return program, *code_verdict(program, tests, row["entry_point"])
 
 
 def ifeval_verdict(reply: str, row: dict) -> tuple:

@@ -271,7 +271,7 @@ def check(kind, reply, reference):
 
     kind, reference: "number", a number or a string ending in one; "choice", {"letter", "choices"}; "exact", a string;
     "format", {"instruction_id_list", "kwargs"} as in IFEval's rows, all of which the reply has to follow, strictly;
-    "code", {"tests", "entry_point"} (RUNS the reply's code, in the sandbox of run_program).
+    "code", {"tests", "entry_point"} (RUNS the reply's code, in the sandbox of run_program, whose verdict it returns).
     """
     if kind == "number":
         number = isinstance(reference, (int, float)) and not isinstance(reference, bool)

@@ -67,12 +67,12 @@ class ProgramSide:
 
     def refer(self, value):
         kind = type(value)
-        if isinstance(value, type):
+        if issubclass(kind, type):
             return {"class": self.describe(value)}
-        if isinstance(value, Exception):
+        if issubclass(kind, Exception):
             return {"error": self.describe_error(value)}
-        if isinstance(value, IMMUTABLE):  # of a subclass: a copy that has the object's attributes
-            base = next(base for base in IMMUTABLE if isinstance(value, base))
+        if issubclass(kind, IMMUTABLE):  # of a subclass: a copy that has the object's attributes
+            base = next(base for base in IMMUTABLE if issubclass(kind, base))
             plain = PLAIN[base](value)
             return {"like": [self.describe(kind), self.keep(value), self.encode(plain)]}
         return {

@@ -71,7 +71,7 @@ def test_verdicts(data):
     assert verdict("mmlu", 1, "The answer is B.") == ("B", True) and verdict("mmlu", 1, "It is d1") == ("D", False)
     assert verdict("ceval", 0, "答案是A。") == ("A", True)
     good = "```python\ndef add_one(x, by=''):\n    return x + 1\n```"
-    assert verdict("humaneval", 0, good) == ("    return x + 1", True)
+    assert verdict("humaneval", 0, good) == ("    return x + 1", True, {"unchecked": False})
     assert verdict("humaneval", 0, "    exit(0)")[1] is False
     assert verdict("demo", 0, "It is 4.") == (4.0, True) and verdict("demo", 1, "Hi. ") == ("Hi.", True)
     assert verdict("demo", 2, "y") == ("B", False) and verdict("demo", 2, "B or so: \\boxed{A}") == ("A", True)
