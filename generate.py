@@ -153,7 +153,7 @@ def next_steps(batch: Batch) -> list[list[int]]:
 
 
 def packed_step(batch: Batch) -> list[int]:
-    """One packed forward for all rows: the decoding rows, with one token each, then the new rows, with their prompts."""
+    """One packed forward: first the decoding rows, with one token each, then the new rows, with their prompts."""
     model, device = batch.model, batch.model.device
     lengths = [len(row.pending) for row in batch.rows]
     ids = to_device([[token for row in batch.rows for token in row.pending]], device)  # (1, T)

@@ -177,7 +177,7 @@ class Qwen2(nn.Module):
         at: Tensor,
         forward_kl: bool,
     ) -> Tensor:
-        """The KL (N,) of forward(ref=self). A method that --shard knows (core.distributed.shard), so it gathers weights."""
+        """The KL (N,) of forward(ref=self). core.distributed.shard registers it, so that it too gathers the weights."""
         with torch.no_grad():
             hidden = self.hidden(input_ids, lengths, at=at)[0]
         return token_kl(policy_hidden, policy_head, hidden, self.head_weight, forward_kl)

@@ -125,8 +125,8 @@ class KVCache:
 
     k, v: (layers, rows, Hkv, max_len, D). Two ways to add tokens:
 
-    - Packed (hidden(ids, lengths, cache)): document i adds lengths[i] tokens to row i. `lengths`, a list, has the number
-      of tokens in each row in use; the rows in use are always the first.
+    - Packed (hidden(ids, lengths, cache)): document i adds lengths[i] tokens to row i. `lengths`, a list, has the
+      number of tokens in each row in use; the rows in use are always the first.
     - By step (hidden(ids, cache=cache)): one token for every row, with the same tensor shapes at each step, so that a
       CUDA graph can replay it. The caller sets `positions` (rows,), a tensor, and `width`: keys at or beyond it are
       not read.
@@ -172,7 +172,7 @@ class KVCache:
             self.lengths[row] = n
 
     def begin_step(self) -> None:
-        """Prepares what all layers of a step share: row numbers, and the mask (rows, 1, 1, width) added to the scores."""
+        """Prepares what the layers of a step share: row numbers, and the mask (rows, 1, 1, width) for the scores."""
         device = self.k.device
         self.row_numbers = torch.arange(len(self.positions), device=device)
         unseen = torch.arange(self.width, device=device) > self.positions[:, None, None, None]

@@ -211,7 +211,7 @@ def matmul_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def head_columns(device_type: str) -> int:
     """Vocabulary entries per tile of the head. device_type: "cpu" or "cuda".
 
-    CPU: a tile for 1000 rows (16 MiB) stays in the cache between passes. GPU: as many as its softmax keeps in registers.
+    CPU: a tile for 1000 rows (16 MiB) stays in the cache between passes. GPU: as many as softmax keeps in registers.
     """
     return 8192 if device_type == "cuda" else 4096
 

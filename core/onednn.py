@@ -15,8 +15,8 @@ def onednn_weights(model: nn.Module) -> Iterator[None]:
     """While open, the matrices of the model also exist in the layout that oneDNN's CPU kernels read.
 
     Linear.forward uses them. F.linear reorders the whole weight at each call; with these copies a decoding step of 8 to
-    64 rows takes 1.3 to 2 times less. They take as much memory as the weights, so they are made only if half of the free
-    memory suffices, and only where oneDNN has kernels for the dtype.
+    64 rows is 1.3 to 2 times as fast. They take as much memory as the weights, so they are made only if half of the
+    free memory suffices, and only where oneDNN has kernels for the dtype.
     """
     modules = [module for module in model.modules() if isinstance(module, Linear)]
     if model.config.tie_word_embeddings:
@@ -33,7 +33,7 @@ def onednn_weights(model: nn.Module) -> Iterator[None]:
 
 
 def has_onednn_kernels(model: nn.Module) -> bool:
-    """True on a CPU whose oneDNN multiplies in the model's dtype, if this torch has the operators (they are private)."""
+    """True on a CPU whose oneDNN knows the model's dtype, if this torch has the operators, which are private."""
     dtype, operators = model.head_weight.dtype, torch.ops.mkldnn
     if not fused() or model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False

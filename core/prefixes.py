@@ -41,7 +41,7 @@ def prefix_lengths(prompts: list[list[int]], overhead: int = 64, depth: int = 50
 
 
 class SharedPrefixes:
-    """KV caches of the prefixes that prompts share. Each is computed for its first prompt and dropped after its last."""
+    """KV caches of shared prefixes. Each is computed for the first prompt that has it and dropped after the last."""
 
     def __init__(self, model: nn.Module, prompts: list[list[int]]):
         self.model, self.prompts = model, prompts

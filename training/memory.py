@@ -1,7 +1,7 @@
 """Memory and FLOPs of a training step, computed from the shapes of the model.
 
-Names in formulas: C hidden size, A and K widths of queries and keys, I width of the MLP, H query heads, D numbers per head,
-L blocks, V vocabulary entries.
+Names in formulas: C hidden size, A and K widths of queries and keys, I width of the MLP, H query heads, D numbers per
+head, L blocks, V vocabulary entries.
 """
 
 from core.config import Config
@@ -52,14 +52,14 @@ def memory_needed(
 
     activations: tensors saved for the backward.
     - Per block and token 2C + 3A + 2K + 2I numbers: the block's input; q, k, v (repeated keys and values count as A);
-      the output of attention in two layouts; the sum of input and attention; gate and up. In fp32, one per norm and head.
+      the output of attention in two layouts; the sum of input and attention; gate and up. In fp32, one per norm and per head.
     - Below fp32 also o_proj's matrix in that dtype, except sharded, where it is gathered again.
     - A compiled block also keeps the outputs of both norms, the input of down_proj and, below fp32, its matrices.
     - With activation checkpointing a block keeps its input only: C numbers per token.
     - Around the blocks: 2C for the last norm, C for the head's input, and the rotary angles.
 
     work: temporary tensors, the larger of two moments, and the gathered weights.
-    - The head: a tile of logits and its softmax, the gradients of the head and of its input, below fp32 the tile's weights.
+    - The head: a tile of logits and its softmax, the gradients of head and input, below fp32 the tile's weights.
     - The backward of a block: four tensors of the MLP's width, the gradient of one of its matrices, a tied head's
       gradient; with activation checkpointing all that the block keeps.
     - Sharded: embedding and head, and two blocks with their gradients.
