@@ -29,7 +29,7 @@ def write_log(run: Run, record: dict) -> None:
                 run.events.add_scalar(key, value, record["step"])
 
 
-def read_log(run: Run) -> list[str]:
+def kept_lines(run: Run) -> list[str]:
     """The lines of the log up to step run.done; later steps will be repeated. Restores run.skips and run.best."""
     lines, path = [], run_file(run.args, "log.jsonl")
     last = run.done - (run.pending is not None)

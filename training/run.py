@@ -27,7 +27,7 @@ from core.distributed import (
 from core.files import InputError, atomic_write, code_hash, json_object, read_json
 from core.outputs import discard_checkpoint
 from core.tokenizer import Tokenizer
-from training.log import event_writer, json_safe, read_log, write_log
+from training.log import event_writer, json_safe, kept_lines, write_log
 from training.logps import sequence_logps
 from training.saves import (
     CHECKPOINTS,
@@ -38,7 +38,7 @@ from training.saves import (
     restore,
     run_file,
     save_model,
-    save_state,
+    save_run,
     step_path,
     take_lock,
     tidy,
@@ -88,7 +88,7 @@ def start_run(setup: Setup, identity: dict) -> Run | None:
     check_same_save(run)
     if run.saved:
         restore(run)
-    lines = read_log(run) if run.done else []
+    lines = kept_lines(run) if run.done else []
     if run.done == total and not run.pending:
         if is_main():
             tidy(run)
@@ -232,7 +232,7 @@ def end_step(run: Run, record: dict | None) -> bool:
     if step in (run.total, run.saved):  # finish_run saves the last step; a stopped evaluation is saved already
         return True
     if due(step, run.total, args.save_every):
-        save_state(run, step)
+        save_run(run, step)
     elif best:
         save_model(run, step_path(args, step))
         if is_main():
@@ -269,7 +269,7 @@ def stop_run(run: Run, step: int, pending: dict | None = None) -> None:
     pending: the log record of that step if its evaluation was abandoned.
     """
     if step > run.saved:
-        save_state(run, step, json_safe(pending) if pending else None)
+        save_run(run, step, json_safe(pending) if pending else None)
     if is_main():
         print(f"stopped after step {step} of {run.total}; the same command with --resume goes on", file=sys.stderr)
     close_run(run)

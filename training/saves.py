@@ -163,7 +163,7 @@ def save_model(run: Run, out: str) -> None:
     write_gathered(run, weights, lambda pairs: write_checkpoint(out, config, run.files, specs, pairs))
 
 
-def save_state(run: Run, step: int, pending: dict | None = None) -> None:
+def save_run(run: Run, step: int, pending: dict | None = None) -> None:
     """Writes step-N and what --resume needs, then removes the saves that --keep does not keep. pending: see Run."""
     names = {p: name for name, p in run.model.named_parameters()}
     tensors = {f"{kind}/{names[p]}": t for p, state in run.optimizer.state.items() for kind, t in state.items()}

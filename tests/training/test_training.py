@@ -88,7 +88,7 @@ def signalled(function, lines, number):
 
 KILLS = [
     ("reference_logps", 40), ("write_ref_cache", 3), ("start_run", 16), ("hidden", 150), ("atomic_write", 120), ("write_log", 4),
-    ("optimizer_step", 12), ("write_safetensors", 80), ("save_state", 12), ("restore", 60), ("prune", 8), ("remove", 6),
+    ("optimizer_step", 12), ("write_safetensors", 80), ("save_run", 12), ("restore", 60), ("prune", 8), ("remove", 6),
     ("write_state", 6), ("write_checkpoint", 24), (None, 6000), (None, 6000), ("finish_run", 3),
 ]  # fmt: skip
 
@@ -113,7 +113,7 @@ def test_killed_at_any_moment_a_run_resumes_to_the_bit(tiny, kto_data, tmp_path)
 
 
 STOPS = [
-    ("reference_logps", 40), ("hidden", 150), ("with_eval", 1), ("with_eval", 1), ("write_safetensors", 60), ("save_state", 6),
+    ("reference_logps", 40), ("hidden", 150), ("with_eval", 1), ("with_eval", 1), ("write_safetensors", 60), ("save_run", 6),
     (None, 4000), ("eval_logps", 20), ("finish_run", 3),
 ]  # fmt: skip
 
@@ -178,14 +178,14 @@ def test_sigterm_abandons_an_evaluation_and_resuming_makes_up_for_it(tiny, sft_d
 
 def full_disk(step, largest):
     """From the save of that step on no file may have more than so many bytes."""
-    real = training_run.save_state
+    real = training_run.save_run
 
-    def save_state(run, s):
+    def save_run(run, s):
         if s == step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
         real(run, s)
 
-    training_run.save_state = save_state
+    training_run.save_run = save_run
 
 
 @pytest.mark.parametrize("out, largest", [("o", 10_000), ("o.pt", 10_000), ("o.pt", 100_000), ("o", 200_000)])
@@ -240,8 +240,8 @@ def test_what_args_and_log_say_and_a_finished_run(tiny, sft_data, tmp_path, run,
 def interrupted(function, lines, times):
     signal_at(function, lines, signal.SIGINT)
     if times == 2:  # the second one in the save that the first one asked for
-        real = training_run.save_state
-        training_run.save_state = lambda *args: (os.kill(os.getpid(), signal.SIGINT), real(*args))
+        real = training_run.save_run
+        training_run.save_run = lambda *args: (os.kill(os.getpid(), signal.SIGINT), real(*args))
 
 
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(tiny, kto_data, tmp_path):
