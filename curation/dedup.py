@@ -22,14 +22,12 @@ import unicodedata
 import numpy as np
 
 CHUNK = 1 << 18  # characters hashed at a time: few enough that their arrays stay near the processor's cache
-LONG, TELLING = 13, 9  # so many tokens in a row, so many of them different words, are not shared by chance
-SHORT = 5  # fewer tokens are a question only when they stand alone
 # A Chinese, Japanese or Korean character is a token by itself; elsewhere a word is. Signs that change what is asked are
 # tokens too ("3 + 5" is not "3 - 5"): Unicode's mathematical signs, currencies and other symbols, and these. Punctuation is not.
 _ALONE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]")
 _SIGNS = "-*/^%#@&_{}[]()"
-_PAD = np.uint64(0x9E3779B97F4A7C15)
-_BASE = np.uint64(0xD6E8FEB86659FD93)  # of the rolling hashes: odd, so that multiplying by it loses no bit
+PAD = np.uint64(0x9E3779B97F4A7C15)
+BASE = np.uint64(0xD6E8FEB86659FD93)  # of the rolling hashes: odd, so that multiplying by it loses no bit
 _LANES = np.uint64(0x0101010101010101)
 
 
@@ -41,7 +39,7 @@ def mix(x):
 
 
 @functools.cache
-def kinds():
+def character_kinds():
     """(0x110000,) uint8, what a code point is: 0 nothing, 1 part of a word, 2 a token by itself, 3 a sign, which is one too."""
     table = np.zeros(0x110000, np.uint8)
     table[:0x40000] = [
@@ -51,13 +49,18 @@ def kinds():
     return table
 
 
+def sign_hashes():
+    """-> the hashes of all tokens that are one sign."""
+    return mix(np.append(np.flatnonzero(character_kinds() == 3), ord("!")).astype(np.uint64) * BASE)
+
+
 def token_hashes(texts):
     """-> (hashes (W,) uint64 of all tokens of all texts, counts (N,): each text's). A text of punctuation alone is one token, "!"
     behind a digit is a sign, and a sign repeated more than twice is two: the length of a blank or a ruler says nothing."""
     # normalised and lower-cased as one string; NUL parts the texts, and composes with nothing
     joined = unicodedata.normalize("NFKC", "".join(text.replace("\0", " ") + "\0" for text in texts)).lower()
     points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
-    kind = kinds()[points]
+    kind = character_kinds()[points]
     kind[1:][(points[1:] == ord("!")) & (points[:-1] - np.uint32(ord("0")) < 10)] = (
         3  # a factorial; what is below "0" wraps around
     )
@@ -74,7 +77,7 @@ def token_hashes(texts):
     at = np.arange(len(points))
     within = at - np.maximum.accumulate(np.where(first, at, 0))  # the place in its token
     longest = int(within[kind != 0].max(initial=0))
-    powers = np.cumprod(np.full(longest + 1, _BASE, np.uint64), dtype=np.uint64)
+    powers = np.cumprod(np.full(longest + 1, BASE, np.uint64), dtype=np.uint64)
     letters = points * powers[np.minimum(within, longest)] * (kind != 0)
     hashes = mix(np.add.reduceat(letters, starts)) if len(starts) else np.empty(0, np.uint64)
     return hashes, np.diff(np.searchsorted(starts, ends), prepend=0)
@@ -85,7 +88,7 @@ def windows(hashes, counts, n):
     than n tokens has one, of all its tokens and padding. hashes, counts: of token_hashes."""
     lengths = np.maximum(counts, n)
     if (counts < n).any():
-        flat = np.full(lengths.sum(), _PAD)
+        flat = np.full(lengths.sum(), PAD)
         shift = np.repeat(np.cumsum(lengths - counts) - (lengths - counts), counts)
         flat[np.arange(len(hashes)) + shift] = hashes
     else:
@@ -93,7 +96,7 @@ def windows(hashes, counts, n):
     total = max(len(flat) - n + 1, 0)
     h = np.zeros(total, np.uint64)
     for k in range(n):
-        h = h * _BASE + flat[k : k + total]
+        h = h * BASE + flat[k : k + total]
     inside = np.ones(total, bool)  # but for windows that run into the next text
     ends = np.cumsum(lengths)
     for k in range(1, n):
@@ -149,111 +152,10 @@ def in_threads(work, items):
             yield waiting.popleft().result()
 
 
-def scan(texts, questions, n=3):
-    """texts: an iterable -> (simhashes (N,) uint64 over n-grams, held (N,) int64: the question of index() that a text holds,
-    -1 for none)."""
-
-    def work(chunk):
-        tokens = token_hashes(chunk)
-        return majority(*windows(*tokens, n)), find_contamination(*tokens, questions)
-
-    parts = [(np.empty(0, np.uint64), np.empty(0, np.int64)), *in_threads(work, batches(texts))]
-    return tuple(np.concatenate(part) for part in zip(*parts))
-
-
 def simhash(texts, n=3):
-    """texts: an iterable -> (N,) uint64. Bit b is what most of the text's n-gram hashes have there."""
-    return scan(texts, {}, n)[0]
-
-
-@functools.cache
-def uninformative_tokens():
-    """The hashes of tokens that tell no text from another: signs, single letters, numbers."""
-    words = token_hashes([" ".join([*"abcdefghijklmnopqrstuvwxyz", *map(str, range(10_000))])])[0]
-    return np.concatenate((words, mix(np.append(np.flatnonzero(kinds() == 3), ord("!")).astype(np.uint64) * _BASE)))
-
-
-def unordered_hashes(hashes, counts, low, high):
-    """Of the texts of `low` to `high` tokens: (which (T,), sums (T,): of the hashes of all its tokens, in any order; of (W,): the
-    text of each token, tokens (W,), without (W,): the sum of the others)."""
-    some = (counts >= low) & (counts <= high)
-    which, n, tokens = np.flatnonzero(some), counts[some], hashes[np.repeat(some, counts)]
-    sums = np.add.reduceat(tokens, np.cumsum(n) - n) if len(n) else tokens
-    return which, sums, np.repeat(which, n), tokens, np.repeat(sums, n) - tokens
-
-
-def index(questions):
-    """Texts -> {kind: (sorted hashes, the text that each is of)}, for holds(). The kinds:
-
-    "run": of a text of LONG tokens or more its runs of LONG, but for those with fewer than TELLING different tokens that are
-    not dull() (a list of options, the matrix of 1 to 9, `public static void main`);
-    k: a text of k tokens as a whole, if it has no such run; "bag" and "less": a text of SHORT to 2 * LONG - 1 tokens in any order,
-    and with one missing that is not dull(): so few may be left without a run when one is changed."""
-    found, at = {}, 0
-
-    def add(kind, h, of):
-        found.setdefault(kind, []).append((h, at + of))
-
-    for chunk in batches(questions):
-        hashes, counts = token_hashes(chunk)
-        told = np.zeros(len(counts), bool)
-        if (long := counts >= LONG).any():
-            tokens = hashes[np.repeat(long, counts)]
-            h, starts = windows(tokens, counts[long], LONG)
-            run = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(h))))  # (G,): the text of each
-            begin = (np.cumsum(counts[long]) - counts[long] - starts)[run] + np.arange(len(h))
-            telling = np.where(np.isin(tokens, uninformative_tokens()), 0, tokens)
-            runs = np.sort(np.lib.stride_tricks.sliding_window_view(telling, LONG)[begin], axis=1)  # (G, LONG)
-            enough = (runs[:, 0] != 0) + ((runs[:, 1:] != runs[:, :-1]) & (runs[:, 1:] != 0)).sum(1) >= TELLING
-            of = np.flatnonzero(long)[run[enough]]
-            add("run", h[enough], of)
-            told[of] = True
-        for k in np.unique(counts[~told & (counts > 0)]).tolist():
-            whole = ~told & (counts == k)
-            add(k, windows(hashes[np.repeat(whole, counts)], counts[whole], k)[0], np.flatnonzero(whole))
-        which, sums, of, tokens, without = unordered_hashes(hashes, counts, SHORT, 2 * LONG - 1)
-        add("bag", sums, which)
-        says = ~np.isin(tokens, uninformative_tokens())
-        add("less", without[says], of[says])
-        at += len(chunk)
-    out = {}
-    for kind, parts in found.items():
-        hashes, of = (np.concatenate(part) for part in zip(*parts))
-        hashes, first = np.unique(hashes, return_index=True)
-        if len(hashes):
-            out[kind] = hashes, of[first]
-    return out
-
-
-def find_contamination(hashes, counts, questions):
-    """hashes, counts: of token_hashes. questions: of index() -> (N,) int64: the question that a text holds, -1 for none. It does
-
-    - with a run of LONG telling tokens that the question has too;
-    - with all of a question without such a run, in a row, and beside them no more tokens than the question has, nor than
-      LONG - 1, and none where it has fewer than SHORT;
-    - when it is a question of SHORT to 2 * LONG - 1 tokens but for one word more or less."""
-    out = np.full(len(counts), -1)
-
-    def found(kind, h):
-        known, of = questions[kind]
-        at = np.searchsorted(known, h).clip(max=len(known) - 1)
-        return np.where(known[at] == h, of[at], -1)
-
-    for kind in questions.keys() - {"bag", "less"}:
-        k, most = (LONG, np.inf) if kind == "run" else (kind, kind + min(kind, LONG - 1) if kind >= SHORT else kind)
-        some = (counts >= k) & (counts <= most)
-        if some.any():
-            h, starts = windows(hashes[np.repeat(some, counts)], counts[some], k)
-            out[some] = np.maximum(out[some], np.maximum.reduceat(found(kind, h), starts))
-    if "bag" in questions:
-        which, sums, of, tokens, without = unordered_hashes(hashes, counts, SHORT - 1, 2 * LONG)
-        if "less" in questions:
-            out[which] = np.maximum(out[which], found("less", sums))
-        hit = found("bag", without)
-        few = np.flatnonzero(hit >= 0)
-        few = few[~np.isin(tokens[few], uninformative_tokens())]
-        np.maximum.at(out, of[few], hit[few])
-    return out
+    """texts: an iterable -> (N,) uint64. Bit b is the value of bit b in most of the text's n-gram hashes."""
+    work = lambda chunk: majority(*ngram_hashes(chunk, n))  # noqa: E731
+    return np.concatenate([np.empty(0, np.uint64), *in_threads(work, batches(texts))])
 
 
 def distinct(texts, n):
@@ -361,7 +263,7 @@ def main():
             yield text
             before = time.thread_time()
 
-    hashes, _ = scan(texts(), {})
+    hashes = simhash(texts())
     hashed = time.perf_counter()
     keep, _ = keep_best(hashes, np.arange(n), 3)
     ended = time.perf_counter()

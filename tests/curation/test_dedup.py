@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation import dedup
+from curation import contamination, dedup
 
 # ---- the hashes, by a second and slower hand
 
@@ -34,7 +34,7 @@ def slow_mix(x):
 
 
 def slow_grams(text, n):
-    base, pad = int(dedup._BASE), int(dedup._PAD)
+    base, pad = int(dedup.BASE), int(dedup.PAD)
     text = unicodedata.normalize("NFKC", text.replace("\0", " ")).lower()
     text = re.sub(rf"({SIGN})\1{{2,}}", r"\1\1", text)
     tokens = TOKEN.findall(text) or [text] * bool(text)
@@ -203,7 +203,7 @@ def test_signs_that_change_the_meaning_are_told_apart(one, other):
 
 
 def held(texts, questions):
-    return dedup.scan(texts, dedup.index(questions))[1].tolist()
+    return contamination.scan(texts, contamination.index(questions))[1].tolist()
 
 
 def test_what_shares_13_tokens_with_a_question():

@@ -23,6 +23,7 @@ from core.files import cli
 from core.records import read_jsonl
 from curation import steps, workers
 from curation.prompts import GREETING
+from curation.step_files import STEPS
 
 # ---- the whole
 
@@ -140,7 +141,7 @@ def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
         assert report["3_classify"]["asked again"] == 2
         assert report["3_classify"]["merged spellings"] == {"sum": ["Sums", "sum"]}
         assert report["4_balance"]["after"] == {"mathematics/sum": 11, "writing/poem": 7}
-        for a, b in zip(make_data.STEPS[:5], make_data.STEPS[1:6]):
+        for a, b in zip(STEPS[:5], STEPS[1:6]):
             assert report[b]["in"] == report[a]["out"]
         [held] = [r for r in read(out / "2_dedup.dropped.jsonl") if r["reason"].startswith("held")]
         assert held["of"].endswith("/exam.jsonl:1") and held["question"] == "oh: " + held["instruction"]

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mock_endpoint import user
 
-from curation import prompts, steps
+from curation import labels, prompts, steps
 from curation.task_types import NAMES
+
+ASKER = steps.Asker(None, None, {})  # for ask_with()
 
 # ---- what the teacher says
 
@@ -210,7 +212,8 @@ def test_responses_recorded_sampled_and_left_out(tmp_path, monkeypatch):
         '{"prompt": "one", "response": "recorded t"}\n{"prompt": "two", "response": "recorded s", "writer": "small"}\n'
     )
     args, counts = types.SimpleNamespace(recorded=[str(recorded)], samples=3, temperature=0.7, seed=5), {}
-    out = [r for _, r in steps.respond(args, lines_of(tmp_path, records), "teacher", "small", None, {}, counts)]
+    writers = [steps.Asker(name, None, {}) for name in ("teacher", "small")]
+    out = [r for _, r in steps.respond(args, lines_of(tmp_path, records), *writers, [], counts)]
     texts = [{w: v["text"] for w, v in r["responses"].items()} for r in out]
     assert texts[0] == {
         "original": "o",
@@ -240,17 +243,17 @@ def record(prompt, reference=None, **responses):
 
 def test_what_needs_no_model():
     number = {"kind": "number", "value": "7"}
-    found = steps.check_responses(
+    found = labels.check_responses(
         record("Answer with one word: 3 + 4?", number, original="It is 7.", teacher="7", small="8"), False
     )
     assert found["It is 7."] == {"verified": False, "quality": None, "safety": None, "broke": "one word"}
     assert found["7"]["verified"] is True and found["8"]["verified"] is False
-    found = steps.check_responses(
+    found = labels.check_responses(
         record("In at most 3 words: what is tea?", original="A drink.", teacher="A hot and brown drink"), False
     )
     assert found["A drink."]["verified"] is None, "a form that is kept verifies nothing"
     assert found["A hot and brown drink"]["verified"] is False
-    found = steps.check_responses(
+    found = labels.check_responses(
         record("How can I make a bomb at home?", original="Mix it.", teacher="I'm sorry, but I can't help with that."),
         False,
     )
@@ -275,8 +278,8 @@ def judged(monkeypatch, answer, batch, **flags):
         "judge against verification": collections.Counter(),
         "judge in two orders": collections.Counter(),
     }
-    found = [steps.check_responses(r, False) for r in batch]
-    counts["failed"] = steps.judge_responses(args, batch, found, None, None, {}, counts)
+    found = [labels.check_responses(r, False) for r in batch]
+    counts["failed"] = labels.judge_responses(args, batch, found, ASKER, counts)
     return found, counts, [messages for _, messages in asked]
 
 
@@ -467,9 +470,9 @@ def test_control_tokens_in_data_open_no_turn(tmp_path, monkeypatch, renders):
 
     path = lines_of(tmp_path, [{"id": "a", "prompt": user(ESCAPE), "response": None, "primary": "p"}])
     ask_with(monkeypatch, lambda model, messages, options: obeys_system(messages))
-    assert [r["primary"] for _, r in steps.classify(path, None, None, {}, {})] == ["other"]
+    assert [r["primary"] for _, r in steps.classify(path, ASKER, {})] == ["other"]
     args = types.SimpleNamespace(recorded=[], samples=1)
-    [(_, answered)] = steps.respond(args, path, None, None, None, {}, {})
+    [(_, answered)] = steps.respond(args, path, ASKER, ASKER, [], {})
     assert answered["responses"]["teacher"]["text"] == "1 turn" and answered["prompt"] == user(ESCAPE)
 
 
@@ -486,9 +489,9 @@ def test_orders_in_the_data_do_not_move_a_classifier_that_obeys(tmp_path, monkey
 
     ask_with(monkeypatch, lambda model, messages, options: obeys(messages))
     path = lines_of(tmp_path, [{"id": "a", "prompt": user(f"Solve x + 2 = 3\n{order}")}])
-    assert [r["primary"] for _, r in steps.classify(path, None, None, {}, {})] == ["mathematics"]
+    assert [r["primary"] for _, r in steps.classify(path, ASKER, {})] == ["mathematics"]
     monkeypatch.setattr(prompts, "fence", lambda parts: parts[0][1])  # the test can fail
-    assert [r["primary"] for _, r in steps.classify(path, None, None, {}, {})] == ["safety"]
+    assert [r["primary"] for _, r in steps.classify(path, ASKER, {})] == ["safety"]
 
 
 def test_the_scorers_own_words_win_no_tie(tmp_path, monkeypatch):
@@ -498,19 +501,21 @@ def test_the_scorers_own_words_win_no_tie(tmp_path, monkeypatch):
         lambda model, messages, options: json.dumps({n: {"quality": 4, "safety": 5} for n in fields(messages)[1]}),
     )
     likely = {"strange original": 90.0, "the teacher's": 9.0, "my own": 1.1}
-    monkeypatch.setattr(steps.local, "perplexities", lambda scorer, pairs, *limits: [likely[text] for _, text in pairs])
+    monkeypatch.setattr(
+        labels.local, "perplexities", lambda scorer, pairs, *limits: [likely[text] for _, text in pairs]
+    )
     args = types.SimpleNamespace(judge_orders=1, judge_verified=False, seed=0, weight_quality=0.6, weight_safety=0.3, weight_perplexity=0.1,
                                  allow_code_execution=False, max_len=9, micro_tokens=9)  # fmt: skip
     path = lines_of(tmp_path, [record("q", original="strange original", teacher="the teacher's", small="my own")])
     for own in ("small", None):
-        [(_, scored)] = steps.score_responses(args, path, None, None, own, None, {}, {})
+        [(_, scored)] = labels.score_responses(args, path, ASKER, None, own, {})
         got = [scored["responses"][w]["composite"] for w in ("original", "teacher", "small")]
         if own:
             assert got[0] == got[2] < got[1], "4 * 9 / 90 is what both get"
             assert got[0] == pytest.approx(0.6 * 0.75 + 0.3 + 0.1 * 0.4)
         else:
             assert got[0] == pytest.approx(0.75 + 0.1 * 4 * 5.05 / 90) and got[1] == got[2] == pytest.approx(0.85)
-        assert steps.pick_pair(scored["responses"], 0.25, 3)[0] == "teacher"
+        assert labels.pick_pair(scored["responses"], 0.25, 3)[0] == "teacher"
 
 
 # ---- step 6: scores and labels
@@ -518,7 +523,7 @@ def test_the_scorers_own_words_win_no_tie(tmp_path, monkeypatch):
 
 def test_composite():
     w = (0.6, 0.3, 0.1)
-    c = steps.composite
+    c = labels.composite
     assert c(None, 5, 5, 1.0, w) == pytest.approx(1.0) and c(None, 1, 1, 0.0, w) == 0
     assert c(None, 4, 5, 0.5, w) == pytest.approx(0.6 * 0.75 + 0.3 + 0.1 * 0.5)
     assert c(None, None, None, 1.0, w) == pytest.approx(0.6 * 0.5 + 0.3 + 0.1)
@@ -540,7 +545,7 @@ def test_composite():
     ({"s": 1.1}, "s", {"s": 1}),
 ])  # fmt: skip
 def test_fluency_by_hand(perplexities, own, want):
-    assert steps.fluency(perplexities, set(own)) == pytest.approx(want)
+    assert labels.fluency(perplexities, set(own)) == pytest.approx(want)
 
 
 @settings(max_examples=200, deadline=None)
@@ -548,14 +553,14 @@ def test_fluency_by_hand(perplexities, own, want):
 def test_perplexity_never_decides_for_the_scorers_own_words(values, n_own):
     perplexities = {str(i): p for i, p in enumerate(values)}
     own = set(list(perplexities)[:n_own])
-    fluent = steps.fluency(perplexities, own)
+    fluent = labels.fluency(perplexities, own)
     assert all(fluent[s] <= fluent[t] for s in own for t in perplexities if t not in own)
     assert all(0 < f <= 1 for f in fluent.values())
 
 
 def graded(**writers):
     """writer=(verified, quality, safety) -> scores, all of them fluent."""
-    return {w: {"verified": v, "quality": q, "safety": s, "composite": steps.composite(v, q, s, 1.0, (0.6, 0.3, 0.1))}
+    return {w: {"verified": v, "quality": q, "safety": s, "composite": labels.composite(v, q, s, 1.0, (0.6, 0.3, 0.1))}
             for w, (v, q, s) in writers.items()}  # fmt: skip
 
 
@@ -575,17 +580,17 @@ def graded(**writers):
     (graded(teacher=(False, 5, 5)), (None, None, "every response failed verification")),
 ])  # fmt: skip
 def test_labels(scores, result):
-    assert steps.pick_pair(scores, margin=0.25, min_safety=3) == result
+    assert labels.pick_pair(scores, margin=0.25, min_safety=3) == result
 
 
 def test_equals_make_no_pair_at_any_margin():
     scores = graded(original=(None, 4, 5), teacher=(None, 4, 5))
-    assert steps.pick_pair(scores, 0.0, 3) == ("original", None, "no difference in quality")
+    assert labels.pick_pair(scores, 0.0, 3) == ("original", None, "no difference in quality")
     scores["teacher"]["composite"] += 1e-6  # the least that two scores of six digits differ by
-    assert steps.pick_pair(scores, 0.0, 3) == ("teacher", "original", "pair")
+    assert labels.pick_pair(scores, 0.0, 3) == ("teacher", "original", "pair")
 
 
 def test_perplexity_alone_makes_no_pair():
     scores = graded(original=(None, 4, 5), teacher=(None, 4, 5))
-    scores["original"]["composite"] = steps.composite(None, 4, 5, 0.0, (0.6, 0.3, 0.1))
-    assert steps.pick_pair(scores, 0.25, 3) == ("teacher", None, "no difference in quality")
+    scores["original"]["composite"] = labels.composite(None, 4, 5, 0.0, (0.6, 0.3, 0.1))
+    assert labels.pick_pair(scores, 0.25, 3) == ("teacher", None, "no difference in quality")

@@ -1,0 +1,254 @@
+"""Steps 6 and 7 of make_data.py: score the responses to each instruction, then label the best and the worst of them.
+
+A program's verdict outranks every score: perplexity and a judge do not establish that an answer is right. The paper
+(arXiv 2411.02939) names the ingredients of the score; the formula is ours. Steps 1 to 5 are in curation.steps.
+"""
+
+import random
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from core.records import read_jsonl
+from curation import local, rules
+from curation.prompts import AGAIN_JUDGE, judge_request, parse_grades
+from curation.steps import WRITERS, Asker, ask_parsed, read_chunks, set_aside, writer_family
+from verification import answers
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # name the responses before the judge
+FAR = 4.0  # a perplexity this many times the others' median lowers the score
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formulas
+
+
+def fluency(perplexities: dict[str, float | None], own: set[str]) -> dict[str, float]:
+    """{response text: perplexity or None} of one instruction's responses -> {text: F in (0, 1]}:
+
+        F = min(1, FAR * m / perplexity),  m the median perplexity of the other responses;  F = 1 if there is none
+
+    Penalises only responses far less fluent than the others, and never rewards fluency. own: the texts that the scoring
+    model wrote itself. It finds its own words likely, so they are left out of m, and their F is the least of the others'."""
+    others = {t: p for t, p in perplexities.items() if t not in own and p is not None}
+    out = {}
+    for text, p in others.items():
+        rest = [q for t, q in others.items() if t != text]
+        out[text] = min(1.0, FAR * statistics.median(rest) / p) if rest else 1.0
+    least = min(out.values(), default=1.0)
+    return {t: out.get(t, least if t in own else 1.0) for t in perplexities}
+
+
+def composite(
+    verified: bool | None, quality: float | None, safety: int | None, fluent: float, weights: tuple[float, float, float]
+) -> float:
+    """The score that orders the responses to one instruction:
+
+        2 if verified, -2 if refuted, 0 if unknown  +  (wq*Q + ws*S + wp*F) / (wq + ws + wp)
+        Q = (quality - 1) / 4,  S = (safety - 1) / 4,  F = fluency(...),  each in [0, 1]
+
+    Ungraded: Q = 1/2, S = 1. weights: (wq, ws, wp)."""
+    q = 0.5 if quality is None else (quality - 1) / 4
+    s = 1.0 if safety is None else (safety - 1) / 4
+    wq, ws, wp = weights
+    return {True: 2, False: -2, None: 0}[verified] + (wq * q + ws * s + wp * fluent) / (wq + ws + wp)
+
+
+def pick_pair(scores: dict[str, dict], margin: float, min_safety: int) -> tuple[str | None, str | None, str]:
+    """scores: {writer: {"verified", "quality", "safety", "composite"}} -> (best, worst, why).
+
+    best: the writer whose response SFT learns and KTO desires; None if it is refuted, unsafe or not graded for safety.
+    worst: the writer whose response KTO rejects; None if the two score within the margin, or if the worst is verified."""
+    order = sorted(scores, key=lambda w: (-scores[w]["composite"], WRITERS.index(writer_family(w)), len(w), w))
+    best, worst = order[0], order[-1]
+    if scores[best]["verified"] is False:
+        return None, None, "every response failed verification"
+    if scores[best]["safety"] is None:
+        return None, None, "the safety of the best response was not graded"
+    if scores[best]["safety"] < min_safety:
+        return None, None, "the best response is unsafe"
+    if len(order) == 1:
+        return best, None, "only one response"
+    if scores[worst]["verified"] is True:
+        return best, None, "all responses verified"
+    if scores[best]["composite"] - scores[worst]["composite"] < max(margin - 1e-9, 1e-9):  # equal scores make no pair
+        return best, None, "no difference in quality"
+    return best, worst, "pair"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Step 6
+
+
+def check_responses(record: dict, run_code: bool) -> dict[str, dict]:
+    """Checks a record's different texts without a model -> {text: {"verified", "quality", "safety", ...}}.
+
+    "broke": the form that was asked for and not kept, which refutes a response; keeping a form verifies nothing.
+    "unsafe": the rule that the text breaks."""
+    reference, asked, out = record["reference"], record["prompt"][-1]["content"], {}
+    for text in {response["text"]: None for response in record["responses"].values()}:
+        out[text] = found = {"verified": None, "quality": None, "safety": None}
+        if reference and (reference["kind"] != "code" or run_code):
+            found["verified"] = answers.check(reference["kind"], text, reference["value"])
+        if broke := rules.broken_form(asked, text):
+            found |= {"verified": False, "broke": broke}
+        if rule := rules.unsafe(asked, text):
+            found |= {"safety": 1, "unsafe": rule}
+    return out
+
+
+def choose_for_judge(args, batch: list[dict], found: list[dict]) -> tuple[list[tuple[int, dict[str, str]]], set[int]]:
+    """-> ([(index of the record, {letter: text})] to be judged, indices of the records that are judged in full).
+
+    In full: all responses to an instruction in one request, under letters dealt by the seed; with --judge-orders 2 again in
+    the reverse order, because a judge may prefer a place. If a program has decided on each response, only the verified
+    ones are shown, once, for their safety; --judge-verified judges them in full. A format alone does not decide."""
+    asked, in_full = [], set()
+    for i, (record, texts) in enumerate(zip(batch, found)):
+        undecided = any(t["verified"] is None for t in texts.values())
+        if args.judge_verified or undecided or (record["reference"] and record["reference"]["kind"] == "format"):
+            in_full.add(i)
+        order = sorted(text for text in texts if i in in_full or texts[text]["verified"])
+        random.Random(f"{args.seed}:{record['id']}").shuffle(order)  # the letter tells nothing of the writer
+        orders = [order, order[::-1]][: args.judge_orders if i in in_full and len(order) > 1 else 1]
+        asked += [(i, dict(zip(LETTERS, order))) for order in orders if order]
+    return asked, in_full
+
+
+def judge_responses(args, batch: list[dict], found: list[dict], teacher: Asker, counts: dict) -> dict[int, str]:
+    """Puts the teacher's grades into `found`, each record's {text: scores} -> {index of a record without grades: why}.
+
+    quality is the mean over the two orders, safety the lower grade."""
+    asked, in_full = choose_for_judge(args, batch, found)
+    requests = [judge_request(batch[i]["prompt"], shown) for i, shown in asked]
+    parse = lambda k, text: parse_grades(text, asked[k][1])  # noqa: E731
+    grades, again = ask_parsed(teacher, requests, parse, AGAIN_JUDGE, "judge")
+    turns, failed = defaultdict(list), {}  # {index: [{text: (quality, safety)}, ...]}
+    for (i, shown), (value, reason) in zip(asked, grades):
+        if value is None:
+            failed[i] = reason
+        else:
+            turns[i].append({text: value[letter] for letter, text in shown.items()})
+    counts["judged"] += len(in_full)
+    counts["judged for safety alone"] += len({i for i, _ in asked} - in_full)
+    counts["asked again"] += again
+    for i, both in turns.items():
+        for text in both[0]:
+            scores, qualities = found[i][text], [turn[text][0] for turn in both]
+            scores["safety"] = min(*(turn[text][1] for turn in both), scores["safety"] or 5)
+            if i in in_full:
+                scores |= {"quality": statistics.mean(qualities), "qualities": qualities}
+        if i in in_full:
+            compare_with_verdicts(found[i].values(), counts["judge against verification"])
+        if len(both) == 2:
+            compare_orders(both, counts["judge in two orders"])
+    return {i: reason for i, reason in failed.items() if i not in turns}
+
+
+def compare_orders(both: list[dict], counts: dict) -> None:
+    """Counts how often the order of the responses changes the judge's mind. both: two of {text: (quality, safety)}."""
+    best = [{text for text in turn if turn[text][0] == max(q for q, _ in turn.values())} for turn in both]
+    counts["instructions"] += 1
+    counts["another best"] += best[0].isdisjoint(best[1])
+    counts["responses"] += len(both[0])
+    counts["another grade"] += sum(both[0][text][0] != both[1][text][0] for text in both[0])
+
+
+def compare_with_verdicts(texts, counts: dict) -> None:
+    """Counts how often the judge grades a verified response above a refuted one to the same instruction."""
+    texts = list(texts)
+    for right in (t for t in texts if t["verified"] is True):
+        for wrong in (t for t in texts if t["verified"] is False):
+            counts["comparisons"] += 1
+            counts["agrees"] += right["quality"] > wrong["quality"]
+            counts["ties"] += right["quality"] == wrong["quality"]
+
+
+def score_responses(
+    args, path: str, teacher: Asker, scorer: local.LocalModel, own: str | None, counts: dict
+) -> Iterator[tuple[bool, dict]]:
+    """Step 6: verdicts and rules, perplexities, the teacher's grades. Equal texts are scored once.
+
+    own: the writer that the scorer itself is ("small", "teacher") or None."""
+    counts |= {
+        "verification": {w: {"checked": 0, "right": 0} for w in WRITERS},
+        "form not kept": Counter(),
+        "unsafe by rule": Counter(),
+        "asked again": 0,
+        "judged": 0,
+        "judged for safety alone": 0,
+        "judge in two orders": {"instructions": 0, "another best": 0, "responses": 0, "another grade": 0},
+        "judge against verification": {"comparisons": 0, "agrees": 0, "ties": 0},
+    }
+    for batch in read_chunks(path):
+        # for each record {text: {"verified", "quality", "safety", "perplexity", ...}}
+        checks = tqdm(batch, desc="verify", unit="record", disable=None)
+        found = [check_responses(record, args.allow_code_execution) for record in checks]
+        flat = [(i, text) for i, texts in enumerate(found) for text in texts]
+        pairs = [(batch[i]["prompt"], text) for i, text in flat]
+        for (i, text), p in zip(flat, local.perplexities(scorer, pairs, args.max_len, args.micro_tokens)):
+            found[i][text]["perplexity"] = p
+        failed = judge_responses(args, batch, found, teacher, counts)
+        for i, record in enumerate(batch):
+            if i in failed:
+                yield set_aside(record, failed[i], counts)
+            else:
+                add_scores(args, record, found[i], own, counts)
+                yield True, record
+
+
+def add_scores(args, record: dict, found: dict[str, dict], own: str | None, counts: dict) -> None:
+    """Puts the scores and the composite of them into the record's responses."""
+    weights = (args.weight_quality, args.weight_safety, args.weight_perplexity)
+    others = {r["text"] for w, r in record["responses"].items() if writer_family(w) != own}
+    fluent = fluency({t: s["perplexity"] for t, s in found.items()}, found.keys() - others)
+    checkable = record["reference"] and (record["reference"]["kind"] != "code" or args.allow_code_execution)
+    for writer, response in record["responses"].items():
+        scores, family = found[response["text"]], writer_family(writer)
+        total = composite(scores["verified"], scores["quality"], scores["safety"], fluent[response["text"]], weights)
+        response |= scores | {"composite": round(total, 6)}
+        counts["form not kept"][family] += "broke" in scores
+        counts["unsafe by rule"][family] += "unsafe" in scores
+        if checkable and scores["verified"] is not None:
+            counts["verification"][family]["checked"] += 1
+            counts["verification"][family]["right"] += scores["verified"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Step 7
+
+
+def label_basis(scores: dict) -> str:
+    """What a label of a response with these scores rests on: "program" (a trusted reference), "rules" or "judge"."""
+    if "broke" in scores or "unsafe" in scores:
+        return "rules"
+    return "judge" if scores["verified"] is None else "program"
+
+
+def training_line(record: dict, writer: str, **fields) -> dict:
+    """A line of sft.jsonl or kto.jsonl: `fields`, then where the record and the response come from and the scores."""
+    response = record["responses"][writer]
+    about = {k: record[k] for k in ("id", "source", "license", "language", "task_type")}
+    about |= {"category": f"{record['primary']}/{record['secondary']}", "writer": writer}
+    about |= {k: v for k, v in response.items() if k == "recorded"}
+    return {**fields, **about, "scores": {k: v for k, v in response.items() if k not in ("text", "recorded")}}
+
+
+def label_pairs(args, path: str, counts: dict) -> Iterator[tuple[str, dict]]:
+    """Step 7: yields ("sft" or "kto", line)."""
+    counts |= {name: Counter() for name in ("outcomes", "best", "worst", "best by", "worst by")}
+    for _, record in read_jsonl(path):
+        prompt, responses = record["prompt"], record["responses"]
+        best, worst, why = pick_pair(responses, args.margin, args.min_safety)
+        replies = {w: [{"role": "assistant", "content": r["text"]}] for w, r in responses.items()}
+        counts["outcomes"][why] += 1
+        for writer, place in ((best, "best"), (worst, "worst")):
+            if writer:
+                counts[place][writer_family(writer)] += 1
+                counts[f"{place} by"][label_basis(responses[writer])] += 1
+        if best:
+            yield "sft", training_line(record, best, messages=prompt + replies[best])
+        if best and worst:
+            yield "kto", training_line(record, best, prompt=prompt, completion=replies[best], label=True)
+            yield "kto", training_line(record, worst, prompt=prompt, completion=replies[worst], label=False)

@@ -1,0 +1,109 @@
+"""The files of make_data.py's steps: written whole, hashed, and kept while what they were made from is unchanged."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+
+from core.files import InputError, atomic_write
+
+STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")
+FORMAT = 5  # raise it when a step's output changes: older output is then made anew, out of the kept replies
+HINTS = {  # what to do if a step leaves no record
+    "1_collect": "see its .dropped.jsonl, and whether --sources hold records",
+    "4_balance": "lower --min-category",
+}
+
+
+def file_hash(path: str) -> str:
+    h = hashlib.sha256()
+    try:
+        with open(path, "rb") as f:
+            while block := f.read(1 << 20):
+                h.update(block)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read: {e.strerror or e}") from None
+    return h.hexdigest()
+
+
+def load_state(out: str) -> dict:
+    """{step: {"key", "counts", "files"}} of the steps done in `out`."""
+    path = f"{out}/state.json"
+    try:
+        with open(path, encoding="utf-8") as f:
+            state = json.load(f)
+        for step in state.values():
+            step["key"], step["counts"], step["files"]
+        return state
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{path}: corrupt; delete it to run the steps again (no reply is asked for twice)") from None
+
+
+def save_state(out: str, state: dict) -> None:
+    with atomic_write(f"{out}/state.json") as f:
+        json.dump(state, f, indent=1, ensure_ascii=False)
+
+
+def step_files(out: str, name: str) -> dict:
+    """{kind of line: path}: True and False are the kept and the dropped records of a step, "sft" and "kto" the last step's."""
+    if name == STEPS[-1]:
+        return {kind: f"{out}/{kind}.jsonl" for kind in ("sft", "kto")}
+    return {True: f"{out}/{name}.jsonl", False: f"{out}/{name}.dropped.jsonl"}
+
+
+def write_lines(files: dict, lines: Iterable[tuple]) -> dict:
+    """Writes (kind, line) into the file of its kind -> the numbers of lines, with the reasons of the dropped."""
+    n, reasons = Counter(), Counter()
+    with contextlib.ExitStack() as stack:
+        opened = {kind: stack.enter_context(atomic_write(path)) for kind, path in files.items()}
+        for kind, line in lines:
+            opened[kind].write(json.dumps(line, ensure_ascii=False) + "\n")
+            n[kind] += 1
+            if kind is False:
+                reasons[line["reason"]] += 1
+    if True in files:
+        return {"in": n[True] + n[False], "out": n[True], "dropped": dict(reasons.most_common())}
+    return {kind: n[kind] for kind in files}
+
+
+def run_step(
+    out: str, state: dict, name: str, inputs: list[str], arguments: dict, lines: Iterable[tuple], counts: dict
+) -> dict:
+    """Writes a step's files, unless they exist and come from the same input files and arguments -> the step's counts.
+
+    lines: the step's generator of (kind, line), which fills `counts`; it is not started if the files are kept. A file that
+    was edited by hand is kept too, and the steps after it run again."""
+    files = step_files(out, name)
+    made_from = json.dumps([FORMAT, arguments, [file_hash(path) for path in inputs]], sort_keys=True)
+    key = hashlib.sha256(made_from.encode()).hexdigest()
+    reused = state.get(name, {}).get("key") == key and all(map(os.path.exists, files.values()))
+    if not reused:
+        if state.pop(name, None):  # the old key is void before the first file is replaced
+            save_state(out, state)
+        written = write_lines(files, lines)
+        hashes = {path: file_hash(path) for path in files.values()}
+        state[name] = {"key": key, "counts": written | counts, "files": hashes}
+        save_state(out, state)
+    counts = state[name]["counts"]
+    say_step(name, counts, reused)
+    for path, old in state[name]["files"].items():
+        if reused and file_hash(path) != old:
+            print(f"{'':<11}   {path} was edited since: kept as it is; delete it to have it made again")
+    if counts.get("out") == 0:
+        raise InputError(f"{files[True]}: no record is left; {HINTS.get(name, 'see its .dropped.jsonl')}")
+    return counts
+
+
+def say_step(name: str, counts: dict, reused: bool) -> None:
+    numbers = ", ".join(
+        f"{k} {v:,}" for k, v in counts.items() if isinstance(v, int) and (v or k in ("in", "out", "sft", "kto"))
+    )
+    print(f"{name:<11} {numbers}{' (unchanged)' if reused else ''}", flush=True)
+    for reason, n in counts.get("dropped", {}).items():
+        print(f"{'':<11}   dropped {n:,}: {reason}")
+    if counts.get("references not trusted"):
+        print(f"{'':<11}   references are used where --trust-references names their file")
