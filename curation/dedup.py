@@ -1,11 +1,11 @@
-"""Near duplicates by simhash, and evaluation questions by shared n-grams, in numpy on arrays of 64-bit hashes.
+"""Finds near duplicates by simhash, in numpy on arrays of 64-bit hashes.
 
-    hashes, held = scan(texts, index(questions))     # (N,) uint64, (N,) which question a text holds: one pass for both
-    keep, twin = keep_best(hashes, rank, hamming=3)  # of every group of near duplicates the one of the best rank
-    python dedup.py 1000000                          # how long that takes, and how much memory, on made-up texts
+    hashes = simhash(texts)                          # (N,) uint64
+    keep, twin = keep_best(hashes, rank, hamming=3)  # keeps the best text of every group of near duplicates
+    python -m curation.dedup 1000000                 # measures time and memory on made-up texts
 
-Alike texts have simhashes that differ in few bits (Charikar, STOC 2002). A chunk of texts is hashed as one array of its code
-points, without a loop over texts or words; each core has a thread for some of them, as numpy works outside of Python's lock.
+Similar texts have simhashes that differ in few bits (Charikar, STOC 2002). A chunk of texts is hashed as one array of code
+points, without a loop over texts or words. Chunks are hashed in one thread per core: numpy releases Python's lock.
 """
 
 import argparse
@@ -21,9 +21,9 @@ import unicodedata
 
 import numpy as np
 
-CHUNK = 1 << 18  # characters hashed at a time: few enough that their arrays stay near the processor's cache
-# A Chinese, Japanese or Korean character is a token by itself; elsewhere a word is. Signs that change what is asked are
-# tokens too ("3 + 5" is not "3 - 5"): Unicode's mathematical signs, currencies and other symbols, and these. Punctuation is not.
+CHUNK = 1 << 18  # characters hashed at a time: their arrays fit the processor's cache
+# A token is a Chinese, Japanese or Korean character, or a word of another script. Signs that change the meaning are tokens
+# too ("3 + 5" is not "3 - 5"): Unicode's mathematical signs, currencies, other symbols, and _SIGNS. Punctuation is not.
 _ALONE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]")
 _SIGNS = "-*/^%#@&_{}[]()"
 PAD = np.uint64(0x9E3779B97F4A7C15)
@@ -40,7 +40,7 @@ def mix(x):
 
 @functools.cache
 def character_kinds():
-    """(0x110000,) uint8, what a code point is: 0 nothing, 1 part of a word, 2 a token by itself, 3 a sign, which is one too."""
+    """-> (0x110000,) uint8, the kind of each code point: 0 no token, 1 part of a word, 2 a token by itself, 3 a sign (a token)."""
     table = np.zeros(0x110000, np.uint8)
     table[:0x40000] = [
         2 if _ALONE.match(c) else 3 if unicodedata.category(c) in ("Sm", "Sc", "So") or c in _SIGNS else c.isalnum()
@@ -55,9 +55,11 @@ def sign_hashes():
 
 
 def token_hashes(texts):
-    """-> (hashes (W,) uint64 of all tokens of all texts, counts (N,): each text's). A text of punctuation alone is one token, "!"
-    behind a digit is a sign, and a sign repeated more than twice is two: the length of a blank or a ruler says nothing."""
-    # normalised and lower-cased as one string; NUL parts the texts, and composes with nothing
+    """-> hashes (W,) uint64 of all tokens of all texts; counts (N,): tokens of each text.
+
+    A text of punctuation alone is one token. "!" behind a digit is a sign. A sign that is repeated more than twice counts
+    twice, because the length of a blank or a ruler carries no meaning."""
+    # one string for all texts; NUL separates them, since it combines with no other character
     joined = unicodedata.normalize("NFKC", "".join(text.replace("\0", " ") + "\0" for text in texts)).lower()
     points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
     kind = character_kinds()[points]
@@ -84,8 +86,9 @@ def token_hashes(texts):
 
 
 def windows(hashes, counts, n):
-    """All n-grams of the tokens of each text: (hashes (G,) uint64, starts (N,) where each text's begin). A text of fewer
-    than n tokens has one, of all its tokens and padding. hashes, counts: of token_hashes."""
+    """Hashes all n-grams of tokens -> (hashes (G,) uint64, starts (N,): where the n-grams of each text begin).
+
+    A text of fewer than n tokens has one n-gram: its tokens and padding. hashes, counts: of token_hashes()."""
     lengths = np.maximum(counts, n)
     if (counts < n).any():
         flat = np.full(lengths.sum(), PAD)
@@ -109,10 +112,9 @@ def ngram_hashes(texts, n):
 
 
 def majority(h, starts):
-    """h: (G,) uint64 in N runs that begin at `starts` -> (N,) uint64: bit b is what most of a run's hashes have there.
+    """h: (G,) uint64 in N runs that begin at `starts` -> (N,) uint64: each bit is the majority of that bit over the run.
 
-    Eight bits are counted at once, each in its own byte of a word; a byte counts no further than 255, so longer runs are
-    counted in pieces."""
+    Eight bits are counted at once, one in each byte of a word. A byte counts to 255, so longer runs are cut into pieces."""
     grams = np.diff(np.append(starts, len(h)))
     pieces = -(-grams // 255)
     first = np.concatenate(([0], np.cumsum(pieces)[:-1]))
@@ -127,7 +129,7 @@ def majority(h, starts):
 
 
 def batches(texts):
-    """Lists of texts of at most CHUNK characters together (one longer text alone)."""
+    """Yields lists of texts with at most CHUNK characters in all; a longer text is alone in its list."""
     batch, size = [], 0
     for text in texts:
         if batch and size + len(text) > CHUNK:
@@ -140,7 +142,7 @@ def batches(texts):
 
 
 def in_threads(work, items):
-    """work(item) for every item, on all cores, in order; few items are held at a time."""
+    """Yields work(item) for every item, in order, computed on all cores. Holds few items at a time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with concurrent.futures.ThreadPoolExecutor(cores) as pool:
         waiting = collections.deque()
@@ -159,18 +161,18 @@ def simhash(texts, n=3):
 
 
 def distinct(texts, n):
-    """distinct-n (Li et al., arXiv 1510.03055): how many different n-grams the texts hold, over how many they hold."""
+    """distinct-n (Li et al., arXiv 1510.03055): the number of different n-grams over the number of n-grams."""
     parts = [ngram_hashes(chunk, n)[0] for chunk in batches(texts)]
     grams = np.concatenate([np.empty(0, np.uint64), *parts])
     return len(np.unique(grams)) / max(len(grams), 1)
 
 
 def near_pairs(hashes, hamming):
-    """All pairs i < j of hashes (N,) uint64 that differ in at most `hamming` bits, exactly: (P,), (P,).
+    """All pairs i < j of hashes (N,) uint64 that differ in at most `hamming` bits -> i (P,), j (P,). Exact.
 
     The 64 bits are cut into hamming + r blocks. Two hashes within the distance agree on at least r whole blocks, so they
-    meet in one of the tables keyed by every choice of r blocks. r = 1 for small N; more, and so longer keys, where the
-    buckets would fill up: the work stays near N log N."""
+    share a bucket in one of the tables, one for each choice of r blocks as key. r is 1 for small N and grows with N: longer
+    keys keep the buckets small, and the work near N log N."""
     n, r = len(hashes), 1
     while hamming and 2 ** (64 * r // (hamming + r)) * 8 < n and r < 4:
         r += 1
@@ -199,9 +201,10 @@ def near_pairs(hashes, hamming):
 
 
 def keep_best(hashes, rank, hamming):
-    """rank: (N,), lower is better, no ties. Goes through the texts from the best on and drops what is near one kept before:
-    no two that stay are near, and each that goes is near one that stays. -> keep (N,) bool, twin (N,): the index of the
-    one that stays in its place (its own where it stays)."""
+    """Goes through the texts from the best to the worst, and drops each that is near a kept one. rank: (N,), lower is better,
+    no ties.
+
+    -> keep (N,) bool; twin (N,): the index of the kept text that a text is near to, its own if it is kept."""
     order = np.argsort(rank)
     values, first, group = np.unique(hashes[order], return_index=True, return_inverse=True)
     best = order[first]  # of equal hashes the best text
@@ -229,8 +232,8 @@ def keep_best(hashes, rank, hamming):
 
 
 def made_up(n):
-    """Yields n texts of 300 characters, English and Chinese by turns. Every tenth is the fifth or the fourth of its ten, changed:
-    in case and punctuation, by a word or a character at its end, or by one in its middle."""
+    """Yields n texts of 300 characters, English and Chinese in turn. Every tenth is a changed copy of the fifth or fourth of its
+    ten: in case and punctuation, with a word added at the end, or with one added in the middle."""
     rng, ten = np.random.default_rng(0), []
     words = np.array(["".join(map(chr, rng.integers(97, 123, size))) for size in rng.integers(2, 9, 20_000)])
     for i in range(n):

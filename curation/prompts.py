@@ -1,7 +1,7 @@
-"""What make_data.py asks the teacher, and how its replies are read: strictly, or not at all.
+"""The requests of make_data.py to the teacher, and the strict parsers of its replies.
 
-The rubric is the same for all requests (a local teacher computes it once); what comes from the data is fenced by a key the
-data cannot know, and is said to be data: it gives no orders.
+The rubric is the same for all requests, so a local teacher computes it once. Text from the data stands between fences with
+a key that the data cannot know, and its control tokens are disarmed. The rubric says to obey nothing inside a fence.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ CLASSIFY_CHARS, JUDGE_CHARS = 2000, 4000  # of each text that a request quotes; 
 
 
 def render(prompt):
-    """A prompt as one text: a single user turn as it is, a conversation with its roles."""
+    """A prompt as one text: a single turn as it is, several turns with their roles."""
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
@@ -114,7 +114,7 @@ def judge_request(prompt, responses):
 
 
 def parse_object(text):
-    """The JSON object that is the whole text (one code fence around it is allowed), else None."""
+    """The text as a JSON object, which one code fence may surround; None if it is anything else."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.S)
     try:
         value = json.loads(fenced[1] if fenced else text)
@@ -176,8 +176,7 @@ def singular(text):
 
 
 def category_key(text):
-    """What names of one category share: their words without endings, small words left out, in any order unless one leads "to"
-    another."""
+    """A key that names of one category share: their words without endings and small words, sorted unless "to" is one of them."""
     words = singular(text).split()
     stems = [re.sub(r"([b-df-hj-np-tv-z])\1(?=$)", r"\1", re.sub(r"(?:ing|ed|e)$", "", singular(w))) if len(w) > 4 else singular(w)
              for w in words if w not in ("a", "an", "the", "and", "or", "of", "for", "to")]  # fmt: skip
@@ -195,7 +194,7 @@ def offered_names():
 
 
 def category_name(text):
-    """Near-synonyms get one name: the rubric's, where it offers one (OFFERED); else equal but for case, separators, plural."""
+    """One name for near-synonyms: the rubric's if it offers one (OFFERED), else in lower case, singular, single spaces."""
     return OFFERED.get(category_key(text)) or singular(text)
 
 

@@ -1,7 +1,6 @@
-"""What rules alone can say of a response, without a model: that it breaks the form asked for, that it is unsafe, that it
-declines, that it was cut off. Tables to read and to edit.
+"""Rules that reject a response without a model: it breaks the form asked for, is unsafe, declines, or was cut off.
 
-A rule here never praises. What it finds is stated so narrowly that a hit means something; what it does not find means nothing.
+Rules only reject. A hit is reliable, because the patterns are narrow; no hit proves nothing. The tables are meant to be edited.
 """
 
 import math
@@ -11,7 +10,7 @@ from curation.task_types import task_type
 from verification.ifeval import is_json
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The form: limits that an instruction states in so many words
+# Form: limits that an instruction states
 
 _WORDS = {word: n for n, word in enumerate("one two three four five six seven eight nine ten".split(), 1)}
 _DIGITS = {c: n for n, c in enumerate("零一二三四五六七八九")} | {"两": 2}
@@ -26,7 +25,7 @@ _REPLY = r"\b(?:answer|reply|respond|response|output|return|give (?:me )?(?:your
 
 
 def number(text):
-    """Of a numeral in digits, an English word up to ten or Chinese ("一百二十" -> 120; of "两三" the larger)."""
+    """Reads a numeral: digits, an English word up to ten, or Chinese ("一百二十" -> 120; "两三" -> 3)."""
     if text[0].isdigit() or text.lower() in _WORDS:
         return _WORDS.get(text.lower()) or int(re.sub("[,，]", "", text))
     total = last = 0
@@ -40,21 +39,21 @@ def number(text):
     return total + last
 
 
-# How many there are is a matter of reading, so each count is (fewest, most): a limit is broken where both readings break it.
+# A count is (fewest, most), because texts can be counted in two ways. A limit is broken if both counts break it.
 
 
 def words(text):
-    """A word with hyphens is one, or as many as its parts."""
+    """Counts a word with hyphens as one, or as its parts."""
     return len(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text)), len(re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text))
 
 
 def characters(text):
-    """Chinese counts characters: a word in another script is one or its letters, signs do not count or do."""
+    """Counts Chinese characters. A word in another script counts as one or as its letters; signs count in `most` alone."""
     return len(re.findall(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+", text)), len(re.findall(r"\S", text))
 
 
 def sentences(text):
-    """A line's end without a sign ends one or not, and so does the stop of "U.S." or "J. K." before a capital letter."""
+    """Counts sentences. The end of a line, and the stop in "U.S." or "J. K." before a capital, end one in `most` alone."""
     text = re.sub(r"\b(Mr|Mrs|Ms|Dr|St|Prof|vs|cf|e\.g|i\.e|No(?=\. ?\d))\.", r"\1", text)
     ends = r"(?<=[.!?])[\"'”’)]*\s+(?![a-z])|(?<=[。！？])"
     fewest = re.split(ends, re.sub(r"\b([A-Z]|[ap]\.m|etc|Jr|Sr|Inc|Ltd|Co)\.(?=\s)", r"\1", text))
@@ -88,7 +87,9 @@ _FORMS = [(name, re.compile(pattern, re.I), holds) for name, pattern, holds in F
 
 
 def _limits():
-    """Patterns of COUNTS: (name, count, limit, pattern, fewest given n, most given n). "in 50 words" is no limit: 55 will do."""
+    """Yields the patterns of COUNTS: (name, count, limit, pattern, fewest given n, most given n).
+
+    "in 50 words" is no limit: 55 words satisfy it."""
     for name, count, english, chinese in COUNTS:
         exact, most, least = (
             [rf"\b{how} {_N} {english}\b{_NO_LIST}"] if english else [] for how in ("exactly", _MOST, _LEAST)
@@ -113,7 +114,7 @@ def _limits():
 
 
 _LIMITS = list(_limits())
-# What may hold a limit's words without stating one: texts that are talked about, what is given, what concerns a part only
+# These hold the words of a limit without stating one: quoted texts, what is given, limits of a part of the response
 _QUOTED = re.compile(r"```.*?```|\"[^\"\n]*\"|“[^”]*”|「[^」]*」", re.S)
 _GIVEN = re.compile(r"\b(?:are|be) given\b.*", re.S)
 _PART = re.compile(r"\b(?:each|every|per|titles?|headings?|headlines?|keywords?)\b|每[个句段条行项点首篇]|标题", re.I)
@@ -126,7 +127,7 @@ _TOPIC_FIRST = re.compile(r"(?:what|why|how)\b|什么|为什么|为何|怎|如�
 
 
 def demands(instruction):
-    """The sentences of an instruction that may state a form: of a question what stands before its question word's clause."""
+    """The sentences of an instruction that may state a form; of a question, the part before its question word's clause."""
     kept = []
     for sentence in re.split(r"(?<=[.!?])\s+|(?<=[。！？\n])", _QUOTED.sub(" ", instruction)):
         if (
@@ -141,9 +142,9 @@ def demands(instruction):
 
 
 def broken_form(instruction, response):
-    """-> the limit that the instruction states and the response does not keep, as "words: 71 where 50 is the most", or None.
+    """-> the limit that the response breaks, as "words: 71 where 50 is the most", or None.
 
-    What asks for code is passed over: there a form is what the program is to do."""
+    Instructions that ask for code are skipped: their limits describe the program, not the response."""
     asked = "" if task_type(instruction).startswith("code/") else demands(instruction)
     for name, pattern, holds in _FORMS:
         if pattern.search(asked) and not holds(response):
@@ -177,18 +178,18 @@ _DECLINES = re.compile(
 
 
 def declines(text):
-    """Whether a response begins by refusing to respond."""
+    """True if a response begins with a refusal."""
     return _DECLINES.search(text[:300]) is not None
 
 
 def luhn(number):
-    """The check sum of payment cards."""
+    """True if the checksum of a payment card's number is right (Luhn)."""
     doubled = [int(d) * (1 + i % 2) for i, d in enumerate(reversed(re.sub(r"\D", "", number)))]
     return sum(d - 9 * (d > 9) for d in doubled) % 10 == 0
 
 
 def chinese_id(number):
-    """The check character of the 18 places of a Chinese identity number (GB 11643)."""
+    """True if the check character of an 18-place Chinese identity number is right (GB 11643)."""
     total = sum(int(d) * 2 ** (17 - i) for i, d in enumerate(number[:17]))
     return "10X98765432"[total % 11] == number[17].upper()
 
@@ -242,8 +243,10 @@ _WARNS = re.compile(
 
 
 def unsafe(instruction, response):
-    """-> the rule that a response breaks, or None. A response that declines breaks none; what the instruction itself brought
-    (a card number to check) is no fault of the response. One that warns of a harmful request is left to the judge."""
+    """-> the rule that a response breaks, or None.
+
+    A response that declines breaks none. Text that the instruction itself contains (a card number to check) is not held
+    against the response. A response that warns of a harmful request is left to the judge."""
     if declines(response):
         return None
     for name, pattern, passes in UNSAFE:
@@ -271,7 +274,7 @@ _OPEN_END = re.compile(
 
 
 def cut_off(text):
-    """Whether a response stops before its end: a code block that is not closed, a mark that says so, a sentence's middle."""
+    """True if a response stops early: in a code block, at a mark such as [truncated], or inside a sentence."""
     text = text.rstrip()
     return (
         text.count("```") % 2 == 1

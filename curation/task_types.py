@@ -1,9 +1,9 @@
 """The rules that sort an instruction into one of about 50 task types, as a table to read and to edit.
 
 A rule is (task type, English pattern, Chinese pattern). The first rule that matches the user's last turn gives the type, so
-the special stands before the general: "write a SQL query" is code/sql, not code/write. Patterns are regular expressions,
-case does not count. What no rule matches becomes other/question or other/instruction. The rules cost no model: they tell
-what a source is made of, before a teacher has been paid for anything. The teacher's categories (step 3) are what is balanced.
+special rules come before general ones: "write a SQL query" is code/sql, not code/write. Patterns are regular expressions that
+ignore case. If no rule matches, the type is other/question or other/instruction. Rules need no model: they describe a source
+before a teacher is paid for anything. Balancing uses the teacher's categories (step 3) instead.
 """
 
 import re
