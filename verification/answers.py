@@ -1,12 +1,14 @@
-"""Reading an answer out of a reply, and checking it: numbers, choices, strings, and code, which sandbox.py runs.
+"""Read an answer out of a reply and check it: numbers, choices, strings, and code, which sandbox.py runs.
 
-The rules are those of the paper's evaluation scripts (arXiv 2411.02939, companion repository, which runs Qwen's own):
-what counts as an answer is part of the protocol, oddities included, because changing them changes the scores.
+The rules are those of the paper's evaluation scripts (arXiv 2411.02939, companion repository, which runs Qwen's own).
+Their oddities are kept: they are part of the protocol, and changing them changes the scores.
 """
 
 import functools
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 from verification.ifeval import follows
 from verification.sandbox import run_program
@@ -16,7 +18,7 @@ from verification.sandbox import run_program
 NUMBER = re.compile(r"[+-]?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|[+-]?\.[0-9]+")
 
 
-def last_number(text):
+def last_number(text: str) -> float | None:
     """The last number of a text as a float, None when there is none.
 
     Thousands commas are dropped ("$1,234.50" -> 1234.5), units and signs around it are ignored ("50%", "18 元"), a sign
@@ -26,7 +28,7 @@ def last_number(text):
     return float(found[-1].replace(",", "")) if found else None
 
 
-def numbers_equal(a, b, tol=1e-4):
+def numbers_equal(a: float | None, b: float | None, tol: float = 1e-4) -> bool:
     """Whether two numbers differ by at most tol (absolute). None equals nothing."""
     return a is not None and b is not None and math.isclose(a, b, rel_tol=0, abs_tol=tol)
 
@@ -35,10 +37,10 @@ def numbers_equal(a, b, tol=1e-4):
 
 
 @functools.lru_cache
-def choice_patterns(letters):
+def choice_patterns(letters: str) -> list[re.Pattern]:
     """The protocol's cascade for a string of letters ("ABCD"): patterns in their order, group 1 is the letter.
 
-    `gap` is text without any of the letters, so that a statement never reaches over a letter to the next. The first two
+    `gap` is text without any of the letters, so that a match never crosses a letter. The first two
     stages have a Chinese and an English pattern each; a negation between statement and letter voids the match. In the
     paper's scripts C-Eval has only the Chinese and CMMLU only the English ones; here a reply may be in either.
     """
@@ -60,7 +62,7 @@ def choice_patterns(letters):
     return [re.compile(p) for p in (states_zh, states_en, called_zh, called_en, opens, alone)]
 
 
-def extract_choice(reply, choices, question=None):
+def extract_choice(reply: str, choices: dict[str, str], question: str | None = None) -> str:
     """The letter that a reply chooses; always one of the letters.
 
     choices: {letter: text}. First every choice's text in the reply becomes its letter, the longest text first (so a
@@ -84,12 +86,12 @@ def extract_choice(reply, choices, question=None):
     return nearest_choice(reply, choices)
 
 
-def nearest_choice(reply, choices):
+def nearest_choice(reply: str, choices: dict[str, str]) -> str:
     """The letter whose text is most similar to the reply, the first among equals, as a last resort."""
     return max(choices, key=lambda letter: round(similarity(reply, choices[letter]), 9))  # equal is equal to rounding
 
 
-def similarity(a, b):
+def similarity(a: str, b: str) -> float:
     """0 to 1: the "weighted ratio" that the paper's scripts take from thefuzz, so the same choice wins.
 
     Texts of like length: as they are, or as bags of words. Else the shorter one at its best place in the longer one, or
@@ -103,24 +105,24 @@ def similarity(a, b):
     if length < 1.5:
         both, rest_a, rest_b = words_a & words_b, words_a - words_b, words_b - words_a
         if both and not (rest_a and rest_b):
-            return max(ratio(a, b), 0.95)
+            return max(lcs_ratio(a, b), 0.95)
         bags = [" ".join(sorted(both) + sorted(rest)) for rest in (rest_a, rest_b)]
         pairs = [bags, [" ".join(sorted(text.split())) for text in (a, b)]]
         pairs += [[" ".join(sorted(both)), bag] for bag in bags if both]
-        return max(ratio(a, b), 0.95 * max(ratio(*pair) for pair in pairs))
+        return max(lcs_ratio(a, b), 0.95 * max(lcs_ratio(*pair) for pair in pairs))
     discount = 0.9 if length <= 8 else 0.6
     place = 1.0 if words_a & words_b else 0.0
     if not place:
-        place = max(best_place(*(" ".join(sorted(f(t.split()))) for t in (a, b))) for f in (list, set))
-    return max(ratio(a, b), discount * best_place(a, b), discount * 0.95 * place)
+        place = max(best_partial_ratio(*(" ".join(sorted(f(t.split()))) for t in (a, b))) for f in (list, set))
+    return max(lcs_ratio(a, b), discount * best_partial_ratio(a, b), discount * 0.95 * place)
 
 
-def ratio(a, b):
+def lcs_ratio(a: str, b: str) -> float:
     """2 LCS(a, b) / (|a| + |b|), LCS the length of the longest common subsequence."""
     return 2 * lcs_length(a)(b) / (len(a) + len(b))
 
 
-def lcs_length(a):
+def lcs_length(a: str) -> Callable[[str], int]:
     """b -> LCS(a, b), a column of the table at a time: bit i of `row` is 0 where a[i] raises the length."""
     masks, full = {}, (1 << len(a)) - 1
     for i, character in enumerate(a):
@@ -136,8 +138,8 @@ def lcs_length(a):
     return length
 
 
-def best_place(a, b):
-    """The largest ratio of the shorter text with a piece of the longer one, of its length or cut off by an end."""
+def best_partial_ratio(a: str, b: str) -> float:
+    """The largest lcs_ratio of the shorter text with a window of the longer one. Windows have its length, shorter at the ends."""
     if len(a) > len(b):
         a, b = b, a
     n, length = len(a), lcs_length(a)
@@ -156,7 +158,7 @@ def best_place(a, b):
 INDENTED = r"(.*?)(?=\n(?!\n*(?:  |\t))|\Z)"  # up to the first line that is not indented
 
 
-def extract_code(reply, entry_point):
+def extract_code(reply: str, entry_point: str) -> str:
     """The body of the function `entry_point` in a reply, to be appended to a prompt that ends in its signature.
 
     From a fenced block (to its end, so helpers after the function come along), else from the bare reply, else the body
@@ -170,27 +172,27 @@ def extract_code(reply, entry_point):
     return "".join(f"    {line}" if line.strip() else line for line in reply.splitlines(keepends=True))
 
 
-def extract_program(reply, entry_point=None):
+def extract_program(reply: str, entry_point: str | None = None) -> str:
     """A reply's program: the first fenced block that defines entry_point, else the first block, else all of it."""
     blocks = re.findall(r"```[^\n]*\n(.*?)(?:\n```|\Z)", reply, re.DOTALL)
     named = [b for b in blocks if entry_point and re.search(rf"def\s+{re.escape(entry_point)}\b", b)]
     return (named or blocks or [reply])[0]
 
 
-def boxed(reply):
-    """What stands in the last \\boxed{...} of a reply, without LaTeX's \\text; None without one."""
+def last_boxed(reply: str) -> str | None:
+    """The content of the last \\boxed{...} of a reply, without LaTeX's \\text; None if there is no box."""
     found = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", reply)
     return re.sub(r"\\text\{([^{}]*)\}", r"\1", found[-1]).strip() if found else None
 
 
-# ---------------------------------------------------------------- what a reply states, for data
+# ---------------------------------------------------------------- stated answers, for data
 
 
 @functools.lru_cache
-def statements(letters):
-    """Patterns of a choice that is stated outright, the surest first; group 1 is the letter.
+def choice_statements(letters: str) -> list[re.Pattern]:
+    """Patterns of a stated choice, the most reliable first; group 1 is the letter.
 
-    A letter by itself may be an article ("The answer is A man"), so no word but a few may follow it, and no second letter.
+    A single letter may be an article ("The answer is A man"): only a few words may follow it, and no second letter.
     """
     second = rf"(?![)）]?\s*(?:,|、|/|&|and|or|和|或|及|与)\s*[(（]?[{letters}](?![A-Za-z]))"
     article = r"(?!\s+(?!(?:is|was|because|since|as|which|with)\b)[a-z])"
@@ -204,51 +206,52 @@ def statements(letters):
     )]  # fmt: skip
 
 
-def unlatex(text):
+def strip_latex(text: str) -> str:
+    """A text in lower case, without LaTeX's commands and braces; a fraction becomes "1/2"."""
     text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", text).replace("\\sqrt", "√").replace("\\pi", "π")
     return re.sub(r"\\(?:text(?:bf)?|math(?:rm|bf)|left|right)\b|[\\{}$]|\.\s*\Z", " ", text).strip().casefold()
 
 
-def normalise_latex(text):
-    """A text without what LaTeX, spaces, case and the sign of a power add to it: "24a^{2} \\text{ Cm}" -> "24a2cm"."""
-    return re.sub(r"\s|(?<=[a-z])\^", "", re.sub(r"\^\s+", "^", unlatex(text)))
+def normalise_latex(text: str) -> str:
+    """A text without LaTeX, spaces, case and "^" after a letter: "24a^{2} \\text{ Cm}" -> "24a2cm"."""
+    return re.sub(r"\s|(?<=[a-z])\^", "", re.sub(r"\^\s+", "^", strip_latex(text)))
 
 
-def amount(text):
-    """The value of a text that is one number, its unit aside: "$2,000", "7 1/2 sec", "58\\%"; None for "2:3" or "8^6 ways"."""
+def parse_quantity(text: str) -> float | None:
+    """The value of a text that is one number with or without a unit: "$2,000", "7 1/2 sec". None for "2:3" or "8^6 ways"."""
     number = r"(-?)(?:(\d+)\s+(?=\d+/))?(\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/([1-9]\d*))?"
     unit = r"\s*(?:[%°]|\s[a-z./ %²³]+|[a-z]{2,}[a-z./ ²³]*)?"
-    if not (found := re.fullmatch(rf"(?:rs\.?|[€£])?\s*{number}{unit}", unlatex(text))):
+    if not (found := re.fullmatch(rf"(?:rs\.?|[€£])?\s*{number}{unit}", strip_latex(text))):
         return None
     sign, whole, value, below = found.groups()
     return (-1 if sign else 1) * (int(whole or 0) + float(value.replace(",", "")) / int(below or 1))
 
 
-def stated_number(text):
+def stated_number(text: str) -> float | None:
     """The value of a text that is one number, else the last number in it; unlike last_number, "\\frac{1}{2}" and "1/2" are 0.5."""
-    value, found = amount(text), re.findall(rf"({NUMBER.pattern})(?:/([1-9][0-9]*))?", text)
+    value, found = parse_quantity(text), re.findall(rf"({NUMBER.pattern})(?:/([1-9][0-9]*))?", text)
     if value is None and found:
         value = float(found[-1][0].replace(",", "")) / int(found[-1][1] or 1)
     return value
 
 
-def stated_choice(reply, choices):
-    """The letter that a reply states, as far as that is beyond doubt; "" for a value that is none of the choices, else None.
+def stated_choice(reply: str, choices: dict[str, str]) -> str | None:
+    """The letter that a reply clearly states, "" for a value that is none of the choices, None if it is not clear.
 
-    The last box, by letter, text or number; else the last statement ("The answer is (B)."); else a reply that is or opens
-    with nothing but a choice. extract_choice always gives a letter, and four or five wrong replies would have one right.
+    Looked at in order: the last box, by letter, text or number; the last statement ("The answer is (B)."); a reply that is
+    a choice or begins with one. extract_choice guesses a letter in every case, which is too lenient for data.
     """
-    letters, answer = re.escape("".join(choices)), boxed(reply) or ""
+    letters, answer = re.escape("".join(choices)), last_boxed(reply) or ""
     if found := re.fullmatch(rf"(?:[Oo]ption |[Cc]hoice )?\(?([{letters}])\)?(?:[.:)].*)?", answer, re.DOTALL):
         return found.group(1)
-    value, amounts = amount(answer), {letter: amount(text) for letter, text in choices.items()}
+    value, amounts = parse_quantity(answer), {letter: parse_quantity(text) for letter, text in choices.items()}
     equal = [
         letter for letter, text in choices.items() if normalise_latex(text) == normalise_latex(answer or reply) != ""
     ]
     equal = equal or [letter for letter in choices if numbers_equal(value, amounts[letter])]
     if len(equal) == 1:
         return equal[0]
-    for pattern in statements(letters):
+    for pattern in choice_statements(letters):
         if found := pattern.findall(reply):
             return found[-1]
     heads = re.findall(rf"^[^\w\n]*([{letters}])(?!\w)[^\w\n]*(.*)$", reply, re.MULTILINE)
@@ -260,13 +263,14 @@ def stated_choice(reply, choices):
             and normalise_latex(rest).startswith(normalise_latex(choices[letter]))
         ):
             return letter
-    # a number among other things, or the other way round, is no choice; of two formulas who knows, and "none of these" may be
+    # A number beside choices that are no numbers, or the reverse, is none of them. Two formulas may be equal in a way
+    # that is not seen here, and "none of these" may be a choice.
     known = not equal and any(v is not None for v in (value, *amounts.values()))
     open_ended = any(re.search(r"\b(?:none|cannot|can't|not)\b|都不", text, re.IGNORECASE) for text in choices.values())
     return "" if answer and known and not open_ended else None
 
 
-def check(kind, reply, reference):
+def check(kind: str, reply: str, reference: Any) -> bool | None:
     """Whether a reply holds the reference's answer: True or False, None when that cannot be checked.
 
     kind, reference: "number", a number or a string ending in one; "choice", {"letter", "choices"}; "exact", a string;
@@ -276,7 +280,7 @@ def check(kind, reply, reference):
     if kind == "number":
         number = isinstance(reference, (int, float)) and not isinstance(reference, bool)
         value = float(reference) if number else stated_number(reference) if isinstance(reference, str) else None
-        answer = stated_number(boxed(reply) or "")
+        answer = stated_number(last_boxed(reply) or "")
         return None if value is None else numbers_equal(stated_number(reply) if answer is None else answer, value)
     if kind == "choice" and isinstance(reference, dict) and isinstance(reference.get("choices"), dict):
         letters = {str(k): str(v) for k, v in reference["choices"].items()}
@@ -293,6 +297,7 @@ def check(kind, reply, reference):
     return None
 
 
-def normalise_text(text):
+def normalise_text(text: str) -> str:
+    """A text in lower case, without space around it and its last full stop."""
     text = text.strip().casefold()
     return (text[:-1] if text.endswith((".", "。")) else text).rstrip()

@@ -2,10 +2,10 @@
 
     follows("length_constraints:number_words", reply, {"relation": "at least", "num_words": 300})
 
-The definitions are those of the benchmark's own checker but where it needs two large packages: sentences are split by a
-rule (below), a language is guessed from its script and its commonest words, and words in capitals are parted as NLTK's
-Treebank rules part them but for rare ones ("'TWAS" is one here, two there). An instruction in capitals is judged by the
-words in lower case, so that English in capitals is English.
+The definitions are those of the benchmark's own checker, except where it needs two large packages: sentences are split by a
+rule (below), a language is guessed from its script and its commonest words, and words in capitals are split by NLTK's
+Treebank rules but for rare ones ("'TWAS" is one word here, two there). The language of a reply in capitals is guessed
+from its words in lower case.
 """
 
 import collections
@@ -68,7 +68,7 @@ WORDS = {
 }
 
 
-def guess_language(text):
+def guess_language(text: str) -> str | None:
     """ISO 639-1 code of the language that a text is in: by its commonest script, then its commonest words. None without
     letters. A guess for telling apart the languages above, not for identifying any language."""
     scripts = collections.Counter(unicodedata.name(c, "?").split()[0] for c in text if c.isalpha())
@@ -84,7 +84,7 @@ def guess_language(text):
     )  # none of the words: the script's first language
 
 
-def in_language(text, language):
+def in_language(text: str, language: str) -> bool:
     """A text without letters counts as being in any language, as in the benchmark's checker."""
     return guess_language(text) in (language, None)
 
@@ -95,7 +95,7 @@ ABBREVIATIONS = set("mr mrs ms dr prof sr jr st vs etc inc ltd co corp no e.g i.
                     "jul aug sep sept oct nov dec gen gov rep sen rev".split())  # fmt: skip
 
 
-def count_sentences(text):
+def count_sentences(text: str) -> int:
     """A sentence ends in . ! ? or … (and closing quotes) before white space, or in 。！？; not in an abbreviation, an
     initial or the number of a list item."""
     count, start = 0, 0
@@ -115,29 +115,29 @@ def count_sentences(text):
     return count + bool(re.search(r"\w", text[start:]))
 
 
-def paragraphs(text, separator):
-    """The texts between separators; empty ones at either end are left out, None when one between is empty."""
+def split_paragraphs(text: str, separator: str) -> list[str] | None:
+    """The texts between separators, without an empty one at either end. None if one in the middle is empty."""
     parts = [part.strip() for part in re.split(separator, text)]
     inner = parts[not parts[0] : len(parts) - (len(parts) > 1 and not parts[-1])]
     return inner if all(inner) else None
 
 
-def compare_count(count, relation, threshold, where):
+def compare_count(count: int, relation: str, threshold: int, where: str) -> bool:
     if relation not in ("less than", "at least"):
         raise InputError(f"{where}: the relation is {relation!r}; it is 'less than' or 'at least'")
     return count < threshold if relation == "less than" else count >= threshold
 
 
-# ---------------------------------------------------------------- those that take more than a line
+# ---------------------------------------------------------------- instructions that take more than a line
 
 
-def bullets(reply):
+def count_bullets(reply: str) -> int:
     """Lines that begin with - and those with a single *, which is not the mark of bold type. Counted each for itself, as in
     the benchmark's checker: an empty * takes the line after it along, which may be counted again."""
     return sum(len(re.findall(pattern, reply, re.MULTILINE)) for pattern in (r"^\s*\*[^*].*$", r"^\s*-.*$"))
 
 
-def highlights(reply):
+def count_highlights(reply: str) -> int:
     """Texts between asterisks, *so* or **so**, on one line and not empty. One in double asterisks counts twice where the
     two single patterns both fit, as in the benchmark's checker."""
     single = [text for text in re.findall(r"\*[^*\n]*\*", reply) if text.strip("*").strip()]
@@ -145,7 +145,7 @@ def highlights(reply):
     return len(single) + len(double)
 
 
-def capital_words(reply):
+def count_capital_words(reply: str) -> int:
     """Words in capitals. One ends at white space and most punctuation, but not at / - . ("AND/OR" and "U.S." are one);
     contractions are two ("NASA'S" counts twice, "NASA's" once), and so are CANNOT and its like."""
     quote = r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)"
@@ -157,13 +157,13 @@ def capital_words(reply):
     return sum(word.isupper() for word in text.split())
 
 
-def postscript(reply, marker):
+def has_postscript(reply: str, marker: str) -> bool:
     pattern = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}.get(marker, re.escape(marker.lower()))
     return re.search(pattern, reply.lower()) is not None
 
 
-def nth_first_word(reply, total, n, word):
-    """Paragraphs are apart by an empty line; empty ones are counted for the place, not for the total."""
+def paragraph_starts_with(reply: str, total: int, n: int, word: str) -> bool:
+    """Whether paragraph n (from 1) of `total` begins with a word. Empty ones count for n, not for the total."""
     parts = reply.split("\n\n")
     if sum(bool(part.strip()) for part in parts) != total or n > total or not parts[n - 1].strip():
         return False
@@ -171,7 +171,7 @@ def nth_first_word(reply, total, n, word):
     return first.lower() == word.lower()
 
 
-def is_json(reply):
+def is_json(reply: str) -> bool:
     text = re.sub(r"^```(?:json|Json|JSON)?|```$", "", reply.strip()).strip()
     try:
         json.loads(text)
@@ -180,12 +180,12 @@ def is_json(reply):
     return True
 
 
-def two_responses(reply):
-    parts = paragraphs(reply, r"\*{6}")
+def has_two_responses(reply: str) -> bool:
+    parts = split_paragraphs(reply, r"\*{6}")
     return parts is not None and len(parts) == 2 and parts[0] != parts[1]
 
 
-def says(pattern, reply):
+def count_matches(pattern: str, reply: str) -> int:
     return len(re.findall(pattern, reply, re.IGNORECASE))
 
 
@@ -193,26 +193,26 @@ def says(pattern, reply):
 # k being its arguments in the data file. Keywords are patterns there; w is file and line, for the errors.
 
 CHECKS = {
-    "keywords:existence": lambda r, k, w: all(says(word, r) for word in k["keywords"]),
-    "keywords:frequency": lambda r, k, w: compare_count(says(k["keyword"].strip(), r), k["relation"], k["frequency"], w),
-    "keywords:forbidden_words": lambda r, k, w: not any(says(rf"\b{word}\b", r) for word in k["forbidden_words"]),
+    "keywords:existence": lambda r, k, w: all(count_matches(word, r) for word in k["keywords"]),
+    "keywords:frequency": lambda r, k, w: compare_count(count_matches(k["keyword"].strip(), r), k["relation"], k["frequency"], w),
+    "keywords:forbidden_words": lambda r, k, w: not any(count_matches(rf"\b{word}\b", r) for word in k["forbidden_words"]),
     "keywords:letter_frequency": lambda r, k, w: compare_count(
         r.lower().count(k["letter"].lower()), k["let_relation"], k["let_frequency"], w
     ),
     "language:response_language": lambda r, k, w: in_language(r, k["language"]),
     "length_constraints:number_sentences": lambda r, k, w: compare_count(count_sentences(r), k["relation"], k["num_sentences"], w),
-    "length_constraints:number_paragraphs": lambda r, k, w: len(paragraphs(r, r"\*\*\*") or []) == k["num_paragraphs"],
+    "length_constraints:number_paragraphs": lambda r, k, w: len(split_paragraphs(r, r"\*\*\*") or []) == k["num_paragraphs"],
     "length_constraints:number_words": lambda r, k, w: compare_count(len(re.findall(r"\w+", r)), k["relation"], k["num_words"], w),
-    "length_constraints:nth_paragraph_first_word": lambda r, k, w: nth_first_word(
+    "length_constraints:nth_paragraph_first_word": lambda r, k, w: paragraph_starts_with(
         r, k["num_paragraphs"], k["nth_paragraph"], k["first_word"]
     ),
     "detectable_content:number_placeholders": lambda r, k, w: len(re.findall(r"\[.*?\]", r)) >= k["num_placeholders"],
-    "detectable_content:postscript": lambda r, k, w: postscript(r, k["postscript_marker"].strip()),
-    "detectable_format:number_bullet_lists": lambda r, k, w: bullets(r) == k["num_bullets"],
+    "detectable_content:postscript": lambda r, k, w: has_postscript(r, k["postscript_marker"].strip()),
+    "detectable_format:number_bullet_lists": lambda r, k, w: count_bullets(r) == k["num_bullets"],
     "detectable_format:constrained_response": lambda r, k, w: any(
         f"My answer is {answer}." in r for answer in ("yes", "no", "maybe")
     ),
-    "detectable_format:number_highlighted_sections": lambda r, k, w: highlights(r) >= k["num_highlights"],
+    "detectable_format:number_highlighted_sections": lambda r, k, w: count_highlights(r) >= k["num_highlights"],
     "detectable_format:multiple_sections": lambda r, k, w: len(
         re.findall(rf"{re.escape(k['section_spliter'].strip())}\s?\d+", r)
     ) >= k["num_sections"],
@@ -220,12 +220,12 @@ CHECKS = {
     "detectable_format:title": lambda r, k, w: any(
         title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", r)
     ),
-    "combination:two_responses": lambda r, k, w: two_responses(r),
+    "combination:two_responses": lambda r, k, w: has_two_responses(r),
     "combination:repeat_prompt": lambda r, k, w: r.strip().lower().startswith(k["prompt_to_repeat"].strip().lower()),
     "startend:end_checker": lambda r, k, w: r.strip().strip('"').lower().endswith(k["end_phrase"].strip().lower()),
     "startend:quotation": lambda r, k, w: len(r.strip()) > 1 and r.strip()[0] == r.strip()[-1] == '"',
     "change_case:capital_word_frequency": lambda r, k, w: compare_count(
-        capital_words(r), k["capital_relation"], k["capital_frequency"], w
+        count_capital_words(r), k["capital_relation"], k["capital_frequency"], w
     ),
     "change_case:english_capital": lambda r, k, w: r.isupper() and in_language(r.lower(), "en"),
     "change_case:english_lowercase": lambda r, k, w: r.islower() and in_language(r, "en"),
@@ -233,11 +233,11 @@ CHECKS = {
 }  # fmt: skip
 
 
-def follows(instruction, reply, kwargs, where="", loose=False):
+def follows(instruction: str, reply: str, kwargs: dict, where: str = "", loose: bool = False) -> bool:
     """Whether a reply follows an instruction. An empty reply follows none.
 
-    loose: one of eight versions of the reply does, with and without its first line, its last line and its asterisks, so
-    that "Sure, here it is:" and bold type are no fault. where: file and line of the instruction, for the errors.
+    loose: true if one of eight versions of the reply follows it: with and without its first line, its last line and its
+    asterisks, which forgives "Sure, here it is:" and bold type. where: file and line of the instruction, for errors.
     """
     if instruction not in CHECKS:
         raise InputError(f"{where}: unknown instruction {instruction!r}; known are {', '.join(CHECKS)}")

@@ -150,7 +150,7 @@ def test_best_place_skips_nothing():
         a, b = ("".join(rng.choices("abc", k=rng.randint(1, n))) for n in (6, 25))
         a, b = sorted((a, b), key=len)
         pieces = {b[max(0, i) : i + len(a)] for i in range(1 - len(a), len(b))} - {""}
-        assert answers.best_place(a, b) == max(answers.ratio(a, p) for p in pieces)
+        assert answers.best_partial_ratio(a, b) == max(answers.lcs_ratio(a, p) for p in pieces)
 
 
 def test_nearest_choice():
@@ -266,7 +266,7 @@ def test_what_states_no_choice_is_not_guessed(reply, choices, verdict):
     ("2:3", None), ("8^6 ways", None), ("4p", None), ("P/16", None), ("3 hours 20 min", None), ("", None), ("1/0", None),
 ])  # fmt: skip
 def test_amounts(text, value):
-    assert answers.amount(text) == value
+    assert answers.parse_quantity(text) == value
 
 
 def test_a_boxed_number_outranks_the_last_one():
