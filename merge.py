@@ -12,6 +12,7 @@ is in float32 or float64 and the result is rounded once. Config and tokenizer co
 import argparse
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from core.card import model_card
 from core.checkpoint import Checkpoint, write_checkpoint
 from core.files import InputError, cli
 from core.flags import Parser, checkpoint_out
@@ -188,8 +190,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         specs[name] = (donor.shape(name), dtype if stored.is_floating_point else stored)
     # called once all tensors are written: only then are the digests known
     manifest = lambda: json.dumps(make_manifest(args, base, models, stats), indent=2, ensure_ascii=False) + "\n"
+    card = lambda: merge_card(args, make_manifest(args, base, models, stats))
     tensors = merged(args, base, models, dtype, stats)
-    write_checkpoint(args.out, donor.config, donor.files | {"merge.json": manifest}, specs, tensors, args.shard_size)
+    write_checkpoint(
+        args.out, donor.config, donor.files | {"merge.json": manifest}, specs, tensors, args.shard_size, card
+    )
 
     if stats.lost > 0.01 * stats.changed:
         print(
@@ -233,6 +238,18 @@ def make_manifest(
         "models": own,
         "base": {"source": base.source, "sha256": sums[-1]} if base else None,
     }
+
+
+def merge_card(args: argparse.Namespace, manifest: dict) -> str:
+    """The model card of OUT: which models were merged, how, and their fingerprints."""
+    settings = {k: v for k, v in manifest.items() if k not in ("models", "base") and v not in (None, [])}
+    inputs = [*manifest["models"], *([manifest["base"]] if manifest["base"] else [])]
+    for x in manifest["models"]:
+        settings[f"weight of {x['source']}"] = x["weight"]
+    figures = {f"sha256 of {x['source']}": x["sha256"] for x in inputs}
+    done = f"Merged by {args.method} in {args.arithmetic}, stored in {args.dtype}."
+    name = os.path.basename(os.path.abspath(args.out))
+    return model_card(name, done, [x["source"] for x in inputs], "merge", settings, figures=figures)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import os
 import re
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-MARK = "<!-- written by this project; remove this line to keep your own text -->"
 
 
 def hub_id(source: str) -> str | None:
@@ -61,7 +60,7 @@ def model_card(
     """README.md of a checkpoint.
 
     done: one sentence that says what was done. bases: the models it was made from, as they were given; the hub knows those
-    that are hub ids. relation: "finetune" or "merge". datasets: training files. figures: the last figures of the log.
+    that are hub ids. relation: "finetune" or "merge". datasets: training files. figures: those of the log's last step, or fingerprints.
     """
     licenses = {license for source in bases if (license := base_license(source))}
     head = front_matter(
@@ -75,12 +74,12 @@ def model_card(
             "tags": ["qwen2", "post-training", relation],
         }
     )
-    parts = [head, MARK, f"# {name}", done, f"Made from: {', '.join(f'`{source}`' for source in bases)}."]
+    parts = [head, f"# {name}", done, f"Made from: {', '.join(f'`{source}`' for source in bases)}."]
     if datasets:
         parts.append(f"Data: {', '.join(f'`{source}`' for source in datasets)}.")
     parts += ["## Settings", table(settings)]
     if figures:
-        parts += ["## Last figures of the log", table(figures)]
+        parts += ["## Figures", table(figures)]
     if versions:
         parts += ["## Versions", table(versions)]
     code = 'model = AutoModelForCausalLM.from_pretrained("PATH")\ntokenizer = AutoTokenizer.from_pretrained("PATH")'

@@ -1,6 +1,7 @@
 """How a training run starts, ends a step, stops and finishes. Its files: training/saves.py and training/log.py."""
 
 import argparse
+import collections
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from core.card import model_card
 from core.distributed import (
     STOP,
     broadcast_replicas,
@@ -54,6 +56,12 @@ from training.step import make_optimizer
 FREE_TO_CHANGE = {"resume", "out", "ckpt", "data", "ref", "ref_cache", "eval_data", "eval_every", "save_every", "keep"}
 FREE_TO_CHANGE |= {"micro_tokens", "device", "shard", "activation_checkpointing", "compile", "max_skips", "tensorboard"}
 CODE = "the code"  # may change between runs with a warning: the edit may be a bug fix
+
+# Flags that a model card shows
+CARD_SETTINGS = (
+    "lr", "schedule", "warmup", "epochs", "max_steps", "batch_size", "max_len", "weight_decay", "clip", "seed", "dtype",
+    "beta", "desirable_weight", "undesirable_weight", "ref",
+)  # fmt: skip
 
 
 def run_identity(args: argparse.Namespace, examples: Iterable, fingerprint: str) -> dict:
@@ -275,13 +283,27 @@ def stop_run(run: Run, step: int, pending: dict | None = None) -> None:
     close_run(run)
 
 
+def run_card(run: Run) -> str:
+    """The model card of OUT: what was trained on which data with which settings, and the last step of the log."""
+    args = vars(run.args)
+    kind = "KTO (arXiv 2402.01306)" if "beta" in args else "supervised fine-tuning"
+    settings = {name: args[name] for name in CARD_SETTINGS if args.get(name) is not None}
+    with open(run_file(run.args, "log.jsonl"), encoding="utf-8") as f:
+        last = json.loads(collections.deque(f, maxlen=1).pop())
+    figures = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in last.items()}
+    versions = {"torch": torch.__version__, "ranks": run.ranks.world}
+    name = os.path.basename(os.path.abspath(run.args.out))
+    done = f"Trained by {kind} for {run.total} steps. All weights were trained; they are stored in fp32."
+    return model_card(name, done, [run.args.ckpt], "finetune", settings, run.args.data, figures, versions)
+
+
 def finish_run(run: Run, facts: list[str], following: list[list[str]]) -> None:
     """Writes OUT, removes what was kept to resume from, and prints a summary.
 
     facts: lines of the summary. following: commands that may come next, as lists of words.
     """
     out = run.args.out
-    save_model(run, out)
+    save_model(run, out, run_card(run) if is_main() else None)
     write_state(run, run.total, finished=True)
     run.saved = 0
     if is_main():

@@ -156,11 +156,11 @@ def tensor_specs(tensors: dict[str, Tensor]) -> dict:
     return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
 
-def save_model(run: Run, out: str) -> None:
-    """Writes a checkpoint, fp32."""
+def save_model(run: Run, out: str, card: str | None = None) -> None:
+    """Writes a checkpoint, fp32. card: text of its README.md."""
     weights = dict(run.model.named_parameters())
     config, specs = run.model.raw_config, tensor_specs(weights)
-    write_gathered(run, weights, lambda pairs: write_checkpoint(out, config, run.files, specs, pairs))
+    write_gathered(run, weights, lambda pairs: write_checkpoint(out, config, run.files, specs, pairs, card=card))
 
 
 def save_run(run: Run, step: int, pending: dict | None = None) -> None:

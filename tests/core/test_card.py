@@ -2,6 +2,8 @@
 
 import huggingface_hub
 import pytest
+import transformers
+from conftest import write_lines
 
 from core.card import base_license, dataset_id, hub_id, model_card
 
@@ -38,3 +40,19 @@ def test_a_local_base_gives_its_license_and_no_hub_id(tmp_path, monkeypatch):
     data = parse(model_card("o", "Done.", ["models/base"], "finetune", {}))
     assert data["license"] == "apache-2.0" and "base_model" not in data and "base_model_relation" not in data
     assert hub_id("a/b/c") is None and dataset_id("data/x.jsonl") is None
+
+
+def test_training_and_merging_write_cards_and_keep_the_users(tiny, tmp_path, run):
+    data = write_lines(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "b"}] * 2)
+    sft, fused = tmp_path / "sft", tmp_path / "fused"
+    train = ("train_sft", "--ckpt", tiny, "--data", data, "--out", sft, "--max-steps", 1, "--warmup", 0)
+    merge = ("merge", "--method", "linear", "--models", sft, tiny, "--out", fused)
+    assert run(*train)[0] == run(*merge)[0] == 0
+    card = (sft / "README.md").read_text()
+    assert parse(card)["tags"] == ["qwen2", "post-training", "finetune"] and "| lr | 1e-06 |" in card
+    assert "| loss |" in card and data in card
+    assert "Merged by linear" in (fused / "README.md").read_text() and "sha256 of" in (fused / "README.md").read_text()
+    assert transformers.AutoModelForCausalLM.from_pretrained(sft) is not None
+    (fused / "README.md").write_text("my own words")
+    assert run(*merge)[0] == 0 and (fused / "README.md").read_text() == "my own words"
+    assert run(*train)[0] == 0 and (sft / "README.md").read_text() != ""
