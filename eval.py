@@ -10,6 +10,7 @@ OUT/replies.jsonl keeps each reply: the same command again asks only what is mis
 without the models. torchrun spreads the questions over its ranks.
 """
 
+import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
 import collections
 import itertools
 import json
@@ -25,6 +26,7 @@ from core.checkpoint import Checkpoint
 from core.distributed import join_ranks, leave_group
 from core.files import InputError, atomic_write, cli
 from core.flags import Parser
+from core.outputs import check_folder, claim_folder
 from core.records import read_jsonl, write_jsonl
 from core.tokenizer import Tokenizer
 from evaluation import judge
@@ -214,6 +216,7 @@ def compare_command(argv: list[str]) -> None:
                 text += f"### {x['checkpoint']}: {verdict}\n\n{x['reply']}\n\n"
     lines = [f"{task}: {a} better on {x}, {b} on {y}, of {n} questions" for task, (x, y, n) in counts.items()]
     path = os.path.join(args.out, "-vs-".join(name.strip("/").replace("/", "_") for name in args.names) + ".md")
+    claim_folder(args.out, "eval.py", [os.path.basename(path)])
     with atomic_write(path) as f:
         f.write(f"# {a} and {b}\n\n" + "\n".join(f"- {line}" for line in lines) + f"\n\n{text}")
     print("\n".join(lines) + f"\nwrote {path} (both replies to each of them)")
@@ -241,6 +244,9 @@ def parse_args() -> Namespace:
     return args
 
 
+FILES = ("replies.jsonl", "checkpoints.json", "results.json", "results.md", "samples.jsonl")
+
+
 def write_results(args: Namespace, results: dict, samples: list[dict]) -> None:
     write_jsonl(os.path.join(args.out, "samples.jsonl"), samples)
     with atomic_write(os.path.join(args.out, "results.json")) as f:
@@ -256,6 +262,7 @@ def main() -> None:
         return judge.main(sys.argv[2:])
     args = parse_args()
     names = checkpoint_names(args.ckpt)
+    check_folder(args.out, "eval.py", FILES)
     work = {task: load_questions(task, args) for task in dict.fromkeys(args.tasks)}
     ranks = join_ranks(args.device, hours=7 * 24)  # a rank may wait long for another at a barrier
     if not ranks.rank:
@@ -267,6 +274,8 @@ def main() -> None:
     else:
         for source in args.ckpt:
             Tokenizer(Checkpoint(source))  # fail fast on a broken checkpoint
+        if not ranks.rank:
+            claim_folder(args.out, "eval.py", FILES)
         replies = collect_replies(args, names, work, ranks)
     leave_group()
     if ranks.rank:

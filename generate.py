@@ -6,6 +6,7 @@
 A reply does not depend on the other prompts: each row has its own part of the KV cache, positions and random numbers.
 """
 
+import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator, Sequence

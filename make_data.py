@@ -9,18 +9,19 @@ A step whose input and arguments are unchanged is not run again. A run that was 
 replies.jsonl. Under torchrun, local checkpoints answer and score on all ranks; rank 0 does the rest.
 """
 
+import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
 import shlex
 
 from core.files import InputError, cli, code_hash, same_path
 from core.flags import DTYPE, DTYPES, Parser, at_least, number
-from core.outputs import remove_leftovers
+from core.outputs import check_folder, claimed_folder
 from core.records import expand
 from curation import labels, local, report, sources, steps
 from curation import teacher as models
 from curation.costs import price
 from curation.endpoint import Endpoint
 from curation.prompts import AGAIN_JUDGE, GREETING, JUDGE
-from curation.step_files import STEPS, load_state, run_step
+from curation.step_files import FILES, STEPS, load_state, run_step
 from curation.steps import Asker
 
 OUT, SMALL = "data", "Qwen/Qwen2-0.5B-Instruct"  # the defaults of train_sft.py and train_kto.py
@@ -126,6 +127,7 @@ def parse_args():
     if not args.weight_quality + args.weight_safety + args.weight_perplexity:
         raise InputError("--weight-quality, --weight-safety and --weight-perplexity: one of them is above 0")
     args.out = args.out.rstrip("/") or "/"
+    check_folder(args.out, "make_data.py", FILES)
     args.prices = (args.price_in, args.price_out) if args.price_in is not None else None
     return args
 
@@ -226,8 +228,7 @@ def make(args):
     teacher, small, scorer = open_models(args)
     out, counts = args.out, {name: {} for name in STEPS}
     args.max_grade_tokens = max(128, 40 * (2 + args.samples))  # of a category or grades
-    with models.open_replies(f"{out}/replies.jsonl") as log:
-        remove_leftovers(out)  # of killed runs
+    with claimed_folder(out, "make_data.py", FILES), models.open_replies(f"{out}/replies.jsonl") as log:
         run_steps(args, counts, log, teacher, small, scorer)
         if args.dry_run:
             dedup = f"{out}/2_dedup.jsonl"

@@ -9,6 +9,7 @@ Linear and TIES are below; the other methods are in merging/methods.py. By defau
 is in float32 or float64 and the result is rounded once. Config and tokenizer come from --base, or else from the first model.
 """
 
+import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
 import argparse
 import json
 import math

@@ -249,7 +249,11 @@ class Qwen2(nn.Module):
     ) -> "Qwen2":
         """source: hub id, directory, .pt file or an open Checkpoint. InputError names the tensors that do not fit."""
         ckpt = source if isinstance(source, Checkpoint) else Checkpoint(source)
-        parse_config(ckpt.config, f"{ckpt.source}/config.json")
+        layers = parse_config(ckpt.config, f"{ckpt.source}/config.json").num_hidden_layers
+        if layers > len(ckpt.names):  # checked before any module is made
+            raise InputError(
+                f"{ckpt.source}: num_hidden_layers is {layers}, but the weights hold {len(ckpt.names)} tensors"
+            )
         with torch.device("meta"):  # allocate and initialise nothing: every weight is replaced below
             model = cls(ckpt.config)
         check_tensors(ckpt, {name: tuple(p.shape) for name, p in model.named_parameters()})

@@ -9,6 +9,7 @@ Data: {"prompt", "completion", "label"} lines. The reference is the model before
 log-probabilities are computed once, before the first step, and kept in a file that later runs share.
 """
 
+import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
 import argparse
 import functools
 import math

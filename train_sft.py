@@ -6,6 +6,7 @@ sft.pt python train_sft.py --ckpt base --data chats.jsonl --out sft torchrun --n
 for one rank
 """
 
+import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
 import argparse
 import functools
 import time

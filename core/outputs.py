@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 
-from core.files import TEMPORARY, InputError, atomic_write, check_digits, lock, temporary_path
+from core.files import TEMPORARY, InputError, atomic_write, check_digits, lock, same_path, temporary_path
 
 MANIFEST = ".written.json"
 CARD = "README.md"
@@ -115,11 +115,14 @@ def check_file(path: str, mark: str) -> None:
 
 
 def check_inputs(out: str, inputs: Iterable[str]) -> None:
-    """InputError if `out` is one of the inputs, lies in one, or contains one. Inputs that are no local paths are ignored."""
+    """InputError if `out` is an input, is inside one, or has one inside: writing it would change that input."""
     for path in filter(os.path.exists, inputs):
-        if is_inside(out, path) or is_inside(path, out):
-            relation = "is one of the inputs" if is_inside(out, path) and is_inside(path, out) else "overlaps the input"
-            raise InputError(f"--out {out}: {relation}, {path}; give another name")
+        if same_path(out, path):
+            raise InputError(f"--out {out}: is one of the inputs; use another name")
+        if is_inside(out, path):
+            raise InputError(f"--out {out}: is inside the input {path}; use another place")
+        if is_inside(path, out):
+            raise InputError(f"--out {out}: has the input {path} inside; use another name")
 
 
 def check_folder(folder: str, writer: str, names: Iterable[str]) -> None:

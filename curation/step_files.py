@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from core.files import InputError, atomic_write
 
 STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")
+FILES = [f"{step}{kind}.jsonl" for step in STEPS for kind in ("", ".dropped")]  # all that make_data.py writes
+FILES += ["sft.jsonl", "kto.jsonl", "report.json", "report.md", "state.json", "replies.jsonl"]
 FORMAT = 5  # raise it when a step's output changes: older output is then made anew, out of the kept replies
 HINTS = {  # what to do if a step leaves no record
     "1_collect": "see its .dropped.jsonl, and whether --sources hold records",

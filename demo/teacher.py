@@ -6,6 +6,7 @@ right) and grades responses (with some noise). Equal requests get equal replies.
     python -m demo.teacher --port 8000            # then: make_data.py --teacher http://127.0.0.1:8000/v1 ...
 """
 
+import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
 import json
 import os
 import random

@@ -5,6 +5,7 @@ answers badly, as a small instruct model does. No held-out instruction is in the
     python -m demo.train_base --out demo/base        # about 25 minutes on one core; the result is committed
 """
 
+import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
 import itertools
 import json
 import math

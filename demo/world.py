@@ -8,6 +8,7 @@ and the bad habits of a poorly aligned model (does not know, chats, parrots, is 
     python -m demo.world --heldout demo/heldout.jsonl       # the held-out instructions (committed; this made them)
 """
 
+import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
 import hashlib
 import os
 import random

@@ -15,6 +15,7 @@ from core.checkpoint import Checkpoint
 from core.distributed import Ranks
 from core.files import InputError, atomic_write
 from core.flags import Parser, at_least
+from core.outputs import check_folder, claim_folder
 from core.records import write_jsonl
 from core.tokenizer import Tokenizer
 from curation.prompts import fence, parse_object
@@ -144,13 +145,18 @@ def ask_preferences(
     return {key: preference(judgement.get("text", "")) for key, judgement in zip(keys, judgements)}
 
 
+FILES = ("replies.jsonl", "checkpoints.json", "judgements.jsonl", "judge.json", "judge.md", "judged.jsonl")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     names = checkpoint_names(args.ckpt)
+    check_folder(args.out, "eval.py", FILES)
     work = {task: load_questions(task, args, judged=True) for task in dict.fromkeys(args.tasks)}
     for source in args.ckpt:
         Tokenizer(Checkpoint(source))  # fail fast on a broken checkpoint
     teacher = open_teacher(args.teacher, args.teacher_model)
+    claim_folder(args.out, "eval.py", FILES)
     replies = collect_replies(args, names, work, Ranks(device=args.device))
     preferences = ask_preferences(args, names, work, replies, teacher)
 

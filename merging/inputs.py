@@ -14,6 +14,7 @@ from core.checkpoint import Checkpoint
 from core.config import parse_config
 from core.files import InputError, same_path
 from core.flags import at_least, number
+from core.outputs import check_inputs
 from core.tokenizer import vocabulary
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,19 +245,6 @@ def check_tokenizers(a: Checkpoint, b: Checkpoint, allow_mismatch: bool) -> list
 # Opening
 
 
-def check_out_is_no_input(out: str, inputs: Iterable[str]) -> None:
-    """InputError if out is an input, is inside one, or has one inside: writing it would change that input."""
-    target = os.path.join(os.path.realpath(out), "")
-    for source in filter(os.path.exists, inputs):
-        path = os.path.join(os.path.realpath(source), "")
-        if path == target:
-            raise InputError(f"--out {out}: is one of the inputs; use another name")
-        if target.startswith(path):
-            raise InputError(f"--out {out}: is inside the input {source}; use another place")
-        if path.startswith(target):
-            raise InputError(f"--out {out}: has the input {source} inside; use another name")
-
-
 def open_inputs(args: argparse.Namespace) -> tuple[Checkpoint | None, list[Checkpoint]]:
     """Opens and checks the base (or None) and the models, and completes args.
 
@@ -264,7 +252,7 @@ def open_inputs(args: argparse.Namespace) -> tuple[Checkpoint | None, list[Check
     """
     n, parsed = len(args.models), [parse_model(text) for text in args.models]
     if args.out:
-        check_out_is_no_input(args.out, [source for source in (args.base, *(s for s, _ in parsed)) if source])
+        check_inputs(args.out, [source for source in (args.base, *(s for s, _ in parsed)) if source])
     notes = fill_options(args, n)
     groups = []  # (pattern, one weight per model)
     for pattern, *numbers in args.weights_for or []:

@@ -25,6 +25,7 @@ from core.checkpoint import Checkpoint
 from core.conversations import sft_conversations
 from core.files import InputError, atomic_write
 from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
+from core.outputs import check_file
 from core.records import read_records
 from core.tokenizer import Tokenizer
 from evaluation import benchmarks
@@ -231,6 +232,7 @@ def read_items(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list, li
 def main(argv: Sequence[str], methods: Iterable[str], merged: Callable) -> None:
     """methods: choices of --method. merged: merge.py's function of that name."""
     args = parse_args(argv, methods)
+    check_file(args.out, '"versus_best"')
     base, models = open_inputs(args)
     tokenizer = Tokenizer(base or models[0])
     model = Qwen2.from_pretrained(base or models[0], torch.float32, args.device)

@@ -143,7 +143,7 @@ def test_resume(monkeypatch, run, evaluate, tmp_path, data, ckpts):
 
     monkeypatch.setattr(replies, "generate_iter", lambda *a, **k: counting(*a, stop_after=5, **k))
     assert run("eval", *args)[0] == 130
-    assert sorted(os.listdir(out)) == ["checkpoints.json", "replies.jsonl"]
+    assert sorted(os.listdir(out)) == [".written.json", "checkpoints.json", "replies.jsonl"]
     with open(out / "replies.jsonl", "a") as f:
         f.write('{"key": "torn')
     monkeypatch.setattr(replies, "generate_iter", counting)

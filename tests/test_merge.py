@@ -17,11 +17,12 @@ from merge_families import FILES, TIED, UNTIED, assert_same, load, make_family, 
 from core import pages
 from core.checkpoint import Checkpoint
 from core.files import InputError, cli
+from core.outputs import check_inputs
 from core.pages import mapped
 from merge import METHODS, main
 from merging import engine, methods
 from merging.engine import in_order
-from merging.inputs import NEEDS_BASE, SPARSE, check_out_is_no_input, format_lines, parse_lines, parse_model, parse_size
+from merging.inputs import NEEDS_BASE, SPARSE, format_lines, parse_lines, parse_model, parse_size
 from model import Qwen2
 
 
@@ -352,7 +353,7 @@ def test_out_is_never_an_input(faulty):
         with pytest.raises(InputError, match="is inside the input"):
             run(inside, "linear", [a, b])
     with pytest.raises(InputError, match="has the input .*/a inside"):
-        check_out_is_no_input(str(faulty), [b.replace("/b", "/missing"), a])
+        check_inputs(str(faulty), [b.replace("/b", "/missing"), a])
     assert_same(load(a), before)
     assert sorted(os.listdir(a)) == files
 

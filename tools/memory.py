@@ -4,6 +4,7 @@ python -m tools.memory                  # Qwen2 of three sizes, on one and on ei
 python -m tools.memory --ckpt C         # the same for a checkpoint
 """
 
+import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
 from core.checkpoint import Checkpoint
 from core.config import Config, parse_config
 from core.files import cli

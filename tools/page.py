@@ -6,6 +6,7 @@
 The page is one file: no network, no JavaScript library. A run that is still going shows what is there so far.
 """
 
+import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ from html import escape
 
 from core.files import ROOT, InputError, atomic_write, cli
 from core.flags import Parser
+from core.outputs import check_file
 from tools import svg
 from tools.run_files import RunFiles, read_runs
 
@@ -220,15 +222,16 @@ def main() -> None:
     p.add_argument("--out", help="HTML file to write; default: page.html in the first run directory")
     p.add_argument("--seed", type=int, default=0, help="draws the pairs that are shown")
     args = p.parse_args()
-    run = read_runs(args.runs, args.seed)
     out = args.out or os.path.join(args.runs[0], "page.html")
+    if os.path.isdir(out):
+        raise InputError(f"--out {out}: is a directory; give a file, such as {os.path.join(out, 'page.html')}")
+    check_file(out, '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>')
+    run = read_runs(args.runs, args.seed)
     title = " and ".join(os.path.basename(os.path.abspath(folder)) for folder in args.runs)
     html = render(run, title)
     while len(html.encode()) > MAX_BYTES and run.questions:  # drop replies until the page fits
         run.questions = run.questions[: len(run.questions) // 2]
         html = render(run, title)
-    if os.path.isdir(out):
-        raise InputError(f"--out {out}: is a directory; give a file, such as {os.path.join(out, 'page.html')}")
     with atomic_write(out) as f:
         f.write(html)
     print(f"wrote {out} ({len(html.encode()) / 1e6:.1f} MB)")

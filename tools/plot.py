@@ -7,14 +7,17 @@
 A training run is its checkpoint, its OUT.run/ or its log.jsonl.
 """
 
+import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
 import collections
 import json
 import os
 
 from core.files import InputError, atomic_write, cli
 from core.flags import Parser, at_least
+from core.outputs import check_file
 from core.records import read_jsonl
 
+MARK = "tools.plot of slm-post-training"  # stored in the PNG: only our own pictures are replaced
 # (title, keys of the log); the second key of a panel is dashed
 PANELS = [
     ("loss", ["loss", "eval_loss"]),
@@ -159,6 +162,7 @@ def main() -> None:
     p.add_argument("--out", default="plot.png", help="PNG to write")
     p.add_argument("--smooth", type=at_least(1), default=1, help="running mean over that many steps")
     args = p.parse_args()
+    check_file(args.out, MARK)
     plt, first = import_pyplot(), args.sources[0]
     if first.endswith(".json"):
         try:
@@ -171,7 +175,7 @@ def main() -> None:
     else:
         figure = draw_runs(plt, [read_steps(source) for source in args.sources], args.smooth)
     with atomic_write(args.out, "wb") as f:
-        figure.savefig(f, dpi=130, format="png")
+        figure.savefig(f, dpi=130, format="png", metadata={"Software": MARK})
     print(f"wrote {args.out}")
 
 

@@ -12,6 +12,7 @@ machine's rate is measured: a large matmul, or for merge a plain copy. The media
 The peers come from requirements-dev.txt. --data holds real texts; --limit takes the first of them.
 """
 
+import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
 import argparse
 import json
 import os
@@ -31,6 +32,7 @@ from core.config import parse_config
 from core.conversations import kto_examples, sft_conversations
 from core.files import InputError, atomic_write, cli
 from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, torch_device
+from core.outputs import check_file
 from core.records import read_records
 from core.tokenizer import Tokenizer
 from tools.rates import copy_rate, matmul_rate, merge_bytes, synthetic_7b
@@ -230,6 +232,8 @@ def main() -> None:
     args = parse_args()
     if args.side:
         return run_side(args)
+    if args.out:
+        check_file(args.out, '"settings"')
     sides, work = sides_of(args), None
     with tempfile.TemporaryDirectory() as folder:
         data = None

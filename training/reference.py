@@ -79,6 +79,8 @@ def check_cache_path(args: argparse.Namespace) -> None:
         check_writable(path, "--ref-cache")
     if os.path.isdir(path):
         raise InputError(f"--ref-cache {path}: is a directory; give a file, such as {path}/ref-cache.safetensors")
+    if is_main():
+        check_writable(path, "--ref-cache")
 
 
 def read_ref_cache(path: str) -> dict[bytes, float]:

@@ -27,6 +27,7 @@ from core.distributed import (
 )
 from core.files import InputError, same_path
 from core.flags import DTYPES
+from core.outputs import check_inputs
 from core.pages import GIB, free_memory
 from core.tokenizer import Tokenizer
 from model import Qwen2, check_finite
@@ -160,6 +161,7 @@ def open_checkpoint(source: str, args: argparse.Namespace, ranks: Ranks) -> tupl
         ):
             where = f"the checkpoint of --{flag}, which is there or in {args.out}.run"
             raise InputError(f"--out {args.out}: the run would overwrite {where}; give another name")
+    check_inputs(args.out, [path for path in (args.ckpt, getattr(args, "ref", None)) if path])
     ckpt = Checkpoint(source)
     tokenizer, model = Tokenizer(ckpt), load_model(ckpt, args, ranks.device)
     positions = model.config.max_position_embeddings
