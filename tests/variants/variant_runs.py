@@ -1,0 +1,53 @@
+"""Checks that every variant with a training run must pass."""
+
+import pytest
+from training_runs import launch, log, same_run, update_error, weights
+
+import train_kto
+import train_sft
+from core.distributed import STOP
+
+COMMON = ("--batch-size", 4, "--lr", 1e-3, "--max-len", 64, "--warmup", 0, "--max-steps", 4)
+
+
+def arguments(ckpt, data, out, *more):
+    return [str(word) for word in ("--ckpt", ckpt, "--data", data, "--out", out, *COMMON, *more)]
+
+
+def check_runs(run, monkeypatch, name, ckpt, data, tmp_path, *more):
+    """Trains; trains in other micro-batches; stops after two steps and resumes. -> OUT of the first."""
+    whole, cut, stopped = (tmp_path / "runs" / part / "o" for part in ("whole", "cut", "stopped"))
+    for out, micro_tokens in (whole, 2000), (cut, 1):
+        code, _, err = run(name, *arguments(ckpt, data, out, "--micro-tokens", micro_tokens, *more))
+        assert code == 0, err
+    assert [s["loss"] for s in log(whole)] == pytest.approx([s["loss"] for s in log(cut)], rel=1e-4)
+    assert update_error(weights(whole), weights(cut), weights(ckpt)) < 0.01
+    again = arguments(ckpt, data, stopped, "--micro-tokens", 2000, *more)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 2)
+        code, _, err = run(name, *again)
+    assert code == 0 and "stopped after step 2" in err, err
+    code, _, err = run(name, *again, "--resume")
+    assert code == 0, err
+    same_run(whole, stopped)
+    return whole
+
+
+def stop_in_step(monkeypatch, last):
+    """As if SIGTERM came in step `last`, from 0."""
+    for script in (train_sft, train_kto):
+
+        def seed_step(run, step, plain=script.seed_step):
+            plain(run, step)
+            STOP["asked"] = STOP["asked"] or step == last
+
+        monkeypatch.setattr(script, "seed_step", seed_step)
+
+
+def check_shard(name, ckpt, data, tmp_path, whole, *more):
+    """Two ranks with --shard give the run `whole`."""
+    out = tmp_path / "runs" / "shard" / "o"
+    codes, texts = launch(name, arguments(ckpt, data, out, "--shard", *more), tmp_path / "text", 2)
+    assert codes == [0, 0], texts
+    assert [s["loss"] for s in log(out)] == pytest.approx([s["loss"] for s in log(whole)], rel=1e-3)
+    assert update_error(weights(out), weights(whole), weights(ckpt)) < 0.02
