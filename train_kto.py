@@ -41,7 +41,7 @@ from training.run import (
     warn_of_foreign_weights,
 )
 from training.saves import Run
-from training.setup import Setup, checkpoint_activations, open_checkpoint, schedule_advice, setup_ranks
+from training.setup import Setup, open_checkpoint, prepare_blocks, schedule_advice, setup_ranks
 from training.step import lr_at, micro_batches, optimizer_step, record_skip, seed_step
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def main(
     if not before_save:
         warn_of_foreign_weights(setup)
     lengths = [min(args.max_len, len(prompt) + len(completion)) for prompt, completion, _ in rows]
-    checkpoint_activations(model, args, ([lengths[i] for i in step] for step in steps), ranks)
+    prepare_blocks(model, args, ([lengths[i] for i in step] for step in steps), ranks)
     run = start_run(setup, identity)
     loss = functools.partial(loss, beta=args.beta, desirable_weight=w_d, undesirable_weight=w_u)
     if run is None or not train(run, data, held_out, loss):

@@ -39,9 +39,9 @@ from training.run import (
 from training.saves import Run
 from training.setup import (
     Setup,
-    checkpoint_activations,
     open_checkpoint,
     plan_steps,
+    prepare_blocks,
     schedule_advice,
     setup_ranks,
     shuffled_order,
@@ -193,7 +193,7 @@ def main(
         prepare(setup)
     if not before_save:
         warn_of_foreign_weights(setup)
-    checkpoint_activations(model, args, ([len(examples[i][0]) for i in step] for step in steps), ranks)
+    prepare_blocks(model, args, ([len(examples[i][0]) for i in step] for step in steps), ranks)
     run = start_run(setup, identity)
     if run is None or not train(run, setup, held_out, loss, choose):
         return

@@ -47,7 +47,8 @@ def add_training_flags(
     p.add_argument("--micro-tokens", type=at_least(1), default=micro_tokens, help="maximum tokens of one forward")
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="compute dtype; the weights stay fp32")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks; pays after some 100 micro-batches")
+    when = "torch.compile the blocks; auto: on a CPU, if the run is long enough to pay for half a minute of compilation"
+    p.add_argument("--compile", nargs="?", choices=["auto", "on", "off"], default="auto", const="on", help=when)
     p.add_argument("--shard", action="store_true", help="split weights and optimizer state over the ranks (FSDP2)")
     again = "recompute the blocks in the backward to save memory; auto: only if a step would not fit otherwise"
     ways = ["auto", "on", "off"]

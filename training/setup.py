@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -32,7 +33,7 @@ from core.pages import GIB, free_memory
 from core.tokenizer import Tokenizer
 from model import Qwen2, check_finite
 from training.log import require_tensorboard
-from training.memory import memory_needed
+from training.memory import forward_flops, memory_needed
 from training.saves import check_not_running
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def load_model(ckpt: Checkpoint, args: argparse.Namespace, device: str) -> Qwen2
         for name, p in model.named_parameters():
             load_into(p, check_finite(ckpt, name, ckpt.tensor(name)))
     model.compute_dtype = dtype
-    if args.compile:
+    if args.compile == "on":
         model.compile()
     return model
 
@@ -176,11 +177,36 @@ def open_checkpoint(source: str, args: argparse.Namespace, ranks: Ranks) -> tupl
 # Memory
 
 
-def checkpoint_activations(model: Qwen2, args: argparse.Namespace, batches: Iterable[list[int]], ranks: Ranks) -> None:
-    """Turns activation checkpointing on, with --activation-checkpointing auto only if a step would not fit otherwise.
+# Compilation takes about 30 s and saves about a tenth of a step. It pays from 300 s of training on, which are this many
+# FLOPs at 200 GFLOP/s, a fast rate for two cores; doubled, to be on the safe side.
+COMPILE_PAYS = 1.2e14
 
-    batches: yields the lengths of each step's examples.
+
+def compile_pays(model: Qwen2, batches: list[list[int]], ranks: Ranks) -> bool:
+    """Whether --compile auto compiles: long runs on a CPU that has a C++ compiler. Not on a GPU, where it is unmeasured."""
+    if model.device.type != "cpu" or not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        return False
+    per_step = (forward_flops(model.config, lengths, sum(lengths) // 2) for lengths in batches)
+    return 3 * sum(per_step) / ranks.world > COMPILE_PAYS
+
+
+def prepare_blocks(model: Qwen2, args: argparse.Namespace, batches: Iterable[list[int]], ranks: Ranks) -> None:
+    """Compiles the blocks and checkpoints their activations, as the flags say; auto decides by the planned run.
+
+    batches: the lengths of each step's examples. Settles args.compile to "on" or "off".
     """
+    batches = list(batches)
+    if args.compile == "auto":
+        args.compile = "on" if compile_pays(model, batches, ranks) else "off"
+        if args.compile == "on":
+            model.compile()
+            if is_main():
+                print("compile: on, the planned run is long enough to pay for it; --compile off switches it off")
+    checkpoint_activations(model, args, batches, ranks)
+
+
+def checkpoint_activations(model: Qwen2, args: argparse.Namespace, batches: list[list[int]], ranks: Ranks) -> None:
+    """Turns activation checkpointing on, with --activation-checkpointing auto only if a step would not fit otherwise."""
     on = args.activation_checkpointing == "on"
     if args.activation_checkpointing == "auto":
         some = itertools.islice(batches, 1000)  # enough to meet the largest micro-batch, or nearly
@@ -198,7 +224,12 @@ def needs_checkpointing(model: Qwen2, args: argparse.Namespace, tokens: int, ran
     A tenth of the free memory is kept for what the estimate leaves out: gaps in the allocator and workspaces of
     kernels.
     """
-    settings = DTYPES[args.dtype].itemsize, ranks.world if is_sharded(model) else 1, model.device.type, args.compile
+    settings = (
+        DTYPES[args.dtype].itemsize,
+        ranks.world if is_sharded(model) else 1,
+        model.device.type,
+        args.compile == "on",
+    )
     without, with_it = (memory_needed(model.config, tokens, again, *settings) for again in (False, True))
     loaded = without["state"] // 4  # the weights, already in memory
     free = free_memory(model.device)

@@ -15,6 +15,7 @@ import train_sft
 from core.layers import Linear
 from model import Qwen2
 from train_sft import sft_loss
+from training import setup as training_setup
 from training.examples import count_supervised
 from training.logps import example_logps, sequence_logps, supervised_logps
 from training.reference import open_reference
@@ -316,3 +317,23 @@ def test_seeds_are_those_of_the_flag(tiny, sft_data, tmp_path):
         torch.randn(len(drawn) + 1)  # earlier use of the generator does not matter
         train_sft.main(args, prepare=lambda setup: drawn.append(torch.randn(4)))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_compile_auto_is_for_long_runs(tiny, tmp_path, run, monkeypatch):
+    """A run of the tiny model is too short; where the bound is 0 it is long enough, and says so."""
+    data = write_lines(tmp_path / "sft.jsonl", chats(4))
+    compiled, real = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **more: compiled.append(f) or real(f, backend="eager", **more))
+    monkeypatch.setenv("CXX", "c++")
+    losses = []
+    for k, (bound, flags, line) in enumerate(
+        [(1e14, (), False), (0, (), True), (0, ("--compile", "off"), False), (1e14, ("--compile", "on"), False)]
+    ):
+        monkeypatch.setattr(training_setup, "COMPILE_PAYS", bound)
+        compiled.clear()
+        more = ("--max-steps", 2, "--warmup", 0, "--device", "cpu", *flags)
+        code, text, err = run("train_sft", "--ckpt", tiny, "--data", data, "--out", tmp_path / str(k), *more)
+        assert code == 0 and ("compile: on" in text) == line, err
+        assert bool(compiled) == (line or flags == ("--compile", "on"))
+        losses.append([r["loss"] for r in log(tmp_path / str(k))])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[3] == pytest.approx(losses[0], rel=1e-5)
