@@ -76,11 +76,14 @@ def check_default_inputs(args: argparse.Namespace) -> None:
                 raise InputError(f"{path}: no such file; {WRITTEN_BY[path]} writes it, or give {flag}")
 
 
-def kto_out(ckpt: str) -> str:
-    """The default --out of KTO: sft.pt -> sft-kto.pt, runs/sft/ -> runs/sft-kto, Qwen/Qwen2-0.5B -> Qwen2-0.5B-kto."""
+def kto_out(ckpt: str, method: str = "kto") -> str:
+    """The default --out of KTO: sft.pt -> sft-kto.pt, runs/sft/ -> runs/sft-kto, Qwen/Qwen2-0.5B -> Qwen2-0.5B-kto.
+
+    method: the word to add in place of kto.
+    """
     if not os.path.exists(ckpt) and not ckpt.endswith(".pt"):  # a hub id
-        return os.path.basename(ckpt.rstrip("/")) + "-kto"
+        return os.path.basename(ckpt.rstrip("/")) + f"-{method}"
     if not os.path.basename(os.path.normpath(ckpt)).strip("."):  # the current folder or a parent of it
         ckpt = os.path.realpath(ckpt)
     stem, suffix = (ckpt[:-3], ".pt") if ckpt.endswith(".pt") else (os.path.normpath(ckpt), "")
-    return f"{stem}-kto{suffix}"
+    return f"{stem}-{method}{suffix}"

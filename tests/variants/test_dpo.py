@@ -1,0 +1,55 @@
+"""DPO: hand-computed numbers, pairs and micro-batches, bad input, runs."""
+
+import pytest
+import torch
+from conftest import write_lines
+from training_runs import feedback, log
+from variant_runs import arguments, check_runs, check_shard
+
+from variants.dpo import dpo_loss
+
+CHOSEN, REJECTED = torch.tensor([-10.0, -8.0]), torch.tensor([-12.0, -7.0])
+REF_CHOSEN, REF_REJECTED = torch.tensor([-11.0, -8.5]), torch.tensor([-11.5, -7.5])
+
+
+def pairs(n):
+    rows = feedback(2 * n)
+    return [
+        {"prompt": a["prompt"], "chosen": a["completion"], "rejected": b["completion"]}
+        for a, b in zip(rows[::2], rows[1::2])
+    ]
+
+
+def test_loss_by_hand():
+    losses, rewards = dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.1)
+    assert losses.tolist() == pytest.approx([0.620957, 0.693147], abs=1e-6)
+    assert rewards.flatten().tolist() == pytest.approx([0.1, -0.05, 0.05, 0.05], abs=1e-6)
+    smoothed, _ = dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.1, 0.1)
+    assert smoothed.tolist() == pytest.approx([0.635957, 0.693147], abs=1e-6)
+
+
+def test_gradient_pushes_the_two_apart():
+    chosen = CHOSEN.clone().requires_grad_()
+    rejected = REJECTED.clone().requires_grad_()
+    losses, rewards = dpo_loss(chosen, rejected, REF_CHOSEN, REF_REJECTED, 0.1)
+    losses.sum().backward()
+    want = [-0.1 * (1 - 1 / (1 + torch.tensor(-0.1 * d).exp().item())) for d in (1.5, 0)]  # -beta sigmoid(-beta d)
+    assert chosen.grad.tolist() == pytest.approx(want) and torch.equal(rejected.grad, -chosen.grad)
+    assert not rewards.requires_grad
+
+
+def test_runs(tiny, tmp_path, run, monkeypatch):
+    data = write_lines(tmp_path / "d.jsonl", pairs(13))
+    whole = check_runs(run, monkeypatch, "variants.dpo", tiny, data, tmp_path, "--eval-data", data, "--eval-every", 2)
+    first, *_, last = log(whole)
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-4)  # the policy is the reference
+    assert last["eval_rewards/margins"] > 0.1 and "eval_loss" not in first
+    check_shard("variants.dpo", tiny, data, tmp_path, whole)
+
+
+def test_bad_input_ends_in_one_line(tiny, tmp_path, refused):
+    labelled = write_lines(tmp_path / "labelled.jsonl", feedback(4))
+    refused(["labelled.jsonl:1", "rejected"], "variants.dpo", *arguments(tiny, labelled, tmp_path / "o"))
+    data = write_lines(tmp_path / "d.jsonl", pairs(4))
+    refused("--label-smoothing", "variants.dpo", *arguments(tiny, data, tmp_path / "o", "--label-smoothing", 0.5))
+    refused("max-len", "variants.dpo", *arguments(tiny, data, tmp_path / "o", "--max-len", 2))
