@@ -1,0 +1,63 @@
+"""ASFT, anchored SFT (arXiv 2509.23753): DFT and the full-vocabulary KL to the checkpoint before training.
+
+    python -m variants.asft --ckpt base --data chats.jsonl --out asft
+
+All flags of train_sft.py work. The reference is a second model in memory and a second forward in each step.
+"""
+
+from torch import Tensor
+
+import train_sft
+from core.distributed import run_distributed
+from core.files import cli
+from core.flags import number
+from model import Qwen2
+from training.logps import pack_to_device
+from training.setup import Setup, load_frozen
+from variants.dft import dft_loss
+
+
+def asft_loss(logits: Tensor, ref_logits: Tensor, targets: Tensor, n_supervised: int, lam: float) -> Tensor:
+    """ASFT's loss of a micro-batch, a scalar in nats; those of the micro-batches add up to the loss of the step.
+
+        L = (1/n) sum_t [ -sg(p_t) log p_t + lam KL_t ]
+        KL_t = sum_v ref(v | s_t) (log ref(v | s_t) - log pi(v | s_t))        forward KL: the reference comes first
+
+    logits, ref_logits: (N, V) of the supervised positions. targets: (N,) tokens x_t, p_t = pi(x_t | s_t).
+    n_supervised: n, supervised tokens of the step. Gradients reach logits alone.
+    """
+    log_pi, log_ref = logits.log_softmax(-1), ref_logits.detach().log_softmax(-1)
+    kl = (log_ref.exp() * (log_ref - log_pi)).sum(-1)  # (N,)
+    return anchored(log_pi.gather(1, targets[:, None])[:, 0], kl, n_supervised, lam)
+
+
+def anchored(logps: Tensor, kl: Tensor, n_supervised: int, lam: float) -> Tensor:
+    """asft_loss from log p_t and KL_t, (N,) each."""
+    return dft_loss(logps, n_supervised) + lam * kl.sum() / n_supervised
+
+
+def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], ref: Qwen2, lam: float) -> Tensor:
+    """asft_loss of a micro-batch. The model computes log p_t and KL_t without (N, V) logits in memory."""
+    examples = [batch.examples[i] for i in micro]
+    ids, lengths, at, targets, _ = pack_to_device(examples or [([0, 0], [False, True])], model.device)
+    logps, kl = model(ids, lengths, at, targets, ref, forward_kl=True)  # (N,) each
+    return anchored(logps, kl, batch.n_supervised, lam) * bool(examples)  # a sharded rank without work runs too
+
+
+def add_flags(parser) -> None:
+    parser.description = __doc__.split("\n\n")[0]
+    parser.set_defaults(out="asft.pt")
+    parser.add_argument("--kl-weight", type=number(0), default=0.05, help="lambda, weight of the KL")
+
+
+def main() -> None:
+    args, reference = train_sft.parse_args(add_flags=add_flags), []
+
+    def prepare(setup: Setup) -> None:
+        reference.append(load_frozen(setup.ckpt, setup.args, setup.ranks))
+
+    train_sft.main(args, prepare=prepare, loss=lambda *step: micro_loss(*step, reference[0], args.kl_weight))
+
+
+if __name__ == "__main__":
+    cli(run_distributed(main))
