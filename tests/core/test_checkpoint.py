@@ -1,15 +1,20 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import weakref
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
-from conftest import tiny_config, tiny_files, tiny_model
+from conftest import ROOT, tiny_config, tiny_files, tiny_model
 
-from core.checkpoint import Checkpoint, write_checkpoint
+from core import outputs
+from core.checkpoint import Checkpoint, check_out, write_checkpoint
 from core.files import InputError
+from core.outputs import MANIFEST
 from core.tokenizer import Tokenizer
 from model import Qwen2
 
@@ -228,3 +233,257 @@ def test_a_tensor_is_let_go_before_the_next_is_taken(tmp_path):
                 str(tmp_path / "w"), tiny_config(), {}, {n: ((5,), torch.float32) for n in "ab"}, iter(wrong)
             )
     assert os.listdir(tmp_path) == ["out"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints as other programs write them
+
+
+def save_weights(path, tensors, config=None, file="model.safetensors"):
+    """A folder with config.json and these tensors in `file`."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config or tiny_config()))
+    safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, path / file, metadata={"format": "pt"})
+
+
+def weights(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+IDS = torch.randint(0, 512, (1, 9), generator=torch.Generator().manual_seed(5))
+
+
+def transformers_logits(path):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(IDS).logits
+
+
+@pytest.mark.parametrize("kind", ["lm_head alone", "without model.", "old buffers", "tie not said"])
+def test_tensor_names_as_in_transformers(tmp_path, kind):
+    tied = kind != "tie not said"
+    model = tiny_model(tie_word_embeddings=tied)
+    tensors, config = weights(model), tiny_config(tie_word_embeddings=tied)
+    if kind == "lm_head alone":
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    elif kind == "without model.":
+        tensors = {n.removeprefix("model."): t for n, t in tensors.items()}
+    elif kind == "old buffers":
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    else:
+        del config["tie_word_embeddings"]
+    save_weights(tmp_path / "c", tensors, config)
+    ours = Qwen2.from_pretrained(tmp_path / "c")(IDS)
+    assert torch.equal(ours, model(IDS))
+    torch.testing.assert_close(ours, transformers_logits(tmp_path / "c"), atol=1e-5, rtol=1e-4)
+    assert Checkpoint(tmp_path / "c").names == sorted(weights(model))
+
+
+def test_an_untied_model_without_embedding_is_refused(tmp_path):
+    tensors = weights(tiny_model(tie_word_embeddings=False))
+    del tensors["model.embed_tokens.weight"]
+    save_weights(tmp_path / "c", tensors, tiny_config(tie_word_embeddings=False))
+    with pytest.raises(InputError, match="missing model.embed_tokens.weight"):
+        Qwen2.from_pretrained(tmp_path / "c")
+
+
+def test_one_file_counts_beside_an_index(tmp_path):
+    old, new = tiny_model(1), tiny_model(2)
+    state = weights(old)
+    specs = {n: (tuple(t.shape), t.dtype) for n, t in state.items()}
+    write_checkpoint(str(tmp_path / "c"), tiny_config(), {}, specs, state.items(), shard_size=50_000)
+    assert torch.equal(Qwen2.from_pretrained(tmp_path / "c")(IDS), old(IDS))
+    save_weights(tmp_path / "c", weights(new))
+    assert torch.equal(Qwen2.from_pretrained(tmp_path / "c")(IDS), new(IDS))
+    torch.testing.assert_close(new(IDS), transformers_logits(tmp_path / "c"), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/x.safetensors", "a/x.safetensors", "", ".", "x.bin", "x\0.safetensors"]
+)
+def test_a_shard_lies_beside_its_index(tmp_path, name):
+    save_weights(tmp_path, {"x": torch.ones(1)}, file="x.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(InputError, match="a shard is a .safetensors file beside the index"):
+        Checkpoint(tmp_path)
+
+
+def test_links_of_the_hub_cache_are_followed(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "blobs")
+    (tmp_path / "snapshots").mkdir()
+    for name in os.listdir(tmp_path / "blobs"):
+        os.symlink(f"../blobs/{name}", tmp_path / "snapshots" / name)
+    assert Checkpoint(tmp_path / "snapshots").fingerprint() == Checkpoint(tiny).fingerprint()
+
+
+def test_shards_that_do_not_fit_the_index(tmp_path):
+    for name in "ab":
+        save_weights(tmp_path, {"x": torch.ones(1), name: torch.ones(1)}, file=f"{name}.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    for listed, words in (
+        ({"x": "a.safetensors", "b": "b.safetensors"}, "two files hold the tensor x, one of them b.safetensors"),
+        ({"x": "a.safetensors", "b": "a.safetensors"}, "a.safetensors has no tensor b"),
+    ):
+        index.write_text(json.dumps({"weight_map": listed}))
+        with pytest.raises(InputError, match=words):
+            Checkpoint(tmp_path)
+
+
+def test_weights_in_other_formats_are_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    (tmp_path / "pytorch_model.bin").write_text("x")
+    with pytest.raises(InputError, match="no [*].safetensors file, only pytorch_model.bin; convert"):
+        Checkpoint(tmp_path)
+    os.rename(tmp_path / "config.json", tmp_path / "adapter_config.json")
+    with pytest.raises(InputError, match="is an adapter"):
+        Checkpoint(tmp_path)
+
+
+def test_more_layers_than_tensors_are_refused_before_a_module_is_made(tiny, tmp_path, monkeypatch):
+    shutil.copytree(tiny, tmp_path / "c")
+    (tmp_path / "c" / "config.json").write_text(json.dumps(tiny_config(num_hidden_layers=10**6)))
+    monkeypatch.setattr("model.Block", None)
+    with pytest.raises(InputError, match="num_hidden_layers is 1000000, but the weights hold 26 tensors"):
+        Qwen2.from_pretrained(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "c.pt"])
+def test_pipes_do_not_block(tiny, tmp_path, name):
+    path = tmp_path / "c"
+    if name != "c.pt":
+        shutil.copytree(tiny, path)
+        os.remove(path / name)
+        os.mkfifo(path / name)
+    else:
+        os.mkfifo(path := tmp_path / name)
+    with pytest.raises(InputError, match=f"{name}: is a pipe, device or socket"):
+        Checkpoint(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a checkpoint may replace
+
+
+def save_tiny(out, seed=0, **more):
+    state = weights(tiny_model(seed))
+    specs = {n: (tuple(t.shape), t.dtype) for n, t in state.items()}
+    write_checkpoint(str(out), tiny_config(), tiny_files(), specs, state.items(), **more)
+
+
+def listing(folder):
+    return sorted(n for n in os.listdir(folder) if n not in (MANIFEST, "config.json", *tiny_files()))
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_own_files_are_replaced_and_foreign_ones_stay(tmp_path, monkeypatch, can_exchange):
+    if not can_exchange:
+        monkeypatch.setattr(outputs, "exchange", lambda a, b: False)
+    out = tmp_path / "out"
+    save_tiny(out, shard_size=50_000)
+    (out / ".git").mkdir()
+    (out / ".git" / "HEAD").write_text("ref")
+    (out / "notes.txt").write_text("mine")
+    outputs.claim_folder(str(out), "eval.py", ["results.json"])
+    (out / "results.json").write_text("{}")
+    os.chmod(out, 0o750)
+    save_tiny(out, seed=3)
+    assert listing(out) == [".git", "model.safetensors", "notes.txt", "results.json"] and os.listdir(tmp_path) == [
+        "out"
+    ]
+    assert (out / ".git" / "HEAD").read_text() == "ref" and (out / "notes.txt").read_text() == "mine"
+    assert torch.equal(Qwen2.from_pretrained(out)(IDS), tiny_model(3)(IDS)) and out.stat().st_mode & 0o777 == 0o750
+    outputs.check_folder(str(out), "eval.py", ["results.json"])
+
+
+def test_a_folder_that_is_not_ours_is_refused(tiny, tmp_path):
+    copy = tmp_path / "downloaded"
+    shutil.copytree(tiny, copy)
+    os.remove(copy / MANIFEST)
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "config.json").write_text('{"name": "shop"}')
+    save_tiny(own := tmp_path / "own")
+    (own / "vocab.json").write_text("{}")
+    for out, words in (
+        (copy, "is no checkpoint that"),
+        (project, "is no checkpoint that"),
+        (own, "vocab.json: was not"),
+    ):
+        before = {n: (out / n).read_bytes() for n in os.listdir(out)}
+        with pytest.raises(InputError, match=words):
+            save_tiny(out, seed=1)
+        assert before == {n: (out / n).read_bytes() for n in os.listdir(out)}
+    assert sorted(os.listdir(tmp_path)) == ["downloaded", "own", "project"]
+
+
+def test_a_pt_file_that_is_not_ours_is_refused(tmp_path):
+    torch.save({"weights": {}}, tmp_path / "mine.pt")
+    with pytest.raises(InputError, match="mine.pt: exists and is no checkpoint of this project"):
+        check_out(str(tmp_path / "mine.pt"))
+    save_tiny(tmp_path / "own.pt")
+    (tmp_path / "empty.pt").touch()
+    for name in ("own.pt", "empty.pt", "new.pt"):
+        check_out(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("out", [".", "..", "x/..", "./", "/", "{cwd}", "{parent}"])
+def test_out_is_not_the_current_folder(tmp_path, monkeypatch, out):
+    (tmp_path / "here" / "x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError, match="is the current folder or contains it"):
+        check_out(out.format(cwd=tmp_path / "here", parent=tmp_path))
+
+
+def test_a_model_card_is_written_but_never_over_the_users(tmp_path):
+    out = tmp_path / "out"
+    save_tiny(out, card=lambda: "# one")
+    assert (out / "README.md").read_text() == "# one"
+    save_tiny(out, card="# two")
+    assert (out / "README.md").read_text() == "# two"
+    save_tiny(out)
+    assert not (out / "README.md").exists(), "the card of another checkpoint does not stay"
+    (out / "README.md").write_text("mine")
+    save_tiny(out, card="# three")
+    assert (out / "README.md").read_text() == "mine"
+    os.remove(out / "README.md")
+    save_tiny(out, card="# four")
+    (out / "README.md").write_text("# four, edited")
+    save_tiny(out, card="# five")
+    assert (out / "README.md").read_text() == "# four, edited" and os.listdir(tmp_path) == ["out"]
+
+
+KILLED = """
+import os, sys
+sys.path[:0] = sys.argv[1:3]
+import torch
+from conftest import tiny_config, tiny_files
+from core import outputs
+from core.checkpoint import write_checkpoint
+where = sys.argv[4]
+stop = lambda *_: os.kill(os.getpid(), 9)
+if where != "tensors":
+    setattr(outputs, where, stop)
+def tensors():
+    yield "a", torch.ones(3)
+    if where == "tensors":
+        stop()
+    yield "b", torch.ones(3)
+specs = {"a": ((3,), torch.float32), "b": ((3,), torch.float32)}
+write_checkpoint(sys.argv[3], tiny_config(), tiny_files(), specs, tensors())
+"""
+
+
+@pytest.mark.parametrize("out", ["out", "out.pt"])
+@pytest.mark.parametrize("where", ["tensors", "replace_folder", "move_foreign", "remove_written"])
+def test_a_killed_writer_leaves_a_whole_checkpoint_and_the_next_one_clears_up(tmp_path, out, where):
+    if out == "out.pt" and where != "tensors":
+        pytest.skip("a file is replaced by one rename")
+    save_tiny(tmp_path / out)
+    before, foreign = Checkpoint(tmp_path / out).names, tmp_path / "out" / "notes.txt"
+    if out == "out":
+        foreign.write_text("mine")
+    done = subprocess.run([sys.executable, "-c", KILLED, ROOT, f"{ROOT}/tests", tmp_path / out, where])
+    assert done.returncode == -9 and len(os.listdir(tmp_path)) == 2
+    replaced = where in ("move_foreign", "remove_written")
+    assert Checkpoint(tmp_path / out).names == (["a", "b"] if replaced else before)
+    save_tiny(tmp_path / out, seed=1)
+    assert os.listdir(tmp_path) == [out] and torch.equal(Qwen2.from_pretrained(tmp_path / out)(IDS), tiny_model(1)(IDS))
+    assert out == "out.pt" or foreign.read_text() == "mine"

@@ -1,4 +1,7 @@
+import json
+
 import pytest
+import transformers
 from conftest import tiny_config
 
 from core.config import parse_config
@@ -36,3 +39,47 @@ def test_rope_theta_as_transformers_5_writes_it():
     config = tiny_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     del config["rope_theta"]
     assert parse_config(config).rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    "changes, theta",
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),  # beside the old rope_theta of 10000
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),
+        ({"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 7.0}}, 10000.0),  # the older key is read first
+        ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}, "layer_types": ["full_attention"] * 2}, 5e5),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 3e4}, 3e4),
+        ({"rope_parameters": None, "rope_scaling": None}, 10000.0),
+    ],
+)  # fmt: skip
+def test_rope_theta_is_that_of_transformers(changes, theta, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(**changes)))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert (
+        parse_config(tiny_config(**changes)).rope_theta == theirs.get("full_attention", theirs)["rope_theta"] == theta
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"num_hidden_layers": True}, "num_hidden_layers is True, not a whole number"),
+        ({"vocab_size": -5}, "vocab_size is -5; it must be above 0"),
+        ({"hidden_size": int("9" * 4000)}, "hidden_size is 9{57}...; it must be at most"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf, not a number"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan, not a number"),
+        ({"rope_theta": [1]}, "rope_theta is .1., not a number"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, not true or false"),
+        ({"layer_types": 5}, "layer_types is 5"),
+        ({"layer_types": [{}]}, "layer_types"),
+        ({"layer_types": {"full_attention": 1}}, "layer_types"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": [1]}, "rope scaling .1. is set"),
+        ({"hidden_size": 33, "num_attention_heads": 1, "num_key_value_heads": 1}, "head_dim is 33"),
+        ({"model_type": "x" * 10**6}, "model_type is 'xx+[.][.][.], not"),
+    ],
+)  # fmt: skip
+def test_odd_values_are_one_short_line(changes, words):
+    with pytest.raises(InputError, match=words) as e:
+        parse_config(tiny_config(**changes))
+    assert len(str(e.value)) < 250

@@ -1,0 +1,211 @@
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from core.files import InputError, atomic_write, cli, json_object, printable, read_json, temporary_path
+from core.outputs import (
+    MANIFEST,
+    check_file,
+    check_folder,
+    check_inputs,
+    claim_folder,
+    claimed_folder,
+    exchange,
+    is_inside,
+    remove_leftovers,
+)
+
+
+def mode(path):
+    return stat.S_IMODE(os.stat(path).st_mode)
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_a_written_file_has_the_mode_of_the_umask_or_of_the_file_before(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "a") as f:
+            f.write("é")
+        assert mode(tmp_path / "a") == 0o640 and (tmp_path / "a").read_bytes() == b"\xc3\xa9"
+        os.chmod(tmp_path / "a", 0o600)
+        with atomic_write(tmp_path / "a") as f:
+            f.write("b")
+        assert mode(tmp_path / "a") == 0o600 and (tmp_path / "a").read_text() == "b"
+    finally:
+        os.umask(before)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    (tmp_path / "a").write_text("old")
+    for error in (KeyboardInterrupt, OSError(28, "No space left on device")):
+        with pytest.raises((KeyboardInterrupt, InputError)), atomic_write(tmp_path / "a") as f:
+            f.write("new")
+            raise error
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "target").write_text("old")
+    os.symlink("target", tmp_path / "link")
+    with atomic_write(tmp_path / "link") as f:
+        f.write("new")
+    assert os.path.islink(tmp_path / "link") and (tmp_path / "target").read_text() == "new"
+
+
+def test_only_leftovers_of_dead_writers_are_removed(tmp_path):
+    dead = temporary_path(str(tmp_path / "a"))
+    similar = [
+        str(tmp_path / n) for n in ("a.tmp", "a.tmp123", "a.tmp0123456789abcdef", f"{os.path.basename(dead)}.old")
+    ]
+    for path in (dead, *similar, temporary_path(str(tmp_path / "b"))):
+        with open(path, "w") as f:
+            f.write("x")
+    with atomic_write(tmp_path / "a") as f:
+        remove_leftovers(str(tmp_path), "a")
+        left = names(tmp_path)
+        f.write("whole")
+    assert os.path.basename(dead) not in left and {os.path.basename(p) for p in similar} < set(left)
+    assert os.path.basename(f.name) in left and len(left) == len(similar) + 2, "one is being written, one is b's"
+    assert (tmp_path / "a").read_text() == "whole"
+    remove_leftovers(str(tmp_path))
+    assert names(tmp_path) == sorted(["a", *map(os.path.basename, similar)])
+
+
+def test_a_folder_is_claimed_file_by_file(tmp_path):
+    out = tmp_path / "out"
+    claim_folder(str(out), "eval.py", ["results.json"])
+    (out / "results.json").write_text("1")
+    claim_folder(str(out), "eval.py", ["results.json", "results.md"])
+    (out / "report.md").write_text("mine")
+    with pytest.raises(InputError, match="report.md: was not written by make_data.py"):
+        check_folder(str(out), "make_data.py", ["report.md"])
+    with pytest.raises(InputError, match="results.json: was not written by make_data.py"):
+        claim_folder(str(out), "make_data.py", ["results.json"])
+    assert names(out) == [MANIFEST, "report.md", "results.json"]
+    for text in ("{", "[]", '{"files": {"../x": "eval.py"}}', '{"files": {"report.md": 1}}', "[" * 10**5):
+        (out / MANIFEST).write_text(text)
+        with pytest.raises(InputError, match="was not written by"):
+            check_folder(str(out), "eval.py", ["report.md"])
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    with pytest.raises(InputError), claimed_folder(str(tmp_path / "new"), "x", ["a"]):
+        raise InputError("refused")
+    assert names(tmp_path) == []
+    with claimed_folder(str(tmp_path / "new"), "x", ["a"]):
+        (tmp_path / "new" / "a").write_text("1")
+    assert names(tmp_path / "new") == [MANIFEST, "a"]
+
+
+def test_a_file_that_is_not_ours_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text('{"mine": 1}')
+    with pytest.raises(InputError, match="a.json: exists and was not written by this command"):
+        check_file(str(tmp_path / "a.json"), '"ours"')
+    (tmp_path / "a.json").write_text('{"ours": 1}')
+    check_file(str(tmp_path / "a.json"), '"ours"')
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: is not a regular file"):
+        check_file(str(tmp_path / "pipe"), '"ours"')
+    with pytest.raises(InputError, match="nothing can be written in"):
+        check_file(str(tmp_path / "a.json" / "b"), "")
+
+
+def test_inputs_and_out_must_be_apart(tmp_path):
+    (tmp_path / "base" / "inner").mkdir(parents=True)
+    os.symlink(tmp_path / "base", tmp_path / "link")
+    base = str(tmp_path / "base")
+    for out, words in (
+        (base, "is one of"),
+        (f"{tmp_path}/link/", "is one of"),
+        (f"{base}/x", "is inside"),
+        (str(tmp_path), "inside"),
+    ):
+        with pytest.raises(InputError, match=words):
+            check_inputs(out, ["Qwen/Qwen2-0.5B", base])
+    check_inputs(f"{base}-sft", [base])
+    assert is_inside(f"{base}/inner", base) and not is_inside(f"{base}2", base)
+
+
+def test_exchange(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if exchange(str(tmp_path / "a"), str(tmp_path / "b")):
+        assert names(tmp_path / "a") == ["b"] and names(tmp_path / "b") == ["a"]
+    assert not exchange(str(tmp_path / "a"), str(tmp_path / "none")) and names(tmp_path) == ["a", "b"]
+
+
+def test_pipes_and_large_and_deep_files_are_one_line(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(InputError, match="is a pipe, device or socket"):
+            read_json(path)
+    (tmp_path / "deep").write_text("[" * 10**6)
+    (tmp_path / "digits").write_text('{"a": ' + "9" * 5000 + "}")
+    for name in ("deep", "digits"):
+        with pytest.raises(InputError, match=f"{name}: cannot be read as JSON"):
+            read_json(tmp_path / name)
+    (tmp_path / "large").write_text('{"a": 1}')
+    monkeypatch.setattr("core.files.MAX_TEXT", 5)
+    with pytest.raises(InputError, match="large: is larger than"):
+        read_json(tmp_path / "large")
+    with pytest.raises(InputError, match="x: holds a JSON int"):
+        json_object("3", "x")
+
+
+def test_an_error_is_one_printable_line(capsys):
+    def main():
+        raise InputError("a\nb\x1b[31m\u202e" + "c" * 10**6)
+
+    with pytest.raises(SystemExit) as stopped:
+        cli(main)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.startswith("error: a\\nb\\x1b[31m\\u202eccc") and err.count("\n") == 1
+    assert len(err) < 3000 and printable("grün ±") == "grün ±"
+
+
+SCRIPT = "import sys; sys.path.insert(0, sys.argv[1]); from core.files import cli; cli(lambda: {})"
+
+
+def python(code, **more):
+    command = [sys.executable, "-c", SCRIPT.format(code), str(ROOT)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+
+
+def test_stdout_that_holds_ascii_alone():
+    done = python("print('± 你')", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    out, err = done.communicate(timeout=60)
+    assert (done.returncode, out, err) == (0, b"\\xb1 \\u4f60\n", b"")
+
+
+@pytest.mark.parametrize("size", [10, 10**6])
+def test_a_reader_that_ends_is_no_traceback(size):
+    done = python(f"(__import__('time').sleep(0.3), print('x' * {size}))")
+    done.stdout.close()
+    assert (done.wait(60), done.stderr.read()) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    "script", ["train_sft.py", "train_kto.py", "merge.py", "make_data.py", "eval.py", "generate.py"]
+)
+def test_ctrl_c_during_imports_is_silent(script, tmp_path):
+    """A torch that never finishes loading stands in for the slow one."""
+    (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\nwhile True: time.sleep(0.01)\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.Popen(
+        [sys.executable, ROOT / script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert done.stdout.readline() == b"loading\n"
+    time.sleep(0.05)
+    done.send_signal(signal.SIGINT)
+    assert (done.wait(60), done.stderr.read()) == (130, b"")
