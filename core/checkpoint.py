@@ -99,8 +99,10 @@ class Checkpoint:
             others = [
                 n for n in sorted(os.listdir(path)) if n.endswith((".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"))
             ]
-            raise InputError(f"{path}: no *.safetensors file{f', only {others[0]}' if others else ''}; convert the weights "
-                             "with save_pretrained of transformers")  # fmt: skip
+            only = f", only {others[0]}" if others else ""
+            raise InputError(
+                f"{path}: no *.safetensors file{only}; convert the weights with transformers' save_pretrained"
+            )
         for shard in shards:
             f = open_safetensors(os.path.join(path, shard))
             for name in f.keys():
@@ -128,8 +130,8 @@ class Checkpoint:
         except pickle.UnpicklingError:
             raise InputError(f"{path}: holds more than tensors and plain data, or is no .pt file; not loaded") from None
         except (RuntimeError, EOFError, RecursionError, UnicodeDecodeError):
-            raise InputError(f"{path}: is not a .pt checkpoint or is corrupt; give a hub id, a folder or a .pt of this "
-                             "project")  from None  # fmt: skip
+            hint = "give a hub id, a folder or a .pt of this project"
+            raise InputError(f"{path}: is not a .pt checkpoint or is corrupt; {hint}") from None
         except OSError as e:
             raise InputError(f"{path}: cannot be read: {e.strerror}") from None
         except (KeyError, TypeError, IndexError, AttributeError):
@@ -205,8 +207,8 @@ def all_finite(t: Tensor) -> bool:
 def download(repo: str) -> str:
     """Download configuration, tokenizer and safetensors of a hub id. -> the local folder."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise InputError(f"{repo}: no such checkpoint; give a folder, a .pt file or a hub id such as "
-                         "Qwen/Qwen2-0.5B-Instruct")  # fmt: skip
+        hint = "give a folder, a .pt file or a hub id such as Qwen/Qwen2-0.5B-Instruct"
+        raise InputError(f"{repo}: no such checkpoint; {hint}")
     from huggingface_hub import snapshot_download
 
     try:

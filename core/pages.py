@@ -1,22 +1,30 @@
-"""Memory: pages of mapped files, given back as they are read, and how much this machine has free."""
+"""Keep memory low while large files are read and written, and measure how much memory is free.
+
+Python has no call for two functions of the C library, so they are called through ctypes. madvise drops
+the pages of a mapped file that were read, so that reading a checkpoint does not fill the memory. sync_file_range starts
+writing to the disk while the next tensor is computed, so that the fsync at the end is short.
+"""
 
 import contextlib
 import ctypes
 import mmap
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 import torch
+from torch import Tensor
 
 
-def mapped(tensors):
-    """Those of the tensors that lie in a mapped file (known on Linux only). Their memory may be given back: the file still
-    has what it held, as nobody writes into a checkpoint's tensors. Any other memory would come back as zeros. Small ones
-    are left out: to look them up would take longer than to read them."""
+def mapped(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those of the tensors that lie in a memory-mapped file, as /proc/self/maps says (Linux). Small tensors are left out.
+
+    Only pages of mapped files may be dropped, because they can be read again; other memory would come back as zeros."""
     tensors, files = [t for t in tensors if t.is_contiguous() and t.numel() >= WINDOW // 16], []
     highest = max((t.data_ptr() for t in tensors), default=0)
     with contextlib.suppress(OSError), open("/proc/self/maps" if tensors else os.devnull) as f:
-        for line in f:  # in the order of addresses
+        for line in f:  # sorted by address
             span, _, _, _, inode = line.split(maxsplit=5)[:5]
             begin, end = (int(address, 16) for address in span.split("-"))
             if inode != "0":
@@ -26,12 +34,13 @@ def mapped(tensors):
     return [t for t in tensors if any(a <= t.data_ptr() and t.data_ptr() + t.nbytes <= b for a, b in files)]
 
 
-WINDOW = 2**22  # elements of a mapped tensor that stay in memory while it is read
+WINDOW = 2**22  # elements of a mapped tensor that are in memory at once while it is read
 
 
-def page_chunks(n, held, size):
-    """Yields the slices of n elements, `size` at a time. held: flat tensors of n elements as mapped() gives them: what
-    lies behind is given back to the system, so that memory does not grow with what is read; a later use reads it again."""
+def page_chunks(n: int, held: list[Tensor], size: int) -> Iterator[slice]:
+    """Yield slices of `size` elements that cover n elements, and drop the pages that were read before.
+
+    held: flat tensors of n elements from mapped(). Their elements before the current slice are dropped from memory."""
     behind = 0
     for start in range(0, n, size):
         stop = min(start + size, n)
@@ -42,23 +51,22 @@ def page_chunks(n, held, size):
             behind = stop
 
 
-def release(t):
-    """Takes a tensor of a mapped file out of this process's memory; the next use reads it again. Leaves others alone."""
+def release(t: Tensor) -> None:
+    """Drop the pages of a mapped tensor from memory; the next use reads them again. Other tensors are left alone."""
     for found in mapped([t]):
         drop_pages(found)
 
 
-def drop_pages(t):
-    """release() of one of mapped()'s tensors or a part of it, which is not checked again."""
-    begin = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: others may need the rest
+def drop_pages(t: Tensor) -> None:
+    """Drop the whole pages inside a tensor from mapped(), or inside a part of one. The caller has checked that it is mapped."""
+    begin = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # round up: the page may hold the end of another tensor
     size = (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
     if size > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
-def start_writing(f):
-    """Has the system write to the disk what it holds of an open file, without waiting: the next tensors are made meanwhile,
-    and the fsync at the end finds little left to do. Linux only."""
+def start_writing(f: BinaryIO) -> None:
+    """Start writing an open file's data to the disk without waiting (Linux; elsewhere nothing happens)."""
     if sys.platform == "linux":
         f.flush()
         whole_file, write = ctypes.c_int64(0), 2  # SYNC_FILE_RANGE_WRITE
@@ -68,28 +76,25 @@ def start_writing(f):
 GIB = 2**30
 
 
-def available_memory():
-    """Bytes that a process may take without swapping, within the machine and its container; 0 where the system (any but Linux)
-    does not say."""
+def available_memory() -> int:
+    """Bytes that a process can take without swapping, within the machine and its container; 0 if unknown (not Linux)."""
     try:
         with open("/proc/meminfo") as f:
             free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 0
-    with contextlib.suppress(OSError, ValueError, StopIteration):  # no container, or "max": no limit
+    with contextlib.suppress(OSError, ValueError, StopIteration):  # not in a container, or no limit ("max")
         most, used = (int(open(f"/sys/fs/cgroup/memory.{name}").read()) for name in ("max", "current"))
-        with open(
-            "/sys/fs/cgroup/memory.stat"
-        ) as f:  # pages of files that nobody reads now count as used and make room when asked
+        with open("/sys/fs/cgroup/memory.stat") as f:  # inactive pages of files count as used but can be reclaimed
             used -= next(int(line.split()[1]) for line in f if line.startswith("inactive_file "))
-        free = min(free, max(1, most - used))  # 1: known to be nothing
+        free = min(free, max(1, most - used))  # 1, not 0: it is known that nothing is free
     return free
 
 
-def free_memory(device):
-    """Bytes that this process may still take on the device; 0 where nothing says how many."""
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that this process can still take on the device; 0 if unknown."""
     kind = torch.device(device).type
-    if kind == "cuda":  # what torch holds back from former tensors is free too
+    if kind == "cuda":  # memory that torch keeps for reuse is free too
         return (
             torch.cuda.mem_get_info(device)[0]
             + torch.cuda.memory_reserved(device)

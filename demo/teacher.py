@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from core.files import InputError, atomic_write, cli
 from core.flags import Parser
+from core.outputs import check_file
 from demo import world
 from verification.answers import check
 
@@ -158,6 +159,8 @@ def main():
     p.add_argument("--with-parent", action="store_true", help="end when the process that started this one has ended")
     p.add_argument("--url-file", help="write the base URL to this file once the server listens")
     args = p.parse_args()
+    if args.url_file:
+        check_file(args.url_file, "http://")
     server, url = bind_server(args.port)
     if args.url_file:
         with atomic_write(args.url_file) as f:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from core.chat_template import CHATML_DEFAULT_SYSTEM
 from core.files import cli
-from core.flags import Parser
+from core.flags import Parser, checkpoint_out
 from core.layers import token_logps
 from core.tokenizer import Tokenizer
 from demo import words, world
@@ -151,7 +151,7 @@ def batches(tokenizer, args):
 
 def main():
     p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--out", default="demo/base", help="directory of the checkpoint")
+    p.add_argument("--out", type=checkpoint_out, default="demo/base", help="directory of the checkpoint")
     # model
     p.add_argument("--vocab", type=int, default=960, help="tokens of the tokenizer")
     p.add_argument("--hidden", type=int, default=128, help="width")

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from core.files import InputError, cli
 from core.flags import Parser
+from core.outputs import check_file
 from core.records import write_jsonl
 from demo import words as W
 from demo.tasks import RARE, TASKS, Task
@@ -268,6 +269,9 @@ def main():
     args = p.parse_args()
     if not (args.out or args.heldout):
         raise InputError("nothing to write: give --out FILE or --heldout FILE")
+    for path, mark in (args.out, "Pick the right answer"), (args.heldout, '"task"'):  # what such a file of ours holds
+        if path:
+            check_file(path, mark)
     heldout = make_heldout()
     if args.heldout:
         write_jsonl(args.heldout, heldout_rows(heldout))
