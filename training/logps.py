@@ -19,6 +19,7 @@ from model import Qwen2
 from training.examples import pack
 
 Example = tuple[list[int], list[bool]]  # (ids, supervised)
+NO_WORK: list[Example] = [([0, 0], [False, True])]  # what a sharded rank without examples runs
 
 
 def pack_to_device(
@@ -48,10 +49,22 @@ def supervised_logps(
     pack_to_device. Without examples N is 0, but the model runs all the same: a sharded rank without work must take
     part in the others' calls.
     """
-    row = examples or [([0, 0], [False, True])]
-    ids, lengths, at, targets, owner = pack_to_device(row, model.device, inputs or None)
+    ids, lengths, at, targets, owner = pack_to_device(examples or NO_WORK, model.device, inputs or None)
     logps = model(ids, lengths, at, targets)
     return (logps, owner) if examples else (logps[:0], owner[:0])
+
+
+def supervised_logps_and_kl(
+    model: Qwen2, ref: Qwen2, examples: list[Example], forward_kl: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """supervised_logps, and the KL to the reference over the whole vocabulary. -> (logps (N,), kl (N,), owner (N,)).
+
+    kl[k] compares the two models' distributions of the token that logps[k] belongs to, in nats: KL(model || ref), or with
+    forward_kl KL(ref || model). ref: a frozen model of its own, from training.setup.load_frozen. It gets no gradient.
+    """
+    ids, lengths, at, targets, owner = pack_to_device(examples or NO_WORK, model.device)
+    logps, kl = model(ids, lengths, at, targets, ref, forward_kl)
+    return (logps, kl, owner) if examples else (logps[:0], kl[:0], owner[:0])
 
 
 def example_logps(model: Qwen2, examples: list[Example]) -> Tensor:

@@ -21,6 +21,7 @@ from core.distributed import (
     broadcast_replicas,
     from_rank_0,
     is_main,
+    is_sharded,
     leave_group,
     overlapped_reduction,
     stop_asked,
@@ -29,6 +30,7 @@ from core.distributed import (
 from core.files import InputError, atomic_write, code_hash, json_object, read_json
 from core.outputs import discard_checkpoint
 from core.tokenizer import Tokenizer
+from model import Qwen2
 from training.log import event_writer, json_safe, kept_lines, write_log
 from training.logps import sequence_logps
 from training.saves import (
@@ -86,6 +88,7 @@ def start_run(setup: Setup, identity: dict) -> Run | None:
     buffers.
     """
     args, model, total = setup.args, setup.model, len(setup.steps)
+    check_shards(model)
     start_sync, wait_sync = overlapped_reduction(model, setup.ranks.world)
     files = with_end_token(setup.ckpt.files, setup.tokenizer)
     run = Run(args, setup.ranks, model, make_optimizer(model, args), start_sync, wait_sync, files, identity, total)
@@ -109,6 +112,13 @@ def start_run(setup: Setup, identity: dict) -> Run | None:
         tidy(run)
         write_beginning(run, lines)
     return run
+
+
+def check_shards(model: Qwen2) -> None:
+    """InputError if a sharded model has a parameter to train that is not sharded: its gradients would not be summed."""
+    whole = [name for name, p in model.named_parameters() if p.requires_grad and not hasattr(p, "full_tensor")]
+    if whole and is_sharded(model):
+        raise InputError(f"--shard: {whole[0]} is not sharded, as it was added after loading; train without --shard")
 
 
 def find_save(run: Run) -> None:

@@ -91,6 +91,14 @@ def test_a_random_lora_is_the_same_on_two_ranks(tiny, tmp_path, script):
     assert moved == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+def test_a_module_of_ones_own_is_refused_in_a_sharded_model(tiny, sft_data, tmp_path):
+    """Its gradients would not be summed over the ranks."""
+    arguments = command(tiny, sft_data, tmp_path / "o", "--max-steps", 1, "--shard")
+    codes, texts = launch("train_sft", arguments, tmp_path / "text", 2, {r: (with_lora,) for r in range(2)})
+    assert codes == [2, 2] and "error: --shard: model.layers.0.self_attn.q_proj.A is not sharded" in texts[0], texts
+    assert not (tmp_path / "o.run").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Dropout
 
