@@ -47,11 +47,13 @@ def smooth(values: list[float], window: int) -> list[float]:
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
 
-def draw_runs(plt, runs: list[tuple[str, list[dict]]], window: int):
-    """One panel for each quantity that a run logged."""
-    panels = [
-        (title, keys) for title, keys in PANELS if any(k in r for _, records in runs for r in records for k in keys)
-    ]
+def draw_runs(plt, runs: list[tuple[str, list[dict]]], window: int, chosen: list[str] | None = None):
+    """One panel for each quantity that a run logged; chosen: only the panels that show one of these keys."""
+    logged = {key for _, records in runs for record in records for key in record}
+    wanted = logged & {*chosen} if chosen else logged
+    panels = [(title, keys) for title, keys in PANELS if wanted & {*keys}]
+    if not panels:
+        raise InputError(f"--keys {' '.join(chosen or [])}: no run logged a key that is drawn")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.1 * rows), squeeze=False, layout="constrained")
@@ -161,6 +163,10 @@ def main() -> None:
     p.add_argument("sources", nargs="+", metavar="RUN", help="training runs, or one JSON: report.json or search.json")
     p.add_argument("--out", default="plot.png", help="PNG to write")
     p.add_argument("--smooth", type=at_least(1), default=1, help="running mean over that many steps")
+    keys = [key for _, keys in PANELS for key in keys]
+    p.add_argument(
+        "--keys", nargs="+", choices=keys, metavar="KEY", help="draw only the panels of these keys of the log"
+    )
     args = p.parse_args()
     check_file(args.out, MARK)
     plt, first = import_pyplot(), args.sources[0]
@@ -173,7 +179,7 @@ def main() -> None:
             what = "neither make_data.py's report.json nor the result of merge.py search"
             raise InputError(f"{first}: {what} ({type(e).__name__}: {e})") from None
     else:
-        figure = draw_runs(plt, [read_steps(source) for source in args.sources], args.smooth)
+        figure = draw_runs(plt, [read_steps(source) for source in args.sources], args.smooth, args.keys)
     with atomic_write(args.out, "wb") as f:
         figure.savefig(f, dpi=130, format="png", metadata={"Software": MARK})
     print(f"wrote {args.out}")

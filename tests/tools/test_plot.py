@@ -50,6 +50,10 @@ def test_what_is_drawn(tmp_path):
     loss = {line.get_label(): list(line.get_ydata()) for line in axes[0].lines}
     assert loss == {"a": [2.0, 1.0, 2 / 3, 0.5], "b": [2.0, 1.0, 2 / 3]}
     assert len(axes[2].lines) == 1  # nothing was rejected in this run
+    titles = [axis.get_title() for axis in plot.draw_runs(plt, runs, 1, ["loss", "rewards/rejected"]).axes]
+    assert titles == ["loss", "rewards: chosen, rejected dashed"]
+    with pytest.raises(plot.InputError, match="--keys kl: no run logged"):
+        plot.draw_runs(plt, runs[1:], 1, ["kl"])
 
 
 def test_smooth():
