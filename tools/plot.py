@@ -2,6 +2,7 @@
 
     python -m tools.plot runs/demo/sft runs/demo/sft-kto --out curves.png          # one line a run
     python -m tools.plot data/report.json --out categories.png             # categories before and after balancing
+    python -m tools.plot runs/demo/eval/results.json --out scores.png              # eval.py: scores with intervals
     python -m tools.plot search.json --out weight.png                              # merge.py search: score over weight
 
 A training run is its checkpoint, its OUT.run/ or its log.jsonl.
@@ -84,6 +85,24 @@ def draw_runs(plt, runs: list[tuple[str, list[dict]]], window: int, chosen: list
     return figure
 
 
+def draw_results(plt, results: dict):
+    """One panel a task: the score of each checkpoint with its 95 % interval, and a line at the first one's score."""
+    tasks = list(dict.fromkeys(task for cells in results.values() for task in cells))
+    size = (4.2 * len(tasks) + 1.5, 0.9 + 0.34 * len(results))
+    figure, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis, task in zip(axes[0], tasks):
+        cells = {name: found[task] for name, found in results.items() if task in found}
+        scores = [100 * cell["score"] for cell in cells.values()]
+        errors = [196 * (cell["stderr"] or 0) for cell in cells.values()]
+        axis.errorbar(scores, list(cells), xerr=errors, fmt="o", color="C0", capsize=3)
+        axis.axvline(scores[0], color="0.5", ls=":")
+        first = next(iter(cells.values()))
+        axis.set_xlabel(f"{task}: percent correct, 95 % interval (n = {first['n']})", fontsize=9)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0, 0].invert_yaxis()
+    return figure
+
+
 def draw_categories(plt, report: dict, most: int = 40):
     """Instructions per secondary category before and after balancing, from make_data.py's report.json."""
     before, after = (report["steps"]["4_balance"][k] for k in ("before", "after"))
@@ -160,7 +179,9 @@ def import_pyplot():
 
 def main() -> None:
     p = Parser(prog="python -m tools.plot", description=__doc__.split("\n\n")[0])
-    p.add_argument("sources", nargs="+", metavar="RUN", help="training runs, or one JSON: report.json or search.json")
+    p.add_argument(
+        "sources", nargs="+", metavar="RUN", help="training runs, or one of results.json, report.json, search.json"
+    )
     p.add_argument("--out", default="plot.png", help="PNG to write")
     p.add_argument("--smooth", type=at_least(1), default=1, help="running mean over that many steps")
     keys = [key for _, keys in PANELS for key in keys]
@@ -174,9 +195,10 @@ def main() -> None:
         try:
             with open(first, encoding="utf-8") as f:
                 content = json.load(f)
-            figure = (draw_search if "points" in content else draw_categories)(plt, content)
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            what = "neither make_data.py's report.json nor the result of merge.py search"
+            draw = draw_search if "points" in content else draw_categories if "steps" in content else draw_results
+            figure = draw(plt, content)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as e:
+            what = "not a results.json, a report.json, or the result of merge.py search"
             raise InputError(f"{first}: {what} ({type(e).__name__}: {e})") from None
     else:
         figure = draw_runs(plt, [read_steps(source) for source in args.sources], args.smooth, args.keys)

@@ -102,7 +102,7 @@ def test_a_search_has_a_panel_for_each_line():
     bars = axis.containers[0].lines[2][0].get_segments()[0]
     assert bars[:, 1].tolist() == pytest.approx([1.89, 1.91])  # one standard error each way
     weight, density = plot.draw_search(plt, search_result(density=0.4)).axes
-    assert drawn(weight)["tried on another line"] == [[0.7, 2.2]] and len(drawn(weight)["tried"]) == 3
+    assert drawn(weight)["other lines"] == [[0.7, 2.2]] and len(drawn(weight)["tried"]) == 3
     assert density.get_xlabel() == "density" and drawn(density)[final] == [[0.4, 1.95], [0.4, 2.05]]
     assert len(plot.draw_search(plt, search_result(3)).axes) == 1  # the third model's weight was 0 throughout
     plt.close("all")
@@ -119,3 +119,19 @@ def test_what_is_no_run_is_refused(tmp_path, run, content):
     (tmp_path / "r.json").write_text('{"steps": {}}')
     code, _, err = run("tools.plot", tmp_path / "r.json", "--out", tmp_path / "x.png")
     assert code == 2 and "r.json" in err
+
+
+def test_scores_of_an_evaluation(tmp_path, run, monkeypatch):
+    """A dot for each checkpoint at its score in percent, with 1.96 standard errors."""
+    cell = lambda score: {"demo": {"score": score, "stderr": 0.02, "n": 50}}
+    path, out = tmp_path / "results.json", tmp_path / "scores.png"
+    path.write_text(json.dumps({"base": cell(0.3), "sft": cell(0.5)}))
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = plot.draw_results(plt, json.loads(path.read_text()))
+    dots, (ends,) = figure.axes[0].containers[0][0], figure.axes[0].containers[0][2]
+    assert list(dots.get_xdata()) == [30, 50] and ends.get_segments()[1][:, 0].tolist() == pytest.approx([46.08, 53.92])
+    assert run("tools.plot", path, "--out", out)[0] == 0 and out.read_bytes().startswith(b"\x89PNG")
