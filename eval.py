@@ -6,8 +6,9 @@
 
 --protocol paper reads greedy chat replies as the paper's scripts do. --protocol loglik takes the likeliest choice, as
 lm-evaluation-harness does. Scores of different protocols never share a column. The first checkpoint is the baseline.
-OUT/replies.jsonl keeps each reply: the same command again asks only what is missing, and --rescore reads the replies again
-without the models. torchrun spreads the questions over its ranks.
+
+OUT/replies.jsonl keeps each reply. Running the same command again asks only the missing questions, and --rescore
+scores the kept replies again without loading the models. torchrun spreads the questions over its ranks.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
@@ -55,14 +56,20 @@ from evaluation.stats import (
 
 
 def average_metric(values: list) -> dict:
-    """Mean and standard error of a metric. values: one a question: a number, a list of verdicts, or (numerator, denominator)."""
+    """Mean and standard error of a metric.
+
+    values: one per question, each a number, a list of verdicts, or (numerator, denominator).
+    """
     pairs = [v if isinstance(v, tuple) else (sum(v), len(v)) if isinstance(v, list) else (v, 1) for v in values]
     score, stderr = ratio_stderr(*zip(*pairs))
     return {"score": score, "stderr": stderr}
 
 
 def summarise_task(verdicts: list, subjects: list, over: str, first: list | None = None) -> dict:
-    """Score, standard error and n; with the first checkpoint's verdicts also the paired comparison."""
+    """Score, standard error and n. first: the first checkpoint's verdicts; adds the paired comparison with them.
+
+    over: "questions" or "subjects", the things that the score averages over.
+    """
     subjects = subjects if over == "subjects" else None
     x = [float(v) for v in verdicts]
     score, stderr = subjects_mean_stderr(x, subjects) if subjects else mean_stderr(x)
@@ -73,7 +80,7 @@ def summarise_task(verdicts: list, subjects: list, over: str, first: list | None
 
 
 def further_figures(metrics: list[dict], confidences: list, verdicts: list) -> dict:
-    """The task's other metrics, and the calibration where every question has a confidence."""
+    """The task's other metrics, and the calibration if every question has a confidence."""
     found = {}
     if metrics[0]:
         found["metrics"] = {metric: average_metric([m[metric] for m in metrics]) for metric in metrics[0]}
@@ -108,7 +115,7 @@ def score_replies(names: list[str], work: Work, replies: Replies, protocol: str)
 
 
 def correct_for_many(results: dict) -> None:
-    """Adds to each comparison its Holm-corrected p-value and the smallest true difference that it could have shown."""
+    """Adds to each comparison its Holm-corrected p-value and the smallest true difference that it can detect."""
     pairs = [cell["vs_first"] for cells in results.values() for cell in cells.values() if "vs_first" in cell]
     for versus, p in zip(pairs, holm([versus["p"] for versus in pairs])):
         versus["p_holm"] = p
@@ -116,9 +123,9 @@ def correct_for_many(results: dict) -> None:
 
 
 def results_table(results: dict) -> str:
-    """The content of results.json as Markdown, in percent. The other rows are compared with the first."""
+    """The content of results.json as a Markdown table, in percent. Each row is compared with the first."""
 
-    def text(cell):
+    def text(cell: dict) -> str:
         error = "?" if cell["stderr"] is None else f"{100 * cell['stderr']:.1f}"
         versus = cell.get("vs_first")
         return f"{100 * cell['score']:.1f} ± {error}" + (
@@ -131,27 +138,27 @@ def results_table(results: dict) -> str:
     lines += [[name, *(text(cell) for cell in cells.values())] for name, cells in results.items()]
     note = "Percent ± one standard error"
     if len(results) > 1:
-        m = (len(results) - 1) * len(head)
+        comparisons = (len(results) - 1) * len(head)
         note += (
             f"; in brackets the difference to {first} on the same questions and its p-value (exact McNemar test, or "
-            f"paired bootstrap for scores that are not 0 or 1, or that average over subjects), corrected by Holm for {m} "
-            f"comparison{'s' * (m > 1)}"
+            f"paired bootstrap for scores that are not 0 or 1, or that average over subjects), corrected by Holm for "
+            f"{comparisons} comparison{'s' * (comparisons > 1)}"
         )
     rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return "\n".join([rows, f"{note}.\n", *describe_differences(results), *metric_lines(results)])
 
 
 def describe_differences(results: dict) -> list[str]:
-    """Lines: the differences that are more than noise, those that are not, and the smallest that could have shown."""
+    """Lines of text: the significant differences, the others, and the smallest difference that could be detected."""
     first, *others = results
     real, noise, power = [], [], []
     for task in results[first]:
         pairs = {name: results[name][task]["vs_first"] for name in others}
         for name, versus in pairs.items():
             low, high = versus["interval"]
-            (real if versus["p_holm"] < 0.05 else noise).append(
-                f"{name} on {task} ({100 * versus['difference']:+.1f}, 95% interval {100 * low:+.1f} to {100 * high:+.1f})"
-            )
+            interval = f"95% interval {100 * low:+.1f} to {100 * high:+.1f}"
+            text = f"{name} on {task} ({100 * versus['difference']:+.1f}, {interval})"
+            (real if versus["p_holm"] < 0.05 else noise).append(text)
         smallest = max((versus["smallest"] or 0.0 for versus in pairs.values()), default=0.0)
         if smallest:
             power.append(f"{100 * smallest:.1f} on {task} (n = {results[first][task]['n']})")
@@ -166,12 +173,14 @@ def describe_differences(results: dict) -> list[str]:
 
 
 def metric_lines(results: dict) -> list[str]:
-    """A line for each task with further metrics or a calibration."""
+    """One line per checkpoint and task that has further metrics or a calibration."""
     lines = []
     for name, cells in results.items():
         for task, cell in cells.items():
-            parts = [f"{metric} {value['score']:.4g}" + ("" if value["stderr"] is None else f" ± {value['stderr']:.2g}")
-                     for metric, value in cell.get("metrics", {}).items()]  # fmt: skip
+            parts = []
+            for metric, value in cell.get("metrics", {}).items():
+                error = "" if value["stderr"] is None else f" ± {value['stderr']:.2g}"
+                parts.append(f"{metric} {value['score']:.4g}{error}")
             if "calibration" in cell:
                 parts.append(f"expected calibration error {cell['calibration']['ece']:.3f}")
             if parts:
@@ -191,9 +200,9 @@ def read_samples(path: str) -> dict[tuple, dict]:
 
 
 def compare_command(argv: list[str]) -> None:
-    """Write the questions that one of two checkpoints answered better, with both replies."""
+    """Write the questions on which two checkpoints score differently, with both replies."""
     p = Parser(prog="eval.py compare", description=compare_command.__doc__)
-    p.add_argument("names", nargs=2, help="names of two checkpoints, as the table has them")
+    p.add_argument("names", nargs=2, help="names of two checkpoints, as in the table")
     p.add_argument("--out", default="eval", help="directory of an evaluation, with samples.jsonl")
     args = p.parse_args(argv)
     path, (a, b) = os.path.join(args.out, "samples.jsonl"), args.names
@@ -202,7 +211,7 @@ def compare_command(argv: list[str]) -> None:
     for name in args.names:
         if name not in known:
             raise InputError(f"{path}: no checkpoint {name!r}; it holds {', '.join(known)}")
-    text, counts = "", collections.defaultdict(lambda: [0, 0, 0])  # {task: [a better, b better, questions]}
+    text, counts = "", collections.defaultdict(lambda: [0, 0, 0])  # {task: [wins of a, wins of b, questions]}
     for (name, task, question_id), sample in samples.items():
         other = samples.get((b, task, question_id))
         if name != a or other is None:
@@ -235,8 +244,8 @@ def parse_args() -> Namespace:
         "--protocol", choices=["paper", "loglik"], default="paper", help="chat replies, or likelihoods of choices"
     )
     p.add_argument("--allow-code-execution", action="store_true", help="run what the checkpoints write, in a sandbox")
-    p.add_argument("--rescore", action="store_true",
-                   help="read the replies in OUT again and open no checkpoint; give the other flags of that run")  # fmt: skip
+    again = "score the replies in OUT again without loading a checkpoint; give the other flags of that run"
+    p.add_argument("--rescore", action="store_true", help=again)
     add_reply_flags(p, out="eval")
     args = p.parse_args()
     if args.protocol == "loglik" and args.repetition_penalty != 1.0:
@@ -282,9 +291,8 @@ def main() -> None:
         return
     results, samples = score_replies(names, work, replies, protocol_name(args))
     write_results(args, results, samples)
-    print(
-        f"\n{results_table(results)}\nwrote {args.out}/results.json, results.md and samples.jsonl (prompts, replies, verdicts)"
-    )
+    print(f"\n{results_table(results)}")
+    print(f"wrote {args.out}/results.json, results.md and samples.jsonl (prompts, replies, verdicts)")
     if len(names) > 1:
         print(f"next: python eval.py compare {shlex.join(names[:2])} --out {shlex.quote(args.out)}")
     else:

@@ -1,9 +1,9 @@
-"""Batched generation without padding: ended rows are replaced at once, and shared prefixes are computed once.
+"""Batched generation without padding: a finished row is replaced at once, and shared prefixes are computed once.
 
     texts = generate(model, tokenizer, [[{"role": "user", "content": "Hello"}], ...], max_new_tokens=100)
     python generate.py --ckpt C --prompt "Why is the sky blue?"
 
-A reply does not depend on the other prompts: each row has its own part of the KV cache, positions and random numbers.
+A reply does not depend on the other prompts: each row has its own KV cache, positions and random numbers.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
@@ -43,9 +43,11 @@ class Settings:
     stop: str | Sequence[str] = ()  # a reply ends before the first of these strings
     seed: int | Sequence[int] = 0  # for all prompts, or one for each
     batch_size: int = 32  # rows in flight, fewer if cache_gb is too small for them
-    cache_gb: float = 4.0  # GiB of the KV cache
-    prefill_tokens: int = 4096  # prompt tokens of one forward; further prompts start in the next step
-    steps_per_sync: int | None = None  # decoding steps between read-backs to the host. Default: 16 on a GPU, else 1
+    cache_gb: float = 4.0  # size of the KV cache in GiB
+    prefill_tokens: int = 4096  # most prompt tokens in one forward; further prompts start in the next step
+    steps_per_sync: int | None = (
+        None  # decoding steps between copies of the tokens to the host. None: 16 on a GPU, else 1
+    )
 
     def __post_init__(self):
         if self.max_new_tokens < 1 or self.temperature < 0:
@@ -86,7 +88,7 @@ class Batch:
     model: Qwen2
     settings: Settings
     cache: KVCache
-    seen: Tensor | None  # (rows, max_len), for a repetition penalty: each row's tokens; the first fills what is unused
+    seen: Tensor | None  # (rows, max_len), for a repetition penalty: each row's tokens, padded with its first one
     last_tokens: Tensor  # (rows,)
     uniform: Tensor  # (rows,), random numbers in [0, 1)
     rows: list[Row] = field(default_factory=list)
@@ -113,16 +115,16 @@ def remove_row(batch: Batch, r: int) -> None:
 
 @dataclass
 class WaitingPrompts:
-    """All prompts, and which of them still wait."""
+    """All prompts, and the ones that have not started yet."""
 
     prompts: list[list[int]]
     limits: list[int]  # most tokens of each reply
     prefixes: SharedPrefixes
-    order: list[int]  # the prompts that no row has taken yet
+    order: list[int]  # indices of the prompts that have not started yet, in the order in which they will
 
 
 def admit(batch: Batch, waiting: WaitingPrompts) -> None:
-    """Fills free rows with waiting prompts, up to prefill_tokens of them; a longer prompt goes alone."""
+    """Fills free rows with waiting prompts of at most prefill_tokens tokens in total. A longer prompt starts alone."""
     budget = prefill_tokens = batch.settings.prefill_tokens
     while waiting.order and len(batch.rows) < batch.cache.rows:
         i, row = waiting.order[0], len(batch.rows)
@@ -165,7 +167,7 @@ def packed_step(batch: Batch) -> list[int]:
 
 
 def next_tokens(batch: Batch, logits: Tensor, uniform: Tensor, last_tokens: Tensor, positions: Tensor) -> Tensor:
-    """The next token of each row. logits: (n, V); the others: (n,). last_tokens are at `positions` -> (n,)."""
+    """The next token of each row, (n,). logits: (n, V). uniform, last_tokens, positions (of last_tokens): (n,)."""
     settings = batch.settings
     if batch.seen is not None:
         seen = batch.seen[: len(last_tokens)].scatter_(1, positions[:, None], last_tokens[:, None])
@@ -174,16 +176,16 @@ def next_tokens(batch: Batch, logits: Tensor, uniform: Tensor, last_tokens: Tens
 
 
 def draw(batch: Batch, steps: int) -> Tensor:
-    """Random numbers (steps, rows) in [0, 1), each row's from its own generator; zeros if sampling needs none."""
+    """Random numbers (steps, rows) in [0, 1), from each row's own generator. Zeros at temperature 0."""
     if batch.settings.temperature == 0:
         return torch.zeros(steps, len(batch.rows))
     return torch.stack([torch.rand(steps, generator=row.generator) for row in batch.rows], dim=1)
 
 
 def decode_steps(batch: Batch, steps: int) -> list[list[int]]:
-    """Several decoding steps with one read-back at the end, so that a GPU need not wait for the host after each.
+    """Runs several decoding steps and copies their tokens to the host once, so that a GPU does not wait for the host.
 
-    A row that ends in between runs on; the caller drops its further tokens.
+    A row that ends in between continues; the caller drops the extra tokens.
     """
     cache, n = batch.cache, len(batch.rows)
     cache.width = min(-(-(max(cache.lengths) + steps) // 256) * 256, cache.max_len)  # few widths, so few graphs
@@ -203,21 +205,21 @@ def decode_steps(batch: Batch, steps: int) -> list[list[int]]:
 
 
 def decoding_step(batch: Batch) -> Callable[[], None]:
-    """A function that feeds last_tokens to all rows of the cache and replaces them by the next tokens.
+    """Returns a function that decodes one token for all rows of the cache and writes it to last_tokens.
 
-    Its tensors have the same shapes and addresses in each call, and the host reads none of their values. On a GPU it is
-    one CUDA graph.
+    Its tensors have the same shapes and addresses in each call, and the host reads none of their values. On a GPU it
+    replays one CUDA graph.
     """
     model, cache = batch.model, batch.cache
 
     def step() -> None:
         logits = model.head(model.hidden(batch.last_tokens[:, None], cache=cache)[:, 0]).float()  # (rows, V)
         batch.last_tokens.copy_(next_tokens(batch, logits, batch.uniform, batch.last_tokens, cache.positions))
-        cache.positions.add_(1).clamp_max_(cache.max_len - 1)  # a row that has ended runs on inside the cache
+        cache.positions.add_(1).clamp_max_(cache.max_len - 1)  # a finished row stays inside the cache
 
     if not batch.last_tokens.is_cuda or not fused():
         return step
-    # the calls before the capture write keys and values too, but only where the next step writes again
+    # the warm-up calls before the capture also write keys and values, but the next step overwrites them
     return capture_graph(step, [x for x in (batch.last_tokens, cache.positions, batch.seen) if x is not None])
 
 
@@ -231,8 +233,8 @@ def generate_steps(
 ) -> Iterator[tuple[int, list[int], str | None]]:
     """Yields (index of the prompt, tokens so far, finish_reason or None) for each row after each step.
 
-    finish_reason: "stop" after an end token, which is not kept, or once the text holds a stop string; "length" after
-    max_new_tokens or at the model's last position. settings: see Settings.
+    finish_reason: "stop" after an end token (which is dropped) or a stop string; "length" after max_new_tokens or at
+    the model's last position. settings: see Settings.
     """
     settings = Settings(**settings)
     prompts = encode_prompts(tokenizer, prompts)
@@ -259,7 +261,7 @@ def generate_steps(
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Tokens of the prompts. InputError if one is no prompt."""
+    """Tokens of the prompts. InputError for anything that is not a prompt."""
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, dict):
             raise InputError(
@@ -278,13 +280,13 @@ def reply_limits(prompts: list[list[int]], positions: int, max_new_tokens: int) 
 
 
 def append_token(row: Row, token: int, tokenizer: Tokenizer, stop_strings: list[str]) -> str | None:
-    """Adds a token to the row's reply unless it is an end token. -> finish_reason, None if the reply goes on."""
+    """Adds a token to the row's reply unless it is an end token. -> finish_reason, or None if the reply continues."""
     row.pending = [token]
     if token in tokenizer.stop_ids:
         return "stop"
     row.reply.append(token)
     if stop_strings:
-        tail = row.reply[-4 * max(map(len, stop_strings)) :]  # long enough: a character has at most 4 bytes, or tokens
+        tail = row.reply[-4 * max(map(len, stop_strings)) :]  # a character is at most 4 bytes, so at most 4 tokens
         if any(text in tokenizer.decode(tail) for text in stop_strings):
             return "stop"
     return "length" if len(row.reply) == row.limit else None
@@ -312,7 +314,7 @@ def generate(
 ) -> list[str]:
     """The replies to the prompts, message lists or texts, in the same order. settings: see Settings.
 
-    For several samples of a prompt, repeat it: the copies share its computation.
+    To sample several replies to one prompt, repeat the prompt: it is computed once.
     """
     texts, settings = [""] * len(prompts), settings | {"max_new_tokens": max_new_tokens, "temperature": temperature}
     for i, text, _ in generate_iter(model, tokenizer, prompts, **settings):
@@ -321,7 +323,7 @@ def generate(
 
 
 def stream(model: Qwen2, tokenizer: Tokenizer, messages: Prompt, **settings) -> Iterator[str]:
-    """Yields the pieces of one reply as they come. A character whose bytes are incomplete waits for the next token."""
+    """Yields one reply piece by piece. A piece never ends inside a character that takes several tokens."""
     length = 0
     for _, tokens, finish in generate_steps(model, tokenizer, [messages], **settings):
         text = tokenizer.decode(tokens)
@@ -345,17 +347,13 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="most tokens of a reply")
     p.add_argument("--temperature", type=number(0), default=0.0, help="0 takes the likeliest token")
     p.add_argument("--top-k", type=at_least(0), default=0, help="sample from the k likeliest tokens; 0: from all")
-    p.add_argument("--top-p", type=number(above=0), default=1.0, help="sample from the likeliest tokens up to this sum")
-    p.add_argument(
-        "--repetition-penalty",
-        type=number(above=0),
-        default=1.0,
-        help="above 1, earlier tokens become less likely; generation_config.json is not read for it",
-    )
+    top_p = "sample from the likeliest tokens that together reach this probability"
+    p.add_argument("--top-p", type=number(above=0), default=1.0, help=top_p)
+    penalty = "above 1, tokens that occurred before become less likely; generation_config.json does not set it"
+    p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help=penalty)
     p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    p.add_argument(
-        "--cache-gb", type=number(above=0), default=4.0, help="GiB of the KV cache; prompts that do not fit wait"
-    )
+    cache = "size of the KV cache in GiB; prompts that do not fit wait"
+    p.add_argument("--cache-gb", type=number(above=0), default=4.0, help=cache)
     # machine
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
@@ -363,7 +361,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def chat(model: Qwen2, tokenizer: Tokenizer, system: list[dict], settings: dict) -> None:
-    """A chat in the terminal. system: a list of one system message or none."""
+    """Chats in the terminal. system: a list with the system message, or empty."""
     messages = list(system)
     print("An empty line ends the chat.")
     with contextlib.suppress(EOFError):

@@ -4,9 +4,10 @@
     python merge.py --method ties --base base --models sft.pt kto.pt --density 0.2 --out fused.pt
     python merge.py search --help                                # find the weights that do best on held-out data
 
-Linear and TIES are below; the other methods are in merging/methods.py. By default the results equal mergekit 0.1.5's.
-`--trim global` is TIES as its authors' code has it. `--rescale density` is DARE and DELLA as in their papers. Arithmetic
-is in float32 or float64 and the result is rounded once. Config and tokenizer come from --base, or else from the first model.
+Linear and TIES are below; the other methods are in merging/methods.py. The defaults give the results of mergekit 0.1.5.
+`--trim global` gives TIES as in its authors' code, `--rescale density` gives DARE and DELLA as in their papers.
+Arithmetic is in float32 or float64, and the result is rounded once. Config and tokenizer come from --base if it is
+given, else from the first model.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
@@ -49,7 +50,7 @@ def linear(tensors: Sequence[Tensor], weights: Tensor, normalize: bool = True) -
 def trim_tensor(magnitudes: Tensor, density: float) -> Tensor:
     """TIES step 1 as in mergekit: keep exactly max(1, int(density m)) elements of each tensor, the largest.
 
-    magnitudes: |delta|, m elements. Returns a mask of that shape. Of equals at the threshold the first are kept.
+    magnitudes: |delta|, m elements. Returns a mask of that shape. Of equal elements, the first are kept.
     """
     k = max(1, int(density * magnitudes.numel()))
     return methods.largest(magnitudes.view(-1), k).view(magnitudes.shape)
@@ -58,8 +59,8 @@ def trim_tensor(magnitudes: Tensor, density: float) -> Tensor:
 def trim_rank(size: int, density: float) -> int | None:
     """TIES step 1 as in the authors' code: keep |delta| >= its (d - int(d K))-th smallest value over the whole model.
 
-    size: d, the number of elements of the model. density: K. Returns the rank of that value counted from the largest, so
-    int(d K) + 1 elements are kept, and all equals of the last. None: everything is kept.
+    size: d, the number of elements of the model. density: K. Returns the rank of that value, counted from the largest:
+    int(d K) + 1. That many elements are kept, and all that equal the smallest of them. None: everything is kept.
     """
     kept = int(size * density)
     return kept + 1 if kept < size else None
@@ -68,7 +69,7 @@ def trim_rank(size: int, density: float) -> int | None:
 def elect_sign(deltas: Tensor, sign: str = "sum", zero_sign: int = 1) -> Tensor:
     """TIES step 2, gamma = sgn(sum_i delta_i): one sign for each element, (n, m) -> (m,).
 
-    sign: vote with the sum of the deltas, or with the count of their signs. zero_sign: the result where votes cancel.
+    sign: "sum" adds up the deltas, "count" adds up their signs. zero_sign: the result where the votes cancel.
     """
     votes = (deltas if sign == "sum" else deltas.sign()).sum(0).sign_()
     return votes.add_(0.5 * zero_sign).sign_()
@@ -79,11 +80,11 @@ def disjoint_merge(deltas: Tensor, weights: Tensor, elected: Tensor, normalize: 
 
     deltas: w_i delta_i, (n, m). weights: w, (n,). elected: +1 or -1, (m,). Returns (m,).
     """
-    agree = (deltas * elected).clamp_(min=0)  # the magnitude where the signs agree, else 0; faster than masks
+    agree = (deltas * elected).clamp_(min=0)  # |delta| where the signs agree, else 0; faster than masks
     total = agree.sum(0).mul_(elected)
     if normalize:
         share = (agree.sign_() * weights[:, None]).sum(0)
-        # a total of 0 is divided by any small number; with weights of both signs a share of 0 can have a total
+        # with positive weights, share = 0 implies total = 0, so a tiny divisor will do; with mixed signs it does not
         total /= share.add_(1e-37) if (weights > 0).all() else torch.where(share == 0, 1.0, share)
     return total
 
@@ -95,9 +96,9 @@ def ties(deltas: Tensor, weights: Tensor, normalize: bool = True, sign: str = "s
 
 
 def trim_global(plan: engine.Plan) -> None:
-    """Sets what --trim global needs from the whole model: each model's threshold, and the sign where votes cancel.
+    """Computes what --trim global needs from the whole model: each model's threshold and the sign where votes cancel.
 
-    That sign is the majority of all elected signs; a tie is negative, as in the authors' code.
+    That sign is the majority of all elected signs. On a tie it is negative, as in the authors' code.
     """
     args, total = plan.args, 0
     size = sum(math.prod(plan.reference.shape(name)) for name in plan.reference.names)
@@ -117,7 +118,7 @@ def trim_global(plan: engine.Plan) -> None:
     plan.zero_sign = 1 if total > 0 else -1
 
 
-# --method: (the mask of the elements of a delta that are kept, the combination of the models' tensors or deltas)
+# --method: (sparsify: which elements of a delta to keep, combine: merges the models' tensors or deltas)
 METHODS = {
     "linear": (None, linear),
     "slerp": (None, methods.slerp_weights),
@@ -144,9 +145,9 @@ def merged(
     stats: engine.Stats | None = None,
     quiet: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor in dtype) for every tensor of the result. args, base, models: open_inputs()'s.
+    """Yields (name, tensor in dtype) for every tensor of the result. args, base, models: from open_inputs().
 
-    stats: filled in as the tensors are taken. quiet: no progress bar.
+    stats: filled in as the tensors are consumed. quiet: no progress bar.
     """
     plan = engine.Plan(args, base, models, *METHODS[args.method], lines=args.lines)
     if args.method == "ties" and args.trim == "global":
@@ -189,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in donor.names:
         stored = donor.dtype(name)
         specs[name] = (donor.shape(name), dtype if stored.is_floating_point else stored)
-    # called once all tensors are written: only then are the digests known
+    # both are called after the last tensor is written, when the digests are known
     manifest = lambda: json.dumps(make_manifest(args, base, models, stats), indent=2, ensure_ascii=False) + "\n"
     card = lambda: merge_card(args, make_manifest(args, base, models, stats))
     tensors = merged(args, base, models, dtype, stats)
@@ -199,8 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if stats.lost > 0.01 * stats.changed:
         print(
-            f"warning: {stats.lost / stats.changed:.1%} of the elements that differ from {donor.source} in float32 equal "
-            f"it in {args.dtype}: that part of the merge is lost; use --dtype float32",
+            f"warning: rounding to {args.dtype} undoes the merge in {stats.lost / stats.changed:.1%} of the elements "
+            f"that differ from {donor.source}; use --dtype float32",
             file=sys.stderr,
         )
     count = sum(math.prod(shape) for shape, _ in specs.values())
@@ -218,14 +219,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_manifest(
     args: argparse.Namespace, base: Checkpoint | None, models: list[Checkpoint], stats: engine.Stats
 ) -> dict:
-    """The content of merge.json: the method's options, the inputs with their fingerprints, weights and densities."""
+    """The content of merge.json: the method and its options, and each input's fingerprint, weight and density."""
     options = {}
     for name, (attribute, scope, _) in OPTIONS.items():
         if args.method in scope and name != "density":
             options[name] = stats.lines if name == "lines" else getattr(args, attribute)
     inputs = [*models, base] if base else models
     sums = [c.fingerprint({name: d[i] for name, d in stats.digests.items()}) for i, c in enumerate(inputs)]
-    own = [{"source": m.source, "sha256": s, "weight": w} for m, s, w in zip(models, sums, args.weights)]
+    own = [{"source": c.source, "sha256": s, "weight": w} for c, s, w in zip(models, sums, args.weights)]
     if args.method in SPARSE:
         own = [entry | {"density": d} for entry, d in zip(own, args.densities)]
     return {
@@ -242,7 +243,7 @@ def make_manifest(
 
 
 def merge_card(args: argparse.Namespace, manifest: dict) -> str:
-    """The model card of OUT: which models were merged, how, and their fingerprints."""
+    """The model card of OUT: the merged models, their fingerprints, and the settings."""
     settings = {k: v for k, v in manifest.items() if k not in ("models", "base") and v not in (None, [])}
     inputs = [*manifest["models"], *([manifest["base"]] if manifest["base"] else [])]
     for x in manifest["models"]:

@@ -1,4 +1,4 @@
-"""Qwen2 in plain PyTorch, to be read from top to bottom.
+"""Qwen2 in plain PyTorch. Read it from top to bottom.
 
     model = Qwen2.from_pretrained("Qwen/Qwen2-0.5B-Instruct")        # hub id, Hugging Face directory or .pt file
     logits = model(input_ids)                                        # (B, T) -> (B, T, V)
@@ -43,7 +43,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention. forward takes the norm before it as an argument, so that the two can be fused."""
+    """Grouped-query attention. forward takes the preceding norm as an argument, so that the two can be fused."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU. forward takes the norm before it, as in Attention."""
+    """SwiGLU. forward takes the preceding norm as an argument, as in Attention."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -126,7 +126,7 @@ class Qwen2(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        fused()  # an unknown value of KERNELS ends here, before anything is read
+        fused()  # raises for an unknown value of KERNELS before anything is read
         self.raw_config, self.config = config, parse_config(config)
         c = self.config
         self.model = nn.ModuleDict(
@@ -138,7 +138,9 @@ class Qwen2(nn.Module):
         )
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.compute_dtype: torch.dtype | None = None  # None: that of the weights. Training sets bf16 over fp32 weights
+        self.compute_dtype: torch.dtype | None = (
+            None  # None: the weights' dtype. --dtype bf16 sets bf16 over fp32 weights
+        )
 
     def forward(
         self,
@@ -155,7 +157,7 @@ class Qwen2(nn.Module):
         log-probabilities (N,) in fp32 at those positions, without the logits in memory.
         ref: the frozen reference model -> (log-probabilities, KL over the whole vocabulary), (N,) each.
         The KL is KL(self || ref), with forward_kl KL(ref || self); see core.layers.token_kl.
-        Call the model, not its methods, in training: with --shard the weights are whole only inside forward.
+        In training, call the model and not its methods: --shard gathers the weights only inside forward.
         """
         hidden = self.hidden(input_ids, lengths, at=at)
         if at is None:
@@ -177,7 +179,7 @@ class Qwen2(nn.Module):
         at: Tensor,
         forward_kl: bool,
     ) -> Tensor:
-        """The KL (N,) of forward(ref=self). core.distributed.shard registers it, so that it too gathers the weights."""
+        """The KL (N,) of forward(ref=self). Registered by core.distributed.shard, so that it gathers weights too."""
         with torch.no_grad():
             hidden = self.hidden(input_ids, lengths, at=at)[0]
         return token_kl(policy_hidden, policy_head, hidden, self.head_weight, forward_kl)
@@ -232,9 +234,9 @@ class Qwen2(nn.Module):
         self.hidden(ids, list(map(len, sequences)), cache, at=ids.new_zeros(1))
 
     def compile(self) -> None:
-        """Compiles what comes before and after attention in a block: two graphs, which serve all blocks and lengths.
+        """Compiles the code before and after attention in each block. All blocks and lengths share these two graphs.
 
-        Attention stays out, since the documents' lengths change from call to call.
+        Attention is not compiled, because the documents' lengths change from call to call.
         """
         for block in self.model["layers"]:
             block.self_attn.rotated_heads = torch.compile(block.self_attn.rotated_heads, dynamic=True)
@@ -247,7 +249,7 @@ class Qwen2(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "Qwen2":
-        """source: hub id, directory, .pt file or an open Checkpoint. InputError names the tensors that do not fit."""
+        """source: hub id, directory, .pt file or open Checkpoint. InputError names the tensors that do not fit."""
         ckpt = source if isinstance(source, Checkpoint) else Checkpoint(source)
         layers = parse_config(ckpt.config, f"{ckpt.source}/config.json").num_hidden_layers
         if layers > len(ckpt.names):  # checked before any module is made
@@ -267,7 +269,7 @@ class Qwen2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> "Qwen2":
-        """Qwen2's start of pre-training: matrices Normal(0, initializer_range), biases 0, norms 1."""
+        """Initialises as Qwen2's pre-training does: matrices Normal(0, initializer_range), biases 0, norms 1."""
         for name, p in self.named_parameters():
             if p.ndim > 1:
                 p.normal_(0.0, self.raw_config.get("initializer_range", 0.02), generator=generator)
@@ -276,7 +278,7 @@ class Qwen2(nn.Module):
         return self
 
     def save(self, out: str, files: dict[str, str | Callable[[], str]], dtype: torch.dtype | None = None) -> None:
-        """Writes a directory, or a .pt file if `out` ends so. files: {name: text} as in Checkpoint.files."""
+        """Writes a .pt file if `out` ends in .pt, else a directory. files: {name: text} as in Checkpoint.files."""
         state = {name: p.detach() for name, p in self.named_parameters()}
         specs = {name: (tuple(p.shape), dtype or p.dtype) for name, p in state.items()}
         tensors = ((name, p.to(device="cpu", dtype=specs[name][1])) for name, p in state.items())
@@ -284,9 +286,9 @@ class Qwen2(nn.Module):
 
 
 def token_positions(input_ids: Tensor, lengths: list[int] | None, cache: KVCache | None) -> Tensor:
-    """The position of each token in its document: (T,) of a row, or cache.positions (rows, 1) in a decoding step.
+    """The position of each token in its document: (T,), or cache.positions (rows, 1) in a decoding step.
 
-    ValueError if the lengths do not sum to the packed row's.
+    ValueError if `lengths` does not sum to the length of the packed row.
     """
     T = input_ids.shape[1]
     if lengths is None:

@@ -65,9 +65,9 @@ def kto_loss(
         r = policy_logps - ref_logps        loss = w_D (1 - sigmoid(beta (r - z0)))  desirable
         reward = beta r                            w_U (1 - sigmoid(beta (z0 - r)))  undesirable
 
-    It is called once for each micro-batch, whose n examples are any part of the step's. The loss of an example may
-    depend on that example and on kl, and on nothing else in the micro-batch: otherwise the result would depend on
-    --micro-tokens and on the number of ranks. What needs the whole step belongs where kl is computed.
+    Called once per micro-batch; its n examples may be any part of the step's. The loss of an example may depend only
+    on that example and on kl. Otherwise the result would depend on --micro-tokens and on the number of ranks. Compute
+    anything that needs the whole step in `train`, beside kl.
     """
     r, kl = policy_logps - ref_logps, torch.as_tensor(kl).detach()
     gain = torch.where(desirable, r - kl, kl - r)
@@ -95,9 +95,9 @@ def all_pairs(indices: list[int]) -> list[tuple[int, int]]:
 
 
 def train(run: Run, data: Feedback, held_out: Feedback | None, loss: Callable) -> bool:
-    """Makes all remaining steps. -> True; False if SIGTERM or Ctrl-C stopped the run, which is then saved.
+    """Runs all remaining steps. -> True, or False if SIGTERM or Ctrl-C stopped the run (it is then already saved).
 
-    loss: kto_loss with its last three arguments given.
+    loss: kto_loss with its last three arguments bound.
     """
     model, args, device = run.model, run.args, run.ranks.device
     if run.pending and not end_step(run, with_eval(run, run.pending, held_out, loss)):
@@ -109,15 +109,16 @@ def train(run: Run, data: Feedback, held_out: Feedback | None, loss: Callable) -
         labels = torch.tensor([data.rows[i][2] for i in indices])  # (n,)
         desirable = to_device(labels, device)
 
-        # z0, from the KL pairs, without gradient. Replicas may leave it in the middle if asked to stop
+        # z0 from the KL pairs, without gradient. After a stop signal, replicas skip the rest of this pass
         mismatched = [data.sequence(*pair) for pair in kl_pairs(indices)]
         kl_logps = sequence_logps(model, mismatched, args.micro_tokens, run.ranks, heed_stop=not is_sharded(model))
         kl = kl_estimate(kl_logps, to_device([data.ref[pair] for pair in kl_pairs(indices)], device))
 
-        # The loss, from the matched pairs
+        # The loss from the matched pairs
         matched = [data.sequence(i, i) for i in indices]
         ref_logps = to_device([data.ref[i, i] for i in indices], device)  # (n,)
-        # Losses, rewards, log-probabilities and z0. An infinite z0 must skip the step; the sigmoid would hide it
+        # Rows: losses, rewards, log-probabilities, z0. z0 is included so that an infinite z0 skips the step: the
+        # sigmoid turns it into a finite loss
         step_stats = torch.zeros(4, len(indices), device=device)
         for micro in micro_batches(run, [len(ids) for ids, _ in matched]):
             logps = example_logps(model, [matched[k] for k in micro])  # (len(micro),)
@@ -148,7 +149,7 @@ def train(run: Run, data: Feedback, held_out: Feedback | None, loss: Callable) -
 
 
 def with_eval(run: Run, record: dict, held_out: Feedback | None, loss: Callable) -> dict | None:
-    """The log record of a step, with the metrics of the held-out data where they are due. None if stopped meanwhile."""
+    """Adds the held-out metrics to the step's log record if an evaluation is due. None if the run was stopped in it."""
     if not held_out or not eval_due(run, record):
         return record
     (indices,) = held_out.steps
@@ -169,12 +170,14 @@ def with_eval(run: Run, record: dict, held_out: Feedback | None, loss: Callable)
 
 
 def parse_args(argv: list[str] | None = None, add_flags: Callable[[Parser], None] | None = None) -> argparse.Namespace:
-    """add_flags(parser): adds flags of one's own, or changes defaults and the description."""
+    """Parses the command line. add_flags(parser): adds further flags, or changes defaults and the description."""
     p = Parser(description=__doc__.split("\n\n")[0])
     add_training_flags(p, "sft.pt", "data/kto.jsonl", None, epochs=1, batch_size=64, lr=1e-6)  # TRL's learning rate
     # KTO (the paper does not publish its settings)
     p.add_argument("--ref", help="reference checkpoint; without it, the model before training")
-    p.add_argument("--beta", type=number(above=0), default=0.1, help="strength of the pull to the reference, per nat")
+    p.add_argument(
+        "--beta", type=number(above=0), default=0.1, help="strength of the pull towards the reference, per nat"
+    )
     p.add_argument("--desirable-weight", type=number_or_auto, default=1.0, help="w_D; auto balances the labels")
     p.add_argument("--undesirable-weight", type=number(0), default=1.0, help="w_U")
     p.add_argument(
@@ -198,10 +201,10 @@ def main(
     prepare: Callable | None = None,
     before_save: Callable | None = None,
 ) -> None:
-    """Trains. args: from parse_args; without them those of the command line. The others change the method:
+    """Trains a model. args: from parse_args; None parses the command line. The other arguments change the method.
 
-    loss: called as kto_loss is, in its place.
-    prepare(setup), before_save(model): as in train_sft.main. The reference is computed before prepare is called.
+    loss: a replacement for kto_loss, called with the same arguments.
+    prepare(setup), before_save(model): as in train_sft.main. The reference pass comes before prepare.
     """
     args = args or parse_args()
     ranks = setup_ranks(args)

@@ -1,9 +1,9 @@
 """Supervised fine-tuning in plain PyTorch.
 
-python train_sft.py                                                   # Qwen/Qwen2-0.5B-Instruct, data/sft.jsonl ->
-sft.pt python train_sft.py --ckpt base --data chats.jsonl --out sft torchrun --nproc-per-node 8 train_sft.py ...
-# the same steps on 8 ranks torchrun --nproc-per-node 8 train_sft.py ... --shard                  # a model too large
-for one rank
+python train_sft.py                                      # Qwen/Qwen2-0.5B-Instruct, data/sft.jsonl -> sft.pt
+python train_sft.py --ckpt base --data chats.jsonl --out sft
+torchrun --nproc-per-node 8 train_sft.py ...             # the same steps on 8 ranks
+torchrun --nproc-per-node 8 train_sft.py ... --shard     # a model too large for one rank
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
@@ -58,10 +58,9 @@ def sft_loss(logps: Tensor, n_supervised: int) -> Tensor:
     logps: (N,) log-probabilities of the supervised tokens of one micro-batch, example by example, left to right.
     n_supervised: supervised tokens of the whole step, over all micro-batches and ranks.
 
-    The losses of the micro-batches add up to the loss of the step, so the result does not depend on how the step was
-    cut into micro-batches. A mean over each micro-batch would depend on it. So would anything else computed across
-    the examples of a micro-batch: the loss of an example may use that example and what StepBatch says of the whole
-    step, and nothing else.
+    The losses of the micro-batches add up to the loss of the step, so the result does not depend on how the step is
+    split into micro-batches. A mean over each micro-batch would break this, as would any other computation across the
+    examples of a micro-batch. The loss of an example may use only that example and the fields of StepBatch.
     """
     return -logps.sum() / n_supervised
 
@@ -72,14 +71,14 @@ class StepBatch:
 
     step: int  # 0 .. n_steps - 1
     n_steps: int
-    indices: list[int]  # of its examples in the data
-    examples: list  # (ids, supervised) of each
-    n_supervised: int  # supervised tokens, all examples together
+    indices: list[int]  # the step's examples, as indices into the training data
+    examples: list  # (ids, supervised) of each of them
+    n_supervised: int  # supervised tokens of all examples
 
 
 def micro_loss(model: Qwen2, batch: StepBatch, micro: list[int]) -> Tensor:
     """The loss of one micro-batch. micro: indices into batch.examples."""
-    logps, _ = supervised_logps(model, [batch.examples[i] for i in micro])  # (N,), in the order that sft_loss describes
+    logps, _ = supervised_logps(model, [batch.examples[i] for i in micro])  # (N,), ordered as in sft_loss
     return sft_loss(logps, batch.n_supervised)
 
 
@@ -93,7 +92,7 @@ def make_batch(setup: Setup, step: int, indices: list[int]) -> StepBatch:
 
 
 def train(run: Run, setup: Setup, held_out: list, loss: Callable, choose: Callable | None) -> bool:
-    """Makes all remaining steps. -> True; False if SIGTERM or Ctrl-C stopped the run, which is then saved."""
+    """Runs all remaining steps. -> True, or False if SIGTERM or Ctrl-C stopped the run (it is then already saved)."""
     model, args = run.model, run.args
     if run.pending and not end_step(run, with_eval(run, run.pending, held_out)):
         return False
@@ -127,15 +126,14 @@ def train(run: Run, setup: Setup, held_out: list, loss: Callable, choose: Callab
 
 
 def with_eval(run: Run, record: dict, held_out: list) -> dict | None:
-    """The log record of a step, with the held-out loss where that is due. None if the run was stopped meanwhile."""
+    """Adds the held-out loss to the step's log record if an evaluation is due. None if the run was stopped in it."""
     if not held_out or not eval_due(run, record):
         return record
     logps = eval_logps(run, record, held_out)
     if logps is None:
         return None
-    return record | {
-        "eval_loss": -logps.sum().item() / count_supervised(held_out)
-    }  # cross-entropy, whatever the loss is
+    cross_entropy = -logps.sum().item() / count_supervised(held_out)  # even if another loss is trained
+    return record | {"eval_loss": cross_entropy}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,7 +141,7 @@ def with_eval(run: Run, record: dict, held_out: list) -> dict | None:
 
 
 def parse_args(argv: list[str] | None = None, add_flags: Callable[[Parser], None] | None = None) -> argparse.Namespace:
-    """add_flags(parser): adds flags of one's own, or changes defaults and the description."""
+    """Parses the command line. add_flags(parser): adds further flags, or changes defaults and the description."""
     p = Parser(description=__doc__.split("\n\n")[0])
     add_training_flags(p, "Qwen/Qwen2-0.5B-Instruct", "data/sft.jsonl", "sft.pt", epochs=3, batch_size=1000, lr=1e-6)
     p.add_argument("--last-turn-only", action="store_true", help="learn only the last reply of a conversation, not all")
@@ -162,14 +160,18 @@ def main(
     choose: Callable | None = None,
     before_save: Callable | None = None,
 ) -> None:
-    """Trains. args: from parse_args; without them those of the command line. The others change the method:
+    """Trains a model. args: from parse_args; None parses the command line. The other arguments change the method.
 
-    loss(model, batch, micro) -> scalar: replaces micro_loss. See sft_loss for what it may use. prepare(setup): called
-    after loading and before the optimizer is made. May add modules and buffers to setup.model, freeze
-        parameters or put hooks on them. All ranks then start from the values of rank 0, and OUT.run/ saves them all.
-    choose(model, batch) -> indices into batch.examples to train on in this step, the same on all ranks.
-    before_save(model): called once, before OUT is written. Must leave the parameters that the checkpoint had (fold a
-    LoRA).
+    loss(model, batch, micro) -> scalar: replaces micro_loss. See sft_loss for what it may use.
+
+    prepare(setup): called after the model is loaded and before the optimizer exists. It may add modules and buffers to
+    setup.model, freeze parameters, or register hooks. All ranks then start from rank 0's values, and OUT.run/ saves
+    the added parameters and buffers too.
+
+    choose(model, batch) -> indices into batch.examples: the examples to train on in this step, the same on all ranks.
+
+    before_save(model): called once, before OUT is written. Afterwards the model must have the checkpoint's parameters
+    and no others (fold a LoRA here).
     """
     args = args or parse_args()
     ranks = setup_ranks(args)

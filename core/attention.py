@@ -14,15 +14,15 @@ from torch import Tensor
 from core.config import Config
 from core.layers import fused
 
-# cuDNN makes a new plan for each new shape, and with packed rows nearly every call has one.
+# cuDNN plans every new shape anew, and with packed rows nearly every call has a new shape.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def to_device(x: Tensor | list, device: torch.device | str) -> Tensor:
-    """Copies a list or tensor to the device without waiting for a GPU.
+    """Copies a list or tensor to the device without waiting for the GPU.
 
-    A copy from pinned memory joins the GPU's queue, so the host packs the next micro-batch while the GPU computes this
-    one. torch.tensor(x, device=...), or indexing with a list, would wait until the queue is empty.
+    A copy from pinned memory is asynchronous, so the host packs the next micro-batch while the GPU computes this one.
+    torch.tensor(x, device=...) and indexing with a list would wait for the GPU.
     """
     x = torch.as_tensor(x)
     if x.is_cpu and torch.device(device).type == "cuda":
@@ -81,10 +81,10 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Ten
 
 
 def repeat_pays(k: Tensor) -> bool:
-    """True if repeated key-value heads make the backward of k (1, Hkv, T, D) faster on a CPU.
+    """True if repeating the key-value heads speeds up the backward of k (1, Hkv, T, D) on a CPU.
 
-    The backward gives each thread whole key-value heads, so a number of heads that the threads do not divide leaves
-    some idle. Repeating costs less than that only in long documents.
+    The backward gives each thread whole key-value heads. If the threads do not divide their number, some threads idle.
+    Repeating the heads is cheaper than that only in long documents.
     """
     return k.requires_grad and k.shape[2] > 256 and k.shape[1] % torch.get_num_threads() != 0
 
@@ -97,10 +97,10 @@ def has_varlen_kernel(q: Tensor) -> bool:
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """attend_documents by torch's variable-length kernel. q: (T, Hq, D); k, v: (T, Hkv, D) -> (T, Hq, D).
+    """attend_documents with torch's variable-length kernel. q: (T, Hq, D); k, v: (T, Hkv, D) -> (T, Hq, D).
 
-    window_size (-1, 0) means causal: any number of keys back, none ahead. The kernel always groups queries; from torch
-    2.12 on it must be told so.
+    window_size (-1, 0) means causal: any number of keys back, none ahead. From torch 2.12 on, grouped queries need
+    enable_gqa; before, they were always allowed.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -125,11 +125,11 @@ class KVCache:
 
     k, v: (layers, rows, Hkv, max_len, D). Two ways to add tokens:
 
-    - Packed (hidden(ids, lengths, cache)): document i adds lengths[i] tokens to row i. `lengths`, a list, has the
-      number of tokens in each row in use; the rows in use are always the first.
-    - By step (hidden(ids, cache=cache)): one token for every row, with the same tensor shapes at each step, so that a
-      CUDA graph can replay it. The caller sets `positions` (rows,), a tensor, and `width`: keys at or beyond it are
-      not read.
+    - Packed (hidden(ids, lengths, cache)): document i adds lengths[i] tokens to row i. The rows in use are always the
+      first ones; cache.lengths, a list, has their numbers of tokens.
+    - By step (hidden(ids, cache=cache)): one token for every row. Tensor shapes are the same at each step, so a CUDA
+      graph can replay it. The caller sets cache.positions, a tensor (rows,), and cache.width: keys from this position
+      on are not read.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class KVCache:
             self.lengths[row] = n
 
     def begin_step(self) -> None:
-        """Prepares what the layers of a step share: row numbers, and the mask (rows, 1, 1, width) for the scores."""
+        """Prepares the tensors that all layers of a step share: row numbers and the mask (rows, 1, 1, width)."""
         device = self.k.device
         self.row_numbers = torch.arange(len(self.positions), device=device)
         unseen = torch.arange(self.width, device=device) > self.positions[:, None, None, None]
@@ -182,7 +182,7 @@ class KVCache:
 def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, lengths: list[int] | None = None
 ) -> Tensor:
-    """Adds k and v to a layer of the cache, then attends to all keys of each row up to the query's own.
+    """Adds k and v to a layer of the cache, then attends to each row's keys up to the query's position.
 
     q: (1, T, Hq, D); k, v: (1, T, Hkv, D), packed with lengths -> (1, T, Hq, D). Without lengths one token for every
     row: (rows, 1, H, D).
@@ -197,7 +197,7 @@ def cached_attention(
 
 
 def count_single_tokens(lengths: list[int]) -> int:
-    """How many documents at the beginning add one token. generate() puts decoding rows before new prompts."""
+    """The number of leading documents that add one token. generate() puts decoding rows before new prompts."""
     return next((i for i, n in enumerate(lengths) if n != 1), len(lengths))
 
 
@@ -215,7 +215,7 @@ def write_packed(
 def attend_packed(q: Tensor, cache: KVCache, layer: int, starts: list[int], lengths: list[int], singles: int) -> Tensor:
     """Attends from each document's new tokens to its row of the cache, one row at a time. q: (1, Hq, T, D) -> the same.
 
-    Fused: the first `singles` rows, which add one token each, go in few calls.
+    Fused: the first `singles` rows, which add one token each, share few calls.
     """
     batched = singles if fused() else 0
     parts = attend_single_tokens(q[0, :, :batched], cache, layer, starts[:batched])
@@ -227,10 +227,10 @@ def attend_packed(q: Tensor, cache: KVCache, layer: int, starts: list[int], leng
 
 
 def attend_single_tokens(q: Tensor, cache: KVCache, layer: int, starts: list[int]) -> list[Tensor]:
-    """The decoding step: the new token of row i, at position starts[i], sees keys 0 .. starts[i] of the row.
+    """A decoding step: the new token of row i, at position starts[i], sees keys 0 .. starts[i] of the row.
 
-    q: (Hq, n, D) -> a list of tensors (1, Hq, rows of one call, D). On a CPU each call reads all of its rows up to the
-    longest one, so rows go in groups of 4; on a GPU one call takes all.
+    q: (Hq, n, D) -> one tensor (1, Hq, rows of the call, D) per call. On a CPU, a call reads every row up to the length
+    of its longest one, so a call takes 4 rows. On a GPU, one call takes all rows.
     """
     (Hq, n, D), Hkv, parts = q.shape, cache.k.shape[2], []
     size = n if q.is_cuda else 4
@@ -247,7 +247,7 @@ def attend_single_tokens(q: Tensor, cache: KVCache, layer: int, starts: list[int
 def group_queries(q: Tensor, Hkv: int) -> Tensor:
     """(n, Hq, D) -> (n, Hkv, Hq / Hkv, D): the query heads of a group become queries of their key-value head.
 
-    For one token a row this is grouped-query attention that reads the cache once and never repeats it.
+    With one token per row, this gives grouped-query attention without repeating the cached keys and values.
     """
     n, Hq, D = q.shape
     return q.reshape(n, Hkv, Hq // Hkv, D)
@@ -260,7 +260,7 @@ def visible_keys(starts: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def attend_step(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int) -> Tensor:
-    """One token for every row, at cache.positions. Its shapes never change and Python reads no tensor's value.
+    """One token for every row, at cache.positions. Shapes never change and no tensor value is read by Python.
 
     q: (rows, Hq, 1, D); k, v: (rows, Hkv, 1, D) -> (rows, Hq, 1, D). Call cache.begin_step() before the first layer.
     """

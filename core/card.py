@@ -8,7 +8,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def hub_id(source: str) -> str | None:
-    """The source if it is a hub id such as Qwen/Qwen2-0.5B-Instruct, and no local path."""
+    """The source if it is a hub id such as Qwen/Qwen2-0.5B-Instruct; None for a local path."""
     return source if HUB_ID.fullmatch(source) and not os.path.exists(source) else None
 
 
@@ -31,7 +31,7 @@ def base_license(folder: str) -> str | None:
 
 
 def front_matter(fields: dict[str, str | list[str] | None]) -> str:
-    """YAML of texts and lists of texts. Each text is quoted as JSON, which YAML reads. Empty fields are left out."""
+    """The fields as YAML. Texts are quoted as JSON strings, which are valid YAML. Empty fields are left out."""
     lines = []
     for name, value in fields.items():
         if isinstance(value, list) and value:
@@ -41,7 +41,8 @@ def front_matter(fields: dict[str, str | list[str] | None]) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def table(rows: dict[str, object]) -> str:
+def settings_table(rows: dict[str, object]) -> str:
+    """A Markdown table of two columns without a header."""
     plain = lambda x: str(x).replace("|", "\\|").replace("\n", " ")
     lines = [f"| {plain(name)} | {plain(value)} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
@@ -57,10 +58,11 @@ def model_card(
     figures: dict[str, object] | None = None,
     versions: dict[str, str] | None = None,
 ) -> str:
-    """README.md of a checkpoint.
+    """The text of a checkpoint's README.md.
 
-    done: one sentence that says what was done. bases: the models it was made from, as they were given; the hub knows those
-    that are hub ids. relation: "finetune" or "merge". datasets: training files. figures: those of the log's last step, or fingerprints.
+    done: one sentence on how the checkpoint was made. bases: the models it was made from, as given on the command line;
+    hub ids among them go into the front matter. relation: "finetune" or "merge". datasets: the training files.
+    figures: the log's last step, or fingerprints.
     """
     licenses = {license for source in bases if (license := base_license(source))}
     head = front_matter(
@@ -77,11 +79,11 @@ def model_card(
     parts = [head, f"# {name}", done, f"Made from: {', '.join(f'`{source}`' for source in bases)}."]
     if datasets:
         parts.append(f"Data: {', '.join(f'`{source}`' for source in datasets)}.")
-    parts += ["## Settings", table(settings)]
+    parts += ["## Settings", settings_table(settings)]
     if figures:
-        parts += ["## Figures", table(figures)]
+        parts += ["## Figures", settings_table(figures)]
     if versions:
-        parts += ["## Versions", table(versions)]
+        parts += ["## Versions", settings_table(versions)]
     code = 'model = AutoModelForCausalLM.from_pretrained("PATH")\ntokenizer = AutoTokenizer.from_pretrained("PATH")'
     load = f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n{code}\n```"
     return "\n\n".join([*parts, "## How to load it", load]) + "\n"

@@ -1,6 +1,6 @@
-"""Reads a chat template by what it renders: ChatML is accepted, whatever the template's text, and the rest refused.
+"""Checks a chat template by rendering it: a template whose output is ChatML is accepted, any other is refused.
 
-The template is a program from outside. It runs in jinja2's sandbox, in a process of its own with limits of time and memory.
+A template is untrusted code. It runs in jinja2's sandbox, in a separate process with limits on time and memory.
 """
 
 import functools
@@ -13,7 +13,7 @@ from core.files import ROOT, InputError
 
 MAX_TEMPLATE = 2**18  # characters; Qwen3.5's template has 8,000
 MAX_RENDERED = 2**20  # characters of one rendered conversation
-CPU_SECONDS, WALL_SECONDS, MEMORY = 5, 60, 2**30  # limits of the process
+CPU_SECONDS, WALL_SECONDS, MEMORY = 5, 60, 2**30  # limits of that process; memory in bytes
 
 # Qwen2's template (also Qwen1.5's and SmolLM2's), with DEFAULT in place of its default system prompt
 CHATML_DEFAULT_SYSTEM = (
@@ -26,17 +26,17 @@ START, END = "<|im_start|>", "<|im_end|>\n"
 
 
 def chatml(messages: list[dict], generation_prompt: bool = False) -> str:
-    """ChatML's text of a conversation."""
-    text = "".join(f"{START}{m['role']}\n{m['content']}{END}" for m in messages)
+    """A conversation as ChatML text."""
+    text = "".join(f"{START}{message['role']}\n{message['content']}{END}" for message in messages)
     return text + f"{START}assistant\n" * generation_prompt
 
 
-def _turns(*texts, system=None):
+def _turns(*texts: str, system: str | None = None) -> list[dict]:
     first = [] if system is None else [{"role": "system", "content": system}]
     return first + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-# Conversations as they are in training (they end with a reply) and in generation (they end with a question).
+# Conversations as in training (they end with a reply) and in generation (they end with a question)
 PROBES = [
     _turns("Q"),
     _turns("Q", "A"),
@@ -56,10 +56,10 @@ PROBES = [
 
 
 def default_system(template: str, where: str, special_tokens: dict[str, str] | None = None) -> str | None:
-    """The system prompt that a template adds to a conversation without one, None if it adds none.
+    """The system prompt that a template adds to a conversation without one; None if it adds none.
 
-    special_tokens: {"bos_token": text, ...}, the variables that a template may print. InputError for a template that
-    renders any probe otherwise than ChatML does, or that fails. where: the file, for the error.
+    special_tokens: {"bos_token": text, ...}, variables that the template may use. where: the file, for errors.
+    InputError if the template fails, or if its output for any probe is not ChatML.
     """
     if len(template) > MAX_TEMPLATE:
         raise InputError(f"{where}: a chat template of {len(template):,} characters; at most {MAX_TEMPLATE:,} are read")
@@ -88,9 +88,9 @@ def default_system(template: str, where: str, special_tokens: dict[str, str] | N
 
 @functools.lru_cache(maxsize=16)
 def render(template: str, special_tokens: str) -> list[str] | str:
-    """What a template makes of PROBES, and of the first one a year later; or, as a text, why it fails.
+    """The template's output for each of PROBES, then for the first one a year later. If it fails: the reason, a text.
 
-    special_tokens: JSON. Runs `main` below as a process of its own.
+    special_tokens: JSON. Runs `main` below in a separate process.
     """
     job = json.dumps({"template": template, "special_tokens": json.loads(special_tokens), "cpu_seconds": CPU_SECONDS})
     environment = {key: os.environ[key] for key in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if key in os.environ}
@@ -105,15 +105,16 @@ def render(template: str, special_tokens: str) -> list[str] | str:
         return f"it runs for more than {WALL_SECONDS} seconds"
     except ValueError:
         last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2][:150]
-        return f"it runs for more than {CPU_SECONDS} seconds or takes more than {MEMORY >> 20} MiB (exit {done.returncode}) {last}".strip()
+        limits = f"it runs for more than {CPU_SECONDS} seconds or takes more than {MEMORY >> 20} MiB"
+        return f"{limits} (exit {done.returncode}) {last}".strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Inside the process
+# Inside the separate process
 
 
 def sandbox():
-    """jinja2's sandbox with the settings, the filters and the functions that transformers gives to chat templates."""
+    """jinja2's sandbox, with the settings, filters and functions of transformers' chat templates."""
     import jinja2
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -144,18 +145,18 @@ def sandbox():
     return environment
 
 
-def limit_process(cpu_seconds):
-    """Bounds the processor time and the memory of this process; it ends where it exceeds them."""
+def limit_process(cpu_seconds: int) -> None:
+    """Limits the CPU time and memory of this process. The system kills it if it exceeds them."""
     try:
         import resource
-    except ImportError:  # Windows has the limit of wall time alone
+    except ImportError:  # on Windows only the wall time is limited
         return
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def main():
+def main() -> None:
     """Reads a job of `render` from stdin and prints its result as JSON."""
     import datetime
 
@@ -168,10 +169,9 @@ def main():
         template = environment.from_string(job["template"])
 
         def text(messages):
-            text = template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=messages[-1]["role"] == "user",
-                **job["special_tokens"],
-            )  # fmt: skip
+            is_prompt = messages[-1]["role"] == "user"
+            settings = {"tools": None, "documents": None, "add_generation_prompt": is_prompt, **job["special_tokens"]}
+            text = template.render(messages=messages, **settings)
             if len(text) > MAX_RENDERED:
                 raise ValueError(f"it renders more than {MAX_RENDERED:,} characters")
             return text

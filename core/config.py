@@ -1,15 +1,15 @@
-"""config.json -> the numbers that the forward pass depends on."""
+"""Reads config.json: the numbers that the forward pass depends on."""
 
 from dataclasses import dataclass
 
 from core.files import InputError
 
-LARGEST = 2**31  # of any integer in a config.json; no published model comes near
+LARGEST = 2**31  # the largest integer accepted in a config.json; no published model comes near it
 
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers of a config.json that the forward pass depends on, under their Hugging Face names."""
+    """The numbers of a config.json that the forward pass depends on, by their Hugging Face names."""
 
     vocab_size: int
     hidden_size: int
@@ -91,7 +91,7 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
 
 
 def checked_number(value: object, name: str, kind: type, where: str) -> int | float | bool:
-    """The value as int, float or bool. InputError if it is of another kind, not finite, not above 0, or too large."""
+    """The value as int, float or bool. InputError if it has another type, is not finite, not positive, or too large."""
     what = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
     if value is None:
         raise InputError(f"{where}: {name} is missing; it is {what}")

@@ -1,7 +1,7 @@
-"""Turns a record of any known shape into conversations: for supervised learning and for feedback.
+"""Turns a record of any known shape into conversations for SFT or examples for KTO.
 
 A conversation is a list of messages {"role": "system" | "user" | "assistant", "content": text}. An assistant's message
-with "weight": 0 is context and is not learnt. docs/data-formats.md lists the shapes.
+with "weight": 0 is context and is not trained on. docs/data-formats.md lists the shapes.
 """
 
 import re
@@ -10,19 +10,19 @@ from typing import NamedTuple
 from core.files import InputError
 from core.records import Fields, shown
 
-# fmt: off
-ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user",
-         "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"}
-# fmt: on
+ROLES = {
+    "system": "system", "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
+}  # fmt: skip
 TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
 TOOL_PARTS = {"tool_use", "tool_call", "tool_result", "function_call"}
 WEIGHTS = ("weight", "loss", "loss_weight", "train")  # OpenAI, ms-swift, LLaMA-Factory, axolotl
 
 
 class Unusable(InputError):
-    """A well-formed record that a text model cannot learn from. reason: a few words, the same for the same cause."""
+    """A well-formed record that a text model cannot learn from. reason: a few words, for counting such records."""
 
-    def __init__(self, where, reason, message):
+    def __init__(self, where: str, reason: str, message: str):
         super().__init__(f"{where}: {message}; remove the record")
         self.reason = reason
 
@@ -31,8 +31,8 @@ class Dialogue(NamedTuple):
     """One conversation of a record.
 
     prompt: the messages before the reply. reply: the assistant's last message, None if there is none.
-    rejected: of a preference, the worse reply as a list of messages, else None.
-    all_turns: whether the assistant's turns inside the prompt are learnt too.
+    rejected: in a preference, the worse reply as a list of messages, else None.
+    all_turns: True if the assistant's turns inside the prompt are trained on too.
     """
 
     prompt: list[dict]
@@ -45,8 +45,8 @@ class Dialogue(NamedTuple):
 # Messages
 
 
-def content_text(content, where: str, message: str) -> str | None:
-    """A message's content, a text or a list of text parts -> text; None if it is anything else."""
+def content_text(content: object, where: str, message: str) -> str | None:
+    """A message's content (a text or a list of text parts) as text; None if it is anything else."""
     if not isinstance(content, list):
         return content if isinstance(content, str) else None
     texts = []
@@ -63,21 +63,21 @@ def content_text(content, where: str, message: str) -> str | None:
     return "".join(texts)
 
 
-def is_learnt(message: Fields, where: str) -> bool:
-    """False if the message asks to be left out of the loss by "weight": 0, "loss": false or their like."""
+def is_supervised(message: Fields, where: str) -> bool:
+    """False if "weight": 0, "loss": false or a similar key excludes the message from the loss."""
     for key in WEIGHTS:
         value = message.first(key)
         if value is not None and (not isinstance(value, (bool, int, float)) or value not in (0, 1)):
             raise InputError(
-                f"{where} has the {key} {shown(value)}; 1 or true learns the turn, 0 or false leaves it out"
+                f"{where} has the {key} {shown(value)}; 1 or true trains on the turn, 0 or false leaves it out"
             )
         if value is not None and not value:
             return False
     return True
 
 
-def as_message(value, where: str, i: int, unread: set) -> dict:
-    """Checks message i of a record -> {"role", "content"}, and "weight": 0 if it is not to be learnt."""
+def as_message(value: object, where: str, i: int, unread: set) -> dict:
+    """Checks message i of a record -> {"role", "content"}, with "weight": 0 if it is excluded from the loss."""
     message = f"message {i}"
     if not isinstance(value, dict):
         raise InputError(f"{where}: {message} is {shown(value)}; a message is an object with a role and a content")
@@ -100,16 +100,16 @@ def as_message(value, where: str, i: int, unread: set) -> dict:
     except UnicodeEncodeError:
         raise Unusable(where, "garbled text", f"{message} holds half of a surrogate pair") from None
     out = {"role": ROLES[role], "content": text}
-    if out["role"] == "assistant" and not is_learnt(fields, f"{where}: {message}"):
+    if out["role"] == "assistant" and not is_supervised(fields, f"{where}: {message}"):
         out["weight"] = 0
     unread |= {f"messages.{key}" for key in fields.unread if out["role"] == "assistant" or key not in WEIGHTS}
     return out
 
 
-def as_messages(value, where: str, role: str = "user", unread: set | None = None) -> list[dict]:
+def as_messages(value: object, where: str, role: str = "user", unread: set | None = None) -> list[dict]:
     """A text (one message of `role`), a message, or a list of messages -> a checked list of messages.
 
-    Keys of OpenAI's messages (role, content) and ShareGPT's (from, value) are read; `unread` collects the other ones.
+    Reads the keys of OpenAI's messages (role, content) and ShareGPT's (from, value). Adds all other keys to `unread`.
     """
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
@@ -135,7 +135,7 @@ def transcript(text: str, where: str) -> list[dict]:
 
 
 def with_system(messages: list[dict], fields: Fields, where: str) -> list[dict]:
-    """Puts the record's own system prompt, if it has one, before its messages."""
+    """The messages with the record's system prompt before them, if it has one."""
     system = fields.first("system", "system_prompt")
     if system is None or system == "":
         return messages
@@ -148,9 +148,10 @@ def with_system(messages: list[dict], fields: Fields, where: str) -> list[dict]:
 
 
 def single_prompt(fields: Fields, where: str) -> list[dict] | None:
-    """The messages before the reply of a record that holds one exchange: Alpaca's, Dolly's, OpenOrca's, TRL's.
+    """The messages before the reply in a record with one exchange: Alpaca's, Dolly's, OpenOrca's, TRL's.
 
-    input, context or query follow the instruction after a newline; history's turns precede it. None without a prompt.
+    input, context and query follow the instruction after a newline; the turns of history come before it. None if the
+    record has no prompt.
     """
     key = next((key for key in ("instruction", "Instruction", "prompt", "question", "query") if key in fields), None)
     if key is None:
@@ -171,8 +172,8 @@ def single_prompt(fields: Fields, where: str) -> list[dict] | None:
     return messages
 
 
-def single_reply(fields: Fields, where: str):
-    """The reply, or the better and the worse reply, of a record that holds one exchange -> (reply, rejected), raw."""
+def single_reply(fields: Fields, where: str) -> tuple[object, object]:
+    """The reply, or the better and the worse reply, in a record with one exchange -> (reply, rejected), unchecked."""
     if "output_1" in fields and "output_2" in fields:  # AlpacaEval's pairs
         outputs = fields.first("output_1"), fields.first("output_2")
         preference = fields.first("preference")
@@ -187,7 +188,7 @@ def single_reply(fields: Fields, where: str):
     return reply, None
 
 
-def one_reply(value, where: str, unread: set | None = None) -> dict:
+def one_reply(value: object, where: str, unread: set | None = None) -> dict:
     """A completion, as a text or as a list of one assistant message -> that message."""
     reply = as_messages(value, where, role="assistant", unread=unread)
     if len(reply) != 1 or reply[0]["role"] != "assistant":
@@ -195,8 +196,8 @@ def one_reply(value, where: str, unread: set | None = None) -> dict:
     return reply[0]
 
 
-def preference(prompt: list[dict] | None, chosen, rejected, fields: Fields, where: str) -> Dialogue:
-    """Two replies to a prompt, or two whole conversations that share their beginning."""
+def preference(prompt: list[dict] | None, chosen: object, rejected: object, fields: Fields, where: str) -> Dialogue:
+    """A Dialogue from two replies to a prompt, or from two whole conversations with the same beginning."""
     if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
         chosen, rejected = transcript(chosen, where), transcript(rejected, where)
     else:
@@ -212,7 +213,7 @@ def preference(prompt: list[dict] | None, chosen, rejected, fields: Fields, wher
 def dialogues(record: dict, where: str) -> list[Dialogue]:
     """The conversations of a record of any known shape: one, or one for each of self-instruct's `instances`.
 
-    record: a dict or Fields, whose `unread` then names the keys that play no part. where: "file:line", for the errors.
+    record: a dict, or Fields, whose `unread` then has the keys that were not used. where: "file:line", for errors.
     """
     fields = record if isinstance(record, Fields) else Fields(record)
     if fields.first("tools", "functions") not in (None, "", "[]", []):
@@ -248,16 +249,17 @@ def dialogues(record: dict, where: str) -> list[Dialogue]:
 
 
 def sft_conversations(record: dict, where: str, last_turn_only: bool = False) -> list[list[dict]]:
-    """A record -> conversations to learn from.
+    """A record -> conversations for SFT.
 
-    Of messages, conversations and history every assistant's turn is learnt, or with last_turn_only the last one; of
-    prompt and completion the completion alone; of a preference the chosen reply alone.
+    Turns to leave out of the loss get "weight": 0. In messages, conversations and history, every assistant turn is
+    trained on, or only the last one with last_turn_only. In prompt and completion it is the completion, in a preference
+    the chosen reply.
     """
     fields, found = record if isinstance(record, Fields) else Fields(record), []
     for dialogue in dialogues(fields, where):
         fields.unread |= {"rejected"} if dialogue.rejected else set()
         messages = dialogue.prompt + [dialogue.reply] * (dialogue.reply is not None)
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             raise InputError(f"{where}: no assistant message, so nothing to learn from")
         for i in turns[:-1] if last_turn_only or not dialogue.all_turns else []:

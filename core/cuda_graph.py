@@ -1,4 +1,4 @@
-"""One launch for all kernels of a step."""
+"""CUDA graphs: launch all kernels of a step at once."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def capture_graph(step: Callable[[], None], state: list[Tensor]) -> Callable[[], None]:
-    """Captures step() as a CUDA graph -> a function that replays it.
+    """Captures step() as a CUDA graph. Returns a function that replays it.
 
-    A capture needs some calls of step before it. state: the tensors whose values are restored after them.
+    A capture needs warm-up calls of step() before it. state: tensors whose values are restored afterwards.
     """
     before = [x.clone() for x in state]
     with torch.cuda.device(state[0].device):  # streams and graphs belong to the current device
-        side = torch.cuda.Stream()  # the calls before a capture must be on another stream
+        side = torch.cuda.Stream()  # the warm-up calls must run on another stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
