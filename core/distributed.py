@@ -1,6 +1,6 @@
-"""Ranks, stop signals, micro-batches, gradients summed over ranks, and sharded weights (FSDP2).
+"""Ranks, stop signals, micro-batches, gradient sums over ranks, and sharded weights (FSDP2).
 
-Every function also works in a single process that torchrun did not start.
+Every function also works in a single process without torchrun.
 """
 
 import datetime
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among those that torchrun started, and the device it computes on."""
+    """This process's rank, the number of ranks, and the device that it computes on."""
 
     rank: int = 0
     world: int = 1  # number of ranks
@@ -34,7 +34,7 @@ ONE_RANK = Ranks()
 
 
 def is_main() -> bool:
-    """True in the one process that prints and writes files: rank 0, or a process that torchrun did not start."""
+    """True in the process that prints and writes files: rank 0, or the only process without torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -47,8 +47,7 @@ def join_ranks(device: str = "cpu", hours: float = 1, nccl: bool = False) -> Ran
     """Joins the process group if torchrun started this process.
 
     device: as given on the command line; "cuda" becomes this rank's own GPU. hours: how long a rank waits for the
-    others before it gives up. nccl: GPUs exchange tensors directly; otherwise, and on CPUs, ranks communicate through
-    gloo.
+    others before it fails. nccl: GPUs communicate through NCCL. Without it, and on CPUs, ranks use gloo.
     """
     gpu = torch.device(own_device(device)) if device.startswith("cuda") else None
     if device == "cuda":
@@ -60,10 +59,9 @@ def join_ranks(device: str = "cpu", hours: float = 1, nccl: bool = False) -> Ran
 
 
 def leave_group(at_once: bool = False) -> None:
-    """Closes the process group.
+    """Closes the process group after all ranks have arrived here. at_once: does not wait for the others.
 
-    All ranks wait for one another first: a rank may abort if it exits with its group open, or if a peer closes the
-    group while it still reads. at_once: does not wait.
+    Without waiting, a rank may abort because a peer closed the group while it was still reading.
     """
     if dist.is_initialized():
         if not at_once:
@@ -74,22 +72,22 @@ def leave_group(at_once: bool = False) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Stopping
 
-STOP = {"training": False, "asked": False}  # training: steps may have been made; asked: SIGTERM or Ctrl-C came
+STOP = {"training": False, "asked": False}  # training: steps may be done; asked: SIGTERM or Ctrl-C was received
 
 
 class StopBeforeTraining(BaseException):
-    """Raised by SIGTERM before the first step. Not an Exception, so that nothing on the way out catches it."""
+    """Raised by SIGTERM before the first step. Not an Exception, so that no `except Exception` catches it."""
 
 
 def on_stop_signal(number: int, _frame: object) -> None:
     """Handles SIGTERM and Ctrl-C.
 
-    In training, the loop finishes its micro-batch, drops the current step, saves the state after the previous one and
-    exits with code 0; a second Ctrl-C ends at once. Before training there is nothing to save (the reference pass
-    saves its own cache on the way out), so the process ends at once.
+    During training, the loop finishes its micro-batch, drops the current step, saves the state after the previous step
+    and exits with code 0. A second Ctrl-C ends at once. Before training there is nothing to save, so the process ends
+    at once; an interrupted reference pass still saves its cache.
 
-    On SIGTERM torchrun signals its ranks, waits 30 s for them (--shutdown-timeout) and exits with code 1 whatever they
-    return. If code 0 matters, signal the ranks instead: pkill -TERM -P PID_OF_TORCHRUN.
+    On SIGTERM torchrun signals its ranks, waits 30 s for them (--shutdown-timeout) and exits with code 1. If you need
+    exit code 0, signal the ranks instead: pkill -TERM -P PID_OF_TORCHRUN.
     """
     STOP["asked"] = True
     if number == signal.SIGINT:
@@ -108,7 +106,7 @@ def on_stop_signal(number: int, _frame: object) -> None:
 
 
 def stop_asked(device: torch.device | str) -> bool:
-    """Whether SIGTERM or Ctrl-C reached any rank. A collective call: all ranks must make it."""
+    """True if any rank received SIGTERM or Ctrl-C. A collective operation: all ranks must call it."""
     return sum_over_ranks(torch.tensor([float(STOP["asked"])], device=device)).item() > 0
 
 
@@ -117,7 +115,7 @@ def run_distributed(main: Callable[[], object]) -> Callable[[], None]:
 
     def run():
         signal.signal(signal.SIGTERM, on_stop_signal)
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored in a background job: stays so
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # background jobs ignore it; keep that
             signal.signal(signal.SIGINT, on_stop_signal)
         try:
             main()
@@ -133,7 +131,7 @@ def run_distributed(main: Callable[[], object]) -> Callable[[], None]:
             )
             os._exit(1)  # an orderly exit would wait for the rank that is gone
         finally:
-            if dist.is_initialized() and dist.get_backend() == "gloo":  # its threads may abort a process that exits
+            if dist.is_initialized() and dist.get_backend() == "gloo":  # its threads may abort an exiting process
                 dist.destroy_process_group()
 
     return run
@@ -159,9 +157,9 @@ def from_rank_0(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def broadcast_replicas(model: nn.Module) -> None:
-    """Gives every rank rank 0's parameters and buffers, so that replicas start equal whatever initialised them.
+    """Copies rank 0's parameters and buffers to every rank, so that all replicas start equal.
 
-    Sharded tensors are skipped: no two ranks hold the same part.
+    Sharded tensors are skipped, because each rank holds a different part.
     """
     for t in (*model.parameters(), *model.buffers()):
         if not hasattr(t, "full_tensor"):
@@ -169,13 +167,13 @@ def broadcast_replicas(model: nn.Module) -> None:
 
 
 def split_by_tokens(lengths: list[int], micro_tokens: int, world: int) -> list[list[int]]:
-    """Cuts a step's examples into micro-batches of nearly equal size. -> lists of indices, the largest first.
+    """Splits a step's examples into micro-batches of nearly equal size. -> lists of indices, the largest first.
 
-    Every rank gets equally many; some are empty if there are fewer examples than ranks. They are the fewest that hold
-    at most micro_tokens tokens each, except that a longer example is a micro-batch by itself. Greedy: the longest
-    example goes first, each into the micro-batch with the fewest tokens.
+    A micro-batch holds at most micro_tokens tokens; a longer example is a micro-batch by itself. There are as few
+    micro-batches as possible, and equally many per rank. Some are empty if there are fewer examples than ranks.
+    Greedy: examples are taken from long to short, each into the micro-batch with the fewest tokens.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # stable: the cut depends on the lengths alone
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # stable sort: the split depends only on the lengths
     rounds = max(1, min(math.ceil(sum(lengths) / micro_tokens / world), math.ceil(len(lengths) / world)))
     while True:
         bins = [(0, b, []) for b in range(rounds * world)]  # (tokens, number, indices), a heap
@@ -184,25 +182,25 @@ def split_by_tokens(lengths: list[int], micro_tokens: int, world: int) -> list[l
             heapq.heapreplace(bins, (tokens + lengths[i], b, [*indices, i]))
         if all(tokens <= micro_tokens or len(indices) == 1 for tokens, _, indices in bins):
             return [indices for _, _, indices in sorted(bins, key=lambda b: (-b[0], b[1]))]
-        rounds = min(rounds + 1 + rounds // 32, len(lengths))  # at most one example each, which always fits
+        rounds = min(rounds + 1 + rounds // 32, len(lengths))  # one example each always fits
 
 
 def rank_micro_batches(
     lengths: list[int], micro_tokens: int, rank: int, world: int, equal_counts: bool = False
 ) -> list[list[int]]:
-    """This rank's micro-batches of a step. equal_counts: keeps empty ones, so that every rank has equally many."""
+    """This rank's micro-batches of a step. equal_counts: keep empty ones, so that every rank has the same number."""
     return [micro for micro in split_by_tokens(lengths, micro_tokens, world)[rank::world] if micro or equal_counts]
 
 
 def overlapped_reduction(model: nn.Module, world: int, size: int = 2**24) -> tuple[Callable, Callable]:
-    """Sums the gradients of replicated models over the ranks while the step's last backward is still running.
+    """Sums the gradients of replicas over the ranks while the step's last backward is still running, as DDP does.
 
-    -> (start_sync, wait_sync). start_sync(n) announces that this rank runs n backwards in the step. wait_sync() waits
-    for the sums. Each gradient is a view into one of several flat buffers of about `size` elements. The buffers fill
-    from the last layer to the first and are sent as soon as they are full, in the same order on all ranks.
+    -> (start_sync, wait_sync). start_sync(n): this rank will run n backwards in the step. wait_sync(): waits for the
+    sums. Each gradient is a view into one of several flat buffers of about `size` elements. The buffers fill from the
+    last layer to the first. A full buffer is sent at once, in the same order on all ranks.
 
-    Sharded models sum inside each backward instead: whole gradients kept until the last one would take the memory that
-    sharding saves.
+    Sharded models sum inside each backward instead. Keeping whole gradients until the last backward would take the
+    memory that sharding saves.
     """
     if world == 1 or is_sharded(model):
         return lambda n: None, lambda: None
@@ -214,7 +212,7 @@ def overlapped_reduction(model: nn.Module, world: int, size: int = 2**24) -> tup
         buckets[-1].append(p)
         room -= p.numel()
     flat = [torch.zeros(sum(p.numel() for p in bucket), device=model.device) for bucket in buckets]
-    waiting, sent = [0] * len(buckets), []  # gradients that each bucket still waits for; reductions under way
+    waiting, sent = [0] * len(buckets), []  # gradients missing in each bucket; running reductions
 
     def send(all_of_them=False):
         while len(sent) < len(flat) and (all_of_them or waiting[len(sent)] == 0):
@@ -250,10 +248,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def shard(model: nn.Module, device: str, dtype: torch.dtype) -> None:
-    """Spreads parameters, gradients and optimizer state over the ranks with FSDP2: each block, and the rest, by itself.
+    """Splits parameters, gradients and optimizer state over the ranks with FSDP2, block by block.
 
-    Weights are gathered only while they compute. Those of the blocks are gathered in the compute dtype. Embedding and
-    head stay fp32, so that their gradients are added in fp32 where the two are one matrix.
+    Weights are gathered only while they are used: those of the blocks in the compute dtype, embedding and head in fp32.
+    If embedding and head are one matrix, its two gradients are thus added in fp32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -269,7 +267,7 @@ def shard(model: nn.Module, device: str, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def load_into(p: Tensor, whole: Tensor) -> None:
-    """Copies a whole tensor into a parameter, buffer or moment; into this rank's part of it if that is sharded."""
+    """Copies a whole tensor into a parameter, buffer or moment. If `p` is sharded, copies this rank's part."""
     if hasattr(p, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
@@ -278,7 +276,7 @@ def load_into(p: Tensor, whole: Tensor) -> None:
 
 
 def gathered(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, whole tensor), on rank 0 copied to the CPU. If any is sharded, all ranks must take all of them."""
+    """Yields (name, whole tensor), copied to the CPU on rank 0. If any tensor is sharded, all ranks must iterate."""
     for name, t in tensors.items():
         whole = (t.full_tensor() if hasattr(t, "full_tensor") else t).detach()
         yield name, whole.cpu() if is_main() else whole

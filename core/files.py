@@ -1,4 +1,4 @@
-"""Read and write files: bad input becomes one error line with exit code 2, and each file appears whole or not at all."""
+"""Read and write files: bad input ends with one error line, and each file appears whole or not at all."""
 
 import contextlib
 import fcntl
@@ -15,8 +15,8 @@ from typing import IO
 
 from core.interrupt import ROOT, exit_silently
 
-MAX_TEXT = 2**28  # bytes; the largest tokenizer.json of a published model is a tenth of this
-MAX_ERROR = 2000  # characters of an error line
+MAX_TEXT = 2**28  # most bytes of a text file; ten times the largest published tokenizer.json
+MAX_ERROR = 2000  # most characters of an error line
 
 
 class InputError(Exception):
@@ -31,7 +31,7 @@ def printable(text: str) -> str:
 
 
 def cli(main: Callable[[], object]) -> None:
-    """Run a script's main(). Exit codes: 2 after bad input, 130 after Ctrl-C, 141 when stdout was closed, 143 after SIGTERM."""
+    """Run a script's main(). Exit codes: 2 for bad input, 130 for Ctrl-C, 141 for a closed stdout, 143 for SIGTERM."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files are removed
         if signal.getsignal(signal.SIGINT) is exit_silently:
@@ -44,7 +44,7 @@ def cli(main: Callable[[], object]) -> None:
             main()
         finally:
             if sys.stdout and not sys.stdout.closed:
-                sys.stdout.flush()  # a closed pipe raises here, not in the interpreter's exit
+                sys.stdout.flush()  # raises for a closed pipe here, not while the interpreter exits
     except InputError as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun all ranks of a machine raise the same error
             print(f"error: {printable(str(e))}", file=sys.stderr)
@@ -120,14 +120,14 @@ def same_path(a: str | os.PathLike, b: str | os.PathLike) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing. A file is written under a temporary name and renamed when it is complete. The writer holds a lock on it, so
-# that a later run can tell the leftover of a killed process (core/outputs.py removes it) from a file in progress.
+# Writing. A file is written under a temporary name and renamed when it is complete. The writer holds a lock on it. A
+# temporary file without a lock was left by a killed process, and core/outputs.py removes it.
 
 TEMPORARY = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)(?P<token>[0-9a-f]{8})(?P<check>[0-9a-f]{8})", re.DOTALL)
 
 
 def temporary_path(path: str, kind: str = "tmp") -> str:
-    """A new name beside `path`. Its check digits tell it from a user's file with a similar name."""
+    """A new name beside `path`. Its check digits distinguish it from a user's file with a similar name."""
     token = os.urandom(4).hex()
     return f"{path}.{kind}{token}{check_digits(os.path.basename(path), token)}"
 
@@ -146,7 +146,7 @@ def lock(fd: int) -> bool:
 
 
 def open_temporary(path: str, mode: str) -> IO:
-    """A new, locked temporary file for `path`. It has the permissions of `path` if that exists, else those of the umask."""
+    """A new, locked temporary file for `path`, with the permissions of `path` if it exists, else those of the umask."""
     while True:
         f = open(temporary_path(path), mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
         lock(f.fileno())

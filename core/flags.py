@@ -1,4 +1,4 @@
-"""Command-line flags: a parser that ends with one error line, and argparse types that check their values."""
+"""Command-line flags: a parser that reports errors in one line, and argparse types that check values."""
 
 import argparse
 import math
@@ -65,9 +65,9 @@ def number(low: float = -math.inf, above: float = -math.inf, below: float = math
 
 
 def checkpoint_out(text: str) -> str:
-    """An argparse type: a path where a checkpoint can be written. Drops a trailing slash: OUT.run lies beside OUT."""
+    """An argparse type: a path where a checkpoint can be written. Drops a trailing slash: OUT.run is beside OUT."""
     out = text.rstrip("/") or "/"
-    if is_main():  # only rank 0 writes; other nodes may have other disks
+    if is_main():  # only rank 0 writes; other nodes may not share its disk
         check_out(out)
     return out
 

@@ -1,6 +1,6 @@
 """Ends a script silently on Ctrl-C while it is still importing torch. Scripts import this module first.
 
-cli() restores Python's own handler. Nothing changes where the script that runs is not one of this project's.
+cli() restores Python's own handler. Has no effect if the running script is not part of this project.
 """
 
 import os
@@ -11,7 +11,7 @@ import threading
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def exit_silently(*_):
+def exit_silently(*_: object) -> None:
     os._exit(130)
 
 

@@ -1,7 +1,7 @@
-"""Qwen2's layers: weights in one dtype (fp32 in training), computation in that of the activations.
+"""Qwen2's layers. Weights keep their dtype (fp32 in training); computation is in the dtype of the activations.
 
-Each fused operation is written beside its plain twin and gives the same numbers for less time or memory.
-KERNELS=plain in the environment selects the plain code everywhere.
+Each fused operation comes with its plain version, which gives the same numbers but takes more time or memory.
+KERNELS=plain in the environment selects the plain versions everywhere.
 """
 
 import os
@@ -32,7 +32,7 @@ def fused() -> bool:
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., C) times the transpose of weight (O, C), plus bias (O,), computed in the dtype of x -> (..., O).
 
-    Casting the weight here makes fp32 weights compute in bf16 without autocast.
+    The cast makes fp32 weights compute in bf16 without autocast.
     """
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -68,7 +68,7 @@ class Embedding(nn.Embedding):
 # ---------------------------------------------------------------------------------------------------------------------
 # RMSNorm (arXiv 1910.07467)
 
-# private operators of torch: where a version lacks them, the plain formula runs
+# private operators of torch; a version without them runs the plain formula
 RMS_NORM_KERNELS = all(hasattr(torch.ops.aten, name) for name in ("_fused_rms_norm", "_fused_rms_norm_backward"))
 
 
@@ -84,7 +84,7 @@ def apply_rms(x: Tensor, r: Tensor, weight: Tensor) -> Tensor:
 
 
 def use_rms_kernel(x: Tensor) -> bool:
-    """True if torch's CUDA kernel computes the norm of x. It reads x once."""
+    """True if torch's CUDA kernel computes the norm of x. The kernel reads x only once."""
     return x.is_cuda and RMS_NORM_KERNELS and fused()
 
 
@@ -106,20 +106,21 @@ class RMSNorm(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Fused for training: the hand-written backward keeps less than autograd would
+# Fused for training: the hand-written backward saves fewer tensors than autograd
 
 
 def can_fuse(*modules: nn.Module) -> bool:
-    """True if a fused function may replace a call of these modules.
+    """True if a fused function may replace the calls of these modules.
 
-    Not for a subclass, another module or a hook: those must be called. Not without gradients: there is nothing to keep.
-    Not under torch.compile: the compiler fuses and recomputes by itself.
+    False for subclasses, other modules and modules with hooks, because these must be called. False without gradients,
+    because nothing is saved then. False under torch.compile, because the compiler fuses and recomputes by itself.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not fused():
         return False
     return all(
-        type(m) in (Linear, RMSNorm) and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)
-        for m in modules
+        type(module) in (Linear, RMSNorm)
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        for module in modules
     )
 
 
@@ -173,7 +174,7 @@ class NormedLinears(torch.autograd.Function):
 
 
 def swiglu_linear(gate: Tensor, up: Tensor, linear: nn.Module) -> Tensor:
-    """linear(silu(gate) * up) (arXiv 2002.05202). gate, up: (..., I) -> (..., C)."""
+    """linear(silu(gate) * up), the end of SwiGLU (arXiv 2002.05202). gate, up: (..., I) -> (..., C)."""
     if can_fuse(linear) and linear.bias is None:
         return SwiGLULinear.apply(gate, up, linear.weight)
     return linear(F.silu(gate) * up)
@@ -198,7 +199,7 @@ class SwiGLULinear(torch.autograd.Function):
 
 
 def matmul_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in a dtype. On GPUs a product of bf16 matrices keeps its fp32 sums if dtype is fp32."""
+    """a @ b as `dtype`. On a GPU, a product of bf16 matrices is not rounded to bf16 if dtype is fp32."""
     if a.is_cuda and a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
@@ -211,19 +212,19 @@ def matmul_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def head_columns(device_type: str) -> int:
     """Vocabulary entries per tile of the head. device_type: "cpu" or "cuda".
 
-    CPU: a tile for 1000 rows (16 MiB) stays in the cache between passes. GPU: as many as softmax keeps in registers.
+    CPU: a tile of 1,000 rows (16 MiB) stays in the cache between passes. GPU: as many as softmax holds in registers.
     """
     return 8192 if device_type == "cuda" else 4096
 
 
 def vocabulary_tiles(weight: Tensor, dtype: torch.dtype, columns: int) -> Iterator[tuple[int, Tensor]]:
-    """Yields (first row, `columns` rows of weight (V, C) from there, in a dtype)."""
+    """Yields (start, weight[start : start + columns] as dtype) for each tile of the head's matrix (V, C)."""
     for start in range(0, len(weight), columns):
         yield start, weight[start : start + columns].to(dtype)
 
 
 def in_tile(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
-    """targets (N,) -> (their columns in the tile [start, start + size), clamped to it; True where inside)."""
+    """targets (N,) -> (their columns in the tile [start, start + size), clamped to it; True where they are in it)."""
     column = targets - start
     return column.clamp(0, size - 1), (column >= 0) & (column < size)
 
@@ -240,9 +241,9 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class TokenLogProbs(torch.autograd.Function):
     """token_logps over the vocabulary in tiles of `columns` entries; never holds an (N, V) tensor.
 
-    hidden: (N, C), weight: (V, C) in any dtype, targets: (N,) -> (N,) fp32. softmax(logits) is the softmax within a
-    tile times the tile's share of the total. The backward recomputes the logits of each tile:
-    d logp / d logits = onehot(target) - softmax(logits).
+    hidden: (N, C), weight: (V, C) in any dtype, targets: (N,) -> (N,) fp32.
+    The softmax over all logits is the softmax within a tile times the tile's share of the total. The backward
+    recomputes the logits of each tile: d logp / d logits = onehot(target) - softmax(logits).
     """
 
     @staticmethod
@@ -258,7 +259,7 @@ class TokenLogProbs(torch.autograd.Function):
         tops, logs = torch.stack(tops), torch.stack(logs)  # (tiles, N)
         top = tops.amax(0)
         logs += tops - top
-        log = logs.logsumexp(0)  # log-sum-exp of all logits relative to `top`; kept apart from `top` for precision
+        log = logs.logsumexp(0)  # log-sum-exp relative to `top`; not added to `top`, for precision
         logps = target_logits - top - log
         ctx.save_for_backward(hidden, weight, targets, (logs - log).exp(), logps)
         ctx.columns = columns
@@ -299,7 +300,7 @@ def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Ten
         return hidden.sum(-1).float()  # (0,), still part of the graph
     ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
     if fused():
-        columns = head_columns(hidden.device.type) // 2  # a tile of both models takes as much as one of token_logps
+        columns = head_columns(hidden.device.type) // 2  # two models share the memory of one tile of token_logps
         return TokenKL.apply(hidden, weight, ref_hidden, ref_weight, forward, columns)
     log_p = project(hidden, weight).float().log_softmax(-1)  # (N, V)
     log_q = project(ref_hidden, ref_weight).float().log_softmax(-1)
@@ -328,7 +329,7 @@ class TokenKL(torch.autograd.Function):
         tops, logs, means = torch.stack(tops), torch.stack(logs), torch.stack(means)  # (tiles, 2, N) twice, (tiles, N)
         top = tops.amax(0)  # (2, N)
         logs += tops - top
-        log = logs.logsumexp(0)  # lse(z), lse(y) relative to `top`; kept apart from it for precision
+        log = logs.logsumexp(0)  # lse(z), lse(y) relative to `top`; not added to `top`, for precision
         mean = (means * (logs - log).exp()[:, int(forward)]).sum(0)
         (top_1, top_2), (log_1, log_2) = (top.flip(0), log.flip(0)) if forward else (top, log)
         kl = (mean - (top_1 - top_2)) - (log_1 - log_2)
@@ -359,7 +360,7 @@ class TokenKL(torch.autograd.Function):
 def logit_tiles(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, columns: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields for each tile (logits of the policy (N, columns), of the reference, both fp32; the rows of weight)."""
+    """Yields per tile: policy logits and reference logits, (N, columns) in fp32, and the tile's rows of `weight`."""
     for start, w in vocabulary_tiles(weight, hidden.dtype, columns):
         ref_w = ref_weight[start : start + columns].to(ref_hidden.dtype)
         yield matmul_as(hidden, w.T, torch.float32), matmul_as(ref_hidden, ref_w.T, torch.float32), w
@@ -371,7 +372,7 @@ def log_sum_exp_above_top(logits: Tensor) -> Tensor:
 
 
 def add_tile_gradients(d_logits: Tensor, hidden: Tensor, w: Tensor, d_hidden: Tensor, d_weight: Tensor | None) -> None:
-    """Adds a tile's part to d_hidden (N, C); writes its rows of the weight's gradient to the first rows of d_weight.
+    """Adds a tile's gradient to d_hidden (N, C) and writes the gradient of its weight rows to the start of d_weight.
 
     d_logits: (N, columns), w: (columns, C), both in the dtype of hidden (N, C).
     """

@@ -12,15 +12,15 @@ from core.pages import available_memory
 
 @contextlib.contextmanager
 def onednn_weights(model: nn.Module) -> Iterator[None]:
-    """While open, the matrices of the model also exist in the layout that oneDNN's CPU kernels read.
+    """A context in which the model's matrices also exist in oneDNN's own layout. Linear.forward uses these copies.
 
-    Linear.forward uses them. F.linear reorders the whole weight at each call; with these copies a decoding step of 8 to
-    64 rows is 1.3 to 2 times as fast. They take as much memory as the weights, so they are made only if half of the
-    free memory suffices, and only where oneDNN has kernels for the dtype.
+    F.linear reorders the whole weight at each call. With the copies, a decoding step of 8 to 64 rows is 1.3 to 2 times
+    as fast. They take as much memory as the weights. They are made only if they fit in half of the free memory and
+    oneDNN has kernels for the dtype.
     """
     modules = [module for module in model.modules() if isinstance(module, Linear)]
     if model.config.tie_word_embeddings:
-        modules.append(model.model["embed_tokens"])  # whose matrix is also the head's
+        modules.append(model.model["embed_tokens"])  # its matrix is also the head
     size = sum(module.weight.numel() * module.weight.element_size() for module in modules)
     if has_onednn_kernels(model) and 2 * size < available_memory():
         for module in modules:
@@ -33,7 +33,7 @@ def onednn_weights(model: nn.Module) -> Iterator[None]:
 
 
 def has_onednn_kernels(model: nn.Module) -> bool:
-    """True on a CPU whose oneDNN knows the model's dtype, if this torch has the operators, which are private."""
+    """True on a CPU if oneDNN supports the model's dtype and this torch has the (private) operators."""
     dtype, operators = model.head_weight.dtype, torch.ops.mkldnn
     if not fused() or model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False

@@ -1,7 +1,7 @@
-"""Output folders: what this project wrote there, and how it is replaced without touching anything else.
+"""Output folders: replace files that this project wrote, and never touch others.
 
-Each output folder has a MANIFEST, which lists the files that a command wrote and so may replace. Every other file in the
-folder belongs to the user.
+The MANIFEST in an output folder lists the files that each command wrote there and may replace. All other files in the
+folder belong to the user.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ CARD = "README.md"
 
 
 def read_manifest(folder: str) -> dict:
-    """The manifest of a folder; an empty one if there is none, or if the file is not one of ours."""
+    """The manifest of a folder; an empty one if there is none, or if this project did not write it."""
     try:
         with open(os.path.join(folder, MANIFEST), encoding="utf-8") as f:
             manifest = json.load(f)
@@ -45,7 +45,7 @@ def write_manifest(folder: str, manifest: dict) -> None:
 
 
 def written_files(folder: str, writer: str) -> set[str]:
-    """The names of the files in a folder that `writer` wrote. A model card that was edited since is the user's."""
+    """The names of the files in a folder that `writer` wrote, without a model card that the user has edited."""
     manifest = read_manifest(folder)
     names = {name for name, by in manifest["files"].items() if by == writer}
     with contextlib.suppress(OSError), open(os.path.join(folder, CARD), "rb") as f:
@@ -55,13 +55,13 @@ def written_files(folder: str, writer: str) -> set[str]:
 
 
 def foreign_entries(folder: str, writer: str) -> list[str]:
-    """Files and folders in `folder` that `writer` did not write, sorted. Temporary files of ours are not among them."""
+    """Files and folders in `folder` that `writer` did not write, sorted, without this project's temporary files."""
     others = {*os.listdir(folder)} - written_files(folder, writer) - {MANIFEST}
     return sorted(name for name in others if not parse_temporary(name))
 
 
 def write_card(folder: str, text: str) -> None:
-    """Write the model card of a new checkpoint folder, its SHA-256 into the manifest first."""
+    """Write the model card of a new checkpoint folder, after its SHA-256 is in the manifest."""
     write_manifest(folder, read_manifest(folder) | {"card": hashlib.sha256(text.encode()).hexdigest()})
     with open(os.path.join(folder, CARD), "xb") as f:
         f.write(text.encode())
@@ -79,7 +79,7 @@ def is_inside(path: str, folder: str) -> bool:
 
 
 def check_writable(path: str, flag: str = "--out") -> None:
-    """InputError, which names the flag, unless a file can be created beside `path`, or in the nearest parent folder that exists."""
+    """InputError, naming the flag, unless a file can be created beside `path` or in its nearest existing parent."""
     parent = os.path.dirname(os.path.realpath(path))
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)
@@ -91,7 +91,7 @@ def check_writable(path: str, flag: str = "--out") -> None:
 
 
 def check_replaceable(path: str) -> None:
-    """InputError if the folder at `path` belongs to another user who has made it, or its parent, read-only for us."""
+    """InputError if this process may not replace the folder at `path`: read-only, or another user's."""
     info, parent = os.stat(path), os.stat(os.path.dirname(os.path.realpath(path)))
     protected = parent.st_mode & stat.S_ISVTX and os.geteuid() not in (0, parent.st_uid, info.st_uid)
     if protected or not os.access(path, os.W_OK | os.X_OK):
@@ -99,7 +99,7 @@ def check_replaceable(path: str) -> None:
 
 
 def check_file(path: str, mark: str) -> None:
-    """InputError unless `path` can be written: it is absent, empty, or a file of ours, which contains the text `mark`."""
+    """InputError unless `path` may be written: it is absent, empty, or a file of ours (it contains the text `mark`)."""
     check_writable(path)
     if not os.path.lexists(path):
         return
@@ -140,7 +140,8 @@ def check_folder(folder: str, writer: str, names: Iterable[str]) -> None:
 def claim_folder(folder: str, writer: str, names: Iterable[str]) -> None:
     """Make `folder` and record in its manifest that `writer` owns these files. Remove leftovers of killed runs.
 
-    See check_folder for the errors."""
+    InputError as in check_folder.
+    """
     names = list(names)
     check_folder(folder, writer, names)
     manifest = read_manifest(folder)
@@ -150,7 +151,7 @@ def claim_folder(folder: str, writer: str, names: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def claimed_folder(folder: str, writer: str, names: Iterable[str]) -> Iterator[None]:
-    """claim_folder, undone at the end if the run has written none of the files, so that a refused run leaves nothing."""
+    """claim_folder, undone at the end if none of the files was written, so that a refused run leaves nothing."""
     names, before, existed = list(names), read_manifest(folder), os.path.exists(folder)
     claim_folder(folder, writer, names)
     try:
@@ -168,7 +169,7 @@ def claimed_folder(folder: str, writer: str, names: Iterable[str]) -> Iterator[N
 
 
 def parse_temporary(entry: str) -> re.Match | None:
-    """The parts of a name that temporary_path() gave; None for any other name."""
+    """The parts of a name made by temporary_path(); None for any other name."""
     found = TEMPORARY.fullmatch(entry)
     return found if found and check_digits(found["name"], found["token"]) == found["check"] else None
 
@@ -176,8 +177,8 @@ def parse_temporary(entry: str) -> re.Match | None:
 def remove_leftovers(folder: str, name: str | None = None) -> None:
     """Remove the temporary files of `name` (None: of all names) in `folder` whose writer has died.
 
-    A leftover has a name from temporary_path() and nobody holds its lock. Files of the user's inside a leftover folder
-    move to the folder that it was made for.
+    A leftover has a name made by temporary_path(), and no process holds its lock. A user's files inside a leftover
+    folder move to the folder that the leftover was made for.
     """
     for entry in os.listdir(folder) if os.path.isdir(folder) else []:
         found = parse_temporary(entry)
@@ -206,14 +207,14 @@ def remove_leftover(path: str, target: str, kind: str) -> None:
 
 
 def move_foreign(source: str, target: str) -> None:
-    """Move what is not part of a checkpoint of ours from one folder to the other, unless the name is taken there."""
+    """Move all files that are not part of our checkpoint from one folder to the other, unless the name is taken."""
     for name in foreign_entries(source, "checkpoint"):
         if not os.path.lexists(os.path.join(target, name)):
             os.rename(os.path.join(source, name), os.path.join(target, name))
 
 
 def remove_written(folder: str) -> None:
-    """Remove a checkpoint folder of ours: the files in its manifest, then the folder unless other files are left."""
+    """Remove a checkpoint folder: the files in its manifest, then the folder itself if it is empty."""
     remove_leftovers(folder)
     for name in written_files(folder, "checkpoint"):
         with contextlib.suppress(OSError):
@@ -225,7 +226,10 @@ def remove_written(folder: str) -> None:
 
 
 def discard_checkpoint(path: str) -> None:
-    """Remove a checkpoint of ours, a folder or a .pt file. It is renamed first, so that a kill leaves no partial checkpoint."""
+    """Remove a checkpoint that this project wrote, a folder or a .pt file.
+
+    A folder is renamed first, so that a kill leaves no partial checkpoint.
+    """
     if os.path.isdir(path):
         if "config.json" not in written_files(path, "checkpoint"):
             return
@@ -241,9 +245,9 @@ def discard_checkpoint(path: str) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(out: str, names: Iterable[str]) -> Iterator[str]:
-    """Give a new folder to write the files `names` in; at the end it replaces the checkpoint at `out` in one step.
+    """Yield a new folder for the files `names`. At the end it replaces the checkpoint at `out` in one step.
 
-    Foreign files in `out` stay there, byte for byte. After an error, nothing is left or changed.
+    The user's files in `out` stay as they are. After an error, nothing is left or changed.
     """
     out = os.path.realpath(out)
     temporary, fd = None, None
@@ -279,7 +283,7 @@ def make_temporary_folder(out: str) -> tuple[str, int]:
 
 
 def replace_folder(temporary: str, out: str) -> None:
-    """Give `temporary` the name `out`. The folder that had it loses the files of its checkpoint and then disappears."""
+    """Rename the folder `temporary` to `out`. The old checkpoint at `out` is removed, the user's files are kept."""
     if not os.path.isdir(out):
         os.rename(temporary, out)
         return
@@ -309,7 +313,7 @@ def replace_folder(temporary: str, out: str) -> None:
 
 
 def keep_other_writers(temporary: str, out: str) -> None:
-    """Write the final manifest of a new checkpoint: its own files, and what other commands wrote in the folder `out`."""
+    """Write the final manifest of a new checkpoint: its own files, and those that other commands wrote in `out`."""
     own = {name: "checkpoint" for name in os.listdir(temporary) if name != MANIFEST}
     others = {name: by for name, by in read_manifest(out)["files"].items() if by != "checkpoint"}
     write_manifest(temporary, {"files": others | own, "card": read_manifest(temporary)["card"]})

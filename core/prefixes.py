@@ -1,4 +1,4 @@
-"""Prefixes that several token lists share, so that they are computed once."""
+"""Shared prefixes: compute the prefix that several prompts have in common once."""
 
 from collections import Counter
 
@@ -8,24 +8,24 @@ from core.attention import KVCache
 
 
 def common_prefix(sequences: list[list[int]]) -> int:
-    """The length of the prefix that all sequences share, at least one token shorter than the shortest sequence."""
-    first, last = min(sequences), max(sequences)  # in lexicographic order all others lie between them
+    """The length of the prefix that all sequences share, but at most that of the shortest sequence minus 1."""
+    first, last = min(sequences), max(sequences)  # all others are between them in lexicographic order
     limit = min(map(len, sequences)) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
 def prefix_lengths(prompts: list[list[int]], overhead: int = 64, depth: int = 50) -> list[int]:
-    """For each prompt the length of its prefix that is computed once for several prompts; 0 if none is.
+    """The length of each prompt's prefix that is worth computing once for several prompts; 0 for none.
 
-    In lexicographic order, prompts with a common prefix are neighbours. Each group of neighbours is split where they
-    share least, if the parts together have fewer tokens to compute. A prefix is a forward of its own, which counts as
-    `overhead` tokens. depth bounds the recursion.
+    In lexicographic order, prompts with a common prefix are neighbours. A group of neighbours is split where they share
+    least if this saves tokens. Each prefix needs a forward of its own, which counts as `overhead` tokens.
+    depth: limit of the recursion.
     """
     order = sorted(range(len(prompts)), key=prompts.__getitem__)
     shares = [common_prefix([prompts[a], prompts[b]]) for a, b in zip(order, order[1:])]
 
     def best(i: int, j: int, depth: int) -> tuple[int, list[int]]:
-        """The cheapest way for prompts order[i:j]: (tokens to compute, the prefix length of each)."""
+        """The cheapest prefixes for prompts order[i:j]: (tokens to compute, the prefix length of each prompt)."""
         total, shared = sum(len(prompts[k]) for k in order[i:j]), min(shares[i : j - 1], default=0)
         with_prefix = total - (j - i - 1) * shared + overhead
         whole = (with_prefix, [shared] * (j - i)) if with_prefix < total else (total, [0] * (j - i))
@@ -41,7 +41,7 @@ def prefix_lengths(prompts: list[list[int]], overhead: int = 64, depth: int = 50
 
 
 class SharedPrefixes:
-    """KV caches of shared prefixes. Each is computed for the first prompt that has it and dropped after the last."""
+    """KV caches of shared prefixes. A cache is computed for the first prompt that needs it and freed after the last."""
 
     def __init__(self, model: nn.Module, prompts: list[list[int]]):
         self.model, self.prompts = model, prompts
@@ -53,7 +53,7 @@ class SharedPrefixes:
         return self.prompts[i][len(self.prefixes[i]) :]
 
     def copy(self, i: int, cache: KVCache, row: int) -> None:
-        """Starts a row of the cache with the shared prefix of prompt i. To be called once for each prompt."""
+        """Copies the shared prefix of prompt i to the start of a cache row. Call it once per prompt."""
         prefix = self.prefixes[i]
         if not prefix:
             return

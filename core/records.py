@@ -18,10 +18,11 @@ import re
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO, NoReturn
 
 from core.files import InputError, atomic_write
 
-MAX_RECORD = 64 * 2**20  # the most that one line (bytes) or one object of an array (characters) may take
+MAX_RECORD = 64 * 2**20  # largest line (in bytes) or object of an array (in characters)
 CHUNK = 2**20  # bytes of an array read at a time
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -31,7 +32,7 @@ CHUNK = 2**20  # bytes of an array read at a time
 def expand(patterns: Iterable[str]) -> list[str]:
     """File names, globs and hf://datasets/OWNER/NAME[@REVISION]/FILE -> paths of local files, in order.
 
-    Files of the hub are downloaded into its cache. A file that is named twice is returned twice.
+    Hub files are downloaded into the hub's cache. A file that is named twice is returned twice.
     """
     files = []
     for pattern in map(os.fspath, patterns):
@@ -76,7 +77,7 @@ def fetch(url: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def open_bytes(path):
+def open_bytes(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Opens a regular file for reading bytes, decompressed if its name ends in .gz. InputError for anything else."""
     try:
         mode = os.stat(path).st_mode
@@ -89,8 +90,8 @@ def open_bytes(path):
         raise InputError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
 
 
-def read_objects(path) -> Iterator[tuple[int, dict]]:
-    """Yields (line number, object) of JSON Lines or a JSON array, (row number, object) of Parquet. Streams all of them."""
+def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
+    """Streams a file: (line number, object) of JSON Lines or a JSON array, (row number, object) of Parquet."""
     if os.fspath(path).endswith(".parquet"):
         yield from read_parquet(path)
         return
@@ -99,23 +100,23 @@ def read_objects(path) -> Iterator[tuple[int, dict]]:
         yield from read_array(file, path) if is_array else json_lines(file, path)
 
 
-def read_jsonl(path) -> Iterator[tuple[int, dict]]:
+def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
     """Yields (line number, object) for each line of a JSON Lines file, which may be gzipped."""
     with open_bytes(path) as f:
         yield from json_lines(f, path)
 
 
 def json_error(e: Exception) -> str:
-    """Why json refused a text: a few words on one line."""
+    """The reason for which json refused a text, on one line."""
     if isinstance(e, RecursionError):
         return "not JSON: nested too deeply"
     if isinstance(e, json.JSONDecodeError):
         return f"not JSON: {e}"
-    return "not JSON: a number of too many digits"  # int() has a limit of its own
+    return "not JSON: a number of too many digits"  # more than int() accepts
 
 
-def json_lines(file, path) -> Iterator[tuple[int, dict]]:
-    """read_jsonl of an open file. Skips blank lines. path: for the errors."""
+def json_lines(file: BinaryIO, path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
+    """read_jsonl for an open file. Skips blank lines. path: for errors."""
     for number in itertools.count(1):
         line = file.readline(MAX_RECORD + 1)
         if not line:
@@ -142,13 +143,13 @@ def json_lines(file, path) -> Iterator[tuple[int, dict]]:
 class ArrayText:
     """The text of a JSON array, read in chunks. text[at:] is not parsed yet; line: the line number at `at`."""
 
-    def __init__(self, file, path):
+    def __init__(self, file: BinaryIO, path: str | os.PathLike):
         self.file, self.path = file, path
         self.text, self.at, self.line, self.ended = "", 0, 1, False
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
 
-    def fill(self):
-        """Reads more: as much again as is pending, so that a long object is scanned at most twice."""
+    def fill(self) -> None:
+        """Reads more. Doubles the pending text, so that the cost of scanning a long object stays linear."""
         data = self.file.read(max(CHUNK, len(self.text) - self.at))
         self.ended = not data
         try:
@@ -156,15 +157,16 @@ class ArrayText:
         except UnicodeDecodeError as e:
             self.fail(f"not UTF-8: {e}")
 
-    def fail(self, what):
+    def fail(self, what: str) -> NoReturn:
         raise InputError(f"{self.path}:{self.line}: {what}; an array of objects is expected")
 
-    def advance(self, end):
+    def advance(self, end: int) -> None:
+        """Moves `at` to `end` and counts the lines between."""
         self.line += self.text.count("\n", self.at, end)
         self.at = end
 
-    def next_char(self, end_allowed=False):
-        """Skips white space -> the next character, which stays unread; "" at the end of the file where that is allowed."""
+    def next_char(self, end_allowed: bool = False) -> str:
+        """Skips white space and returns the next character without reading it; "" at the end if end_allowed."""
         while True:
             rest = re.compile(r"\S").search(self.text, self.at)
             self.advance(rest.start() if rest else len(self.text))
@@ -176,7 +178,7 @@ class ArrayText:
                 self.fail("the file ends inside the array")
             self.fill()
 
-    def next_object(self):
+    def next_object(self) -> dict:
         """Parses the object that begins at `at`."""
         while True:
             try:
@@ -194,7 +196,7 @@ class ArrayText:
             return record
 
 
-def read_array(file, path) -> Iterator[tuple[int, dict]]:
+def read_array(file: BinaryIO, path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
     """Yields (line number, object) of an open JSON array."""
     array, expected = ArrayText(file, path), "["
     while True:
@@ -216,7 +218,7 @@ def read_array(file, path) -> Iterator[tuple[int, dict]]:
         array.fail(f"not JSON: {after!r} after the end of the array")
 
 
-def read_parquet(path) -> Iterator[tuple[int, dict]]:
+def read_parquet(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
     """Yields (row number from 1, object) of a Parquet file. Needs pyarrow."""
     try:
         import pyarrow
@@ -235,8 +237,8 @@ def read_parquet(path) -> Iterator[tuple[int, dict]]:
 # Records of training data
 
 
-def shown(value) -> str:
-    """The beginning of a value as ASCII on one line, for an error."""
+def shown(value: object) -> str:
+    """The beginning of a value as ASCII on one line, for error messages."""
     try:
         return json.dumps(value, default=str)[:60]
     except (ValueError, RecursionError):
@@ -244,13 +246,13 @@ def shown(value) -> str:
 
 
 class Fields(dict):
-    """A record without its null values, which count as absent. unread: the keys that were never asked for."""
+    """A record without its null values, which count as absent. unread: the keys that were never read."""
 
-    def __init__(self, record):
+    def __init__(self, record: dict):
         super().__init__({key: value for key, value in record.items() if value is not None})
         self.unread = set(self)
 
-    def first(self, *keys):
+    def first(self, *keys: str) -> object:
         """The value of the first of these keys that is present, else None."""
         for key in keys:
             if key in self:
@@ -260,10 +262,11 @@ class Fields(dict):
 
 
 def read_records(paths: Iterable[str], parse: Callable) -> list[tuple[str, object]]:
-    """[("file:line", example)] of all examples in all files. Says which keys were not read.
+    """All examples in all files: [("file:line", example)]. Prints the keys that were not read.
 
-    parse(record, where) -> list of examples; core.conversations has sft_conversations and kto_examples. The second
-    examples of the records follow the first ones, 1,000 records at a time, which is TRL's order of unpaired preferences.
+    parse(record, where) -> list of examples, such as sft_conversations or kto_examples of core.conversations. If
+    records have several examples, each block of 1,000 records gives its first examples, then its second ones, and so
+    on. This is TRL's order of unpaired preferences.
     """
     examples = []
     for path in expand(paths):
@@ -277,9 +280,8 @@ def read_records(paths: Iterable[str], parse: Callable) -> list[tuple[str, objec
                 unread.update(fields.unread)
             examples += [example for i in range(max(map(len, parsed))) for p in parsed for example in p[i : i + 1]]
         if unread and os.environ.get("RANK", "0") == "0":
-            keys = ", ".join(f"{shown(key)[1:-1]} ({n:,})" for key, n in unread.most_common(12)) + ", ..." * (
-                len(unread) > 12
-            )
+            keys = ", ".join(f"{shown(key)[1:-1]} ({n:,})" for key, n in unread.most_common(12))
+            keys += ", ..." * (len(unread) > 12)
             print(f"note: {path}: keys not read, and in how many records: {keys}")
     if not examples:
         raise InputError(f"{', '.join(map(os.fspath, paths))}: no records; nothing to train on")
@@ -290,6 +292,7 @@ def read_records(paths: Iterable[str], parse: Callable) -> list[tuple[str, objec
 # Writing
 
 
-def write_jsonl(path, rows: Iterable[dict]) -> None:
+def write_jsonl(path: str | os.PathLike, rows: Iterable[dict]) -> None:
+    """Writes one JSON object per line. The file appears whole or not at all."""
     with atomic_write(path) as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

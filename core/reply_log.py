@@ -1,13 +1,13 @@
-"""The reply log: an append-only JSON Lines file that keeps each reply of a model as soon as it arrives.
+"""The reply log: an append-only JSON Lines file that keeps each model reply as soon as it arrives.
 
     with ReplyLog("out/replies.jsonl", {"text": str}) as log:
         if key not in log:
             log.append(key, {"text": "Paris"})
         record = log[key]
 
-A run that is killed and started again finds every reply that was written. Each line is one object: its "key" in
-hexadecimal, usually a SHA-256 of the request, then the record. Only keys and offsets are in memory, so a log may hold
-millions of replies.
+A run that is killed and restarted finds every reply that was written. Each line is one object: its "key" in
+hexadecimal, usually the SHA-256 of the request, then the record. Only keys and file offsets are in memory, so a log may
+hold millions of replies.
 """
 
 import collections.abc
@@ -16,19 +16,22 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from core.files import InputError
 
 
 class ReplyLog(collections.abc.Mapping):
-    """A mapping from key to record. When a key was appended twice, the last record counts.
+    """A mapping from key to record. If a key was appended twice, the last record counts.
 
-    fields: the name and type of each field that every record has. spent: [prompt tokens, reply tokens], summed over the
-    records' "usage". read_only: take no lock, create and change nothing; a missing file is an empty log.
+    fields: the name and type of each field that every record must have. spent: [prompt tokens, reply tokens], summed
+    over the records' "usage". read_only: take no lock and change nothing; a missing file is an empty log.
 
-    Raises InputError if another process writes this log, if a line is damaged, and if the file cannot be used. A last
-    line without its newline was cut short by a kill: it is removed. The file is created at opening, for the lock. If
-    nothing was appended, it is removed at closing, as are the folders that were made for it."""
+    Opening creates and locks the file. A last line without a newline was cut off by a kill and is removed. Closing
+    removes the file and the folders made for it if nothing was appended.
+
+    InputError if another process has this log open, if a line is damaged, or if the file cannot be used.
+    """
 
     def __init__(self, path: str | os.PathLike, fields: dict[str, type], read_only: bool = False):
         self.path, self.fields = os.fspath(path), fields
@@ -53,7 +56,7 @@ class ReplyLog(collections.abc.Mapping):
             self.close()
             raise
 
-    def _read_offsets(self):
+    def _read_offsets(self) -> None:
         offset = 0
         for number, line in enumerate(self.reader, 1):
             if not line.endswith(b"\n"):
@@ -70,7 +73,7 @@ class ReplyLog(collections.abc.Mapping):
                 raise InputError(f"{self.path}:{number}: not a kept reply; delete this line to ask it again") from None
             offset += len(line)
 
-    def _count(self, usage):
+    def _count(self, usage: list[int] | None) -> None:
         if usage:
             self.spent = [total + n for total, n in zip(self.spent, usage, strict=True)]
 
@@ -87,15 +90,16 @@ class ReplyLog(collections.abc.Mapping):
         self.reader.seek(self.offsets[bytes.fromhex(key)])
         return json.loads(self.reader.readline())
 
-    def append(self, key: str, record: dict):
-        """Writes the record to disk before it returns.
+    def append(self, key: str, record: dict) -> None:
+        """Writes the record to the file before it returns.
 
-        Raises InputError if the disk is full; the log then ends with its last whole line."""
+        InputError if the disk is full. The log then ends with its last whole line.
+        """
         data = json.dumps({"key": key, **record}).encode() + b"\n"  # ASCII: a cut cannot split a character
         offset = os.fstat(self.file.fileno()).st_size
         try:
             left = memoryview(data)
-            while left:  # a write may take only a part
+            while left:  # a write may be partial
                 left = left[self.file.write(left) :]
         except OSError as e:
             with contextlib.suppress(OSError):
@@ -106,7 +110,7 @@ class ReplyLog(collections.abc.Mapping):
         self.offsets[bytes.fromhex(key)] = offset
         self._count(record.get("usage"))
 
-    def close(self):
+    def close(self) -> None:
         if self.reader:
             self.reader.close()
         if self.file and not self.file.closed:
@@ -126,8 +130,8 @@ class ReplyLog(collections.abc.Mapping):
         self.close()
 
 
-def make_folders(folder):
-    """Makes a folder and its parents. -> those that were missing, the innermost first."""
+def make_folders(folder: str) -> list[str]:
+    """Makes a folder and its parents. -> the folders that were missing, the innermost first."""
     missing, path = [], folder
     while not os.path.exists(path):
         missing.append(path)
@@ -136,8 +140,8 @@ def make_folders(folder):
     return missing
 
 
-def open_locked(path):
-    """Opens a file for appending, unbuffered, and locks it. The lock ends with the process, however it ends."""
+def open_locked(path: str) -> BinaryIO:
+    """Opens a file for appending, unbuffered, and locks it. The system releases the lock when the process ends."""
     while True:
         file = open(path, "a+b", buffering=0)
         try:
@@ -150,4 +154,4 @@ def open_locked(path):
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
-        file.close()  # another run removed its empty log between our open and our lock: try again
+        file.close()  # another run removed its empty log between open and lock: try again

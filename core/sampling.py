@@ -1,14 +1,14 @@
-"""Choosing the next token from logits."""
+"""Choose the next token from logits."""
 
 import torch
 from torch import Tensor
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """One token a row by inverting the cumulative distribution. logits: (B, V) fp32, uniform: (B,) in [0, 1) -> (B,).
+    """Samples one token per row by inverse transform. logits: (B, V) fp32, uniform: (B,) in [0, 1) -> (B,).
 
-    temperature 0 takes the likeliest token. top_k keeps the k likeliest (0: all), then top_p the fewest of these whose
-    probability reaches p (arXiv 1904.09751), in the order of transformers.
+    temperature 0 takes the likeliest token. top_k keeps the k likeliest tokens (0: all). top_p then keeps the fewest of
+    these that together reach probability p (nucleus sampling, arXiv 1904.09751). transformers uses the same order.
     """
     if temperature == 0:
         return logits.argmax(-1)

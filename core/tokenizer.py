@@ -1,4 +1,4 @@
-"""Messages to tokens: the tokenizer, ChatML, what is supervised. Knows no model.
+"""Messages to tokens: the tokenizer, ChatML, and which tokens are supervised.
 
     tok = Tokenizer("Qwen/Qwen2-0.5B-Instruct")
     ids, supervised = tok.chat_ids([{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}])
@@ -8,7 +8,7 @@ An example is a pair (ids, supervised): token ids and, for each, whether the mod
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import tokenizers
 
@@ -20,11 +20,13 @@ SPECIAL_NAMES = "bos_token eos_token unk_token sep_token pad_token cls_token mas
 
 
 class Tokenizer:
-    """The tokenizer and the chat template of a checkpoint (a Checkpoint or anything that Checkpoint opens).
+    """The tokenizer and chat template of a checkpoint. source: a Checkpoint, or anything that Checkpoint opens.
 
-    backend: the tokenizers.Tokenizer. stop_ids: the tokens that end a reply. default_system: the system prompt added to
-    a conversation without one, or None. header: the ids before a reply. prefix: the token put before a plain text, to
-    predict its first token from.
+    backend: the tokenizers.Tokenizer.
+    stop_ids: the tokens that end a reply.
+    default_system: the system prompt added to a conversation without one, or None.
+    header: the ids before a reply, "<|im_start|>assistant\\n".
+    prefix: the token before a plain text, needed to predict the text's first token.
     """
 
     def __init__(self, source: Checkpoint | str):
@@ -53,21 +55,22 @@ class Tokenizer:
         self.stop_ids = {self.im_end, *(t for t in ids if 0 <= t < size)}  # the model cannot produce other ids
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids. Control tokens typed in the text are encoded as the characters they are."""
+        """Text -> ids. A control token typed in the text is encoded as ordinary characters."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """Ids -> text without special tokens."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
-    def _turns(self, messages):
+    def _turns(self, messages: list[dict]) -> Iterator[tuple[list[int], list[int]]]:
         """Yields (context ids, supervised ids) of each message."""
         if self.default_system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.default_system}, *messages]
-        for m in messages:
-            ids = [self.im_start, *self.encode(f"{m['role']}\n{m['content']}"), self.im_end, *self.newline]
-            if m["role"] == "assistant" and m.get("weight", 1):
-                # A newline that begins the reply may merge with the header's into one token, supervised as in TRL
+        for message in messages:
+            text = f"{message['role']}\n{message['content']}"
+            ids = [self.im_start, *self.encode(text), self.im_end, *self.newline]
+            if message["role"] == "assistant" and message.get("weight", 1):
+                # a reply's leading newline may merge with the header's into one token; it is supervised, as in TRL
                 start = len(os.path.commonprefix([ids, self.header]))
                 yield ids[:start], ids[start:]
             else:
@@ -91,11 +94,11 @@ class Tokenizer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The files of a tokenizer, read as transformers does
+# The files of a tokenizer, read as in transformers
 
 
 def tokenizer_settings(ckpt: Checkpoint) -> dict:
-    """tokenizer_config.json, with what older checkpoints keep in special_tokens_map.json and added_tokens.json."""
+    """tokenizer_config.json. Older checkpoints keep parts of it in special_tokens_map.json and added_tokens.json."""
     where = f"{ckpt.source}/tokenizer_config.json"
     settings = json_object(ckpt.files.get("tokenizer_config.json", "{}"), where)
     if settings.get("added_tokens_decoder") is None:
@@ -111,7 +114,7 @@ def tokenizer_settings(ckpt: Checkpoint) -> dict:
 
 
 def special_token_texts(settings: dict, where: str) -> dict[str, str]:
-    """{"bos_token": text, "eos_token": text, ...} of those that a checkpoint names."""
+    """{"bos_token": text, "eos_token": text, ...} for the special tokens that the checkpoint names."""
     texts = {}
     for name in SPECIAL_NAMES:
         value = settings.get(name)
@@ -126,7 +129,7 @@ def special_token_texts(settings: dict, where: str) -> dict[str, str]:
 
 
 def more_special_texts(settings: dict) -> list[str]:
-    """The special tokens without a name of their own."""
+    """The special tokens that have no name such as bos_token."""
     tokens = [settings.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
     tokens = [token for listed in tokens if isinstance(listed, list) for token in listed]
     texts = [token.get("content") if isinstance(token, dict) else token for token in tokens]
@@ -134,10 +137,10 @@ def more_special_texts(settings: dict) -> list[str]:
 
 
 def load_backend(ckpt: Checkpoint, settings: dict, special: Iterable[str]) -> tokenizers.Tokenizer:
-    """The tokenizer of tokenizer.json, with the tokens that only tokenizer_config.json lists.
+    """The tokenizer of tokenizer.json, with the added tokens that only tokenizer_config.json lists.
 
-    Special tokens typed in a text are encoded as the characters they are; ordinary added tokens are used. A truncation
-    or a padding saved in the file has no effect.
+    A special token typed in a text is encoded as ordinary characters. Other added tokens are used. Truncation and
+    padding settings of the file are ignored.
     """
     where = f"{ckpt.source}/tokenizer.json"
     if "tokenizer.json" not in ckpt.files:
@@ -173,7 +176,10 @@ def load_backend(ckpt: Checkpoint, settings: dict, special: Iterable[str]) -> to
 
 
 def chat_template(ckpt: Checkpoint, settings: dict) -> tuple[str, str]:
-    """The chat template of a checkpoint and its file: chat_template.jinja, else the setting, of several the default."""
+    """The chat template of a checkpoint and its file: chat_template.jinja, else that in tokenizer_config.json.
+
+    Of several named templates, the one called "default" is used.
+    """
     if "chat_template.jinja" in ckpt.files:
         return ckpt.files["chat_template.jinja"], f"{ckpt.source}/chat_template.jinja"
     template, where = settings.get("chat_template"), f"{ckpt.source}/tokenizer_config.json"
@@ -198,7 +204,7 @@ def vocabulary(ckpt: Checkpoint) -> tuple:
     try:
         spec = json.loads(ckpt.files["tokenizer.json"])
         model = spec.get("model") or {}
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or []]
         return model.get("vocab"), merges, sorted((t["id"], t["content"]) for t in spec.get("added_tokens") or [])
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(
