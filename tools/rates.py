@@ -1,4 +1,4 @@
-"""The machine's own limits: the rate of a large matmul, the rate of a plain copy, a 7B set to merge."""
+"""The machine's own limits: the rates of a large matmul and of plain copies; a 7B set to merge."""
 
 import os
 import shutil
@@ -34,6 +34,19 @@ def matmul_rate(device: str, dtype: torch.dtype, seconds: float = 2.0) -> float:
     if device != "cpu":
         del x, w
         torch.cuda.empty_cache()  # the sides are other processes and need the whole GPU
+    return statistics.median(rates)
+
+
+def device_copy_rate(device: str, seconds: float = 2.0) -> float:
+    """Bytes/s, read plus written, of a copy within the device's memory, the median over `seconds` of repeated runs."""
+    x = torch.ones(2**26 if device == "cpu" else 2**30, dtype=torch.uint8, device=device)
+    y, rates, end = torch.empty_like(x), [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        synchronise(device)
+        start = time.perf_counter()
+        y.copy_(x)
+        synchronise(device)
+        rates.append(2 * x.numel() / (time.perf_counter() - start))
     return statistics.median(rates)
 
 
