@@ -1,0 +1,55 @@
+"""HFT, half fine-tuning (arXiv 2404.18466): a random half of the matrices of each kind stays frozen.
+
+    python -m variants.half_finetuning --ckpt base --data chats.jsonl --out half
+
+All flags of train_sft.py work. Give each later stage of training another --round. The half is of the matrices: with
+grouped-query attention, whose k and v are small, 45 to 55 % of the blocks' weights are frozen. The authors' code was
+not found; the choice follows two re-implementations.
+"""
+
+import random
+
+import train_sft
+from core.distributed import run_distributed
+from core.files import cli
+from core.flags import at_least
+from training.setup import Setup
+
+ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+MLP = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+NORMS = ["input_layernorm", "post_attention_layernorm"]
+
+
+def frozen_modules(n_blocks: int, seed: str) -> list[str]:
+    """The names of the modules to freeze. Embedding, last norm and head stay trainable.
+
+    Of each block: 2 of q, k, v, o; 1 of the 2 norms; of gate, up, down 2 in a random half of the blocks, 1 in the rest.
+    """
+    g, names = random.Random(seed), []
+    two = set(g.sample(range(n_blocks), n_blocks // 2))
+    for k in range(n_blocks):
+        chosen = g.sample(ATTENTION, 2) + g.sample(MLP, 2 if k in two else 1) + g.sample(NORMS, 1)
+        names += [f"model.layers.{k}.{name}" for name in chosen]
+    return names
+
+
+def freeze_half(setup: Setup) -> None:
+    """Freezes the modules of --seed and --round, biases included. train_kto.main(prepare=freeze_half) works too."""
+    args = setup.args
+    names = frozen_modules(setup.model.config.num_hidden_layers, f"{args.seed} {args.round}")
+    for name in names:
+        setup.model.get_submodule(name).requires_grad_(False)
+
+
+def add_flags(parser) -> None:
+    parser.description = __doc__.split("\n\n")[0]
+    parser.set_defaults(out="half.pt")
+    parser.add_argument("--round", type=at_least(0), default=0, help="stage of training; each draws another half")
+
+
+def main() -> None:
+    train_sft.main(train_sft.parse_args(add_flags=add_flags), prepare=freeze_half)
+
+
+if __name__ == "__main__":
+    cli(run_distributed(main))

@@ -1,0 +1,79 @@
+"""LoRA (arXiv 2106.09685): trains two thin matrices beside each linear layer of the blocks, and folds them at the end.
+
+    python -m variants.lora --rank 8 --alpha 16 --lr 2e-4 --ckpt base --data chats.jsonl --out lora
+
+All flags of train_sft.py work but --shard. OUT is an ordinary checkpoint.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import train_sft
+from core.distributed import run_distributed
+from core.files import InputError, cli
+from core.flags import at_least, number
+from core.layers import project
+from model import Qwen2
+from training.setup import Setup
+
+
+def lora_weight(weight: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
+    """The folded weight, (O, C).
+
+    W' = W + (alpha / r) B A        W: (O, C), A: (r, C), B: (O, r)
+    """
+    return weight + alpha / len(A) * B @ A
+
+
+class LoRA(nn.Module):
+    """y = W x + b + (alpha / r) B A x. Only A and B train. B starts at 0, so the model starts as it was."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        new = linear.weight.new_zeros
+        self.linear, self.alpha = linear.requires_grad_(False), alpha
+        self.A, self.B = nn.Parameter(new(rank, linear.in_features)), nn.Parameter(new(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as in the authors' code and in peft
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.alpha / len(self.A) * project(project(x, self.A), self.B)
+
+
+def add_adapters(setup: Setup) -> None:
+    """Freezes the model and puts a LoRA in place of each linear layer of the blocks."""
+    args, model = setup.args, setup.model
+    model.requires_grad_(False)
+    for block in model.model["layers"]:
+        for part in (block.self_attn, block.mlp):
+            for name, linear in list(part.named_children()):
+                setattr(part, name, LoRA(linear, args.rank, args.alpha))
+
+
+@torch.no_grad()
+def fold(model: Qwen2) -> None:
+    """Puts the linear layers back, with the folded weights."""
+    for part in list(model.modules()):
+        for name, child in list(part.named_children()):
+            if isinstance(child, LoRA):
+                child.linear.weight.copy_(lora_weight(child.linear.weight, child.A, child.B, child.alpha))
+                setattr(part, name, child.linear)
+
+
+def add_flags(parser) -> None:
+    parser.description = __doc__.split("\n\n")[0]
+    parser.set_defaults(out="lora.pt", lr=2e-4)
+    parser.add_argument("--rank", type=at_least(1), default=8, help="r, rows of A")
+    parser.add_argument("--alpha", type=number(above=0), default=16.0, help="the adapters are scaled by alpha / r")
+
+
+def main() -> None:
+    args = train_sft.parse_args(add_flags=add_flags)
+    if args.shard:
+        raise InputError("--shard: adapters cannot be added to a sharded model; leave it out")
+    train_sft.main(args, prepare=add_adapters, before_save=fold)
+
+
+if __name__ == "__main__":
+    cli(run_distributed(main))

@@ -1,0 +1,72 @@
+"""MFT, masked thought (arXiv 2403.02178): SFT that reads a corrupted answer and predicts the original one.
+
+    python -m variants.masked_thought --p-max 0.4 --ckpt base --data chats.jsonl --out masked
+
+All flags of train_sft.py work. As in the authors' GSM8K runs, a corrupted token becomes a random one, so no mask token
+is needed. They draw from all ids; this never draws a control token.
+"""
+
+import random
+
+from torch import Tensor
+
+import train_sft
+from core.distributed import run_distributed
+from core.files import cli
+from core.flags import number
+from core.tokenizer import Tokenizer
+from model import Qwen2
+from train_sft import StepBatch, sft_loss
+from training.logps import Example, supervised_logps
+from training.setup import Setup
+
+
+def mask_rate(step: int, total: int, p_max: float, f: float = 0.66) -> float:
+    """The probability that a token is corrupted in step 0 .. total - 1.
+
+    p = min(p_max, p_max step / (f total + 1))        f: the share of the run in which p rises from 0
+    """
+    return min(p_max, p_max * step / (f * total + 1))
+
+
+def corrupt(example: Example, p: float, ordinary: list[int], seed: str) -> list[int]:
+    """The ids of an example, each supervised one replaced with probability p by one of the ordinary ids."""
+    g, (ids, supervised) = random.Random(seed), example
+    return [g.choice(ordinary) if s and g.random() < p else token for token, s in zip(ids, supervised)]
+
+
+def ordinary_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids of the vocabulary without control tokens, in order."""
+    backend = tokenizer.backend
+    return sorted(set(backend.get_vocab().values()) - set(backend.get_added_tokens_decoder()))
+
+
+def micro_loss(model: Qwen2, batch: StepBatch, micro: list[int], args, ordinary: list[int]) -> Tensor:
+    """The loss of a micro-batch. An example's corruption follows from --seed, the step and the example alone."""
+    p = mask_rate(batch.step, batch.n_steps, args.p_max, args.rise)
+    examples = [batch.examples[i] for i in micro]
+    inputs = [corrupt(batch.examples[i], p, ordinary, f"{args.seed} {batch.step} {batch.indices[i]}") for i in micro]
+    logps, _ = supervised_logps(model, examples, inputs)  # the targets stay
+    return sft_loss(logps, batch.n_supervised)
+
+
+def add_flags(parser) -> None:
+    parser.description = __doc__.split("\n\n")[0]
+    parser.set_defaults(out="masked.pt")
+    parser.add_argument(
+        "--p-max", type=number(0, below=1), default=0.4, help="highest probability that a token is corrupted"
+    )
+    parser.add_argument("--rise", type=number(0), default=0.66, help="share of the steps in which it rises from 0")
+
+
+def main() -> None:
+    args, ordinary = train_sft.parse_args(add_flags=add_flags), []
+
+    def prepare(setup: Setup) -> None:
+        ordinary.extend(ordinary_ids(setup.tokenizer))
+
+    train_sft.main(args, prepare=prepare, loss=lambda *step: micro_loss(*step, args, ordinary))
+
+
+if __name__ == "__main__":
+    cli(run_distributed(main))

@@ -1,0 +1,78 @@
+"""PoFT, preference-oriented SFT (arXiv 2412.12865): the policy should find an answer likelier than aligned models do.
+
+    python -m variants.poft --others aligned-1 aligned-2 --ckpt base --data chats.jsonl --out poft
+
+All flags of train_sft.py work. The other models must share the tokenizer of --ckpt. Their log-likelihoods are computed
+once, before the first step, and kept in a file. The authors' code averages the policy over the prompt too; this follows
+the paper, which averages over the answer.
+"""
+
+import argparse
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import train_sft
+from core.attention import to_device
+from core.distributed import run_distributed
+from core.files import cli
+from model import Qwen2
+from training.examples import count_supervised
+from training.logps import example_logps
+from training.reference import check_cache_path, open_reference, reference_logps
+from training.setup import Setup
+
+
+def poft_loss(policy_means: Tensor, other_means: Tensor) -> Tensor:
+    """PoFT's loss of each example (Sec. 3) -> (n,).
+
+        loss = -log sigmoid(r_theta - r)        r_theta = (1/T) log pi(y | x)        r = (1/M) sum_j (1/T) log p_j(y | x)
+
+    policy_means: (n,) r_theta, the mean log-probability of the T answer tokens, in nats. other_means: (n,) r, the same
+    averaged over the M other models; constant.
+    """
+    return -F.logsigmoid(policy_means - other_means.detach())
+
+
+def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], other_means: list[float]) -> Tensor:
+    """The mean loss of the step's examples, as far as this micro-batch goes. other_means: of all the data."""
+    examples = [batch.examples[i] for i in micro]
+    tokens = torch.tensor([float(count_supervised([example])) for example in examples])
+    others = torch.tensor([other_means[batch.indices[i]] for i in micro])
+    policy_means = example_logps(model, examples) / to_device(tokens, model.device)  # (len(micro),)
+    return poft_loss(policy_means, to_device(others, model.device)).sum() / len(batch.examples)
+
+
+def mean_logps(setup: Setup, others: list[str]) -> list[float]:
+    """For each example the mean log-probability of its supervised tokens, averaged over the other models, in nats."""
+    pairs, fingerprint = [(i, 0) for i in range(len(setup.examples))], setup.ckpt.fingerprint()
+    totals = [0.0] * len(pairs)
+    for other in others:
+        args = argparse.Namespace(**{**vars(setup.args), "ref": other})
+        reference = open_reference(replace(setup, args=args), fingerprint)
+        logps, _ = reference_logps(reference, pairs, lambda i, _: setup.examples[i], args.micro_tokens, setup.ranks)
+        totals = [total + logps[pair] for total, pair in zip(totals, pairs)]
+    return [t / count_supervised([e]) / len(others) for t, e in zip(totals, setup.examples)]
+
+
+def add_flags(parser) -> None:
+    parser.description = __doc__.split("\n\n")[0]
+    parser.set_defaults(out="poft.pt", epochs=1)
+    parser.add_argument("--others", nargs="+", required=True, help="checkpoints of the aligned models")
+    parser.add_argument("--ref-cache", help="file of their log-probabilities (default: beside OUT)")
+
+
+def main() -> None:
+    args, other_means = train_sft.parse_args(add_flags=add_flags), []
+    check_cache_path(args)
+    train_sft.main(
+        args,
+        prepare=lambda setup: other_means.extend(mean_logps(setup, args.others)),
+        loss=lambda *step: micro_loss(*step, other_means),
+    )
+
+
+if __name__ == "__main__":
+    cli(run_distributed(main))
