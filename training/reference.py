@@ -53,7 +53,7 @@ def open_reference(setup: Setup, fingerprint: str) -> Reference:
         Tokenizer(source)  # refuses token ids for which the embedding has no rows
         if vocabulary(source) != vocabulary(setup.ckpt):
             raise InputError(
-                f"--ref {args.ref}: its tokenizer differs from that of {args.ckpt}, which makes the token ids"
+                f"{args.ref}: its tokenizer differs from that of {args.ckpt}, which makes the token ids"
             )
         ref_fingerprint = source.fingerprint()
         same, fingerprint = ref_fingerprint == fingerprint, ref_fingerprint
