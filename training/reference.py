@@ -52,9 +52,7 @@ def open_reference(setup: Setup, fingerprint: str) -> Reference:
         source = Checkpoint(args.ref)
         Tokenizer(source)  # refuses token ids for which the embedding has no rows
         if vocabulary(source) != vocabulary(setup.ckpt):
-            raise InputError(
-                f"{args.ref}: its tokenizer differs from that of {args.ckpt}, which makes the token ids"
-            )
+            raise InputError(f"{args.ref}: its tokenizer differs from that of {args.ckpt}, which makes the token ids")
         ref_fingerprint = source.fingerprint()
         same, fingerprint = ref_fingerprint == fingerprint, ref_fingerprint
     load = lambda: setup.model if same else load_frozen(source, args, setup.ranks)

@@ -1,0 +1,69 @@
+"""LT-SFT, composable sparse fine-tuning (arXiv 2110.07560): trains again only the weights that moved most.
+
+    python train_sft.py --ckpt base --data a.jsonl --out moved-a                                  # phase 1
+    python -m variants.lt_sft --moved moved-a --density 0.01 --ckpt base --data a.jsonl --out a   # phase 2
+    python merge.py --method task_arithmetic --base base --models a:1 b:1 --out both              # skills add up
+
+All flags of train_sft.py work but --shard and --weight-decay, which would move the other weights too. Norms stay
+frozen, as in the authors' scripts.
+"""
+
+import torch
+from torch import Tensor
+
+import train_sft
+from core.checkpoint import Checkpoint
+from core.distributed import run_distributed
+from core.files import InputError, cli
+from core.flags import number
+from model import check_tensors
+from training.setup import Setup
+
+
+def lottery_masks(start: dict[str, Tensor], moved: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+    """The k weights that moved most, over all tensors together -> {name: bool mask}. Ties at the threshold are in.
+
+    mask = |theta_1 - theta_0| >= the k-th largest of all |theta_1 - theta_0|
+    """
+    distance = {name: (moved[name] - start[name]).abs() for name in start}
+    everything = torch.cat([d.flatten() for d in distance.values()])
+    threshold = everything.kthvalue(len(everything) - k + 1).values
+    return {name: d >= threshold for name, d in distance.items()}
+
+
+def freeze_the_rest(setup: Setup) -> None:
+    """Zeroes the gradients of all weights but those of the masks. Clipping sees the gradients that are left."""
+    args, names = setup.args, dict(setup.model.named_parameters())
+    moved = Checkpoint(args.moved)
+    check_tensors(moved, {name: tuple(p.shape) for name, p in names.items()})
+    for name in [name for name in names if "norm" in name]:
+        names.pop(name).requires_grad_(False)
+    start = {name: p.detach() for name, p in names.items()}
+    after = {name: moved.tensor(name).to(p.device, p.dtype) for name, p in names.items()}
+    k = max(1, int(args.density * sum(p.numel() for p in names.values())))
+    for name, mask in lottery_masks(start, after, k).items():
+        if mask.any():
+            names[name].register_hook(lambda grad, mask=mask: grad * mask)
+        else:
+            names[name].requires_grad_(False)
+
+
+def add_flags(parser) -> None:
+    parser.description = __doc__.split("\n\n")[0]
+    parser.set_defaults(out="sparse.pt")
+    parser.add_argument("--moved", required=True, help="checkpoint of phase 1, fine-tuned in full from --ckpt")
+    share = "share of the weights to train (the authors' default)"
+    parser.add_argument("--density", type=number(above=0, below=1), default=0.01, help=share)
+
+
+def main() -> None:
+    args = train_sft.parse_args(add_flags=add_flags)
+    if args.shard:
+        raise InputError("--shard: the masks are of whole matrices, and sharded ranks hold parts; leave it out")
+    if args.weight_decay:
+        raise InputError(f"--weight-decay {args.weight_decay:g}: would move the masked weights too; leave it out")
+    train_sft.main(args, prepare=freeze_the_rest)
+
+
+if __name__ == "__main__":
+    cli(run_distributed(main))
