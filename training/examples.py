@@ -1,4 +1,4 @@
-"""Conversations as token ids, and packed rows of them."""
+"""Encode conversations as token ids, and pack examples into one row."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,16 @@ from core.tokenizer import Tokenizer
 
 
 def pack(examples: list) -> tuple[Tensor, list[int], Tensor, Tensor, Tensor]:
-    """Examples (ids, supervised) -> (input_ids, lengths, at, targets, owner), one row without padding.
+    """Packs examples (ids, supervised) into one row without padding -> (input_ids, lengths, at, targets, owner).
 
-    input_ids: (1, T). lengths: the documents' lengths, with sum T. For the N supervised tokens, in the order of the
-    row: at (N,) is the position whose hidden state predicts the token (the one before it), targets (N,) the token,
-    owner (N,) the index of its example.
+    input_ids: (1, T). lengths: the documents' lengths, which sum to T. The others have one entry for each of the N
+    supervised tokens, in the order of the row. at (N,): the position that predicts the token (the one before it).
+    targets (N,): the token. owner (N,): the index of its example.
     """
     lengths = [len(ids) for ids, _ in examples]
     ids, learn = (torch.from_numpy(np.concatenate(lists)) for lists in zip(*examples))  # (T,) int64, (T,) bool
     ends = torch.tensor(lengths).cumsum(0)
-    learn[ends - torch.tensor(lengths)] = False  # nothing predicts the first token of a document
+    learn[ends - torch.tensor(lengths)] = False  # no position predicts the first token of a document
     at = learn.nonzero()[:, 0]  # (N,)
     return ids[None], lengths, at - 1, ids[at], torch.searchsorted(ends, at, right=True)
 
@@ -29,11 +29,11 @@ def pack(examples: list) -> tuple[Tensor, list[int], Tensor, Tensor, Tensor]:
 
 @dataclass
 class Cuts:
-    """Examples that were longer than --max-len and lost their last tokens."""
+    """Counts examples that were longer than --max-len and lost their last tokens."""
 
     examples: int = 0
-    tokens: int = 0  # cut off, in total
-    ends: int = 0  # examples among them whose last reply lost its <|im_end|>
+    tokens: int = 0  # tokens lost, all examples together
+    ends: int = 0  # cut examples whose last reply lost its <|im_end|>
 
     def add(self, length: int, reply_end: int, max_len: int) -> None:
         """Counts one example. length: before the cut. reply_end: index of the <|im_end|> of its last reply."""
@@ -43,7 +43,7 @@ class Cuts:
             self.ends += reply_end >= max_len
 
     def lines(self, total: int, max_len: int) -> list[str]:
-        """For the summary of a run; nothing if nothing was cut."""
+        """Lines for the summary of a run; none if no example was cut."""
         if not self.examples:
             return []
         lost = f"{self.tokens} tokens lost; {self.ends} examples lost their last <|im_end|>"
@@ -51,9 +51,9 @@ class Cuts:
 
 
 def encode_chats(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[list, list[str], Cuts]:
-    """[("file:line", messages)] -> (examples, their "file:line", what was cut).
+    """Encodes records [("file:line", messages)] -> (examples, their "file:line", Cuts).
 
-    Examples (ids, supervised) are cut to max_len tokens. Those with nothing supervised left are dropped.
+    Examples (ids, supervised) are cut to max_len tokens. Examples without supervised tokens are dropped.
     """
     examples, places, cuts = [], [], Cuts()
     for where, messages in records:
@@ -67,5 +67,5 @@ def encode_chats(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[lis
 
 
 def count_supervised(examples: list) -> int:
-    """Supervised tokens that are predicted: all but the first token of an example."""
+    """The number of supervised tokens. The first token of an example does not count: nothing predicts it."""
     return sum(sum(supervised[1:]) for _, supervised in examples)

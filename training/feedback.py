@@ -1,4 +1,4 @@
-"""KTO's data: prompts and completions as token ids, the plan of the run over them, label weights, the log's numbers."""
+"""KTO's data: encoding, the plan of all steps and pairs, label weights, and metrics for the log."""
 
 import argparse
 import functools
@@ -18,10 +18,10 @@ Row = tuple[tuple[int, ...], tuple[int, ...], bool]  # (prompt ids, completion i
 
 
 def encode_feedback(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[list[Row], list[str], Cuts]:
-    """[("file:line", (prompt messages, completion, label))] -> (rows, their "file:line", what pair_sequence will cut).
+    """Encodes records [("file:line", (prompt messages, completion, label))] -> (rows, their "file:line", Cuts).
 
-    A prompt of max_len tokens or more leaves no completion to learn from. It is dropped before batches and pairs are
-    formed.
+    A row whose prompt has max_len tokens or more is dropped, because no completion token would be left. Rows are not
+    cut here; Cuts counts what pair_sequence will cut.
     """
     rows, places, cuts = [], [], Cuts()
     for where, (messages, completion, label) in records:
@@ -41,27 +41,27 @@ def encode_feedback(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[
 
 
 def pair_sequence(rows: list[Row], max_len: int, i: int, j: int) -> tuple[list[int], list[bool]]:
-    """The prompt of row i with the completion of row j, cut to max_len tokens: (ids, supervised)."""
+    """The prompt of row i with the completion of row j, cut to max_len tokens -> (ids, supervised)."""
     ids, start = [*rows[i][0], *rows[j][1]][:max_len], len(rows[i][0])
     return ids, [False] * start + [True] * (len(ids) - start)
 
 
 @dataclass
 class Feedback:
-    """Encoded data and the plan of the whole run over them. Held-out data are planned as one large step."""
+    """Encoded data, and the steps of the whole run. Held-out data are one large step."""
 
     rows: list[Row]
     places: list[str]  # "file:line" of each row
     cuts: Cuts
     steps: list[list[int]]  # the rows of each step
     sequence: Callable  # (i, j) -> (ids, supervised): prompt i with completion j
-    ref: dict  # {(i, j): the reference's log-probability in nats}, filled in before the first step
+    ref: dict  # {(i, j): reference log-probability in nats}, filled in before the first step
 
 
 def plan_feedback(
     records: list, files: list[str], setup: Setup, kl_pairs: Callable, held_out: bool = False
 ) -> Feedback:
-    """Encodes records and draws every step, and with it every KL pair. kl_pairs(indices): the KL pairs of a step."""
+    """Encodes records and draws all steps, which determine all KL pairs. kl_pairs(indices): the KL pairs of a step."""
     args = setup.args
     rows, places, cuts = encode_feedback(records, setup.tokenizer, args.max_len)
     prompts = [prompt for prompt, _, _ in rows]
@@ -80,29 +80,30 @@ def plan_feedback(
 
 
 def label_weights(args: argparse.Namespace, n_desirable: int, n_undesirable: int) -> tuple[float, float]:
-    """(w_D, w_U) as the flags give them."""
+    """The label weights (w_D, w_U) of --desirable-weight and --undesirable-weight."""
     w_u = args.undesirable_weight
     auto = args.desirable_weight == "auto"
     return balanced_weight(n_desirable, n_undesirable, w_u) if auto else args.desirable_weight, w_u
 
 
 def balanced_weight(n_desirable: int, n_undesirable: int, undesirable_weight: float) -> float:
-    """The w_D for which w_D n_D = w_U n_U, the lower end of the ratio's range [1, 4/3] that Eq. 8 recommends."""
+    """The w_D for which w_D n_D / (w_U n_U) = 1, the lower end of the range [1, 4/3] that Eq. 8 recommends."""
     return undesirable_weight * n_undesirable / n_desirable if n_desirable and n_undesirable else 1.0
 
 
 def weight_advice(n_desirable: int, n_undesirable: int, w_d: float, w_u: float) -> list[str]:
-    """Warnings about weights outside the range that Eq. 8 recommends."""
+    """Warnings if the weights are outside the range that Eq. 8 recommends."""
     if not n_desirable or not n_undesirable:
         return [f"all {n_desirable + n_undesirable} labels are {str(n_desirable > 0).lower()}: nothing to tell apart"]
-    if not w_d or not w_u:  # one label is left out on purpose
+    if not w_d or not w_u:  # a weight of 0 leaves a label out on purpose
         return []
     if 1 - 1e-9 <= w_d * n_desirable / (w_u * n_undesirable) <= 4 / 3 + 1e-9:
         return []
     low, high = balanced_weight(n_desirable, n_undesirable, w_u), w_d * n_desirable / n_undesirable
     return [
         f"{n_desirable} desirable and {n_undesirable} undesirable examples: recommended "
-        f"--desirable-weight {low:.3g} to {low * 4 / 3:.3g} (auto takes {low:.3g}), or else --undesirable-weight {high * 3 / 4:.3g} to {high:.3g}"
+        f"--desirable-weight {low:.3g} to {low * 4 / 3:.3g} (auto takes {low:.3g}), "
+        f"or else --undesirable-weight {high * 3 / 4:.3g} to {high:.3g}"
     ]
 
 
@@ -110,7 +111,7 @@ def weight_advice(n_desirable: int, n_undesirable: int, w_d: float, w_u: float) 
 
 
 def kto_metrics(losses: Tensor, rewards: Tensor, logps: Tensor, desirable: Tensor, kl: Tensor) -> dict:
-    """The log's numbers for a batch: means over the examples of each label, null where there is none.
+    """The log's metrics for a batch: means over the examples of each label; None for a label without examples.
 
     losses, rewards, logps, desirable: (n,). kl: scalar. All on the CPU.
     """

@@ -16,7 +16,7 @@ WRITTEN_BY = {  # default inputs, and the command that writes each
 def add_training_flags(
     p: Parser, ckpt: str, data: str, out: str | None, epochs: int, batch_size: int, lr: float
 ) -> None:
-    """Adds the flags; the other arguments are the script's defaults. out None: named after --ckpt (see kto_out)."""
+    """Adds the flags. The other arguments are the script's defaults. out=None: named after --ckpt (see kto_out)."""
     # checkpoints
     p.add_argument("--ckpt", default=ckpt, help="model to start from: hub id, directory or .pt file")
     note = "" if out else " (default: --ckpt with -kto in its name)"
@@ -24,13 +24,15 @@ def add_training_flags(
     # data
     p.add_argument("--data", nargs="+", default=[data], help=f"data files to train on (default: {data})")
     p.add_argument("--eval-data", nargs="+", help="held-out data files")
-    p.add_argument("--max-len", type=at_least(2), default=1024, help="tokens; longer examples are cut at their end")
+    p.add_argument(
+        "--max-len", type=at_least(2), default=1024, help="most tokens of an example; longer ones are cut at the end"
+    )
     p.add_argument("--no-shuffle", action="store_true", help="keep the order of the files in every epoch")
     p.add_argument("--seed", type=int, default=0, help="seed of the data order and of torch's random numbers")
     # optimisation
     p.add_argument("--epochs", type=at_least(1), default=epochs, help="passes over the data")
     p.add_argument("--max-steps", type=at_least(1), help="optimizer steps; overrides --epochs")
-    p.add_argument("--batch-size", type=at_least(1), default=batch_size, help="examples a step, all ranks together")
+    p.add_argument("--batch-size", type=at_least(1), default=batch_size, help="examples per step, all ranks together")
     p.add_argument("--lr", type=number(0), default=lr, help="peak learning rate")
     schedules = ["cosine", "linear", "constant"]
     p.add_argument("--schedule", choices=schedules, default="cosine", help="learning-rate schedule")
@@ -40,17 +42,17 @@ def add_training_flags(
     p.add_argument("--beta2", type=number(0, below=1), default=0.999, help="AdamW's decay of the second moment")
     p.add_argument("--eps", type=number(0), default=1e-8, help="AdamW's epsilon")
     p.add_argument("--clip", type=number(0), default=1.0, help="maximum gradient norm; 0 turns clipping off")
-    skips = "end after this many steps in a row whose loss or gradient is not finite"
+    skips = "stop with an error after this many steps in a row with a loss or gradient that is not finite"
     p.add_argument("--max-skips", type=at_least(1), default=3, help=skips)
     # machine
     micro_tokens = 16384 if DEVICE == "cuda" else 1024
     p.add_argument("--micro-tokens", type=at_least(1), default=micro_tokens, help="maximum tokens of one forward")
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="compute dtype; the weights stay fp32")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
-    when = "torch.compile the blocks; auto: on a CPU, if the run is long enough to pay for half a minute of compilation"
+    when = "torch.compile the blocks; auto: on a CPU, if the run is long enough to repay half a minute of compilation"
     p.add_argument("--compile", nargs="?", choices=["auto", "on", "off"], default="auto", const="on", help=when)
     p.add_argument("--shard", action="store_true", help="split weights and optimizer state over the ranks (FSDP2)")
-    again = "recompute the blocks in the backward to save memory; auto: only if a step would not fit otherwise"
+    again = "recompute the blocks in the backward to save memory; auto: only if a step would not fit without it"
     ways = ["auto", "on", "off"]
     p.add_argument("--activation-checkpointing", nargs="?", choices=ways, default="auto", const="on", help=again)
     # saving
@@ -59,7 +61,7 @@ def add_training_flags(
     p.add_argument("--keep", type=at_least(1), default=2, help="newest saves to keep; with --eval-every also the best")
     every = "steps between evaluations; 0 evaluates at the end only"
     p.add_argument("--eval-every", type=at_least(0), default=0, help=every)
-    p.add_argument("--resume", action="store_true", help="go on from the last save in OUT.run/")
+    p.add_argument("--resume", action="store_true", help="continue from the last save in OUT.run/")
     p.add_argument("--tensorboard", action="store_true", help="also write the log as TensorBoard event files")
 
 
@@ -69,7 +71,7 @@ def number_or_auto(text: str) -> float | str:
 
 
 def check_default_inputs(args: argparse.Namespace) -> None:
-    """InputError, naming the command that writes it, for a missing input whose name is one of the defaults."""
+    """InputError if an input with a default name is missing. The message names the command that writes it."""
     for flag, paths in (("--data", args.data), ("--ckpt", [args.ckpt])):
         for path in paths:
             if path in WRITTEN_BY and not os.path.exists(path):

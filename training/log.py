@@ -1,4 +1,4 @@
-"""OUT.run/log.jsonl, one object a step, and TensorBoard's copy of it."""
+"""The log: OUT.run/log.jsonl with one object per step, and the same numbers for TensorBoard."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from training.saves import Run, run_file
 
 
 def json_safe(record: dict) -> dict:
-    """The record with null in place of numbers that JSON cannot hold."""
+    """The record with None in place of infinity and NaN, which JSON does not have."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
@@ -30,7 +30,7 @@ def write_log(run: Run, record: dict) -> None:
 
 
 def kept_lines(run: Run) -> list[str]:
-    """The lines of the log up to step run.done; later steps will be repeated. Restores run.skips and run.best."""
+    """The lines of the log up to step run.done. Later steps will run again. Restores run.skips and run.best."""
     lines, path = [], run_file(run.args, "log.jsonl")
     last = run.done - (run.pending is not None)
     if not os.path.isfile(path):
@@ -63,5 +63,5 @@ def require_tensorboard() -> type:
 
 
 def event_writer(run: Run) -> object:
-    """TensorBoard's writer. It discards earlier events of steps that will be repeated."""
+    """TensorBoard's writer. It discards old events of steps that will run again."""
     return require_tensorboard()(f"{run.args.out}.run", purge_step=run.done + 1)

@@ -19,7 +19,7 @@ from model import Qwen2
 from training.examples import pack
 
 Example = tuple[list[int], list[bool]]  # (ids, supervised)
-NO_WORK: list[Example] = [([0, 0], [False, True])]  # what a sharded rank without examples runs
+NO_WORK: list[Example] = [([0, 0], [False, True])]  # a dummy example for a sharded rank without work
 
 
 def pack_to_device(
@@ -27,7 +27,7 @@ def pack_to_device(
 ) -> tuple[Tensor, list[int], Tensor, Tensor, Tensor]:
     """training.examples.pack, with its tensors on the device.
 
-    inputs: token ids that the model reads in place of those of the examples, of the same lengths. The targets stay.
+    inputs: token ids that the model reads instead of the examples' own, with the same lengths. Targets do not change.
     """
     ids, lengths, at, targets, owner = pack(examples)
     if inputs is not None:
@@ -41,13 +41,11 @@ def supervised_logps(
 ) -> tuple[Tensor, Tensor]:
     """The log-probability of each supervised token given the tokens before it. -> (logps (N,) fp32, nats; owner (N,)).
 
-    The order is that of the documents: all supervised tokens of examples[0] from left to right, then those of
-    examples[1]. owner[k] is the index of the example that token k belongs to. An example's first token has nothing
-    before it and is left out even if it is supervised.
+    Order: all supervised tokens of examples[0] from left to right, then those of examples[1], and so on. owner[k] is
+    the index of token k's example. The first token of an example is left out, because it has no context.
 
-    The examples run as one packed row, and the head runs on the supervised positions alone. inputs: see
-    pack_to_device. Without examples N is 0, but the model runs all the same: a sharded rank without work must take
-    part in the others' calls.
+    The examples run as one packed row. The head runs only at the supervised positions. inputs: see pack_to_device.
+    Without examples, N is 0. The model still runs, because all ranks of a sharded model must make the same calls.
     """
     ids, lengths, at, targets, owner = pack_to_device(examples or NO_WORK, model.device, inputs or None)
     logps = model(ids, lengths, at, targets)
@@ -59,8 +57,8 @@ def supervised_logps_and_kl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """supervised_logps, and the KL to the reference over the whole vocabulary. -> (logps (N,), kl (N,), owner (N,)).
 
-    kl[k] compares the two models' distributions of the token that logps[k] belongs to, in nats: KL(model || ref), or with
-    forward_kl KL(ref || model). ref: a frozen model of its own, from training.setup.load_frozen. It gets no gradient.
+    kl[k]: the divergence of the two models' distributions for token k, in nats: KL(model || ref), or KL(ref || model)
+    with forward_kl. ref: a separate frozen model, from training.setup.load_frozen. It gets no gradient.
     """
     ids, lengths, at, targets, owner = pack_to_device(examples or NO_WORK, model.device)
     logps, kl = model(ids, lengths, at, targets, ref, forward_kl)
@@ -75,10 +73,11 @@ def example_logps(model: Qwen2, examples: list[Example]) -> Tensor:
 
 @torch.no_grad()
 def shared_prefix_logps(model: Qwen2, examples: list[Example], micro_tokens: int) -> Tensor:
-    """example_logps without gradients for examples that begin alike: computes each distinct context once.
+    """example_logps without gradients, for examples with common prompts. Computes each distinct context once.
 
-    The context is everything before the first supervised token but its last token. That one runs with the rest,
-    because its state predicts the first supervised token. The rest runs in forwards of at most micro_tokens tokens.
+    A context is the part before the first supervised token, without its last token. That token runs with the rest of
+    the example, because it predicts the first supervised token. The rests run in forwards of at most micro_tokens
+    tokens.
     """
     starts = [max(0, supervised.index(True) - 1) for _, supervised in examples]
     contexts = [tuple(ids[:n]) for (ids, _), n in zip(examples, starts)]
@@ -101,10 +100,10 @@ def shared_prefix_logps(model: Qwen2, examples: list[Example], micro_tokens: int
 
 
 def group_by_context(examples: list[Example], most: int, share: bool) -> tuple[list[list[int]], list[int]]:
-    """Groups examples with equal tokens before the first supervised one. -> (lists of indices, tokens to compute).
+    """Groups examples with the same prompt (the tokens before the first supervised one).
 
-    A group is the work of one rank; it is closed once it has more than `most` tokens. share False: each example by
-    itself.
+    -> (groups as lists of indices, tokens to compute in each group). One rank computes a group, so a group takes at
+    most `most` tokens or a single example. share=False: each example is a group.
     """
     groups, costs, group_of = [], [], {}
     for i, (ids, supervised) in enumerate(examples):
@@ -125,13 +124,13 @@ def sequence_logps(
 ) -> Tensor:
     """example_logps without gradients or dropout, at most micro_tokens tokens a forward: (len(examples),) fp32.
 
-    The ranks share the work, and each gets the whole result.
+    The ranks split the work, and each rank gets the whole result.
 
-    Completions of one prompt are computed together, so that the prompt runs once. This is left out on GPUs, where the
-    many small calls cost more than they save, and for sharded models, whose weights are whole only inside forward().
+    On a CPU, completions of one prompt are computed together, so the prompt runs once. GPUs do not do this: the many
+    small calls cost more than they save. Sharded models cannot: their weights are gathered only inside forward().
 
-    heed_stop: after SIGTERM or Ctrl-C the remaining values stay 0. The caller must then ask stop_asked() before it
-    uses them.
+    heed_stop: stop early after SIGTERM or Ctrl-C and leave the remaining values at 0. The caller must check
+    stop_asked() before it uses the result.
     """
     was_training = model.training
     model.eval()

@@ -20,9 +20,9 @@ def count_parameters(config: Config) -> tuple[int, int, int]:
 def forward_flops(config: Config, lengths: list[int], outputs: int) -> int:
     """FLOPs of one forward over documents of these lengths, with logits at `outputs` positions.
 
-    A matrix takes 2 FLOPs per weight and token. Causal attention takes 2 matmuls of 2 D FLOPs for each head and pair of
-    query and key; a document of T tokens has T (T + 1) / 2 pairs. The last block computes its output at `outputs`
-    positions only. Norms, activations and softmax are not counted.
+    A matrix takes 2 FLOPs per weight and token. Causal attention takes 2 matmuls of 2 D FLOPs per head and pair of query
+    and key. A document of T tokens has T (T + 1) / 2 pairs. The last block computes only `outputs` positions. Norms,
+    activations and softmax are not counted.
     """
     c = config
     qkv = c.hidden_size * c.head_dim * (c.num_attention_heads + 2 * c.num_key_value_heads)
@@ -44,24 +44,26 @@ def memory_needed(
 ) -> dict[str, int]:
     """Bytes at the peak of a training step on one device: {"state", "activations", "work"}; the peak is their sum.
 
-    tokens: in the largest micro-batch, all supervised. itemsize: bytes of a number in the compute dtype. shards: ranks
-    of --shard. It holds for the fused operations and token_logps: KERNELS=plain, or a loss with token_kl, takes more.
+    tokens: tokens of the largest micro-batch, all supervised. itemsize: bytes of a number in the compute dtype. shards:
+    number of ranks with --shard. The estimate is for the fused operations and token_logps. KERNELS=plain or a loss with
+    token_kl takes more.
 
-    state: weight, gradient and two moments in fp32, 16 bytes a parameter, divided by the shards. (An upper bound: in
-    the first micro-batch the gradients do not exist yet.)
+    state: weight, gradient and two moments in fp32, 16 bytes per parameter, divided by the shards. This is an upper
+    bound: gradients do not exist yet in the first micro-batch.
 
     activations: tensors saved for the backward.
     - Per block and token 2C + 3A + 2K + 2I numbers: the block's input; q, k, v (repeated keys and values count as A);
-      the output of attention in two layouts; the sum of input and attention; gate and up. In fp32, one per norm and per head.
-    - Below fp32 also o_proj's matrix in that dtype, except sharded, where it is gathered again.
+      the output of attention in two layouts; the sum of input and attention; gate and up. Plus one fp32 number per norm
+      and per head.
+    - Below fp32 also a cast copy of o_proj's matrix. Not with shards, where it is gathered again.
     - A compiled block also keeps the outputs of both norms, the input of down_proj and, below fp32, its matrices.
     - With activation checkpointing a block keeps its input only: C numbers per token.
     - Around the blocks: 2C for the last norm, C for the head's input, and the rotary angles.
 
-    work: temporary tensors, the larger of two moments, and the gathered weights.
+    work: temporary tensors (the larger of two peaks) and the gathered weights.
     - The head: a tile of logits and its softmax, the gradients of head and input, below fp32 the tile's weights.
     - The backward of a block: four tensors of the MLP's width, the gradient of one of its matrices, a tied head's
-      gradient; with activation checkpointing all that the block keeps.
+      gradient; with activation checkpointing also everything that the block keeps.
     - Sharded: embedding and head, and two blocks with their gradients.
     """
     c = config
@@ -73,9 +75,8 @@ def memory_needed(
     kept = tokens * (itemsize * (2 * C + 3 * A + 2 * K + 2 * I) + 4 * (H + 2)) + (cast * C * A if shards == 1 else 0)
     if compiled:
         kept += tokens * itemsize * (2 * C + I) + (cast * block if shards == 1 else 0)
-    around = tokens * (
-        itemsize * (3 * C + 2 * c.head_dim) + 48
-    )  # 48: ids, positions, targets, owners as int64, fp32 sums
+    indices = 48  # bytes per token: ids, positions, targets and owners in int64, sums in fp32
+    around = tokens * (itemsize * (3 * C + 2 * c.head_dim) + indices)
     activations = around + L * (tokens * itemsize * C if checkpointing else kept)
 
     columns = min(V, head_columns(device_type))

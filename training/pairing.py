@@ -1,4 +1,4 @@
-"""An order of the examples in which no KL pair joins a prompt with a completion of that same prompt."""
+"""Order the examples so that no KL pair joins a prompt with another completion of the same prompt."""
 
 import collections
 import random
@@ -6,16 +6,15 @@ from collections.abc import Callable, Hashable, Iterable
 
 
 def count_prompt_clashes(pairs: Iterable[tuple[int, int]], prompts: list[Hashable]) -> int:
-    """How many of the pairs (i, j) have equal prompts, so that they match after all."""
+    """The number of pairs (i, j) with equal prompts. Such a pair is not mismatched."""
     return sum(prompts[i] == prompts[j] for i, j in pairs)
 
 
 def order_without_prompt_clashes(prompts: list[Hashable], sizes: list[int], rng: random.Random) -> list[int]:
-    """A random permutation which, cut into batches of `sizes`, has no two equal prompts next to each other.
+    """A random permutation without two equal prompts next to each other inside a batch. sizes: the batch sizes.
 
-    The last example of a batch counts as next to its first one, as in train_kto.kl_pairs. Shuffles, then repairs
-    clashes by random swaps. If that fails, deals the examples out by prompt, which works whenever a clash-free order
-    exists.
+    The first and the last example of a batch count as neighbours, as in train_kto.kl_pairs. Shuffles, then removes
+    clashes by random swaps. If clashes remain, deal_by_prompt makes the order; it has none if that is possible.
     """
     starts = [sum(sizes[:b]) for b in range(len(sizes))]
     before = [k - 1 if k > s else s + n - 1 for s, n in zip(starts, sizes) for k in range(s, s + n)]
@@ -47,10 +46,10 @@ def order_without_prompt_clashes(prompts: list[Hashable], sizes: list[int], rng:
 def deal_by_prompt(
     order: list[int], prompts: list[Hashable], batches: list[tuple[int, int]], rng: random.Random
 ) -> list[int]:
-    """Deals the examples to places that are not neighbours, the most frequent prompt first. batches: (start, size).
+    """Puts examples of one prompt at positions that are not neighbours. batches: (start, size).
 
-    Every other place of each batch is filled first, then the places between them, and the last place of each batch of
-    odd size at the end.
+    Prompts are placed from the most to the least frequent. Even positions of all batches are filled first, then odd
+    ones, and at the end the last position of each batch of odd size.
     """
     rng.shuffle(batches)
     places = [s + k for s, n in batches for k in range(0, n - 1, 2)]
@@ -62,7 +61,7 @@ def deal_by_prompt(
 
 
 def epoch_order(prompts: list[Hashable], seed: int) -> Callable[[int, list[int]], list[int]]:
-    """An `order` for training.setup.plan_steps: every epoch another permutation, the same for the same seed."""
+    """An `order` for training.setup.plan_steps: a new permutation in every epoch, determined by the seed."""
 
     def order(epoch, sizes):
         return order_without_prompt_clashes(prompts, sizes, random.Random(f"{seed} {epoch}"))

@@ -33,26 +33,28 @@ from training.setup import Setup, load_frozen
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference model, loaded only if a log-probability is missing from the cache."""
+    """A reference model. It is loaded only if a log-probability is missing from the cache."""
 
     fingerprint: str  # of its weights and tokenizer
-    identity: str  # everything that its log-probabilities depend on but the sequence: weights, compute dtype, code
-    cache: str  # the file that keeps them
-    load: Callable[[], Qwen2]  # gives the model, for the pass before the first step alone
+    identity: str  # what its log-probabilities depend on besides the sequence: weights, compute dtype, code
+    cache: str  # path of the cache file
+    load: Callable[[], Qwen2]  # returns the model. Call it only before the first step: it may be the policy
 
 
 def open_reference(setup: Setup, fingerprint: str) -> Reference:
-    """The model of --ref, or of --ckpt without it. fingerprint: that of --ckpt.
+    """The reference: the model of --ref, or that of --ckpt without --ref. fingerprint: that of --ckpt.
 
-    If the two are one model, the policy itself computes the log-probabilities, while it is still untrained. A loss
-    that needs the reference model in training must load its own copy: training.setup.load_frozen.
+    If the reference equals --ckpt, no second model is loaded: the untrained policy computes the log-probabilities. A
+    loss that needs the reference model during training must load a copy with training.setup.load_frozen.
     """
     args, source, same = setup.args, setup.ckpt, True
     if args.ref:
         source = Checkpoint(args.ref)
-        Tokenizer(source)  # refuses token ids for which the embedding has no rows
+        Tokenizer(source)  # raises if the embedding has too few rows for the token ids
         if vocabulary(source) != vocabulary(setup.ckpt):
-            raise InputError(f"{args.ref}: its tokenizer differs from that of {args.ckpt}, which makes the token ids")
+            raise InputError(
+                f"{args.ref}: its tokenizer differs from that of {args.ckpt}; give a reference with the same one"
+            )
         ref_fingerprint = source.fingerprint()
         same, fingerprint = ref_fingerprint == fingerprint, ref_fingerprint
     load = lambda: setup.model if same else load_frozen(source, args, setup.ranks)
@@ -71,7 +73,7 @@ def cache_path(args: argparse.Namespace) -> str:
 
 
 def check_cache_path(args: argparse.Namespace) -> None:
-    """InputError if the cache is a directory, or is missing and cannot be written. Asked before the work begins."""
+    """InputError if the cache is a directory or cannot be written. Called before the work begins."""
     path = cache_path(args)
     if is_main() and not os.path.isfile(path):
         check_writable(path, "--ref-cache")
@@ -114,10 +116,10 @@ def example_digest(identity: str, example: Example) -> bytes:
 def reference_logps(
     reference: Reference, pairs: list, example_of: Callable, micro_tokens: int, ranks: Ranks
 ) -> tuple[dict, int]:
-    """The reference's log-probability of every pair, from the cache or computed and added to it.
+    """The reference log-probability of every pair, in nats. Computes missing ones and adds them to the cache.
 
-    pairs: keys (i, j), where i names the prompt. example_of(i, j): the pair as (ids, supervised).
-    -> ({pair: nats}, the number computed).
+    pairs: keys (i, j); i identifies the prompt. example_of(i, j) -> (ids, supervised).
+    -> ({pair: log-probability}, how many were computed).
     """
     digests = {pair: example_digest(reference.identity, example_of(*pair)) for pair in pairs}
     pair_of = {d: pair for pair, d in digests.items()}  # equal sequences are computed once
@@ -125,7 +127,7 @@ def reference_logps(
     longest = collections.defaultdict(int)  # {i: length of the longest sequence with prompt i}
     for d, (i, _) in pair_of.items():
         longest[i] = max(longest[i], length[d])
-    # sorted so that sequences of a chunk have similar lengths, and completions of one prompt share its computation
+    # so that sequences in a chunk have similar lengths, and completions of one prompt are neighbours
     order = sorted(pair_of, key=lambda d: (-longest[pair_of[d][0]], pair_of[d]))
     cache = read_ref_cache(reference.cache) if is_main() else {}
     logps = from_rank_0(torch.tensor([cache.get(d, math.nan) for d in order], device=ranks.device))
@@ -140,10 +142,10 @@ def reference_logps(
 
 
 def chunks_to_compute(lengths: list[int], missing: list[bool], tokens: int) -> Iterator[list[int]]:
-    """Yields the missing indices chunk by chunk. A chunk is about so many tokens of all sequences, cached or not.
+    """Yields the missing indices of each chunk. A chunk has about `tokens` tokens of sequences, cached ones included.
 
-    A chunk is computed and saved as a whole, and its edges do not depend on what is missing. So a run that was killed
-    in this pass and resumed gets the same values to the bit.
+    A chunk is computed and saved as a whole, and chunks do not depend on what is missing. So a run that was killed in
+    this pass and resumed gets the same values, bit by bit.
     """
     chunk_of = [end // tokens for end in itertools.accumulate(lengths)]
     for _, chunk in itertools.groupby(range(len(lengths)), key=chunk_of.__getitem__):
@@ -160,7 +162,7 @@ def compute_chunks(
     micro_tokens: int,
     ranks: Ranks,
 ) -> None:
-    """Fills logps, one value for each digest of `order`, and saves the cache every minute and at the end."""
+    """Fills logps (one value per digest in `order`). Saves the cache every minute and at the end."""
     model, saved = reference.load(), time.time()
     total = int(logps.isnan().sum())
     bar = tqdm(total=total, desc="reference", unit="seq", disable=None if is_main() else True)
@@ -168,9 +170,8 @@ def compute_chunks(
     def save():
         known = {d: v for d, v in zip(order, logps.tolist()) if not math.isnan(v)}
         if is_main() and known:
-            write_ref_cache(
-                reference.cache, read_ref_cache(reference.cache) | known
-            )  # another run may have added to it
+            known = read_ref_cache(reference.cache) | known  # another run may have added to it
+            write_ref_cache(reference.cache, known)
 
     try:
         for part in chunks:
