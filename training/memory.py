@@ -20,9 +20,9 @@ def count_parameters(config: Config) -> tuple[int, int, int]:
 def forward_flops(config: Config, lengths: list[int], outputs: int) -> int:
     """FLOPs of one forward over documents of these lengths, with logits at `outputs` positions.
 
-    A matrix takes 2 FLOPs per weight and token. Causal attention takes 2 matmuls of 2 D FLOPs per head and pair of query
-    and key. A document of T tokens has T (T + 1) / 2 pairs. The last block computes only `outputs` positions. Norms,
-    activations and softmax are not counted.
+    A matrix takes 2 FLOPs per weight and token. Causal attention takes 2 matmuls of 2 D FLOPs per head and pair of
+    query and key. A document of T tokens has T (T + 1) / 2 pairs. The last block computes only `outputs` positions.
+    Norms, activations and softmax are not counted.
     """
     c = config
     qkv = c.hidden_size * c.head_dim * (c.num_attention_heads + 2 * c.num_key_value_heads)

@@ -1,4 +1,4 @@
-"""How a training run starts, ends a step, stops and finishes. Its files: training/saves.py and training/log.py."""
+"""Start a training run, end its steps, stop and finish it. Its files are in training/saves.py and training/log.py."""
 
 import argparse
 import collections
@@ -57,7 +57,7 @@ from training.step import make_optimizer
 # None of these changes the result beyond rounding.
 FREE_TO_CHANGE = {"resume", "out", "ckpt", "data", "ref", "ref_cache", "eval_data", "eval_every", "save_every", "keep"}
 FREE_TO_CHANGE |= {"micro_tokens", "device", "shard", "activation_checkpointing", "compile", "max_skips", "tensorboard"}
-CODE = "the code"  # may change between runs with a warning: the edit may be a bug fix
+CODE = "the code"  # may change between runs, with a warning: the edit may be a bug fix
 
 # Flags that a model card shows
 CARD_SETTINGS = (
@@ -67,9 +67,9 @@ CARD_SETTINGS = (
 
 
 def run_identity(args: argparse.Namespace, examples: Iterable, fingerprint: str) -> dict:
-    """The arguments that matter, and hashes of the model, the token ids and the code, with the running script."""
+    """What a resumed run must share: the arguments that affect the result, and hashes of model, token ids and code."""
     data = hashlib.sha256()
-    for example in examples:  # one at a time: the text of all of them may take gigabytes
+    for example in examples:  # one at a time, because the text of all examples may take gigabytes
         data.update(json.dumps(example).encode() + b"\n")
     script = getattr(sys.modules["__main__"], "__file__", None) or ""
     code = code_hash("train_sft.py", "train_kto.py", os.path.abspath(script))
@@ -84,8 +84,7 @@ def run_identity(args: argparse.Namespace, examples: Iterable, fingerprint: str)
 def start_run(setup: Setup, identity: dict) -> Run | None:
     """Opens OUT.run/ and, with --resume, restores the last save. identity: see run_identity.
 
-    -> Run, or None if --resume finds the run finished. After this call every rank holds the same parameters and
-    buffers.
+    -> Run, or None if --resume finds that the run is finished. Afterwards all ranks have equal parameters and buffers.
     """
     args, model, total = setup.args, setup.model, len(setup.steps)
     check_shards(model)
@@ -95,7 +94,7 @@ def start_run(setup: Setup, identity: dict) -> Run | None:
     if is_main():
         take_lock(args.out)
     find_save(run)
-    STOP["training"] = True  # before the ranks meet: none may leave alone once another may have passed this point
+    STOP["training"] = True  # before the first collective call: from there on, no rank may stop alone
     check_same_save(run)
     if run.saved:
         restore(run)
@@ -115,10 +114,12 @@ def start_run(setup: Setup, identity: dict) -> Run | None:
 
 
 def check_shards(model: Qwen2) -> None:
-    """InputError if a sharded model has a parameter to train that is not sharded: its gradients would not be summed."""
+    """InputError if a sharded model trains a parameter that is not sharded: its gradients would not be summed."""
     whole = [name for name, p in model.named_parameters() if p.requires_grad and not hasattr(p, "full_tensor")]
     if whole and is_sharded(model):
-        raise InputError(f"--shard: {whole[0]} is not sharded, as it was added after loading; train without --shard")
+        raise InputError(
+            f"--shard: {whole[0]} is not sharded, because it was added after loading; train without --shard"
+        )
 
 
 def find_save(run: Run) -> None:
@@ -144,7 +145,7 @@ def find_save(run: Run) -> None:
 
 
 def check_same_save(run: Run) -> None:
-    """InputError on all ranks if they do not all resume from the same step."""
+    """InputError on all ranks if some rank resumes from another step."""
     device = run.model.device
     differs = from_rank_0(torch.tensor([float(run.done)], device=device)).item() != run.done
     if sum_over_ranks(torch.tensor([float(differs)], device=device)).item():
@@ -155,7 +156,7 @@ def check_same_save(run: Run) -> None:
 
 
 def write_beginning(run: Run, lines: list[str]) -> None:
-    """Writes args.json, and the log with the lines that it keeps."""
+    """Writes args.json, and the log with the given lines of the resumed run."""
     call = {"step": run.done, "command": sys.argv, "torch": torch.__version__, "ranks": run.ranks.world}
     call |= {"threads": torch.get_num_threads()}
     if run.done:
@@ -169,10 +170,9 @@ def write_beginning(run: Run, lines: list[str]) -> None:
 
 
 def with_end_token(files: dict[str, str], tokenizer: Tokenizer) -> dict[str, str]:
-    """The side files of OUT: generation ends at <|im_end|> too, which every trained reply ends with.
+    """The side files of OUT, with <|im_end|> as an end token, because every trained reply ends with it.
 
-    A base model's files name <|endoftext|> alone. transformers and vLLM would not stop its fine-tune where this code
-    does.
+    A base model's files name only <|endoftext|>. With these, transformers and vLLM would not stop where this code does.
     """
     generation = json_object(files.get("generation_config.json", "{}"), "generation_config.json")
     known = generation.get("eos_token_id")
@@ -191,7 +191,7 @@ def with_end_token(files: dict[str, str], tokenizer: Tokenizer) -> dict[str, str
 
 
 def warn_of_foreign_weights(setup: Setup) -> None:
-    """Says which parameters of the model a checkpoint of this architecture does not have."""
+    """Warns if the model has parameters that no checkpoint of this architecture has."""
     foreign = [name for name, _ in setup.model.named_parameters() if name not in setup.ckpt.names]
     if foreign and is_main():
         print(
@@ -205,26 +205,25 @@ def warn_of_foreign_weights(setup: Setup) -> None:
 
 
 def progress(run: Run, name: str) -> tqdm:
-    """The numbers of the steps to make, 0 .. total - 1, with a progress bar on rank 0."""
+    """The remaining steps, run.done .. total - 1, with a progress bar on rank 0."""
     hidden = None if is_main() else True  # None: hidden where stderr is no terminal
     return tqdm(range(run.done, run.total), name, run.total, initial=run.done, unit="step", disable=hidden)
 
 
 def due(step: int, total: int, every: int) -> bool:
-    """Whether something done every so many steps (0: only at the end) is done after this step."""
+    """True after every `every` steps and after the last one (every=0: only after the last one)."""
     return step == total or every > 0 and step % every == 0
 
 
 def eval_due(run: Run, record: dict) -> bool:
-    """Whether the held-out data are evaluated after the step of this record."""
+    """True if the held-out data are evaluated after this record's step."""
     return due(record["step"], run.total, run.args.eval_every)
 
 
 def eval_logps(run: Run, record: dict, examples: list) -> Tensor | None:
-    """Log-probabilities (len(examples),) of held-out examples after the step of this record.
+    """Log-probabilities (len(examples),) of held-out examples after this record's step.
 
-    None if SIGTERM or Ctrl-C came meanwhile. The run is then stopped and saved, and --resume begins with this
-    evaluation.
+    None if SIGTERM or Ctrl-C interrupts. The run is then saved and closed, and --resume repeats this evaluation first.
     """
     logps = sequence_logps(run.model, examples, run.args.micro_tokens, run.ranks, heed_stop=True)
     if stop_asked(run.model.device):
@@ -234,7 +233,7 @@ def eval_logps(run: Run, record: dict, examples: list) -> Tensor | None:
 
 
 def end_step(run: Run, record: dict | None) -> bool:
-    """Writes the log and the saves that are due. -> True; False for None, which stands for a stopped evaluation.
+    """Writes the log and the saves that are due -> True. False if record is None (the evaluation was interrupted).
 
     InputError after --max-skips skipped steps in a row.
     """
@@ -247,7 +246,7 @@ def end_step(run: Run, record: dict | None) -> bool:
     best = args.eval_every and record.get("eval_loss", math.inf) < run.best[0]
     if best:
         run.best = (record["eval_loss"], step)
-    if step in (run.total, run.saved):  # finish_run saves the last step; a stopped evaluation is saved already
+    if step in (run.total, run.saved):  # finish_run saves the last step; stop_run saved an interrupted one
         return True
     if due(step, run.total, args.save_every):
         save_run(run, step)
@@ -282,19 +281,19 @@ def close_run(run: Run) -> None:
 
 
 def stop_run(run: Run, step: int, pending: dict | None = None) -> None:
-    """Saves and closes a run that was asked to stop, after `step` whole steps. The caller returns from its loop.
+    """Saves and closes a run after `step` whole steps, when it was asked to stop. The caller then returns.
 
-    pending: the log record of that step if its evaluation was abandoned.
+    pending: the log record of that step, if its evaluation was interrupted.
     """
     if step > run.saved:
         save_run(run, step, json_safe(pending) if pending else None)
     if is_main():
-        print(f"stopped after step {step} of {run.total}; the same command with --resume goes on", file=sys.stderr)
+        print(f"stopped after step {step} of {run.total}; the same command with --resume continues", file=sys.stderr)
     close_run(run)
 
 
 def run_card(run: Run) -> str:
-    """The model card of OUT: what was trained on which data with which settings, and the last step of the log."""
+    """The model card of OUT: method, data, settings and the last step of the log."""
     args = vars(run.args)
     kind = "KTO (arXiv 2402.01306)" if "beta" in args else "supervised fine-tuning"
     settings = {name: args[name] for name in CARD_SETTINGS if args.get(name) is not None}
@@ -308,16 +307,16 @@ def run_card(run: Run) -> str:
 
 
 def finish_run(run: Run, facts: list[str], following: list[list[str]]) -> None:
-    """Writes OUT, removes what was kept to resume from, and prints a summary.
+    """Writes OUT, removes the saves that only --resume needs, and prints a summary.
 
-    facts: lines of the summary. following: commands that may come next, as lists of words.
+    facts: lines of the summary. following: suggested next commands, as lists of words.
     """
     out = run.args.out
     save_model(run, out, run_card(run) if is_main() else None)
     write_state(run, run.total, finished=True)
     run.saved = 0
     if is_main():
-        discard_checkpoint(step_path(run.args, run.total))  # of a run that was stopped in its last evaluation
+        discard_checkpoint(step_path(run.args, run.total))  # exists if the last evaluation was interrupted
         prune(run, run.total)
         for line in facts:
             print(line)

@@ -1,10 +1,10 @@
-"""The files in OUT.run/ from which a run resumes, and the lock that keeps a second run out.
+"""The files in OUT.run/ from which a run resumes, and the lock that refuses a second run.
 
 args.json, log.jsonl
-step-N                    usable checkpoints after step N (N.pt if OUT is a .pt)
-optimizer-N.safetensors   moments of the optimizer and buffers of the model after step N
-state.json                the step to resume from. Written last: until then the previous save counts
-lock                      held by the run that is writing here
+step-N                     complete checkpoint after step N (step-N.pt if OUT is a .pt)
+optimizer-N.safetensors    optimizer moments and model buffers after step N
+state.json                 the step to resume from. It is written last: until then the previous save is valid
+lock                       locked by the run that is writing here
 """
 
 import argparse
@@ -30,7 +30,7 @@ from model import Qwen2
 
 @dataclass
 class Run:
-    """State of a training run, shared by the functions that end a step, log and save. start_run makes it."""
+    """The state of a training run, shared by the functions that end a step, log and save. start_run creates it."""
 
     args: argparse.Namespace
     ranks: Ranks
@@ -44,8 +44,8 @@ class Run:
     done: int = 0  # steps finished before this process started
     saved: int = 0  # the step of the last save to resume from
     skips: list = field(default_factory=list)  # (step, [places of its offending examples])
-    best: tuple = (math.inf, 0)  # the lowest eval_loss and its step
-    pending: dict | None = None  # the log record of the last step, if the run was stopped in the evaluation after it
+    best: tuple = (math.inf, 0)  # (lowest eval_loss, its step)
+    pending: dict | None = None  # the log record of the last step, if its evaluation was interrupted
     events: object = None  # TensorBoard's writer
     started: float = field(default_factory=time.time)
 
@@ -69,19 +69,19 @@ def numbered(args: argparse.Namespace, pattern: str) -> dict[int, str]:
     """{step: path} of the files in OUT.run/ whose names match the pattern."""
     folder = f"{args.out}.run"
     found = (re.fullmatch(pattern, name) for name in (os.listdir(folder) if os.path.isdir(folder) else []))
-    return {int(m[1]): os.path.join(folder, m[0]) for m in found if m}
+    return {int(match[1]): os.path.join(folder, match[0]) for match in found if match}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One run at a time
 #
-# OUT.run/lock is locked by rank 0 (flock). The system releases it when the process ends, even if killed.
+# Rank 0 locks OUT.run/lock (flock). The system releases the lock when the process ends, even if it is killed.
 
 LOCKS: dict[str, int] = {}  # of this process: path of the lock file -> file descriptor
 
 
 def try_lock(fd: int) -> bool:
-    """False if another process holds the lock of an open file. A disk without locks refuses nobody."""
+    """Locks an open file. False if another process has locked it. On a disk without locks, always True."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -100,7 +100,7 @@ def second_run_error(out: str) -> InputError:
 
 
 def check_not_running(out: str) -> None:
-    """InputError if another run is writing to OUT, or OUT.run/ has files that no run wrote. Changes nothing on disk."""
+    """InputError if another run is writing to OUT, or a file in OUT.run/ is not from a run. Changes nothing on disk."""
     check_folder(f"{out}.run", "training", OWN_FILES)
     path = lock_path(out)
     if os.path.isfile(path) and path not in LOCKS:
@@ -125,7 +125,7 @@ def take_lock(out: str) -> None:
                 raise second_run_error(out)
             if os.path.isfile(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
                 LOCKS[path] = fd
-            else:  # the run before removed this file between our open and our lock
+            else:  # another run removed this file between open and lock
                 os.close(fd)
     except OSError as e:
         raise InputError(f"{out}.run: cannot be written: {e.strerror}; give another --out") from None
@@ -143,7 +143,7 @@ def release_lock(out: str) -> None:
 
 
 def write_gathered(run: Run, tensors: dict[str, Tensor], write: Callable[[Iterable], None]) -> None:
-    """Rank 0 calls write(pairs) with the whole tensors. The other ranks of a sharded run help to gather them."""
+    """Calls write((name, whole tensor) pairs) on rank 0. The other ranks of a sharded run help to gather."""
     pairs = gathered(tensors)
     if is_main():
         write(pairs)
@@ -164,7 +164,7 @@ def save_model(run: Run, out: str, card: str | None = None) -> None:
 
 
 def save_run(run: Run, step: int, pending: dict | None = None) -> None:
-    """Writes step-N and what --resume needs, then removes the saves that --keep does not keep. pending: see Run."""
+    """Writes step-N and the files for --resume, then removes saves beyond --keep. pending: see Run."""
     names = {p: name for name, p in run.model.named_parameters()}
     tensors = {f"{kind}/{names[p]}": t for p, state in run.optimizer.state.items() for kind, t in state.items()}
     tensors |= {f"buffer/{name}": t for name, t in run.model.named_buffers()}
@@ -188,7 +188,7 @@ def save_run(run: Run, step: int, pending: dict | None = None) -> None:
 def write_state(run: Run, step: int, finished: bool = False, pending: dict | None = None) -> None:
     if is_main():
         with open(run_file(run.args, "log.jsonl"), "rb") as f:
-            os.fsync(f.fileno())  # flush the log first, so that the saved state never refers to a missing line
+            os.fsync(f.fileno())  # sync the log first, so that the saved state never refers to a missing line
         with atomic_write(run_file(run.args, "state.json")) as f:
             json.dump({"step": step, "finished": finished, "identity": run.identity, "pending": pending}, f)
 
@@ -227,7 +227,7 @@ def restore(run: Run) -> None:
 
 
 def tidy(run: Run) -> None:
-    """Removes what killed runs left half-written in OUT.run/ and beside OUT, and saves of steps later than run.done."""
+    """Removes half-written files of killed runs in OUT.run/ and beside OUT, and saves of steps after run.done."""
     folder, name = os.path.split(os.path.realpath(run.args.out))
     remove_leftovers(folder, name)
     claim_folder(f"{run.args.out}.run", "training", OWN_FILES)
@@ -237,7 +237,7 @@ def tidy(run: Run) -> None:
 
 
 def prune(run: Run, step: int) -> None:
-    """Keeps the last --keep checkpoints in OUT.run/ up to that step, the best one, and the moments to resume from."""
+    """Removes saves in OUT.run/, except the last --keep up to `step`, the best one, and the one to resume from."""
     earlier = sorted(s for s in numbered(run.args, CHECKPOINTS) if s <= step and s < run.total)  # the last step is OUT
     newest = earlier[-run.args.keep :]
     for pattern, wanted in (CHECKPOINTS, {*newest, run.best[1], run.saved}), (MOMENTS, {run.saved}):

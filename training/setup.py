@@ -1,4 +1,4 @@
-"""What a training script does before its first step: ranks, model, batches, memory."""
+"""Set up a training run before its first step: ranks, batches, model, memory."""
 
 import argparse
 import functools
@@ -41,18 +41,16 @@ from training.saves import check_not_running
 
 
 def setup_ranks(args: argparse.Namespace) -> Ranks:
-    """Joins the ranks and seeds every rank alike. InputError if another run is writing to the same --out."""
+    """Joins the ranks and seeds all of them equally. InputError if another run is writing to the same --out."""
     if args.tensorboard:
         require_tensorboard()
-    # lengths differ between micro-batches: freed memory must fit tensors of other sizes
+    # tensor sizes differ between micro-batches, and this lets freed memory be reused for other sizes
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if is_main():
         check_not_running(args.out)
-    ranks = join_ranks(
-        args.device, hours=1, nccl=True
-    )  # nccl's default of 10 minutes may be too short for a large save
+    ranks = join_ranks(args.device, hours=1, nccl=True)  # NCCL's default of 10 minutes may be too short for a save
     if args.shard and not dist.is_initialized():
-        raise InputError("--shard: splits the model over the ranks of a torchrun; start the script with torchrun")
+        raise InputError("--shard: splits the model over torchrun's ranks; start the script with torchrun")
     STOP.update(training=False, asked=False)
     seed_all(args.seed)
     return ranks
@@ -79,9 +77,9 @@ def plan_steps(
 ) -> list[list[int]]:
     """The batches of the whole run: a list of steps, each a list of indices into the n examples.
 
-    order(epoch, sizes) gives the permutation of an epoch; sizes are the batch sizes into which it will be cut.
-    Without it every epoch keeps the order of the data. The last batch of an epoch may be short; a remainder below
-    `smallest` joins the batch before it. max_steps, if given, overrides epochs.
+    order(epoch, sizes) returns the permutation of an epoch; sizes are the epoch's batch sizes. Without it, every epoch
+    keeps the order of the data. The last batch of an epoch may be smaller. If it has fewer than `smallest` examples, it
+    joins the batch before it. max_steps, if given, overrides epochs.
     """
     sizes = [batch_size] * (n // batch_size) + ([n % batch_size] if n % batch_size else [])
     if sizes[-1] < smallest and len(sizes) > 1:
@@ -98,7 +96,7 @@ def plan_steps(
 
 
 def shuffled_order(n: int, seed: int) -> Callable[[int, list[int]], list[int]]:
-    """An `order` for plan_steps: every epoch another permutation, the same for the same seed."""
+    """An `order` for plan_steps: a new permutation in every epoch, determined by the seed."""
 
     def order(epoch, sizes):
         indices = list(range(n))
@@ -119,7 +117,7 @@ def schedule_advice(args: argparse.Namespace, steps: list) -> list[str]:
 
 @dataclass
 class Setup:
-    """Everything a run has before its optimizer exists. main(prepare=...) of a training script receives it."""
+    """A run's data and model before the optimizer exists. The prepare function of train_sft.main receives it."""
 
     args: argparse.Namespace
     ranks: Ranks
@@ -132,7 +130,7 @@ class Setup:
 
 
 def load_model(ckpt: Checkpoint, args: argparse.Namespace, device: str) -> Qwen2:
-    """Loads an open Checkpoint: fp32 weights that compute in --dtype; with --shard, split over the ranks."""
+    """The model of a checkpoint: fp32 weights, computation in --dtype; with --shard, split over the ranks."""
     dtype = DTYPES[args.dtype]
     model = Qwen2.from_pretrained(ckpt, torch.float32, "meta" if args.shard else device)
     if args.shard:  # no rank ever holds the whole model
@@ -147,15 +145,15 @@ def load_model(ckpt: Checkpoint, args: argparse.Namespace, device: str) -> Qwen2
 
 
 def load_frozen(ckpt: Checkpoint, args: argparse.Namespace, ranks: Ranks) -> Qwen2:
-    """A copy of a checkpoint's model that never trains, for a loss that compares with the reference model itself.
+    """A frozen copy of a checkpoint's model, for a loss that needs the reference model during training.
 
-    The policy cannot stand in for it: it would be compared with itself, and the difference would always be 0.
+    Do not use the policy instead: its KL to itself is always 0.
     """
     return load_model(ckpt, args, ranks.device).eval().requires_grad_(False)
 
 
 def open_checkpoint(source: str, args: argparse.Namespace, ranks: Ranks) -> tuple[Qwen2, Tokenizer, Checkpoint]:
-    """Opens --ckpt. Lowers args.max_len to the number of positions of the model."""
+    """Opens --ckpt. Lowers args.max_len to the model's number of positions if it is larger."""
     for flag, path in (("ckpt", args.ckpt), ("ref", getattr(args, "ref", None))):
         if path and (
             same_path(args.out, path) or same_path(f"{args.out}.run", os.path.dirname(os.path.realpath(path)))
@@ -177,13 +175,13 @@ def open_checkpoint(source: str, args: argparse.Namespace, ranks: Ranks) -> tupl
 # Memory
 
 
-# Compilation takes about 30 s and saves about a tenth of a step. It pays from 300 s of training on, which are this many
-# FLOPs at 200 GFLOP/s, a fast rate for two cores; doubled, to be on the safe side.
+# Compilation takes about 30 s and saves about a tenth of a step, so it pays after 300 s of training. At 200 GFLOP/s, a
+# fast rate for two cores, that is 0.6e14 FLOPs. The threshold is twice that, to be safe.
 COMPILE_PAYS = 1.2e14
 
 
 def compile_pays(model: Qwen2, batches: list[list[int]], ranks: Ranks) -> bool:
-    """Whether --compile auto compiles: long runs on a CPU that has a C++ compiler. Not on a GPU, where it is unmeasured."""
+    """True if --compile auto compiles: for long runs on a CPU with a C++ compiler. GPUs have not been measured."""
     if model.device.type != "cpu" or not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         return False
     per_step = (forward_flops(model.config, lengths, sum(lengths) // 2) for lengths in batches)
@@ -191,9 +189,9 @@ def compile_pays(model: Qwen2, batches: list[list[int]], ranks: Ranks) -> bool:
 
 
 def prepare_blocks(model: Qwen2, args: argparse.Namespace, batches: Iterable[list[int]], ranks: Ranks) -> None:
-    """Compiles the blocks and checkpoints their activations, as the flags say; auto decides by the planned run.
+    """Applies --compile and --activation-checkpointing to the blocks. "auto" decides from the planned run.
 
-    batches: the lengths of each step's examples. Settles args.compile to "on" or "off".
+    batches: the lengths of each step's examples. Sets args.compile to "on" or "off".
     """
     batches = list(batches)
     if args.compile == "auto":
@@ -206,10 +204,10 @@ def prepare_blocks(model: Qwen2, args: argparse.Namespace, batches: Iterable[lis
 
 
 def checkpoint_activations(model: Qwen2, args: argparse.Namespace, batches: list[list[int]], ranks: Ranks) -> None:
-    """Turns activation checkpointing on, with --activation-checkpointing auto only if a step would not fit otherwise."""
+    """Applies --activation-checkpointing. "auto" turns it on only if a step would not fit without it."""
     on = args.activation_checkpointing == "on"
     if args.activation_checkpointing == "auto":
-        some = itertools.islice(batches, 1000)  # enough to meet the largest micro-batch, or nearly
+        some = itertools.islice(batches, 1000)  # enough to find a micro-batch of nearly the largest size
         largest = max(
             sum(lengths[i] for i in split_by_tokens(lengths, args.micro_tokens, ranks.world)[0]) for lengths in some
         )
@@ -219,10 +217,9 @@ def checkpoint_activations(model: Qwen2, args: argparse.Namespace, batches: list
 
 
 def needs_checkpointing(model: Qwen2, args: argparse.Namespace, tokens: int, ranks: Ranks) -> bool:
-    """Whether, on some rank, a micro-batch of so many tokens fits only with checkpointing. Prints the estimate.
+    """True if a micro-batch of `tokens` tokens does not fit on some rank without checkpointing. Prints the estimate.
 
-    A tenth of the free memory is kept for what the estimate leaves out: gaps in the allocator and workspaces of
-    kernels.
+    A tenth of the free memory is reserved for what the estimate ignores: gaps in the allocator, kernel workspaces.
     """
     settings = (
         DTYPES[args.dtype].itemsize,
@@ -251,5 +248,5 @@ def needs_checkpointing(model: Qwen2, args: argparse.Namespace, tokens: int, ran
 
 
 def recompute(block: torch.nn.Module) -> None:
-    """Makes the block keep only its input and run its forward again in the backward, with the same random numbers."""
+    """Checkpoints the block: it keeps only its input and recomputes the rest in the backward, with the same RNG."""
     block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""One optimizer step: learning rate, micro-batches, gradient clipping, AdamW, and steps whose numbers are not finite.
+"""One optimizer step: learning rate, micro-batches, gradient clipping, AdamW, and steps that are not finite.
 
 Shared training utilities. To change the method, edit train_sft.py or train_kto.py, not this file.
 """
@@ -19,7 +19,7 @@ from training.setup import seed_all
 
 
 def make_optimizer(model: Qwen2, args: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101). Matrices decay; biases and norms do not."""
+    """AdamW (arXiv 1711.05101). Weight decay applies to matrices, not to biases and norms."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
@@ -28,7 +28,7 @@ def make_optimizer(model: Qwen2, args: argparse.Namespace) -> torch.optim.AdamW:
 
 
 def lr_at(step: int, total: int, peak: float, warmup: int, schedule: str) -> float:
-    """The learning rate of step 0 .. total - 1, as in transformers' get_scheduler: step 0 of a warmup has rate 0."""
+    """The learning rate of step 0 .. total - 1, as in transformers' get_scheduler. With a warmup, step 0 has rate 0."""
     if step < warmup:
         return peak * step / max(1, warmup)
     progress = (step - warmup) / max(1, total - warmup)
@@ -40,15 +40,15 @@ def lr_at(step: int, total: int, peak: float, warmup: int, schedule: str) -> flo
 
 
 def seed_step(run: Run, step: int) -> None:
-    """Makes the random numbers of a step (dropout, say) follow from --seed, the step and the rank alone.
+    """Seeds the random numbers of a step (such as dropout) from --seed, the step and the rank.
 
-    So a resumed run draws what the uninterrupted one would have drawn, and no generator state needs to be saved.
+    So a resumed run draws the same numbers as an uninterrupted one, and no generator state is saved.
     """
     seed_all(run.args.seed, step, run.ranks.rank)
 
 
 def micro_batches(run: Run, lengths: list[int]) -> Iterator[list[int]]:
-    """Yields this rank's micro-batches of a step as lists of indices. Each must be run backward once.
+    """Yields this rank's micro-batches of a step, as lists of indices. Run exactly one backward for each.
 
     lengths: tokens of each of the step's examples. Ends early after SIGTERM or Ctrl-C.
     """
@@ -56,13 +56,13 @@ def micro_batches(run: Run, lengths: list[int]) -> Iterator[list[int]]:
     micros = rank_micro_batches(lengths, run.args.micro_tokens, ranks.rank, ranks.world, sharded)
     run.start_sync(len(micros))
     for micro in micros:
-        if STOP["asked"] and not sharded:  # sharded ranks would wait for this one in their next layer
+        if STOP["asked"] and not sharded:  # a sharded rank cannot stop alone: the others would wait for it
             return
         yield micro
 
 
 def clip_gradients(model: Qwen2, clip: float) -> Tensor:
-    """Scales the gradients down to the norm `clip` (0: leaves them). -> their norm before, a scalar tensor."""
+    """Scales the gradients down to the norm `clip` (0: no clipping). -> the norm before clipping, a scalar tensor."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else math.inf)
     return (norm.full_tensor() if is_sharded(model) else norm).to(model.device)
 
@@ -76,21 +76,22 @@ class StepResult:
     """What optimizer_step did, the same on all ranks."""
 
     status: str  # "step", "skip" or "stop"
-    stats: Tensor  # the step's statistics summed over the ranks, on the CPU
+    stats: Tensor  # the statistics of the step, summed over the ranks, on the CPU
     grad_norm: float  # before clipping
 
 
 def optimizer_step(run: Run, lr: float, stats: Tensor) -> StepResult:
     """Ends a step: sums gradients and statistics over the ranks, clips, updates the weights, clears the gradients.
 
-    stats: fp32, any shape: this rank's statistics of the step, with zeros where another rank fills them in. Status
-    "skip" means that one of these numbers is not finite, "stop" that SIGTERM or Ctrl-C reached some rank. Both leave
-    the weights untouched. Every rank sees the same sums, so all agree.
+    stats: fp32, any shape: this rank's statistics of the step, 0 for examples of other ranks.
+
+    Status "skip": a statistic or the gradient norm is not finite. "stop": some rank received SIGTERM or Ctrl-C. Both
+    leave the weights unchanged. All ranks see the same sums, so all get the same status.
     """
     run.wait_sync()
     norm = clip_gradients(run.model, run.args.clip)
     numbers = sum_over_ranks(torch.cat((stats.flatten(), stats.new_full((1,), float(STOP["asked"])))))
-    numbers = torch.cat((numbers, norm[None])).cpu()  # the only time that the step waits for the device
+    numbers = torch.cat((numbers, norm[None])).cpu()  # the only point where the step waits for the GPU
     status = "stop" if numbers[-2] > 0 else "step" if numbers.isfinite().all() else "skip"
     if status == "step":
         for group in run.optimizer.param_groups:
@@ -101,13 +102,13 @@ def optimizer_step(run: Run, lr: float, stats: Tensor) -> StepResult:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Steps whose numbers are not finite
+# Steps with a loss or gradient that is not finite
 
 
 def record_skip(run: Run, step: int, examples: list, places: list[str], known: Iterable[int] = ()) -> dict:
-    """Notes a skipped step. -> entries for its log record.
+    """Records a skipped step in run.skips. -> entries for its log record.
 
-    examples: those of the step. places: "file:line" of each. known: indices of examples known to be at fault.
+    examples: the step's examples. places: "file:line" of each. known: indices of the offending examples, if known.
     """
     names = [places[i] for i in (list(known) or find_nonfinite_examples(run, examples))[:5]]
     run.skips.append((step, names))
@@ -115,10 +116,10 @@ def record_skip(run: Run, step: int, examples: list, places: list[str], known: I
 
 
 def find_nonfinite_examples(run: Run, examples: list) -> list[int]:
-    """Indices of the examples whose own log-probability, or else whose own gradient, is not finite."""
+    """Indices of examples with a log-probability that is not finite. If there are none, the same for the gradient."""
     logps = sequence_logps(run.model, examples, run.args.micro_tokens, run.ranks)
     bad = [i for i, finite in enumerate(logps.isfinite().tolist()) if not finite]
-    for i in range(len(examples)) if not bad else []:  # every rank runs all of them, so that all agree; a rare case
+    for i in range(len(examples)) if not bad else []:  # rare; every rank runs all examples, so all agree
         example_logps(run.model, [examples[i]]).sum().backward()
         bad += [] if clip_gradients(run.model, 0).isfinite() else [i]
         clear_gradients(run)
