@@ -1,13 +1,14 @@
-"""The benchmarks: which rows, which user turn, how a reply is read. One entry each in BENCHMARKS.
+"""The benchmarks. Each entry of BENCHMARKS has functions that read the rows, make the prompts and score the replies.
 
-To add one, write a row reader (evaluation/rows.py), a function that writes the user's turn of a row, a function that reads
-the verdict from a reply, and an entry. --protocol loglik needs rows with "choices" {label: text} and "answer", a label, and
-an entry that says what comes before the choices.
+To add a benchmark, write a row reader (evaluation/rows.py), a function that makes the user's turn, a function that
+scores a reply, and an entry. --protocol loglik needs rows with "choices" {label: text} and "answer" (a label), and
+`contexts` in the entry: the text before the choices.
 """
 
 import collections
 import functools
 import math
+from argparse import Namespace
 from collections.abc import Callable
 
 from core.files import InputError
@@ -60,10 +61,10 @@ def choice_verdict(reply: str, row: dict, stem: str | None = None) -> tuple[str,
 
 
 def five_shot(folder: str, suffix: str, header: bool, line: str, names: dict[str, str], word: str) -> Callable:
-    """A function (rows, find) -> contexts: a line about the subject, five worked examples, the question.
+    """Returns a function (rows, find) -> contexts: a line about the subject, five worked examples, the question.
 
-    folder, suffix, header: of the examples' files (see choice_rows). line: with {} for the subject's name. names:
-    {subject: its name in that line}. word: precedes the letter, such as "Answer:".
+    folder, suffix, header: where the examples are (see choice_rows). line: the first line, with {} for the subject's
+    name. names: {subject: its name in that line}. word: the text before the letter, such as "Answer:".
     """
 
     def block(row):
@@ -85,9 +86,9 @@ def five_shot(folder: str, suffix: str, header: bool, line: str, names: dict[str
 def choice_scores(logps: list[float], row: dict, by: str, mass: bool = False) -> tuple:
     """(label, verdict, metrics, confidence) from the log-likelihoods of a row's choices, as the harness scores them.
 
-    The verdict is acc: the likeliest choice is right. by="text" adds acc_norm: log-likelihoods divided by the choices'
-    characters. mass: the verdict is the share of probability of the true choices (TruthfulQA MC2), confidence is None.
-    confidence: the share of probability of the likeliest choice.
+    verdict: the harness' acc, whether the likeliest choice is right. With mass: the probability of the true choices
+    relative to all choices (TruthfulQA MC2). by="text" adds the metric acc_norm: log-likelihoods are divided by the
+    number of characters. confidence: the probability of the likeliest choice relative to all choices; None with mass.
     """
     labels = list(row["choices"])
     best = max(range(len(labels)), key=logps.__getitem__)
@@ -118,8 +119,7 @@ def humaneval_prompt(row: dict) -> str:
 
 
 def code_verdict(program: str, tests: str, entry_point: str) -> tuple[bool, dict]:
-    """Whether a program passes its tests. The metric unchecked counts those that are not right only because the tests
-    cannot be run from outside the program."""
+    """(whether a program passes its tests, metrics). unchecked: the tests cannot be run from outside the program."""
     passed, _ = run_program(program, tests, entry_point)
     return passed is True, {"unchecked": passed is None}
 
@@ -135,12 +135,12 @@ def demo_verdict(reply: str, row: dict) -> tuple:
     if isinstance(choices, dict) and value.get("letter") in choices:
         choices = {letter: str(text) for letter, text in choices.items()}
         extracted = stated_choice(reply, choices)
-        if extracted is None:  # the paper's cascade finds a letter in any reply
+        if extracted is None:  # the paper's rules find a letter in any reply
             extracted = extract_choice(reply, choices)
         return extracted, extracted == value["letter"]
     correct = check(kind, reply, value)
     if correct is None and kind == "code" and isinstance(value, dict) and isinstance(value.get("tests"), str):
-        correct = False  # the program, not the reference, is at fault: it cannot be tested from outside
+        correct = False  # the program is at fault, not the reference: its tests cannot be run
     if correct is None:
         raise InputError(f"{row['where']}: the reference cannot be checked; see `check` in verification/answers.py")
     readers = {"number": last_number, "code": lambda text: extract_program(text, value.get("entry_point"))}
@@ -160,9 +160,12 @@ def mbpp_verdict(reply: str, row: dict) -> tuple:
 
 
 def ifeval_verdict(reply: str, row: dict) -> tuple:
-    """Right if every instruction is followed, strictly. The benchmark's other three figures are metrics."""
-    strict, loose = ([follows(name, reply, kwargs, row["where"], loose) for name, kwargs in
-                      zip(row["instruction_id_list"], row["kwargs"])] for loose in (False, True))  # fmt: skip
+    """Right if every instruction is followed, by the strict rules. The benchmark's other three figures are metrics."""
+    instructions = list(zip(row["instruction_id_list"], row["kwargs"]))
+    strict, loose = (
+        [follows(name, reply, kwargs, row["where"], relaxed) for name, kwargs in instructions]
+        for relaxed in (False, True)
+    )
     metrics = {"prompt_loose": all(loose), "instruction_strict": strict, "instruction_loose": loose}
     return [name for name, held in zip(row["instruction_id_list"], strict) if held], all(strict), metrics
 
@@ -207,29 +210,44 @@ def arc_contexts(rows: list[dict], find: Callable) -> list[str]:
     return [f"Question: {row['question']}\nAnswer:" for row in rows]
 
 
-def exam(test, dev, header, line, names, word, **more):
+def exam(
+    test: tuple[str, str],
+    dev: tuple[str, str],
+    header: bool,
+    line: str,
+    names: dict[str, str],
+    word: str,
+    **more: object,
+) -> dict:
     """An entry with subjects and four choices. test, dev: (folder, suffix of its files). The rest: see five_shot."""
-    return dict(rows=lambda find: choice_rows(find(test[0]), test[1], header), prompt=paper_choice, verdict=choice_verdict,
-                over="questions", contexts=five_shot(*dev, header, line, names, word), by="letter") | more  # fmt: skip
+    entry = dict(
+        rows=lambda find: choice_rows(find(test[0]), test[1], header),
+        prompt=paper_choice,
+        verdict=choice_verdict,
+        over="questions",
+        contexts=five_shot(*dev, header, line, names, word),
+        by="letter",
+    )
+    return entry | more
 
 
-def by_text(rows, contexts, **more):
-    """An entry for --protocol loglik only; its choices are texts."""
+def by_text(rows: Callable, contexts: Callable, **more: object) -> dict:
+    """An entry for --protocol loglik only, with texts as choices."""
     return dict(rows=rows, over="questions", contexts=contexts, by="text") | more
 
 
 # Keys of an entry:
-#   rows(find): the questions; find(name) is the path of a benchmark file
-#   over: the score is a mean over "questions", or over "subjects"
+#   rows(find): the questions; find(name) returns the path of a benchmark file
+#   over: "questions" or "subjects", what the score averages over
 # --protocol paper:
 #   prompt(row): the user's turn
-#   verdict(reply, row): (extracted answer, right or wrong) and optionally {metric: value, or a list of values}
-#   runs_code: the verdict runs what the checkpoint wrote
+#   verdict(reply, row): (extracted answer, verdict), optionally also {metric: value, or a list of values}
+#   runs_code: True if the verdict runs code that the checkpoint wrote
 # --protocol loglik:
 #   contexts(rows, find): the text before each row's choices
-#   by: choices are put as their "letter" or as their "text"; "whole": the likelihood of the text itself, no choices
+#   by: "letter" or "text", what is scored of each choice; "whole": the likelihood of the context itself, no choices
 #   mass: see choice_scores
-# A prompt without a verdict is for `eval.py judge`.
+# An entry with a prompt but no verdict is for `eval.py judge`.
 BENCHMARKS = {
     "demo": dict(rows=demo_rows, prompt=lambda row: row["prompt"], verdict=demo_verdict, over="questions"),
     "gsm8k": dict(
@@ -250,7 +268,7 @@ BENCHMARKS = {
     ),
     "mbpp": dict(rows=mbpp_rows, prompt=mbpp_prompt, verdict=mbpp_verdict, runs_code=True, over="questions"),
     "ifeval": dict(rows=ifeval_rows, prompt=lambda row: row["prompt"], verdict=ifeval_verdict, over="questions"),
-    "safetybench": dict(  # the questions are the benchmark's; its own prompts have five examples, which are not given
+    "safetybench": dict(  # the benchmark's own prompts have five examples, these have none
         rows=safety_rows,
         prompt=bare_choice,
         verdict=choice_verdict,
@@ -275,7 +293,7 @@ BENCHMARKS = {
 
 
 def take_per_subject(rows: list[dict], limit: int) -> list[dict]:
-    """`limit` rows, taken in turn from each subject (its first rows first), in the order of the file."""
+    """`limit` rows: the first row of each subject, then the second of each, and so on. In the order of the file."""
     taken_of, order = collections.Counter(), []
     for i, row in enumerate(rows):
         order.append((taken_of[row.get("subject")], i))
@@ -283,7 +301,7 @@ def take_per_subject(rows: list[dict], limit: int) -> list[dict]:
     return [rows[i] for i in sorted(i for _, i in sorted(order)[:limit])]
 
 
-def check_task(task: str, args, judged: bool) -> dict:
+def check_task(task: str, args: Namespace, judged: bool) -> dict:
     """The entry of a task. InputError if it is unknown or does not fit the flags."""
     if task not in BENCHMARKS:
         raise InputError(f"--tasks: unknown task {task!r}; known are {', '.join(BENCHMARKS)}")
@@ -300,15 +318,15 @@ def check_task(task: str, args, judged: bool) -> dict:
     return bench
 
 
-def check_code_allowed(task: str, args) -> None:
+def check_code_allowed(task: str, args: Namespace) -> None:
     if not args.allow_code_execution:
         raise InputError(f"{task} runs programs that the checkpoints write; allow that with --allow-code-execution")
 
 
-def load_questions(task: str, args, judged: bool = False) -> list[dict]:
-    """The questions of a task: {"task", "row", "messages", "choices", "also"}. Refuses bad flags before anything runs.
+def load_questions(task: str, args: Namespace, judged: bool = False) -> list[dict]:
+    """The questions of a task: {"task", "row", "messages", "choices", "also"}. InputError for flags that do not fit.
 
-    judged: a judge scores the replies, so the task needs no verdict of its own. also: further parts of the reply's key.
+    judged: a judge scores the replies, so the task needs no verdict. also: further parts of the key of the reply.
     """
     bench = check_task(task, args, judged)
     find = functools.partial(find_data_file, args.data_dir)
@@ -329,7 +347,7 @@ def load_questions(task: str, args, judged: bool = False) -> list[dict]:
 
 
 def score_reply(question: dict, record: dict) -> tuple:
-    """(extracted answer, verdict, {metric: value}, confidence in the choice or None) of a reply's record."""
+    """Scores a reply's record -> (extracted answer, verdict, {metric: value}, confidence in the choice or None)."""
     bench, row = BENCHMARKS[question["task"]], question["row"]
     if "logps" in record:
         return choice_scores(record["logps"], row, bench["by"], bench.get("mass"))

@@ -1,4 +1,4 @@
-"""Find the benchmarks' files below --data-dir, or download them from their original homes against pinned checksums."""
+"""Find the benchmarks' files in --data-dir, or download them from their original sites and check their SHA-256."""
 
 import csv
 import glob
@@ -10,23 +10,28 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
+from collections.abc import Callable
+from typing import IO
 
 from huggingface_hub import hf_hub_download
 
 from core.files import InputError, atomic_write
 
 LETTERS = "ABCD"
-FOUR_SHOTS = "25974f0a5d980c8e6b432422e959cb3293b6d715a99a90d1a4c8ab1ae207c54f"  # SHA-256 of the rendered examples
+FOUR_SHOTS_SHA256 = "25974f0a5d980c8e6b432422e959cb3293b6d715a99a90d1a4c8ab1ae207c54f"  # of the rendered examples
 
 
-def open_url(url, method="GET", **headers):
+def open_url(url: str, method: str = "GET", **headers: str) -> IO[bytes]:
+    """The open reply to a request. OSError if HF_HUB_OFFLINE is set."""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise OSError("HF_HUB_OFFLINE is set")
     return urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=method), timeout=30)
 
 
-def save_checked(path: str, data: bytes, sha256: str | None, convert=lambda data: data) -> None:
-    """Checks a download's SHA-256 and writes it, converted. The file appears whole."""
+def save_checked(
+    path: str, data: bytes, sha256: str | None, convert: Callable[[bytes], bytes] = lambda data: data
+) -> None:
+    """Checks the SHA-256 of a download, converts it and writes it. The file appears whole."""
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError("the file's SHA-256 is not the expected one")
     data = convert(data)
@@ -34,15 +39,16 @@ def save_checked(path: str, data: bytes, sha256: str | None, convert=lambda data
         f.write(data)
 
 
-def from_url(path, url, *check):
+def from_url(path: str, url: str, *check: object) -> None:
+    """Downloads a file. check: the further arguments of save_checked."""
     with open_url(url) as reply:
         save_checked(path, reply.read(), *check)
 
 
 class RemoteFile(io.RawIOBase):
-    """A file on a server, read in parts: zipfile needs only the end of an archive and one member."""
+    """A file on a server, read in parts. zipfile needs only the end of an archive and one member of it."""
 
-    def __init__(self, url):
+    def __init__(self, url: str):
         self.url, self.at = url, 0
         with open_url(url, "HEAD") as reply:
             self.size = int(reply.headers["Content-Length"])
@@ -73,16 +79,16 @@ class RemoteFile(io.RawIOBase):
         return len(part)
 
 
-def from_zip(path, url, member, sha256):
-    """Takes one file out of a zip archive on a server without fetching the rest."""
+def from_zip(path: str, url: str, member: str, sha256: str) -> None:
+    """Downloads one member of a zip archive on a server, without the rest."""
     with zipfile.ZipFile(io.BufferedReader(RemoteFile(url), 1 << 20)) as archive:
         save_checked(path, archive.read(member), sha256)
 
 
-def from_archive(path, repo, name, sha256):
-    """Takes a split's folder of CSV files (the last part of path) out of an archive in a Hugging Face dataset.
+def from_archive(path: str, repo: str, name: str, sha256: str) -> None:
+    """Extracts a split's folder of CSV files (the last part of `path`) from an archive in a Hugging Face data set.
 
-    sha256: of the rows (see csv_digest). Unlike the archive's own, it does not depend on how the archive was packed.
+    sha256: of the rows (see csv_digest). It does not depend on how the archive was packed.
     """
     archive = hf_hub_download(repo, name, repo_type="dataset")
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -95,7 +101,8 @@ def from_archive(path, repo, name, sha256):
         os.rename(split, path)  # the split appears whole
 
 
-def csv_digest(folder):
+def csv_digest(folder: str) -> str:
+    """SHA-256 of the names and rows of a folder's CSV files."""
     h = hashlib.sha256()
     for path in sorted(glob.glob(os.path.join(folder, "*.csv"))):
         with open(path, encoding="utf-8-sig", newline="") as f:
@@ -103,24 +110,27 @@ def csv_digest(folder):
     return h.hexdigest()
 
 
-def render_shots(shots):
+def render_shots(shots: list[dict]) -> str:
+    """GSM8K's worked examples as the beginning of a prompt."""
     return "".join(f"Question: {s['question']}\nLet's think step by step\n{s['answer']}\n\n" for s in shots)
 
 
-def four_shots(data):
+def four_shots(data: bytes) -> bytes:
     """The first four examples of chain-of-thought-hub's prompt file, as JSON Lines."""
     blocks = [block.partition("\nLet's think step by step\n") for block in data.decode().split("\n\n")[:4]]
     shots = [{"question": q.removeprefix("Question: "), "answer": a.strip()} for q, _, a in blocks]
-    if hashlib.sha256(render_shots(shots).encode()).hexdigest() != FOUR_SHOTS:
+    if hashlib.sha256(render_shots(shots).encode()).hexdigest() != FOUR_SHOTS_SHA256:
         raise ValueError("its first four examples are not the protocol's")
     return "".join(json.dumps(shot) + "\n" for shot in shots).encode()
 
 
-def github(path, sha256, *convert):
+def github(path: str, sha256: str | None, *convert: Callable) -> tuple:
+    """An entry of HOMES for a file on GitHub."""
     return (from_url, f"https://raw.githubusercontent.com/{path}", sha256, *convert)
 
 
-def arc(member, sha256):  # of the archive's 680 MB all but two files are a corpus
+def arc(member: str, sha256: str) -> tuple:
+    """An entry of HOMES for a file of ARC. Its archive has 680 MB, nearly all of it an unrelated corpus."""
     url = "https://ai2-public-datasets.s3.amazonaws.com/arc/ARC-V1-Feb2018.zip"
     return from_zip, url, f"ARC-V1-Feb2018-2/{member}", sha256
 
@@ -129,7 +139,7 @@ SAFETY = "thu-coai/SafetyBench/960833692a1ec82b191ff3e902daca7993c35cc1/opensour
 FASTCHAT = "lm-sys/FastChat/0e6d3e4beaab66f4d3f93db72541a4abab8af28d/fastchat/llm_judge/data"
 MMLU, CMMLU = ("cais/mmlu", "data.tar"), ("haonan-li/cmmlu", "cmmlu_v1_0_1.zip")
 CEVAL = ("ceval/ceval-exam", "ceval-exam.zip")
-# {file or folder of a split: where to fetch it and its SHA-256, or a text that tells the user what to do}
+# {file or folder: (download function, its arguments), or a text that tells the user what to do}
 HOMES = {
     "gsm8k/test.jsonl": github(
         "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/test.jsonl",
@@ -177,7 +187,7 @@ HOMES = {
 
 
 def find_data_file(data_dir: str, name: str) -> str:
-    """The path of a benchmark's file or folder; downloads it if it is missing. A file is found with and without .gz."""
+    """The path of a benchmark's file or folder, downloaded if it is missing. Also finds a file without or with .gz."""
     path = os.path.join(data_dir, name)
     other = path.removesuffix(".gz") if path.endswith(".gz") else f"{path}.gz"
     if not os.path.exists(path) and os.path.isfile(other):

@@ -1,10 +1,10 @@
 """Win rates on open questions, judged by a teacher in both orders.
 
-    python eval.py judge --ckpt base sft.pt sft-kto.pt --tasks mt_bench alignbench --teacher http://HOST:8000/v1 --out runs/judge
+    python eval.py judge --ckpt base sft.pt sft-kto.pt --tasks mt_bench --teacher http://HOST:8000/v1 --out runs/judge
 
-Each checkpoint is compared with the first one. A reply wins only if it is preferred in both orders; otherwise it is a tie.
-Judges prefer longer replies, so the table shows the lengths too. Replies (replies.jsonl, as in eval.py) and judgements
-(judgements.jsonl) are kept: the same command again asks only what is missing.
+Each checkpoint is compared with the first one. A reply wins only if it is preferred in both orders; otherwise it is a
+tie. Judges prefer longer replies, so the table also has the lengths. Replies (replies.jsonl, as in eval.py) and
+judgements (judgements.jsonl) are kept. Running the same command again asks only the missing ones.
 """
 
 import json
@@ -44,7 +44,7 @@ def comparison_request(question: str, a: str, b: str) -> list[dict]:
 
 
 def preference(text: str) -> int | None:
-    """1 if the judge prefers A, -1 for B, 0 for a tie, None if its reply is not readable."""
+    """1 if the judge prefers A, -1 if it prefers B, 0 for a tie, None if its reply cannot be read."""
     value = parse_object(text)
     if not value or set(value) != {"better"} or not isinstance(value["better"], str):
         return None
@@ -54,7 +54,7 @@ def preference(text: str) -> int | None:
 def outcome(first: int | None, second: int | None) -> float | None:
     """1 if X won, 0.5 for a tie, 0 if it lost, None if neither order gave a readable preference.
 
-    first: the preference with X as A. second: the preference with X as B. One readable order decides nothing: a tie.
+    first: the preference with X as A. second: the preference with X as B. If only one can be read, it is a tie.
     """
     if first is None and second is None:
         return None
@@ -65,8 +65,8 @@ def outcome(first: int | None, second: int | None) -> float | None:
 def summarise_verdicts(outcomes: list[float | None], lengths: list[int], base_lengths: list[int]) -> dict:
     """The win rate of one checkpoint against the first, from its outcomes (1, 0.5, 0 or None).
 
-    score: the mean outcome; a tie counts half. stderr and p (of no difference from one half) are over the questions.
-    lengths: characters of the replies.
+    score: the mean outcome; a tie counts half. p: of the hypothesis that the score is one half. lengths, base_lengths:
+    characters of the replies.
     """
     known = [x for x in outcomes if x is not None]
     if not known:

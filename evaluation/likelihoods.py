@@ -20,14 +20,14 @@ CACHE_TOKENS = 1 << 15  # KV-cache tokens of one forward, all rows together; bou
 def choice_logps(
     model: Qwen2, tokenizer: Tokenizer, contexts: list[str], choices: list[list[str]], where: str = "--tasks"
 ) -> list[list[float]]:
-    """The log-likelihood of each context's choices, in nats. The prefix that all contexts share is computed once.
+    """The log-likelihoods of each context's choices, in nats. The prefix shared by all contexts is computed once.
 
-    choices: a list for each context; each choice begins with its space. Context and choice are encoded together and split
-    at the length of the context alone, as the harness does. where: named in an error.
+    choices: a list for each context; each choice starts with a space. As in the harness, context and choice are encoded
+    together and split at the token length of the context alone. where: the flag to name in an error.
     """
     starts = [len(tokenizer.encode(context)) for context in contexts]
     wholes = [[tokenizer.encode(context + choice) for choice in some] for context, some in zip(contexts, choices)]
-    # a feed is a context and its choice without the last token: one per context if every choice is a single token
+    # a feed is a context with a choice, without the last token: one per context if every choice is a single token
     feeds = list(dict.fromkeys(tuple(ids[:-1]) for some in wholes for ids in some))
     longest, end = max(map(len, feeds)), model.config.max_position_embeddings
     if longest > end:
@@ -60,10 +60,10 @@ def choice_logps(
 
 @torch.no_grad()
 def text_logp(model: Qwen2, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
-    """The log-likelihood of a text in nats, and its number of tokens. The first token follows the tokenizer's prefix token.
+    """The log-likelihood of a text in nats, and its number of tokens. tokenizer.prefix predicts the first token.
 
-    A text longer than the model's positions goes in the harness' windows: each begins at the last token of the one
-    before; the last window reaches back as far as the positions allow.
+    A text longer than the model's positions is split into windows, as in the harness. Each window starts at the last
+    token of the one before. The last window has as much context as the positions allow.
     """
     ids, size, total = [tokenizer.prefix, *tokenizer.encode(text)], model.config.max_position_embeddings, 0.0
     for start in range(1, len(ids), size):
@@ -90,7 +90,7 @@ def ask_likelihoods(
                 yield i, {"reply": "", "logp": logp, "prompt_tokens": tokens}
             continue
         sizes = {i: len(tokenizer.encode(texts[i])) for i in group}
-        # by letter: questions of a subject share its examples. by text: choices of one question share its context.
+        # by letter: the questions of a subject share its examples. by text: the choices of a question share its context
         step = min(batch_size, max(1, CACHE_TOKENS // max(sizes.values()))) if by == "letter" else 1
         for part in (group[i : i + step] for i in range(0, len(group), step)):
             choices = [questions[i]["choices"] for i in part]

@@ -1,7 +1,7 @@
 """Ask checkpoints the questions and keep their replies in OUT, so that no question is asked twice.
 
-OUT/replies.jsonl: one record a reply, by key; further ranks write replies.rankN.jsonl. OUT/checkpoints.json: what the keys
-need to know about each checkpoint, for --rescore.
+OUT/replies.jsonl: one record per reply, by key; further ranks write replies.rankN.jsonl. OUT/checkpoints.json: each
+checkpoint's part of the keys, for --rescore.
 """
 
 import gc
@@ -36,7 +36,7 @@ Replies = dict[str, dict[str, list[dict]]]  # {checkpoint: {task: the record of 
 def ask_checkpoint(
     model: Qwen2, tokenizer: Tokenizer, questions: list[dict], args: Namespace
 ) -> Iterator[tuple[int, dict]]:
-    """Yields (index, record) as each question is done. Questions of all tasks share the batches, so one slow tail is paid."""
+    """Yields (index, record) as each question is done. Questions of all tasks share the batches."""
     if args.protocol == "loglik":
         yield from ask_likelihoods(model, tokenizer, questions, args.batch_size)
         return
@@ -53,7 +53,7 @@ def ask_checkpoint(
 
 
 def question_keys(args: Namespace, work: Work, fingerprint: str, stop_ids: list[int]) -> dict[str, list[str]]:
-    """{task: the key of each reply}. A key covers all that a reply depends on, except the code."""
+    """{task: the key of each reply}. A key is a hash of everything that a reply depends on, except the code."""
     settings = [args.protocol, args.dtype, args.max_new_tokens]
     settings += [] if args.repetition_penalty == 1.0 else [args.repetition_penalty]
 
@@ -80,7 +80,7 @@ def known_checkpoints(out: str) -> dict[str, dict]:
 
 
 def remember_checkpoint(args: Namespace, source: str, name: str, known: dict, found: list[dict], code: str) -> None:
-    """Adds a checkpoint to OUT/checkpoints.json, and warns of replies that other code gave."""
+    """Adds a checkpoint to OUT/checkpoints.json. Warns if kept replies were made by another version of the code."""
     with atomic_write(os.path.join(args.out, CHECKPOINTS)) as f:
         json.dump(known_checkpoints(args.out) | {source: known}, f, indent=1)
     old = sum(record.get("code", code) != code for record in found)
@@ -89,9 +89,9 @@ def remember_checkpoint(args: Namespace, source: str, name: str, known: dict, fo
 
 
 def collect_replies(args: Namespace, names: list[str], work: Work, ranks: Ranks = ONE_RANK) -> Replies:
-    """The reply of each checkpoint to each question. Asks only what OUT does not hold yet.
+    """The reply of each checkpoint to each question. Asks only questions without a reply in OUT.
 
-    Each rank asks every world-th question and writes a file of its own. The result is complete on all ranks.
+    Each rank asks every world-th question and writes its own file. The result is complete on all ranks.
     """
     own = os.path.join(args.out, f"replies.rank{ranks.rank}.jsonl" if ranks.rank else "replies.jsonl")
     penalty = {} if args.repetition_penalty == 1.0 else {"repetition_penalty": args.repetition_penalty}
@@ -136,20 +136,22 @@ def collect_replies(args: Namespace, names: list[str], work: Work, ranks: Ranks 
 
 
 def load_replies(args: Namespace, names: list[str], work: Work) -> Replies:
-    """collect_replies() from OUT alone: no checkpoint is opened. A path means the checkpoint last evaluated under it."""
+    """collect_replies() from OUT only, without opening a checkpoint. A path stands for its last evaluated content."""
     replies, known, found = read_replies(args.out), known_checkpoints(args.out), {}
     for source, name in zip(args.ckpt, names):
         if source not in known:
             there = ", ".join(known) or "nothing"
-            raise InputError(f"{args.out}/{CHECKPOINTS}: no {source}, only {there}; name it as that run did, "
-                             "or leave --rescore out: kept replies are not asked for again")  # fmt: skip
+            advice = "name it as that run did, or leave --rescore out: kept replies are not asked for again"
+            raise InputError(f"{args.out}/{CHECKPOINTS}: no {source}, only {there}; {advice}")
         for task, keys in question_keys(args, work, **known[source]).items():
             found.setdefault(name, {})[task] = records = [replies.get(key) for key in keys]
             if None in records:
                 settings = f"{protocol_name(args)}, {args.dtype}, at most {args.max_new_tokens} tokens"
-                raise InputError(f"{args.out}/replies.jsonl: {records.count(None)} of the {len(records)} replies of {name} to "
-                                 f"{task} ({settings}) are missing; give the flags and data of that run, "
-                                 "or leave --rescore out")  # fmt: skip
+                missing = (
+                    f"{records.count(None)} of the {len(records)} replies of {name} to {task} ({settings}) are missing"
+                )
+                advice = "give the flags and data of that run, or leave --rescore out"
+                raise InputError(f"{args.out}/replies.jsonl: {missing}; {advice}")
     return found
 
 
@@ -163,7 +165,7 @@ def checkpoint_names(sources: list[str]) -> list[str]:
 
 
 def protocol_name(args: Namespace) -> str:
-    """The protocol's name in tables. A repetition penalty makes it another protocol: the paper's has none."""
+    """The protocol's name in tables. It includes a repetition penalty, because the paper's protocol has none."""
     penalty = args.repetition_penalty
     return args.protocol if penalty == 1.0 else f"{args.protocol}, repetition penalty {penalty:g}"
 
@@ -176,12 +178,13 @@ def add_reply_flags(p: ArgumentParser, out: str | None = None) -> None:
     p.add_argument("--data-dir", default="data", help="directory of the benchmark files; missing ones are downloaded")
     p.add_argument("--limit", type=at_least(1), help="questions per task, in turn from its subjects; default: all")
     # generation
-    p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="tokens of a reply at most")
-    p.add_argument("--repetition-penalty", type=number(above=0), default=1.0,
-                   help="1.0 is the paper's: none. transformers' generate reads it from generation_config.json "
-                   "(1.1 in Qwen2-0.5B-Instruct); this flag does not")  # fmt: skip
+    p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
+    penalty = "1.0: none, as in the paper. Unlike in transformers, generation_config.json does not set it"
+    p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help=penalty)
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no reply")
-    p.add_argument("--cache-gb", type=number(above=0), default=4.0, help="GiB of KV cache; other questions wait")
+    p.add_argument(
+        "--cache-gb", type=number(above=0), default=4.0, help="size of the KV cache in GiB; other questions wait"
+    )
     # machine
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")

@@ -1,6 +1,6 @@
 """Read the benchmarks' questions as rows: dicts with "id", "subject" if there are subjects, and the fields of the task.
 
-A row reader takes `find`: the path of a benchmark's file by its name (see evaluation/downloads.py).
+A row reader takes find(name), which returns the path of a benchmark's file (see evaluation/downloads.py).
 """
 
 import csv
@@ -20,7 +20,7 @@ from verification.answers import last_number
 
 
 def choice_rows(folder: str, suffix: str, header: bool) -> list[dict]:
-    """Rows of a folder of CSV files, one file a subject: question, four choices, letter of the answer."""
+    """Rows of a folder of CSV files, one per subject, with question, four choices and the answer's letter."""
     rows = []
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*" + suffix))):
         subject = os.path.basename(path)[: -len(suffix)]

@@ -8,14 +8,14 @@ import math
 
 import numpy as np
 
-POWER = 1.96 + 0.8416  # a true difference of so many standard errors shows at p < 0.05 with probability 0.8
+POWER = 1.96 + 0.8416  # a true difference of this many standard errors has p < 0.05 with probability 0.8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 
 
 def mean_stderr(x: list[float]) -> tuple[float, float | None]:
-    """Mean of n numbers and its standard error sqrt(s^2 / n), with the sample variance s^2. None for a single number."""
+    """Mean of n numbers and its standard error sqrt(s^2 / n), with the sample variance s^2. None if n is 1."""
     n = len(x)
     mean = sum(x) / n
     return mean, math.sqrt(sum((v - mean) ** 2 for v in x) / (n - 1) / n) if n > 1 else None
@@ -24,9 +24,9 @@ def mean_stderr(x: list[float]) -> tuple[float, float | None]:
 def subjects_mean_stderr(x: list[float], subjects: list[str]) -> tuple[float, float | None]:
     """Mean of the subjects' means and its standard error. x, subjects: n numbers and n names.
 
-    The subjects are fixed, only the questions vary: the error is sqrt(sum_s se_s^2) / S over the S subjects. If a subject
-    has a single question, its se_s is unknown, and the spread of the subjects' means is used: sqrt(s^2 / S). That is too
-    large rather than too small, as the subjects differ too.
+    The subjects are fixed and only the questions vary, so the error is sqrt(sum_s se_s^2) / S over the S subjects. If a
+    subject has a single question, its se_s is unknown, and the error is that of the subjects' means, sqrt(s^2 / S). This
+    tends to be too large, because it includes the differences between subjects.
     """
     means, errors = zip(*(mean_stderr(group) for group in by_subject(x, subjects)))
     if None in errors:
@@ -98,15 +98,15 @@ def bootstrap(
 def paired_comparison(a: list, b: list, subjects: list[str] | None = None) -> dict:
     """The paired difference b - a of verdicts: {"difference", "stderr", "interval", "p", "test"}.
 
-    subjects: one name a question if the score averages over subjects. 0/1 verdicts averaged over questions get McNemar's
-    exact test, all others the paired bootstrap. The 95% interval is the bootstrap's.
+    subjects: one name per question, if the score averages over subjects. The test is McNemar's exact test for 0/1
+    verdicts averaged over questions, else the paired bootstrap. The 95% interval is always the bootstrap's.
     """
     d = [float(y) - float(x) for x, y in zip(a, b, strict=True)]
     difference, stderr = subjects_mean_stderr(d, subjects) if subjects else mean_stderr(d)
     interval, p = bootstrap(d, subjects)
     exact = not subjects and {*a, *b} <= {0, 1}
-    return {"difference": difference, "stderr": stderr, "interval": interval, "p": mcnemar(a, b) if exact else p,
-            "test": "McNemar" if exact else "bootstrap"}  # fmt: skip
+    p, test = (mcnemar(a, b), "McNemar") if exact else (p, "bootstrap")
+    return {"difference": difference, "stderr": stderr, "interval": interval, "p": p, "test": test}
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -128,8 +128,8 @@ def holm(p_values: list[float]) -> list[float]:
 def calibration(confidences: list[float], verdicts: list[float], bins: int = 10) -> dict:
     """Expected calibration error (arXiv 1706.04599) and its reliability table.
 
-    confidences: the probability of each chosen answer. verdicts: whether it was right. Bins (low, high] have equal width.
-    The error is the mean over questions of |accuracy - mean confidence| in the question's bin.
+    confidences: the probability of each chosen answer. verdicts: whether it was right. The bins (low, high] have equal
+    width. The error is the mean over questions of |accuracy - mean confidence| of the question's bin.
     """
     places = [min(bins - 1, max(0, math.ceil(c * bins) - 1)) for c in confidences]
     table, error = [], 0.0
@@ -139,6 +139,6 @@ def calibration(confidences: list[float], verdicts: list[float], bins: int = 10)
             confidence = sum(confidences[i] for i in inside) / len(inside)
             accuracy = sum(verdicts[i] for i in inside) / len(inside)
             error += abs(accuracy - confidence) * len(inside) / len(places)
-            table.append({"above": k / bins, "to": (k + 1) / bins, "n": len(inside), "confidence": confidence,
-                          "accuracy": accuracy})  # fmt: skip
+            row = {"above": k / bins, "to": (k + 1) / bins, "n": len(inside)}
+            table.append(row | {"confidence": confidence, "accuracy": accuracy})
     return {"ece": error, "bins": table}

@@ -13,7 +13,7 @@ from tiny_benchmarks import FUNCTION, SHOTS, write_benchmarks
 from core.files import InputError
 from evaluation import downloads
 from evaluation.benchmarks import BENCHMARKS, choice_scores
-from evaluation.downloads import FOUR_SHOTS, HOMES, find_data_file
+from evaluation.downloads import FOUR_SHOTS_SHA256, HOMES, find_data_file
 from evaluation.rows import json_rows
 
 
@@ -160,7 +160,7 @@ def test_original_files():
         for row, context in zip(rows, BENCHMARKS[task]["contexts"](rows, find), strict=True):
             assert context.count("\nD. ") >= 6 and row["subject"] not in context.split("\n")[0] or task == "mmlu"
     shots = BENCHMARKS["gsm8k"]["rows"](find)[0]["shots"]
-    assert hashlib.sha256(shots.encode()).hexdigest() == FOUR_SHOTS
+    assert hashlib.sha256(shots.encode()).hexdigest() == FOUR_SHOTS_SHA256
     pinned = {name: home for name, home in HOMES.items() if os.path.exists(os.path.join(os.environ["DATA_DIR"], name))}
     assert len(pinned) == 17 and pinned.pop(
         "truthfulqa/TruthfulQA.csv"
@@ -297,7 +297,9 @@ def test_one_file_of_an_archive_on_a_server(monkeypatch, tmp_path):
 
 def test_four_shots_are_read_from_their_home(monkeypatch):
     text = downloads.render_shots(SHOTS) + "Question: a fifth\nLet's think step by step\nyes\n\n"
-    monkeypatch.setattr(downloads, "FOUR_SHOTS", hashlib.sha256(downloads.render_shots(SHOTS).encode()).hexdigest())
+    monkeypatch.setattr(
+        downloads, "FOUR_SHOTS_SHA256", hashlib.sha256(downloads.render_shots(SHOTS).encode()).hexdigest()
+    )
     assert [json.loads(line) for line in downloads.four_shots(text.encode()).splitlines()] == SHOTS
 
 
