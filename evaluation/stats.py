@@ -25,7 +25,7 @@ def subjects_mean_stderr(x: list[float], subjects: list[str]) -> tuple[float, fl
     """Mean of the subjects' means and its standard error. x, subjects: n numbers and n names.
 
     The subjects are fixed and only the questions vary, so the error is sqrt(sum_s se_s^2) / S over the S subjects. If a
-    subject has a single question, its se_s is unknown, and the error is that of the subjects' means, sqrt(s^2 / S). This
+    subject has a single question, its se_s is unknown. The error is then that of the subjects' means, sqrt(s^2 / S). It
     tends to be too large, because it includes the differences between subjects.
     """
     means, errors = zip(*(mean_stderr(group) for group in by_subject(x, subjects)))

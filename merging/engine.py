@@ -22,9 +22,9 @@ from merging.inputs import BREADCRUMBS, DARE, DELLA, ELECTS, RANDOM, SPARSE
 
 @dataclass
 class Plan:
-    """One merge: what is the same for all of its tensors."""
+    """The settings of a merge, the same for all tensors."""
 
-    args: Namespace  # as open_inputs() completes them
+    args: Namespace  # as completed by open_inputs()
     base: Checkpoint | None
     models: list[Checkpoint]
     sparsify: Callable | None  # magnitudes |delta|, density, options -> mask of the elements kept, of the same shape
@@ -50,26 +50,26 @@ class Plan:
 
 @dataclass
 class Stats:
-    """What a merge counts for its manifest and its warning."""
+    """Numbers that a merge collects for its manifest and for the warning about rounding."""
 
     changed: int = 0  # elements that differ from the reference in float32
-    lost: int = 0  # those of them that are equal to it again once rounded to the output's dtype
+    lost: int = 0  # of these, the elements that equal it again after rounding to the output's dtype
     lines: tuple[float, float] | None = None  # LiNeS' alpha and beta, as used
     digests: dict[str, list[str]] = field(default_factory=dict)  # tensor -> SHA-256 in each model, then in the base
 
 
 @dataclass
 class TensorInputs:
-    """One tensor of all inputs: flat, (m,), as stored. Tensors of mapped files are read when they are used."""
+    """One tensor of all inputs: flat, (m,), in the stored dtype. Tensors of mapped files are read when used."""
 
     name: str
     shape: tuple[int, ...]
     reference: Tensor
     models: list[Tensor]
-    mapped: list[Tensor]  # those of the above that are in mapped files: pages already read can be dropped
+    mapped: list[Tensor]  # the tensors above that are in mapped files: pages already read can be dropped
 
     def chunks(self) -> Iterator[slice]:
-        """The slices to work on, one after the other; drops the pages of mapped files behind them."""
+        """Yields the slices to work on, in order. Drops pages of mapped files that were already read."""
         return page_chunks(len(self.reference), self.mapped, methods.CHUNK)
 
     def deltas(self, part: slice, dtype: torch.dtype) -> Tensor:
@@ -107,9 +107,9 @@ def mask_generator(seed: int, name: str, i: int) -> torch.Generator:
 
 
 def sparse_masks(plan: Plan, tensor: TensorInputs) -> list[tuple[Tensor | None, float]]:
-    """For each model: the mask (m,) of the elements kept, None for all; and the factor on what is kept.
+    """For each model: (mask (m,) of the elements to keep, or None for all; factor on the kept elements).
 
-    With --rescale density, DELLA's masks hold what the delta is divided by.
+    With --rescale density, DELLA's masks hold the divisors of the delta instead.
     """
     args, masks = plan.args, []
     if args.method not in SPARSE or plan.thresholds:
@@ -137,7 +137,7 @@ def sparse_masks(plan: Plan, tensor: TensorInputs) -> list[tuple[Tensor | None, 
 
 
 def merged_deltas(plan: Plan, tensor: TensorInputs) -> Callable[[slice, Tensor], Tensor]:
-    """Computes the masks of one tensor. Returns merge(part, deltas (n, c)) -> (c,): sparsify, then combine."""
+    """Computes the masks of a tensor. Returns merge(part, deltas (n, c)) -> (c,), which sparsifies and combines."""
     masks, weights, args = sparse_masks(plan, tensor), plan.weights(tensor.name), plan.args
     elects = {"sign": args.sign, "zero_sign": plan.zero_sign} if args.method in ELECTS else {}
 
@@ -155,9 +155,9 @@ def merged_deltas(plan: Plan, tensor: TensorInputs) -> Callable[[slice, Tensor],
 
 
 def make_tensor_merge(plan: Plan, tensor: TensorInputs) -> Callable[[slice, list[Tensor], Tensor], Tensor]:
-    """Computes all that needs the whole tensor: masks, factors. Returns merge(part, pieces, reference) -> (c,).
+    """Computes everything that needs the whole tensor (masks, factors). Returns merge(part, pieces, reference) -> (c,).
 
-    pieces: the models' elements of that part, n of (c,). reference: the reference's, (c,).
+    pieces: the models' elements of that part, n tensors (c,). reference: those of the reference, (c,).
     """
     args, weights = plan.args, plan.weights(tensor.name)
     if args.method == "linear":
@@ -189,9 +189,9 @@ def check_finite(name: str, result: Tensor, pieces: list[tuple[Checkpoint, Tenso
 
 
 def merge_tensor(plan: Plan, name: str, dtype: torch.dtype, hashing: bool) -> tuple[Tensor, int, int, list[str]]:
-    """One tensor of the result, in dtype. Returns (tensor, changed, lost, digests): see Stats. hashing: make digests.
+    """Merges one tensor. Returns (tensor in dtype, changed, lost, digests): see Stats. hashing: compute the digests.
 
-    A tensor of integers is copied if all inputs agree; InputError if they do not.
+    A tensor of integers is copied; InputError if the inputs differ.
     """
     tensor = read_tensor(plan, name)
     inputs = [*plan.models, plan.base] if plan.base else plan.models
@@ -204,7 +204,7 @@ def merge_tensor(plan: Plan, name: str, dtype: torch.dtype, hashing: bool) -> tu
     hashes = [hashlib.sha256() for _ in inputs if hashing]
     for part in tensor.chunks():
         stored = [x[part] for x in (*tensor.models, tensor.reference)]
-        for h, x in zip(hashes, stored):  # here, while they are in memory: reading them again costs as much as merging
+        for h, x in zip(hashes, stored):  # hash while the data are in memory: reading again costs as much as merging
             h.update(x.view(torch.uint8).numpy())
         *pieces, reference = (x.to(plan.arithmetic) for x in stored)
         result = merge(part, pieces, reference)
@@ -226,8 +226,7 @@ def merge_tensor(plan: Plan, name: str, dtype: torch.dtype, hashing: bool) -> tu
 def in_order(work: Callable, sizes: dict[str, int], threads: int) -> Iterator[tuple]:
     """Yields (name, work(name)) in the order of sizes, {name: elements}, computed by several threads.
 
-    The results being computed or waiting to be taken have at most 1.5 times the elements of the largest tensor. This
-    bounds the memory.
+    To bound memory, results that are running or waiting have at most 1.5 times the elements of the largest tensor.
     """
     todo, queue, ahead, most = collections.deque(sizes), collections.deque(), 0, 1.5 * max(sizes.values())
     pool, before = ThreadPoolExecutor(threads), torch.get_num_threads()
@@ -297,7 +296,7 @@ def lines_alpha(plan: Plan) -> float:
 def merge_tensors(plan: Plan, dtype: torch.dtype, stats: Stats | None = None, quiet: bool = False) -> Iterator[tuple]:
     """Yields (name, tensor in dtype) for every tensor of the result.
 
-    stats: filled in as the tensors are taken; without it nothing is hashed. quiet: no progress bar.
+    stats: filled in as the tensors are consumed; without it nothing is hashed. quiet: no progress bar.
     """
     work = lambda name: merge_tensor(plan, name, dtype, hashing=stats is not None)
     for name, (tensor, changed, lost, digests) in each_tensor(plan, work, "merge", quiet):

@@ -41,7 +41,7 @@ OPTIONS = {
 
 
 def add_method_flags(parser: argparse.ArgumentParser, methods: Iterable[str]) -> None:
-    """The flags that say what to merge and how, for merge.py and its search. methods: choices of --method."""
+    """Adds the flags for inputs and method, for merge.py and its search. methods: choices of --method."""
     add = parser.add_argument
     # checkpoints
     add("--models", required=True, nargs="+", metavar="C[:WEIGHT]", help="hub id, directory or .pt; default weight: 1")
@@ -73,7 +73,7 @@ def add_method_flags(parser: argparse.ArgumentParser, methods: Iterable[str]) ->
 
 
 def add_delta_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of the methods that merge deltas. fill_options() fills in the defaults, so that it can tell what was given."""
+    """Adds the flags of methods that merge deltas. fill_options() sets the defaults, after it saw which were given."""
     add = parser.add_argument
     # deltas
     density = (
@@ -115,7 +115,7 @@ def parse_finite(text: str, where: str) -> float:
 
 
 def parse_model(text: str) -> tuple[str, float | None]:
-    """'C' or 'C:WEIGHT' -> (C, weight or None). The path of an existing file is taken whole, colons and all."""
+    """'C' or 'C:WEIGHT' -> (C, weight or None). The path of an existing file may contain colons."""
     source, colon, weight = text.rpartition(":")
     if not colon or os.path.exists(text):
         return text, None
@@ -133,7 +133,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_lines(text: str) -> tuple[float | None, float | None]:
-    """'ALPHA[:BETA]' or 'auto[:BETA]' -> (alpha, beta). alpha None: auto. Default beta: 1 - alpha, None until it is known."""
+    """'ALPHA[:BETA]' or 'auto[:BETA]' -> (alpha, beta). auto: alpha is None. Default beta: 1 - alpha, or None."""
     first, colon, second = text.partition(":")
     alpha = None if first == "auto" else parse_finite(first, f"--lines {text}")
     if colon:
@@ -148,7 +148,7 @@ def format_lines(lines: tuple[float | None, float | None]) -> str:
 
 
 def fill_options(args: argparse.Namespace, n: int) -> list[str]:
-    """Checks the options and fills in the defaults. n: the number of models. Sets args.densities. Returns notes."""
+    """Checks the options, sets their defaults and args.densities. n: the number of models. Returns notes."""
     method, notes = args.method, []
     for flag, (attribute, scope, default) in OPTIONS.items():
         if getattr(args, attribute) is None:
@@ -163,7 +163,7 @@ def fill_options(args: argparse.Namespace, n: int) -> list[str]:
     if args.rescale == "density" and method not in RANDOM:
         raise InputError(f"--rescale density: {method} keeps no elements at random; use l1")
     if args.rescale != "none" and args.trim == "global":
-        raise InputError("--rescale: TIES as its authors have it (--trim global) rescales nothing; use --lambda")
+        raise InputError("--rescale: TIES as in its authors' code (--trim global) does not rescale; use --lambda")
     if args.normalize is None:
         args.normalize = method in ("linear", "ties", "della")
     if isinstance(args.lines, str):
@@ -248,7 +248,8 @@ def check_tokenizers(a: Checkpoint, b: Checkpoint, allow_mismatch: bool) -> list
 def open_inputs(args: argparse.Namespace) -> tuple[Checkpoint | None, list[Checkpoint]]:
     """Opens and checks the base (or None) and the models, and completes args.
 
-    Sets args.weights, densities, weights_for (one number per model, without those equal to the base) and n_layers.
+    Sets args.weights, args.densities and args.weights_for (one number per model, without models that are the base) and
+    args.n_layers.
     """
     n, parsed = len(args.models), [parse_model(text) for text in args.models]
     if args.out:

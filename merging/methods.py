@@ -22,8 +22,8 @@ def slerp_weights(a: Tensor, b: Tensor, t: float, straight: float = 0.9995) -> t
     """Spherical interpolation between two tensors, as flat vectors with angle theta (doi 10.1145/325165.325242).
 
     Returns the factors of a and b: sin((1 - t) theta) / sin(theta) and sin(t theta) / sin(theta). t = 0 gives a.
-    Falls back to (1 - t, t) if cos theta > straight or the vectors are nearly opposite. mergekit's `straight` is 0.9995,
-    which fine-tunes of one base always exceed; the error is at most theta^2 / 8, relative to a and b.
+    Falls back to (1 - t, t) if cos theta > straight or the vectors are nearly opposite. mergekit has straight = 0.9995.
+    Fine-tunes of one base always exceed it. The error is then at most theta^2 / 8, relative to a and b.
     """
 
     def dot(x, y):  # in float64: float32 rounding over a long sum would change the angle
@@ -58,9 +58,9 @@ def lines_scale(name: str, alpha: float, beta: float, n_layers: int) -> float:
 
 
 def largest(magnitudes: Tensor, k: int, first: bool = True) -> Tensor:
-    """Mask of the k largest magnitudes, (m,) -> (m,). Among equals at the threshold the first are kept, or the last.
+    """Mask of the k largest magnitudes, (m,) -> (m,). first: of equal elements keep the first ones, else the last.
 
-    Zeros at the threshold may be left out: keeping a zero changes nothing.
+    Zeros may be missing from the mask, because keeping a zero changes nothing.
     """
     m = len(magnitudes)
     if k >= m:
@@ -122,7 +122,7 @@ def magprune(
 
 
 def l1_scale(magnitudes: Tensor, keep: Tensor) -> float:
-    """The factor that restores the L1 norm of the whole delta, (m,), (m,). 1 if either norm is zero. Sums in float64."""
+    """The factor that restores the delta's L1 norm after sparsification. (m,), (m,); 1 if either norm is zero."""
     norms = torch.zeros(2, dtype=torch.float64)
     for s, k in zip(magnitudes.split(CHUNK), keep.split(CHUNK)):
         norms += torch.stack([s.sum(dtype=torch.float64), (s * k).sum(dtype=torch.float64)])
@@ -210,8 +210,8 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype != torch.float64 or dtype.itemsize > 2:
         return x.to(dtype)
     near = x.float()
-    # Round to odd: an inexact float32 with an even last bit is replaced by its neighbour on the side of x. That is never
-    # halfway between two half-precision numbers, so the second rounding goes the right way.
+    # Round to odd: an inexact float32 with an even last bit is replaced by its neighbour on the side of x. The neighbour
+    # is never halfway between two half-precision numbers, so the second rounding is correct.
     away = torch.where(x > near, math.inf, -math.inf)
     even = near.view(torch.int32) & 1 == 0
     return torch.where((x != near) & even, near.nextafter(away), near).to(dtype)

@@ -1,4 +1,4 @@
-"""Finds a minimum in few evaluations, along one number at a time: next_point, minimise; and greedy_soup."""
+"""Minimise a function in few evaluations, by coordinate descent with parabolas; and the greedy soup."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,8 +24,8 @@ FIRST = {
 def next_point(tried: dict[float, float], low: float, high: float, tolerance: float) -> float | None:
     """The next x in [low, high] at which to look for the minimum of a smooth function. None: close enough.
 
-    tried: {x: value}. Takes the vertex of the parabola through the best point and its neighbours. Between two fine-tunes
-    of one base the loss is almost a parabola. Without a vertex there, a golden section of the wider side.
+    tried: {x: value}. Takes the vertex of the parabola through the best point and its neighbours, because the loss
+    between two fine-tunes of one base is almost a parabola. Without a vertex, takes the golden section of the wider side.
     """
     xs = sorted(tried)
     best = min(xs, key=tried.get)
@@ -78,7 +78,7 @@ def minimise(
     budget: int,
     ranges: dict = RANGES,
 ) -> Point:
-    """Searches along each direction in turn until a round brings nothing or the budget is spent. Returns the best point.
+    """Searches along each direction in turn until a round does not help or the budget is spent. -> the best point.
 
     evaluate(point, label): the value to minimise. known(point): already evaluated, costs no budget. budget: the most
     points to evaluate. ranges: as RANGES.
@@ -107,8 +107,10 @@ def minimise(
 
 
 def greedy_soup(evaluate: Callable[[Point, str], float], n: int) -> Point:
-    """Greedy soup (arXiv 2203.05482, Recipe 1): from the best model down, each joins the plain mean if the value does
-    not get worse. Returns the soup."""
+    """Greedy soup (arXiv 2203.05482, Recipe 1). Returns the soup.
+
+    Takes the models from best to worst. Each joins the plain mean if the value does not get worse.
+    """
     soup = lambda members: {"weights": [float(i in members) / len(members) for i in range(n)]}
     values = [evaluate(soup([i]), f"model {i + 1} alone") for i in range(n)]
     order = sorted(range(n), key=values.__getitem__)

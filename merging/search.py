@@ -1,7 +1,7 @@
-"""The search of merge.py: finds the weights (density, lambda, LiNeS alpha) that do best on held-out data.
+"""merge.py search: find the weights (and density, lambda, LiNeS alpha) that do best on held-out data.
 
     python merge.py search --method linear --models sft kto --data heldout.jsonl --out search.json
-    python merge.py search --method ties --base base --models sft kto --over weights density --tasks gsm8k --out search.json
+    python merge.py search --method ties --base base --models sft kto --over weights density --tasks gsm8k --out s.json
     python merge.py search --method linear --models run/step-* --greedy --data heldout.jsonl --out soup.json
 
 Each point is merged into one model in memory; no checkpoint is written. Part of the data is set aside: the search never
@@ -42,7 +42,7 @@ from training.logps import sequence_logps
 
 
 def valid_ranges(args: argparse.Namespace, n: int) -> dict[str, tuple[float, float]]:
-    """RANGES without what merge.py refuses with these options. n: the number of models."""
+    """RANGES, restricted to values that merge.py accepts with these options. n: the number of models."""
     ranges = dict(RANGES)
     if args.method in DELLA:  # density ± epsilon must be between 0 and 1
         ranges["density"] = low, high = args.epsilon + 0.01, 0.99 - args.epsilon
@@ -68,8 +68,10 @@ def args_at(args: argparse.Namespace, point: Point) -> argparse.Namespace:
 
 
 def start_points(args: argparse.Namespace, n: int) -> tuple[Point, list[Point]]:
-    """The point that the flags give, and the points that are always scored: the paper's two pairs of weights if two
-    weights are searched, else the former."""
+    """The point given by the flags, and the points that are always scored.
+
+    The latter are the paper's two pairs of weights if two weights are searched, else the point of the flags.
+    """
     total = sum(args.weights) if n > 1 and "weights" in args.over and abs(sum(args.weights)) > 1e-8 else 1.0
     start = {"weights": [w / total for w in args.weights]}
     own = {"density": args.densities[0], "lambda": args.scale, "lines": (args.lines or (1.0,))[0]}
@@ -101,7 +103,7 @@ def split_aside(items: list, share: float, seed: int) -> tuple[list, list]:
 
 
 def measure_loss(args: argparse.Namespace, model: Qwen2, tokenizer: Tokenizer, examples: list) -> tuple[list, list]:
-    """(minus the log-probability of each example, its number of supervised tokens). Sum over sum is the held-out loss."""
+    """(negative log-probability, number of supervised tokens) of each example, as two lists."""
     logps = sequence_logps(model, examples, args.micro_tokens)
     return (-logps).tolist(), [sum(supervised[1:]) for _, supervised in examples]
 
@@ -116,7 +118,7 @@ def measure_wrong(args: argparse.Namespace, model: Qwen2, tokenizer: Tokenizer, 
 
 @dataclass
 class Objective:
-    """What a search minimises: a value per record over its size, summed; and how it is shown."""
+    """What a search minimises: the sum of the records' values over the sum of their sizes."""
 
     name: str
     measure: Callable  # (args, model, tokenizer, records) -> (value of each record, size of each record)

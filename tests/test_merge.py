@@ -299,7 +299,7 @@ BAD = [
     ("ties {a} {b} --base {base} --density 0.1 0.2 0.3", "3 numbers for 2 models"),
     ("ties {a} {b} --base {base} --lines 0.1:x", "--lines 0.1:x"),
     ("ties {a} {b} --base {base} --rescale density", "use l1"),
-    ("ties {a} {b} --base {base} --rescale l1 --trim global", "rescales nothing"),
+    ("ties {a} {b} --base {base} --rescale l1 --trim global", "does not rescale"),
     ("della {a} {b} --base {base} --density 0.1", "--epsilon 0.15"),
     ("breadcrumbs {a} {b} --base {base} --gamma 1", "--gamma: 1 is not below 1"),
     ("expo {a} --base {base}", "weight above 1"),

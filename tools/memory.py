@@ -20,10 +20,11 @@ SHAPES = {
 }
 
 
-def raw_config(*numbers) -> dict:
+def raw_config(*numbers: int) -> dict:
     """config.json as a dict, from a row of SHAPES."""
-    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size tie_word_embeddings"
-    return {"model_type": "qwen2"} | dict(zip(names.split(), numbers, strict=True))
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    names = [*names.split(), "vocab_size", "tie_word_embeddings"]
+    return {"model_type": "qwen2"} | dict(zip(names, numbers, strict=True))
 
 
 def memory_table(

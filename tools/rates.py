@@ -1,4 +1,4 @@
-"""The machine's own limits: the rates of a large matmul and of plain copies; a 7B set to merge."""
+"""Reference rates of the machine (a large matmul, plain copies), and synthetic 7B checkpoints to merge."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Read what a run leaves behind: results, replies, data report, training logs, searches, merges. Missing files are fine."""
+"""Read the files of a run: results, replies, data report, training logs, searches, merges. All are optional."""
 
 import glob
 import json
@@ -50,7 +50,7 @@ def read_object(path: str) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def last_user_turn(prompt) -> str:
+def last_user_turn(prompt: str | list[dict]) -> str:
     if isinstance(prompt, str):
         return prompt[:MAX_TEXT]
     turns = [str(turn.get("content", "")) for turn in prompt if isinstance(turn, dict) and turn.get("role") == "user"]

@@ -1,7 +1,7 @@
-"""What tools.speed compares: our scripts and their peers, a function each. Each runs in a process of its own.
+"""The sides that tools.speed compares: our scripts and their peers, one function each, run in separate processes.
 
-A side gets the parsed arguments and a scratch folder, and returns what it measured: "step_s" (seconds of the work
-itself, without loading and saving) and, depending on the mode, losses, texts and times a step.
+A side gets the parsed arguments and a scratch folder. It returns its measurements: "step_s" (seconds without loading
+and saving) and, depending on the mode, losses, texts and the time of each step.
 """
 
 import json

@@ -7,9 +7,9 @@
     python -m tools.speed merge --ckpt A B --base BASE --vs mergekit
     python -m tools.speed merge --synthetic FOLDER --method ties       # 7B, bf16: reads 15 GB twice, writes 15 GB
 
-Each side is a fresh process, from loading to its last step. The sides take turns, --repeats times. Just before each turn the
-machine's rate is measured: a large matmul, or for merge a plain copy. The medians and their ratios are printed.
-The peers come from requirements-dev.txt. --data holds real texts; --limit takes the first of them.
+Each side is a fresh process, from loading to its last step. The sides take turns, --repeats times. Before each turn, the
+machine's rate is measured: a large matmul, or for merge a plain copy. Prints the medians and their ratios. The peers are
+in requirements-dev.txt.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
@@ -41,7 +41,7 @@ from training.examples import count_supervised, encode_chats
 from training.feedback import encode_feedback, pair_sequence
 from training.memory import forward_flops
 
-# mode: {--vs: the settings of that peer that are tried; the fastest counts}
+# mode: {--vs: the settings of that peer to try; the fastest one counts}
 PEERS = {
     "sft": {"trl": ["trl", "trl-padding-free"]},
     "kto": {"trl": ["trl"]},
@@ -93,7 +93,7 @@ def run_side(args: Namespace) -> None:
 
 
 def measure(args: Namespace, side: str, data: str | None) -> dict:
-    """Starts one side -> its numbers, with "wall_s" of the whole process and "rate" of the machine just before it."""
+    """Runs one side in a new process. Returns its numbers, "wall_s" of the process, and the machine's "rate" before it."""
     if args.mode == "merge":
         rate = copy_rate(*merge_bytes([*args.ckpt, *[args.base] * bool(args.base)], DTYPES[args.dtype]), args.scratch)
     else:
