@@ -210,8 +210,8 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype != torch.float64 or dtype.itemsize > 2:
         return x.to(dtype)
     near = x.float()
-    # Round to odd: an inexact float32 with an even last bit is replaced by its neighbour on the side of x. The neighbour
-    # is never halfway between two half-precision numbers, so the second rounding is correct.
+    # Round to odd: an inexact float32 with an even last bit is replaced by its neighbour on the side of x. This is
+    # never halfway between two half-precision numbers, so the second rounding is correct.
     away = torch.where(x > near, math.inf, -math.inf)
     even = near.view(torch.int32) & 1 == 0
     return torch.where((x != near) & even, near.nextafter(away), near).to(dtype)

@@ -25,7 +25,7 @@ def next_point(tried: dict[float, float], low: float, high: float, tolerance: fl
     """The next x in [low, high] at which to look for the minimum of a smooth function. None: close enough.
 
     tried: {x: value}. Takes the vertex of the parabola through the best point and its neighbours, because the loss
-    between two fine-tunes of one base is almost a parabola. Without a vertex, takes the golden section of the wider side.
+    between two fine-tunes of one base is almost a parabola. Without a vertex: golden section of the wider side.
     """
     xs = sorted(tried)
     best = min(xs, key=tried.get)

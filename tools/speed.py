@@ -7,9 +7,9 @@
     python -m tools.speed merge --ckpt A B --base BASE --vs mergekit
     python -m tools.speed merge --synthetic FOLDER --method ties       # 7B, bf16: reads 15 GB twice, writes 15 GB
 
-Each side is a fresh process, from loading to its last step. The sides take turns, --repeats times. Before each turn, the
-machine's rate is measured: a large matmul, or for merge a plain copy. Prints the medians and their ratios. The peers are
-in requirements-dev.txt.
+Each side is a fresh process, from loading to its last step. The sides take turns, --repeats times. Before each turn,
+the machine's rate is measured: a large matmul, or for merge a plain copy. Prints the medians and their ratios. The
+peers are in requirements-dev.txt.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
@@ -93,7 +93,7 @@ def run_side(args: Namespace) -> None:
 
 
 def measure(args: Namespace, side: str, data: str | None) -> dict:
-    """Runs one side in a new process. Returns its numbers, "wall_s" of the process, and the machine's "rate" before it."""
+    """Runs one side in a new process. Returns its numbers, the process's "wall_s" and the machine's "rate" before it."""
     if args.mode == "merge":
         rate = copy_rate(*merge_bytes([*args.ckpt, *[args.base] * bool(args.base)], DTYPES[args.dtype]), args.scratch)
     else:
