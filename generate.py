@@ -93,6 +93,7 @@ class Batch:
     uniform: Tensor  # (rows,), random numbers in [0, 1)
     rows: list[Row] = field(default_factory=list)
     graphs: dict[int, Callable[[], None]] = field(default_factory=dict)  # {cache.width: decoding_step(batch)}
+    graph_pool: tuple[int, int] | None = None  # memory that the graphs share, as only one runs at a time
 
 
 def new_batch(model: Qwen2, settings: Settings, rows: int, max_len: int) -> Batch:
@@ -162,7 +163,7 @@ def packed_step(batch: Batch) -> list[int]:
     ids = to_device([[token for row in batch.rows for token in row.pending]], device)  # (1, T)
     last = to_device(lengths, device).cumsum(0) - 1
     logits = model.head(model.hidden(ids, lengths, batch.cache, last)[0]).float()  # (rows, V)
-    positions, uniform = to_device(batch.cache.lengths, device) - 1, draw(batch, 1)[0].to(device)
+    positions, uniform = to_device(batch.cache.lengths, device) - 1, to_device(draw(batch, 1)[0], device)
     return next_tokens(batch, logits, uniform, ids[0, last], positions).tolist()
 
 
@@ -220,7 +221,9 @@ def decoding_step(batch: Batch) -> Callable[[], None]:
     if not batch.last_tokens.is_cuda or not fused():
         return step
     # the warm-up calls before the capture also write keys and values, but the next step overwrites them
-    return capture_graph(step, [x for x in (batch.last_tokens, cache.positions, batch.seen) if x is not None])
+    batch.graph_pool = batch.graph_pool or torch.cuda.graph_pool_handle()
+    state = [x for x in (batch.last_tokens, cache.positions, batch.seen) if x is not None]
+    return capture_graph(step, state, batch.graph_pool)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 
-def capture_graph(step: Callable[[], None], state: list[Tensor]) -> Callable[[], None]:
+def capture_graph(step: Callable[[], None], state: list[Tensor], pool: tuple[int, int]) -> Callable[[], None]:
     """Captures step() as a CUDA graph. Returns a function that replays it.
 
     A capture needs warm-up calls of step() before it. state: tensors whose values are restored afterwards.
+    pool: a torch.cuda.graph_pool_handle(). Graphs that share one reuse its memory, so they must not run at the same time
+    or leave values in it for each other.
     """
     before = [x.clone() for x in state]
     with torch.cuda.device(state[0].device):  # streams and graphs belong to the current device
@@ -20,7 +22,7 @@ def capture_graph(step: Callable[[], None], state: list[Tensor]) -> Callable[[],
                 step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             step()
     for x, value in zip(state, before):
         x.copy_(value)

@@ -12,6 +12,7 @@ pytest are used where they are installed.
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -31,7 +32,7 @@ from tools.gpu_parts import LARGE, ROOT, SMALL, Bench
 
 # name: (function, seconds at most), the most valuable first
 PARTS = {
-    "correctness": (gpu_training.correctness, 90),
+    "correctness": (gpu_training.correctness, 100),
     "suite": (gpu_parts.suite, 60),
     "machine": (gpu_parts.machine, 30),
     "sft": (gpu_training.sft, 60),
@@ -39,7 +40,8 @@ PARTS = {
     "operations": (gpu_parts.operations, 30),
     "headline": (gpu_training.headline, 60),
     "generation": (gpu_parts.generation, 60),
-    "trl": (gpu_parts.trl_peer, 120),
+    "trl_kto": (functools.partial(gpu_parts.trl_peer, mode="kto"), 80),
+    "trl_sft": (functools.partial(gpu_parts.trl_peer, mode="sft"), 80),
     "transformers": (gpu_parts.transformers_peer, 60),
     "compiled": (gpu_training.compiled_training, 120),
     "full": (gpu_training.headline_in_full, 400),

@@ -273,11 +273,10 @@ def transformers_peer(bench: Bench) -> None:
     peer(bench, "generate", "transformers", lines, **{"limit": n, "batch-size": n, "max-new-tokens": reply})
 
 
-def trl_peer(bench: Bench) -> None:
-    """SFT and KTO on texts of natural lengths, the first step of each side included."""
+def trl_peer(bench: Bench, mode: str) -> None:
+    """SFT or KTO on texts of natural lengths, the first step of each side included. mode: "sft" or "kto"."""
     s, lines = bench.sizes, []
     for prompt, completion, label in random_rows(s, 4 * s.batch_size):
         texts = [" ".join(str(token % 10) for token in part[::2]) for part in (prompt, completion)]
         lines.append({"prompt": texts[0], "completion": texts[1], "label": label})
-    for mode in ("kto", "sft"):
-        peer(bench, mode, "trl", lines, **{"steps": 4, "batch-size": s.batch_size, "peer-batch": 8})
+    peer(bench, mode, "trl", lines, **{"steps": 4, "batch-size": s.batch_size, "peer-batch": 8})

@@ -34,7 +34,7 @@ from training.logps import example_logps
 from training.memory import forward_flops
 from training.reference import Reference, reference_logps
 from training.saves import Run
-from training.setup import Setup, plan_steps, recompute
+from training.setup import Setup, plan_steps, prepare_blocks, recompute
 from training.step import make_optimizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def check_steps(bench: Bench, base: Qwen2) -> None:
         model, steps = copy.deepcopy(base), plan_steps(len(rows), 8, 1, None)
         prepare(model)
         train = train_sft_steps if mode == "sft" else lambda *a, **k: train_kto_steps(*a, **k)[1]
-        log = train(bench, model, rows, steps, dtype=dtype, **flags)
+        log = train(bench, model, rows, steps, dtype=dtype, activation_checkpointing="off", **flags)
         return torch.tensor([[r["loss"], r["grad_norm"]] for r in log])
 
     nothing, again = lambda model: None, lambda model: [recompute(block) for block in model.model["layers"]]
@@ -132,6 +132,8 @@ def check_steps(bench: Bench, base: Qwen2) -> None:
     for name, prepare, flags in ways:  # what takes longest comes last
         for mode in ("sft", "kto"):
             for dtype, bound in (("fp32", 1e-4), ("bf16", 0.02)):
+                if name == "compiled" and dtype != bench.dtype:  # a compilation takes long
+                    continue
                 key = mode, dtype
                 if key not in wanted:
                     wanted[key] = losses(mode, dtype, nothing)
@@ -143,8 +145,10 @@ def check_steps(bench: Bench, base: Qwen2) -> None:
 # Training, through the scripts' own loops
 
 
-def new_run(bench: Bench, mode: str, model: Qwen2, steps: list, **flags) -> Run:
-    """A run of train_sft.py or train_kto.py ("sft", "kto") over these steps. Only its log is written."""
+def new_run(bench: Bench, mode: str, model: Qwen2, rows: list[Row], steps: list, **flags) -> Run:
+    """A run of train_sft.py or train_kto.py ("sft", "kto") over these steps. Only its log is written.
+
+    Activation checkpointing is on where a step would not fit otherwise, as in the scripts."""
     script, out = {"sft": train_sft, "kto": train_kto}[mode], os.path.join(bench.folder, f"{mode}-{time.time_ns()}")
     settings = {"ckpt": "random", "out": out, "device": bench.device, "dtype": bench.dtype, "save-every": 0,
                 "max-len": bench.sizes.max_len, "micro-tokens": bench.sizes.micro_tokens, "lr": 1e-5, "warmup": 0,
@@ -153,6 +157,8 @@ def new_run(bench: Bench, mode: str, model: Qwen2, steps: list, **flags) -> Run:
     model.compute_dtype = DTYPES[args.dtype]
     os.makedirs(f"{out}.run")
     ranks, nothing = Ranks(device=bench.device), lambda *_: None
+    lengths = [len(prompt) + len(completion) for prompt, completion, _ in rows]
+    prepare_blocks(model, args, [[lengths[i] for i in step] for step in steps], ranks)
     return Run(args, ranks, model, make_optimizer(model, args), nothing, nothing, {}, {}, len(steps))
 
 
@@ -163,7 +169,7 @@ def step_records(run: Run) -> list[dict]:
 
 def train_sft_steps(bench: Bench, model: Qwen2, rows: list[Row], steps: list, **flags) -> list[dict]:
     """Runs SFT on the rows -> the log's records."""
-    run = new_run(bench, "sft", model, steps, **flags)
+    run = new_run(bench, "sft", model, rows, steps, **flags)
     examples = [pair_sequence(rows, bench.sizes.max_len, i, i) for i in range(len(rows))]
     places = [f"row {i}" for i in range(len(rows))]
     setup = Setup(run.args, run.ranks, model, None, None, examples, places, steps)
@@ -173,7 +179,7 @@ def train_sft_steps(bench: Bench, model: Qwen2, rows: list[Row], steps: list, **
 
 def train_kto_steps(bench: Bench, model: Qwen2, rows: list[Row], steps: list, **flags) -> tuple[float, list[dict]]:
     """Runs the reference pass and KTO on the rows -> (seconds of the pass, the log's records)."""
-    run = new_run(bench, "kto", model, steps, **flags)
+    run = new_run(bench, "kto", model, rows, steps, **flags)
     sequence = functools.partial(pair_sequence, rows, bench.sizes.max_len)
     pairs = sorted({pair for step in steps for pair in train_kto.all_pairs(step)})
     reference = Reference("random", run.args.out, f"{run.args.out}.safetensors", lambda: model)
@@ -203,13 +209,14 @@ def measure_training(bench: Bench, mode: str, name: str, compiled: bool = False)
     model = random_model(bench, raw_config(*s.shape), torch.float32)
     if compiled:
         model.compile()
+    switch = "on" if compiled else "off"
     rows = random_rows(s, s.batch_size * s.steps)
     steps = plan_steps(len(rows), s.batch_size, 1, None)
     reset_peak(bench.device)
     if mode == "sft":
-        log = train_sft_steps(bench, model, rows, steps, batch_size=s.batch_size)
+        log = train_sft_steps(bench, model, rows, steps, batch_size=s.batch_size, compile=switch)
     else:
-        seconds, log = train_kto_steps(bench, model, rows, steps, batch_size=s.batch_size)
+        seconds, log = train_kto_steps(bench, model, rows, steps, batch_size=s.batch_size, compile=switch)
         tokens = sum(r["tokens"] for r in log)
         bench.report(f"{name}, reference pass", tokens / seconds, "tokens/s", "first calls included")
     first = 1 if len(log) < 6 else 3  # these load kernels and compile
@@ -217,7 +224,8 @@ def measure_training(bench: Bench, mode: str, name: str, compiled: bool = False)
     flops = [step_flops(model, mode, rows, step, s.max_len) for step in steps]
     bench.report(name, sum(r["tokens"] for r in log[first:]) / sum(times[first:]), "tokens/s")
     bench.report(f"{name}, share of the matmul rate", 100 * sum(flops[first:]) / sum(times[first:]) / rate, "%")
-    bench.report(f"{name}, peak memory", peak_gib(bench.device), "GiB")
+    again = isinstance(model.model["layers"][0].forward, functools.partial)
+    bench.report(f"{name}, peak memory", peak_gib(bench.device), "GiB", "activation checkpointing on" * again)
     bench.report(f"{name}, first step", times[0], "s")
 
 
