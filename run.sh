@@ -131,6 +131,7 @@ if [[ ! -e $ckpt ]]; then
 fi
 base=$run/base
 [[ $ckpt == *.pt ]] && base=$run/base.pt
+if [[ -e $base && ! -L $base ]]; then fail "$base: exists and is no link of run.sh; give another --out"; fi
 ln -sfn "$(cd "$(dirname "$ckpt")" && pwd)/$(basename "$ckpt")" "$base"
 if [[ -d $base ]]; then cat "$base"/config.json "$base"/*.safetensors; else cat "$base"; fi | cksum >"$run/steps/base"
 

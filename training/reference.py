@@ -75,11 +75,9 @@ def cache_path(args: argparse.Namespace) -> str:
 def check_cache_path(args: argparse.Namespace) -> None:
     """InputError if the cache is a directory or cannot be written. Called before the work begins."""
     path = cache_path(args)
-    if is_main() and not os.path.isfile(path):
-        check_writable(path, "--ref-cache")
     if os.path.isdir(path):
         raise InputError(f"--ref-cache {path}: is a directory; give a file, such as {path}/ref-cache.safetensors")
-    if is_main():
+    if is_main() and not os.path.isfile(path):  # an existing cache may be complete and read-only
         check_writable(path, "--ref-cache")
 
 

@@ -134,7 +134,7 @@ def test_templates_that_are_not_chatml_end_in_one_line(name, monkeypatch):
     start = time.time()
     with pytest.raises(InputError, match="^f.json: .*" + words) as e:
         default_system(template, "f.json")
-    assert "\n" not in str(e.value) and time.time() - start < 30
+    assert "\n" not in str(e.value) and time.time() - start < 120
 
 
 def test_a_template_gets_no_secret(monkeypatch):
