@@ -10,6 +10,7 @@ replies.jsonl. Under torchrun, local checkpoints answer and score on all ranks; 
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
+import contextlib
 import shlex
 
 from core.files import InputError, cli, code_hash, same_path
@@ -42,6 +43,7 @@ def add_data_flags(p):
     add("--decontaminate", nargs="+", default=[], metavar="F",
         help="evaluation files: drop prompts and responses that hold one of their questions")
     add("--out", default=OUT, help="folder for all files of the run")
+    add("--quiet", action="store_true", help="print the closing summary only, not what each step kept and dropped")
     add("--limit", type=at_least(0), default=0, help="take this many instructions of each source, its first; 0: all")
     add("--max-chars", type=at_least(1), default=20_000,
         help="drop longer records; counts characters of prompt and response")
@@ -229,7 +231,8 @@ def make(args):
     out, counts = args.out, {name: {} for name in STEPS}
     args.max_grade_tokens = max(128, 40 * (2 + args.samples))  # of a category or grades
     with claimed_folder(out, "make_data.py", FILES), models.open_replies(f"{out}/replies.jsonl") as log:
-        run_steps(args, counts, log, teacher, small, scorer)
+        with contextlib.redirect_stdout(None) if args.quiet else contextlib.nullcontext():
+            run_steps(args, counts, log, teacher, small, scorer)
         if args.dry_run:
             dedup = f"{out}/2_dedup.jsonl"
             return report.dry_run(args, dedup, args.max_grade_tokens, log.spent, len(log))

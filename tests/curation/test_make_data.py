@@ -271,6 +271,17 @@ def test_the_next_commands_can_be_pasted():
     assert make_data.next_commands("Qwen/Qwen2-0.5B-Instruct", "data", 0) == ["python train_sft.py"], "no pair, no KTO"
 
 
+def test_quiet_prints_the_closing_summary_only(tmp_path, small, capfd):
+    with serve(fake_teacher) as server:
+        argv = [*flags(tmp_path, server, small), "--limit", 3, "--min-category", 1]
+        assert run(*argv, "--quiet") == 0
+        quiet = capfd.readouterr().out
+        assert run(*argv) == 0
+        loud = capfd.readouterr().out
+    assert "1_collect" in loud and "1_collect" not in quiet
+    assert "SFT examples" in quiet and "python train_sft.py" in quiet
+
+
 def test_edited_rules_are_noticed(tmp_path, small, monkeypatch, capfd):
     for room in ("core", "training", "curation", "verification"):
         shutil.copytree(os.path.join(ROOT, room), tmp_path / room)
