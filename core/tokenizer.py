@@ -139,8 +139,8 @@ def more_special_texts(settings: dict) -> list[str]:
 def load_backend(ckpt: Checkpoint, settings: dict, special: Iterable[str]) -> tokenizers.Tokenizer:
     """The tokenizer of tokenizer.json, with the added tokens that only tokenizer_config.json lists.
 
-    A special token typed in a text is encoded as ordinary characters. Other added tokens are used. Truncation and
-    padding settings of the file are ignored.
+    A special token typed in a text is encoded as ordinary characters. Other added tokens are used. Truncation, padding
+    and BPE dropout saved in the file are ignored.
     """
     where = f"{ckpt.source}/tokenizer.json"
     if "tokenizer.json" not in ckpt.files:
@@ -151,6 +151,8 @@ def load_backend(ckpt: Checkpoint, settings: dict, special: Iterable[str]) -> to
         raise InputError(f"{where}: corrupt: {' '.join(str(e).split())[:150]}") from None
     backend.no_truncation()
     backend.no_padding()
+    if getattr(backend.model, "dropout", None) is not None:  # BPE dropout would make the tokens random
+        backend.model.dropout = None
     backend.encode_special_tokens = True
     where, known = f"{ckpt.source}/tokenizer_config.json", backend.get_added_tokens_decoder()
     try:

@@ -302,6 +302,13 @@ def test_a_saved_truncation_or_padding_has_no_effect(tiny, tmp_path):
         assert all(tok.chat_ids(messages) == plain.chat_ids(messages) for messages in CONVERSATIONS)
 
 
+def test_a_saved_bpe_dropout_has_no_effect(tiny, tmp_path):
+    spec = json.loads(tiny_files()["tokenizer.json"])
+    spec["model"]["dropout"] = 0.9
+    tok = Tokenizer(checkpoint(tmp_path / "dropout", **{"tokenizer.json": json.dumps(spec)}))
+    assert all(tok.encode(text) == Tokenizer(tiny).encode(text) for text in TEXT)
+
+
 def with_added_tokens(*tokens):
     spec = tokenizers.Tokenizer.from_str(tiny_files()["tokenizer.json"])
     spec.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in tokens])
