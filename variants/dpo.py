@@ -28,9 +28,9 @@ from training.run import end_step, eval_due, eval_logps, finish_run, progress, r
 from training.saves import Run
 from training.setup import (
     Setup,
-    checkpoint_activations,
     open_checkpoint,
     plan_steps,
+    prepare_blocks,
     schedule_advice,
     setup_ranks,
     shuffled_order,
@@ -209,7 +209,7 @@ def main() -> None:
         both = [(i, side) for i in range(len(pairs.rows)) for side in (1, 2)]
         pairs.ref, _ = reference_logps(reference, both, pairs.sequence, args.micro_tokens, ranks)
     identity = run_identity(args, data.rows, ckpt.fingerprint()) | {"the reference": reference.fingerprint}
-    checkpoint_activations(model, args, ([data.length(i) for i in step] for step in steps), ranks)
+    prepare_blocks(model, args, ([data.length(i) for i in step] for step in steps), ranks)
     run = start_run(setup, identity)
     loss = functools.partial(dpo_loss, beta=args.beta, label_smoothing=args.label_smoothing)
     if run is None or not train(run, steps, data, held_out, loss):
