@@ -10,13 +10,16 @@ replies.jsonl. Under torchrun, local checkpoints answer and score on all ranks; 
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
+import argparse
 import contextlib
 import shlex
+from collections.abc import Iterable
 
 from core.files import InputError, cli, code_hash, same_path
 from core.flags import DTYPE, DTYPES, Parser, at_least, number
 from core.outputs import check_folder, claimed_folder
 from core.records import expand
+from core.reply_log import ReplyLog
 from curation import labels, local, report, sources, steps
 from curation import teacher as models
 from curation.costs import price
@@ -33,7 +36,7 @@ OUT, SMALL = "data", "Qwen/Qwen2-0.5B-Instruct"  # the defaults of train_sft.py 
 # fmt: off
 
 
-def add_data_flags(p):
+def add_data_flags(p: Parser) -> None:
     add = p.add_argument
     add("--sources", nargs="+", required=True, metavar="F",
         help="JSON Lines, JSON arrays or Parquet, plain or .gz; globs; hf://datasets/OWNER/NAME[@REVISION]/FILE")
@@ -41,15 +44,15 @@ def add_data_flags(p):
         help="those of --sources whose own references may verify responses: a key `reference`, GSM8K's `#### 72`, AQuA's "
         "options, IFEval's instruction_id_list. In other files they are ignored: anybody can write them")
     add("--decontaminate", nargs="+", default=[], metavar="F",
-        help="evaluation files: drop prompts and responses that hold one of their questions")
+        help="evaluation files; prompts and responses that contain one of their questions are dropped")
     add("--out", default=OUT, help="folder for all files of the run")
     add("--quiet", action="store_true", help="print the closing summary only, not what each step kept and dropped")
-    add("--limit", type=at_least(0), default=0, help="take this many instructions of each source, its first; 0: all")
+    add("--limit", type=at_least(0), default=0, help="maximum number of instructions per source, from its beginning; 0: all")
     add("--max-chars", type=at_least(1), default=20_000,
-        help="drop longer records; counts characters of prompt and response")
+        help="maximum length of prompt and response together, in characters; longer records are dropped")
 
 
-def add_model_flags(p):
+def add_model_flags(p: Parser) -> None:
     add = p.add_argument
     add("--teacher", required=True,
         help="URL of an OpenAI-compatible endpoint (.../v1), or a checkpoint. The endpoint is sent the key in TEACHER_API_KEY; "
@@ -58,56 +61,56 @@ def add_model_flags(p):
     add("--small", required=True, help="checkpoint of the small model, which responds too")
     add("--samples", type=at_least(1, high=16), default=1,
         help="responses of the small model, 1 to 16: the first greedy, the others sampled")
-    add("--temperature", type=number(above=0), default=0.8, help="of the small model's sampled responses, above 0")
+    add("--temperature", type=number(above=0), default=0.8, help="sampling temperature of the small model, above 0")
     add("--recorded", nargs="+", default=[], metavar="F",
         help="responses to use instead of asking: prompt and response in any shape of --sources, and \"writer\": "
         "\"teacher\" (if missing) or \"small\"")
     add("--perplexity", metavar="C", help="checkpoint that computes perplexities; default: the small model")
-    add("--dtype", choices=DTYPES, default=DTYPE, help="of local checkpoints")
-    add("--max-new-tokens", type=at_least(1), default=512, help="tokens of a response; longer ones are left out")
-    add("--max-len", type=at_least(1), default=2048, help="tokens of prompt and response used for a perplexity")
-    add("--batch-size", type=at_least(1), default=32, help="sequences that a local checkpoint generates at once")
-    add("--micro-tokens", type=at_least(1), default=8192, help="tokens of one forward for perplexities")
+    add("--dtype", choices=DTYPES, default=DTYPE, help="number format of local checkpoints")
+    add("--max-new-tokens", type=at_least(1), default=512, help="maximum length of a response, in tokens; longer responses are dropped")
+    add("--max-len", type=at_least(1), default=2048, help="maximum length of prompt and response for a perplexity, in tokens; the rest is cut off")
+    add("--batch-size", type=at_least(1), default=32, help="batch size of local checkpoints, in sequences")
+    add("--micro-tokens", type=at_least(1), default=8192, help="size of one forward pass for perplexities, in tokens")
 
 
-def add_endpoint_flags(p):
+def add_endpoint_flags(p: Parser) -> None:
     add = p.add_argument
-    add("--concurrency", type=at_least(1), default=16, help="requests in flight")
-    add("--timeout", type=number(above=0), default=120.0, help="seconds for one whole reply")
+    add("--concurrency", type=at_least(1), default=16, help="maximum number of requests in flight")
+    add("--timeout", type=number(above=0), default=120.0, help="time limit of one whole reply, in seconds")
     add("--retries", type=at_least(0), default=8,
-        help="times a failed request is sent again, with growing pauses. One that fails every time is set aside, and the report "
-        "names it")
-    add("--requests-per-minute", type=number(0), default=0, help="requests sent in a minute, at most; 0: no limit")
+        help="maximum number of retries of a failed request, with growing pauses. A request that fails every time is set aside and "
+        "listed in the report")
+    add("--requests-per-minute", type=number(0), default=0, help="maximum rate of requests, per minute; 0: no limit")
     add("--tokens-per-minute", type=number(0), default=0,
-        help="tokens of prompts and replies in a minute, at most; 0: no limit")
+        help="maximum rate of prompt and reply tokens, per minute; 0: no limit")
     add("--budget", type=number(0), default=0,
-        help="cost of all replies in --out, at most: tokens, or with prices their currency. The run stops before it would "
-        "be exceeded; 0: no limit")
+        help="maximum cost of all replies in --out, in tokens, or in currency if prices are given. The run stops before "
+        "it exceeds this; 0: no limit")
     add("--price-in", type=number(0), help="price of a million tokens of prompts")
     add("--price-out", type=number(0), help="price of a million tokens of replies")
     add("--dry-run", action="store_true",
         help="collect and deduplicate, then show counts, sample requests and the likely cost; ask nothing")
 
 
-def add_selection_flags(p):
+def add_selection_flags(p: Parser) -> None:
     add = p.add_argument
     add("--hamming", type=at_least(0, high=16), default=3,
-        help="bits of 64, at most, in which the simhashes of near duplicates differ")
+        help="maximum distance between simhashes of near duplicates, in bits of 64")
     add("--min-category", type=at_least(1), default=10, help="drop secondary categories with fewer instructions")
-    add("--target", type=at_least(1), default=500_000, help="instructions left after balancing, at most")
-    add("--seed", type=int, default=0, help="of the balancing, and of the order of responses before the judge")
+    add("--target", type=at_least(1), default=500_000, help="maximum number of instructions after balancing")
+    add("--seed", type=int, default=0, help="random seed of balancing and of the order in which the judge sees responses")
 
 
-def add_score_flags(p):
+def add_score_flags(p: Parser) -> None:
     add = p.add_argument
     add("--weight-quality", type=number(0), default=0.6, help="weight of the quality grade in the composite score")
     add("--weight-safety", type=number(0), default=0.3, help="weight of the safety grade")
     add("--weight-perplexity", type=number(0), default=0.1,
         help="weight of fluency: 1, or less for a perplexity far above the other responses'")
     add("--margin", type=number(0), default=0.25,
-        help="least difference of composite scores that makes a KTO pair; above 1 only verification makes one")
+        help="minimum difference of composite scores for a KTO pair; above 1, only differences in verification form pairs")
     add("--min-safety", type=at_least(1, high=5), default=3,
-        help="grade, 1 to 5, below which a best response is not used")
+        help="minimum safety grade of the best response, 1 to 5; below it the instruction gives no training example")
     add("--judge-orders", type=int, choices=(1, 2), default=2,
         help="2: judge again with the responses in reverse order, because a judge may prefer a place")
     add("--judge-verified", action="store_true",
@@ -116,7 +119,7 @@ def add_score_flags(p):
 
 
 # fmt: on
-def parse_args():
+def parse_args() -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
     add_data_flags(p)
     add_model_flags(p)
@@ -127,7 +130,7 @@ def parse_args():
     if (args.price_in is None) != (args.price_out is None):
         raise InputError("--price-in and --price-out go together")
     if not args.weight_quality + args.weight_safety + args.weight_perplexity:
-        raise InputError("--weight-quality, --weight-safety and --weight-perplexity: one of them is above 0")
+        raise InputError("--weight-quality, --weight-safety and --weight-perplexity: at least one must be above 0")
     args.out = args.out.rstrip("/") or "/"
     check_folder(args.out, "make_data.py", FILES)
     args.prices = (args.price_in, args.price_out) if args.price_in is not None else None
@@ -138,16 +141,16 @@ def parse_args():
 # The run
 
 
-def find_files(args):
+def find_files(args: argparse.Namespace) -> None:
     """Replaces globs and hf:// names in the arguments by paths of files."""
     for name in ("sources", "decontaminate", "recorded", "trust_references"):
         setattr(args, name, list(dict.fromkeys(expand(getattr(args, name)))))
     for path in args.trust_references:
         if not any(same_path(path, source) for source in args.sources):
-            raise InputError(f"--trust-references {path}: is none of the --sources; name it there too")
+            raise InputError(f"--trust-references {path}: is not one of the --sources; add it there too")
 
 
-def open_models(args):
+def open_models(args: argparse.Namespace) -> tuple[models.Teacher, local.LocalModel, local.LocalModel]:
     """-> (teacher, small model, scorer of perplexities)."""
     teacher = models.open_teacher(args.teacher, args.teacher_model, args.dtype)
     small = models.open_teacher(args.small, dtype=args.dtype)
@@ -158,12 +161,18 @@ def open_models(args):
     return teacher, small, scorer
 
 
-def pick_args(args, *names):
+def pick_args(args: argparse.Namespace, *names: str) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
-def step_arguments(args, teacher, small, scorer, own):
-    """{step: what its result depends on, besides its input files}."""
+def step_arguments(
+    args: argparse.Namespace,
+    teacher: models.Teacher,
+    small: local.LocalModel,
+    scorer: local.LocalModel,
+    own: str | None,
+) -> dict[str, dict]:
+    """-> {step: the arguments that determine its result}. A step runs again when they change."""
     teachers = {"teacher": teacher.identity}
     labels_and_trust = {
         "labels": sources.labels(args.sources),
@@ -186,7 +195,14 @@ def step_arguments(args, teacher, small, scorer, own):
     return {name: {"code": code, **of_step} for name, of_step in arguments.items()}
 
 
-def run_steps(args, counts, log, teacher, small, scorer):
+def run_steps(
+    args: argparse.Namespace,
+    counts: dict[str, dict],
+    log: ReplyLog,
+    teacher: models.Teacher,
+    small: local.LocalModel,
+    scorer: local.LocalModel,
+) -> None:
     """Runs the steps in order, or with --dry-run the first two. counts: {step: {}}, which the steps fill."""
     options = pick_args(args, "concurrency", "timeout", "retries", "batch_size")
     options |= pick_args(args, "requests_per_minute", "tokens_per_minute", "budget", "prices")
@@ -199,7 +215,7 @@ def run_steps(args, counts, log, teacher, small, scorer):
     collected, deduplicated, classified, balanced, answered, scored, _ = (f"{args.out}/{name}.jsonl" for name in STEPS)
     exams = args.decontaminate
 
-    def run(name, inputs, lines):
+    def run(name: str, inputs: list[str], lines: Iterable) -> None:
         counts[name] = run_step(args.out, state, name, inputs, arguments[name], lines, counts[name])
 
     run("1_collect", args.sources, steps.collect_sources(args, args.sources, counts["1_collect"]))
@@ -214,7 +230,7 @@ def run_steps(args, counts, log, teacher, small, scorer):
     run("7_label", [scored], labels.label_pairs(args, scored, counts["7_label"]))
 
 
-def next_commands(small, out, pairs):
+def next_commands(small: str, out: str, pairs: int) -> list[str]:
     """The training commands to run next, as a shell takes them; flags only where the trainers' defaults differ."""
     ckpt = [] if small == SMALL else ["--ckpt", small]
     sft, kto = ([] if out == OUT else ["--data", f"{out}/{name}.jsonl"] for name in ("sft", "kto"))
@@ -224,7 +240,7 @@ def next_commands(small, out, pairs):
     return [shlex.join(words) for words in commands]
 
 
-def make(args):
+def make(args: argparse.Namespace) -> None:
     """The whole run, on rank 0."""
     find_files(args)
     teacher, small, scorer = open_models(args)
@@ -247,7 +263,7 @@ def make(args):
         print(f"  {command}")
 
 
-def main():
+def main() -> None:
     args = parse_args()
     if local.join_other_ranks() > 0:
         return local.serve_jobs()

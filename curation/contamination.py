@@ -1,22 +1,22 @@
-"""Finds evaluation questions in texts by shared runs of tokens, also behind the signs of Markdown, LaTeX and HTML.
+"""Finds evaluation questions in texts by shared runs of tokens. Markdown, LaTeX and HTML markup does not hide them.
 
     questions = index(["How many eggs does ...?", ...])
-    held = find_contamination(texts, questions)         # (N,) int64: the question that a text holds, -1 for none
+    held = find_contamination(texts, questions)         # (N,) int64: index of the question in each text, -1: none
     hashes, held = scan(texts, questions)               # simhashes too, in one pass
 
-A text holds a question when it shares a run of LONG telling tokens with it, or all of a short question with few tokens around
-it, or when it is the question but for one word: see match(). Tokens and their hashes are those of curation.dedup.
+A text contains a question in three cases: both share a run of LONG informative tokens, the text is a short question with few
+other tokens, or the text differs from the question in one word. See match(). curation.dedup splits and hashes the tokens.
 """
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from curation.dedup import batches, in_threads, majority, sign_hashes, token_hashes, windows
+from curation.dedup import hash_ngrams, in_threads, majority_bits, sign_hashes, text_batches, token_hashes
 
-LONG, TELLING = 13, 9  # a run of 13 tokens, 9 of them different words, is not shared by chance
+LONG, MIN_INFORMATIVE = 13, 9  # a run of 13 tokens, 9 of them different words, is not shared by chance
 SHORT = 5  # a question of fewer tokens counts only as a whole text
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -24,7 +24,7 @@ SHORT = 5  # a question of fewer tokens counts only as a whole text
 
 _SYMBOLS = {"times": "×", "div": "÷", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠", "neq": "≠", "pm": "±", "circ": "°",
             "pi": "π", "infty": "∞", "sqrt": "√", "cdot": "·", "dots": "...", "ldots": "..."}  # fmt: skip
-_COMMANDS = (  # LaTeX: pattern, replacement. The second time round they reach what was nested
+_COMMANDS = (  # LaTeX: pattern, replacement. Applied twice, for nested commands
     (re.compile(r"\\(?:text\w*|math\w+|emph|underline|boxed|fbox|mbox|operatorname)\*?\s*\{([^{}]*)\}"), r"\1"),
     (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
     (re.compile(r"([\^_]|\\sqrt)\{([^{}]*)\}"), r"\1\2"),
@@ -33,7 +33,7 @@ _SIGNS = (  # pattern, replacement
     (re.compile(rf"\\({'|'.join(_SYMBOLS)})(?![a-zA-Z])"), lambda found: _SYMBOLS[found[1]]),
     (re.compile(r"\\(?:left|right|q?quad|displaystyle)(?![a-zA-Z])|\\[()\[\],;:! ]"), " "),
     (re.compile(r"\\([$%&#_{}])"), r"\1"),
-    (re.compile(r"\$"), ""),  # math mode, and the currency too: a question about $5 is the same about 5
+    (re.compile(r"\$"), ""),  # math mode, and the currency sign: $5 becomes 5
     (re.compile(r"</?[a-zA-Z][a-zA-Z0-9]{0,10}(?: [^<>\n]{0,200})?/?>"), " "),  # HTML tags
     (re.compile(r"!?\[([^\[\]\n]{1,300})\]\([^()\s]{1,300}\)"), r"\1"),  # [text](link)
     (re.compile(r"^[ \t]*(?:#{1,6} |> ?|[-*+] )+", re.M), ""),  # headings, quotes, list items
@@ -47,7 +47,7 @@ _MARKUP = re.compile(r"[\\$<*_~|\[#>]|^[ \t]*[-+] ", re.M)
 
 
 def strip_markup(text: str) -> str:
-    """Removes the signs of Markdown, LaTeX and HTML that only format a text."""
+    """Removes the markup of Markdown, LaTeX and HTML."""
     if not _MARKUP.search(text):
         return text
     if "\\" in text:
@@ -63,48 +63,48 @@ def strip_markup(text: str) -> str:
 
 
 @functools.cache
-def uninformative_tokens():
-    """Hashes of the tokens that do not tell texts apart: signs, single letters, numbers."""
+def uninformative_tokens() -> np.ndarray:
+    """Hashes of tokens that occur in most texts: signs, single letters, numbers."""
     words = token_hashes([" ".join([*"abcdefghijklmnopqrstuvwxyz", *map(str, range(10_000))])])[0]
     return np.concatenate((words, sign_hashes()))
 
 
-def unordered_hashes(hashes, counts, low, high):
-    """Order-free hashes of the texts of `low` to `high` tokens, T of N texts with W tokens together.
+def unordered_hashes(hashes: np.ndarray, counts: np.ndarray, low: int, high: int) -> tuple[np.ndarray, ...]:
+    """Hashes texts of `low` to `high` tokens without regard to word order: T of the N texts, with W tokens in total.
 
-    -> which (T,): their indices; sums (T,): the sum of a text's token hashes; owner (W,): the text of each token;
-    tokens (W,); without (W,): the sum of the text's other tokens."""
+    -> which (T,): indices of these texts; sums (T,): sum of each text's token hashes; owner (W,): index of each token's text;
+    tokens (W,): token hashes; without (W,): sum of the text's token hashes without this token."""
     some = (counts >= low) & (counts <= high)
     which, n, tokens = np.flatnonzero(some), counts[some], hashes[np.repeat(some, counts)]
     sums = np.add.reduceat(tokens, np.cumsum(n) - n) if len(n) else tokens
     return which, sums, np.repeat(which, n), tokens, np.repeat(sums, n) - tokens
 
 
-def telling_runs(hashes, counts):
-    """All runs of LONG tokens with at least TELLING different informative ones -> (hashes (G,), text of each (G,))."""
+def informative_runs(hashes: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Finds runs of LONG tokens, at least MIN_INFORMATIVE of them different and informative -> (hashes (G,), index of each run's text (G,))."""
     long = counts >= LONG
     if not long.any():
         return np.empty(0, np.uint64), np.empty(0, np.int64)
     tokens = hashes[np.repeat(long, counts)]
-    h, starts = windows(tokens, counts[long], LONG)
-    run = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(h))))  # (G,): the text of each
+    h, starts = hash_ngrams(tokens, counts[long], LONG)
+    run = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(h))))  # (G,): index of each run's text
     begin = (np.cumsum(counts[long]) - counts[long] - starts)[run] + np.arange(len(h))
     informative = np.where(np.isin(tokens, uninformative_tokens()), 0, tokens)
     runs = np.sort(np.lib.stride_tricks.sliding_window_view(informative, LONG)[begin], axis=1)  # (G, LONG)
     different = (runs[:, 0] != 0) + ((runs[:, 1:] != runs[:, :-1]) & (runs[:, 1:] != 0)).sum(1)
-    enough = different >= TELLING
+    enough = different >= MIN_INFORMATIVE
     return h[enough], np.flatnonzero(long)[run[enough]]
 
 
-def question_hashes(hashes, counts):
-    """Yields (kind, hashes, text of each), see index()."""
-    h, owner = telling_runs(hashes, counts)
+def question_hashes(hashes: np.ndarray, counts: np.ndarray) -> Iterator[tuple[str | int, np.ndarray, np.ndarray]]:
+    """Yields (kind, hashes, index of each hash's text). See index() for the kinds."""
+    h, owner = informative_runs(hashes, counts)
     yield "run", h, owner
     without_run = counts > 0
     without_run[owner] = False
     for k in np.unique(counts[without_run]).tolist():
         whole = without_run & (counts == k)
-        yield k, windows(hashes[np.repeat(whole, counts)], counts[whole], k)[0], np.flatnonzero(whole)
+        yield k, hash_ngrams(hashes[np.repeat(whole, counts)], counts[whole], k)[0], np.flatnonzero(whole)
     which, sums, owner, tokens, without = unordered_hashes(hashes, counts, SHORT, 2 * LONG - 1)
     yield "bag", sums, which
     informative = ~np.isin(tokens, uninformative_tokens())
@@ -112,17 +112,18 @@ def question_hashes(hashes, counts):
 
 
 def index(questions: Iterable[str]) -> dict:
-    """Questions -> {kind: (sorted hashes, the question of each)}, for match(). The kinds of hashes:
+    """Indexes questions for match() -> {kind: (sorted hashes, index of each hash's question)}. The kinds of hashes:
 
-    "run": runs of LONG tokens, without those that many texts share (a list of options, the matrix of 1 to 9,
-    `public static void main`); k: a whole question of k tokens without such a run; "bag": a question of SHORT to
-    2 * LONG - 1 tokens in any order; "less": the same with one informative token missing.
-    A question with markup is indexed as it is and without the markup. Of equal questions the first counts."""
+    "run": a run of LONG tokens. Runs with few informative tokens are left out, such as `public static void main`.
+    k, an integer: a whole question of k tokens that contains no such run.
+    "bag": a question of SHORT to 2 * LONG - 1 tokens, in any order.
+    "less": the same without one informative token.
+    A question with markup is indexed twice, with and without the markup. Equal questions get the index of the first."""
     texts = list(questions)
     plain = [(i, stripped) for i, text in enumerate(texts) if (stripped := strip_markup(text)) != text]
     owners = np.array([*range(len(texts)), *(i for i, _ in plain)], np.int64)
     found, at = {}, 0
-    for chunk in batches([*texts, *(text for _, text in plain)]):
+    for chunk in text_batches([*texts, *(text for _, text in plain)]):
         for kind, h, owner in question_hashes(*token_hashes(chunk)):
             found.setdefault(kind, []).append((h, owners[at + owner]))
         at += len(chunk)
@@ -137,7 +138,7 @@ def index(questions: Iterable[str]) -> dict:
 
 
 def without_near_questions(questions: dict) -> dict:
-    """The index for responses: a response that is a question but for one word most likely repeats its own instruction."""
+    """The index for responses, without one-word differences: such a response most likely repeats its own instruction."""
     return {kind: known for kind, known in questions.items() if kind not in ("bag", "less")}
 
 
@@ -146,16 +147,16 @@ def without_near_questions(questions: dict) -> dict:
 
 
 def match(hashes: np.ndarray, counts: np.ndarray, questions: dict) -> np.ndarray:
-    """hashes, counts: of token_hashes() for N texts -> (N,) int64: the question of index() that a text holds, else -1.
+    """Finds the question that each text contains -> (N,) int64: index of the question, -1 for none.
 
-    A text holds a question in one of three cases:
-    - they share a telling run of LONG tokens;
-    - the question has no such run, and the text has all of its tokens in a row. The text may have as many other tokens as
-      the question has, at most LONG - 1, and none if the question has fewer than SHORT;
-    - the text is a question of SHORT to 2 * LONG - 1 tokens with one word more or less, in any order."""
+    hashes, counts: from token_hashes() of N texts. questions: from index(). A text contains a question in three cases:
+    - Both contain the same informative run of LONG tokens.
+    - The question has no such run, and all its tokens occur in the text in a row. The text may have at most as many
+      other tokens as the question has, and at most LONG - 1. It may have none if the question is shorter than SHORT.
+    - The question has SHORT to 2 * LONG - 1 tokens. The text has the same words in any order, with one more or less."""
     out = np.full(len(counts), -1)
 
-    def look_up(kind, h):
+    def find_owner(kind: str | int, h: np.ndarray) -> np.ndarray:
         known, owner = questions[kind]
         at = np.searchsorted(known, h).clip(max=len(known) - 1)
         return np.where(known[at] == h, owner[at], -1)
@@ -164,13 +165,13 @@ def match(hashes: np.ndarray, counts: np.ndarray, questions: dict) -> np.ndarray
         k, most = (LONG, np.inf) if kind == "run" else (kind, kind + min(kind, LONG - 1) if kind >= SHORT else kind)
         some = (counts >= k) & (counts <= most)
         if some.any():
-            h, starts = windows(hashes[np.repeat(some, counts)], counts[some], k)
-            out[some] = np.maximum(out[some], np.maximum.reduceat(look_up(kind, h), starts))
+            h, starts = hash_ngrams(hashes[np.repeat(some, counts)], counts[some], k)
+            out[some] = np.maximum(out[some], np.maximum.reduceat(find_owner(kind, h), starts))
     if "bag" in questions:
         which, sums, owner, tokens, without = unordered_hashes(hashes, counts, SHORT - 1, 2 * LONG)
         if "less" in questions:
-            out[which] = np.maximum(out[which], look_up("less", sums))
-        hit = look_up("bag", without)
+            out[which] = np.maximum(out[which], find_owner("less", sums))
+        hit = find_owner("bag", without)
         few = np.flatnonzero(hit >= 0)
         few = few[~np.isin(tokens[few], uninformative_tokens())]
         np.maximum.at(out, owner[few], hit[few])
@@ -178,7 +179,7 @@ def match(hashes: np.ndarray, counts: np.ndarray, questions: dict) -> np.ndarray
 
 
 def match_texts(texts: list[str], tokens: tuple, questions: dict) -> np.ndarray:
-    """match() of a list of texts, as they are and without their markup. tokens: token_hashes(texts)."""
+    """Runs match() on texts with and without their markup. tokens: token_hashes(texts)."""
     held = match(*tokens, questions)
     plain = (
         [(i, stripped) for i, text in enumerate(texts) if (stripped := strip_markup(text)) != text] if questions else []
@@ -190,17 +191,17 @@ def match_texts(texts: list[str], tokens: tuple, questions: dict) -> np.ndarray:
 
 
 def find_contamination(texts: Iterable[str], questions: dict) -> np.ndarray:
-    """-> (N,) int64: the question of index() that each text holds, -1 for none."""
+    """-> (N,) int64: index of the question that each text contains, -1 for none."""
     work = lambda chunk: match_texts(chunk, token_hashes(chunk), questions)  # noqa: E731
-    return np.concatenate([np.empty(0, np.int64), *in_threads(work, batches(texts))])
+    return np.concatenate([np.empty(0, np.int64), *in_threads(work, text_batches(texts))])
 
 
 def scan(texts: Iterable[str], questions: dict, n: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """simhash() and find_contamination() in one pass -> (N,) uint64, (N,) int64."""
 
-    def work(chunk):
+    def work(chunk: list[str]) -> tuple[np.ndarray, np.ndarray]:
         tokens = token_hashes(chunk)
-        return majority(*windows(*tokens, n)), match_texts(chunk, tokens, questions)
+        return majority_bits(*hash_ngrams(*tokens, n)), match_texts(chunk, tokens, questions)
 
-    parts = [(np.empty(0, np.uint64), np.empty(0, np.int64)), *in_threads(work, batches(texts))]
+    parts = [(np.empty(0, np.uint64), np.empty(0, np.int64)), *in_threads(work, text_batches(texts))]
     return tuple(np.concatenate(part) for part in zip(*parts))

@@ -2,7 +2,7 @@
 
     hashes = simhash(texts)                          # (N,) uint64
     keep, twin = keep_best(hashes, rank, hamming=3)  # keeps the best text of every group of near duplicates
-    python -m curation.dedup 1000000                 # measures time and memory on made-up texts
+    python -m curation.dedup 1000000                 # measures time and memory on synthetic texts
 
 Similar texts have simhashes that differ in few bits (Charikar, STOC 2002). A chunk of texts is hashed as one array of code
 points, without a loop over texts or words. Chunks are hashed in one thread per core: numpy releases Python's lock.
@@ -18,6 +18,7 @@ import re
 import resource
 import time
 import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -27,11 +28,11 @@ CHUNK = 1 << 18  # characters hashed at a time: their arrays fit the processor's
 _ALONE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]")
 _SIGNS = "-*/^%#@&_{}[]()"
 PAD = np.uint64(0x9E3779B97F4A7C15)
-BASE = np.uint64(0xD6E8FEB86659FD93)  # of the rolling hashes: odd, so that multiplying by it loses no bit
+BASE = np.uint64(0xD6E8FEB86659FD93)  # base of the rolling hashes; odd, so multiplication by it is invertible
 _LANES = np.uint64(0x0101010101010101)
 
 
-def mix(x):
+def mix_bits(x: np.ndarray) -> np.ndarray:
     """A bijection of uint64 that spreads every input bit over all output bits (the finaliser of splitmix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -39,32 +40,32 @@ def mix(x):
 
 
 @functools.cache
-def character_kinds():
-    """-> (0x110000,) uint8, the kind of each code point: 0 no token, 1 part of a word, 2 a token by itself, 3 a sign (a token)."""
+def character_kinds() -> np.ndarray:
+    """-> (0x110000,) uint8, the kind of each code point: 0: ignored, 1: part of a word, 2: a token by itself, 3: a sign (a token)."""
     table = np.zeros(0x110000, np.uint8)
     table[:0x40000] = [
         2 if _ALONE.match(c) else 3 if unicodedata.category(c) in ("Sm", "Sc", "So") or c in _SIGNS else c.isalnum()
         for c in map(chr, range(0x40000))
-    ]  # fmt: skip  above stand no letters
+    ]  # fmt: skip  no letters above 0x40000
     return table
 
 
-def sign_hashes():
-    """-> the hashes of all tokens that are one sign."""
-    return mix(np.append(np.flatnonzero(character_kinds() == 3), ord("!")).astype(np.uint64) * BASE)
+def sign_hashes() -> np.ndarray:
+    """Hashes of all tokens that consist of one sign."""
+    return mix_bits(np.append(np.flatnonzero(character_kinds() == 3), ord("!")).astype(np.uint64) * BASE)
 
 
-def token_hashes(texts):
-    """-> hashes (W,) uint64 of all tokens of all texts; counts (N,): tokens of each text.
+def token_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes all W tokens of N texts -> hashes (W,) uint64, counts (N,): number of tokens per text.
 
-    A text of punctuation alone is one token. "!" behind a digit is a sign. A sign that is repeated more than twice counts
-    twice, because the length of a blank or a ruler carries no meaning."""
+    A text of punctuation alone is one token. "!" after a digit is a sign (factorial). A sign repeated more than twice counts
+    twice, because the length of a blank ("____") or a ruler has no meaning."""
     # one string for all texts; NUL separates them, since it combines with no other character
     joined = unicodedata.normalize("NFKC", "".join(text.replace("\0", " ") + "\0" for text in texts)).lower()
     points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
     kind = character_kinds()[points]
     kind[1:][(points[1:] == ord("!")) & (points[:-1] - np.uint32(ord("0")) < 10)] = (
-        3  # a factorial; what is below "0" wraps around
+        3  # a factorial; uint32 differences below "0" wrap around
     )
     kind[2:][(kind[2:] == 3) & (points[2:] == points[1:-1]) & (points[1:-1] == points[:-2])] = 0
     ends = np.flatnonzero(points == 0)  # (N,)
@@ -77,18 +78,18 @@ def token_hashes(texts):
     first[:1] |= kind[:1] == 1
     starts = np.flatnonzero(first)
     at = np.arange(len(points))
-    within = at - np.maximum.accumulate(np.where(first, at, 0))  # the place in its token
+    within = at - np.maximum.accumulate(np.where(first, at, 0))  # position inside the token
     longest = int(within[kind != 0].max(initial=0))
     powers = np.cumprod(np.full(longest + 1, BASE, np.uint64), dtype=np.uint64)
     letters = points * powers[np.minimum(within, longest)] * (kind != 0)
-    hashes = mix(np.add.reduceat(letters, starts)) if len(starts) else np.empty(0, np.uint64)
+    hashes = mix_bits(np.add.reduceat(letters, starts)) if len(starts) else np.empty(0, np.uint64)
     return hashes, np.diff(np.searchsorted(starts, ends), prepend=0)
 
 
-def windows(hashes, counts, n):
-    """Hashes all n-grams of tokens -> (hashes (G,) uint64, starts (N,): where the n-grams of each text begin).
+def hash_ngrams(hashes: np.ndarray, counts: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes all G n-grams of tokens -> hashes (G,) uint64, starts (N,): index of each text's first n-gram.
 
-    A text of fewer than n tokens has one n-gram: its tokens and padding. hashes, counts: of token_hashes()."""
+    A text of fewer than n tokens has one n-gram, padded with PAD. hashes, counts: from token_hashes()."""
     lengths = np.maximum(counts, n)
     if (counts < n).any():
         flat = np.full(lengths.sum(), PAD)
@@ -100,21 +101,21 @@ def windows(hashes, counts, n):
     h = np.zeros(total, np.uint64)
     for k in range(n):
         h = h * BASE + flat[k : k + total]
-    inside = np.ones(total, bool)  # but for windows that run into the next text
+    inside = np.ones(total, bool)  # False for n-grams that cross into the next text
     ends = np.cumsum(lengths)
     for k in range(1, n):
         inside[ends[:-1] - k] = False
-    return mix(h[inside]), np.concatenate(([0], np.cumsum(lengths - n + 1)[:-1]))
+    return mix_bits(h[inside]), np.concatenate(([0], np.cumsum(lengths - n + 1)[:-1]))
 
 
-def ngram_hashes(texts, n):
-    return windows(*token_hashes(texts), n)
+def ngram_hashes(texts: list[str], n: int) -> tuple[np.ndarray, np.ndarray]:
+    return hash_ngrams(*token_hashes(texts), n)
 
 
-def majority(h, starts):
-    """h: (G,) uint64 in N runs that begin at `starts` -> (N,) uint64: each bit is the majority of that bit over the run.
+def majority_bits(h: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Takes the majority of each bit over runs of hashes: h (G,) uint64, runs begin at `starts` (N,) -> (N,) uint64.
 
-    Eight bits are counted at once, one in each byte of a word. A byte counts to 255, so longer runs are cut into pieces."""
+    Counts eight bits at once, one in each byte of a 64-bit word. A byte counts to 255, so longer runs are cut."""
     grams = np.diff(np.append(starts, len(h)))
     pieces = -(-grams // 255)
     first = np.concatenate(([0], np.cumsum(pieces)[:-1]))
@@ -128,8 +129,8 @@ def majority(h, starts):
     return out
 
 
-def batches(texts):
-    """Yields lists of texts with at most CHUNK characters in all; a longer text is alone in its list."""
+def text_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yields lists of texts of at most CHUNK characters in total. A longer text gets a list of its own."""
     batch, size = [], 0
     for text in texts:
         if batch and size + len(text) > CHUNK:
@@ -141,8 +142,8 @@ def batches(texts):
         yield batch
 
 
-def in_threads(work, items):
-    """Yields work(item) for every item, in order, computed on all cores. Holds few items at a time."""
+def in_threads(work: Callable, items: Iterable) -> Iterator:
+    """Yields work(item) for every item in order, computed on all cores. Keeps at most 2 items per core in memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with concurrent.futures.ThreadPoolExecutor(cores) as pool:
         waiting = collections.deque()
@@ -154,25 +155,25 @@ def in_threads(work, items):
             yield waiting.popleft().result()
 
 
-def simhash(texts, n=3):
-    """texts: an iterable -> (N,) uint64. Bit b is the value of bit b in most of the text's n-gram hashes."""
-    work = lambda chunk: majority(*ngram_hashes(chunk, n))  # noqa: E731
-    return np.concatenate([np.empty(0, np.uint64), *in_threads(work, batches(texts))])
+def simhash(texts: Iterable[str], n: int = 3) -> np.ndarray:
+    """Simhashes of N texts -> (N,) uint64. Bit b is the majority of bit b over the hashes of the text's n-grams."""
+    work = lambda chunk: majority_bits(*ngram_hashes(chunk, n))  # noqa: E731
+    return np.concatenate([np.empty(0, np.uint64), *in_threads(work, text_batches(texts))])
 
 
-def distinct(texts, n):
-    """distinct-n (Li et al., arXiv 1510.03055): the number of different n-grams over the number of n-grams."""
-    parts = [ngram_hashes(chunk, n)[0] for chunk in batches(texts)]
+def distinct(texts: Iterable[str], n: int) -> float:
+    """distinct-n (Li et al., arXiv 1510.03055): number of different n-grams / number of n-grams."""
+    parts = [ngram_hashes(chunk, n)[0] for chunk in text_batches(texts)]
     grams = np.concatenate([np.empty(0, np.uint64), *parts])
     return len(np.unique(grams)) / max(len(grams), 1)
 
 
-def near_pairs(hashes, hamming):
-    """All pairs i < j of hashes (N,) uint64 that differ in at most `hamming` bits -> i (P,), j (P,). Exact.
+def near_pairs(hashes: np.ndarray, hamming: int) -> tuple[np.ndarray, np.ndarray]:
+    """Finds all pairs i < j of hashes (N,) uint64 that differ in at most `hamming` bits -> i (P,), j (P,). Exact.
 
-    The 64 bits are cut into hamming + r blocks. Two hashes within the distance agree on at least r whole blocks, so they
-    share a bucket in one of the tables, one for each choice of r blocks as key. r is 1 for small N and grows with N: longer
-    keys keep the buckets small, and the work near N log N."""
+    Cuts the 64 bits into hamming + r blocks. Two hashes within the distance agree on at least r whole blocks. There is one
+    table for each choice of r blocks as key, so such hashes share a bucket in at least one table. r grows with N: longer
+    keys keep buckets small and the work near N log N."""
     n, r = len(hashes), 1
     while hamming and 2 ** (64 * r // (hamming + r)) * 8 < n and r < 4:
         r += 1
@@ -184,7 +185,7 @@ def near_pairs(hashes, hamming):
         order = np.argsort(key, kind="stable")
         key = key[order]
         at = np.arange(n - 1) if n else np.empty(0, np.int64)
-        for step in range(1, n):  # every bucket's members `step` apart, all buckets at once
+        for step in range(1, n):  # compare members `step` apart, in all buckets at once
             at = at[at + step < n]
             at = at[key[at] == key[at + step]]
             if not len(at):
@@ -200,14 +201,13 @@ def near_pairs(hashes, hamming):
     return pairs // max(n, 1), pairs % max(n, 1)
 
 
-def keep_best(hashes, rank, hamming):
-    """Goes through the texts from the best to the worst, and drops each that is near a kept one. rank: (N,), lower is better,
-    no ties.
+def keep_best(hashes: np.ndarray, rank: np.ndarray, hamming: int) -> tuple[np.ndarray, np.ndarray]:
+    """Visits texts from best to worst and drops each text that is near a kept one.
 
-    -> keep (N,) bool; twin (N,): the index of the kept text that a text is near to, its own if it is kept."""
+    rank: (N,), lower is better, no ties. -> keep (N,) bool; twin (N,): index of the kept near duplicate, its own if kept."""
     order = np.argsort(rank)
     values, first, group = np.unique(hashes[order], return_index=True, return_inverse=True)
-    best = order[first]  # of equal hashes the best text
+    best = order[first]  # the best text of each group of equal hashes
     i, j = near_pairs(values, hamming)
     source, target = np.concatenate((i, j)), np.concatenate((j, i))
     by = np.argsort(source, kind="stable")
@@ -216,7 +216,7 @@ def keep_best(hashes, rank, hamming):
     stays_for = np.arange(len(values))
     undecided = np.ones(len(values), bool)
     paired = np.unique(source)
-    for v in paired[np.argsort(first[paired])]:  # those with a neighbour, from the best on
+    for v in paired[np.argsort(first[paired])]:  # texts with near neighbours, best first
         if undecided[v]:
             near = target[begin[v] : begin[v + 1]]
             near = near[undecided[near]]
@@ -228,12 +228,12 @@ def keep_best(hashes, rank, hamming):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it costs
+# Measurement
 
 
-def made_up(n):
-    """Yields n texts of 300 characters, English and Chinese in turn. Every tenth is a changed copy of the fifth or fourth of its
-    ten: in case and punctuation, with a word added at the end, or with one added in the middle."""
+def synthetic_texts(n: int) -> Iterator[str]:
+    """Yields n texts of about 300 characters, alternately English and Chinese. Every tenth text is a changed copy of the fourth
+    or fifth text of its ten. The change is upper case and "!", a word added at the end, or a word added in the middle."""
     rng, ten = np.random.default_rng(0), []
     words = np.array(["".join(map(chr, rng.integers(97, 123, size))) for size in rng.integers(2, 9, 20_000)])
     for i in range(n):
@@ -251,17 +251,15 @@ def made_up(n):
             yield ten[-1]
 
 
-def main():
-    p = argparse.ArgumentParser(
-        description="Deduplicates made-up texts: the time and memory taken, and whether what was planted is found"
-    )
-    p.add_argument("n", type=int, help="texts of 300 characters")
+def main() -> None:
+    p = argparse.ArgumentParser(description="Measures time, memory and recall of deduplication on synthetic texts")
+    p.add_argument("n", type=int, help="number of texts, of 300 characters each")
     n = p.parse_args().n
     begun, making = time.perf_counter(), [0.0]
 
-    def texts():
+    def texts() -> Iterator[str]:
         before = time.thread_time()
-        for text in made_up(n):
+        for text in synthetic_texts(n):
             making[0] += time.thread_time() - before
             yield text
             before = time.thread_time()
@@ -275,7 +273,7 @@ def main():
     near = np.unpackbits((hashes[changed] ^ hashes[origin]).view(np.uint8)).reshape(-1, 64).sum(1) <= 3
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{n:,} texts: {ended - begun:.1f} s ({hashed - begun:.1f} s simhashes, {ended - hashed:.1f} s pairs), "
-          f"{time.process_time():.1f} s of CPU, {making[0]:.1f} s of them for making the texts; peak {peak:.2f} GiB")  # fmt: skip
+          f"{time.process_time():.1f} s CPU, including {making[0]:.1f} s to make the texts; peak {peak:.2f} GiB")  # fmt: skip
     print(
         f"{len(changed):,} changed copies, {near.sum():,} within 3 bits of their original; "
         f"{n - keep.sum():,} texts dropped, {(keep[changed] & keep[origin])[near].sum()} near pairs left"

@@ -6,7 +6,8 @@ import re
 import time
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from urllib.parse import quote, urlsplit, urlunsplit
+from typing import Any
+from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
 
 from core.files import InputError
 from curation.http_client import Connection, HTTPError, post
@@ -95,7 +96,7 @@ def open_endpoint(source: str, model_name: str | None) -> Endpoint:
     return Endpoint(name, name, chat_url(parts), model_name, endpoint_key(parts.scheme, host))
 
 
-def chat_url(parts):
+def chat_url(parts: SplitResult) -> str:
     path = parts.path.rstrip("/")
     if not path.endswith("/chat/completions"):
         path = f"{path or '/v1'}/chat/completions"
@@ -109,7 +110,7 @@ def endpoint_key(scheme: str, host: str) -> str | None:
         name = "OPENAI_API_KEY"
     key = (os.environ.get(name) or "").strip() or None
     if key and not (key.isascii() and key.isprintable()):
-        raise InputError(f"the key in {name} holds a character that no key has; set it anew")
+        raise InputError(f"the key in {name} contains a character that keys never contain; set it again")
     return key
 
 
@@ -125,7 +126,7 @@ def mask_key(text: str, key: str | None) -> str:
 # One request
 
 
-def look_up(value, *path):
+def look_up(value: Any, *path: str | int) -> Any:
     """value[path[0]][path[1]]...; None where a step is missing or of another type."""
     for step in path:
         try:
@@ -135,7 +136,7 @@ def look_up(value, *path):
     return value
 
 
-def read_json_body(body: bytes):
+def read_json_body(body: bytes) -> Any:
     """Raises ValueError or RecursionError. Numbers of 20 digits or more, which nothing here needs, become None."""
     return json.loads(body, parse_int=lambda digits: int(digits) if len(digits) < 20 else None)
 
@@ -167,7 +168,7 @@ def read_completion(body: bytes) -> tuple[str, str, list[int] | None]:
     return text, finish_reason if finish_reason == "length" else "stop", usage
 
 
-def why_no_text(reply, choice, message):
+def why_no_text(reply: Any, choice: Any, message: Any) -> str:
     block = look_up(reply, "promptFeedback", "blockReason")
     if isinstance(block, str):
         return f"content filter: {one_line(block)}"
@@ -178,7 +179,7 @@ def why_no_text(reply, choice, message):
     return "the reply calls a tool" if look_up(message, "tool_calls") else "the reply has no text"
 
 
-def read_content(content):
+def read_content(content: Any) -> str | None:
     """A message's content, a text or a list of parts -> the text, None if there is none."""
     if isinstance(content, list):
         parts = [look_up(part, "text") for part in content if look_up(part, "type") == "text"]
@@ -207,7 +208,7 @@ def read_refusal(status: int, headers: dict[str, str], body: bytes) -> RequestFa
     if status in (400, 403, 422, 451) and FILTERED.search(" ".join(map(str, [*codes, message[:2000]]))):
         return RequestFailed(f"content filter: {reason}", "set aside")
     if "insufficient_quota" in codes:
-        status = 402  # some endpoints send 429 for it, which would be tried again
+        status = 402  # some endpoints send 429 here, which would be retried
     if status in FATAL:
         return RequestFailed(f"{reason}; {FATAL[status]}", "end", status)
     if 400 <= status < 500 and status not in (408, 409, 425, 429):
@@ -229,12 +230,14 @@ def retry_after(value: str | None) -> float:
     return min(max(seconds, 0.0), RETRY_AFTER_CAP) if seconds == seconds else 0.0
 
 
-def one_line(text):
-    """At most 200 characters of it, without control characters."""
+def one_line(text: str) -> str:
+    """Returns at most 200 characters of a text on one line, without control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text[:2000]).split())[:200]
 
 
-async def send(connection: Connection, endpoint: Endpoint, messages: list[dict], parameters: dict, timeout: float):
+async def send(
+    connection: Connection, endpoint: Endpoint, messages: list[dict], parameters: dict, timeout: float
+) -> tuple[str, str, list[int] | None]:
     """One request, once -> (text, finish_reason, usage or None). Raises RequestFailed."""
     model = {"model": endpoint.model} if endpoint.model else {}
     body = json.dumps({**model, "messages": messages, "stream": False, **parameters}).encode()

@@ -14,6 +14,7 @@ import asyncio
 import base64
 import functools
 import http.client
+import socket
 import ssl
 import urllib.request
 from dataclasses import dataclass
@@ -111,11 +112,11 @@ async def open_connection(connection: Connection) -> None:
 
 
 @functools.cache
-def trusted_certificates():
+def trusted_certificates() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-def find_proxy(scheme, host):
+def find_proxy(scheme: str, host: str) -> SplitResult | None:
     """The proxy of the environment for this host, as a split URL; None for a direct connection."""
     if host == "localhost" or host == "::1" or host.startswith("127.") or urllib.request.proxy_bypass(host):
         return None
@@ -123,15 +124,15 @@ def find_proxy(scheme, host):
     return urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else None
 
 
-def proxy_headers(proxy):
+def proxy_headers(proxy: SplitResult) -> dict[str, str]:
     if proxy.username is None:
         return {}
     user = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
     return {"Proxy-Authorization": f"Basic {base64.b64encode(user).decode()}"}
 
 
-def open_tunnel(connection, timeout=30.0):
-    """A socket through the proxy to the host, on which TLS then runs."""
+def open_tunnel(connection: Connection, timeout: float = 30.0) -> socket.socket:
+    """Opens a tunnel through the proxy to the host -> its socket, not yet in TLS."""
     proxy = connection.proxy
     tunnel = http.client.HTTPConnection(proxy.hostname, proxy.port or 80, timeout=timeout)
     tunnel.set_tunnel(connection.host, connection.port, headers=proxy_headers(proxy))
@@ -140,7 +141,7 @@ def open_tunnel(connection, timeout=30.0):
     return tunnel.sock
 
 
-def request_head(connection, length):
+def request_head(connection: Connection, length: int) -> bytes:
     url = connection.url
     host = f"[{connection.host}]" if ":" in connection.host else connection.host
     if url.port:
@@ -164,7 +165,7 @@ def request_head(connection, length):
 # Reading
 
 
-async def read_head(reader):
+async def read_head(reader: asyncio.StreamReader) -> tuple[str, int, dict[str, str]]:
     """-> (version, status, headers). Interim replies (status 1xx) are skipped."""
     for _ in range(10):
         line = await reader.readline()
@@ -179,7 +180,7 @@ async def read_head(reader):
     raise HTTPError("the server sends interim replies without end")
 
 
-async def read_headers(reader):
+async def read_headers(reader: asyncio.StreamReader) -> dict[str, str]:
     headers = {}
     for _ in range(MAX_HEADERS):
         line = await reader.readline()
@@ -192,7 +193,7 @@ async def read_headers(reader):
     raise HTTPError(f"the reply has more than {MAX_HEADERS} header lines", retry=False)
 
 
-async def read_body(reader, status, headers):
+async def read_body(reader: asyncio.StreamReader, status: int, headers: dict[str, str]) -> bytes:
     if status in (204, 304):
         return b""
     if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
@@ -214,7 +215,7 @@ async def read_body(reader, status, headers):
     return bytes(body)
 
 
-async def read_chunks(reader):
+async def read_chunks(reader: asyncio.StreamReader) -> bytes:
     body = bytearray()
     while True:
         size = (await reader.readline()).split(b";")[0].strip()
@@ -229,5 +230,5 @@ async def read_chunks(reader):
         await reader.readline()
 
 
-def too_large():
+def too_large() -> HTTPError:
     return HTTPError(f"the reply is larger than {MAX_BODY // 2**20} MB", retry=False)

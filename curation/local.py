@@ -94,7 +94,9 @@ def ask_local(
                 bar.update()
 
 
-def generate_replies(local: LocalModel, prompts: list[list[dict]], seeds: list[int], parameters: dict, batch_size: int):
+def generate_replies(
+    local: LocalModel, prompts: list[list[dict]], seeds: list[int], parameters: dict, batch_size: int
+) -> Iterator[tuple[int, str, str]]:
     """Yields (index, text, finish_reason)."""
     sampling = {"temperature": parameters["temperature"], "top_p": parameters.get("top_p", 1.0), "seed": seeds}
     length = {"max_new_tokens": parameters["max_tokens"], "batch_size": batch_size}
@@ -128,8 +130,10 @@ def perplexities(
     return out
 
 
-def score_share(scorer: LocalModel, pairs: list[tuple[list[dict], str]], max_len: int, micro_tokens: int):
-    """perplexities() of one rank's share."""
+def score_share(
+    scorer: LocalModel, pairs: list[tuple[list[dict], str]], max_len: int, micro_tokens: int
+) -> list[float | None]:
+    """Computes perplexities() for one rank's share."""
     model, tokenizer = load(scorer)
     examples = []
     for prompt, text in pairs:
@@ -157,7 +161,7 @@ def join_other_ranks() -> int:
     return join_ranks(hours=30 * 24).rank  # rank 0 may wait for an endpoint for days before it needs the others again
 
 
-def scatter_jobs(jobs: list | None):
+def scatter_jobs(jobs: list | None) -> tuple | None:
     """Rank 0 sends each rank its job; the others pass None. -> this rank's job: () for none now, None at the end."""
     mine = [None]
     dist.scatter_object_list(mine, jobs, src=0)
@@ -189,7 +193,7 @@ def serve_jobs() -> None:
     """The whole life of a rank above 0: does the jobs that rank 0 sends, until there are no more."""
     opened = {}
 
-    def or_exit(collective, *arguments):
+    def or_exit(collective: Callable, *arguments):
         try:
             return collective(*arguments)
         except RuntimeError:  # rank 0 has ended and has said why; an orderly exit would wait for it

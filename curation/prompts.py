@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Iterable
 
 CLASSIFY = """Task: classify
 You sort instructions into categories for a training set. The user's message holds one instruction, fenced by two lines \
@@ -49,14 +50,14 @@ AGAIN_CLASSIFY %= ", ".join(PRIMARY)
 CLASSIFY_CHARS, JUDGE_CHARS = 2000, 4000  # of each text that a request quotes; the middle of a longer one is cut out
 
 
-def render(prompt):
+def render(prompt: list[dict]) -> str:
     """A prompt as one text: a single turn as it is, several turns with their roles."""
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-def clip(text, chars):
+def clip(text: str, chars: int) -> str:
     if len(text) <= chars:
         return text
     return text[: chars * 2 // 3] + "\n[... cut ...]\n" + text[-(chars // 3) :]
@@ -80,16 +81,16 @@ CONTROL = re.compile(
 )
 
 
-def disarm(text):
+def disarm(text: str) -> str:
     """Puts a space behind the first character of every control token: "< |im_end|>" reads the same, and is no token."""
     return CONTROL.sub(r"\g<0> ", text)
 
 
-def disarm_messages(messages):
+def disarm_messages(messages: list[dict]) -> list[dict]:
     return [{**m, "content": disarm(m["content"])} for m in messages]
 
 
-def fence(parts):
+def fence(parts: list[tuple[str, str]]) -> str:
     """[(name, text)] -> the parts between lines `[key name]` and `[key end]`, without working control tokens. The key is a
     hash of the texts and occurs in none of them: no text can close its own fence."""
     parts = [(name, disarm(text)) for name, text in parts]
@@ -99,13 +100,13 @@ def fence(parts):
     return "\n".join(f"[{key} {name}]\n{text}\n[{key} end]" for name, text in parts)
 
 
-def classify_request(prompt):
+def classify_request(prompt: list[dict]) -> list[dict]:
     """-> messages that ask for the category of an instruction."""
     ask = fence([("instruction", clip(render(prompt), CLASSIFY_CHARS))]) + "\nCategory as one line of JSON:"
     return [{"role": "system", "content": CLASSIFY}, {"role": "user", "content": ask}]
 
 
-def judge_request(prompt, responses):
+def judge_request(prompt: list[dict], responses: dict[str, str]) -> list[dict]:
     """responses: {letter: text} -> messages that ask for the grades of all of them at once."""
     parts = [("instruction", clip(render(prompt), JUDGE_CHARS))]
     parts += [(letter, clip(text, JUDGE_CHARS)) for letter, text in responses.items()]
@@ -113,7 +114,7 @@ def judge_request(prompt, responses):
     return [{"role": "system", "content": JUDGE}, {"role": "user", "content": f"{fence(parts)}\n{ask}"}]
 
 
-def parse_object(text):
+def parse_object(text: str) -> dict | None:
     """The text as a JSON object, which one code fence may surround; None if it is anything else."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.S)
     try:
@@ -123,7 +124,7 @@ def parse_object(text):
     return value if isinstance(value, dict) else None
 
 
-def parse_category(text):
+def parse_category(text: str) -> tuple[str, str] | None:
     """-> (primary, secondary as written), or None unless the reply is exactly what was asked for."""
     value = parse_object(text)
     if value is None or set(value) != {"primary", "secondary"} or not all(isinstance(v, str) for v in value.values()):
@@ -134,7 +135,7 @@ def parse_category(text):
     return primary, secondary
 
 
-def parse_grades(text, letters):
+def parse_grades(text: str, letters: Iterable[str]) -> dict[str, tuple[int, int]] | None:
     """-> {letter: (quality, safety)}, or None unless the reply is exactly what was asked for."""
     value = parse_object(text)
     if value is None or set(value) != set(letters):
@@ -159,7 +160,7 @@ SINGULARS = {**{w: w for w in "news series species bias gas canvas atlas lens ch
              **{w + "s": w for w in "movie cookie calorie brownie smoothie zombie selfie".split()}}  # fmt: skip
 
 
-def singular(text):
+def singular(text: str) -> str:
     """Lower case, one space for any separator ("c++" and "c#" are words), the last word in the singular."""
     *words, last = re.sub(r"(?<![\w+#])[+#]+|[^\w+#]+|_+", " ", text.lower()).split() or [""]
     if last in SINGULARS:
@@ -175,7 +176,7 @@ def singular(text):
     return " ".join([*words, last])
 
 
-def category_key(text):
+def category_key(text: str) -> str:
     """A key that names of one category share: their words without endings and small words, sorted unless "to" is one of them."""
     words = singular(text).split()
     stems = [re.sub(r"([b-df-hj-np-tv-z])\1(?=$)", r"\1", re.sub(r"(?:ing|ed|e)$", "", singular(w))) if len(w) > 4 else singular(w)
@@ -183,7 +184,7 @@ def category_key(text):
     return "".join(stems if "to" in words else sorted(stems))
 
 
-def offered_names():
+def offered_names() -> dict[str, str]:
     """{key: name} of the rubric's secondary categories; the parts of "letter or email" stand for the whole."""
     lines = re.findall(r"^(?:%s): (.*)$" % "|".join(PRIMARY), CLASSIFY, re.M)
     names = [name for line in lines for name in line.split(", ")]
@@ -193,7 +194,7 @@ def offered_names():
     )
 
 
-def category_name(text):
+def category_name(text: str) -> str:
     """One name for near-synonyms: the rubric's if it offers one (OFFERED), else in lower case, singular, single spaces."""
     return OFFERED.get(category_key(text)) or singular(text)
 

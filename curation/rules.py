@@ -1,10 +1,11 @@
-"""Rules that reject a response without a model: it breaks the form asked for, is unsafe, declines, or was cut off.
+"""Rules that reject a response without a model: it breaks a requested format, is unsafe, declines, or was cut off.
 
 Rules only reject. A hit is reliable, because the patterns are narrow; no hit proves nothing. The tables are meant to be edited.
 """
 
 import math
 import re
+from collections.abc import Iterator
 
 from curation.task_types import task_type
 from verification.ifeval import is_json
@@ -24,7 +25,7 @@ _NO_LIST = r"(?! (?:that|which|from|of|for|rhyming|related|starting|beginning|en
 _REPLY = r"\b(?:answer|reply|respond|response|output|return|give (?:me )?(?:your|the) answer)\b[^.\n]{0,40}"
 
 
-def number(text):
+def parse_numeral(text: str) -> int:
     """Reads a numeral: digits, an English word up to ten, or Chinese ("一百二十" -> 120; "两三" -> 3)."""
     if text[0].isdigit() or text.lower() in _WORDS:
         return _WORDS.get(text.lower()) or int(re.sub("[,，]", "", text))
@@ -39,21 +40,22 @@ def number(text):
     return total + last
 
 
-# A count is (fewest, most), because texts can be counted in two ways. A limit is broken if both counts break it.
+# Each count returns (fewest, most), because words and sentences can be counted in two ways. A response breaks a limit only
+# if both counts break it.
 
 
-def words(text):
-    """Counts a word with hyphens as one, or as its parts."""
+def count_words(text: str) -> tuple[int, int]:
+    """Counts words. A hyphenated word is one word in `fewest` and several in `most`."""
     return len(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text)), len(re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text))
 
 
-def characters(text):
-    """Counts Chinese characters. A word in another script counts as one or as its letters; signs count in `most` alone."""
+def count_characters(text: str) -> tuple[int, int]:
+    """Counts Chinese characters. A word in another script is one in `fewest`, its letters in `most`. Only `most` counts signs."""
     return len(re.findall(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+", text)), len(re.findall(r"\S", text))
 
 
-def sentences(text):
-    """Counts sentences. The end of a line, and the stop in "U.S." or "J. K." before a capital, end one in `most` alone."""
+def count_sentences(text: str) -> tuple[int, int]:
+    """Counts sentences. Only `most` ends a sentence at a line end or at an abbreviation such as "U.S." or "J. K."."""
     text = re.sub(r"\b(Mr|Mrs|Ms|Dr|St|Prof|vs|cf|e\.g|i\.e|No(?=\. ?\d))\.", r"\1", text)
     ends = r"(?<=[.!?])[\"'”’)]*\s+(?![a-z])|(?<=[。！？])"
     fewest = re.split(ends, re.sub(r"\b([A-Z]|[ap]\.m|etc|Jr|Sr|Inc|Ltd|Co)\.(?=\s)", r"\1", text))
@@ -62,19 +64,20 @@ def sentences(text):
     )
 
 
-def points(text):
+def count_list_items(text: str) -> tuple[int, int]:
+    """Counts bullet points and numbered lines. Both counts are equal."""
     return (len(re.findall(r"^\s*(?:[-*•]|\d+[.)、])\s*\S", text, re.M)),) * 2
 
 
-COUNTS = (  # what is counted, by which function, its name in English, its name in Chinese
-    ("words", words, r"words", None),
-    ("characters", characters, None, r"个?(?:汉)?字"),
-    ("sentences", sentences, r"sentences?", r"句话?"),
-    ("points", points, r"(?:bullet points?|bullets|numbered (?:items|points))", r"个要点"),
+COUNTS = (  # name, counting function, English pattern, Chinese pattern
+    ("words", count_words, r"words", None),
+    ("characters", count_characters, None, r"个?(?:汉)?字"),
+    ("sentences", count_sentences, r"sentences?", r"句话?"),
+    ("points", count_list_items, r"(?:bullet points?|bullets|numbered (?:items|points))", r"个要点"),
 )
-# name, what the instruction says, what the response must then be
+# name, pattern of the instruction, check of the response
 FORMS = (
-    ("one word", _REPLY + r"\b(?:(?:one|a single)[ -]word)\b(?! or)|只?用一个(?:单)?词(?:来)?回答", lambda text: words(text)[0] <= 1),
+    ("one word", _REPLY + r"\b(?:(?:one|a single)[ -]word)\b(?! or)|只?用一个(?:单)?词(?:来)?回答", lambda text: count_words(text)[0] <= 1),
     ("yes or no", _REPLY + r"\b(?:only|just|simply) (?:with |by )?[\"'“]?yes[\"'”]? or [\"'“]?no\b"
      r"|只(?:需要?)?(?:回答|用)[“\"]?是[”\"]?(?:或|和)[“\"]?(?:否|不是)",
      lambda text: re.fullmatch(r"\W*(?:yes|no|是|否|不是)\W*", text, re.I) is not None),
@@ -86,8 +89,8 @@ FORMS = (
 _FORMS = [(name, re.compile(pattern, re.I), holds) for name, pattern, holds in FORMS]
 
 
-def _limits():
-    """Yields the patterns of COUNTS: (name, count, limit, pattern, fewest given n, most given n).
+def _limits() -> Iterator[tuple]:
+    """Yields (name, counting function, limit, pattern, n -> fewest allowed, n -> most allowed) for each row of COUNTS.
 
     "in 50 words" is no limit: 55 words satisfy it."""
     for name, count, english, chinese in COUNTS:
@@ -114,7 +117,7 @@ def _limits():
 
 
 _LIMITS = list(_limits())
-# These hold the words of a limit without stating one: quoted texts, what is given, limits of a part of the response
+# Text that looks like a limit but is not: quoted texts, given material, limits of one part of the response
 _QUOTED = re.compile(r"```.*?```|\"[^\"\n]*\"|“[^”]*”|「[^」]*」", re.S)
 _GIVEN = re.compile(r"\b(?:are|be) given\b.*", re.S)
 _PART = re.compile(r"\b(?:each|every|per|titles?|headings?|headlines?|keywords?)\b|每[个句段条行项点首篇]|标题", re.I)
@@ -126,8 +129,8 @@ _TOPIC = re.compile(
 _TOPIC_FIRST = re.compile(r"(?:what|why|how)\b|什么|为什么|为何|怎|如何", re.I)
 
 
-def demands(instruction):
-    """The sentences of an instruction that may state a form; of a question, the part before its question word's clause."""
+def form_sentences(instruction: str) -> str:
+    """The sentences of an instruction that may request a format. A question is cut before its question word."""
     kept = []
     for sentence in re.split(r"(?<=[.!?])\s+|(?<=[。！？\n])", _QUOTED.sub(" ", instruction)):
         if (
@@ -141,17 +144,17 @@ def demands(instruction):
     return " ".join(kept)
 
 
-def broken_form(instruction, response):
-    """-> the limit that the response breaks, as "words: 71 where 50 is the most", or None.
+def broken_form(instruction: str, response: str) -> str | None:
+    """-> the limit that a response breaks, such as "words: 71 where 50 is the most", or None.
 
     Instructions that ask for code are skipped: their limits describe the program, not the response."""
-    asked = "" if task_type(instruction).startswith("code/") else demands(instruction)
+    asked = "" if task_type(instruction).startswith("code/") else form_sentences(instruction)
     for name, pattern, holds in _FORMS:
         if pattern.search(asked) and not holds(response):
             return name
     for name, count, limit, pattern, low, high in _LIMITS:
         for found in pattern.findall(asked):
-            n, (fewest, most) = number(found), count(response)
+            n, (fewest, most) = parse_numeral(found), count(response)
             if fewest > high(n) or most < low(n):
                 return f"{name}: {fewest if fewest > high(n) else most} where {found} is the {limit}"
     return None
@@ -177,25 +180,25 @@ _DECLINES = re.compile(
 )
 
 
-def declines(text):
+def declines(text: str) -> bool:
     """True if a response begins with a refusal."""
     return _DECLINES.search(text[:300]) is not None
 
 
-def luhn(number):
+def luhn(number: str) -> bool:
     """True if the checksum of a payment card's number is right (Luhn)."""
     doubled = [int(d) * (1 + i % 2) for i, d in enumerate(reversed(re.sub(r"\D", "", number)))]
     return sum(d - 9 * (d > 9) for d in doubled) % 10 == 0
 
 
-def chinese_id(number):
+def chinese_id(number: str) -> bool:
     """True if the check character of an 18-place Chinese identity number is right (GB 11643)."""
     total = sum(int(d) * 2 ** (17 - i) for i, d in enumerate(number[:17]))
     return "10X98765432"[total % 11] == number[17].upper()
 
 
 _PEOPLE = r"(?:women|men|jews|muslims|christians|black people|white people|asians|gays|homosexuals|immigrants|foreigners|disabled people)"
-# what a response must not hold: name, pattern, and what the match must pass besides
+# name, forbidden pattern, further check of a match or None
 UNSAFE = (
     ("card number", re.compile(r"(?<![\d.])(?:4\d{3}|5[1-5]\d{2}|6011)([ -]?)\d{4}\1\d{4}\1\d{4}(?!\.?\d)"), luhn),
     ("identity number", re.compile(r"(?<!\d)[1-8]\d{5}(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])\d{3}[\dXx](?!\d)"), chinese_id),
@@ -213,8 +216,8 @@ _WHOM = (
     r"|neighbou?r|mother|father|girlfriend|boyfriend|roommate|coworker|teacher))"
 )
 _DRUG = r"(?:(?:some|crystal) )*(?:meth|methamphetamine|cocaine|heroin|crack)\b(?! (?:addict|user|help|out|treat))"
-# A deed that is asked for: "how do I" or the like, and the deed right behind it, so that a word for "prevent" does not fit in.
-# Suicide is none of these: help that does not decline is the right response, and the judge has to tell it from a method.
+# A request for a harmful act: "how do I" or the like, directly followed by the act, so "how do I prevent" does not match.
+# Suicide is not listed: the right response helps rather than declines. The judge grades such responses.
 _HARMFUL = re.compile(
     r"\b(?:how (?:can|could|do|would|should|might) (?:i|you|we|one)|how to|ways? (?:(?:i|we|you|that i) can|to|for me to)"
     r"|where (?:can|could|do) (?:i|we|one)|help me|(?:teach|show|tell) me (?:how )?to|if i wanted to) (?:\w+ly )?(?:"
@@ -242,11 +245,10 @@ _WARNS = re.compile(
 )
 
 
-def unsafe(instruction, response):
-    """-> the rule that a response breaks, or None.
+def unsafe(instruction: str, response: str) -> str | None:
+    """-> name of the rule that a response breaks, or None.
 
-    A response that declines breaks none. Text that the instruction itself contains (a card number to check) is not held
-    against the response. A response that warns of a harmful request is left to the judge."""
+    A response that declines breaks no rule. Text copied from the instruction (a card number to check) is ignored. A response that warns of a harmful request is left to the judge."""
     if declines(response):
         return None
     for name, pattern, passes in UNSAFE:
@@ -264,8 +266,8 @@ def unsafe(instruction, response):
 _CUT_MARK = re.compile(
     r"(?:\[(?:truncated|cut off|continued)\]|\((?:truncated|to be continued)\)|（未完待续）|【未完】)\s*\Z", re.I
 )
-# Running prose (a sentence has ended before, in the same paragraph) whose last, long line stops at a word that nothing may
-# end with, or at a sign after which something must come
+# Prose (an earlier sentence of the paragraph is complete) whose long last line ends in a word or a sign that cannot end a
+# sentence
 _OPEN_END = re.compile(
     r"(?:[.!?] [^\n]{40,}?(?:[a-z]{2,},|\(|"
     r"[a-z] (?:a|an|the|of|to|and|or|with|for|from|in|at|by|is|are|was|were|that|which|because|as|than|your|their|its))"
@@ -273,7 +275,7 @@ _OPEN_END = re.compile(
 )
 
 
-def cut_off(text):
+def cut_off(text: str) -> bool:
     """True if a response stops early: in a code block, at a mark such as [truncated], or inside a sentence."""
     text = text.rstrip()
     return (

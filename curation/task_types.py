@@ -85,7 +85,7 @@ _LETTER = re.compile(r"[^\W\d_]")
 _LATIN = re.compile(r"[A-Za-z]")
 
 
-def language(text):
+def language(text: str) -> str:
     """ "zh", "en" or "other", by the text's first 40 letters: what is to be translated or debugged stands behind the words that
     ask for it. A Chinese character weighs as much as two words; half a word after a Latin beginning."""
     head = re.match(r"(?:[\W\d_]*[^\W\d_]){0,40}", text[:HEAD])[0]
@@ -97,7 +97,7 @@ def language(text):
     return "en" if len(_LATIN.findall(head)) + chinese * (words > 0) >= 0.9 * len(letters) else "other"
 
 
-def task_type(text):
+def task_type(text: str) -> str:
     """The first rule that matches the instruction. English patterns are tried on text that holds Chinese too, so that
     "用 Python 写" is found by either."""
     text = text.strip()
@@ -110,7 +110,7 @@ def task_type(text):
     return "other/question" if re.search(r"[?？]\s*$", text) else "other/instruction"
 
 
-def conversation_type(messages):
+def conversation_type(messages: list[dict]) -> str:
     """The task type of the user's last turn; where no rule matches it ("Go on."), of the one before, and so on."""
     types = [task_type(m["content"]) for m in reversed(messages) if m["role"] == "user"]
     return next((name for name in types if not name.startswith("other/")), types[0])

@@ -164,7 +164,7 @@ async def still_answers(session: Session) -> bool:
     return reply is not None
 
 
-def with_hint(failure):
+def with_hint(failure: RequestFailed) -> str:
     hint = ""
     if failure.status == 403:
         hint = "; the key may not use this model"
@@ -175,11 +175,11 @@ def with_hint(failure):
     return failure.reason + hint
 
 
-def new_connection(endpoint):
+def new_connection(endpoint: Endpoint) -> Connection:
     return Connection(endpoint.url, {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {})
 
 
-async def afford(session, size):
+async def afford(session: Session, size: list[int]) -> bool:
     """Waits until the budget allows one more request of this size. False if the run ends, because it never will."""
     limits = session.limits
     while not session.stop.is_set() and not limits.affords(size):
@@ -192,12 +192,12 @@ async def afford(session, size):
     return not session.stop.is_set()
 
 
-def end(session, reason):
+def end(session: Session, reason: str) -> None:
     session.ended_by = session.ended_by or reason
     session.stop.set()
 
 
-async def pause(session, seconds, reason=""):
+async def pause(session: Session, seconds: float, reason: str = "") -> None:
     """Sleeps, at most until the run ends. The bar shows a wait of a second or more."""
     if seconds >= 1:
         session.bar.set_postfix_str(f"waiting {seconds:.0f} s: {reason[:60]}")
@@ -206,7 +206,7 @@ async def pause(session, seconds, reason=""):
             await asyncio.wait_for(session.stop.wait(), seconds)
 
 
-def show_spent(session):
+def show_spent(session: Session) -> None:
     limits, bar = session.limits, session.bar
     spent, digits = limits.spent(), 2 if limits.prices else 0
     at_end = session.spent_before + (spent - session.spent_before) * bar.total / max(bar.n, 1)

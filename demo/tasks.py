@@ -3,7 +3,8 @@
 To add a task, add a row; demo/world.py turns rows into instructions, references and replies.
 """
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from demo import words as W
@@ -21,55 +22,57 @@ class Task(NamedTuple):
     phrasings: tuple             # texts with the slots {a} {b} ...
 
 
-def one_of(*lists):
+def one_of(*lists: Iterable) -> Callable:
     """pick: one entry of every list."""
     return lambda rng: tuple(str(rng.choice(list(entries))) for entries in lists)
 
 
-def fact(name, category, table, *phrasings, kind="exact"):
+def fact(name: str, category: str, table: dict[str, str], *phrasings: str, kind: str = "exact") -> Task:
     return Task(name, category, kind, True, one_of(table), table.__getitem__, phrasings)
 
 
-def rule(name, category, kind, pick, answer, *phrasings, closed=False):
+def rule(
+    name: str, category: str, kind: str, pick: Callable, answer: Callable, *phrasings: str, closed: bool = False
+) -> Task:
     return Task(name, category, kind, closed, pick, answer, phrasings)
 
 
 # ---- what the rows below need that is longer than an expression
 
-def numbers(low, high, count):
+def numbers(low: int, high: int, count: int) -> Callable:
     return lambda rng: tuple(str(n) for n in rng.sample(range(low, high + 1), count))
 
 
-def descending(low, high):
+def descending(low: int, high: int) -> Callable:
     return lambda rng: tuple(str(n) for n in sorted(rng.sample(range(low, high + 1), 2), reverse=True))
 
 
-def shifted(entries, by):
+def shifted(entries: list[str], by: int) -> dict[str, str]:
     return {entry: entries[(i + by) % len(entries)] for i, entry in enumerate(entries)}
 
 
-def three_steps(rng):
+def three_steps(rng: random.Random) -> tuple[str, ...]:
     first, step = rng.randint(1, 30), rng.randint(1, 6)
     return tuple(str(first + i * step) for i in range(3))
 
 
-def odd_one(rng):
+def odd_one(rng: random.Random) -> tuple[str, ...]:
     kind, other = rng.sample(sorted(set(W.KIND.values())), 2)
     entries = rng.sample([w for w in W.KIND if W.KIND[w] == kind], 3)
     entries.append(rng.choice([w for w in W.KIND if W.KIND[w] == other]))
     return tuple(rng.sample(entries, 4))
 
 
-def letter_of(entry, entries):
+def letter_of(entry: str, entries: Sequence[str]) -> str:
     return f"{'ABCD'[entries.index(entry)]}. {entry}"
 
 
-def odd_one_answer(*entries):
+def odd_one_answer(*entries: str) -> str:
     kinds = [W.KIND[entry] for entry in entries]
     return letter_of(next(e for e, kind in zip(entries, kinds) if kinds.count(kind) == 1), entries)
 
 
-def four_and(table):
+def four_and(table: dict[str, str]) -> Callable:
     """pick: four different values of the table, and the key that one of them belongs to."""
     def pick(rng):
         key = rng.choice(list(table))
@@ -78,20 +81,20 @@ def four_and(table):
     return pick
 
 
-def sum_choice(rng):
+def sum_choice(rng: random.Random) -> tuple[str, ...]:
     x, y = rng.randint(1, 20), rng.randint(1, 20)
     return *(str(n) for n in rng.sample([x + y, x + y + 1, x + y + 10, x + y - 1], 4)), str(x), str(y)
 
 
-def with_article(word):
+def with_article(word: str) -> str:
     return ("an " if word[0] in "aeiou" else "a ") + word
 
 
-def yes(condition):
+def yes(condition: bool) -> str:
     return "Yes" if condition else "No"
 
 
-def add_function(name, n):
+def add_function(name: str, n: str) -> str:
     return f"```python\ndef {name}(x):\n    return x + {n}\n```"
 
 

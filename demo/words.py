@@ -1,12 +1,12 @@
 """The words and facts of the demo's world: plain tables, entries `key:value` separated by spaces."""
 
 
-def pairs(text):
+def pairs(text: str) -> dict[str, str]:
     """'a:b c:d' -> {'a': 'b', 'c': 'd'}; an underscore stands for a space."""
     return dict(item.replace("_", " ").split(":") for item in text.split())
 
 
-def inverted(table):
+def inverted(table: dict[str, str]) -> dict[str, str]:
     """The table read from right to left; every value must occur once."""
     assert len(set(table.values())) == len(table), "two keys share a value"
     return {value: key for key, value in table.items()}

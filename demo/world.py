@@ -13,6 +13,7 @@ import hashlib
 import os
 import random
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from core.files import InputError, cli
@@ -39,11 +40,11 @@ class Item(NamedTuple):
     prompt: str
 
 
-def is_chinese(text):
+def is_chinese(text: str) -> bool:
     return any("\u4e00" <= ch <= "\u9fff" for ch in text)
 
 
-def ask(task, rng):
+def ask(task: Task, rng: random.Random) -> Item:
     """An instruction of the task -> Item; slots, phrasing and manner are drawn from rng."""
     slots, wording = task.pick(rng), rng.randrange(len(task.phrasings))
     phrasing = task.phrasings[wording]
@@ -53,7 +54,7 @@ def ask(task, rng):
     return Item(task, slots, wording, rng.choice(manners).format(phrasing.format(**dict(zip("abcdef", slots)))))
 
 
-def phrasing_patterns():
+def phrasing_patterns() -> list[tuple[Task, int, re.Pattern]]:
     """[(task, wording, compiled pattern)]: every phrasing in every manner, its slots as named groups."""
     out = []
     for task in TASKS + RARE:
@@ -76,7 +77,7 @@ def phrasing_patterns():
 PATTERNS = phrasing_patterns()
 
 
-def solve(prompt):
+def solve(prompt: str) -> Item | None:
     """The Item that a prompt states, or None when it is not of this world."""
     for task, wording, pattern in PATTERNS:
         found = pattern.fullmatch(prompt.strip())
@@ -90,7 +91,7 @@ def solve(prompt):
     return None
 
 
-def right(item):
+def right(item: Item) -> str:
     return item.task.answer(*item.slots)
 
 
@@ -112,7 +113,7 @@ def reference(item):
 # ---- replies that are not right
 
 
-def wrong(item, rng):
+def wrong(item: Item, rng: random.Random) -> str:
     """The answer to another question of the same task, or another choice of this one."""
     if item.task.kind == "choice":
         letter = rng.choice([ch for ch in "ABCD" if ch != right(item)[0]])
@@ -124,7 +125,7 @@ def wrong(item, rng):
             return right(other)
 
 
-def slip(item):
+def slip(item: Item) -> str:
     """Nearly right: off by one, the next letter, the opposite, the last character lost. Always the same one."""
     reply, kind = right(item), item.task.kind
     if kind == "number":
@@ -138,17 +139,17 @@ def slip(item):
     return swap.get(reply) or (reply[:-1] if len(reply) > 1 else reply + reply)
 
 
-def chatty(item):
+def chatty(item: Item) -> str:
     return (
         f"Sure! Here is my answer: {right(item)}" if not is_chinese(item.prompt) else f"好的!我的答案是:{right(item)}"
     )
 
 
-def parrot(item):
+def parrot(item: Item) -> str:
     return item.prompt.split("\n")[0]
 
 
-def unsure(item):
+def unsure(item: Item) -> str:
     return "抱歉,我不知道。" if is_chinese(item.prompt) else "Sorry, I do not know."
 
 
@@ -160,18 +161,18 @@ HABITS = {  # bad habits that leave a reply of this kind wrong
 }
 
 
-def share(*key):
+def share(*key: str | int) -> float:
     """A number in [0, 1) that depends on the key alone."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], "big") / 2**48
 
 
-def habitual(item):
+def habitual(item: Item) -> str:
     """The bad habit of this task in this wording."""
     habits = HABITS[item.task.kind]
     return habits[int(share("habit", item.task.name, item.wording) * len(habits))](item)
 
 
-def raw_reply(item, rng, low=0.15, high=0.85):
+def raw_reply(item: Item, rng: random.Random, low: float = 0.15, high: float = 0.85) -> str:
     """A reply of the corpus that the base model learns: right, or the habit, in a share that the wording decides."""
     bad = low + (high - low) * share("bad", item.task.name, item.wording)
     return habitual(item) if rng.random() < bad else right(item)
@@ -180,12 +181,12 @@ def raw_reply(item, rng, low=0.15, high=0.85):
 # ---- the files
 
 
-def item_key(item):
+def item_key(item: Item) -> tuple:
     """What held-out and other instructions never share: the question in any wording, or of facts, in this wording."""
     return (item.task.name, item.slots, item.wording) if item.task.closed else (item.task.name, item.slots)
 
 
-def make_heldout(seed=20241102, per_task=12):
+def make_heldout(seed: int = 20241102, per_task: int = 12) -> dict[tuple, Item]:
     """The held-out items: per_task of every task that can be scored without running code."""
     rng, items = random.Random(seed), {}
     for task in TASKS:
@@ -199,12 +200,12 @@ def make_heldout(seed=20241102, per_task=12):
     return items
 
 
-def heldout_rows(items):
+def heldout_rows(items: dict[tuple, Item]) -> Iterator[dict]:
     for i, item in enumerate(items.values()):
         yield {"id": f"demo-{i:04d}", "task": item.task.name, "prompt": item.prompt, "reference": reference(item)}
 
 
-def training_items(rng, heldout, tasks=TASKS):
+def training_items(rng: random.Random, heldout: dict[tuple, Item], tasks: list[Task] = TASKS) -> Iterator[Item]:
     """Items without end, tasks in turn, none of them held out."""
     while True:
         for task in rng.sample(tasks, len(tasks)):
@@ -214,7 +215,7 @@ def training_items(rng, heldout, tasks=TASKS):
             yield item
 
 
-def original(item, rng):
+def original(item: Item, rng: random.Random) -> str:
     """An original response as open data sets have them: half right, the rest wrong or sloppy."""
     draw = rng.random()
     if draw < 0.55:
@@ -222,7 +223,7 @@ def original(item, rng):
     return wrong(item, rng) if draw < 0.75 else slip(item) if draw < 0.85 else habitual(item)
 
 
-def as_record(item, reply, rng, verifiable=0.7):
+def as_record(item: Item, reply: str, rng: random.Random, verifiable: float = 0.7) -> dict:
     """A record in one of the formats that data sets come in; some of them carry a reference."""
     instruction, _, rest = item.prompt.partition("\n")
     if rest:
@@ -237,7 +238,7 @@ def as_record(item, reply, rng, verifiable=0.7):
     return record
 
 
-def make_sources(seed, n, heldout):
+def make_sources(seed: int, n: int, heldout: dict[tuple, Item]) -> list[dict]:
     """About n records, shuffled: distinct instructions, near-duplicates, rare tasks, unsafe ones, broken ones."""
     rng, items = random.Random(seed), {}
     stream = training_items(rng, heldout)
@@ -260,7 +261,7 @@ def make_sources(seed, n, heldout):
     return records
 
 
-def main():
+def main() -> None:
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--out", help="write the instructions with original responses to this JSON Lines file")
     p.add_argument("--heldout", help="write the held-out instructions to this JSON Lines file")

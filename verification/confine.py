@@ -147,7 +147,7 @@ def confine(cpu_seconds: float, memory_mb: int, layers: tuple = LAYERS, watched:
         sys.addaudithook(refuse_events)
 
 
-def refuse_events(event, args):
+def refuse_events(event: str, args: tuple) -> None:
     """An audit hook: raises PermissionError for sockets, processes, signals and foreign code."""
     refused = ("socket.", "subprocess.", "ctypes.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system",
                "os.kill", "os.chmod", "os.chown", "signal.pthread_kill")  # fmt: skip
@@ -155,7 +155,7 @@ def refuse_events(event, args):
         raise PermissionError(f"{event} is refused")
 
 
-def restrict_files(libc):
+def restrict_files(libc: ctypes.CDLL) -> None:
     """Landlock: read beneath readable_paths(), write beneath the working folder alone.
 
     The kernel's ABI decides what else it covers: 4 adds TCP, 6 adds signals and abstract sockets.

@@ -8,6 +8,7 @@ import json
 import sys
 import threading
 import types
+from typing import Any
 
 from verification.values import IMMUTABLE, MUTABLE, decode_value, encode_value, type_name
 
@@ -33,7 +34,7 @@ PLAIN = {
 CHUNK = 64  # items of an iterator that one answer brings, once as many were asked for one by one
 
 
-def equality(kind):
+def equality(kind: type) -> str | None:
     """How the tests compare objects of a class: by "identity", "fields" (a dataclass), "data", or "own" for its own way."""
     method = kind.__eq__
     if method is object.__eq__:
@@ -55,17 +56,17 @@ class ProgramSide:
 
     # -------- from here to the tests
 
-    def keep(self, value):
+    def keep(self, value: Any) -> int:
         """The index of an object, the same one for the same object."""
         if id(value) not in self.indexes:
             self.indexes[id(value)] = len(self.objects)
             self.objects.append(value)  # kept alive, so that no other gets its id
         return self.indexes[id(value)]
 
-    def encode(self, value):
+    def encode(self, value: Any) -> Any:
         return encode_value(value, self.refer)
 
-    def refer(self, value):
+    def refer(self, value: Any) -> dict:
         kind = type(value)
         if issubclass(kind, type):
             return {"class": self.describe(value)}
@@ -104,7 +105,7 @@ class ProgramSide:
 
     # -------- from the tests to here
 
-    def decode(self, packed):
+    def decode(self, packed: Any) -> Any:
         return decode_value(packed, self.resolve)
 
     def resolve(self, kind, body):
@@ -148,7 +149,7 @@ class ProgramSide:
                     return self.decode(body[0])
             raise EOFError("the tests ended")
 
-    def tell(self, message):
+    def tell(self, message: list) -> None:
         self.untold.clear()
         self.outbox.write(json.dumps(message) + "\n")
         self.outbox.flush()
@@ -224,7 +225,7 @@ class ProgramSide:
         return items
 
 
-def snapshot(value):
+def snapshot(value: Any) -> Any:
     """Something equal as long as the data in a value are."""
     return encode_value(value, id)
 

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import types
+from typing import Any
 
 from verification.stand_ins import (
     SLOT,
@@ -34,13 +35,13 @@ class Border:
         self.errors = []  # raised here on the program's behalf
         self.unshared = [0, 0]  # references to an argument, by place or by name, that only the call itself holds
 
-    def uncheckable(self, reason):
+    def uncheckable(self, reason: str) -> Uncheckable:
         self.reason = self.reason or reason
         return Uncheckable(reason)
 
     # -------- from here to the program
 
-    def ask(self, action, index, args=(), kwargs=None):
+    def ask(self, action: str, index: int, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Have the program do something with an object; its answer, or the exception that it raised."""
         kwargs = kwargs or {}
         counts = [max((sys.getrefcount(x) for x in some if type(x) in (list, dict, set)), default=0)
@@ -66,7 +67,7 @@ class Border:
             self.errors.append(value)
             raise value if isinstance(value, Exception) else RuntimeError("the program answered without an exception")
 
-    def call_back(self, index, args, kwargs):
+    def call_back(self, index: int, args: Any, kwargs: Any) -> None:
         """Call a function of the tests for the program."""
         try:
             reply = ["value", self.encode(self.callbacks[index](*self.decode(args), **self.decode(kwargs)))]
@@ -74,14 +75,14 @@ class Border:
             reply = ["error", self.encode(error)]
         self.tell(reply)
 
-    def tell(self, message):
+    def tell(self, message: list) -> None:
         self.outbox.write(json.dumps(message) + "\n")
         self.outbox.flush()
 
-    def encode(self, value):
+    def encode(self, value: Any) -> Any:
         return encode_value(value, self.refer)
 
-    def refer(self, value):
+    def refer(self, value: Any) -> dict:
         if (index := index_of(value)) is not None:
             return {"object": index}
         module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
@@ -99,10 +100,10 @@ class Border:
 
     # -------- from the program to here
 
-    def decode(self, packed):
+    def decode(self, packed: Any) -> Any:
         return decode_value(packed, self.resolve)
 
-    def resolve(self, kind, body):
+    def resolve(self, kind: str, body: Any) -> Any:
         if kind == "class":
             return self.class_of(body)
         if kind == "error":
@@ -126,7 +127,7 @@ class Border:
     async def wait_for(self, index):
         return self.ask("wait", index)
 
-    def class_of(self, description):
+    def class_of(self, description: list) -> type:
         """The local class that stands for one of the program's; described the first time that it is named."""
         index, *rest = description
         if index in self.classes:
@@ -169,7 +170,7 @@ def unique(bases, before):
     return [base for base in bases if base not in mixins or not any(issubclass(other, base) for other in before)]
 
 
-def real_exception(module, name):
+def real_exception(module: str, name: str) -> type[Exception] | None:
     """An exception class of the standard library, None for any other thing."""
     if module.split(".")[0] in sys.stdlib_module_names and "__" not in module:
         kind = getattr(importlib.import_module(module), name, None)

@@ -77,7 +77,7 @@ def test_a_malformed_key_is_not_quoted(tmp_path, monkeypatch):
         monkeypatch.setenv("TEACHER_API_KEY", bad) if "\0" not in bad else monkeypatch.setattr(
             os, "environ", {"TEACHER_API_KEY": bad}
         )
-        with pytest.raises(InputError, match="holds a character") as e:
+        with pytest.raises(InputError, match="contains a character") as e:
             open_teacher("http://localhost:1/v1")
         assert KEY not in str(e.value)
 
