@@ -98,7 +98,8 @@ def add_selection_flags(p: Parser) -> None:
         help="maximum distance between simhashes of near duplicates, in bits of 64")
     add("--min-category", type=at_least(1), default=10, help="drop secondary categories with fewer instructions")
     add("--target", type=at_least(1), default=500_000, help="maximum number of instructions after balancing")
-    add("--seed", type=int, default=0, help="random seed of balancing and of the order in which the judge sees responses")
+    add("--seed", type=int, default=0,
+        help="random seed of balancing, sampled responses and the order in which the judge sees responses")
 
 
 def add_score_flags(p: Parser) -> None:

@@ -199,7 +199,7 @@ async def read_body(reader: asyncio.StreamReader, status: int, headers: dict[str
     if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
         raise HTTPError("the reply is compressed, which was not asked for", retry=False)
     if "chunked" in headers.get("transfer-encoding", "").lower():
-        return await read_chunks(reader)
+        return await read_chunked_body(reader)
     if "content-length" in headers:
         length = headers["content-length"]
         if not (length.isascii() and length.isdigit()):
@@ -215,7 +215,7 @@ async def read_body(reader: asyncio.StreamReader, status: int, headers: dict[str
     return bytes(body)
 
 
-async def read_chunks(reader: asyncio.StreamReader) -> bytes:
+async def read_chunked_body(reader: asyncio.StreamReader) -> bytes:
     body = bytearray()
     while True:
         size = (await reader.readline()).split(b";")[0].strip()

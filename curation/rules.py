@@ -44,17 +44,17 @@ def parse_numeral(text: str) -> int:
 # if both counts break it.
 
 
-def count_words(text: str) -> tuple[int, int]:
+def word_bounds(text: str) -> tuple[int, int]:
     """Counts words. A hyphenated word is one word in `fewest` and several in `most`."""
     return len(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text)), len(re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text))
 
 
-def count_characters(text: str) -> tuple[int, int]:
+def character_bounds(text: str) -> tuple[int, int]:
     """Counts Chinese characters. A word in another script is one in `fewest`, its letters in `most`. Only `most` counts signs."""
     return len(re.findall(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+", text)), len(re.findall(r"\S", text))
 
 
-def count_sentences(text: str) -> tuple[int, int]:
+def sentence_bounds(text: str) -> tuple[int, int]:
     """Counts sentences. Only `most` ends a sentence at a line end or at an abbreviation such as "U.S." or "J. K."."""
     text = re.sub(r"\b(Mr|Mrs|Ms|Dr|St|Prof|vs|cf|e\.g|i\.e|No(?=\. ?\d))\.", r"\1", text)
     ends = r"(?<=[.!?])[\"'”’)]*\s+(?![a-z])|(?<=[。！？])"
@@ -64,20 +64,20 @@ def count_sentences(text: str) -> tuple[int, int]:
     )
 
 
-def count_list_items(text: str) -> tuple[int, int]:
+def list_item_bounds(text: str) -> tuple[int, int]:
     """Counts bullet points and numbered lines. Both counts are equal."""
     return (len(re.findall(r"^\s*(?:[-*•]|\d+[.)、])\s*\S", text, re.M)),) * 2
 
 
 COUNTS = (  # name, counting function, English pattern, Chinese pattern
-    ("words", count_words, r"words", None),
-    ("characters", count_characters, None, r"个?(?:汉)?字"),
-    ("sentences", count_sentences, r"sentences?", r"句话?"),
-    ("points", count_list_items, r"(?:bullet points?|bullets|numbered (?:items|points))", r"个要点"),
+    ("words", word_bounds, r"words", None),
+    ("characters", character_bounds, None, r"个?(?:汉)?字"),
+    ("sentences", sentence_bounds, r"sentences?", r"句话?"),
+    ("points", list_item_bounds, r"(?:bullet points?|bullets|numbered (?:items|points))", r"个要点"),
 )
 # name, pattern of the instruction, check of the response
 FORMS = (
-    ("one word", _REPLY + r"\b(?:(?:one|a single)[ -]word)\b(?! or)|只?用一个(?:单)?词(?:来)?回答", lambda text: count_words(text)[0] <= 1),
+    ("one word", _REPLY + r"\b(?:(?:one|a single)[ -]word)\b(?! or)|只?用一个(?:单)?词(?:来)?回答", lambda text: word_bounds(text)[0] <= 1),
     ("yes or no", _REPLY + r"\b(?:only|just|simply) (?:with |by )?[\"'“]?yes[\"'”]? or [\"'“]?no\b"
      r"|只(?:需要?)?(?:回答|用)[“\"]?是[”\"]?(?:或|和)[“\"]?(?:否|不是)",
      lambda text: re.fullmatch(r"\W*(?:yes|no|是|否|不是)\W*", text, re.I) is not None),

@@ -256,7 +256,7 @@ def test_a_record_does_not_certify_itself(tmp_path, small, capfd):
             assert by == ({"program": sums} if trust else {"judge": 6})
             assert "| a trusted reference, checked by a program |" in (tmp_path / out / "report.md").read_text()
         assert run(*argv, "--out", tmp_path / "o", "--trust-references", __file__) == 2
-    assert f"--trust-references {__file__}: is none of the --sources" in capfd.readouterr().err
+    assert f"--trust-references {__file__}: is not one of the --sources" in capfd.readouterr().err
 
 
 def test_the_next_commands_can_be_pasted():
