@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+import core.mkl  # noqa: F401  (the first parallel cosine would otherwise be inexact at times)
 from core.files import InputError
 
 KERNELS = os.environ.get("KERNELS", "fused")

@@ -1,0 +1,52 @@
+"""MKL's vector functions are exact at their first call, also when several threads make it.
+
+Without core.mkl, two to three processes in a hundred compute other bits at their first parallel cosine, sine or exp. Each trial is a fork of a process that has imported torch and has not yet called MKL.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from core.mkl import VECTOR_FUNCTIONS
+
+TRIALS = """
+import os, sys, torch
+if sys.argv[1] == "with": import core.mkl
+torch.set_num_threads(1)
+x = torch.linspace(0.01, 0.97, 20_000)
+function, differ = getattr(torch, sys.argv[2]), 0
+for _ in range(int(sys.argv[3])):
+    if not (pid := os.fork()):
+        torch.set_num_threads(2)
+        os._exit(not torch.equal(function(x), function(x)))
+    differ += os.waitpid(pid, 0)[1] != 0
+print(differ)
+"""
+
+
+def count_differing(with_or_without, function, n):
+    """How many of n new processes compute other bits at the function's first call than at its second."""
+    command = [sys.executable, "-c", TRIALS, with_or_without, function, str(n)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=200)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.parametrize("function", ["cos", "sin", "exp"])
+def test_first_parallel_call_equals_the_second(function):
+    assert count_differing("with", function, 150) == 0
+
+
+def test_all_functions_that_torch_leaves_to_mkl_are_called():
+    """torch's own header lists them."""
+    header = f"{torch.__path__[0]}/include/ATen/cpu/vml.h"
+    try:
+        lines = open(header).read().splitlines()
+    except FileNotFoundError:
+        pytest.skip("this torch comes without its headers")
+    prefix = "IMPLEMENT_VML_MKL("
+    listed = [line[len(prefix) :].split(",")[0] for line in lines if line.startswith(prefix)]
+    assert sorted(listed) == sorted(VECTOR_FUNCTIONS)
