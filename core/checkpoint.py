@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from core.config import parse_config, rope_settings
-from core.files import InputError, atomic_write, check_regular, read_json, read_text
+from core.files import InputError, atomic_write, check_regular, read_json, read_text, warn_once
 from core.outputs import (
     CARD,
     atomic_folder,
@@ -73,9 +73,14 @@ class Checkpoint:
         self.names = sorted(self._tensors)
 
     def _untie(self) -> None:
-        """Keep one name of tied weights that were stored under lm_head.weight too, or under it alone."""
+        """Keep one name of tied weights that were stored under lm_head.weight too, or under it alone.
+
+        If the two tensors differ, they are not tied, as in transformers 5. (vLLM and transformers 4 would drop the head.)
+        """
         if EMBEDDING in self._tensors and not torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING)):
-            raise InputError(f"{self.source}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}")
+            self.config["tie_word_embeddings"] = False
+            warn_once(f"{self.source}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; both are used")
+            return
         head = self._tensors.pop(HEAD)
         self._tensors.setdefault(EMBEDDING, head)
 

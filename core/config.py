@@ -27,16 +27,16 @@ class Config:
 def rope_settings(raw: dict) -> dict:
     """{"rope_type", "rope_theta", "partial_rotary_factor"} of a config.json, as transformers 5 reads them.
 
-    A rope_theta inside rope_scaling or rope_parameters has precedence over the older key outside them.
+    Linear scaling by a factor of 1 has the type "default": it divides the frequencies by 1. A rope_theta inside rope_scaling or rope_parameters has precedence over the older key outside them.
     """
     nested = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if isinstance(nested, dict) and isinstance(nested.get("full_attention"), dict):  # one entry a layer type
         nested = nested["full_attention"]
     if not isinstance(nested, dict):
         nested = {"rope_type": nested}
-    outer = raw.get("rope_theta")
+    outer, kind = raw.get("rope_theta"), nested.get("rope_type", nested.get("type", "default"))
     return {
-        "rope_type": nested.get("rope_type", nested.get("type", "default")),
+        "rope_type": "default" if kind == "linear" and nested.get("factor") == 1 else kind,
         "rope_theta": nested.get("rope_theta", 10000.0 if outer is None else outer),
         "partial_rotary_factor": nested.get("partial_rotary_factor", raw.get("partial_rotary_factor")),
     }

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -56,6 +57,13 @@ def cli(main: Callable[[], object]) -> None:
         sys.exit(130)
 
 
+@functools.cache
+def warn_once(text: str) -> None:
+    """Print a warning to stderr, once per process and on one rank per machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: {printable(text)}", file=sys.stderr)
+
+
 def discard_output() -> None:
     """Point stdout and stderr at /dev/null, so that the interpreter's last flush cannot fail."""
     null = os.open(os.devnull, os.O_WRONLY)
@@ -77,12 +85,12 @@ def check_regular(path: str | os.PathLike) -> None:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The UTF-8 text of a file of at most MAX_TEXT bytes."""
+    """The UTF-8 text of a file of at most MAX_TEXT bytes. A byte order mark is dropped from a .json file."""
     check_regular(path)
     try:
         if os.path.getsize(path) > MAX_TEXT:
             raise InputError(f"{path}: is larger than {MAX_TEXT >> 20} MiB; this is not the file it should be")
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig" if str(path).endswith(".json") else "utf-8") as f:
             return f.read()
     except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a name with a null character
         reason = getattr(e, "strerror", None) or e

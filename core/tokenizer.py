@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterable, Iterator
 
 import tokenizers
+from tokenizers.normalizers import Normalizer
+from tokenizers.pre_tokenizers import PreTokenizer
 
 from core.chat_template import default_system
 from core.checkpoint import Checkpoint
@@ -174,7 +176,46 @@ def load_backend(ckpt: Checkpoint, settings: dict, special: Iterable[str]) -> to
     control |= {token.content for token in [*known.values(), *(token for _, token in listed)] if token.special}
     ordinary = [token.content for token in backend.get_added_tokens_decoder().values() if not token.special]
     backend.add_special_tokens([text for text in ordinary if text in control])
+    check_plain(backend, settings, ckpt.source)
     return backend
+
+
+def check_plain(backend: tokenizers.Tokenizer, settings: dict, source: str) -> None:
+    """InputError for settings on which transformers' Qwen2Tokenizer and PreTrainedTokenizerFast disagree.
+
+    The first brings its own normalizer (NFC) and pre-tokenizer (byte-level). The second reads tokenizer.json, as we do.
+    """
+
+    def refuse(name, fault):
+        raise InputError(f"{source}/{name}: {fault}")
+
+    config = "tokenizer_config.json"
+    if settings.get("split_special_tokens"):
+        refuse(config, "split_special_tokens is true, which encodes <|im_start|> as text; set it to false")
+    if settings.get("add_prefix_space"):
+        refuse(config, "add_prefix_space is true, which puts a space after <|im_start|>; set it to false")
+    for part in flat_parts(backend.normalizer):
+        if part["type"] != "NFC":
+            refuse("tokenizer.json", f"its normalizer is {part['type']}; only NFC, as in Qwen2, or none is supported")
+    for part in flat_parts(backend.pre_tokenizer):
+        if part.get("add_prefix_space") or part["type"] == "Metaspace":
+            refuse(
+                "tokenizer.json", f"its {part['type']} pre-tokenizer puts a space before each text; Qwen2's does not"
+            )
+    for token in backend.get_added_tokens_decoder().values():
+        for name in ("lstrip", "rstrip", "single_word"):
+            if token.content in ("<|im_start|>", "<|im_end|>") and getattr(token, name):
+                refuse("tokenizer.json", f"the token {token.content} has {name}: true; only false is supported")
+
+
+def flat_parts(component: Normalizer | PreTokenizer | None) -> list[dict]:
+    """The settings of a normalizer or pre-tokenizer, or of each part of a Sequence of them."""
+
+    def flat(part):
+        inner = part.get("normalizers", part.get("pretokenizers"))
+        return [part] if inner is None else [leaf for child in inner for leaf in flat(child)]
+
+    return flat(json.loads(component.__getstate__())) if component else []
 
 
 def chat_template(ckpt: Checkpoint, settings: dict) -> tuple[str, str]:

@@ -50,17 +50,14 @@ def test_reads_what_transformers_writes_sharded(tiny, tmp_path):
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
-def test_a_tied_head_that_is_stored_is_accepted_if_it_is_the_embedding(tmp_path):
+def test_a_tied_head_that_equals_the_embedding_is_dropped(tmp_path):
     m = tiny_model()
-    state = {n: p.detach() for n, p in m.named_parameters()}
-    for scale, name in ((1, "same"), (2, "other")):
-        tensors = state | {"lm_head.weight": state["model.embed_tokens.weight"] * scale}
-        specs = {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()}
-        write_checkpoint(str(tmp_path / name), tiny_config(), tiny_files(), specs, tensors.items())
+    tensors = {n: p.detach() for n, p in m.named_parameters()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_weights(tmp_path / "same", tensors, tiny_config())
     ids = torch.randint(0, 512, (1, 9))
     assert torch.equal(Qwen2.from_pretrained(tmp_path / "same")(ids), m(ids))
-    with pytest.raises(InputError, match="lm_head.weight differs"):
-        Checkpoint(tmp_path / "other")
+    assert "lm_head.weight" not in Checkpoint(tmp_path / "same").names
 
 
 def test_tensors_that_do_not_fit_are_named(tmp_path):
@@ -275,6 +272,33 @@ def test_tensor_names_as_in_transformers(tmp_path, kind):
     assert torch.equal(ours, model(IDS))
     torch.testing.assert_close(ours, transformers_logits(tmp_path / "c"), atol=1e-5, rtol=1e-4)
     assert Checkpoint(tmp_path / "c").names == sorted(weights(model))
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_head_that_differs_from_its_tied_embedding_is_used_as_in_transformers(folder, tmp_path, capsys):
+    model = tiny_model(tie_word_embeddings=False)
+    save_weights(tmp_path / "c", weights(model), tiny_config(tie_word_embeddings=True))
+    ours = Qwen2.from_pretrained(tmp_path / "c")
+    warning = f"{tmp_path}/c: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight"
+    assert capsys.readouterr().err == f"warning: {warning}; both are used\n"
+    assert torch.equal(ours(IDS), model(IDS))
+    torch.testing.assert_close(ours(IDS), transformers_logits(tmp_path / "c"), atol=1e-5, rtol=1e-4)
+    capsys.readouterr()  # of transformers
+    copy = tmp_path / ("copy" if folder else "copy.pt")
+    ours.save(str(copy), {})
+    assert Checkpoint(copy).config["tie_word_embeddings"] is False and "lm_head.weight" in Checkpoint(copy).names
+    assert torch.equal(Qwen2.from_pretrained(copy)(IDS), model(IDS)) and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("factor", [1, 1.0])
+def test_linear_rope_scaling_by_1_is_no_scaling_as_in_transformers(key, factor, tmp_path):
+    model = tiny_model()
+    rope = {"type" if key == "rope_scaling" else "rope_type": "linear", "factor": factor}
+    save_weights(tmp_path / "c", weights(model), tiny_config(**{key: rope}))
+    ours = Qwen2.from_pretrained(tmp_path / "c")(IDS)
+    assert torch.equal(ours, model(IDS))
+    torch.testing.assert_close(ours, transformers_logits(tmp_path / "c"), atol=1e-5, rtol=1e-4)
 
 
 def test_an_untied_model_without_embedding_is_refused(tmp_path):

@@ -11,8 +11,10 @@ from conftest import QWEN2_TEMPLATE, TEXT, real, tiny_files, tiny_model
 
 from core import chat_template
 from core.chat_template import default_system
+from core.checkpoint import Checkpoint
 from core.files import InputError
 from core.tokenizer import Tokenizer
+from model import Qwen2
 from training.examples import pack
 
 CONVERSATIONS = [
@@ -307,6 +309,77 @@ def test_a_saved_bpe_dropout_has_no_effect(tiny, tmp_path):
     spec["model"]["dropout"] = 0.9
     tok = Tokenizer(checkpoint(tmp_path / "dropout", **{"tokenizer.json": json.dumps(spec)}))
     assert all(tok.encode(text) == Tokenizer(tiny).encode(text) for text in TEXT)
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def rewritten(normalizer=None, pre_tokenizer=BYTE_LEVEL, **token):
+    """The tiny tokenizer.json with another normalizer or pre-tokenizer, and other settings of its control tokens."""
+    spec = json.loads(tiny_files()["tokenizer.json"])
+    added = [added | token for added in spec["added_tokens"]]
+    return json.dumps(spec | {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "added_tokens": added})
+
+
+def rewritten_settings(**changes):
+    return changed(tiny_files()["tokenizer_config.json"], **changes)
+
+
+@pytest.mark.parametrize(
+    "file, text, words",
+    [
+        ("tokenizer_config.json", rewritten_settings(split_special_tokens=True), "split_special_tokens is true"),
+        ("tokenizer_config.json", rewritten_settings(add_prefix_space=True), "add_prefix_space is true"),
+        ("tokenizer.json", rewritten(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}), "ByteLevel pre-tokenizer"),
+        ("tokenizer.json", rewritten(pre_tokenizer={"type": "Metaspace", "replacement": "_"}), "Metaspace"),
+        ("tokenizer.json", rewritten(normalizer={"type": "Lowercase"}), "normalizer is Lowercase"),
+        ("tokenizer.json", rewritten(normalizer={"type": "NFKC"}), "normalizer is NFKC"),
+        (
+            "tokenizer.json",
+            rewritten({"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Prepend", "prepend": "_"}]}),
+            "normalizer is Prepend",
+        ),
+        ("tokenizer.json", rewritten(lstrip=True), "lstrip"),
+        ("tokenizer.json", rewritten(rstrip=True), "rstrip"),
+        ("tokenizer.json", rewritten(single_word=True), "single_word"),
+    ],
+)
+def test_settings_that_transformers_reads_in_two_ways_are_refused(file, text, words, tmp_path):
+    with pytest.raises(InputError, match=f"{file}: .*{words}") as e:
+        Tokenizer(checkpoint(tmp_path / "m", **{file: text}))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": rewritten_settings(split_special_tokens=False, add_prefix_space=False)},
+        {"tokenizer_config.json": rewritten_settings(add_bos_token=True, bos_token="<|endoftext|>")},
+        {"tokenizer_config.json": rewritten_settings(do_lower_case=True, clean_up_tokenization_spaces=True)},
+        {"tokenizer.json": rewritten(normalizer={"type": "NFC"})},
+        {"tokenizer.json": rewritten(normalizer={"type": "Sequence", "normalizers": []})},
+        {"tokenizer.json": rewritten(pre_tokenizer={"type": "Sequence", "pretokenizers": [BYTE_LEVEL]})},
+    ],
+)
+def test_accepted_settings_give_the_ids_of_transformers(files, tmp_path):
+    path = checkpoint(tmp_path / "m", **files)
+    ours, theirs = Tokenizer(path), hugging_face(path)
+    messages = [{"role": "user", "content": "Hello, e\u0301 World  "}, {"role": "assistant", "content": " It's"}]
+    assert ours.chat_ids(messages)[0] == theirs.apply_chat_template(messages, tokenize=True)["input_ids"]
+
+
+def test_a_byte_order_mark_in_a_json_file_is_dropped(tiny, tmp_path):
+    path = checkpoint(tmp_path / "m", **{"special_tokens_map.json": "{}"})
+    for file in sorted(os.listdir(path)):
+        if file.endswith(".json"):
+            with open(f"{path}/{file}", "r+", encoding="utf-8") as f:
+                text = f.read()
+                f.seek(0)
+                f.write("\ufeff" + text)
+    ckpt = Checkpoint(path)
+    Qwen2.from_pretrained(ckpt).save(str(tmp_path / "copy"), ckpt.files)
+    assert all(Tokenizer(ckpt).encode(text) == Tokenizer(tiny).encode(text) for text in TEXT)
+    assert all(hugging_face(tmp_path / "copy").encode(text) == Tokenizer(tiny).encode(text) for text in TEXT)
 
 
 def with_added_tokens(*tokens):
