@@ -1,14 +1,17 @@
 """HFT, half fine-tuning (arXiv 2404.18466): a random half of the matrices of each kind stays frozen.
 
     python -m variants.half_finetuning --ckpt base --data chats.jsonl --out half
+    python -m variants.half_finetuning kto --round 1 --ckpt half --data feedback.jsonl --out half-kto
 
-All flags of train_sft.py work. Give each later stage of training another --round. The half is of the matrices: with
+All flags of train_sft.py work; with the word kto first, those of train_kto.py. Give each later stage of training another --round. The half is of the matrices: with
 grouped-query attention, whose k and v are small, 45 to 55 % of the blocks' weights are frozen. The authors' code was
 not found; the choice follows two re-implementations.
 """
 
 import random
+import sys
 
+import train_kto
 import train_sft
 from core.distributed import run_distributed
 from core.files import cli
@@ -34,7 +37,7 @@ def frozen_modules(n_blocks: int, seed: str) -> list[str]:
 
 
 def freeze_half(setup: Setup) -> None:
-    """Freezes the modules of --seed and --round, biases included. train_kto.main(prepare=freeze_half) works too."""
+    """Freezes the modules of --seed and --round, biases included."""
     args = setup.args
     names = frozen_modules(setup.model.config.num_hidden_layers, f"{args.seed} {args.round}")
     for name in names:
@@ -42,13 +45,15 @@ def freeze_half(setup: Setup) -> None:
 
 
 def add_flags(parser) -> None:
-    parser.description = __doc__.split("\n\n")[0]
-    parser.set_defaults(out="half.pt")
+    parser.description = __doc__.split("\n\n")[0] + " The word kto before the flags trains with KTO in place of SFT."
+    parser.set_defaults(out=parser.get_default("out") and "half.pt")  # KTO's is named after --ckpt
     parser.add_argument("--round", type=at_least(0), default=0, help="stage of training; each draws another half")
 
 
 def main() -> None:
-    train_sft.main(train_sft.parse_args(add_flags=add_flags), prepare=freeze_half)
+    kto = sys.argv[1:2] == ["kto"]
+    script = train_kto if kto else train_sft
+    script.main(script.parse_args(sys.argv[1 + kto :], add_flags), prepare=freeze_half)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ All flags of train_sft.py work but --shard and --weight-decay, which would move 
 frozen, as in the authors' scripts.
 """
 
-import torch
+from collections.abc import Callable, Iterator
+
 from torch import Tensor
 
 import train_sft
@@ -16,8 +17,11 @@ from core.checkpoint import Checkpoint
 from core.distributed import run_distributed
 from core.files import InputError, cli
 from core.flags import number
-from model import check_tensors
+from merging.methods import kth_largest
+from model import check_finite, check_tensors
 from training.setup import Setup
+
+CHUNK = 2**22  # weights whose distances are in memory at once
 
 
 def lottery_masks(start: dict[str, Tensor], moved: dict[str, Tensor], k: int) -> dict[str, Tensor]:
@@ -25,10 +29,18 @@ def lottery_masks(start: dict[str, Tensor], moved: dict[str, Tensor], k: int) ->
 
     mask = |theta_1 - theta_0| >= the k-th largest of all |theta_1 - theta_0|
     """
-    distance = {name: (moved[name] - start[name]).abs() for name in start}
-    everything = torch.cat([d.flatten() for d in distance.values()])
-    threshold = everything.kthvalue(len(everything) - k + 1).values
-    return {name: d >= threshold for name, d in distance.items()}
+    flat = lambda tensors: (t.flatten().split(CHUNK) for t in tensors.values())  # views: nothing is copied
+
+    def scan(f: Callable, stride: int) -> Iterator:
+        for before, after in zip(flat(start), flat({name: moved[name] for name in start})):
+            yield from (f(distance(b[::stride], a[::stride])[None].cpu()) for b, a in zip(before, after))
+
+    (threshold,) = kth_largest(scan, [k], sum(t.numel() for t in start.values()))
+    return {name: distance(t, moved[name]) >= threshold for name, t in start.items()}
+
+
+def distance(before: Tensor, after: Tensor) -> Tensor:
+    return (after.to(before) - before).abs_()
 
 
 def freeze_the_rest(setup: Setup) -> None:
@@ -39,7 +51,7 @@ def freeze_the_rest(setup: Setup) -> None:
     for name in [name for name in names if "norm" in name]:
         names.pop(name).requires_grad_(False)
     start = {name: p.detach() for name, p in names.items()}
-    after = {name: moved.tensor(name).to(p.device, p.dtype) for name, p in names.items()}
+    after = {name: check_finite(moved, name, moved.tensor(name)) for name in names}
     k = max(1, int(args.density * sum(p.numel() for p in names.values())))
     for name, mask in lottery_masks(start, after, k).items():
         if mask.any():

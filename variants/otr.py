@@ -2,20 +2,22 @@
 
     python -m variants.otr --beta -0.1 --ckpt base --data chats.jsonl --out otr
 
-All flags of train_sft.py work. At --kappa 1 the expected gradient is (1 - beta) times DFT's, whatever beta is.
+All flags of train_sft.py work but --shard. At --kappa 1 the expected gradient is (1 - beta) times DFT's, whatever beta is.
 The authors' code was not found. Not known: their value of beta ("slightly negative"), so --beta has no default; and
-whether the log in their loss is tempered. Ours is not. Takes (N, V) logits: keep --micro-tokens small.
+whether the log in their loss is tempered. Ours is not.
 """
 
 import random
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import train_sft
 from core.distributed import run_distributed
-from core.files import cli
+from core.files import InputError, cli
 from core.flags import at_least, number
+from core.layers import project
 from model import Qwen2
 from training.logps import pack_to_device
 
@@ -45,19 +47,31 @@ def sample_tokens(logits: Tensor, k: int, kappa: float, seed: str) -> Tensor:
     return torch.multinomial((logits.detach() / kappa).softmax(-1), k, replacement=True, generator=g)
 
 
-def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], args) -> Tensor:
-    """The loss of a micro-batch. An example's samples follow from --seed, the step and the example alone."""
-    examples = [batch.examples[i] for i in micro]
-    ids, lengths, at, targets, owner = pack_to_device(examples or [([0, 0], [False, True])], model.device)
-    logits = model(ids, lengths, at).float()  # (N, V)
-    if not examples:  # a sharded rank without work
-        return logits.sum() * 0
+TILE = 2**25  # logits in memory at once: 128 MiB in fp32
+
+
+def tile_loss(hidden: Tensor, head: Tensor, targets: Tensor, n_supervised: int, args, seed: str) -> Tensor:
+    """The loss of some positions of one example. hidden: (n, C), head: (V, C), targets: (n,)."""
+    logits = project(hidden, head).float()  # (n, V)
     if not args.samples:
-        return expected_otr_loss(logits, targets, batch.n_supervised, args.beta, args.kappa)
-    rows = logits.split(owner.bincount(minlength=len(micro)).tolist())
-    seeds = [f"{args.seed} {batch.step} {batch.indices[i]}" for i in micro]
-    samples = torch.cat([sample_tokens(row, args.samples, args.kappa, seed) for row, seed in zip(rows, seeds)])
-    return otr_loss(logits, samples, targets, batch.n_supervised, args.beta)
+        return expected_otr_loss(logits, targets, n_supervised, args.beta, args.kappa)
+    samples = sample_tokens(logits, args.samples, args.kappa, seed)
+    return otr_loss(logits, samples, targets, n_supervised, args.beta)
+
+
+def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], args) -> Tensor:
+    """The loss of a micro-batch. An example's samples follow from --seed, the step and the example alone.
+
+    Holds the logits of one tile of positions at a time: the backward computes them again, with the same samples.
+    """
+    ids, lengths, at, targets, owner = pack_to_device([batch.examples[i] for i in micro], model.device)
+    hidden, head, loss = model.hidden(ids, lengths, at=at)[0], model.head_weight, 0  # (N, C), (V, C)
+    sizes, rows = owner.bincount(minlength=len(micro)).tolist(), max(1, TILE // len(head))
+    for i, h, x in zip(micro, hidden.split(sizes), targets.split(sizes)):  # the positions of one example
+        for k, tile in enumerate(zip(h.split(rows), x.split(rows))):
+            seed = f"{args.seed} {batch.step} {batch.indices[i]} {k}"
+            loss += checkpoint(tile_loss, tile[0], head, tile[1], batch.n_supervised, args, seed, use_reentrant=False)
+    return loss
 
 
 def add_flags(parser) -> None:
@@ -72,6 +86,8 @@ def add_flags(parser) -> None:
 
 def main() -> None:
     args = train_sft.parse_args(add_flags=add_flags)
+    if args.shard:
+        raise InputError("--shard: a sharded model has its head only inside forward; leave it out")
     train_sft.main(args, loss=lambda *step: micro_loss(*step, args))
 
 

@@ -2,7 +2,7 @@
 
 import torch
 from conftest import write_lines
-from training_runs import chats, weights
+from training_runs import chats, feedback, log, weights
 from variant_runs import check_runs, check_shard
 
 from variants.half_finetuning import frozen_modules
@@ -26,3 +26,12 @@ def test_runs(tiny, tmp_path, run, monkeypatch):
     for name in base:
         assert torch.equal(base[name], after[name]) == (name.rpartition(".")[0] in frozen), name
     check_shard("variants.half_finetuning", tiny, data, tmp_path, whole, "--weight-decay", 0.1)
+
+
+def test_kto_trains_the_other_half(tiny, tmp_path, run, monkeypatch):
+    data, flags = write_lines(tmp_path / "d.jsonl", feedback(13)), ("--round", 1, "--weight-decay", 0.1)
+    out = check_runs(run, monkeypatch, "variants.half_finetuning", tiny, data, tmp_path, *flags, before=["kto"])
+    base, after, frozen = weights(tiny), weights(out), frozen_modules(2, "0 1")
+    for name in base:
+        assert torch.equal(base[name], after[name]) == (name.rpartition(".")[0] in frozen), name
+    assert "rewards/margins" in log(out)[0]

@@ -6,6 +6,7 @@ from conftest import tiny_files, tiny_model, write_lines
 from training_runs import chats, weights
 from variant_runs import arguments, check_runs
 
+from variants import lt_sft
 from variants.lt_sft import lottery_masks
 
 START, MOVED = torch.tensor([0.5, -0.2, 0.1, 0.9]), torch.tensor([0.6, -0.25, 0.4, 0.88])
@@ -24,6 +25,18 @@ def test_the_threshold_is_of_all_tensors_together():
     start, moved = {"a": START[:2], "b": START[2:]}, {"a": MOVED[:2], "b": MOVED[2:]}
     masks = lottery_masks(start, moved, 1)
     assert masks["a"].tolist() == [False, False] and masks["b"].tolist() == [True, False]
+
+
+def test_masks_over_several_chunks(monkeypatch):
+    """With chunks of 7 weights, and with equal distances at the threshold, the masks are those of one sort of all."""
+    monkeypatch.setattr(lt_sft, "CHUNK", 7)
+    g = torch.Generator().manual_seed(0)
+    start = {name: torch.randn(shape, generator=g) for name, shape in [("a", (5, 8)), ("b", (3,)), ("c", (40, 50))]}
+    moved = {name: t + torch.randint(-9, 10, t.shape, generator=g) / 8 for name, t in start.items()}
+    every = torch.cat([(moved[name] - start[name]).abs().flatten() for name in start]).sort(descending=True).values
+    for k in (1, 37, 900, len(every)):
+        for name, mask in lottery_masks(start, moved, k).items():
+            assert torch.equal(mask, (moved[name] - start[name]).abs() >= every[k - 1])
 
 
 def test_runs(tiny, tmp_path, run, monkeypatch, refused):

@@ -1,11 +1,18 @@
 """OTR: hand-computed numbers, its expectation, DFT as its special case, runs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from conftest import write_lines
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import chats, log
 from variant_runs import arguments, check_runs
 
+import train_sft
+from model import Qwen2
+from variants import otr
 from variants.dft import dft_loss
 from variants.otr import expected_otr_loss, otr_loss, sample_tokens
 
@@ -41,6 +48,39 @@ def test_samples_come_from_the_tempered_softmax():
     assert otr_loss(LOGITS, samples, GOLD, 1, -0.1).item() == pytest.approx(want, abs=0.01)
 
 
+@pytest.mark.parametrize("samples", [0, 8])
+def test_never_holds_more_logits_than_a_tile(tiny, monkeypatch, samples):
+    """In tiles of 3 positions: the loss and gradient of all logits at once, and no tensor of more than 3 rows of V."""
+    model, g = Qwen2.from_pretrained(tiny), torch.Generator().manual_seed(0)
+    V = model.config.vocab_size
+    ids = torch.randint(V, (2, 11), generator=g).tolist()
+    examples = [(ids[0], [False] * 4 + [True] * 7), (ids[1], [False] * 9 + [True] * 2)]
+    batch = train_sft.StepBatch(0, 1, [0, 1], examples, 9)
+    args = SimpleNamespace(beta=-0.1, kappa=1.3, samples=samples, seed=0)
+    rows, found = set(), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            out = function(*arguments, **(options or {}))
+            tensors = [t for t in pytree.tree_leaves(out) if torch.is_tensor(t) and t.shape[-1:] == (V,)]
+            rows.update(t.numel() // V for t in tensors if len(t) != model.config.hidden_size)  # not the head
+            return out
+
+    draw = lambda logits, k, kappa, seed: torch.arange(k).expand(len(logits), k) * 7  # whatever the tile
+    monkeypatch.setattr(otr, "sample_tokens", draw)
+    for tile in (3 * V, 99 * V):
+        monkeypatch.setattr(otr, "TILE", tile)
+        rows.clear()
+        with Watch():
+            loss = otr.micro_loss(model, batch, [1, 0], args)
+            loss.backward()
+        found.append((loss.item(), *(p.grad.clone() for p in model.parameters())))
+        assert max(rows) == (3 if tile == 3 * V else 7)
+        model.zero_grad()
+    for in_tiles, whole in zip(*found):
+        torch.testing.assert_close(in_tiles, whole)
+
+
 def test_runs(tiny, tmp_path, run, monkeypatch, refused):
     data = write_lines(tmp_path / "d.jsonl", chats(13))
     check_runs(run, monkeypatch, "variants.otr", tiny, data, tmp_path, "--beta", -0.1, "--samples", 0)
@@ -53,3 +93,4 @@ def test_runs(tiny, tmp_path, run, monkeypatch, refused):
     assert first[1]["grad_norm"] == pytest.approx(first[2000]["grad_norm"], rel=1e-3)
     refused("--beta", "variants.otr", *arguments(tiny, data, tmp_path / "o"))
     refused("--beta", "variants.otr", *arguments(tiny, data, tmp_path / "o", "--beta", 1))
+    refused("--shard", "variants.otr", *arguments(tiny, data, tmp_path / "o", "--beta", 0, "--shard"))

@@ -15,15 +15,18 @@ def arguments(ckpt, data, out, *more):
     return [str(word) for word in ("--ckpt", ckpt, "--data", data, "--out", out, *COMMON, *more)]
 
 
-def check_runs(run, monkeypatch, name, ckpt, data, tmp_path, *more):
-    """Trains; trains in other micro-batches; stops after two steps and resumes. -> OUT of the first."""
+def check_runs(run, monkeypatch, name, ckpt, data, tmp_path, *more, before=()):
+    """Trains; trains in other micro-batches; stops after two steps and resumes. -> OUT of the first.
+
+    before: words of the command before the flags.
+    """
     whole, cut, stopped = (tmp_path / "runs" / part / "o" for part in ("whole", "cut", "stopped"))
     for out, micro_tokens in (whole, 2000), (cut, 1):
-        code, _, err = run(name, *arguments(ckpt, data, out, "--micro-tokens", micro_tokens, *more))
+        code, _, err = run(name, *before, *arguments(ckpt, data, out, "--micro-tokens", micro_tokens, *more))
         assert code == 0, err
     assert [s["loss"] for s in log(whole)] == pytest.approx([s["loss"] for s in log(cut)], rel=1e-4)
     assert update_error(weights(whole), weights(cut), weights(ckpt)) < 0.01
-    again = arguments(ckpt, data, stopped, "--micro-tokens", 2000, *more)
+    again = [*before, *arguments(ckpt, data, stopped, "--micro-tokens", 2000, *more)]
     with monkeypatch.context() as patch:
         stop_in_step(patch, 2)
         code, _, err = run(name, *again)
