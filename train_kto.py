@@ -230,9 +230,9 @@ def main(
         held_pairs = all_pairs(held_out.steps[0])
         held_out.ref, _ = reference_logps(reference, held_pairs, held_out.sequence, args.micro_tokens, ranks)
 
-    identity = run_identity(args, rows, fingerprint) | {"the reference": reference.fingerprint}
     if prepare:
         prepare(setup)
+    identity = run_identity(args, rows, fingerprint) | {"the reference": reference.fingerprint}
     if not before_save:
         warn_of_foreign_weights(setup)
     lengths = [min(args.max_len, len(prompt) + len(completion)) for prompt, completion, _ in rows]

@@ -156,6 +156,7 @@ def main(
     args: argparse.Namespace | None = None,
     *,
     loss: Callable = micro_loss,
+    parse: Callable = sft_conversations,
     prepare: Callable | None = None,
     choose: Callable | None = None,
     before_save: Callable | None = None,
@@ -164,9 +165,11 @@ def main(
 
     loss(model, batch, micro) -> scalar: replaces micro_loss. See sft_loss for what it may use.
 
+    parse(record, where, last_turn_only) -> conversations of --data: replaces core.conversations.sft_conversations.
+
     prepare(setup): called after the model is loaded and before the optimizer exists. It may add modules and buffers to
     setup.model, freeze parameters, or register hooks. All ranks then start from rank 0's values, and OUT.run/ saves
-    the added parameters and buffers too.
+    the added parameters and buffers too. It may set further arguments in args, which a resumed run must then share.
 
     choose(model, batch) -> indices into batch.examples: the examples to train on in this step, the same on all ranks.
 
@@ -175,9 +178,9 @@ def main(
     """
     args = args or parse_args()
     ranks = setup_ranks(args)
-    parse = functools.partial(sft_conversations, last_turn_only=args.last_turn_only)
-    records = read_records(args.data, parse)
-    eval_records = read_records(args.eval_data, parse) if args.eval_data else []
+    last = {"last_turn_only": args.last_turn_only}
+    records = read_records(args.data, functools.partial(parse, **last))
+    eval_records = read_records(args.eval_data, functools.partial(sft_conversations, **last)) if args.eval_data else []
     model, tokenizer, ckpt = open_checkpoint(args.ckpt, args, ranks)
     examples, places, cuts = encode_chats(records, tokenizer, args.max_len)
     held_out, *_ = encode_chats(eval_records, tokenizer, args.max_len)
@@ -190,9 +193,9 @@ def main(
     for text in schedule_advice(args, steps) if is_main() else []:
         print(f"warning: {text}")
 
-    identity = run_identity(args, examples, ckpt.fingerprint())
     if prepare:
         prepare(setup)
+    identity = run_identity(args, examples, ckpt.fingerprint())
     if not before_save:
         warn_of_foreign_weights(setup)
     prepare_blocks(model, args, ([len(examples[i][0]) for i in step] for step in steps), ranks)

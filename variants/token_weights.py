@@ -1,0 +1,140 @@
+"""Weighted tokens, with the rule of TL-Training (arXiv 2412.15495): the tokens that decide which tool is called.
+
+    python -m variants.token_weights --ckpt base --data calls.jsonl --out weighted
+
+All flags of train_sft.py work. Each record of --data has, beside its messages or its prompt and completion, either
+"token_weights", a number >= 0 for every supervised token (a reply's own, its <|im_end|> and the newline), or
+"tool_names", the names of the tools on offer. Then the last reply is name(arguments), it alone is trained, and the
+paper's rule gives the weights. The paper also leaves out calls that failed: give their messages "weight": 0.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import re
+
+import torch
+from torch import Tensor
+
+import train_sft
+from core.attention import to_device
+from core.conversations import sft_conversations
+from core.distributed import run_distributed
+from core.files import InputError, cli
+from core.records import Fields, shown
+from core.tokenizer import Tokenizer
+from model import Qwen2
+from training.examples import count_supervised
+from training.logps import supervised_logps
+from training.setup import Setup
+
+
+def weighted_loss(logps: Tensor, weights: Tensor, total: float) -> Tensor:
+    """The loss of a micro-batch, a scalar in nats; those of the micro-batches add up to the loss of the step.
+
+        L = sum_t -w_t log p_t / sum_t w_t
+
+    logps, weights: (N,) of the supervised tokens of the micro-batch. total: the sum of the weights of the whole step.
+    The paper's mean is over an example; ours is over the step.
+    """
+    return -(weights * logps).sum() / total
+
+
+def key_tokens(name: list[int], others: list[list[int]]) -> set[int]:
+    """The positions of a call name(arguments) that decide which tool is called. name, others: token ids of the names.
+
+    They are the first token and, for every other tool whose name begins with the same L >= 1 tokens, token L (from 0).
+    """
+    shared = [next((k for k, (a, b) in enumerate(zip(name, o)) if a != b), min(len(name), len(o))) for o in others]
+    return {0, *shared}
+
+
+def rule_weights(n: int, key: set[int], closing: set[int]) -> list[float]:
+    """The weights of a call of n tokens: w = clip(n_other / n_key, 1, 9) on key tokens, 1 on the others.
+
+    n_other leaves out the key tokens and those that close an argument.
+    """
+    w = min(max((n - len(key | closing)) / len(key), 1.0), 9.0)
+    return [w if k in key else 1.0 for k in range(n)]
+
+
+def closing_tokens(texts: list[str]) -> set[int]:
+    """The positions of the tokens that are quotes or brackets after a value. The authors' exact rule is not known."""
+    before = ["".join(texts[:k]).rstrip()[-1:] for k in range(len(texts))]
+    closes = lambda text: re.fullmatch(r"""["'\])}]+[,;]?\s*""", text)
+    return {k for k, text in enumerate(texts) if closes(text) and before[k] not in tuple("([{,:=")}
+
+
+def call_weights(reply: str, names: list[str], tokenizer: Tokenizer, where: str) -> list[float]:
+    """rule_weights of a reply that calls one of the tools of these names."""
+    name, bracket, _ = reply.partition("(")
+    if not bracket or name not in names:
+        raise InputError(f"{where}: the last reply {shown(reply)} does not call one of tool_names as name(arguments)")
+    ids, others = tokenizer.completion_ids(reply), [tokenizer.encode(other) for other in {*names} - {name}]
+    key = key_tokens(tokenizer.encode(name), others)
+    return rule_weights(len(ids), key, closing_tokens([tokenizer.decode([token]) for token in ids]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_weights(record: Fields, where: str, last_turn_only: bool, found: dict) -> list[list[dict]]:
+    """sft_conversations of one conversation. Puts (messages, token_weights, tool_names) into found[where]."""
+    weights, names = record.first("token_weights"), record.first("tool_names")
+    if (weights is None) == (names is None):
+        raise InputError(f"{where}: needs token_weights or tool_names, and not both")
+    number = lambda w: isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w) and w >= 0
+    if weights is not None and not (isinstance(weights, list) and all(map(number, weights))):
+        raise InputError(f"{where}: token_weights is {shown(weights)}; it is a list of numbers of at least 0")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
+        raise InputError(f"{where}: tool_names is {shown(names)}; it is a list of texts")
+    conversations = sft_conversations(record, where, last_turn_only or names is not None)
+    if len(conversations) != 1:
+        raise InputError(f"{where}: {len(conversations)} conversations with one list of weights; give each its own")
+    found[where] = conversations[0], weights, names
+    return conversations
+
+
+def example_weights(setup: Setup, found: dict) -> list[list[float]]:
+    """For each example the weights of its supervised tokens within --max-len."""
+    out = []
+    for where, example in zip(setup.places, setup.examples):
+        messages, weights, names = found[where]
+        _, supervised = setup.tokenizer.chat_ids(messages)
+        if names is not None:
+            last = [message for message in messages if message["role"] == "assistant"][-1]
+            weights = call_weights(last["content"], names, setup.tokenizer, where)
+        if len(weights) != sum(supervised):
+            counts = f"{len(weights)} token_weights for {sum(supervised)} supervised tokens"
+            raise InputError(f"{where}: {counts}, which are those of the replies with <|im_end|> and newline")
+        out.append(weights[int(supervised[0]) :][: count_supervised([example])])
+        if not sum(out[-1]):
+            raise InputError(f"{where}: no token within --max-len {setup.args.max_len} weighs more than 0; remove it")
+    return out
+
+
+def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], weights: list[list[float]]) -> Tensor:
+    logps, _ = supervised_logps(model, [batch.examples[i] for i in micro])  # (N,)
+    w = torch.tensor([float(w) for i in micro for w in weights[batch.indices[i]]])
+    return weighted_loss(logps, to_device(w, model.device), sum(sum(weights[i]) for i in batch.indices))
+
+
+def add_flags(parser) -> None:
+    parser.description = __doc__.split("\n\n")[0]
+    parser.set_defaults(out="weighted.pt")
+
+
+def main() -> None:
+    args, found, weights = train_sft.parse_args(add_flags=add_flags), {}, []
+
+    def prepare(setup: Setup) -> None:
+        weights.extend(example_weights(setup, found))
+        args.weights_sha256 = hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+
+    parse = functools.partial(read_weights, found=found)
+    train_sft.main(args, parse=parse, prepare=prepare, loss=lambda *step: micro_loss(*step, weights))
+
+
+if __name__ == "__main__":
+    cli(run_distributed(main))
