@@ -172,7 +172,7 @@ def score_responses(
 
     own: the writer that the scorer itself is ("small", "teacher") or None."""
     counts |= {
-        "verification": {w: {"checked": 0, "right": 0} for w in WRITERS},
+        "verification": {w: {"checked": 0, "right": 0, "unchecked": 0} for w in WRITERS},
         "form not kept": Counter(),
         "unsafe by rule": Counter(),
         "asked again": 0,
@@ -210,9 +210,10 @@ def add_scores(args, record: dict, found: dict[str, dict], own: str | None, coun
         response |= scores | {"composite": round(total, 6)}
         counts["form not kept"][family] += "broke" in scores
         counts["unsafe by rule"][family] += "unsafe" in scores
-        if checkable and scores["verified"] is not None:
-            counts["verification"][family]["checked"] += 1
-            counts["verification"][family]["right"] += scores["verified"]
+        if checkable:
+            verdict, verification = scores["verified"], counts["verification"][family]
+            verification["unchecked" if verdict is None else "checked"] += 1
+            verification["right"] += verdict is True
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -74,13 +74,12 @@ def labels_text(counts: dict) -> list[str]:
     ]
     text += ["", "| outcome of an instruction | n |", "|---|---|"]
     text += [f"| {why} | {n:,} |" for why, n in labels["outcomes"].items()]
-    text += ["", "| writer | best | worst | checked | right | share |", "|---|---|---|---|---|---|"]
+    text += ["", "| writer | best | worst | checked | right | share | unchecked |", "|---|---|---|---|---|---|---|"]
     for w in WRITERS:
         checked, right = verification[w]["checked"], verification[w]["right"]
         share = f"{right / checked:.3f}" if checked else ""
-        text.append(
-            f"| {w} | {labels['best'].get(w, 0)} | {labels['worst'].get(w, 0)} | {checked} | {right} | {share} |"
-        )
+        best, worst = labels["best"].get(w, 0), labels["worst"].get(w, 0)
+        text.append(f"| {w} | {best} | {worst} | {checked} | {right} | {share} | {verification[w]['unchecked']} |")
     text += ["", "| a label rests on | best | worst |", "|---|---|---|"]
     text += [
         f"| {words} | {labels['best by'].get(k, 0):,} | {labels['worst by'].get(k, 0):,} |"
@@ -88,6 +87,9 @@ def labels_text(counts: dict) -> list[str]:
     ]
     return [
         *text,
+        "",
+        "Unchecked: the response has a trusted reference, but no program can decide whether it is right. For example, it "
+        "states no clear choice, or its tests cannot be run from outside the program.",
         "",
         "Where a trusted file gives the reference inside the original response (GSM8K, AQuA), that response is right by "
         "construction.",

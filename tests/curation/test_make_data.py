@@ -153,7 +153,8 @@ def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
 
         # verification: the teacher is always right but where the set's own reference is wrong
         v = report["6_score"]["verification"]
-        assert v["original"] == {"checked": 11, "right": 10} and v["teacher"] == {"checked": 11, "right": 9}
+        assert v["original"] == {"checked": 11, "right": 10, "unchecked": 0}
+        assert v["teacher"] == {"checked": 11, "right": 9, "unchecked": 0}
         assert v["small"]["right"] == 0
         judged = [m for m in requests if m[0]["content"].startswith("Task: judge")]
         # where each verdict is a program's, the verified responses are judged once, for safety alone
@@ -587,6 +588,30 @@ def test_code_runs_only_when_allowed(tmp_path, small):
             "small": False,
         }
     assert [(line["writer"], line["label"]) for line in read(tmp_path / "out" / "kto.jsonl")][0] == ("teacher", True)
+
+
+def test_programs_that_cannot_be_checked_are_counted(tmp_path, small):
+    """The comparison would be the program's own, so it is neither right nor wrong."""
+    source = tmp_path / "code.jsonl"
+    reference = {"kind": "code", "value": {"tests": "assert f(2) == 3", "entry_point": "f"}}
+    right = "def f(x):\n    return x + 1"
+    source.write_text(json.dumps({"prompt": "Write f.", "completion": right, "reference": reference}))
+    flatters = "class V:\n    def __eq__(self, other):\n        return True\ndef f(x):\n    return V()"
+
+    def teach(messages):
+        return fake_teacher(messages) if messages[0]["content"].startswith("Task") else flatters
+
+    with serve(teach) as server:
+        argv = ["--sources", source, "--trust-references", source, "--teacher", server.url, "--small", small]
+        assert run(*argv, "--out", tmp_path / "out", "--min-category", 1, "--allow-code-execution") == 0
+    counts = json.loads((tmp_path / "out" / "report.json").read_text())["steps"]["6_score"]["verification"]
+    assert counts == {
+        "original": {"checked": 1, "right": 1, "unchecked": 0},
+        "teacher": {"checked": 0, "right": 0, "unchecked": 1},
+        "small": {"checked": 1, "right": 0, "unchecked": 0},
+    }
+    rows = [line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if line.startswith("| teacher |")]
+    assert rows == ["| teacher | 0 | 0 | 0 | 0 |  | 1 |"]
 
 
 def test_limit_takes_the_first_of_each_source(tmp_path):
