@@ -13,7 +13,8 @@ from core.files import InputError
 from curation.http_client import Connection, HTTPError, post
 
 RETRY_AFTER_CAP = 120.0  # seconds: the longest wait that a server's Retry-After can ask for
-SHORTEST_SECRET = 8  # characters: a shorter key, such as "EMPTY", is a word that replies may use
+SHORTEST_SECRET = 4  # characters: a shorter key is not masked, because its few characters occur in ordinary words
+PLACEHOLDERS = {"EMPTY"}  # keys that are no secrets: local servers, such as vLLM, ask for any key and document this one
 FATAL = {
     401: "set TEACHER_API_KEY (OPENAI_API_KEY is sent to https://api.openai.com only)",
     402: "the account has no credit",
@@ -115,8 +116,10 @@ def endpoint_key(scheme: str, host: str) -> str | None:
 
 
 def mask_key(text: str, key: str | None) -> str:
-    """The text with every spelling of the key replaced by [key]."""
-    if key and len(key) >= SHORTEST_SECRET:
+    """The text with every spelling of the key replaced by [key].
+
+    A key of fewer than SHORTEST_SECRET characters and the PLACEHOLDERS stay as they are."""
+    if key and len(key) >= SHORTEST_SECRET and key not in PLACEHOLDERS:
         for spelling in (key, quote(key, safe=""), quote(key), json.dumps(key)[1:-1]):
             text = text.replace(spelling, "[key]")
     return text
@@ -141,37 +144,38 @@ def read_json_body(body: bytes) -> Any:
     return json.loads(body, parse_int=lambda digits: int(digits) if len(digits) < 20 else None)
 
 
-def read_completion(body: bytes) -> tuple[str, str, list[int] | None]:
-    """The body of an HTTP 200 -> (text, finish_reason, usage). finish_reason: "stop", "length" or "content_filter".
-    usage: tokens [of the prompt, of the reply], None if the endpoint gives none that can be true.
+def read_completion(body: bytes, key: str | None = None) -> tuple[str, str, list[int] | None]:
+    """The body of an HTTP 200 -> (text, finish_reason, usage). The text is masked by mask_key().
 
-    Raises RequestFailed if there is no text in it."""
+    finish_reason: "stop", "length" or "content_filter". usage: tokens [of the prompt, of the reply], None if the
+    endpoint gives none that can be true. Raises RequestFailed if the body holds no text."""
     try:
         reply = read_json_body(body)
     except (ValueError, RecursionError):
         raise RequestFailed("HTTP 200, but the body is not JSON", "retry", 200) from None
     if look_up(reply, "error"):
         status = look_up(reply, "error", "code")
-        raise read_refusal(status if type(status) is int and 400 <= status < 600 else 500, {}, body)
+        raise read_refusal(status if type(status) is int and 400 <= status < 600 else 500, {}, body, key)
     usage = [look_up(reply, "usage", name) for name in ("prompt_tokens", "completion_tokens")]
     if not all(type(n) is int and 0 <= n < 10**9 for n in usage):
         usage = None
     choice = look_up(reply, "choices", 0)
     message, finish_reason = look_up(choice, "message"), look_up(choice, "finish_reason")
     text = read_content(look_up(message, "content"))
+    text = text if text is None else mask_key(text, key)
     if look_up(message, "refusal") or finish_reason == "content_filter":
         return text or "", "content_filter", usage
     if text is None and finish_reason == "length":  # a reasoning model that used up its tokens before it answered
         return "", "length", usage
     if text is None:
-        raise RequestFailed(f"HTTP 200, but {why_no_text(reply, choice, message)}", "set aside", 200, used=usage)
+        raise RequestFailed(f"HTTP 200, but {why_no_text(reply, choice, message, key)}", "set aside", 200, used=usage)
     return text, finish_reason if finish_reason == "length" else "stop", usage
 
 
-def why_no_text(reply: Any, choice: Any, message: Any) -> str:
+def why_no_text(reply: Any, choice: Any, message: Any, key: str | None) -> str:
     block = look_up(reply, "promptFeedback", "blockReason")
     if isinstance(block, str):
-        return f"content filter: {one_line(block)}"
+        return f"content filter: {one_line(block, key)}"
     if choice is None:
         return "the reply has no choices"
     if message is None:
@@ -189,18 +193,18 @@ def read_content(content: Any) -> str | None:
     return content.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair, files may not
 
 
-def read_refusal(status: int, headers: dict[str, str], body: bytes) -> RequestFailed:
-    """A reply other than HTTP 200 -> what follows from it."""
+def read_refusal(status: int, headers: dict[str, str], body: bytes, key: str | None = None) -> RequestFailed:
+    """A reply other than HTTP 200 -> the failure to raise. Its reason is masked by mask_key()."""
     try:
         error = read_json_body(body)
     except (ValueError, RecursionError):
         error = None
     message = look_up(error, "error", "message") or look_up(error, "message") or look_up(error, "error")
     if not isinstance(message, str):
-        message = body[:2000].decode("utf-8", "replace")
-    reason = f"HTTP {status}: {one_line(message)}"
+        message = body.decode("utf-8", "replace")
+    reason = f"HTTP {status}: {one_line(message, key)}"
     if 300 <= status < 400:
-        where = mask_url(headers.get("location", "nowhere"))
+        where = mask_url(mask_key(headers.get("location", "nowhere"), key))
         advice = "which is not followed; if you trust that address, give it as --teacher"
         return RequestFailed(f"HTTP {status}: it redirects to {where}, {advice}", "end", status)
     paths = ("code",), ("type",), ("innererror", "code"), ("metadata", "reasons")
@@ -230,9 +234,12 @@ def retry_after(value: str | None) -> float:
     return min(max(seconds, 0.0), RETRY_AFTER_CAP) if seconds == seconds else 0.0
 
 
-def one_line(text: str) -> str:
-    """Returns at most 200 characters of a text on one line, without control characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text[:2000]).split())[:200]
+def one_line(text: str, key: str | None) -> str:
+    """At most 200 characters of a text on one line, without control characters.
+
+    The key is masked before the text is cut, so that no part of it is left."""
+    text = mask_key(text, key)[:2000]
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]
 
 
 async def send(
@@ -243,17 +250,8 @@ async def send(
     body = json.dumps({**model, "messages": messages, "stream": False, **parameters}).encode()
     try:
         response = await post(connection, body, timeout)
-        # before anything is cut to length, so that no part of a key is left
-        reply = mask_key(response.body.decode("utf-8", "surrogateescape"), endpoint.key).encode(
-            "utf-8", "surrogateescape"
-        )
-        if response.status != 200:
-            headers = {name: mask_key(value, endpoint.key) for name, value in response.headers.items()}
-            raise read_refusal(response.status, headers, reply)
-        text, finish_reason, usage = read_completion(reply)
     except HTTPError as e:
-        raise RequestFailed(mask_key(one_line(str(e)), endpoint.key), "retry" if e.retry else "set aside") from None
-    except RequestFailed as e:
-        e.reason = mask_key(e.reason, endpoint.key)
-        raise
-    return mask_key(text, endpoint.key), finish_reason, usage
+        raise RequestFailed(one_line(str(e), endpoint.key), "retry" if e.retry else "set aside") from None
+    if response.status != 200:
+        raise read_refusal(response.status, response.headers, response.body, endpoint.key)
+    return read_completion(response.body, endpoint.key)

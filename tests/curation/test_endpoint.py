@@ -170,7 +170,29 @@ def test_a_reply_that_echoes_the_key_is_stored_masked(tmp_path, monkeypatch, cap
         reply = ask_model(open_teacher(server.url, "m"), [user("q")], log)[0]
     assert reply["text"] == '[key] [key] "[key]"'
     assert "5up3r" not in (tmp_path / "r.jsonl").read_text() + "".join(capfd.readouterr())
-    assert mask_key("EMPTY is a word", "EMPTY") == "EMPTY is a word", "no key at all, as local servers ask for"
+
+
+@pytest.mark.parametrize("key", ["k3y!", "text", "stop", "s3cr3t"])
+def test_a_short_key_is_masked_and_breaks_no_reply(tmp_path, monkeypatch, key):
+    """A key may equal a name in the reply's JSON: only texts are masked, after the JSON has been read."""
+    monkeypatch.setenv("TEACHER_API_KEY", key)
+    with serve(lambda m: f"before {key} after") as server, open_replies(tmp_path / "r.jsonl") as log:
+        reply = ask_model(open_teacher(server.url, "m"), [user("q")], log)[0]
+    assert reply == {"text": "before [key] after", "finish_reason": "stop"}
+    escaped = "".join(f"\\u{ord(c):04x}" for c in key)  # another spelling that JSON allows
+    body = f'{{"choices": [{{"message": {{"content": "before {escaped} after"}}}}]}}'.encode()
+    assert read_completion(body, key)[0] == "before [key] after"
+    for body in (json.dumps({"error": {"message": f"bad key {key}"}}).encode(), f"bad key {key}".encode()):
+        assert read_refusal(400, {}, body, key).reason == "HTTP 400: bad key [key]"
+    assert key not in read_refusal(302, {"location": f"http://host/{key}"}, b"", key).reason
+    with pytest.raises(RequestFailed, match=r"content filter: \[key\]"):
+        read_completion(body_of(promptFeedback={"blockReason": key}), key)
+
+
+def test_keys_that_are_not_masked():
+    assert mask_key("EMPTY is a word", "EMPTY") == "EMPTY is a word", "no secret: local servers ask for any key"
+    assert mask_key("an abc of cats", "abc") == "an abc of cats", "shorter than four characters"
+    assert mask_key("no key", None) == "no key"
 
 
 def test_no_part_of_a_key_is_left_where_a_reason_is_cut(tmp_path, monkeypatch):
