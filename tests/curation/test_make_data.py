@@ -610,7 +610,9 @@ def test_programs_that_cannot_be_checked_are_counted(tmp_path, small):
         "teacher": {"checked": 0, "right": 0, "unchecked": 1},
         "small": {"checked": 1, "right": 0, "unchecked": 0},
     }
-    rows = [line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if line.startswith("| teacher |")]
+    rows = [
+        line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if line.startswith("| teacher |")
+    ]
     assert rows == ["| teacher | 0 | 0 | 0 | 0 |  | 1 |"]
 
 
