@@ -42,7 +42,8 @@ def add_data_flags(p: Parser) -> None:
         help="JSON Lines, JSON arrays or Parquet, plain or .gz; globs; hf://datasets/OWNER/NAME[@REVISION]/FILE")
     add("--trust-references", nargs="+", default=[], metavar="F",
         help="those of --sources whose own references may verify responses: a key `reference`, GSM8K's `#### 72`, AQuA's "
-        "options, IFEval's instruction_id_list. In other files they are ignored: anybody can write them")
+        "options, IFEval's instruction_id_list, MBPP's test_list. In other files they are ignored, because anybody can "
+        "write them")
     add("--decontaminate", nargs="+", default=[], metavar="F",
         help="evaluation files; prompts and responses that contain one of their questions are dropped")
     add("--out", default=OUT, help="folder for all files of the run")

@@ -21,8 +21,10 @@ from core.conversations import Dialogue, Unusable, as_messages, dialogues
 from core.files import InputError
 from core.records import Fields, open_bytes, read_objects
 from curation import rules
+from verification.answers import tested_function
 from verification.ifeval import follows
 
+MBPP_KEYS = {"task_id", "text", "code", "test_list", "test_setup_code", "test_imports"}  # of rows with tests
 OWN_KEYS = {"reference", "instruction_id_list", "kwargs", "license", "licence", "writer"}  # read here, not by core
 # What could not be decoded, half a surrogate pair, GBK's filler, and UTF-8 read as Latin-1 or as Windows' code page: marks that
 # stand in no good text, or two Chinese characters (one alone may be French: "é »")
@@ -101,7 +103,7 @@ def clean_messages(messages: list[dict]) -> list[dict]:
 
 def read_reference(record: dict, prompt: str, response: str | None) -> tuple[dict | None, str, str | None]:
     """What a record says its responses can be checked against: given as "reference", or written as its data set does
-    (GSM8K's last line `#### 72`; AQuA's options and "the answer is (C)"; IFEval's instruction_id_list and kwargs).
+    (GSM8K's last line `#### 72`; AQuA's options and "the answer is (C)"; IFEval's instruction_id_list and kwargs; MBPP's tests).
 
     Anybody can write these into a record: they may be used for a trusted file only, after check_reference.
     -> (reference or None, prompt text, response text)"""
@@ -124,6 +126,22 @@ def read_reference(record: dict, prompt: str, response: str | None) -> tuple[dic
     if isinstance(record.get("reference"), dict):
         reference = record["reference"]
     return reference, prompt, response
+
+
+def code_with_tests(record: dict) -> dict:
+    """A row of MBPP (arXiv 2108.07732) as prompt, completion and reference. Any other record is returned unchanged.
+
+    The full set names the task `text`, the sanitized one `prompt`. The prompt shows the tests, which name the function."""
+    task, code, tests = record.get("text") or record.get("prompt"), record.get("code"), record.get("test_list")
+    if "task_id" not in record or not (isinstance(task, str) and isinstance(code, str) and isinstance(tests, list)):
+        return record
+    setup = [record.get("test_setup_code") or "", *(record.get("test_imports") or [])]
+    if not tests or not all(isinstance(line, str) for line in (*setup, *tests)):
+        return record
+    prompt = f"{task}\nYour code should pass these tests:\n\n" + "\n".join(tests)
+    value = {"tests": "\n".join([*setup, *tests]).strip(), "entry_point": tested_function(code, "\n".join(tests))}
+    others = {key: record[key] for key in record if key not in MBPP_KEYS}
+    return others | {"prompt": prompt, "completion": code, "reference": {"kind": "code", "value": value}}
 
 
 def check_reference(reference: dict, where: str) -> None:
@@ -169,7 +187,7 @@ def instructions(record: dict, where: str, max_chars: int, unread: set | None = 
 
     Of a preference the better reply is taken. "reference" is what the record claims to be one, unchecked, or None: see
     read_reference. unread: collects the keys of the record that play no part. Raises Drop for a record of no use."""
-    fields = Fields(record)
+    fields = Fields(code_with_tests(record))
     try:
         found = dialogues(fields, where)
     except Unusable as e:

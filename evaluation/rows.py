@@ -13,7 +13,7 @@ from collections.abc import Callable
 from core.files import InputError
 from core.records import read_jsonl
 from evaluation.downloads import LETTERS, render_shots
-from verification.answers import last_number
+from verification.answers import last_number, tested_function
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
@@ -99,9 +99,7 @@ def mbpp_rows(find: Callable) -> list[dict]:
     """The test split, problems 11 to 510 (arXiv 2108.07732). entry_point: the function that the tests call."""
     rows = json_rows(find("mbpp/mbpp.jsonl"), task_id=int, text=str, code=str, test_list=list)
     for row in rows:
-        names = re.findall(r"def\s+(\w+)", row["code"])
-        tests = "\n".join(row["test_list"])
-        row["entry_point"] = next((name for name in reversed(names) if re.search(rf"\b{name}\b", tests)), None)
+        row["entry_point"] = tested_function(row["code"], "\n".join(row["test_list"]))
     return [{**row, "id": str(row["task_id"])} for row in rows if 11 <= row["task_id"] <= 510]
 
 

@@ -179,6 +179,12 @@ def extract_program(reply: str, entry_point: str | None = None) -> str:
     return (named or blocks or [reply])[0]
 
 
+def tested_function(code: str, tests: str) -> str | None:
+    """The last function of a program that its tests mention, None if they mention none."""
+    names = re.findall(r"def\s+(\w+)", code)
+    return next((name for name in reversed(names) if re.search(rf"\b{name}\b", tests)), None)
+
+
 def last_boxed(reply: str) -> str | None:
     """The content of the last \\boxed{...} of a reply, without LaTeX's \\text; None if there is no box."""
     found = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", reply)

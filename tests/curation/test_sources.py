@@ -10,6 +10,7 @@ from core import records
 from core.files import InputError
 from core.records import expand, read_objects
 from curation import sources
+from verification.answers import check
 
 
 def user(text):
@@ -124,6 +125,33 @@ def test_references_are_read_where_a_set_writes_them():
     assert unify({"prompt": 'Options: print("a\\n")', "completion": "a"})[0][0] == user('Options: print("a\\n")')
     with pytest.raises(InputError, match="f:1: reference needs a kind"):
         unify({"prompt": "q", "reference": {"kind": "exakt", "value": 1}})
+
+
+MBPP = {"task_id": 601, "text": "Write a function to add one.", "code": "def one():\r\n    return 1\r\ndef inc(x):\r\n    return x + one()",
+        "test_list": ["assert inc(1) == 2", "assert inc(-1) == 0"]}  # fmt: skip
+
+
+def test_code_with_tests_is_a_source():
+    prompt = (
+        "Write a function to add one.\nYour code should pass these tests:\n\nassert inc(1) == 2\nassert inc(-1) == 0"
+    )
+    code = "def one():\n    return 1\ndef inc(x):\n    return x + one()"
+    value = {"tests": "assert inc(1) == 2\nassert inc(-1) == 0", "entry_point": "inc"}
+    want = [(user(prompt), code, {"kind": "code", "value": value})]
+    assert unify({**MBPP, "test_setup_code": "", "challenge_test_list": []}) == want
+    assert check("code", code, value) is True and check("code", "def inc(x):\n    return 2", value) is False
+    sanitized = {key: MBPP[key] for key in ("task_id", "code", "test_list")} | {
+        "prompt": MBPP["text"],
+        "test_imports": ["import math"],
+    }
+    [(asked, _, reference)] = unify(sanitized)
+    assert asked == user(prompt) and reference["value"]["tests"] == "import math\n" + value["tests"]
+    unread = set()
+    sources.instructions({**MBPP, "challenge_test_list": []}, "f:1", 1000, unread)
+    assert unread == {"challenge_test_list"}
+    for broken in ({"test_list": []}, {"test_list": [1]}, {"test_list": "assert inc(1) == 2"}, {"code": 1}):
+        with pytest.raises(InputError, match="f:1: no known shape"):
+            unify({**MBPP, **broken})
 
 
 def test_format_references():
