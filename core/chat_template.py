@@ -63,7 +63,7 @@ def default_system(template: str, where: str, special_tokens: dict[str, str] | N
     """
     if len(template) > MAX_TEMPLATE:
         raise InputError(f"{where}: a chat template of {len(template):,} characters; at most {MAX_TEMPLATE:,} are read")
-    rendered = render(template, json.dumps(special_tokens or {}, sort_keys=True))
+    rendered = render_probes(template, json.dumps(special_tokens or {}, sort_keys=True))
     if isinstance(rendered, str):
         raise InputError(f"{where}: the chat template fails: {rendered}")
     *texts, a_year_later = rendered
@@ -87,7 +87,7 @@ def default_system(template: str, where: str, special_tokens: dict[str, str] | N
 
 
 @functools.lru_cache(maxsize=16)
-def render(template: str, special_tokens: str) -> list[str] | str:
+def render_probes(template: str, special_tokens: str) -> list[str] | str:
     """The template's output for each of PROBES, then for the first one a year later. If it fails: the reason, a text.
 
     special_tokens: JSON. Runs `main` below in a separate process.
@@ -157,7 +157,7 @@ def limit_process(cpu_seconds: int) -> None:
 
 
 def main() -> None:
-    """Reads a job of `render` from stdin and prints its result as JSON."""
+    """Reads a job of `render_probes` from stdin and prints its result as JSON."""
     import datetime
 
     job = json.load(sys.stdin)

@@ -196,7 +196,9 @@ def one_reply(value: object, where: str, unread: set | None = None) -> dict:
     return reply[0]
 
 
-def preference(prompt: list[dict] | None, chosen: object, rejected: object, fields: Fields, where: str) -> Dialogue:
+def preference_dialogue(
+    prompt: list[dict] | None, chosen: object, rejected: object, fields: Fields, where: str
+) -> Dialogue:
     """A Dialogue from two replies to a prompt, or from two whole conversations with the same beginning."""
     if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
         chosen, rejected = transcript(chosen, where), transcript(rejected, where)
@@ -228,7 +230,7 @@ def dialogues(record: dict, where: str) -> list[Dialogue]:
     prompt = single_prompt(fields, where) if turns is None else as_messages(turns, where, unread=fields.unread)
     if "chosen" in fields and "rejected" in fields or "chosen_messages" in fields and "rejected_messages" in fields:
         chosen, rejected = fields.first("chosen", "chosen_messages"), fields.first("rejected", "rejected_messages")
-        found = preference(prompt, chosen, rejected, fields, where)
+        found = preference_dialogue(prompt, chosen, rejected, fields, where)
     elif turns is not None:
         is_reply = prompt[-1]["role"] == "assistant"
         found = Dialogue(prompt[:-1] if is_reply else prompt, prompt[-1] if is_reply else None, all_turns=True)

@@ -43,7 +43,7 @@ def comparison_request(question: str, a: str, b: str) -> list[dict]:
     return [{"role": "system", "content": COMPARE}, {"role": "user", "content": ask_for}]
 
 
-def preference(text: str) -> int | None:
+def parse_preference(text: str) -> int | None:
     """1 if the judge prefers A, -1 if it prefers B, 0 for a tie, None if its reply cannot be read."""
     value = parse_object(text)
     if not value or set(value) != {"better"} or not isinstance(value["better"], str):
@@ -142,7 +142,7 @@ def ask_preferences(
                     keys.append((name, task, i, order))
     with open_replies(os.path.join(args.out, "judgements.jsonl")) as log:
         judgements = ask_model(teacher, requests, log, max_tokens=64, concurrency=args.concurrency, desc="judging")
-    return {key: preference(judgement.get("text", "")) for key, judgement in zip(keys, judgements)}
+    return {key: parse_preference(judgement.get("text", "")) for key, judgement in zip(keys, judgements)}
 
 
 FILES = ("replies.jsonl", "checkpoints.json", "judgements.jsonl", "judge.json", "judge.md", "judged.jsonl")

@@ -42,9 +42,9 @@ def by_subject(x: list[float], subjects: list[str]) -> list[list[float]]:
 
 
 def ratio_stderr(numerators: list[float], denominators: list[float]) -> tuple[float, float | None]:
-    """r = sum(a) / sum(b) over n questions, and its standard error by linearisation.
+    """r = sum(a) / sum(b) over n questions (a: numerators, b: denominators), and its standard error by linearisation.
 
-    sqrt(n / (n - 1) sum (a_i - r b_i)^2) / sum b: Cochran, Sampling Techniques, section 6.4.
+    The error is sqrt(n / (n - 1) sum (a_i - r b_i)^2) / sum b: Cochran, Sampling Techniques, section 6.4.
     """
     n, total = len(numerators), sum(denominators)
     ratio = sum(numerators) / total
@@ -56,16 +56,16 @@ def ratio_stderr(numerators: list[float], denominators: list[float]) -> tuple[fl
 # Two checkpoints on the same questions
 
 
-def mcnemar(a: list, b: list) -> float:
-    """Exact two-sided p-value of McNemar's test. a, b: verdicts 0 or 1 on the same questions.
+def mcnemar(first: list, second: list) -> float:
+    """Exact two-sided p-value of McNemar's test. first, second: verdicts 0 or 1 on the same questions.
 
     Under the null, each of the n questions on which they differ falls to either side with probability 1/2:
     p = min(1, 2 P[Binomial(n, 1/2) <= smaller side]).
     """
-    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
-    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
-    n, term, total = only_a + only_b, 1, 0
-    for i in range(min(only_a, only_b) + 1):  # exact integers: n may be thousands
+    only_first = sum(x and not y for x, y in zip(first, second, strict=True))
+    only_second = sum(y and not x for x, y in zip(first, second, strict=True))
+    n, term, total = only_first + only_second, 1, 0
+    for i in range(min(only_first, only_second) + 1):  # exact integers: n may be thousands
         total += term  # term = C(n, i)
         term = term * (n - i) // (i + 1)
     return min(1.0, 2 * total / 2**n)
@@ -95,17 +95,17 @@ def bootstrap(
     return (float(low), float(high)), (1 + as_far) / (1 + samples)
 
 
-def paired_comparison(a: list, b: list, subjects: list[str] | None = None) -> dict:
-    """The paired difference b - a of verdicts: {"difference", "stderr", "interval", "p", "test"}.
+def paired_comparison(first: list, second: list, subjects: list[str] | None = None) -> dict:
+    """The paired difference of verdicts, second - first: {"difference", "stderr", "interval", "p", "test"}.
 
     subjects: one name per question, if the score averages over subjects. The test is McNemar's exact test for 0/1
     verdicts averaged over questions, else the paired bootstrap. The 95% interval is always the bootstrap's.
     """
-    d = [float(y) - float(x) for x, y in zip(a, b, strict=True)]
-    difference, stderr = subjects_mean_stderr(d, subjects) if subjects else mean_stderr(d)
-    interval, p = bootstrap(d, subjects)
-    exact = not subjects and {*a, *b} <= {0, 1}
-    p, test = (mcnemar(a, b), "McNemar") if exact else (p, "bootstrap")
+    differences = [float(y) - float(x) for x, y in zip(first, second, strict=True)]
+    difference, stderr = subjects_mean_stderr(differences, subjects) if subjects else mean_stderr(differences)
+    interval, p = bootstrap(differences, subjects)
+    exact = not subjects and {*first, *second} <= {0, 1}
+    p, test = (mcnemar(first, second), "McNemar") if exact else (p, "bootstrap")
     return {"difference": difference, "stderr": stderr, "interval": interval, "p": p, "test": test}
 
 

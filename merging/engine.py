@@ -164,8 +164,8 @@ def make_tensor_merge(plan: Plan, tensor: TensorInputs) -> Callable[[slice, list
         return lambda part, pieces, reference: plan.combine(pieces, weights, normalize=args.normalize)
     if args.method == "slerp":
         straight = {"float32": 0.9995, "float64": 1.0}[args.arithmetic]
-        a, b = plan.combine(*tensor.models, float(weights[1] / weights.sum()), straight)
-        return lambda part, pieces, reference: (pieces[0] * a).add_(pieces[1] * b)
+        factors = plan.combine(*tensor.models, float(weights[1] / weights.sum()), straight)
+        return lambda part, pieces, reference: (pieces[0] * factors[0]).add_(pieces[1] * factors[1])
     scale = args.scale
     if plan.lines:
         scale *= methods.lines_scale(tensor.name, *plan.lines, args.n_layers)
@@ -177,7 +177,7 @@ def make_tensor_merge(plan: Plan, tensor: TensorInputs) -> Callable[[slice, list
     return merge
 
 
-def check_finite(name: str, result: Tensor, pieces: list[tuple[Checkpoint, Tensor]]) -> None:
+def check_merged_finite(name: str, result: Tensor, pieces: list[tuple[Checkpoint, Tensor]]) -> None:
     """InputError if the merged elements hold NaN or infinity. It names the input that holds them, if one does."""
     if all_finite(result):
         return
@@ -209,7 +209,7 @@ def merge_tensor(plan: Plan, name: str, dtype: torch.dtype, hashing: bool) -> tu
         *pieces, reference = (x.to(plan.arithmetic) for x in stored)
         result = merge(part, pieces, reference)
         out[part] = methods.rounded(result, dtype)
-        check_finite(name, out[part], list(zip(inputs, stored)))
+        check_merged_finite(name, out[part], list(zip(inputs, stored)))
         if dtype != torch.float32:
             moved = result.float() != reference.float()
             changed += int(moved.sum())

@@ -189,56 +189,58 @@ def fill_densities(args: argparse.Namespace, n: int) -> None:
 # Checks that two checkpoints can be merged
 
 
-def check_alike(a: Checkpoint, b: Checkpoint, resize: bool, allow_tokenizer_mismatch: bool) -> list[str]:
-    """InputError unless b has the tensors and shapes of a, the same architecture, and a tokenizer of the same tokens.
+def check_alike(first: Checkpoint, other: Checkpoint, resize: bool, allow_tokenizer_mismatch: bool) -> list[str]:
+    """InputError unless both have the same tensors and shapes, architecture, and tokens. Returns notes.
 
-    resize: embeddings may have different numbers of rows. Returns notes.
+    resize: embeddings may have different numbers of rows.
     """
-    resized = check_tensors(a, b, resize)
-    config_a, config_b = (vars(parse_config(c.config, f"{c.source}/config.json")) for c in (a, b))
+    resized = check_same_tensors(first, other, resize)
+    expected, found = (vars(parse_config(c.config, f"{c.source}/config.json")) for c in (first, other))
     ignored = {"max_position_embeddings", "vocab_size" if resized else ""}  # do not change the forward pass
-    for key, value in config_a.items():
-        if value != config_b[key] and key not in ignored:
-            raise InputError(f"{b.source}: {key} is {config_b[key]} in its config, but {value} in that of {a.source}")
-    return resized + check_tokenizers(a, b, allow_tokenizer_mismatch)
+    for key, value in expected.items():
+        if value != found[key] and key not in ignored:
+            raise InputError(f"{other.source}: {key} is {found[key]} in its config, but {value} in {first.source}")
+    return resized + check_tokenizers(first, other, allow_tokenizer_mismatch)
 
 
-def check_tensors(a: Checkpoint, b: Checkpoint, resize: bool) -> list[str]:
-    """InputError unless b has the tensors of a, in the same shapes. Returns a note for each tensor that is resized."""
+def check_same_tensors(first: Checkpoint, other: Checkpoint, resize: bool) -> list[str]:
+    """InputError unless both have the same tensors, in the same shapes. Returns a note for each resized tensor."""
     notes = []
-    for name in sorted({*a.names, *b.names}):
-        for x, y in ((a, b), (b, a)):
-            if name not in y.names:
+    for name in sorted({*first.names, *other.names}):
+        for has, lacks in ((first, other), (other, first)):
+            if name not in lacks.names:
                 hint = "tie or untie both heads" if name == "lm_head.weight" else "merge models of one architecture"
-                raise InputError(f"{y.source}: has no tensor {name}, but {x.source} has; {hint}")
-        shape, other = a.shape(name), b.shape(name)
-        if shape != other:
-            rows_only = name in ("model.embed_tokens.weight", "lm_head.weight") and shape[1:] == other[1:]
+                raise InputError(f"{lacks.source}: has no tensor {name}, but {has.source} has; {hint}")
+        expected, found = first.shape(name), other.shape(name)
+        if expected != found:
+            rows_only = name in ("model.embed_tokens.weight", "lm_head.weight") and expected[1:] == found[1:]
             if not (rows_only and resize):
-                hint = f"--resize gives all of them {shape[0]} rows" if rows_only else "they cannot be merged"
-                raise InputError(f"{b.source}: {name} is {other}, but {shape} in {a.source}; {hint}")
-            notes.append(f"{name} of {b.source} has {other[0]} rows; the result has {shape[0]}, as {a.source}")
-        if a.dtype(name).is_floating_point != b.dtype(name).is_floating_point:
-            x, y = (a, b) if b.dtype(name).is_floating_point else (b, a)  # x has integers
-            kinds = f"{name} is {x.dtype(name)}, but {y.dtype(name)} in {y.source}"
-            raise InputError(f"{x.source}: {kinds}; only floats are merged")
+                hint = f"--resize gives all of them {expected[0]} rows" if rows_only else "they cannot be merged"
+                raise InputError(f"{other.source}: {name} is {found}, but {expected} in {first.source}; {hint}")
+            notes.append(
+                f"{name} of {other.source} has {found[0]} rows; the result has {expected[0]}, as {first.source}"
+            )
+        if first.dtype(name).is_floating_point != other.dtype(name).is_floating_point:
+            integers, floats = (first, other) if other.dtype(name).is_floating_point else (other, first)
+            kinds = f"{name} is {integers.dtype(name)}, but {floats.dtype(name)} in {floats.source}"
+            raise InputError(f"{integers.source}: {kinds}; only floats are merged")
     return notes
 
 
-def check_tokenizers(a: Checkpoint, b: Checkpoint, allow_mismatch: bool) -> list[str]:
+def check_tokenizers(first: Checkpoint, other: Checkpoint, allow_mismatch: bool) -> list[str]:
     """InputError if the tokenizers have different tokens, unless that is allowed. Returns notes."""
-    texts = [c.files.get("tokenizer.json") for c in (a, b)]
+    texts = [c.files.get("tokenizer.json") for c in (first, other)]
     if texts[0] == texts[1]:
         return []
     if None in texts:
-        without = (a, b)[texts.index(None)]
-        return [f"{without.source} has no tokenizer.json; the output gets that of {a.source}"]
-    if vocabulary(a) == vocabulary(b):
+        without = (first, other)[texts.index(None)]
+        return [f"{without.source} has no tokenizer.json; the output gets that of {first.source}"]
+    if vocabulary(first) == vocabulary(other):
         return []
-    mismatch = f"{b.source}: its tokenizer has other tokens than that of {a.source}"
+    mismatch = f"{other.source}: its tokenizer has other tokens than that of {first.source}"
     if not allow_mismatch:
         raise InputError(f"{mismatch}: a row would mean two tokens; --allow-tokenizer-mismatch merges all the same")
-    return [f"{mismatch}; the output gets the latter"]
+    return [f"{mismatch}; the output gets that of {first.source}"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

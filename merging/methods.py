@@ -18,20 +18,20 @@ CHUNK = 2**18  # elements per operation: small enough for the CPU's cache
 # Merges
 
 
-def slerp_weights(a: Tensor, b: Tensor, t: float, straight: float = 0.9995) -> tuple[float, float]:
+def slerp_weights(first: Tensor, second: Tensor, t: float, straight: float = 0.9995) -> tuple[float, float]:
     """Spherical interpolation between two tensors, as flat vectors with angle theta (doi 10.1145/325165.325242).
 
-    Returns the factors of a and b: sin((1 - t) theta) / sin(theta) and sin(t theta) / sin(theta). t = 0 gives a.
+    Returns the factors of the two: sin((1 - t) theta) / sin(theta) and sin(t theta) / sin(theta). t = 0 gives the first.
     Falls back to (1 - t, t) if cos theta > straight or the vectors are nearly opposite. mergekit has straight = 0.9995.
-    Fine-tunes of one base always exceed it. The error is then at most theta^2 / 8, relative to a and b.
+    Fine-tunes of one base always exceed it. The error is then at most theta^2 / 8, relative to the tensors.
     """
 
     def dot(x, y):  # in float64: float32 rounding over a long sum would change the angle
         return sum(float(p.double() @ q.double()) for p, q in zip(x.view(-1).split(CHUNK), y.view(-1).split(CHUNK)))
 
-    norms = [math.sqrt(dot(x, x)) for x in (a, b)]
+    norms = [math.sqrt(dot(x, x)) for x in (first, second)]
     norms = [n if n > 1e-8 else 1.0 for n in norms]  # a zero vector counts as orthogonal to everything
-    cosine = max(-1.0, min(1.0, dot(a, b) / (norms[0] * norms[1])))
+    cosine = max(-1.0, min(1.0, dot(first, second) / (norms[0] * norms[1])))
     theta = math.acos(cosine)
     if theta == 0 or cosine > straight or cosine < -0.9995:
         return 1 - t, t

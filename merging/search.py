@@ -98,8 +98,8 @@ def split_aside(items: list, share: float, seed: int) -> tuple[list, list]:
     """(items the search uses, items set aside): a random share, in the order of items; the same for the same seed."""
     order = list(range(len(items)))
     random.Random(seed).shuffle(order)
-    aside = round(share * len(items))
-    return [items[i] for i in sorted(order[aside:])], [items[i] for i in sorted(order[:aside])]
+    n_final = round(share * len(items))
+    return [items[i] for i in sorted(order[n_final:])], [items[i] for i in sorted(order[:n_final])]
 
 
 def measure_loss(args: argparse.Namespace, model: Qwen2, tokenizer: Tokenizer, examples: list) -> tuple[list, list]:
@@ -224,11 +224,11 @@ def read_items(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list, li
         items, *_ = encode_chats(read_records(args.data, sft_conversations), tokenizer, args.max_len)
     else:
         items = [question for task in dict.fromkeys(args.tasks) for question in benchmarks.load_questions(task, args)]
-    seen, aside = split_aside(items, args.aside, args.seed)
-    if min(len(seen), len(aside)) < 2:
+    for_search, for_final = split_aside(items, args.aside, args.seed)
+    if min(len(for_search), len(for_final)) < 2:
         sources = ", ".join(args.data or args.tasks)
         raise InputError(f"{sources}: {len(items)} usable records; the search needs 2 and the final score 2")
-    return seen, aside
+    return for_search, for_final
 
 
 def main(argv: Sequence[str], methods: Iterable[str], merged: Callable) -> None:
@@ -239,10 +239,12 @@ def main(argv: Sequence[str], methods: Iterable[str], merged: Callable) -> None:
     tokenizer = Tokenizer(base or models[0])
     model = Qwen2.from_pretrained(base or models[0], torch.float32, args.device)
     model.compute_dtype = DTYPES[args.dtype]
-    seen, aside = read_items(args, tokenizer)
+    for_search, for_final = read_items(args, tokenizer)
     n, started, objective = len(models), time.time(), LOSS if args.data else RIGHT
     ranges, scores = valid_ranges(args, n), {}
-    print(f"{len(seen)} records for the search, {len(aside)} set aside; {objective.name} ± one standard error")
+    print(
+        f"{len(for_search)} records for the search, {len(for_final)} set aside; {objective.name} ± one standard error"
+    )
 
     def measure(point: Point, records: list) -> tuple[list, list]:
         """Merges at the point. (value, size) of each record, as two lists."""
@@ -251,8 +253,8 @@ def main(argv: Sequence[str], methods: Iterable[str], merged: Callable) -> None:
 
     def evaluate(point: Point, label: str) -> float:
         if point_key(point) not in scores:
-            scores[point_key(point)] = {**point, **objective.scored(*measure(point, seen))}
-            tqdm.write(f"{label:24s} {describe(scores[point_key(point)], objective)}")
+            scores[point_key(point)] = {**point, **objective.scored(*measure(point, for_search))}
+            tqdm.write(f"{label:24s} {point_line(scores[point_key(point)], objective)}")
         return scores[point_key(point)]["score"] * objective.sign
 
     start, fixed = start_points(args, n)
@@ -264,7 +266,7 @@ def main(argv: Sequence[str], methods: Iterable[str], merged: Callable) -> None:
         known = lambda point: point_key(point) in scores
         best = minimise(evaluate, known, best, args.over, n, args.evaluations - len(scores), ranges)
     points = list({point_key(point): point for point in [best, *fixed]}.values())
-    final = final_scores(points, [measure(point, aside) for point in points], objective)
+    final = final_scores(points, [measure(point, for_final) for point in points], objective)
     record = {
         "method": args.method,
         "models": [m.source for m in models],
@@ -296,7 +298,7 @@ def final_scores(points: list[Point], measured: list[tuple[list, list]], objecti
     return final
 
 
-def describe(scored: dict, objective: Objective) -> str:
+def point_line(scored: dict, objective: Objective) -> str:
     """A scored point in one line."""
     words = [":".join(f"{w:.3g}" for w in scored["weights"])]
     words += [f"{name} {scored[name]:.3g}" for name in ("density", "lambda", "lines") if name in scored]
@@ -307,7 +309,7 @@ def print_report(args: argparse.Namespace, final: list[dict], objective: Objecti
     print(f"\n{summary}; on the records set aside:")
     for scored in final:
         difference = f"({scored['versus_best']:+.5f} ± {scored['versus_best_stderr']:.5f} to the best)"
-        print(f"{describe(scored, objective)}  {'the best' if scored is final[0] else difference}")
+        print(f"{point_line(scored, objective)}  {'the best' if scored is final[0] else difference}")
     print(f"wrote {args.out}: all points and final scores")
     picture = args.out.removesuffix(".json") + ".png"
     print("draw:  " + shlex.join(["python", "-m", "tools.plot", args.out, "--out", picture]))

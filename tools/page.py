@@ -198,7 +198,7 @@ SECTIONS = [
 ]  # fmt: skip
 
 
-def render(run: RunFiles, title: str) -> str:
+def page_html(run: RunFiles, title: str) -> str:
     """The page. A section appears where the run has its files."""
     read = lambda name: open(os.path.join(ROOT, "tools", name), encoding="utf-8").read()
     parts = []
@@ -228,10 +228,10 @@ def main() -> None:
     check_file(out, '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>')
     run = read_runs(args.runs, args.seed)
     title = " and ".join(os.path.basename(os.path.abspath(folder)) for folder in args.runs)
-    html = render(run, title)
+    html = page_html(run, title)
     while len(html.encode()) > MAX_BYTES and run.questions:  # drop replies until the page fits
         run.questions = run.questions[: len(run.questions) // 2]
-        html = render(run, title)
+        html = page_html(run, title)
     with atomic_write(out) as f:
         f.write(html)
     print(f"wrote {out} ({len(html.encode()) / 1e6:.1f} MB)")

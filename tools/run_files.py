@@ -70,14 +70,14 @@ def read_questions(path: str, prefix: str) -> list[dict]:
     return [q for q in by_question.values() if len({r[2] for r in q["by"].values()}) > 1][:MAX_QUESTIONS]
 
 
-def describe(record: dict) -> str:
+def writer_and_scores(record: dict) -> str:
     """Writer and scores of a training record, on one line."""
     scores = record.get("scores") or {}
     shown = {k: scores[k] for k in ("verified", "quality", "safety", "perplexity", "composite") if k in scores}
     return ", ".join([f"writer: {record.get('writer', '?')}", *(f"{k} {v}" for k, v in shown.items() if v is not None)])
 
 
-def read_pairs(path: str, seed: int, count: int = 20) -> list[dict]:
+def draw_pairs(path: str, seed: int, count: int = 20) -> list[dict]:
     """`count` pairs of kto.jsonl drawn by seed: the desirable and the undesirable completion of one prompt."""
     sides = {}
     for record in read_lines(path):
@@ -89,7 +89,7 @@ def read_pairs(path: str, seed: int, count: int = 20) -> list[dict]:
         good, bad = pair[True], pair[False]
         reply = lambda r: str(r["completion"] if isinstance(r["completion"], str) else r["completion"][-1]["content"])
         shown = {
-            n: {"reply": reply(r)[:MAX_TEXT], "about": describe(r)}
+            n: {"reply": reply(r)[:MAX_TEXT], "about": writer_and_scores(r)}
             for n, r in (("desirable", good), ("undesirable", bad))
         }
         about = f"{good.get('category', '')} · {good.get('source', '')} · {good.get('id', '')}"
@@ -109,7 +109,7 @@ def read_run(folder: str, prefix: str, seed: int, into: RunFiles) -> None:
         if "steps" in report:
             into.reports[prefix + os.path.basename(os.path.dirname(path))] = report
     for path in [*find("kto.jsonl"), *find("data/kto.jsonl")]:
-        into.pairs += read_pairs(path, seed)
+        into.pairs += draw_pairs(path, seed)
     for path in [*find("log.jsonl"), *find("*.run/log.jsonl")]:
         name = prefix + os.path.basename(os.path.dirname(os.path.abspath(path))).removesuffix(".run")
         if records := [r for r in read_lines(path) if "step" in r]:

@@ -7,14 +7,14 @@ from conftest import tiny_files, tiny_model
 from tiny_benchmarks import write_benchmarks
 
 from evaluation import judge
-from evaluation.judge import comparison_request, outcome, preference, summarise_verdicts
+from evaluation.judge import comparison_request, outcome, parse_preference, summarise_verdicts
 
 
 def test_preference():
-    assert [preference(f'{{"better": "{x}"}}') for x in ("A", "B", "tie")] == [1, -1, 0]
-    assert preference('```json\n{"better": "B"}\n```') == -1
+    assert [parse_preference(f'{{"better": "{x}"}}') for x in ("A", "B", "tie")] == [1, -1, 0]
+    assert parse_preference('```json\n{"better": "B"}\n```') == -1
     for odd in ("A", '{"better": "C"}', '{"better": ["A"]}', '{"better": "A", "why": "x"}', "", "[1]"):
-        assert preference(odd) is None
+        assert parse_preference(odd) is None
 
 
 def test_both_orders_decide():

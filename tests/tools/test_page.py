@@ -9,7 +9,7 @@ import pytest
 from conftest import write_lines
 
 from tools import svg
-from tools.page import MAX_BYTES, render
+from tools.page import MAX_BYTES, page_html
 from tools.run_files import read_runs
 
 HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=alert(1)>"
@@ -108,7 +108,7 @@ def test_every_section_is_there_and_counts_are_right(run_dir, run):
 
 
 def test_text_from_data_is_text(run_dir):
-    page = render(read_runs([str(run_dir)], 0), "<b>title</b>")
+    page = page_html(read_runs([str(run_dir)], 0), "<b>title</b>")
     assert HOSTILE not in page and "<b>title" not in page and "<img src=x" not in page
     assert not re.search(r"""(src|href)=["'](?!data:)""", page) and "http://" not in page and "https://" not in page
 
@@ -140,7 +140,7 @@ def test_ticks_are_round_and_inside():
 @pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
 def test_lists_and_pager_work_in_a_browser(run_dir, tmp_path):
     """The page runs without an error in its console; a script does what a reader would and writes down what it sees."""
-    page = render(read_runs([str(run_dir)], 0), "demo").replace(
+    page = page_html(read_runs([str(run_dir)], 0), "demo").replace(
         "script-src 'unsafe-inline'", "script-src 'unsafe-inline'"
     )
     clicks = """<script>
