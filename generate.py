@@ -232,7 +232,7 @@ def decoding_step(batch: Batch) -> Callable[[], None]:
 
 @torch.no_grad()
 def generate_steps(
-    model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Prompt], **settings
+    model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Prompt], **settings: object
 ) -> Iterator[tuple[int, list[int], str | None]]:
     """Yields (index of the prompt, tokens so far, finish_reason or None) for each row after each step.
 
@@ -296,7 +296,7 @@ def append_token(row: Row, token: int, tokenizer: Tokenizer, stop_strings: list[
 
 
 def generate_iter(
-    model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Prompt], **settings
+    model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Prompt], **settings: object
 ) -> Iterator[tuple[int, str, str]]:
     """Yields (index, text, finish_reason) of each prompt as it finishes, in any order. settings: see Settings."""
     stop_strings = Settings(**settings).stop_strings
@@ -313,7 +313,7 @@ def generate(
     prompts: Sequence[Prompt],
     max_new_tokens: int = 256,
     temperature: float = 0.0,
-    **settings,
+    **settings: object,
 ) -> list[str]:
     """The replies to the prompts, message lists or texts, in the same order. settings: see Settings.
 
@@ -325,7 +325,7 @@ def generate(
     return texts
 
 
-def stream(model: Qwen2, tokenizer: Tokenizer, messages: Prompt, **settings) -> Iterator[str]:
+def stream(model: Qwen2, tokenizer: Tokenizer, messages: Prompt, **settings: object) -> Iterator[str]:
     """Yields one reply piece by piece. A piece never ends inside a character that takes several tokens."""
     length = 0
     for _, tokens, finish in generate_steps(model, tokenizer, [messages], **settings):

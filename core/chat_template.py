@@ -8,8 +8,12 @@ import json
 import os
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 from core.files import ROOT, InputError
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 MAX_TEMPLATE = 2**18  # characters; Qwen3.5's template has 8,000
 MAX_RENDERED = 2**20  # characters of one rendered conversation
@@ -113,7 +117,7 @@ def render_probes(template: str, special_tokens: str) -> list[str] | str:
 # Inside the separate process
 
 
-def sandbox():
+def sandbox() -> "Environment":
     """jinja2's sandbox, with the settings, filters and functions of transformers' chat templates."""
     import jinja2
     import jinja2.ext

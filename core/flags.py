@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 
@@ -25,10 +26,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An argparse parser that reports a wrong flag as InputError, in one line and without the usage text."""
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: object):
         super().__init__(**{"formatter_class": Help, **settings})
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
 
 

@@ -143,7 +143,7 @@ class NormedLinears(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, w, eps, *layers):
+    def forward(ctx, x: Tensor, w: Tensor, eps: float, *layers: Tensor | None) -> tuple[Tensor, ...]:
         h, r = rms_norm(x, w, eps)
         ctx.save_for_backward(x, r, w, *layers[::2])
         ctx.eps = eps
@@ -151,7 +151,7 @@ class NormedLinears(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, r, w, *weights = ctx.saved_tensors
         kernel = use_rms_kernel(x)
         h = (rms_norm(x, w, ctx.eps)[0] if kernel else apply_rms(x, r, w)).flatten(0, -2)  # (T, C)
@@ -185,13 +185,13 @@ class SwiGLULinear(torch.autograd.Function):
     """(silu(gate) * up) W^T. Saves gate and up; the backward recomputes their product."""
 
     @staticmethod
-    def forward(ctx, gate, up, weight):
+    def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         return project(F.silu(gate).mul_(up), weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, weight = ctx.saved_tensors
         d_product = g @ weight.to(g.dtype)
         silu = F.silu(gate)
@@ -248,7 +248,7 @@ class TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, columns):
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, columns: int) -> Tensor:
         target_logits, tops, logs = torch.zeros(len(hidden), device=hidden.device), [], []
         for start, w in vocabulary_tiles(weight, hidden.dtype, columns):
             logits = matmul_as(hidden, w.T, torch.float32)  # (N, columns)
@@ -268,7 +268,7 @@ class TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, shares, logps = ctx.saved_tensors
         d_hidden = torch.zeros(hidden.shape, device=hidden.device)  # summed over the tiles in fp32
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
@@ -319,7 +319,9 @@ class TokenKL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, ref_hidden, ref_weight, forward, columns):
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, forward: bool, columns: int
+    ) -> Tensor:
         tops, logs, means = [], [], []
         for z, y, _ in logit_tiles(hidden, weight, ref_hidden, ref_weight, columns):
             tops.append(torch.stack((z.amax(-1), y.amax(-1))))  # (2, N)
@@ -340,7 +342,7 @@ class TokenKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, ref_hidden, ref_weight, top, log, kl = ctx.saved_tensors
         d_hidden = torch.zeros(hidden.shape, device=hidden.device)  # summed over the tiles in fp32
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None

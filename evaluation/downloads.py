@@ -53,20 +53,20 @@ class RemoteFile(io.RawIOBase):
         with open_url(url, "HEAD") as reply:
             self.size = int(reply.headers["Content-Length"])
 
-    def readable(self):
+    def readable(self) -> bool:
         return True
 
-    def seekable(self):
+    def seekable(self) -> bool:
         return True
 
-    def tell(self):
+    def tell(self) -> int:
         return self.at
 
-    def seek(self, offset, whence=0):
+    def seek(self, offset: int, whence: int = 0) -> int:
         self.at = offset + (0, self.at, self.size)[whence]
         return self.at
 
-    def readinto(self, buffer):
+    def readinto(self, buffer: memoryview) -> int:
         end = min(self.at + len(buffer), self.size)
         if end <= self.at:
             return 0

@@ -19,7 +19,7 @@ from core.outputs import check_folder, claim_folder
 from core.records import write_jsonl
 from core.tokenizer import Tokenizer
 from curation.prompts import fence, parse_object
-from curation.teacher import ask_model, open_replies, open_teacher
+from curation.teacher import Teacher, ask_model, open_replies, open_teacher
 from evaluation.benchmarks import load_questions
 from evaluation.replies import Replies, Work, add_reply_flags, checkpoint_names, collect_replies
 from evaluation.stats import holm, mean_stderr, paired_comparison
@@ -36,9 +36,9 @@ Reply with one line of JSON and nothing else: {"better": "A"}, {"better": "B"}, 
 # One judgement
 
 
-def comparison_request(question: str, a: str, b: str) -> list[dict]:
+def comparison_request(question: str, reply_a: str, reply_b: str) -> list[dict]:
     """Messages that ask which of two responses is better."""
-    parts = fence([("instruction", question), ("A", a), ("B", b)])
+    parts = fence([("instruction", question), ("A", reply_a), ("B", reply_b)])
     ask_for = f"{parts}\nThe better response as one line of JSON:"
     return [{"role": "system", "content": COMPARE}, {"role": "user", "content": ask_for}]
 
@@ -129,7 +129,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 
 def ask_preferences(
-    args: Namespace, names: list[str], work: Work, replies: Replies, teacher
+    args: Namespace, names: list[str], work: Work, replies: Replies, teacher: Teacher
 ) -> dict[tuple, int | None]:
     """{(checkpoint, task, question, order): preference}. Order 0 shows the checkpoint as A, order 1 as B."""
     requests, keys = [], []

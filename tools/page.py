@@ -49,7 +49,7 @@ def table(head: list[str], rows: list[list], sortable: bool = False) -> str:
     return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def embed(name: str, value) -> str:
+def embed(name: str, value: object) -> str:
     """JSON for the page's script. "<" is escaped, so no text can end the element."""
     content = json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{content}</script>'

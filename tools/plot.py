@@ -1,6 +1,6 @@
 """Draw training curves, data categories or a merge search as PNG. Needs matplotlib (requirements-dev.txt).
 
-    python -m tools.plot runs/demo/sft runs/demo/sft-kto --out curves.png          # one line a run
+    python -m tools.plot runs/demo/sft runs/demo/sft-kto --out curves.png          # one line per run
     python -m tools.plot data/report.json --out categories.png             # categories before and after balancing
     python -m tools.plot runs/demo/eval/results.json --out scores.png              # eval.py: scores with intervals
     python -m tools.plot search.json --out weight.png                              # merge.py search: score over weight
@@ -12,14 +12,19 @@ import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch load
 import collections
 import json
 import os
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from core.files import InputError, atomic_write, cli
 from core.flags import Parser, at_least
 from core.outputs import check_file
 from core.records import read_jsonl
 
-MARK = "tools.plot of slm-post-training"  # stored in the PNG: only our own pictures are replaced
-# (title, keys of the log); the second key of a panel is dashed
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MARK = "tools.plot of slm-post-training"  # stored in each PNG; a PNG without it is not replaced
+# (title, keys of log.jsonl); the second key of a panel is a dashed line
 PANELS = [
     ("loss", ["loss", "eval_loss"]),
     ("z0 (mismatched pairs, clamped at 0), nats", ["kl"]),
@@ -48,8 +53,10 @@ def smooth(values: list[float], window: int) -> list[float]:
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
 
-def draw_runs(plt, runs: list[tuple[str, list[dict]]], window: int, chosen: list[str] | None = None):
-    """One panel for each quantity that a run logged; chosen: only the panels that show one of these keys."""
+def draw_runs(
+    plt: ModuleType, runs: list[tuple[str, list[dict]]], window: int, chosen: list[str] | None = None
+) -> "Figure":
+    """One panel for each quantity that a run logged. chosen: draw only the panels with one of these keys."""
     logged = {key for _, records in runs for record in records for key in record}
     wanted = logged & {*chosen} if chosen else logged
     panels = [(title, keys) for title, keys in PANELS if wanted & {*keys}]
@@ -64,17 +71,9 @@ def draw_runs(plt, runs: list[tuple[str, list[dict]]], window: int, chosen: list
                 points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
                 if points:
                     steps, values = zip(*points)
-                    marker = "o" if len(points) < 3 else None
+                    look = {"color": f"C{number % 10}", "lw": 1.2, "marker": "o" if len(points) < 3 else None}
                     label = name if key == keys[0] else None
-                    axis.plot(
-                        steps,
-                        smooth(values, window),
-                        style,
-                        color=f"C{number % 10}",
-                        lw=1.2,
-                        marker=marker,
-                        label=label,
-                    )
+                    axis.plot(steps, smooth(values, window), style, label=label, **look)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -85,8 +84,8 @@ def draw_runs(plt, runs: list[tuple[str, list[dict]]], window: int, chosen: list
     return figure
 
 
-def draw_results(plt, results: dict):
-    """One panel a task: the score of each checkpoint with its 95 % interval, and a line at the first one's score."""
+def draw_results(plt: ModuleType, results: dict) -> "Figure":
+    """One panel per task: each checkpoint's score with its 95 % interval, and a line at the first one's score."""
     tasks = list(dict.fromkeys(task for cells in results.values() for task in cells))
     size = (4.2 * len(tasks) + 1.5, 0.9 + 0.34 * len(results))
     figure, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False, sharey=True, layout="constrained")
@@ -103,7 +102,7 @@ def draw_results(plt, results: dict):
     return figure
 
 
-def draw_categories(plt, report: dict, most: int = 40):
+def draw_categories(plt: ModuleType, report: dict, most: int = 40) -> "Figure":
     """Instructions per secondary category before and after balancing, from make_data.py's report.json."""
     before, after = (report["steps"]["4_balance"][k] for k in ("before", "after"))
     names = sorted(before, key=lambda name: -before[name])[:most]
@@ -112,15 +111,15 @@ def draw_categories(plt, report: dict, most: int = 40):
     axis.barh(names, [after.get(n, 0) for n in names], height=0.45, color="C0", label="after")
     axis.invert_yaxis()
     axis.tick_params(axis="y", labelsize=7)
-    shape = report["diversity"]
+    effective = [f"{report['diversity'][k]['effective categories']:.1f}" for k in ("before", "after")]
     more = f"; {len(before) - most} smaller ones not shown" if len(before) > most else ""
-    axis.set_title("instructions per category: as even as {before} equal ones before, {after} after".format(
-        **{k: f"{shape[k]['effective categories']:.1f}" for k in ("before", "after")}) + more, fontsize=9)  # fmt: skip
+    title = f"instructions per category: as even as {effective[0]} equal ones before, {effective[1]} after{more}"
+    axis.set_title(title, fontsize=9)
     axis.legend()
     return figure
 
 
-def draw_search(plt, found: dict):
+def draw_search(plt: ModuleType, found: dict) -> "Figure":
     """One panel for each number that merge.py search varied: all points tried, and the final scores.
 
     A line joins points that differ only in that number. The line through the best point is coloured.
@@ -132,7 +131,7 @@ def draw_search(plt, found: dict):
             f"weight of model {i + 1}, {os.path.basename(m.rstrip('/'))}": p["weights"][i] for i, m in enumerate(models)
         }
         if len(models) > 1:
-            del weights[next(iter(weights))]  # the first model's is what the others leave
+            del weights[next(iter(weights))]  # the first model's follows from the others
         return weights | {k: p[k] for k in ("density", "lambda", "lines") if p.get(k) is not None}
 
     best = numbers(found["best"])
@@ -166,7 +165,8 @@ def draw_search(plt, found: dict):
     return figure
 
 
-def import_pyplot():
+def import_pyplot() -> ModuleType:
+    """matplotlib.pyplot, without a window; InputError where matplotlib is missing."""
     try:
         import matplotlib
 
@@ -180,13 +180,13 @@ def import_pyplot():
 def main() -> None:
     p = Parser(prog="python -m tools.plot", description=__doc__.split("\n\n")[0])
     p.add_argument(
-        "sources", nargs="+", metavar="RUN", help="training runs, or one of results.json, report.json, search.json"
+        "sources", nargs="+", metavar="RUN", help="training runs, or one file: results.json, report.json or search.json"
     )
-    p.add_argument("--out", default="plot.png", help="PNG to write")
-    p.add_argument("--smooth", type=at_least(1), default=1, help="running mean over that many steps")
+    p.add_argument("--out", default="plot.png", help="PNG file to write")
+    p.add_argument("--smooth", type=at_least(1), default=1, help="steps in the running mean of each curve")
     keys = [key for _, keys in PANELS for key in keys]
     p.add_argument(
-        "--keys", nargs="+", choices=keys, metavar="KEY", help="draw only the panels of these keys of the log"
+        "--keys", nargs="+", choices=keys, metavar="KEY", help="draw only the panels with these keys of log.jsonl"
     )
     args = p.parse_args()
     check_file(args.out, MARK)

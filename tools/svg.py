@@ -1,11 +1,14 @@
-"""Charts as plain SVG text: lines over steps, dots with intervals, bars. No library; colours differ in grey too.
+"""Charts as SVG text: lines over steps, dots with intervals, bars. The colours also differ in a greyscale print.
 
-Every text is escaped. A chart takes its text colour from the page (currentColor), so it suits light and dark.
+Every text is escaped. A chart takes its text colour from the page (currentColor), so it suits light and dark pages.
 """
 
 import html
 import json
 import math
+from collections.abc import Callable
+
+Range = tuple[float, float]  # (low, high)
 
 # (colour, dash): the lightness differs, and so does the dash
 STYLES = [
@@ -51,9 +54,9 @@ def figure(width: float, height: float, parts: list[str], title: str, more: str 
 
 
 def axes(
-    box: tuple[float, float, float, float], x_range, y_range, x_label: str, y_label: str
-) -> tuple[list[str], callable]:
-    """Grid, tick labels and axis names in box (left, top, right, bottom); and the function (x, y) -> pixels."""
+    box: tuple[float, float, float, float], x_range: Range, y_range: Range, x_label: str, y_label: str
+) -> tuple[list[str], Callable[[float, float], tuple[float, float]]]:
+    """Grid, tick labels and axis names in box (left, top, right, bottom), and the function that maps (x, y) to pixels."""
     left, top, right, bottom = box
     (x0, x1), (y0, y1) = x_range, y_range
     to_pixel = lambda x, y: (
@@ -73,9 +76,9 @@ def axes(
 
 
 def line_chart(title: str, y_label: str, series: dict[str, list[tuple[float, float]]], names: list[str]) -> str:
-    """Lines over steps, by name. names: of all charts on the page, so that a name keeps its colour.
+    """Lines over steps, by name. names: those of all charts on the page, so that a name keeps its colour.
 
-    The points travel along as JSON, for the page's hover.
+    The points are embedded as JSON; the page's script shows them when the mouse hovers over the chart.
     """
     points = [p for line_points in series.values() for p in line_points]
     xs, ys = [p[0] for p in points], [p[1] for p in points]
@@ -98,7 +101,7 @@ def line_chart(title: str, y_label: str, series: dict[str, list[tuple[float, flo
 
 
 def legend(names: list[str], shown: list[str] | None = None) -> str:
-    """The line of each name. shown: those of `names` that this chart has."""
+    """A sample of each name's line. shown: the names in this chart, a subset of `names`; default: all."""
     parts, x = [], 0
     for name in names if shown is None else shown:
         colour, dash = style(names.index(name))
@@ -127,8 +130,11 @@ def dot_chart(title: str, rows: list[tuple[str, float, float, float]], base: flo
 
 
 def bar_chart(title: str, rows: list[tuple[str, float, float]], names: tuple[str, str]) -> str:
-    """Two bars a row, one inside the other: (name, outer, inner), such as before and after."""
-    left, largest = 12 + 6.4 * max(len(name) for name, *_ in rows), max(max(a, b) for _, a, b in rows) or 1
+    """Two bars per row, one inside the other. rows: (name, outer, inner), such as before and after."""
+    left, largest = (
+        12 + 6.4 * max(len(name) for name, *_ in rows),
+        max(max(outer, inner) for _, outer, inner in rows) or 1,
+    )
     parts = [text(left, 12, f"light: {names[0]}, dark: {names[1]}", size=11)]
     for i, (name, outer, inner) in enumerate(rows):
         y = 20 + 15 * i
