@@ -74,11 +74,19 @@ def summarise_verdicts(outcomes: list[float | None], lengths: list[int], base_le
     score, stderr = mean_stderr(known)
     versus = paired_comparison([0.5] * len(known), known)
     return {
-        "score": score, "stderr": stderr, "n": len(known), "wins": known.count(1.0), "ties": known.count(0.5),
-        "losses": known.count(0.0), "unread": len(outcomes) - len(known), "p": versus["p"],
-        "interval": [0.5 + x for x in versus["interval"]], "characters": sum(lengths) / len(lengths),
-        "characters_first": sum(base_lengths) / len(base_lengths), "protocol": "judge",
-    }  # fmt: skip
+        "score": score,
+        "stderr": stderr,
+        "n": len(known),
+        "wins": known.count(1.0),
+        "ties": known.count(0.5),
+        "losses": known.count(0.0),
+        "unread": len(outcomes) - len(known),
+        "p": versus["p"],
+        "interval": [0.5 + x for x in versus["interval"]],
+        "characters": sum(lengths) / len(lengths),
+        "characters_first": sum(base_lengths) / len(base_lengths),
+        "protocol": "judge",
+    }
 
 
 def verdict_table(results: dict, first: str) -> str:

@@ -114,9 +114,16 @@ def safety_rows(find: Callable) -> list[dict]:
     try:
         with open(questions, encoding="utf-8") as f, open(answers, encoding="utf-8") as g:
             rows, right = json.load(f), json.load(g)
-        return [{"id": str(row["id"]), "subject": row["category"], "question": row["question"],
-                 "choices": dict(zip(LETTERS, row["options"])), "answer": LETTERS[right[str(row["id"])]["answer"]]}
-                for row in rows]  # fmt: skip
+        return [
+            {
+                "id": str(row["id"]),
+                "subject": row["category"],
+                "question": row["question"],
+                "choices": dict(zip(LETTERS, row["options"])),
+                "answer": LETTERS[right[str(row["id"])]["answer"]],
+            }
+            for row in rows
+        ]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
         raise InputError(f"{questions}: cannot be read together with {answers}: {e!r}; fetch both again") from None
 
@@ -194,5 +201,5 @@ def text_rows(find: Callable) -> list[dict]:
 def open_rows(path: str, key: str = "turns") -> list[dict]:
     """Questions without a right answer, for `eval.py judge`. Only the first turn is asked."""
     rows = json_rows(path, question_id=int, category=str, **{key: list if key == "turns" else str})
-    return [{"id": str(row["question_id"]), "subject": row["category"],
-             "question": "".join(row["turns"][:1]) if key == "turns" else row[key]} for row in rows]  # fmt: skip
+    question = lambda row: "".join(row["turns"][:1]) if key == "turns" else row[key]
+    return [{"id": str(row["question_id"]), "subject": row["category"], "question": question(row)} for row in rows]

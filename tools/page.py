@@ -3,7 +3,7 @@
     python -m tools.page runs/demo                          # -> runs/demo/page.html
     python -m tools.page runs/a runs/b --out compare.html   # several runs on one page
 
-The page is one file: no network, no JavaScript library. A run that is still going shows what is there so far.
+The page is one file without network access or JavaScript libraries. An unfinished run shows what it has so far.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
@@ -20,7 +20,7 @@ from tools.run_files import RunFiles, read_runs
 
 PANELS = [  # (title, unit, key of the log)
     ("Loss", "per token (SFT), per example (KTO)", "loss"),
-    ("Held-out loss", "as the loss", "eval_loss"),
+    ("Held-out loss", "per token (SFT), per example (KTO)", "eval_loss"),
     ("z0, the KL estimate", "nats", "kl"),
     ("Reward of desirable", "beta x log-ratio", "rewards/chosen"),
     ("Reward of undesirable", "beta x log-ratio", "rewards/rejected"),
@@ -29,16 +29,19 @@ PANELS = [  # (title, unit, key of the log)
     ("Learning rate", "", "lr"),
     ("Tokens per second", "tokens/s", "tokens_per_second"),
 ]
-STEP_NAMES = {
-    "1_collect": "collect", "2_dedup": "deduplicate", "3_classify": "classify", "4_balance": "balance",
-    "5_respond": "respond", "6_score": "score", "7_label": "label",
-}  # fmt: skip
-MAX_STEPS = 500  # points of one line; longer logs are thinned
-MAX_BYTES = 3 * 10**6
+STEP_NAMES = dict(
+    zip(
+        "1_collect 2_dedup 3_classify 4_balance 5_respond 6_score 7_label".split(),
+        "collect deduplicate classify balance respond score label".split(),
+    )
+)
+MAX_STEPS = 500  # most points of a line; longer logs are thinned
+MAX_BYTES = 3 * 10**6  # of the page
+BUTTONS = '<button class="back">back</button><button class="next">next</button><span class="count"></span>'
 
 
 def table(head: list[str], rows: list[list], sortable: bool = False) -> str:
-    """rows: cells are texts, or (text, value to sort by)."""
+    """An HTML table. Each cell is a text, or (text, value to sort by)."""
     mark = ' class="sort"' if sortable else ""
     cells = lambda row: "".join(
         f'<td data-value="{c[1]}">{escape(str(c[0]))}</td>' if isinstance(c, tuple) else f"<td>{escape(str(c))}</td>"
@@ -50,13 +53,13 @@ def table(head: list[str], rows: list[list], sortable: bool = False) -> str:
 
 
 def embed(name: str, value: object) -> str:
-    """JSON for the page's script. "<" is escaped, so no text can end the element."""
+    """A script element with the value as JSON. "<" is escaped, so no text can close the element."""
     content = json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{content}</script>'
 
 
 def result_section(run: RunFiles) -> str:
-    """Every task: a dot and its 95 % interval for each checkpoint against the base, and the table."""
+    """For each task: a chart of the scores with 95 % intervals, the table, and which differences exceed noise."""
     parts, first = [], next(iter(run.results))
     tasks = list(dict.fromkeys(task for cells in run.results.values() for task in cells))
     for task in tasks:
@@ -85,13 +88,13 @@ def result_section(run: RunFiles) -> str:
         )
         if len(cells) > 1:
             real = [name for name in cells if name != first and name not in noise]
-            parts.append(f"<p>More than noise against {escape(first)}: {escape(', '.join(real) or 'none')}. "
-                         f"Noise, as far as these questions can tell: {escape(', '.join(noise) or 'none')}.</p>")  # fmt: skip
+            differ, same = (escape(", ".join(names) or "none") for names in (real, noise))
+            parts.append(f"<p>Differ from {escape(first)} by more than noise: {differ}. Do not: {same}.</p>")
     return "".join(parts)
 
 
 def data_section(run: RunFiles) -> str:
-    """The flow from collected to trained, categories, who wrote what, verification, and pairs to page through."""
+    """How many records each step kept, who wrote them, categories before and after balancing, and example pairs."""
     parts = []
     for name, report in run.reports.items():
         steps = report["steps"]
@@ -107,8 +110,8 @@ def data_section(run: RunFiles) -> str:
             checked = score.get("verification", {})
             rate = lambda w: f"{checked[w]['right']} of {checked[w]['checked']}" if w in checked else ""
             rows = [[w, label["best"].get(w, 0), label.get("worst", {}).get(w, 0), rate(w)] for w in writers]
-            parts += ["<h3>Who wrote the best and the worst responses</h3>",
-                      table(["writer", "best", "worst", "verified right"], rows)]  # fmt: skip
+            parts.append("<h3>Who wrote the best and the worst responses</h3>")
+            parts.append(table(["writer", "best", "worst", "verified right"], rows))
         if "before" in balance:
             before, after = balance["before"], balance.get("after", {})
             rows = [(c, n, after.get(c, 0)) for c, n in sorted(before.items(), key=lambda item: -item[1])[:60]]
@@ -117,8 +120,9 @@ def data_section(run: RunFiles) -> str:
                 f"<details><summary>Categories before and after balancing ({len(before)})</summary>{chart}</details>"
             )
     if run.pairs:
-        buttons = '<div class="bar"><button class="back">back</button><button class="next">next</button><span class="count"></span></div>'
-        parts.append(f'<h3>Pairs drawn by seed</h3><div id="pager">{buttons}<div class="item"></div></div>')
+        parts.append(
+            f'<h3>Pairs drawn by seed</h3><div id="pager"><div class="bar">{BUTTONS}</div><div class="item"></div></div>'
+        )
         parts.append(embed("pairs", run.pairs))
     return "".join(parts)
 
@@ -146,9 +150,9 @@ def replies_section(run: RunFiles) -> str:
     choose = lambda name, values, at: (
         f'<select id="{name}" aria-label="{name}">{"".join(option(v, i == at) for i, v in enumerate(values))}</select>'
     )
-    bar = f'<div class="bar">{choose("first", names, 0)} beside {choose("second", names, min(1, len(names) - 1))}, task {choose("task", tasks, 0)}, '
-    bar += f"right: {choose('who', ['either', 'first', 'second'], 0)} <button class='back'>back</button><button class='next'>next</button>"
-    bar += '<span class="count"></span></div>'
+    beside = choose("second", names, min(1, len(names) - 1))
+    bar = f'<div class="bar">{choose("first", names, 0)} beside {beside}, task {choose("task", tasks, 0)}, '
+    bar += f"right: {choose('who', ['either', 'first', 'second'], 0)} {BUTTONS}</div>"
     return f'<div id="replies-view">{bar}<div class="item"></div></div>{embed("replies", run.questions)}'
 
 
@@ -156,11 +160,12 @@ def fusion_section(run: RunFiles) -> str:
     parts = []
     for name, found in run.searches.items():
         at = min(1, len(found["models"]) - 1)
-        series = {
-            kind: [(p["weights"][at], 100 * p["score"] if abs(p["score"]) <= 1 else p["score"], (100 if abs(p["score"]) <= 1 else 1) * p["stderr"]) for p in found.get(key, [])]
-            for kind, key in (("tried", "points"), ("final, on data set aside", "final"))
-        }  # fmt: skip
-        series = {kind: points for kind, points in series.items() if points}
+        series = {}  # {kind: (weight, score, standard error) of each point}; shares in percent
+        for kind, key in (("tried", "points"), ("final, on held-out data", "final")):
+            scaled = [(p, 100 if abs(p["score"]) <= 1 else 1) for p in found.get(key, [])]
+            points = [(p["weights"][at], scale * p["score"], scale * p["stderr"]) for p, scale in scaled]
+            if points:
+                series[kind] = points
         model = os.path.basename(str(found["models"][at]).rstrip("/"))
         parts.append(f"<h3>{escape(name)}: {escape(found['method'])}</h3>")
         parts.append(svg.error_chart("Score over weight", series, f"weight of {model}", f"{found['what']} ± s.e."))
@@ -176,19 +181,10 @@ def repeat_section(run: RunFiles) -> str:
     for name, args in run.args.items():
         command = args.get("command")
         line = f"python {shlex.join(map(str, command))}" if command else ""
-        seconds = sum(
-            r["tokens"] / r["tokens_per_second"] for r in run.logs.get(name, []) if r.get("tokens_per_second")
-        )
-        rows.append(
-            [
-                name,
-                line,
-                f"{seconds:.0f} s of steps",
-                args.get("seed", ""),
-                args.get("torch", ""),
-                str(args.get("the data", ""))[:12],
-            ]
-        )
+        steps = [record for record in run.logs.get(name, []) if record.get("tokens_per_second")]
+        seconds = sum(record["tokens"] / record["tokens_per_second"] for record in steps)
+        data = str(args.get("the data", ""))[:12]
+        rows.append([name, line, f"{seconds:.0f} s of steps", args.get("seed", ""), args.get("torch", ""), data])
     return table(["run", "command", "time", "seed", "torch", "data's SHA-256"], rows)
 
 
@@ -199,7 +195,7 @@ SECTIONS = [
 
 
 def page_html(run: RunFiles, title: str) -> str:
-    """The page. A section appears where the run has its files."""
+    """The HTML page. A section appears if the run has its files."""
     read = lambda name: open(os.path.join(ROOT, "tools", name), encoding="utf-8").read()
     parts = []
     for name, source, section in SECTIONS:
@@ -220,7 +216,7 @@ def main() -> None:
     p = Parser(prog="python -m tools.page", description=__doc__.split("\n\n")[0])
     p.add_argument("runs", nargs="+", metavar="RUN_DIR", help="directories of runs, such as runs/demo")
     p.add_argument("--out", help="HTML file to write; default: page.html in the first run directory")
-    p.add_argument("--seed", type=int, default=0, help="draws the pairs that are shown")
+    p.add_argument("--seed", type=int, default=0, help="seed of the pairs that are drawn from kto.jsonl")
     args = p.parse_args()
     out = args.out or os.path.join(args.runs[0], "page.html")
     if os.path.isdir(out):

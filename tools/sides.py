@@ -28,10 +28,20 @@ def training_command(args: Namespace, out: str, checkout: str | None = None) -> 
     """Our training script's command line. checkout: the root of another copy of this repository."""
     script = f"train_{args.mode}.py"
     settings = {
-        "ckpt": args.ckpt[0], "data": args.data, "out": out, "max-steps": args.steps, "batch-size": args.batch_size,
-        "max-len": args.max_len, "lr": "1e-6", "schedule": "constant", "warmup": 0, "dtype": args.dtype,
-        "device": args.device, "save-every": 0, "micro-tokens": args.micro_tokens,
-    }  # fmt: skip
+        "ckpt": args.ckpt[0],
+        "data": args.data,
+        "out": out,
+        "max-steps": args.steps,
+        "batch-size": args.batch_size,
+        "max-len": args.max_len,
+        "lr": "1e-6",
+        "schedule": "constant",
+        "warmup": 0,
+        "dtype": args.dtype,
+        "device": args.device,
+        "save-every": 0,
+        "micro-tokens": args.micro_tokens,
+    }
     command = [os.path.join(checkout, script) if checkout else script, "--no-shuffle"]
     for name, value in settings.items():
         command += [f"--{name}", str(value)] if value is not None else []
@@ -70,12 +80,23 @@ def trl_train(args: Namespace, folder: str) -> dict:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.ckpt[0])
     model = AutoModelForCausalLM.from_pretrained(args.ckpt[0], dtype=torch.float32)
     settings = dict(
-        output_dir=folder, max_steps=args.steps, per_device_train_batch_size=args.peer_batch,
-        gradient_accumulation_steps=args.batch_size // args.peer_batch, max_length=args.max_len, learning_rate=1e-6,
-        lr_scheduler_type="constant", bf16=args.dtype == "bf16", use_cpu=args.device == "cpu",
-        gradient_checkpointing=False, report_to="none", logging_steps=1, save_strategy="no", max_grad_norm=1.0,
-        weight_decay=0.0, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=folder,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.peer_batch,
+        gradient_accumulation_steps=args.batch_size // args.peer_batch,
+        max_length=args.max_len,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        bf16=args.dtype == "bf16",
+        use_cpu=args.device == "cpu",
+        gradient_checkpointing=False,
+        report_to="none",
+        logging_steps=1,
+        save_strategy="no",
+        max_grad_norm=1.0,
+        weight_decay=0.0,
+        disable_tqdm=True,
+    )
     if args.mode == "kto":
         examples = [e for _, e in read_records([args.data], kto_examples)]
         answer = lambda text: [{"role": "assistant", "content": text}]

@@ -49,10 +49,9 @@ PEERS = {
     "merge": {"mergekit": ["mergekit"]},
 }
 # flags that a side's process is started with
-PASSED_ON = [
-    "base", "method", "steps", "batch_size", "peer_batch", "max_len", "max_new_tokens", "limit", "dtype", "device",
-    "micro_tokens", "scratch", "compile",
-]  # fmt: skip
+PASSED_ON = (
+    "base method steps batch_size peer_batch max_len max_new_tokens limit dtype device micro_tokens scratch compile"
+).split()
 
 
 def training_flops(args: Namespace) -> tuple[int, int, int, list[int]]:

@@ -61,9 +61,9 @@ CODE = "the code"  # may change between runs, with a warning: the edit may be a 
 
 # Flags that a model card shows
 CARD_SETTINGS = (
-    "lr", "schedule", "warmup", "epochs", "max_steps", "batch_size", "max_len", "weight_decay", "clip", "seed", "dtype",
-    "beta", "desirable_weight", "undesirable_weight", "ref",
-)  # fmt: skip
+    "lr schedule warmup epochs max_steps batch_size max_len weight_decay clip seed dtype beta desirable_weight "
+    "undesirable_weight ref"
+).split()
 
 
 def run_identity(args: argparse.Namespace, examples: Iterable, fingerprint: str) -> dict:
