@@ -1,0 +1,121 @@
+"""UDS, utility-diversity sampling (arXiv 2510.16882): of each step's candidates, train on those that score best.
+
+    python -m variants.uds --batch-size 64 --share 0.125 --ckpt base --data chats.jsonl --out chosen
+
+All flags of train_sft.py work but --shard; --batch-size counts the candidates. Scoring costs a forward pass of all of
+them. The utility grows with the length, so long examples win by their length alone. Nothing keeps the chosen ones of a
+step apart from each other. The authors choose within micro-batches and project with FFTs; this chooses within the step,
+so that --micro-tokens changes nothing, and projects the hidden states with fixed Gaussian matrices.
+"""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+import train_sft
+from core.attention import to_device
+from core.distributed import rank_micro_batches, run_distributed, sum_over_ranks
+from core.files import InputError, cli
+from core.flags import at_least, number
+from core.layers import vocabulary_tiles
+from model import Qwen2
+from training.logps import pack_to_device
+from training.setup import Setup
+
+ROWS, COLUMNS = 8, 128  # of a projected example
+
+
+def utility(logits: Tensor) -> Tensor:
+    """u: the nuclear norm of an example's logits (T, V): the sum of their singular values."""
+    return torch.linalg.matrix_norm(logits, "nuc")
+
+
+def diversity(z: Tensor, memory: Tensor) -> Tensor:
+    """d: the mean distance of each z (B, D) to the memory (M, D) of examples trained on lately -> (B,). 0 if M = 0.
+
+    d_i = (1/M) sum_q ||z_i - q||_2
+    """
+    distances = torch.cdist(z, memory, compute_mode="donot_use_mm_for_euclid_dist")  # (B, M), exact for near ones
+    return distances.mean(1) if len(memory) else z.new_zeros(len(z))
+
+
+def choose_best(u: Tensor, d: Tensor, alpha: float, k: int) -> list[int]:
+    """The k examples with the largest score u + alpha d, in their order. u, d: (B,)."""
+    return (u + alpha * d).topk(k).indices.sort().values.tolist()
+
+
+def head_root(head: Tensor) -> Tensor:
+    """S (C, C) with S S^T = W^T W, for W (V, C): hidden W^T and hidden S have the same singular values."""
+    gram = sum(w.T @ w for _, w in vocabulary_tiles(head, torch.float32, 8192))
+    values, vectors = torch.linalg.eigh(gram.double())
+    return (vectors * values.clamp(min=0).sqrt()).float()
+
+
+class Sampler:
+    """Scores candidates. The memory is a buffer of the model, so that --resume restores it."""
+
+    def __init__(self, setup: Setup):
+        self.args, self.ranks, model = setup.args, setup.ranks, setup.model
+        V, T, g = len(model.head_weight), self.args.max_len, torch.Generator().manual_seed(self.args.seed)
+        self.right = to_device(torch.randn(V, COLUMNS, generator=g) / math.sqrt(COLUMNS), model.device)
+        self.left = to_device(torch.randn(ROWS, T, generator=g) / math.sqrt(ROWS), model.device)
+        self.alpha = self.args.alpha * math.sqrt(T * V) / 2  # the authors' projection lengthens distances so much
+        self.sizes = [max(1, round(self.args.share * len(step))) for step in setup.steps]
+        self.starts = list(itertools.accumulate(self.sizes, initial=0))  # examples chosen before each step
+        # A ring with room for one step more than is compared with: a step that is interrupted and repeated after
+        # --resume overwrites no entry that it needs.
+        memory = torch.zeros(self.args.memory + max(self.sizes), ROWS * COLUMNS, device=model.device)
+        model.register_buffer("uds_memory", memory)
+
+    @torch.no_grad()
+    def score(self, model: Qwen2, examples: list) -> tuple[Tensor, Tensor]:
+        """The utility (B,) and the projection z (B, 1024) of each example, from the logits at all its positions.
+
+        L = H W^T is never computed. z = P L G = P (H (W^T G)), with P = left (8, T) and G = right (V, 128).
+        """
+        head, out = model.head_weight, torch.zeros(len(examples), 1 + ROWS * COLUMNS, device=model.device)
+        root, right = head_root(head), head.T @ self.right  # (C, C), (C, 128)
+        lengths, ranks = [len(ids) for ids, _ in examples], self.ranks
+        for micro in rank_micro_batches(lengths, self.args.micro_tokens, ranks.rank, ranks.world, False):
+            ids, sizes, *_ = pack_to_device([examples[i] for i in micro], model.device)
+            for i, hidden in zip(micro, model.hidden(ids, sizes)[0].float().split(sizes)):  # (T_i, C)
+                out[i, 0] = utility(hidden @ root)
+                out[i, 1:] = (self.left[:, : len(hidden)] @ (hidden @ right)).flatten()
+        out = sum_over_ranks(out) if ranks.world > 1 else out
+        return out[:, 0], out[:, 1:]
+
+    def choose(self, model: Qwen2, batch: train_sft.StepBatch) -> list[int]:
+        """The examples to train on in this step, which are then remembered."""
+        memory, start, k = model.uds_memory, self.starts[batch.step], self.sizes[batch.step]
+        u, z = self.score(model, batch.examples)
+        slots = [slot % len(memory) for slot in range(max(0, start - self.args.memory), start + k)]
+        chosen = choose_best(u, diversity(z, memory[slots[:-k]]), self.alpha, k)
+        memory[slots[-k:]] = z[chosen]
+        return chosen
+
+
+def add_flags(parser) -> None:
+    parser.description = __doc__.split("\n\n")[0]
+    parser.set_defaults(out="chosen.pt", epochs=1, batch_size=64, max_len=512)
+    parser.add_argument("--share", type=number(above=0), default=0.125, help="share of the candidates to train on")
+    parser.add_argument("--alpha", type=number(0), default=2.5e-3, help="weight of the diversity, as in their code")
+    parser.add_argument("--memory", type=at_least(0), default=1024, help="chosen examples to compare with")
+
+
+def main() -> None:
+    args, samplers = train_sft.parse_args(add_flags=add_flags), []
+    if args.shard:
+        raise InputError("--shard: a sharded model has its head only inside forward; leave it out")
+    if args.share > 1:
+        raise InputError(f"--share {args.share:g}: more than 1")
+    train_sft.main(
+        args,
+        prepare=lambda setup: samplers.append(Sampler(setup)),
+        choose=lambda model, batch: samplers[0].choose(model, batch),
+    )
+
+
+if __name__ == "__main__":
+    cli(run_distributed(main))
