@@ -1,0 +1,146 @@
+"""GOT-D (arXiv 2405.02774): picks the records that move the candidates fastest towards the targets in optimal transport.
+
+    python -m variants.got --ckpt base --candidates pool/*.jsonl --targets task.jsonl --keep 1000 --out got
+    python train_sft.py --ckpt base --data got/sft.jsonl --out got-ckpt     # then on the task itself
+
+The candidates should be like the data that the model was trained on before. A target may be a prompt without a reply.
+The paper embeds with a DistilBERT that was fine-tuned on the targets; here a text's embedding is the mean of --ckpt's
+last hidden states, and so eps is a share of the mean cost, not the authors' 0.1. Their first step, which drops domains
+far from the targets, is left out.
+"""
+
+import argparse
+import math
+import shlex
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from core.attention import to_device
+from core.checkpoint import Checkpoint
+from core.conversations import dialogues
+from core.distributed import split_by_tokens
+from core.files import InputError, cli
+from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
+from core.outputs import check_folder, claimed_folder
+from core.records import expand, read_objects, write_jsonl
+from core.tokenizer import Tokenizer
+from model import Qwen2
+
+FILES = ("sft.jsonl", "scores.jsonl")
+TILE = 8192  # columns of the cost in one operation
+
+
+def sinkhorn(cost: Tensor, eps: float, iterations: int = 10_000, tol: float = 1e-6) -> tuple[Tensor, Tensor, float]:
+    """The dual potentials of entropic optimal transport between uniform masses -> (f (M,), g (N,), error).
+
+        f_i = -eps log mean_j exp((g_j - C_ij) / eps)        g_j = -eps log mean_i exp((f_i - C_ij) / eps)
+
+    cost: C (M, N), of moving mass between target i and candidate j. eps: in units of the cost. The distance is
+    mean f + mean g. Its gradient by the mass of candidate j is g_j, up to a constant: the candidates with the smallest
+    g are the best. error: mean relative error of the targets' masses; the iterations stop when it is below tol.
+    """
+    M, N = cost.shape
+    f, g, tiles = cost.new_zeros(M), cost.new_zeros(N), cost.split(TILE, dim=1)
+    for _ in range(iterations):
+        parts = [((part - tile) / eps).logsumexp(1) for part, tile in zip(g.split(TILE), tiles)]
+        old, f = f, -eps * (torch.stack(parts).logsumexp(0) - math.log(N))
+        error = (((old - f) / eps).exp() - 1).abs().mean().item()
+        if error < tol:
+            break
+        g = torch.cat([-eps * (((f[:, None] - tile) / eps).logsumexp(0) - math.log(M)) for tile in tiles])
+    return f, g, error
+
+
+def squared_distances(targets: Tensor, candidates: Tensor) -> Tensor:
+    """C_ij = |e(t_i) - e(c_j)|^2, (M, N) in fp64. targets: (M, C), candidates: (N, C)."""
+    t, c = targets.double(), candidates.double()
+    return (t.square().sum(1)[:, None] + c.square().sum(1) - 2 * t @ c.T).clamp_min(0)
+
+
+@torch.no_grad()
+def embed(model: Qwen2, texts: list[list[int]], micro_tokens: int, desc: str) -> Tensor:
+    """The mean of the last hidden states over each text's positions, (len(texts), C) in fp32 on the CPU.
+
+    texts: token ids. micro_tokens: most tokens of a forward.
+    """
+    out, lengths = torch.zeros(len(texts), model.config.hidden_size), [len(ids) for ids in texts]
+    for micro in tqdm(split_by_tokens(lengths, micro_tokens, 1), desc, unit="forward", disable=None):
+        ids, n = [token for i in micro for token in texts[i]], [lengths[i] for i in micro]
+        hidden = model.hidden(to_device([ids], model.device), n)[0].float().cpu()  # (sum(n), C)
+        out[micro] = torch.stack([part.mean(0) for part in hidden.split(n)])
+    return out
+
+
+def read_texts(paths: list[str], max_chars: int) -> list[tuple[str, dict, str]]:
+    """-> ("file:line", the record as it is, its messages as one text of at most max_chars) of each record."""
+    found = []
+    for path in expand(paths):
+        for line, record in read_objects(path):
+            talks = dialogues(record, where := f"{path}:{line}")
+            messages = [m["content"] for talk in talks for m in [*talk.prompt, *([talk.reply] if talk.reply else [])]]
+            found.append((where, record, "\n".join(messages)[:max_chars]))
+    if not found:
+        raise InputError(f"{', '.join(paths)}: no records")
+    return found
+
+
+def parse_args() -> argparse.Namespace:
+    p = Parser(description=__doc__.split("\n\n")[0])
+    # data
+    p.add_argument(
+        "--candidates", nargs="+", required=True, metavar="F", help="records to choose from, for train_sft.py"
+    )
+    p.add_argument("--targets", nargs="+", required=True, metavar="F", help="records of the task, a few hundred")
+    p.add_argument("--keep", type=at_least(1), required=True, help="number of candidates to keep")
+    p.add_argument("--out", default="got", help="folder for sft.jsonl, best first, and scores.jsonl")
+    # method
+    p.add_argument("--eps", type=number(above=0), default=0.05, help="entropic regularisation / mean cost")
+    p.add_argument("--max-chars", type=at_least(1), default=1000, help="length at which a text is cut, in characters")
+    # model
+    p.add_argument("--ckpt", required=True, help="hub id, directory or .pt file of the model that embeds the texts")
+    p.add_argument("--micro-tokens", type=at_least(1), default=8192, help="most tokens of one forward")
+    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
+    p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
+    args = p.parse_args()
+    args.out = args.out.rstrip("/") or "/"
+    check_folder(args.out, "variants.got", FILES)
+    return args
+
+
+def distances(args: argparse.Namespace, candidates: list[str], targets: list[str]) -> Tensor:
+    """The cost matrix of two lists of texts."""
+    ckpt = Checkpoint(args.ckpt)
+    model, tokenizer = Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device).eval(), Tokenizer(ckpt)
+    end = model.config.max_position_embeddings
+    ids = lambda texts: [tokenizer.encode(text)[:end] or [tokenizer.prefix] for text in texts]
+    wanted = embed(model, ids(targets), args.micro_tokens, "targets")
+    return squared_distances(wanted, embed(model, ids(candidates), args.micro_tokens, "candidates"))
+
+
+def main() -> None:
+    args = parse_args()
+    candidates, targets = read_texts(args.candidates, args.max_chars), read_texts(args.targets, args.max_chars)
+    if args.keep >= len(candidates):
+        raise InputError(f"--keep {args.keep}: there are {len(candidates)} candidates; keep fewer")
+    cost = distances(args, [text for *_, text in candidates], [text for *_, text in targets])
+    if (eps := args.eps * cost.mean().item()) < 1e-9:
+        raise InputError(f"{', '.join(args.candidates)}: all candidates and targets are one text; nothing to choose")
+    f, g, error = sinkhorn(cost, eps)
+    best = g.argsort(stable=True)[: args.keep].tolist()
+    before, after = f.mean() + g.mean(), sum(part.mean() for part in sinkhorn(cost[:, best], eps)[:2])
+    kept, scores = set(best), (g - g.mean()).tolist()
+    rows = ({"record": candidates[i][0], "score": scores[i], "kept": i in kept} for i in range(len(scores)))
+    with claimed_folder(args.out, "variants.got", FILES):
+        write_jsonl(f"{args.out}/scores.jsonl", rows)
+        write_jsonl(f"{args.out}/sft.jsonl", (candidates[i][1] for i in best))
+    if error > 0.01:
+        print(f"warning: the potentials did not settle (error {error:.1%}); a larger --eps settles sooner")
+    print(f"distance to the targets: {before:.4g} of all candidates, {after:.4g} of the kept ones")
+    print(f"Written: {args.out}/sft.jsonl, {len(best):,} of {len(scores):,} records, and scores.jsonl beside it. Next:")
+    print(f"  {shlex.join(['python', 'train_sft.py', '--ckpt', args.ckpt, '--data', f'{args.out}/sft.jsonl'])}")
+
+
+if __name__ == "__main__":
+    cli(main)
