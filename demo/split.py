@@ -1,0 +1,107 @@
+"""Divides the demo's data for a comparison of training methods: what is trained on, what chooses, what is tested.
+
+    python -m demo.split --data runs/demo/data --out runs/variants
+
+OUT/sft.jsonl      examples to train on: the curated ones without the withheld tasks and the validation instructions
+OUT/pairs.jsonl    the same for preference pairs
+OUT/questions/     a --data-dir for eval.py --tasks demo. The id of a question begins with its part:
+                   validation   instructions of the curated data that are not trained on
+                   test         the demo's held-out instructions of the tasks that are trained on
+                   withheld     instructions of tasks that are not trained on and that the base knows best
+"""
+
+import os
+import random
+from collections.abc import Iterator
+
+from core.files import InputError, cli
+from core.flags import Parser
+from core.outputs import claim_folder
+from core.records import read_jsonl, write_jsonl
+from demo import world
+from demo.tasks import TASKS
+from demo.teacher import understand
+
+# The base answers 8 to 12 of the 12 held-out instructions of each of these.
+WITHHELD = ("copy", "female", "capital", "continent", "colour", "animal_sound", "number_to_word", "zh_capital")
+
+
+def user_text(row: dict) -> str:
+    """The instruction of a single-turn row of make_data.py."""
+    return row.get("prompt", row.get("messages"))[0]["content"]
+
+
+def question(part: str, i: int, item: world.Item) -> dict:
+    reference = world.reference(item)
+    return {"id": f"{part}-{i:04d}", "task": item.task.name, "prompt": item.prompt, "reference": reference}
+
+
+def validation_items(rows: list[dict], n: int, seed: int) -> list[world.Item]:
+    """n instructions of the rows whose reply can be checked without running code, drawn from the seed."""
+    items = [understand(user_text(row)) for row in rows]
+    items = [item for item in items if item and item.task.kind != "code" and item.task.name not in WITHHELD]
+    if len(items) < n:
+        raise InputError(f"--validation {n}: the data hold {len(items)} instructions that can be checked")
+    return random.Random(seed).sample(items, n)
+
+
+def withheld_items(per_task: int, seed: int) -> list[world.Item]:
+    """per_task distinct instructions of each withheld task."""
+    rng, items = random.Random(seed), []
+    for task in (task for task in TASKS if task.name in WITHHELD):
+        mine = {}
+        while len(mine) < per_task:
+            item = world.ask(task, rng)
+            mine[item.prompt] = item
+        items += mine.values()
+    return items
+
+
+def preference_pairs(rows: list[dict]) -> Iterator[dict]:
+    """The pairs of kto.jsonl: two rows of one id, one desirable and one not."""
+    replies = {}
+    for row in rows:
+        replies.setdefault(row["id"], {})[row["label"]] = row
+    for both in replies.values():
+        if len(both) == 2:
+            yield {
+                "prompt": both[True]["prompt"],
+                "chosen": both[True]["completion"],
+                "rejected": both[False]["completion"],
+            }
+
+
+def main() -> None:
+    p = Parser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--data", default="runs/demo/data", help="folder with sft.jsonl and kto.jsonl of make_data.py")
+    p.add_argument("--out", default="runs/variants", help="folder to write")
+    p.add_argument("--validation", type=int, default=300, help="validation questions")
+    p.add_argument("--withheld", type=int, default=60, help="questions of each withheld task")
+    p.add_argument("--seed", type=int, default=0, help="seed of both")
+    args = p.parse_args()
+    rows = {name: [row for _, row in read_jsonl(os.path.join(args.data, name))] for name in ("sft.jsonl", "kto.jsonl")}
+    validation = validation_items(rows["sft.jsonl"], args.validation, args.seed)
+    not_trained = {item.prompt for item in validation}
+
+    def trained(row: dict) -> bool:
+        item = understand(user_text(row))
+        return item is None or (item.prompt not in not_trained and item.task.name not in WITHHELD)
+
+    test = [item for item in world.make_heldout().values() if item.task.name not in WITHHELD]
+    parts = {"validation": validation, "test": test, "withheld": withheld_items(args.withheld, args.seed)}
+    questions = [question(part, i, item) for part, items in parts.items() for i, item in enumerate(items)]
+    train = list(filter(trained, rows["sft.jsonl"]))
+    pairs = list(preference_pairs(filter(trained, rows["kto.jsonl"])))
+    claim_folder(args.out, "demo.split", ["sft.jsonl", "pairs.jsonl"])
+    write_jsonl(os.path.join(args.out, "sft.jsonl"), train)
+    write_jsonl(os.path.join(args.out, "pairs.jsonl"), pairs)
+    folder = os.path.join(args.out, "questions", "demo")
+    os.makedirs(folder, exist_ok=True)
+    claim_folder(folder, "demo.split", ["heldout.jsonl"])
+    write_jsonl(os.path.join(folder, "heldout.jsonl"), questions)
+    counts = ", ".join(f"{len(items)} {part}" for part, items in parts.items())
+    print(f"{args.out}: {len(train)} examples, {len(pairs)} pairs; questions: {counts}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,242 @@
+"""What the variants are worth: reads the evaluations of variants/run.sh and writes one table.
+
+    python -m variants.compare best FOLDER                          # prints the better learning rate
+    python -m variants.compare record FOLDER --rate 5e-4 ...        # writes OUT/ARM.json
+    python -m variants.compare table docs/results/variants          # prints the table and what it shows
+
+Each arm is a folder of checkpoints RATE-SEED. An arm is compared with its baseline on the same questions and seeds.
+"""
+
+import glob
+import json
+import os
+import re
+from argparse import Namespace
+
+import numpy as np
+
+from core.files import InputError, atomic_write, cli
+from core.flags import Parser
+from core.records import read_jsonl
+from evaluation.stats import holm
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PARTS = ("test", "withheld")  # the parts of the questions that the table is about
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def resample(x: np.ndarray, draws: int = 10_000, seed: int = 0) -> np.ndarray:
+    """Means of x (S seeds, n questions), both resampled with replacement -> (draws,).
+
+    The pigeonhole bootstrap (Owen, Ann. Appl. Stat. 1, 2007). It counts the noise of a single cell twice or thrice, so its
+    errors and intervals tend to be too wide.
+    """
+    rng, (n_seeds, n) = np.random.default_rng(seed), x.shape
+    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=draws)  # (draws, S)
+    questions = rng.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, n)
+    return ((seeds @ x) * questions).sum(1) / n_seeds / n
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> dict:
+    """b - a, each (S, n) verdicts on the same questions -> {"difference", "interval", "p"}.
+
+    Seeds are paired where both have as many; a baseline that was not trained has one. p is two-sided.
+    """
+    d = b - a
+    means, observed = resample(d), d.mean()
+    p = (1 + np.count_nonzero(abs(means - observed) >= abs(observed) - 1e-12)) / (1 + len(means))
+    return {"difference": observed, "interval": np.quantile(means, [0.025, 0.975]), "p": p}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From evaluations to results
+
+
+def verdicts(folder: str) -> dict[str, dict[str, str]]:
+    """The evaluation of an arm -> {checkpoint: {part: a 0 or 1 for each question}}."""
+    found = {}
+    for _, sample in read_jsonl(os.path.join(folder, "eval", "samples.jsonl")):
+        parts = found.setdefault(sample["checkpoint"], {"validation": "", "test": "", "withheld": ""})
+        parts[sample["id"].split("-")[0]] += str(int(sample["correct"]))
+    return found
+
+
+def share(bits: str) -> float:
+    return bits.count("1") / len(bits)
+
+
+def best(folder: str) -> str:
+    """The learning rate whose checkpoint of seed 0 scores best on the validation questions; the lower one of equals."""
+    scores = {name[:-2]: share(parts["validation"]) for name, parts in verdicts(folder).items() if name[-2:] == "-0"}
+    return max(sorted(scores, key=float), key=scores.__getitem__)
+
+
+def cpu_seconds(path: str) -> float:
+    """The sum of a file with the user and the system time of a command, in seconds."""
+    with open(path) as f:
+        return sum(map(float, f.read().split()))
+
+
+def lines_of_code(name: str, command: list[str]) -> int | None:
+    """The lines of the variant's file. None for the plain scripts."""
+    found = re.search(r"variants\.(\w+)", " ".join(command))
+    path = os.path.join(ROOT, "variants", f"{found[1] if found else name}.py")
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as f:
+        return len(f.readlines())
+
+
+def record(args: Namespace) -> None:
+    """Writes the results of an arm: OUT/ARM.json."""
+    found, name = verdicts(args.folder), os.path.basename(os.path.normpath(args.folder))
+    runs = [found[f"{args.rate}-{seed}"] for seed in range(3)] if args.rate else list(found.values())
+    command = re.sub("^.*python ", "", " ".join(args.command))
+    result = {"arm": name, "baseline": args.baseline, "command": command, "rate": args.rate}
+    if args.rate:
+        result["validation"] = {
+            k[:-2]: round(share(parts["validation"]), 4) for k, parts in found.items() if k[-1] == "0"
+        }
+        files = [os.path.join(args.folder, f"{args.rate}-{seed}.seconds") for seed in range(3)]
+        result["cpu_seconds"] = [round(cpu_seconds(path), 1) for path in files]
+        result["lines"] = lines_of_code(name, args.command)
+    result |= {part: [run[part] for run in runs] for part in PARTS}
+    os.makedirs(args.out, exist_ok=True)
+    with atomic_write(os.path.join(args.out, f"{name}.json")) as f:
+        json.dump(result, f, indent=1)
+        f.write("\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From results to the table
+
+
+def read_results(folder: str) -> dict[str, dict]:
+    """The results of all arms -> {arm: result}, with "test" and "kept" as (S, n) verdicts.
+
+    kept: the questions of the withheld tasks that the base answers right.
+    """
+    results = {}
+    for path in glob.glob(os.path.join(folder, "*.json")):
+        with open(path, encoding="utf-8") as f:
+            result = json.load(f)
+        results[result["arm"]] = result
+    if "base" not in results:
+        raise InputError(f"{folder}: holds no base.json; run variants/run.sh")
+    matrix = lambda rows: np.array([[int(bit) for bit in row] for row in rows], dtype=float)  # noqa: E731
+    known = matrix(results["base"]["withheld"])[0] == 1
+    for result in results.values():
+        result["test"], result["kept"] = matrix(result["test"]), matrix(result["withheld"])[:, known]
+    return results
+
+
+def compared(results: dict[str, dict]) -> dict[str, dict]:
+    """{arm: {"test", "kept": difference to the baseline, with Holm's "p_holm"}} for arms whose baseline is there.
+
+    The correction is for all arms together, for each column by itself; the baselines' own gain over the base is left out.
+    """
+    found = {
+        name: {part: difference(results[result["baseline"]][part], result[part]) for part in ("test", "kept")}
+        for name, result in results.items()
+        if result["baseline"] in results
+    }
+    arms = [name for name in found if results[name]["baseline"] != "base"]
+    for part in ("test", "kept"):
+        for name, p in zip(arms, holm([found[name][part]["p"] for name in arms])):
+            found[name][part]["p_holm"] = p
+    return found
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:.1f}"
+
+
+def with_interval(change: dict) -> str:
+    low, high = (100 * bound for bound in change["interval"])
+    return f"{100 * change['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def table(results: dict[str, dict]) -> str:
+    """One row an arm, each below its baseline, the best first."""
+    changes = compared(results)
+    head = "| arm | score | to its baseline | kept | to its baseline | CPU s | lines | rate |\n" + "| --- " * 8 + "|\n"
+    rows = []
+
+    def add(name: str) -> None:
+        result = results[name]
+        cells = [f"**{name}**" if result["baseline"] in ("", "base") else name]
+        for part in ("test", "kept"):
+            error = f" ± {percent(resample(result[part]).std())}" if part == "test" else ""
+            cells += [
+                percent(result[part].mean()) + error,
+                with_interval(changes[name][part]) if name in changes else "",
+            ]
+        seconds = result.get("cpu_seconds")
+        cells += [
+            f"{sum(seconds) / len(seconds):.0f}" if seconds else "",
+            str(result.get("lines") or ""),
+            result["rate"],
+        ]
+        rows.append(f"| {' | '.join(cells)} |\n")
+        below = [other for other, r in results.items() if r["baseline"] == name]
+        for other in sorted(below, key=lambda other: -results[other]["test"].mean()):
+            add(other)
+
+    add("base")
+    return head + "".join(rows)
+
+
+def findings(results: dict[str, dict]) -> str:
+    """What differs from its baseline by more than noise, and what brought nothing, as Markdown bullets."""
+    changes = {name: c for name, c in compared(results).items() if results[name]["baseline"] != "base"}
+
+    def those(part: str, sign: int) -> set[str]:
+        return {n for n, c in changes.items() if c[part]["p_holm"] < 0.05 and sign * c[part]["difference"] > 0}
+
+    better, worse, keeps, forgets = (those(part, sign) for part in ("test", "kept") for sign in (1, -1))
+    groups = {
+        "Scores higher": better,
+        "Scores lower": worse,
+        "Forgets less": keeps,
+        "Forgets more": forgets,
+        "Brought nothing, neither in score nor against forgetting": set(changes) - better - keeps,
+    }
+    return "".join(f"- {title}: {', '.join(sorted(names)) or 'none'}.\n" for title, names in groups.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def main() -> None:
+    p = Parser(description=__doc__.split("\n\n")[0])
+    commands = p.add_subparsers(dest="command_name", required=True)
+    best_parser = commands.add_parser("best", help="print the better learning rate of an arm")
+    record_parser = commands.add_parser("record", help="write the results of an arm as JSON")
+    table_parser = commands.add_parser("table", help="print the table of all arms and what it shows")
+    for parser in (best_parser, record_parser):
+        parser.add_argument("folder", help="folder of the arm's checkpoints and of their evaluation, eval/")
+    record_parser.add_argument("--rate", default="", help="the chosen learning rate; without it the arm is not trained")
+    record_parser.add_argument("--baseline", default="", help="the arm to compare with")
+    record_parser.add_argument("--out", default="runs/variants/results", help="folder of the JSON files")
+    record_parser.add_argument("--command", nargs="...", default=[], help="how the arm was trained; the last flag")
+    table_parser.add_argument("folder", help="folder of the JSON files")
+    table_parser.add_argument("--out", help="also write both to this Markdown file")
+    args = p.parse_args()
+    if args.command_name == "best":
+        print(best(args.folder))
+    elif args.command_name == "record":
+        record(args)
+    else:
+        results = read_results(args.folder)
+        text = f"{table(results)}\n{findings(results)}"
+        if args.out:
+            with atomic_write(args.out) as f:
+                f.write(text)
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# What the variants are worth: trains each on the demo's data beside plain SFT or KTO and writes one table.
+#
+#   bash variants/run.sh              every arm: about an hour on one CPU core
+#   bash variants/run.sh sft dft      these arms only; two such commands may run at once once the data are there
+#
+# Plan:
+#   data        the demo's curated data (make_data.py). Eight of its tasks are withheld from training, and 300 of its
+#               instructions are kept for validation (demo/split.py). 1,725 examples are left, and 1,405 preference pairs.
+#   budget      two epochs in steps of 32 examples; for preference data one epoch in steps of 32 replies, from the base too.
+#   rate        two learning rates an arm, one seed each. The better one on the validation questions gets three seeds.
+#   score       528 held-out instructions of the tasks that are trained on.
+#   forgetting  the instructions of the withheld tasks that the base answers right: how many an arm still answers right.
+# Checkpoints and replies go to runs/variants/, results to runs/variants/results/*.json, the table to runs/variants/table.md.
+# What is done is not repeated. To repeat an arm remove runs/variants/ARM.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case ${1:-} in -h | --help) awk 'NR > 1 && !/^#/ {exit} NR > 1 {sub(/^# ?/, ""); print}' variants/run.sh; exit 0 ;; esac
+bash tools/venv.sh requirements.txt
+export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two cores run two commands faster than one with two threads
+py=${PYTHON:-.venv/bin/python} run=runs/variants only=" $* "
+mkdir -p "$run"
+
+# ---- data: as run.sh makes them
+
+if [[ ! -f $run/pairs.jsonl ]]; then
+  $py -m demo.world --out "$run/sources.jsonl"
+  rm -f "$run/teacher.url"
+  $py -m demo.teacher --url-file "$run/teacher.url" --with-parent >"$run/teacher.log" 2>&1 &
+  server=$!
+  trap 'kill "$server" 2>/dev/null || true' EXIT
+  until [[ -s $run/teacher.url ]]; do
+    kill -0 "$server" || { cat "$run/teacher.log" >&2; exit 2; }
+    sleep 0.2
+  done
+  $py make_data.py --sources "$run/sources.jsonl" --teacher "$(<"$run/teacher.url")" --teacher-model demo-teacher \
+    --small demo/base --out "$run/data" --target 2400 --max-new-tokens 48 --judge-verified \
+    --decontaminate demo/heldout.jsonl --trust-references "$run/sources.jsonl"
+  kill "$server"
+  trap - EXIT
+  $py -m demo.split --data "$run/data" --out "$run"
+fi
+
+# ---- an arm
+
+evaluate() { # FOLDER CHECKPOINT...: replies that are there are not asked for again
+  $py eval.py --ckpt "${@:2}" --tasks demo --data-dir "$run/questions" --max-new-tokens 48 --batch-size 64 --out "$1/eval" >/dev/null
+}
+chosen() { [[ $only == "  " || $only == *" $1 "* ]] && [[ ! -f $run/results/$1.json ]]; } # is this arm to be done?
+record() { $py -m variants.compare record "$run/$1" --out "$run/results" "${@:2}"; }
+
+train() { # FOLDER RATE SEED COMMAND...: a checkpoint FOLDER/RATE-SEED, and beside it the CPU seconds of its training
+  local out=$1/$2-$3
+  [[ -f $out.seconds ]] && return
+  echo "== ${*:4} --lr $2 --seed $3"
+  local TIMEFORMAT='%U %S'
+  { time "${@:4}" --ckpt demo/base --max-len 512 --warmup 10 --lr "$2" --seed "$3" --out "$out" >"$out.log" 2>&1; } \
+    2>"$out.time" || { tail -n 5 "$out.log" >&2; exit 1; }
+  [[ -e $out ]] || exit 130 # Ctrl-C
+  mv "$out.time" "$out.seconds"
+}
+
+arm() { # NAME BASELINE "RATE RATE" COMMAND...: trains an arm at both rates, then with two more seeds at the better one
+  local name=$1 baseline=$2 rates=$3 folder=$run/$1 rate seed
+  shift 3
+  chosen "$name" || return 0
+  mkdir -p "$folder"
+  for rate in $rates; do train "$folder" "$rate" 0 "$@"; done
+  evaluate "$folder" "$folder"/*-0
+  rate=$($py -m variants.compare best "$folder")
+  for seed in 1 2; do train "$folder" "$rate" "$seed" "$@"; done
+  evaluate "$folder" "$folder"/*-[012]
+  record "$name" --rate "$rate" --baseline "$baseline" --command "$@"
+}
+
+# ---- the arms. Matrices of full rank take 5e-4 or 2e-3 here (SFT forgets half at 4e-3), thin or sparse ones four times that.
+
+sft=(--data "$run/sft.jsonl" --epochs 2 --batch-size 32)
+pairs=(--data "$run/pairs.jsonl" --epochs 1)
+full="5e-4 2e-3" thin="2e-3 8e-3" preference="1e-4 4e-4"
+
+lt_sft() { # two phases of one epoch each; the arguments end with --out OUT
+  $py train_sft.py "$@"-moved && $py -m variants.lt_sft --moved "${!#}-moved" "$@"
+}
+
+if chosen base; then evaluate "$run/base" demo/base && record base; fi
+arm sft base "$full" $py train_sft.py "${sft[@]}"
+arm kto base "$preference" $py train_kto.py "${pairs[@]}" --batch-size 32
+arm dpo kto "$preference" $py -m variants.dpo "${pairs[@]}" --batch-size 16
+for name in dft asft masked_thought half_finetuning; do arm $name sft "$full" $py -m variants.$name "${sft[@]}"; done
+arm otr sft "$full" $py -m variants.otr --beta -0.1 "${sft[@]}"
+arm sorted_finetuning sft "$full" $py -m variants.sorted_finetuning --exits 3 4 --export 3 "${sft[@]}"
+if chosen first_3_blocks; then # of 5: the exported exits of the arm above
+  mkdir -p "$run/first_3_blocks"
+  for out in "$run"/sorted_finetuning/*-[12]-3; do
+    rate=$(basename "$out") && rate=${rate%-[12]-3}
+  done
+  for seed in 0 1 2; do
+    ln -sfn "../sorted_finetuning/$rate-$seed-3" "$run/first_3_blocks/$rate-$seed"
+    cp "$run/sorted_finetuning/$rate-$seed.seconds" "$run/first_3_blocks"
+  done
+  evaluate "$run/first_3_blocks" "$run"/first_3_blocks/*-[012]
+  record first_3_blocks --rate "$rate" --baseline sft --command $py -m variants.sorted_finetuning --exits 3 4 --export 3 "${sft[@]}"
+fi
+arm lora sft "$thin" $py -m variants.lora "${sft[@]}"
+arm lt_sft sft "$thin" lt_sft --data "$run/sft.jsonl" --epochs 1 --batch-size 32
+arm poft sft "$full" $py -m variants.poft --others "$run"/kto/*-2 "${sft[@]}" # the aligned model is the KTO model
+
+$py -m variants.compare table "$run/results" --out "$run/table.md"
