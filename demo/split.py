@@ -2,8 +2,10 @@
 
     python -m demo.split --data runs/demo/data --out runs/variants
 
-OUT/sft.jsonl      examples to train on: the curated ones without the withheld tasks and the validation instructions
-OUT/pairs.jsonl    the same for preference pairs
+OUT/sft.jsonl      examples to train on: the curated ones without the withheld tasks and the validation instructions.
+                   `reference` is added where the reply is right
+OUT/pairs.jsonl    preference pairs for the same instructions
+OUT/validation.jsonl    the validation instructions with their replies
 OUT/questions/     a --data-dir for eval.py --tasks demo. The id of a question begins with its part:
                    validation   instructions of the curated data that are not trained on
                    test         the demo's held-out instructions of the tasks that are trained on
@@ -12,7 +14,7 @@ OUT/questions/     a --data-dir for eval.py --tasks demo. The id of a question b
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from core.files import InputError, cli
 from core.flags import Parser
@@ -21,6 +23,7 @@ from core.records import read_jsonl, write_jsonl
 from demo import world
 from demo.tasks import TASKS
 from demo.teacher import understand
+from verification.answers import check
 
 # The base answers 8 to 12 of the 12 held-out instructions of each of these.
 WITHHELD = ("copy", "female", "capital", "continent", "colour", "animal_sound", "number_to_word", "zh_capital")
@@ -57,7 +60,16 @@ def withheld_items(per_task: int, seed: int) -> list[world.Item]:
     return items
 
 
-def preference_pairs(rows: list[dict]) -> Iterator[dict]:
+def with_reference(row: dict) -> dict:
+    """The row, with what a program compares replies with. Unchanged if its own reply is not right."""
+    item = understand(user_text(row))
+    reference = world.reference(item) if item and item.task.kind != "code" else None
+    if reference and check(reference["kind"], row["messages"][-1]["content"], reference["value"]):
+        return row | {"reference": reference}
+    return row
+
+
+def preference_pairs(rows: Iterable[dict]) -> Iterator[dict]:
     """The pairs of kto.jsonl: two rows of one id, one desirable and one not."""
     replies = {}
     for row in rows:
@@ -71,6 +83,26 @@ def preference_pairs(rows: list[dict]) -> Iterator[dict]:
             }
 
 
+def divide(sft: list[dict], kto: list[dict], n_validation: int, n_withheld: int, seed: int) -> tuple[dict, dict]:
+    """The rows of sft.jsonl and kto.jsonl -> ({file: rows}, {part: items of its questions})."""
+    validation = validation_items(sft, n_validation, seed)
+    kept_back = {item.prompt for item in validation}
+
+    def part_of(row: dict) -> str:
+        item = understand(user_text(row))
+        if item and item.prompt in kept_back:
+            return "validation"
+        return "withheld" if item and item.task.name in WITHHELD else "train"
+
+    files = {
+        "sft.jsonl": [with_reference(row) for row in sft if part_of(row) == "train"],
+        "pairs.jsonl": list(preference_pairs(row for row in kto if part_of(row) == "train")),
+        "validation.jsonl": [row for row in sft if part_of(row) == "validation"],
+    }
+    test = [item for item in world.make_heldout().values() if item.task.name not in WITHHELD]
+    return files, {"validation": validation, "test": test, "withheld": withheld_items(n_withheld, seed)}
+
+
 def main() -> None:
     p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--data", default="runs/demo/data", help="folder with sft.jsonl and kto.jsonl of make_data.py")
@@ -79,28 +111,18 @@ def main() -> None:
     p.add_argument("--withheld", type=int, default=60, help="questions of each withheld task")
     p.add_argument("--seed", type=int, default=0, help="seed of both")
     args = p.parse_args()
-    rows = {name: [row for _, row in read_jsonl(os.path.join(args.data, name))] for name in ("sft.jsonl", "kto.jsonl")}
-    validation = validation_items(rows["sft.jsonl"], args.validation, args.seed)
-    not_trained = {item.prompt for item in validation}
-
-    def trained(row: dict) -> bool:
-        item = understand(user_text(row))
-        return item is None or (item.prompt not in not_trained and item.task.name not in WITHHELD)
-
-    test = [item for item in world.make_heldout().values() if item.task.name not in WITHHELD]
-    parts = {"validation": validation, "test": test, "withheld": withheld_items(args.withheld, args.seed)}
+    rows = ([row for _, row in read_jsonl(os.path.join(args.data, name))] for name in ("sft.jsonl", "kto.jsonl"))
+    files, parts = divide(*rows, args.validation, args.withheld, args.seed)
     questions = [question(part, i, item) for part, items in parts.items() for i, item in enumerate(items)]
-    train = list(filter(trained, rows["sft.jsonl"]))
-    pairs = list(preference_pairs(filter(trained, rows["kto.jsonl"])))
-    claim_folder(args.out, "demo.split", ["sft.jsonl", "pairs.jsonl"])
-    write_jsonl(os.path.join(args.out, "sft.jsonl"), train)
-    write_jsonl(os.path.join(args.out, "pairs.jsonl"), pairs)
     folder = os.path.join(args.out, "questions", "demo")
     os.makedirs(folder, exist_ok=True)
+    claim_folder(args.out, "demo.split", files)
     claim_folder(folder, "demo.split", ["heldout.jsonl"])
+    for name, lines in files.items():
+        write_jsonl(os.path.join(args.out, name), lines)
     write_jsonl(os.path.join(folder, "heldout.jsonl"), questions)
-    counts = ", ".join(f"{len(items)} {part}" for part, items in parts.items())
-    print(f"{args.out}: {len(train)} examples, {len(pairs)} pairs; questions: {counts}")
+    counts = [f"{len(files['sft.jsonl'])} examples, {len(files['pairs.jsonl'])} pairs; questions:"]
+    print(f"{args.out}:", *counts, ", ".join(f"{len(items)} {part}" for part, items in parts.items()))
 
 
 if __name__ == "__main__":

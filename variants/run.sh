@@ -82,6 +82,14 @@ full="5e-4 2e-3" thin="2e-3 8e-3" preference="1e-4 4e-4"
 lt_sft() { # two phases of one epoch each; the arguments end with --out OUT
   $py train_sft.py "$@"-moved && $py -m variants.lt_sft --moved "${!#}-moved" "$@"
 }
+s3ft() { # writes its data, then trains on them
+  $py -m variants.s3ft --ckpt demo/base --data "$run/sft.jsonl" --max-new-tokens 48 --out "${!#}-data" &&
+    $py train_sft.py --data "${!#}-data/sft.jsonl" "$@"
+}
+got() { # chooses half of the examples for the validation instructions
+  $py -m variants.got --ckpt demo/base --candidates "$run/sft.jsonl" --targets "$run/validation.jsonl" --keep 862 --out "${!#}-data" &&
+    $py train_sft.py --data "${!#}-data/sft.jsonl" "$@"
+}
 
 if chosen base; then evaluate "$run/base" demo/base && record base; fi
 arm sft base "$full" $py train_sft.py "${sft[@]}"
@@ -105,5 +113,10 @@ fi
 arm lora sft "$thin" $py -m variants.lora "${sft[@]}"
 arm lt_sft sft "$thin" lt_sft --data "$run/sft.jsonl" --epochs 1 --batch-size 32
 arm poft sft "$full" $py -m variants.poft --others "$run"/kto/*-2 "${sft[@]}" # the aligned model is the KTO model
+arm s3ft sft "$full" s3ft --epochs 2 --batch-size 32
+arm uds sft "$full" $py -m variants.uds --share 0.5 --data "$run/sft.jsonl" --epochs 4 --batch-size 64
+[[ -f $run/half.jsonl ]] || head -n 862 "$run/sft.jsonl" >"$run/half.jsonl" # the files are in random order
+arm random_half sft "$full" $py train_sft.py --data "$run/half.jsonl" --epochs 4 --batch-size 32
+arm got random_half "$full" got --epochs 4 --batch-size 32
 
 $py -m variants.compare table "$run/results" --out "$run/table.md"
