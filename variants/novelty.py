@@ -1,0 +1,144 @@
+"""CGE, contrastive generation (arXiv 2410.14765): lets a fine-tuned model write what it finds likelier than its base does.
+
+    python -m variants.novelty --ckpt tuned --base base --samples 100     # -> novelty.jsonl, the most novel first
+
+The texts show what was new in the data. This is the static version; the iterative one trains the base in between.
+Which share alpha the paper takes and whether it samples was not found: 0.1 is contrastive decoding's (arXiv 2210.15097),
+and tokens are sampled here, because all texts would be one text otherwise. SFT learns replies alone, so a text begins
+after a neutral user's message; --plain begins with no text at all.
+"""
+
+import argparse
+import math
+import shlex
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from core.checkpoint import Checkpoint
+from core.files import InputError, cli, printable
+from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
+from core.outputs import check_file
+from core.records import write_jsonl
+from core.sampling import sample
+from core.tokenizer import Tokenizer, vocabulary
+from generate import reply_limits
+from model import Qwen2
+
+MARK = '"novelty"'  # in each line of OUT
+
+
+def contrastive_scores(tuned_logps: Tensor, base_logps: Tensor, alpha: float) -> Tensor:
+    """The score of each next token, (..., V); tokens that the tuned model finds unlikely get -inf.
+
+        s(v) = log p_ft(v) - log p_pt(v)  if p_ft(v) >= alpha max_w p_ft(w),  else -inf
+
+    tuned_logps, base_logps: log p_ft and log p_pt, (..., V), in nats.
+    """
+    plausible = tuned_logps >= tuned_logps.amax(-1, keepdim=True) + math.log(alpha)
+    return (tuned_logps - base_logps).masked_fill(~plausible, -torch.inf)
+
+
+class Writer:
+    """A model and a cache with one prompt in each of its rows."""
+
+    def __init__(self, model: Qwen2, prompt: list[int], rows: int, max_new_tokens: int):
+        self.model, self.cache = model, model.new_cache(rows, len(prompt) + max_new_tokens)
+        if len(prompt) > 1:
+            model.prefill([prompt[:-1]] * rows, self.cache)
+        self.cache.positions.fill_(len(prompt) - 1)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Reads one token for each row, (rows,) -> the log-probabilities of the next one, (rows, V) in fp32."""
+        hidden = self.model.hidden(tokens[:, None], cache=self.cache)[:, 0]
+        self.cache.positions += 1
+        return self.model.head(hidden).float().log_softmax(-1)
+
+
+@torch.no_grad()
+def write_texts(
+    tuned: Qwen2, base: Qwen2, prompt: list[int], stop_ids: set[int], uniform: Tensor, alpha: float, temperature: float
+) -> list[tuple[list[int], float]]:
+    """Writes a text for each row of uniform -> [(token ids, novelty)].
+
+    prompt: token ids before the text. uniform: (rows, most tokens of a text), random numbers in [0, 1). novelty: the sum
+    over the text and its end token of log p_ft - log p_pt, in nats.
+    """
+    rows, limit = uniform.shape
+    writers = [Writer(model, prompt, rows, limit) for model in (tuned, base)]
+    tokens = torch.full((rows,), prompt[-1], device=tuned.device)
+    texts, novelty, open_rows = [[] for _ in range(rows)], [0.0] * rows, set(range(rows))
+    for step in range(limit):
+        tuned_logps, base_logps = (writer.step(tokens) for writer in writers)  # (rows, V) each
+        tokens = sample(contrastive_scores(tuned_logps, base_logps, alpha), uniform[:, step], temperature)
+        gains = (tuned_logps - base_logps).gather(1, tokens[:, None])[:, 0].tolist()
+        for row, token in enumerate(tokens.tolist()):
+            if row in open_rows:
+                novelty[row] += gains[row]
+                open_rows -= {row} if token in stop_ids else set()
+                texts[row] += [] if token in stop_ids else [token]
+        if not open_rows:
+            break
+    return list(zip(texts, novelty))
+
+
+def parse_args() -> argparse.Namespace:
+    p = Parser(description=__doc__.split("\n\n")[0])
+    # models
+    p.add_argument("--ckpt", required=True, help="hub id, directory or .pt file of the fine-tuned model")
+    p.add_argument("--base", required=True, help="the model before fine-tuning, with the same tokenizer")
+    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
+    p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
+    # texts
+    p.add_argument("--prompt", default="Write something.", help="the user's message before each text")
+    p.add_argument("--plain", action="store_true", help="write plain texts, without a chat around them")
+    p.add_argument("--samples", type=at_least(1), default=100, help="number of texts")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=64, help="most tokens of a text")
+    p.add_argument("--alpha", type=number(above=0, below=1), default=0.1, help="least p_ft of a token / largest p_ft")
+    p.add_argument("--temperature", type=number(0), default=1.0, help="of the scores; 0 takes the best token")
+    p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    p.add_argument("--batch-size", type=at_least(1), default=32, help="texts written at once; changes no text")
+    # output
+    p.add_argument("--out", default="novelty.jsonl", help="JSON Lines file of the texts, the most novel first")
+    args = p.parse_args()
+    check_file(args.out, MARK)
+    return args
+
+
+def open_both(args: argparse.Namespace) -> tuple[Qwen2, Qwen2, Tokenizer]:
+    """-> (the tuned model, its base, their tokenizer)."""
+    tuned, base = Checkpoint(args.ckpt), Checkpoint(args.base)
+    tokenizer = Tokenizer(tuned)
+    Tokenizer(base)  # raises if the embedding has too few rows for the token ids
+    if vocabulary(tuned) != vocabulary(base):
+        raise InputError(f"{args.base}: its tokenizer differs from that of {args.ckpt}; give the model before training")
+    models = [Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device).eval() for ckpt in (tuned, base)]
+    if len({model.config.vocab_size for model in models}) > 1:
+        raise InputError(f"{args.base}: its head has another number of rows than that of {args.ckpt}")
+    return *models, tokenizer
+
+
+def main() -> None:
+    args = parse_args()
+    tuned, base, tokenizer = open_both(args)
+    chat = [{"role": "user", "content": args.prompt}]
+    prompt = [tokenizer.prefix] if args.plain else tokenizer.prompt_ids(chat)
+    end = min(model.config.max_position_embeddings for model in (tuned, base))
+    limit, found = reply_limits([prompt], end, args.max_new_tokens)[0], []
+    draws = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in range(args.samples)]
+    for part in tqdm(range(0, args.samples, args.batch_size), "writing", unit="batch", disable=None):
+        uniform = torch.stack([torch.rand(limit, generator=g) for g in draws[part : part + args.batch_size]])
+        uniform = uniform.to(tuned.device)  # (rows, limit)
+        found += write_texts(tuned, base, prompt, tokenizer.stop_ids, uniform, args.alpha, args.temperature)
+    found.sort(key=lambda text: -text[1])
+    lines = [{"novelty": round(score, 4), "tokens": len(ids), "text": tokenizer.decode(ids)} for ids, score in found]
+    write_jsonl(args.out, lines)
+    for line in lines[:5]:
+        print(f"{line['novelty']:8.2f}  {printable(line['text'][:100])}")
+    print(f"Written: {args.out}, {len(lines)} texts, the most novel first. What the base says instead:")
+    print(f"  {shlex.join(['python', 'generate.py', '--ckpt', args.base, '--prompt', args.prompt])}")
+
+
+if __name__ == "__main__":
+    cli(main)
