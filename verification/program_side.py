@@ -10,7 +10,7 @@ import threading
 import types
 from typing import Any
 
-from verification.values import IMMUTABLE, MUTABLE, decode_value, encode_value, type_name
+from verification.values import IMMUTABLE, MUTABLE, decode_value, encode_value, snapshot, type_name
 
 # What a class may have that a stand-in for its objects then has too (stand_ins.py)
 METHODS = (
@@ -92,7 +92,7 @@ class ProgramSide:
         ]
         found = {name: value for base in kind.__mro__[::-1] for name, value in vars(base).items() if base is not object}
         methods = [name for name in METHODS if found.get(name) is not None]
-        real = kind.__module__ if issubclass(kind, Exception) and kind.__module__ != "program" else None
+        real = None if kind.__module__ == "program" else kind.__module__
         return [index, kind.__name__, bases, methods, equality(kind), real]
 
     def describe_error(self, error):
@@ -225,11 +225,6 @@ class ProgramSide:
         return items
 
 
-def snapshot(value: Any) -> Any:
-    """Something equal as long as the data in a value are."""
-    return encode_value(value, id)
-
-
 def run_program(inbox, outbox):
     """Run the program, tell the tests its names, and answer them until they end."""
     module = sys.modules["program"] = types.ModuleType("program")  # not __main__: a reply's own main part does not run
@@ -237,6 +232,8 @@ def run_program(inbox, outbox):
     side = ProgramSide(inbox, outbox)
     names = {name: value for name, value in vars(module).items() if not name.startswith("__")}
     modules = {name: value.__name__ for name, value in names.items() if isinstance(value, types.ModuleType)}
-    side.tell([modules, {name: side.keep(value) for name, value in names.items() if name not in modules}])
+    side.tell(
+        [modules, {name: side.keep(value) for name, value in names.items() if name not in modules}, side.keep(module)]
+    )
     for line in inbox:
         side.answer(*json.loads(line)[1:])

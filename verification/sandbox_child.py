@@ -66,7 +66,7 @@ def start(role, alive, settings, private, run):
     except SystemExit:  # to leave early is to fail
         pass
     except Uncheckable as error:
-        print(f"cannot be checked: {error}", flush=True)
+        print(f"\ncannot be checked: {error}", flush=True)
         status = UNCHECKABLE
     except BaseException:
         traceback.print_exc()

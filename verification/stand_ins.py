@@ -8,7 +8,22 @@ up the result: the verdict is then neither right nor wrong.
 
 import operator
 import re
+import types
 
+# Types that the tests may name in isinstance(), by the names of their classes. Their objects are not data.
+NAMEABLE = {
+    kind.__name__: kind
+    for kind in (
+        map,
+        zip,
+        filter,
+        enumerate,
+        reversed,
+        types.GeneratorType,
+        types.FunctionType,
+        types.AsyncGeneratorType,
+    )
+}
 ONE_BY_ONE = 64  # items of an iterator that are asked for singly before they come in chunks
 
 
@@ -31,6 +46,8 @@ class ClassStandIn(type):
         if name.startswith("__"):
             raise AttributeError(name)
         return StandIn.border.ask("get", cls.stand_in_index, (name,))
+
+    __doc__ = property(lambda cls: StandIn.border.ask("get", cls.stand_in_index, ("__doc__",)))
 
     def __setattr__(cls, name, value):
         StandIn.border.ask("set", cls.stand_in_index, (name, value))

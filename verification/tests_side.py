@@ -2,14 +2,18 @@
 
 import ast
 import builtins
+import contextlib
+import functools
 import importlib
 import json
+import operator
 import re
 import sys
 import types
 from typing import Any
 
 from verification.stand_ins import (
+    NAMEABLE,
     SLOT,
     ClassStandIn,
     DataStandIn,
@@ -19,9 +23,27 @@ from verification.stand_ins import (
     index_of,
     stand_in_methods,
 )
-from verification.values import IMMUTABLE, decode_value, encode_value, type_name
+from verification.values import IMMUTABLE, decode_value, encode_value, snapshot, type_name
 
 ALIASES = {"np": "numpy", "pd": "pandas"}
+# What the tests may hand to the program to be called
+CALLABLE = (
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    functools.partial,
+    operator.itemgetter,
+    operator.attrgetter,
+    operator.methodcaller,
+)
+# Names that tests use for what a program in another process does not share with them: streams, patches, random numbers,
+# settings, and the inspection of code. Such tests may fail for a right program.
+NOT_SHARED = frozenset(
+    "stdin stdout stderr input redirect_stdout patch mock monkeypatch capsys seed environ chdir setrecursionlimit "
+    "getcontext setcontext localcontext catch_warnings warns assertWarns assertLogs inspect dataclasses __annotations__ "
+    "__cause__ __context__ __notes__ __traceback__ get_type_hints getsource globals gc weakref tracemalloc".split()
+)
 
 
 class Border:
@@ -31,6 +53,7 @@ class Border:
         self.inbox, self.outbox = inbox, outbox
         self.classes, self.objects, self.buffers, self.callbacks = {}, {}, {}, []
         self.changed = False  # an argument in place, that the tests may look at afterwards
+        self.numpy = False  # whether values of numpy came as lists and numbers
         self.reason = None  # of the first Uncheckable, also if the tests caught it
         self.errors = []  # raised here on the program's behalf
         self.unshared = [0, 0]  # references to an argument, by place or by name, that only the call itself holds
@@ -93,9 +116,9 @@ class Border:
         if hasattr(value, "__next__"):
             self.callbacks.append(value.__next__)
             return {"iterator": len(self.callbacks) - 1}
-        if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType)):
+        if isinstance(value, CALLABLE):
             self.callbacks.append(value)
-            return {"callback": [len(self.callbacks) - 1, value.__name__]}
+            return {"callback": [len(self.callbacks) - 1, getattr(value, "__name__", "function")]}
         raise self.uncheckable(f"the tests hand over an object of {type(value)}, which is no data")
 
     # -------- from the program to here
@@ -108,6 +131,9 @@ class Border:
             return self.class_of(body)
         if kind == "error":
             return self.error_of(*body)
+        if kind == "numpy":
+            self.numpy = True
+            return self.decode(body)
         description, index, *base = body
         if kind == "coroutine":
             return self.wait_for(index)
@@ -143,7 +169,9 @@ class Border:
             bases, space = unique([DataStandIn, *data], data), {}
         else:
             bases = [base for base in local if isinstance(base, ClassStandIn)] or [StandIn]
-            space = {"__slots__": (), **stand_in_methods(methods, equality)}
+            space = {"__slots__": (), "__doc__": StandIn.__dict__["__doc__"], **stand_in_methods(methods, equality)}
+            if module == "builtins" and name in NAMEABLE:
+                space["__class__"] = property(lambda self: NAMEABLE[name])
         self.classes[index] = ClassStandIn(str(name), tuple(bases), {**space, "stand_in_index": index})
         return self.classes[index]
 
@@ -227,17 +255,57 @@ def run_tests(inbox, outbox, source, tests, entry_point):
     line = inbox.readline()
     if not line:
         sys.exit(1)  # the program did not come to its end, and has said why
-    known = program_names(border, tests, entry_point, *json.loads(line))
+    modules, names, module = json.loads(line)
+    known = program_names(border, tests, entry_point, modules, names)
+    used = names_used(tests)
+    before = {name: snapshot(value) for name, value in known.items() if name in names and name in used}
     try:
         exec(paper, {**known, "__builtins__": builtins, "__name__": "tests"})
-    except AssertionError as error:
-        if border.changed and error not in border.errors:
-            raise border.uncheckable("the program changes an argument in place, and the tests see copies") from error
+    except Exception as error:
+        if reason := doubt(border, error, used) or changed_name(border, before, known, module):
+            raise border.uncheckable(reason) from error
         raise
-    except TypeError as error:
-        objects = [value for value in border.objects.values() if not callable(value)]
-        if objects and error not in border.errors:
-            raise border.uncheckable(f"{error} (of an object of the program)") from error
-        raise
-    if border.reason:
-        raise Uncheckable(border.reason)
+    if reason := border.reason or changed_name(border, before, known, module):
+        raise Uncheckable(reason)
+
+
+def doubt(border: Border, error: Exception, used: set[str]) -> str | None:
+    """Why tests that ended with this error may have failed a right program; None if it is wrong. used: their names."""
+    if unshared := sorted(used & NOT_SHARED):
+        return f"the tests use {unshared[0]}, which the program does not share with them"
+    own = error in border.errors  # raised in the program
+    if isinstance(error, AssertionError) and border.changed and not own:
+        return "the program changes an argument in place, and the tests see copies"
+    if isinstance(error, (TypeError, AttributeError)) and not own:
+        if [value for value in border.objects.values() if not callable(value)]:
+            return f"{error} (of an object of the program)"
+    if border.numpy and not own:
+        return "values of numpy reach the tests as lists and numbers"
+    return None
+
+
+def changed_name(border: Border, before: dict, known: dict, module: int) -> str | None:
+    """Why the program's data differ from what the tests see of them; None if they do not.
+
+    before: the data that the tests name, as they were at first. known: as the tests have them now. module: the index
+    of the program's module.
+    """
+    with contextlib.suppress(EOFError, OSError, ValueError):  # the program ended, or sends no answer
+        for name, value in before.items():
+            if snapshot(known[name]) != value or snapshot(border.ask("get", module, (name,))) != value:
+                return f"the program and the tests have copies of {name}, of which one was changed"
+    return None
+
+
+def names_used(tests: str) -> set[str]:
+    """The names that tests read and do not set themselves, their attributes, and what they import."""
+    used, own = set(), set()
+    for node in ast.walk(ast.parse(tests)):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else own).add(node.id)
+        elif isinstance(node, ast.Attribute):
+            used.add(node.attr)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]:
+                used.update(name.split("."))
+    return used - own

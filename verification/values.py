@@ -99,9 +99,14 @@ def encode_value(value: Any, refer: Callable[[Any], dict]) -> Any:
         return {"standard": [name, [encode_value(x, refer) for x in STANDARD[name][1](value)]]}
     if isinstance(value, type) and (name := type_name(value)):
         return {"type": name}
-    if kind.__module__ == "numpy" and hasattr(kind, "tolist"):  # arrays and numbers
-        return encode_value(value.tolist(), refer)
+    if kind.__module__ == "numpy" and hasattr(kind, "tolist"):  # as lists and Python's numbers, which do not wrap
+        return {"numpy": encode_value(value.tolist(), refer)}
     return refer(value)
+
+
+def snapshot(value: Any) -> Any:
+    """Something equal as long as the data in a value are."""
+    return encode_value(value, id)
 
 
 def decode_value(packed: Any, resolve: Callable[[str, Any], Any]) -> Any:

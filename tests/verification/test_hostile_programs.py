@@ -70,7 +70,22 @@ ATTACKS = [
     ("class int41(int): pass\nint41.__name__ = 'int'\nint41.__module__ = 'builtins'\nint41.__eq__ = lambda a, b: True\n"
      "def f41(x): return int41(9)", "assert f41(1) == 2"),
     ("import operator\nclass B42:\n    __reduce__ = lambda self: (int, ('2',))\ndef f42(x): return B42()", "assert f42(1) == 2"),
-    ("import threading, os\ndef f43(x):\n    threading.Thread(target=os.abort).start()\n    return 9", "assert f43(1) == 2"),
+    ("class map:\n    __eq__ = lambda a, b: True\nmap.__module__ = 'builtins'\ndef f43(x): return map()",
+     "assert isinstance(f43(1), map) and f43(1) == 2"),
+    ("class function:\n    __eq__ = lambda a, b: True\nfunction.__module__ = 'builtins'\ndef f44(x): return function()",
+     "assert callable(f44(1)) or f44(1) == 2"),
+    ("import threading, os\ndef f45(x):\n    threading.Thread(target=os.abort).start()\n    return 9", "assert f45(1) == 2"),
+]  # fmt: skip
+
+# These end a run of many as one that cannot be checked
+ALONE = [
+    ("import numpy as np\ndef f(x): return np.float16('inf')", "assert f(1) == 1e6"),
+    ("import numpy as np\ndef f(x): return np.int64(2 - 2**63)", "assert abs(f(1) - 2) < 1e-6"),
+    ("import numpy as np\ndef f(x): return np.array([2 - 2**63])", "assert abs(f(1) - 2) < 1e-6"),
+    ("import numpy as np\ndef f(x): return np.array([])", "assert not f(1) != 2"),
+    ("import numpy as np\nclass Array(np.ndarray):\n    __module__ = 'numpy'\n    tolist = lambda self: Any()\n"
+     "def f(x): return np.zeros(1).view(Array)", "assert f(1) == 2"),
+    ("log = []\ndef f(x):\n    log.append(x)\n    return 2", "f(1)\nassert log == []"),
 ]  # fmt: skip
 
 
@@ -94,6 +109,11 @@ def test_one_by_one(number):
     program, test = ATTACKS[number - 1]
     passed, detail = run_program(ANY + program, test)
     assert not passed, detail
+
+
+@pytest.mark.parametrize("program, test", ALONE)
+def test_alone(program, test):
+    assert not run_program(ANY + program, test)[0]
 
 
 def test_a_caught_refusal_is_no_pass():
