@@ -7,6 +7,7 @@
 Each arm is a folder of checkpoints RATE-SEED. An arm is compared with its baseline on the same questions and seeds.
 """
 
+import functools
 import glob
 import json
 import os
@@ -27,16 +28,21 @@ PARTS = ("test", "withheld")  # the parts of the questions that the table is abo
 # Statistics
 
 
-def resample(x: np.ndarray, draws: int = 10_000, seed: int = 0) -> np.ndarray:
+@functools.lru_cache
+def weights(n_seeds: int, n: int, draws: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
+    """How often each seed and each question is drawn: (draws, n_seeds) and (draws, n), as shares that add up to 1."""
+    rng = np.random.default_rng(0)
+    return tuple(rng.multinomial(k, np.full(k, 1 / k), size=draws) / k for k in (n_seeds, n))
+
+
+def resample(x: np.ndarray) -> np.ndarray:
     """Means of x (S seeds, n questions), both resampled with replacement -> (draws,).
 
-    The pigeonhole bootstrap (Owen, Ann. Appl. Stat. 1, 2007). It counts the noise of a single cell twice or thrice, so its
-    errors and intervals tend to be too wide.
+    The pigeonhole bootstrap (Owen, Ann. Appl. Stat. 1, 2007). It counts the noise of single verdicts up to three times,
+    so its errors and intervals tend to be too wide.
     """
-    rng, (n_seeds, n) = np.random.default_rng(seed), x.shape
-    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=draws)  # (draws, S)
-    questions = rng.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, n)
-    return ((seeds @ x) * questions).sum(1) / n_seeds / n
+    seeds, questions = weights(*x.shape)
+    return ((seeds @ x) * questions).sum(1)
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> dict:

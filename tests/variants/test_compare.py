@@ -1,0 +1,145 @@
+"""variants/compare.py: the statistics, the reading of evaluations, and the published table."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from core.files import InputError
+from variants import compare
+
+RESULTS = ROOT / "docs" / "results" / "variants"
+
+
+def bernoulli(p, seeds=3, n=400, seed=0):
+    return (np.random.default_rng(seed).random((seeds, n)) < p).astype(float)
+
+
+# ---- statistics
+
+
+def test_resampled_means_of_one_seed_have_the_standard_error_of_the_mean():
+    x = bernoulli(0.3, seeds=1)
+    means = compare.resample(x)
+    assert means.mean() == pytest.approx(x.mean(), abs=0.001)
+    assert means.std() == pytest.approx(x.std() / math.sqrt(x.size), rel=0.03)
+
+
+def test_seeds_that_differ_as_a_whole_widen_the_error():
+    x = np.repeat([[0.0], [0.5], [1.0]], 400, axis=1)  # no noise of the questions at all
+    means = compare.resample(x)
+    assert means.std() == pytest.approx(np.std([0, 0.5, 1]) / math.sqrt(3), rel=0.03)
+    assert set(np.round(means * 6)) == {0, 1, 2, 3, 4, 5, 6}  # sums of three draws from 0, 1, 2 in sixths
+
+
+def test_a_difference_is_paired():
+    a = bernoulli(0.5)
+    b = a.copy()
+    b[:, :20] = 1  # the same but for better verdicts on 20 of 400 questions
+    found = compare.difference(a, b)
+    gain = (1 - a[:, :20]).sum() / a.size
+    assert found["difference"] == pytest.approx(gain) and found["p"] < 0.001
+    assert 0 < found["interval"][0] < gain < found["interval"][1] < 0.05
+    assert compare.difference(a, a)["p"] == 1
+
+
+def test_a_difference_of_one_arm_trained_and_one_not():
+    a, b = bernoulli(0.2, seeds=1), bernoulli(0.5, seed=1)
+    assert compare.difference(a, b)["difference"] == pytest.approx(b.mean() - a.mean())
+
+
+def test_noise_is_seldom_called_a_difference():
+    ps = [
+        compare.difference(bernoulli(0.5, n=150, seed=i), bernoulli(0.5, n=150, seed=1000 + i))["p"] for i in range(30)
+    ]
+    assert sum(p < 0.05 for p in ps) <= 5
+
+
+# ---- an arm's folder
+
+
+def write_evaluation(folder, replies):
+    """replies: {checkpoint: {part: verdicts}}."""
+    (folder / "eval").mkdir(parents=True)
+    with open(folder / "eval" / "samples.jsonl", "w") as f:
+        for name, parts in replies.items():
+            for part, bits in parts.items():
+                for i, bit in enumerate(bits):
+                    f.write(json.dumps({"checkpoint": name, "id": f"{part}-{i:04d}", "correct": bit == "1"}) + "\n")
+
+
+@pytest.fixture
+def arms(tmp_path, run):
+    """A base and two arms, recorded."""
+    parts = lambda validation, test, withheld: {"validation": validation, "test": test, "withheld": withheld}
+    write_evaluation(tmp_path / "base", {"base": parts("0000", "1000", "1101")})
+    runs = {"5e-4-0": parts("1100", "1100", "1001"), "2e-3-0": parts("1000", "0000", "0000")}
+    runs |= {"5e-4-1": parts("0000", "1110", "1101"), "5e-4-2": parts("1111", "1010", "1011")}
+    for name in "sft", "dft":
+        write_evaluation(tmp_path / name, runs)
+        for seed in range(3):
+            (tmp_path / name / f"5e-4-{seed}.seconds").write_text(f"{seed + 1}.5 0.5\n")
+    out = tmp_path / "results"
+    commands = {
+        "base": [],
+        "sft": ["--baseline", "base", "--rate", "5e-4"],
+        "dft": ["--baseline", "sft", "--rate", "5e-4"],
+    }
+    for name, more in commands.items():
+        script = ["--command", ".venv/bin/python", "-m", f"variants.{name}", "--epochs", "2"] if more else []
+        code, _, err = run("variants.compare", "record", tmp_path / name, "--out", out, *more, *script)
+        assert code == 0, err
+    return tmp_path
+
+
+def test_the_better_rate_is_that_of_the_validation_questions_of_the_first_seed(arms, tmp_path):
+    assert compare.best(str(arms / "sft")) == "5e-4"  # 1/2 against 1/4
+    equal = {"validation": "10", "test": "1", "withheld": "1"}
+    write_evaluation(tmp_path / "tie", {"2e-3-0": equal, "5e-4-0": equal, "2e-3-1": {**equal, "validation": "11"}})
+    assert compare.best(str(tmp_path / "tie")) == "5e-4"
+
+
+def test_the_record_of_an_arm(arms):
+    result = json.loads((arms / "results" / "dft.json").read_text())
+    assert result["test"] == ["1100", "1110", "1010"] and result["withheld"] == ["1001", "1101", "1011"]
+    assert result["validation"] == {"5e-4": 0.5, "2e-3": 0.25} and result["cpu_seconds"] == [2.0, 3.0, 4.0]
+    assert result["command"] == "-m variants.dft --epochs 2" and result["rate"] == "5e-4"
+    assert result["lines"] == len((ROOT / "variants" / "dft.py").read_text().splitlines())
+
+
+def test_the_table_of_known_verdicts(arms):
+    results = compare.read_results(str(arms / "results"))
+    base, sft, dft = compare.table(results).splitlines()[2:]
+    assert base.startswith("| **base** | 25.0 ± ") and "| 100.0 |" in base
+    # test: 7 of 12; kept: of questions 0, 1 and 3, which the base answers right, 2 + 3 + 2 of 9
+    assert sft.startswith("| **sft** | 58.3 ± ") and "| +33.3 (" in sft and "| 77.8 | -22.2 (" in sft
+    assert re.search(r"\| \+0.0 \(\+0.0 to \+0.0\) \| 77.8 \| \+0.0 .* \| 3 \| \d+ \| 5e-4 \|$", dft), dft
+    assert "Brought nothing, neither in score nor against forgetting: dft." in compare.findings(results)
+
+
+def test_what_differs_is_said(arms):
+    results = compare.read_results(str(arms / "results"))
+    for part in "test", "kept":
+        results["base"][part] = bernoulli(0.4, seeds=1)
+        results["sft"][part], results["dft"][part] = bernoulli(0.6), bernoulli(0.6) * bernoulli(0.5, seed=1)
+    results["good"] = {**results["dft"], "test": np.ones((3, 400)), "kept": np.ones((3, 400))}
+    text = compare.findings(results)
+    assert "Scores higher: good." in text and "Scores lower: dft." in text
+    assert "Forgets less: good." in text and "Forgets more: dft." in text and "forgetting: dft." in text
+
+
+def test_results_without_the_base(tmp_path):
+    with pytest.raises(InputError, match=r"holds no base\.json"):
+        compare.read_results(str(tmp_path))
+
+
+# ---- what is published
+
+
+def test_the_published_table_and_findings_follow_from_the_results():
+    results = compare.read_results(str(RESULTS))
+    assert compare.table(results) in (ROOT / "variants" / "README.md").read_text()
+    assert compare.findings(results) in (ROOT / "docs" / "results" / "variants.md").read_text()
