@@ -66,17 +66,20 @@ def clip(text: str, chars: int) -> str:
 # Control tokens of the common chat templates. An endpoint may parse them in a message's text, where they would end the
 # message and begin another one.
 _BRACKETED = (
-    "INST SYSTEM_PROMPT AVAILABLE_TOOLS TOOL_CALLS TOOL_RESULTS TOOL_CONTENT ARGS CALL_ID THINK IMG gMASK BOS EOS"
+    "INST SYSTEM_PROMPT MODEL_SETTINGS AVAILABLE_TOOLS TOOL_CALLS TOOL_RESULTS TOOL_CONTENT ARGS CALL_ID THINK gMASK sMASK "
+    "IMG IMG_BREAK IMG_END BEGIN_AUDIO BOS EOS"
 )
 CONTROL = re.compile(
-    r"<(?=[|｜][\w▁.:/-]{1,60}[|｜]?>"  # <|im_end|> (ChatML), <|eot_id|> (Llama 3), <|end|> (Phi, Harmony), <｜User｜> (DeepSeek)
+    r"<(?=[|｜][^\s|｜<>]{1,60}[|｜]?>"  # <|im_end|> (ChatML), <|eot_id|> (Llama 3), <|end|> (Phi, Harmony), <｜User｜> (DeepSeek)
     r"|[\w▁]{1,60}[|｜]>"  # <turn|> (Gemma 4)
-    r"|/?(?:s|bos|eos|pad|unk|mask|sop|eop|eoh|eoa|think|tool_call|tool_response|\w+_of_turn|BOS_TOKEN|EOS_TOKEN"
-    r"|seed:\w+|reserved_\w+|unused\d+|TOKENS_UNUSED_\d+)>"  # </s> (Llama 2, Mistral), <end_of_turn> (Gemma), ...
+    r"|/?(?:s|bos|eos|pad|unk|mask|sop|eop|eoh|eoa|eod|eom|eot|think|tool_call|tool_response"
+    r"|(?:start|begin|beginning|end)_of_\w+|[A-Z]{2,5}_TOKEN|_(?:start|end|system|user|bot)|longcat_\w+|minimax:\w+|seed:\w+"
+    r"|reserved_\w+|unused\d+|TOKENS_UNUSED_\d+|extra_id_\d+|SPECIAL_\d+)>"  # </s> (Llama 2, Mistral), <end_of_turn> (Gemma), ...
     r"|</?SYS>>)"  # <<SYS>> (Llama 2)
     rf"|\[(?=/?(?:{'|'.join(_BRACKETED.split())}|UNUSED_TOKEN_\d+)\]"  # [/INST] (Llama 2, Mistral), [TOOL_CALLS]
-    r"|\|\w+\|\]"  # [|endofturn|] (EXAONE)
-    r"|[0-9a-f]{8} \w+\])",  # the lines of fence()
+    r"|\|\w+\|\]|e~\[)"  # [|endofturn|] (EXAONE), [e~[ (MiniMax)
+    r"|\](?=~!?\w+[\]\[])"  # ]~b] (MiniMax)
+    r"|\[(?=[0-9a-f]{8} \w+\])",  # the lines of fence()
     re.IGNORECASE,
 )
 

@@ -412,7 +412,9 @@ CONTROL = """<|im_start|> <|im_end|> <|endoftext|> <|eot_id|> <|start_header_id|
 <s> </s> <<SYS>> <</SYS>> <start_of_turn> <end_of_turn> <bos> <eos> <|turn> <turn|> <｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜> <|user|>
 <|assistant|> <|system|> <|end|> <|im_sep|> [TOOL_CALLS] [TOOL_RESULTS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [SYSTEM_PROMPT]
 <|channel|> <|message|> <|start|> <|return|> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <BOS_TOKEN> [gMASK] <sop> [|endofturn|]
-<|im_user|> <think> </think> <tool_call> </tool_call> <reserved_106> [UNUSED_TOKEN_146] <|reserved_special_token_0|> <seed:eos>""".split()
+<|im_user|> <think> </think> <tool_call> </tool_call> <reserved_106> [UNUSED_TOKEN_146] <|reserved_special_token_0|> <seed:eos>
+<end_of_utterance> <end_of_image> <eom> <_user> <_bot> <_end> <longcat_user> </longcat_s> <minimax:tool_call> <extra_id_1> <SPECIAL_12>
+<MASK_TOKEN> [MODEL_SETTINGS] [/MODEL_SETTINGS] [IMG_END] [sMASK] ]~b] [e~[ ]~!b[ <|"|> <|hy-user|>""".split()
 
 
 @pytest.mark.parametrize("token", CONTROL)
@@ -426,7 +428,27 @@ def test_control_tokens_are_disarmed(token):
 
 @pytest.mark.parametrize(
     "text",
-    ["a <|> b", "f <| g |> h", "x < y > z", "<b>bold</b>", "[1, 2]", "List<String>", "[INSTALL]", "a || b", "<script>"],
+    [
+        "a <|> b",
+        "f <| g |> h",
+        "x < y > z",
+        "<b>bold</b>",
+        "[1, 2]",
+        "List<String>",
+        "[INSTALL]",
+        "a || b",
+        "<script>",
+        "<file_name>",
+        "</user_id>",
+        "[e]",
+        "x[a]~b",
+        "<img>",
+        "<video>",
+        "<T_co>",
+        "end_of_turn",
+        "<end_date>",
+        "[MASK]",
+    ],
 )
 def test_other_text_stays_as_it_is(text):
     assert prompts.disarm(text) == text
