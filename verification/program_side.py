@@ -1,4 +1,4 @@
-"""The program's process: run the program, then do with its objects what the tests ask."""
+"""The program's process: runs the program, then carries out the tests' requests on its objects."""
 
 import asyncio
 import copy
@@ -8,11 +8,12 @@ import json
 import sys
 import threading
 import types
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 from verification.values import IMMUTABLE, MUTABLE, decode_value, encode_value, snapshot, type_name
 
-# What a class may have that a stand-in for its objects then has too (stand_ins.py)
+# Special methods that a stand-in also has if the program's class has them (stand_ins.py)
 METHODS = (
     "__call__ __iter__ __next__ __reversed__ __len__ __bool__ __str__ __repr__ __format__ __bytes__ __hash__ __getitem__ "
     "__setitem__ __delitem__ __contains__ __enter__ __exit__ __int__ __float__ __complex__ __index__ __round__ __trunc__ "
@@ -21,7 +22,7 @@ METHODS = (
     "__rfloordiv__ __mod__ __rmod__ __divmod__ __rdivmod__ __pow__ __rpow__ __and__ __rand__ __or__ __ror__ __xor__ "
     "__rxor__ __lshift__ __rlshift__ __rshift__ __rrshift__"
 ).split()
-# A value of a subclass as its base, whatever methods the subclass replaces
+# {base: value of a subclass -> the same value as the base itself}. Methods that the subclass overrides are not called
 PLAIN = {
     int: int.__int__,
     float: float.__float__,
@@ -31,11 +32,12 @@ PLAIN = {
     tuple: lambda x: tuple(tuple.__iter__(x)),
     frozenset: lambda x: frozenset(frozenset.__iter__(x)),
 }
-CHUNK = 64  # items of an iterator that one answer brings, once as many were asked for one by one
+CHUNK = 64  # items of an iterator in one answer, after the first ONE_BY_ONE items (stand_ins.py)
 
 
 def equality(kind: type) -> str | None:
-    """How the tests compare objects of a class: by "identity", "fields" (a dataclass), "data", or "own" for its own way."""
+    """How objects of a class are compared: "identity", "fields" (dataclasses), "data" (subclasses of list, dict and set),
+    or "own" (an __eq__ that the program wrote)."""
     method = kind.__eq__
     if method is object.__eq__:
         return "identity"
@@ -46,21 +48,23 @@ def equality(kind: type) -> str | None:
 
 
 class ProgramSide:
-    """Answers the tests' questions about the program's objects, each known by its index in `objects`."""
+    """Carries out the tests' requests. A request names an object by its index in `objects`.
 
-    def __init__(self, inbox, outbox):
+    inbox, outbox: text streams with one JSON message per line."""
+
+    def __init__(self, inbox: TextIO, outbox: TextIO):
         self.inbox, self.outbox = inbox, outbox
         self.objects, self.indexes, self.late_errors = [], {}, {}
-        self.described, self.untold = set(), set()  # classes that the tests know; those of the message under way
-        self.turn, self.depth = threading.RLock(), 0  # the threads of a program may call the tests' functions too
+        self.described, self.untold = set(), set()  # indexes of classes: already sent; in the current message
+        self.turn, self.depth = threading.RLock(), 0  # a program's threads may call functions of the tests
 
     # -------- from here to the tests
 
     def keep(self, value: Any) -> int:
-        """The index of an object, the same one for the same object."""
+        """Adds an object to `objects`, unless it is there already. -> its index."""
         if id(value) not in self.indexes:
             self.indexes[id(value)] = len(self.objects)
-            self.objects.append(value)  # kept alive, so that no other gets its id
+            self.objects.append(value)  # keeps the object alive, so that no other object gets its id
         return self.indexes[id(value)]
 
     def encode(self, value: Any) -> Any:
@@ -72,7 +76,7 @@ class ProgramSide:
             return {"class": self.describe(value)}
         if issubclass(kind, Exception):
             return {"error": self.describe_error(value)}
-        if issubclass(kind, IMMUTABLE):  # of a subclass: a copy that has the object's attributes
+        if issubclass(kind, IMMUTABLE):  # a subclass: sent as a copy, and as the object for its attributes
             base = next(base for base in IMMUTABLE if issubclass(kind, base))
             plain = PLAIN[base](value)
             return {"like": [self.describe(kind), self.keep(value), self.encode(plain)]}
@@ -80,8 +84,10 @@ class ProgramSide:
             "coroutine" if isinstance(value, types.CoroutineType) else "object": [self.describe(kind), self.keep(value)]
         }
 
-    def describe(self, kind):
-        """A class: its index, and the first time its name, bases, methods and the way its objects compare."""
+    def describe(self, kind: type) -> list:
+        """A class -> [index]. The first time -> [index, name, bases, methods, equality, module].
+
+        module: of an exception class that the program did not define, else None."""
         index = self.keep(kind)
         if index in self.described:
             return [index]
@@ -95,7 +101,8 @@ class ProgramSide:
         real = None if kind.__module__ == "program" else kind.__module__
         return [index, kind.__name__, bases, methods, equality(kind), real]
 
-    def describe_error(self, error):
+    def describe_error(self, error: Exception) -> list:
+        """An exception -> [class, arguments, text, index, attributes]."""
         name, args = type_name(type(error)), error.args
         if isinstance(error, OSError) and error.filename is not None:
             args = (*args[:2], error.filename)
@@ -108,10 +115,10 @@ class ProgramSide:
     def decode(self, packed: Any) -> Any:
         return decode_value(packed, self.resolve)
 
-    def resolve(self, kind, body):
+    def resolve(self, kind: str, body: Any) -> Any:
         if kind == "object":
             return self.objects[body]
-        if kind == "named":  # a function or class that Python brings
+        if kind == "named":  # a function or class of the standard library
             return getattr(importlib.import_module(body[0]), body[1])
         if kind == "error":
             return self.decode(body[0])(*self.decode(body[1]))
@@ -125,23 +132,23 @@ class ProgramSide:
         function.__name__ = function.__qualname__ = name
         return function
 
-    def items_of(self, index):
-        """An iterator of the tests'."""
+    def items_of(self, index: int) -> Iterator:
+        """Yields the items of an iterator of the tests."""
         while True:
             try:
                 yield self.call_back(index, (), {})
             except StopIteration:
                 return
 
-    def call_back(self, index, args, kwargs):
-        """Call a function of the tests', while they wait for an answer."""
+    def call_back(self, index: int, args: tuple, kwargs: dict) -> Any:
+        """Calls a function of the tests while they wait for an answer."""
         with self.turn:
             if not self.depth:
                 raise RuntimeError("a function of the tests can only be called while they wait")
             self.tell(["ask", index, self.encode(list(args)), self.encode(dict(kwargs))])
             for line in self.inbox:
                 kind, *body = json.loads(line)
-                if kind == "ask":  # the function calls the program in its turn
+                if kind == "ask":  # the function itself calls the program
                     self.answer(*body)
                 elif kind == "error":
                     raise self.decode(body[0])
@@ -154,7 +161,8 @@ class ProgramSide:
         self.outbox.write(json.dumps(message) + "\n")
         self.outbox.flush()
 
-    def answer(self, action, index, packed_args, packed_kwargs):
+    def answer(self, action: str, index: int, packed_args: Any, packed_kwargs: Any) -> None:
+        """Carries out one request and sends ["value" or "error", result, whether an argument was changed in place]."""
         changed = False
         self.depth += 1
         try:
@@ -211,7 +219,7 @@ class ProgramSide:
         return asyncio.run(wait())
 
     def do_items(self, iterator):
-        """The next items of an iterator, fewer than CHUNK at its end or before an error, which the next call raises."""
+        """The next CHUNK items of an iterator, or fewer at its end. The next call raises an error that came after them."""
         index, items = self.keep(iterator), []
         if index in self.late_errors:
             raise self.late_errors.pop(index)
@@ -225,9 +233,10 @@ class ProgramSide:
         return items
 
 
-def run_program(inbox, outbox):
-    """Run the program, tell the tests its names, and answer them until they end."""
-    module = sys.modules["program"] = types.ModuleType("program")  # not __main__: a reply's own main part does not run
+def serve_program(inbox: TextIO, outbox: TextIO) -> None:
+    """Runs the program, sends the tests its names, and answers their requests until they end."""
+    # not __main__, so `if __name__ == "__main__"` does not run
+    module = sys.modules["program"] = types.ModuleType("program")
     exec(compile(json.loads(inbox.readline()), "program.py", "exec"), module.__dict__)
     side = ProgramSide(inbox, outbox)
     names = {name: value for name, value in vars(module).items() if not name.startswith("__")}

@@ -1,13 +1,12 @@
-"""Run a program that nobody trusts, and tests of it: run_program.
+"""Runs an untrusted program and its tests in a sandbox: run_program().
 
-sandbox_child.py, started as a script of its own, runs the program in one process and the tests in another; neither has
-any rights (confine.py). The tests call the program's functions through two pipes and get their values back as data
-(values.py). So the program can influence the verdict only through its return values. It cannot print a sign of success,
-leave early, replace what the tests use, or return an object that claims to equal anything. The tests and their
-expected values were never in its process.
+sandbox_child.py runs the program in one process and the tests in another. Neither has any rights (confine.py). The tests
+call the program's functions through two pipes and receive the results as data (values.py). So the program can influence
+the verdict only through its return values. It cannot print a sign of success, exit early, replace what the tests use, or
+return an object that equals everything. The tests and their expected values are never in its process.
 
-Limits of this: a test that calls a second function of the program trusts that one as well (HumanEval/32, 38 and 50 do).
-Without tests, only the program's own word says that it ran to its end.
+Limits: a test that calls a second function of the program trusts that function too (HumanEval/32, 38 and 50 do).
+Without tests, a program can fake that it ran to its end.
 """
 
 import contextlib
@@ -20,26 +19,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 from verification import confine
 
 OUTPUT_BYTES = 1 << 20  # most that a program may print
 CHILD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sandbox_child.py")
-UNCHECKABLE = 3  # the child's exit status when the verdict is None
-LAYERS = confine.LAYERS  # of the confinement; the tests leave some out
+UNCHECKABLE = 3  # the child's exit status if the verdict is None
+LAYERS = confine.LAYERS  # layers of the confinement in use
 
 
 def run_program(
     source: str, tests: str = "", entry_point: str | None = None, timeout: float = 10.0, memory_mb: int = 1024
 ) -> tuple[bool | None, str]:
-    """Run an untrusted Python program, then trusted tests of it; (passed, detail).
+    """Runs an untrusted Python program, then trusted tests of it -> (passed, detail). Needs POSIX.
 
-    passed: True if both ran to their end within `timeout` seconds of wall time, each in `memory_mb` MiB of address space;
-    None if the tests need what cannot be checked from outside the program (stand_ins.py), so the program may be right. tests:
-    they see the program's names, but none in place of a built-in function except entry_point, the function that they
-    call. detail: the last line printed (usually an exception's), or what ended the run. Needs POSIX.
+    tests: Python code that sees the program's names. A program's name replaces a built-in one only if it is entry_point,
+    the function under test. timeout: of both together, in seconds of wall time. memory_mb: address space of each process,
+    in MiB.
+
+    passed: True if program and tests ran to their end. None if the tests need something that cannot be checked from
+    outside the program (stand_ins.py): the program may be right. Otherwise False. detail: the last line printed, usually
+    an exception, or the reason why the run was ended.
     """
-    # the tests travel in an unnamed file: no argument, variable or path leads the program to them
+    # the tests are passed in an unnamed file, so no argument, variable or path leads the program to them
     with temporary_folder() as box, tempfile.TemporaryFile() as handover:
         parts = [part.encode("utf-8", "replace").decode() for part in (source, tests)]
         handover.write(json.dumps([*parts, entry_point]).encode())
@@ -57,7 +60,7 @@ def run_program(
             output, ended_by = read_until(child, time.monotonic() + timeout, timeout)
         finally:
             try:
-                os.killpg(child.pid, signal.SIGKILL)  # the group: all processes of the sandbox
+                os.killpg(child.pid, signal.SIGKILL)  # the process group: all processes of the sandbox
             except (ProcessLookupError, PermissionError):
                 pass
             child.stdout.close()
@@ -73,8 +76,8 @@ def run_program(
 
 
 @contextlib.contextmanager
-def temporary_folder():
-    """A new folder, removed at the end however deep the folders in it are."""
+def temporary_folder() -> Iterator[str]:
+    """Yields a new folder and removes it at the end, however deeply the folders in it are nested."""
     folder = tempfile.mkdtemp()
     try:
         yield folder
@@ -85,8 +88,10 @@ def temporary_folder():
             subprocess.run(["rm", "-rf", "--", folder], stderr=subprocess.DEVNULL, check=False)
 
 
-def read_until(child, deadline, timeout):
-    """Read what a child prints until it exits; (bytes, None), or (bytes, why) when it has to be ended."""
+def read_until(child: subprocess.Popen, deadline: float, timeout: float) -> tuple[bytes, str | None]:
+    """Reads a child's output until it exits -> (output, None), or (output, reason) if it must be killed.
+
+    deadline: a value of time.monotonic(). timeout: the seconds to name in the reason."""
     output = b""
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)

@@ -1,16 +1,18 @@
-"""Stand-ins for the program's functions, classes and objects, in the tests' process.
+"""Stand-ins, in the tests' process, for the program's functions, classes and objects.
 
-A stand-in asks the program for everything, and what it gets is data or a stand-in again. It compares by rules of this
-process: the same object; the same fields for a dataclass; the same contents for a subclass of list, dict or set. A
-comparison or an operator that the program would have to compute is refused (Uncheckable), because its author could make
-up the result: the verdict is then neither right nor wrong.
+A stand-in sends every access to the program and gets data or another stand-in back. Only comparisons are computed here:
+two stand-ins are equal if they are the same object, have the same fields (dataclasses) or the same contents (subclasses
+of list, dict and set). Any other comparison or operator would be computed by the program, which could make up the
+result. It raises Uncheckable, and the program is then neither right nor wrong.
 """
 
 import operator
 import re
 import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-# Types that the tests may name in isinstance(), by the names of their classes. Their objects are not data.
+# {class name: type} of the types that the tests may name in isinstance() and whose objects are not data
 NAMEABLE = {
     kind.__name__: kind
     for kind in (
@@ -24,19 +26,21 @@ NAMEABLE = {
         types.AsyncGeneratorType,
     )
 }
-ONE_BY_ONE = 64  # items of an iterator that are asked for singly before they come in chunks
+ONE_BY_ONE = 64  # items of an iterator that are fetched one at a time before they are fetched in chunks
 
 
 class Uncheckable(BaseException):
-    """The tests need something that cannot be checked from outside the program. Ends them; `except Exception` does not."""
+    """The tests need something that cannot be checked from outside the program.
+
+    It ends the tests. `except Exception` in a test does not catch it."""
 
 
 class ClassStandIn(type):
-    """The type of the classes that stand for the program's."""
+    """The metaclass of the stand-ins for the program's classes."""
 
     def __new__(cls, name, bases, space):
         if "stand_in_index" not in space:
-            raise StandIn.border.uncheckable(f"the tests derive the class {name} from one of the program")
+            raise StandIn.border.uncheckable(f"the tests derive the class {name} from a class of the program")
         return type.__new__(cls, name, bases, space)
 
     def __call__(cls, *args, **kwargs):
@@ -69,7 +73,7 @@ class ClassStandIn(type):
 
 
 class StandIn:
-    """An object of the program's. The methods that its class has there are added by stand_in_methods()."""
+    """A stand-in for an object of the program. stand_in_methods() adds the methods of the object's class."""
 
     __slots__ = ("stand_in_index",)
     border = None  # the Border of this process
@@ -107,7 +111,9 @@ class StandIn:
 
 
 class DataStandIn:
-    """A value of a subclass of a data type, such as a named tuple: compared and computed with here, as its base."""
+    """A copy of a value whose class is derived from a data type, such as a named tuple.
+
+    Comparisons and operators are those of the data type, computed in this process."""
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -118,7 +124,7 @@ class DataStandIn:
 
 
 class ErrorStandIn:
-    """An exception of a class of the program's; it is caught as one of its bases, too."""
+    """A stand-in for an exception of the program's own class. The tests can also catch it by its base classes."""
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -132,8 +138,8 @@ class ErrorStandIn:
 SLOT = vars(StandIn)["stand_in_index"]
 
 
-def index_of(value):
-    """The index of a stand-in among the program's objects, None for any other value."""
+def index_of(value: Any) -> int | None:
+    """A stand-in's index in the program's list of objects. None for any other value."""
     if issubclass(type(value), ClassStandIn):
         return vars(value)["stand_in_index"]
     if issubclass(type(value), StandIn):
@@ -151,8 +157,11 @@ FORWARDED = (
 COMPARISONS = {"__lt__": operator.lt, "__le__": operator.le, "__gt__": operator.gt, "__ge__": operator.ge}
 
 
-def stand_in_methods(methods, equality):
-    """The methods of a class of stand-ins. methods: those that the program's class has, equality: how it compares."""
+def stand_in_methods(methods: list[str], equality: str) -> dict[str, Any]:
+    """The attributes of a stand-in class.
+
+    methods: the names of the special methods of the program's class. equality: how its objects compare, see
+    program_side.equality()."""
     space = {"__eq__": make_equal(equality), "__hash__": StandIn.__hash__ if equality == "identity" else None}
     for name in methods:
         if name in FORWARDED:
@@ -165,13 +174,15 @@ def stand_in_methods(methods, equality):
     if "__hash__" in methods:
         space["__hash__"] = hash_fields if equality == "fields" else make_forward("__hash__")
     if "__contains__" in methods:
-        space["__contains__"] = search if "__iter__" in methods else make_refusal("__contains__")
-    if equality == "data":  # isinstance(x, list) is true of a subclass's
+        space["__contains__"] = contains_item if "__iter__" in methods else make_refusal("__contains__")
+    if equality == "data":  # makes isinstance(x, list) true for a subclass of list
         space["__class__"] = property(lambda self: type(StandIn.border.ask("data", index_of(self))))
     return space
 
 
-def make_forward(name):
+def make_forward(name: str) -> Callable:
+    """A method that the program computes."""
+
     def forward(self, *args, **kwargs):
         if name == "__call__":
             return StandIn.border.ask("call", index_of(self), args, kwargs)
@@ -180,14 +191,18 @@ def make_forward(name):
     return forward
 
 
-def make_refusal(name):
+def make_refusal(name: str) -> Callable:
+    """A method that raises Uncheckable."""
+
     def refuse(self, *args):
         raise StandIn.border.uncheckable(f"{name} of an object of the program's class {type(self).__name__}")
 
     return refuse
 
 
-def make_equal(equality):
+def make_equal(equality: str) -> Callable:
+    """The method __eq__ of a stand-in class."""
+
     def equal(self, other):
         if index_of(other) is not None and index_of(self) == index_of(other):
             return True
@@ -202,7 +217,9 @@ def make_equal(equality):
     return equal
 
 
-def make_comparison(name, equality):
+def make_comparison(name: str, equality: str) -> Callable:
+    """A method of COMPARISONS: refused, except for dataclasses and subclasses of data types."""
+
     def compare(self, other):
         if equality == "data" or equality == "fields" and type(self) is type(other):
             one, two = contents(self, equality), contents(other, equality)
@@ -214,29 +231,32 @@ def make_comparison(name, equality):
     return compare
 
 
-def contents(value, what):
-    """What an object is compared by: its "fields" or its "data"; another value is itself."""
+def contents(value: Any, what: str) -> Any:
+    """The "fields" or "data" by which a stand-in is compared. Any other value is returned unchanged."""
     return StandIn.border.ask(what, index_of(value)) if issubclass(type(value), StandIn) else value
 
 
-def hash_fields(self):
+def hash_fields(self: StandIn) -> int:
     return hash(tuple(contents(self, "fields").values()))
 
 
-def search(self, wanted):
+def contains_item(self: Iterable, wanted: Any) -> bool:
     return any(item is wanted or item == wanted for item in self)
 
 
-def leave(self, kind, error, trace):
+def leave(self: StandIn, kind: type | None, error: BaseException | None, trace: Any) -> Any:
     return StandIn.border.ask("method", index_of(self), ("__exit__", kind, error, None))
 
 
-def wait(self):
+def wait(self: StandIn) -> Iterator:
     return StandIn.border.wait_for(index_of(self)).__await__()
 
 
-def next_item(self):
-    """The next item of an iterator: asked for one by one at first, since that is exact, then in chunks."""
+def next_item(self: StandIn) -> Any:
+    """The next item of an iterator.
+
+    The first ONE_BY_ONE items are fetched one at a time, so the program computes no further than the tests read. Later
+    items are fetched in chunks, for speed."""
     border, index = StandIn.border, index_of(self)
     count, items = border.buffers.setdefault(index, (0, []))
     border.buffers[index] = count + 1, items

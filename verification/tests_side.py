@@ -1,4 +1,4 @@
-"""The tests' process: run the tests, and carry their calls to the program's process (program_side.py) and back."""
+"""The tests' process: runs the tests and sends their calls to the program's process (program_side.py)."""
 
 import ast
 import builtins
@@ -10,7 +10,9 @@ import operator
 import re
 import sys
 import types
-from typing import Any
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any, TextIO
 
 from verification.stand_ins import (
     NAMEABLE,
@@ -26,7 +28,7 @@ from verification.stand_ins import (
 from verification.values import IMMUTABLE, decode_value, encode_value, snapshot, type_name
 
 ALIASES = {"np": "numpy", "pd": "pandas"}
-# What the tests may hand to the program to be called
+# Types of functions that the tests may pass to the program
 CALLABLE = (
     types.FunctionType,
     types.MethodType,
@@ -37,8 +39,8 @@ CALLABLE = (
     operator.attrgetter,
     operator.methodcaller,
 )
-# Names that tests use for what a program in another process does not share with them: streams, patches, random numbers,
-# settings, and the inspection of code. Such tests may fail for a right program.
+# Names of things that the two processes do not share: streams, patches, random numbers, settings, inspection of code.
+# Tests that use them may fail for a right program.
 NOT_SHARED = frozenset(
     "stdin stdout stderr input redirect_stdout patch mock monkeypatch capsys seed environ chdir setrecursionlimit "
     "getcontext setcontext localcontext catch_warnings warns assertWarns assertLogs inspect dataclasses __annotations__ "
@@ -47,16 +49,18 @@ NOT_SHARED = frozenset(
 
 
 class Border:
-    """The way to the program's process, and what is known of the objects and classes there."""
+    """Connects this process to the program's process, and keeps the stand-ins for its objects and classes.
 
-    def __init__(self, inbox, outbox):
+    inbox, outbox: text streams with one JSON message per line."""
+
+    def __init__(self, inbox: TextIO, outbox: TextIO):
         self.inbox, self.outbox = inbox, outbox
         self.classes, self.objects, self.buffers, self.callbacks = {}, {}, {}, []
-        self.changed = False  # an argument in place, that the tests may look at afterwards
-        self.numpy = False  # whether values of numpy came as lists and numbers
-        self.reason = None  # of the first Uncheckable, also if the tests caught it
-        self.errors = []  # raised here on the program's behalf
-        self.unshared = [0, 0]  # references to an argument, by place or by name, that only the call itself holds
+        self.changed = False  # the program changed an argument in place, and the tests may still use that argument
+        self.numpy = False  # the program sent values of numpy, which arrive as lists and numbers
+        self.reason = None  # of the first Uncheckable; kept in case the tests catch it
+        self.errors = []  # exceptions of the program that were raised here
+        self.unshared = [0, 0]  # reference counts of an argument that only the call holds: [positional, by name]
 
     def uncheckable(self, reason: str) -> Uncheckable:
         self.reason = self.reason or reason
@@ -65,7 +69,9 @@ class Border:
     # -------- from here to the program
 
     def ask(self, action: str, index: int, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Have the program do something with an object; its answer, or the exception that it raised."""
+        """Asks the program to do something with an object -> its answer. Raises the exception that the program raised.
+
+        action: the name of a ProgramSide method after "do_". index: of the object in the program's list."""
         kwargs = kwargs or {}
         counts = [max((sys.getrefcount(x) for x in some if type(x) in (list, dict, set)), default=0)
                   for some in (args, kwargs.values())]  # fmt: skip
@@ -76,7 +82,7 @@ class Border:
         while True:
             line = self.inbox.readline()
             if not line:
-                raise EOFError("the program ended in the midst of the tests")
+                raise EOFError("the program ended during the tests")
             kind, *body = json.loads(line)
             if kind == "ask":
                 self.call_back(*body)
@@ -86,12 +92,12 @@ class Border:
             if kind == "value":
                 return value
             if isinstance(value, StopIteration) and action not in ("items", "method"):
-                value = RuntimeError("StopIteration")  # it would silently end a loop of the tests
+                value = RuntimeError("StopIteration")  # would silently end a loop in the tests
             self.errors.append(value)
             raise value if isinstance(value, Exception) else RuntimeError("the program answered without an exception")
 
     def call_back(self, index: int, args: Any, kwargs: Any) -> None:
-        """Call a function of the tests for the program."""
+        """Calls a function of the tests for the program and sends the result."""
         try:
             reply = ["value", self.encode(self.callbacks[index](*self.decode(args), **self.decode(kwargs)))]
         except Exception as error:
@@ -119,7 +125,7 @@ class Border:
         if isinstance(value, CALLABLE):
             self.callbacks.append(value)
             return {"callback": [len(self.callbacks) - 1, getattr(value, "__name__", "function")]}
-        raise self.uncheckable(f"the tests hand over an object of {type(value)}, which is no data")
+        raise self.uncheckable(f"the tests pass an object of {type(value)}, which cannot be copied")
 
     # -------- from the program to here
 
@@ -150,11 +156,13 @@ class Border:
             self.class_of(description)
         return self.objects[index]
 
-    async def wait_for(self, index):
+    async def wait_for(self, index: int) -> Any:
         return self.ask("wait", index)
 
     def class_of(self, description: list) -> type:
-        """The local class that stands for one of the program's; described the first time that it is named."""
+        """The stand-in class for a class of the program.
+
+        description: its index. The first message that names the class adds what ProgramSide.describe() lists."""
         index, *rest = description
         if index in self.classes:
             return self.classes[index]
@@ -164,9 +172,9 @@ class Border:
             return real
         local = [self.decode(base) for base in bases]
         if errors := [base for base in local if issubclass(base, Exception)]:
-            bases, space = unique([*errors, ErrorStandIn], errors), {}
+            bases, space = without_inherited([*errors, ErrorStandIn], errors), {}
         elif data := [base for base in local if issubclass(base, IMMUTABLE)]:
-            bases, space = unique([DataStandIn, *data], data), {}
+            bases, space = without_inherited([DataStandIn, *data], data), {}
         else:
             bases = [base for base in local if isinstance(base, ClassStandIn)] or [StandIn]
             space = {"__slots__": (), "__doc__": StandIn.__dict__["__doc__"], **stand_in_methods(methods, equality)}
@@ -175,7 +183,8 @@ class Border:
         self.classes[index] = ClassStandIn(str(name), tuple(bases), {**space, "stand_in_index": index})
         return self.classes[index]
 
-    def error_of(self, kind, args, text, index, attributes):
+    def error_of(self, kind: Any, args: Any, text: str, index: int, attributes: Any) -> Exception:
+        """The exception to raise here. The arguments are those of ProgramSide.describe_error()."""
         kind, args, attributes = self.decode(kind), self.decode(args), self.decode(attributes)
         if not (isinstance(kind, type) and issubclass(kind, Exception)):
             return RuntimeError(text)
@@ -192,24 +201,24 @@ class Border:
         return error
 
 
-def unique(bases, before):
-    """Bases of a class without the mixin that one of `before` already has."""
+def without_inherited(bases: list[type], others: list[type]) -> list[type]:
+    """The bases of a class, without a mixin that one of `others` already inherits from."""
     mixins = (ErrorStandIn, DataStandIn)
-    return [base for base in bases if base not in mixins or not any(issubclass(other, base) for other in before)]
+    return [base for base in bases if base not in mixins or not any(issubclass(other, base) for other in others)]
 
 
 def real_exception(module: str, name: str) -> type[Exception] | None:
-    """An exception class of the standard library, None for any other thing."""
+    """An exception class of the standard library. None if there is none of this name."""
     if module.split(".")[0] in sys.stdlib_module_names and "__" not in module:
         kind = getattr(importlib.import_module(module), name, None)
         return kind if isinstance(kind, type) and issubclass(kind, Exception) else None
 
 
-# ---------------------------------------------------------------- the tests' names, and their run
+# ---------------------------------------------------------------- running the tests
 
 
-def real_module(name, attributes=()):
-    """A module of the standard library, or one of ALIASES, that has these attributes; None without one."""
+def real_module(name: str, attributes: Iterable[str] = ()) -> ModuleType | None:
+    """A module of the standard library or of ALIASES. None if it cannot be imported or lacks one of the attributes."""
     if name.split(".")[0] not in (*sys.stdlib_module_names, *ALIASES.values()) or "__" in name:
         return None
     try:
@@ -219,13 +228,16 @@ def real_module(name, attributes=()):
     return module if all(hasattr(module, attribute) for attribute in attributes) else None
 
 
-def program_names(border, tests, entry_point, modules, names):
-    """What the tests see of the program's names: {name: value}.
+def program_names(
+    border: Border, tests: str, entry_point: str | None, modules: dict[str, str], names: dict[str, int]
+) -> dict[str, Any]:
+    """The program's names that the tests use -> {name: value or stand-in}.
 
-    A name of a module that they only use as a module ("math.sqrt") is the real module, whatever the program calls so.
+    modules: {name: module} of the modules that the program imports. names: {name: index of the object}. If the tests use
+    a name only as a module ("math.sqrt"), they get the real module, even if the program assigned something else to it.
     """
     attributes, bare = {}, set()
-    for node in ast.walk(ast.parse(tests)):  # a node before those in it
+    for node in ast.walk(ast.parse(tests)):  # walk() yields a node before its children
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             attributes.setdefault(node.value.id, set()).add(node.attr)
             node.value.id = ""
@@ -242,9 +254,11 @@ def program_names(border, tests, entry_point, modules, names):
     return known | {word: border.ask("value", names[word]) for word in words & {*names} - {*known}}
 
 
-def run_tests(inbox, outbox, source, tests, entry_point):
-    """Hand the program over and run the tests on what comes back. Raises as they do, and Uncheckable."""
-    paper = compile(tests, "tests.py", "exec")
+def run_tests(inbox: TextIO, outbox: TextIO, source: str, tests: str, entry_point: str | None) -> None:
+    """Sends the source to the program's process, then runs the tests on the names that it defines.
+
+    Raises what the tests raise, or Uncheckable."""
+    code = compile(tests, "tests.py", "exec")
     border = StandIn.border = Border(inbox, outbox)
     probe = object.__new__(
         ClassStandIn("probe", (StandIn,), {"stand_in_index": 0, **stand_in_methods(["__call__"], "own")})
@@ -254,51 +268,53 @@ def run_tests(inbox, outbox, source, tests, entry_point):
     border.tell(source)
     line = inbox.readline()
     if not line:
-        sys.exit(1)  # the program did not come to its end, and has said why
+        sys.exit(1)  # the program failed, and its process has printed why
     modules, names, module = json.loads(line)
     known = program_names(border, tests, entry_point, modules, names)
     used = names_used(tests)
     before = {name: snapshot(value) for name, value in known.items() if name in names and name in used}
     try:
-        exec(paper, {**known, "__builtins__": builtins, "__name__": "tests"})
+        exec(code, {**known, "__builtins__": builtins, "__name__": "tests"})
     except Exception as error:
-        if reason := doubt(border, error, used) or changed_name(border, before, known, module):
+        if reason := why_uncheckable(border, error, used) or changed_name(border, before, known, module):
             raise border.uncheckable(reason) from error
         raise
     if reason := border.reason or changed_name(border, before, known, module):
         raise Uncheckable(reason)
 
 
-def doubt(border: Border, error: Exception, used: set[str]) -> str | None:
-    """Why tests that ended with this error may have failed a right program; None if it is wrong. used: their names."""
+def why_uncheckable(border: Border, error: Exception, used: set[str]) -> str | None:
+    """Why the tests may have failed a right program with this error. None if the program is wrong.
+
+    used: the names that the tests use, see names_used()."""
     if unshared := sorted(used & NOT_SHARED):
         return f"the tests use {unshared[0]}, which the program does not share with them"
-    own = error in border.errors  # raised in the program
+    own = error in border.errors  # raised by the program
     if isinstance(error, AssertionError) and border.changed and not own:
-        return "the program changes an argument in place, and the tests see copies"
+        return "the program changes an argument in place, but the tests hold a copy"
     if isinstance(error, (TypeError, AttributeError)) and not own:
         if [value for value in border.objects.values() if not callable(value)]:
-            return f"{error} (of an object of the program)"
+            return f"{error} (an object of the program)"
     if border.numpy and not own:
-        return "values of numpy reach the tests as lists and numbers"
+        return "the tests receive numpy's values as lists and numbers"
     return None
 
 
 def changed_name(border: Border, before: dict, known: dict, module: int) -> str | None:
-    """Why the program's data differ from what the tests see of them; None if they do not.
+    """A reason if a variable of the program and the tests' copy of it differ. None if none differs.
 
-    before: the data that the tests name, as they were at first. known: as the tests have them now. module: the index
-    of the program's module.
+    before: {name: snapshot at the start} of the variables that the tests use. known: {name: value} in the tests. module:
+    index of the program's module.
     """
-    with contextlib.suppress(EOFError, OSError, ValueError):  # the program ended, or sends no answer
+    with contextlib.suppress(EOFError, OSError, ValueError):  # the program has ended or does not answer
         for name, value in before.items():
             if snapshot(known[name]) != value or snapshot(border.ask("get", module, (name,))) != value:
-                return f"the program and the tests have copies of {name}, of which one was changed"
+                return f"the program and the tests each have a copy of {name}, and one of them was changed"
     return None
 
 
 def names_used(tests: str) -> set[str]:
-    """The names that tests read and do not set themselves, their attributes, and what they import."""
+    """The names that the tests read but do not assign, with attributes and imports."""
     used, own = set(), set()
     for node in ast.walk(ast.parse(tests)):
         if isinstance(node, ast.Name):

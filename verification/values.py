@@ -1,8 +1,7 @@
-"""Data that cross the border between the program's process and the tests' process, as JSON.
+"""JSON messages between the program's process and the tests' process: how values are encoded and decoded.
 
-Data are values of Python's own types: numbers, texts, containers, dates, paths and the like. They are copied, type for
-type. Anything else (functions, objects and classes of the program) crosses as a reference; program_side.py and
-stand_ins.py say how.
+Values of Python's own types (numbers, texts, containers, dates, paths and the like) are copied with their exact type.
+Functions, objects and classes of the program are sent as references, see program_side.py and stand_ins.py.
 """
 
 import builtins
@@ -17,18 +16,18 @@ MUTABLE = (list, dict, set)
 VIEWS = {"dict_keys": dict.keys, "dict_values": dict.values, "dict_items": dict.items}
 
 
-def clock(x):
+def time_arguments(x: Any) -> list:
     return [x.hour, x.minute, x.second, x.microsecond, x.tzinfo, x.fold]
 
 
-# type -> its module, and the arguments that make an equal value (see build_value)
+# {type: (its module, value -> the arguments from which build_value() makes an equal value)}
 STANDARD: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "range": ("builtins", lambda x: [x.start, x.stop, x.step]),
     "slice": ("builtins", lambda x: [x.start, x.stop, x.step]),
     "bytearray": ("builtins", lambda x: [bytes(x)]),
     "date": ("datetime", lambda x: [x.year, x.month, x.day]),
-    "datetime": ("datetime", lambda x: [x.year, x.month, x.day, *clock(x)]),
-    "time": ("datetime", clock),
+    "datetime": ("datetime", lambda x: [x.year, x.month, x.day, *time_arguments(x)]),
+    "time": ("datetime", time_arguments),
     "timedelta": ("datetime", lambda x: [x.days, x.seconds, x.microseconds]),
     "timezone": ("datetime", lambda x: list(x.__getinitargs__())),
     "ZoneInfo": ("zoneinfo", lambda x: [x.key]),
@@ -38,7 +37,7 @@ STANDARD: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "PosixPath": ("pathlib", lambda x: [str(x)]),
     "PurePosixPath": ("pathlib", lambda x: [str(x)]),
     "PureWindowsPath": ("pathlib", lambda x: [str(x)]),
-    "Path": ("pathlib", lambda x: [str(x)]),  # has no instances of its own; here as a type
+    "Path": ("pathlib", lambda x: [str(x)]),  # it has no instances; only the type itself is sent
     "deque": ("collections", lambda x: [list(x), x.maxlen]),
     "Counter": ("collections", lambda x: [dict(x)]),
     "OrderedDict": ("collections", lambda x: [list(x.items())]),
@@ -52,34 +51,36 @@ def standard_type(name: str) -> type:
 
 
 def standard_name(kind: type) -> str | None:
-    """The name of a type of STANDARD, None for another type."""
+    """The name of a type in STANDARD, None for any other type."""
     name = kind.__name__
     known = name in STANDARD and getattr(sys.modules.get(STANDARD[name][0]), name, None) is kind
     return name if known else None
 
 
 def type_name(kind: type) -> str | None:
-    """The name under which a type crosses: of STANDARD, or a built-in one. None for another type."""
+    """The name under which a type is sent, if it is in STANDARD or built in. None for any other type."""
     return standard_name(kind) or (kind.__name__ if getattr(builtins, kind.__name__, None) is kind else None)
 
 
 def type_by_name(name: str) -> type:
-    """type_name's inverse. Raises TypeError for what is no such type: no function crosses by name."""
+    """The inverse of type_name. Raises TypeError for other names, so that no function can be sent by name."""
     kind = standard_type(name) if name in STANDARD else getattr(builtins, name, None)
     if not isinstance(kind, type):
-        raise TypeError(f"{name!r} is no type that can cross")
+        raise TypeError(f"{name!r} is not a type that can be sent")
     return kind
 
 
 def build_value(name: str, args: list) -> Any:
-    """The value of a type of STANDARD."""
+    """Makes a value of a type in STANDARD."""
     if name in ("datetime", "time"):
         return standard_type(name)(*args[:-1], fold=args[-1])
     return standard_type(name)(*args)
 
 
 def encode_value(value: Any, refer: Callable[[Any], dict]) -> Any:
-    """A value as JSON. refer(value) encodes what is no data, as an object with one key that decode_value hands back."""
+    """A value -> JSON.
+
+    refer(value) encodes a value that cannot be copied, as an object with one key. decode_value passes it to resolve()."""
     kind = type(value)
     if value is None or kind in (bool, str, float):
         return value
@@ -105,12 +106,12 @@ def encode_value(value: Any, refer: Callable[[Any], dict]) -> Any:
 
 
 def snapshot(value: Any) -> Any:
-    """Something equal as long as the data in a value are."""
+    """A value -> JSON that changes if the data in the value change. What is not data is compared by identity."""
     return encode_value(value, id)
 
 
 def decode_value(packed: Any, resolve: Callable[[str, Any], Any]) -> Any:
-    """encode_value's inverse; resolve(key, body) decodes the references. Whatever it is given, it makes only data."""
+    """The inverse of encode_value. resolve(key, body) decodes references. Any input gives only data."""
     if not isinstance(packed, dict):
         return packed
     ((kind, body),) = packed.items()
