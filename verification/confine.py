@@ -1,20 +1,21 @@
-"""Take rights away from a process that runs an untrusted program: namespaces, limits, Landlock, seccomp.
+"""Confines a process that runs an untrusted program: namespaces, limits, Landlock, seccomp.
 
-Layers, in order. A layer that the kernel or the container refuses is left out; the others still hold.
+The layers, in order. If the kernel or the container refuses a layer, it is left out and the others still apply.
 
-1. make_private_root: Linux namespaces. The program gets a network without interfaces, process ids of its own, and a
-   root folder that holds the interpreter and the system's libraries, read-only, and one writable tmpfs of BOX_BYTES.
-   Needs root, or user namespaces for ordinary users; many containers refuse both.
-2. Limits (setrlimit): processor time, address space, size of a file, open files.
-3. Landlock (Linux 5.13): reads only the interpreter and the system's libraries, writes only the working folder.
-4. seccomp (x86_64, aarch64): refuses system calls that reach other processes, sockets or inode flags. Without it, an
-   audit hook in the interpreter refuses the common ones, which stops a careless program but not a determined one.
+1. Linux namespaces (make_private_root). The program gets a network without interfaces, its own process ids, and its own
+   root folder. The root folder holds the interpreter and the system's libraries, read-only, and one writable tmpfs of
+   BOX_BYTES. This needs root, or user namespaces for ordinary users. Many containers refuse both.
+2. Limits (setrlimit): processor time, address space, file size, open files.
+3. Landlock (Linux 5.13): the program reads only the interpreter and the system's libraries and writes only the working
+   folder.
+4. seccomp (x86_64, aarch64): refuses system calls that reach other processes, sockets or inode flags. Without seccomp an
+   audit hook in the interpreter refuses the common ones. The hook stops a careless program, not a determined one.
 
-Without layer 1 the program can still learn metadata outside its folder: `stat`, `access`, `readlink` and `statfs` take
-any path. It cannot list or read those files (3) or watch them with inotify (4). Its disk use is then bounded by a
-watch (sandbox_child.py) that looks every 20 ms and ends the program after the fact. The program can exceed BOX_BYTES by
-what it writes between two looks: 14 MiB with one thread, 120 MiB with 50 threads on two cores. All of it is removed at
-the end. Only the size of one file and the number of open files have exact limits (2).
+Without layer 1 the program can read metadata of files outside its folder, because `stat`, `access`, `readlink` and
+`statfs` take any path. It cannot list or read those files (3) or watch them with inotify (4). The supervisor then limits
+disk use (sandbox_child.py): it looks every 20 ms and ends a program that has exceeded BOX_BYTES. Between two looks a
+program can write 14 MiB too much with one thread, and 120 MiB with 50 threads on two cores. All files are removed at the
+end. Only the size of one file and the number of open files have exact limits (2).
 """
 
 import contextlib
@@ -27,19 +28,21 @@ import signal
 import struct
 import sys
 
-FILE_BYTES = 16 << 20  # largest size of one file
-BOX_BYTES = 64 << 20  # largest size of all files together
+FILE_BYTES = 16 << 20  # largest file
+BOX_BYTES = 64 << 20  # most bytes in all files together
 BOX_FILES = 1024  # most files and folders
 THREADS = 64  # most threads of the program
 BOX = "/box"  # the writable folder in a private root
-LAYERS = ("namespaces", "landlock", "seccomp")  # those that can be left out; the tests do
+LAYERS = ("namespaces", "landlock", "seccomp")  # layers that can be switched off, for tests
 
 
-# ---------------------------------------------------------------- processes that end with their parent
+# ---------------------------------------------------------------- ending with the parent
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when the thread that started it ends. The caller checks for an earlier end."""
+    """Asks the kernel to kill this process when the thread that started it ends.
+
+    The caller must check whether that thread has already ended."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
@@ -51,7 +54,7 @@ NOSUID, NODEV, BIND, RECURSIVE, PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000  # f
 
 
 def readable_paths() -> list[str]:
-    """What a program may read: the interpreter, its packages, the system's libraries. Without paths below others."""
+    """The paths that a program may read: the interpreter, its packages, the system's libraries. No path is below another."""
     system = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives"]
     paths = {os.path.abspath(p) for p in (sys.prefix, sys.base_prefix, *sys.path, *system) if p}
     paths |= {os.path.realpath(p) for p in paths}
@@ -63,10 +66,10 @@ def readable_paths() -> list[str]:
 
 
 def make_private_root(box: str) -> bool:
-    """Move into new namespaces and turn the folder `box` into a root folder for children. Whether that worked.
+    """Moves this process into new namespaces and makes the folder `box` a root folder for its children. -> success
 
-    Children that are forked afterwards enter it with enter_private_root(). If only a network of its own can be had, the
-    process takes that and returns False.
+    Children that are forked afterwards enter it with enter_private_root(). If the system allows only a private network,
+    the process takes that and returns False.
     """
     if sys.platform != "linux":
         return False
@@ -79,7 +82,7 @@ def make_private_root(box: str) -> bool:
             if libc.unshare(NEW_NET):
                 libc.unshare(NEW_NET | NEW_USER)
             return False
-        with contextlib.suppress(OSError):  # keep the user's id; without it the mounts below fail
+        with contextlib.suppress(OSError):  # keeps the user's id; the mounts below fail without it
             for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
                 with open(f"/proc/self/{name}", "w") as f:
                     f.write(text)
@@ -91,8 +94,8 @@ def make_private_root(box: str) -> bool:
     return True
 
 
-def mount_root(libc, box):
-    """Mount a tmpfs on `box`, and in it, read-only, everything of readable_paths() and two devices."""
+def mount_root(libc: ctypes.CDLL, box: str) -> None:
+    """Mounts a tmpfs on `box`, and in it readable_paths() and two devices, read-only. OSError if a mount fails."""
 
     def mount(source, target, kind, flags, options=None):
         encoded = [text if text is None else os.fsencode(text) for text in (source, target, kind, options)]
@@ -116,7 +119,7 @@ def mount_root(libc, box):
 
 
 def enter_private_root(box: str) -> None:
-    """Make the folder of make_private_root this process's root. It cannot leave: confine() drops the rights for that."""
+    """Makes the folder of make_private_root() this process's root. confine() then drops the right to leave it."""
     os.chroot(box)
     os.chdir(BOX)
 
@@ -124,10 +127,11 @@ def enter_private_root(box: str) -> None:
 # ---------------------------------------------------------------- limits, Landlock
 
 
-def confine(cpu_seconds: float, memory_mb: int, layers: tuple = LAYERS, watched: bool = False) -> None:
-    """Take this process's rights away for good.
+def confine(cpu_seconds: float, memory_mb: int, layers: tuple[str, ...] = LAYERS, watched: bool = False) -> None:
+    """Drops this process's rights for good.
 
-    watched: other processes of the same user may read its /proc folder, which the watch of its files needs.
+    cpu_seconds: limit of processor time. memory_mb: limit of address space, in MiB. watched: lets other processes of the
+    same user read its /proc folder. The supervisor needs that to count deleted files.
     """
     import resource
 
@@ -138,10 +142,10 @@ def confine(cpu_seconds: float, memory_mb: int, layers: tuple = LAYERS, watched:
     filtered = False
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
-        # no capabilities: root obeys its own limits, and cannot mount, reboot or raise a limit
+        # drops all capabilities, so even root obeys the limits and cannot mount, reboot or raise a limit
         libc.capset(struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[0] * 6))
-        libc.prctl(4, int(watched), 0, 0, 0)  # PR_SET_DUMPABLE: 0 closes its /proc folder
-        libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: Landlock and seccomp need it
+        libc.prctl(4, int(watched), 0, 0, 0)  # PR_SET_DUMPABLE; 0 closes its /proc folder
+        libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, which Landlock and seccomp require
         if "landlock" in layers:
             restrict_files(libc)
         filtered = "seccomp" in layers and filter_calls(libc)
@@ -158,18 +162,18 @@ def refuse_events(event: str, args: tuple) -> None:
 
 
 def restrict_files(libc: ctypes.CDLL) -> None:
-    """Landlock: read beneath readable_paths(), write beneath the working folder alone.
+    """Landlock: allows reading below readable_paths() and writing below the working folder only.
 
-    The kernel's ABI decides what else it covers: 4 adds TCP, 6 adds signals and abstract sockets.
+    Newer kernels also refuse TCP (ABI 4), and signals and abstract sockets (ABI 6).
     """
     abi = libc.syscall(444, None, 0, 1)
     if abi < 1:
         return
     read, write = 1 << 2 | 1 << 3, 1 << 1
-    handled = (1 << (13 if abi == 1 else 14 if abi == 2 else 15)) - 1  # every right that this kernel knows
-    # remove folder, remove file, make folder, make file; link between folders; truncate
+    handled = (1 << (13 if abi == 1 else 14 if abi == 2 else 15)) - 1  # all rights that this kernel knows
+    # also: remove folder, remove file, make folder, make file, link between folders, truncate
     box = read | write | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | handled & (1 << 13 | 1 << 14)
-    size = 8 if abi < 4 else 16 if abi < 6 else 24  # of the structure: files; also TCP; also signals
+    size = 8 if abi < 4 else 16 if abi < 6 else 24  # size of the structure: files; and TCP; and signals
     rules = libc.syscall(444, struct.pack("QQQ", handled, 3, 3), size, 0)
     others = [("/dev/urandom", read), ("/dev/null", read | write), (".", box)]
     for path, rights in [(path, read) for path in readable_paths()] + others:
@@ -187,7 +191,7 @@ def restrict_files(libc: ctypes.CDLL) -> None:
 # ---------------------------------------------------------------- seccomp
 
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of CALLS, audit code
-# System calls that fail with EPERM, with their numbers on x86_64 and aarch64; "-" where a machine has none.
+# System calls that fail with EPERM, and their numbers on x86_64 and aarch64; "-" if a machine lacks the call.
 CALLS = """
 sockets:     socket 41 198  bind 49 200  listen 50 201  accept 43 202  accept4 288 242  connect 42 203
              sendmsg 46 211  sendmmsg 307 269  io_uring_setup 425 425
@@ -209,34 +213,36 @@ persistent:  shmget 29 194  shmat 30 196  shmctl 31 195  shmdt 67 197  semget 64
              mq_unlink 241 181  mq_timedsend 242 182  mq_timedreceive 243 183  mq_notify 244 184  mq_getsetattr 245 185
 unwatched:   memfd_create 319 279  memfd_secret 447 447  fallocate 285 47  io_setup 206 0
 """
-# These do nothing and report success, so that shutil.copy works: chmod and utime reach files outside the folder too.
+# These do nothing and report success, so that shutil.copy works. They could change files outside the folder.
 PRETENDED = "chmod 90 -  fchmod 91 52  fchmodat 268 53  fchmodat2 452 452  utime 132 -  utimes 235 -  futimesat 261 -" \
             "  utimensat 280 88"  # fmt: skip
-MISSING = "clone3 435 435"  # fails with ENOSYS: the C library then calls clone, whose flags a filter can see
-FIRST_UNKNOWN = 453  # Linux 6.6. Later calls fail with ENOSYS: some repeat refused ones (setxattrat, file_setattr)
-# (call, byte of its argument, mask, allowed values or None, refused values); byte 16 is the first argument, 24 the next
+MISSING = "clone3 435 435"  # fails with ENOSYS; the C library then calls clone, whose flags a filter can read
+FIRST_UNKNOWN = (
+    453  # first call after Linux 6.5. Later calls fail with ENOSYS, because some do what a refused call does
+)
+# (call, byte of the argument, mask, allowed values or None, refused values). Byte 16 is the first argument, 24 the second
 ARGUMENTS = (
-    ("clone 56 220", 16, 0x10F00, (0x10F00,), ()),  # threads alone, which share memory, files and signal handlers
-    ("socketpair 53 199", 24, 0xF, (1,), ()),  # streams: a datagram socket of a pair can be sent to any path
-    ("ioctl 16 29", 24, None, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), ()),  # terminal?, size, FIONREAD, flags
+    ("clone 56 220", 16, 0x10F00, (0x10F00,), ()),  # only threads, which share memory, files and signal handlers
+    ("socketpair 53 199", 24, 0xF, (1,), ()),  # only streams: a datagram socket can send to any path
+    ("ioctl 16 29", 24, None, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), ()),  # isatty, size, FIONREAD, flags
     ("fcntl 72 25", 24, None, (*range(8), 1030, 1032), ()),  # not F_SETOWN, F_SETSIG, F_SETLEASE, F_NOTIFY
-    ("prctl 157 167", 16, None, None, (1, 4, 0x59616D61)),  # what die_with_parent() and confine() have set
+    ("prctl 157 167", 16, None, None, (1, 4, 0x59616D61)),  # the settings of die_with_parent() and confine()
 )
 
 
-def call_numbers(text, column):
-    """The numbers of a table of system calls: name, number on x86_64, number on aarch64."""
+def call_numbers(text: str, column: int) -> list[int]:
+    """The numbers of the system calls in a table. column: 0 for x86_64, 1 for aarch64."""
     words = [word for word in text.split() if not word.endswith(":")]
     return [int(pair[column]) for pair in zip(words[1::3], words[2::3]) if pair[column] != "-"]
 
 
-def filter_calls(libc) -> bool:
-    """Seccomp: refuse the system calls above, and those of another machine's calling convention. Whether in force."""
+def filter_calls(libc: ctypes.CDLL) -> bool:
+    """Seccomp: refuses the system calls above and those in another machine's calling convention. -> True if active"""
     if platform.machine() not in MACHINES:
         return False
     column, audit = MACHINES[platform.machine()]
-    # classic BPF: (operation, lines to skip if true, if false, value). In the data a filter sees, the call's number is
-    # at byte 0, the machine at 4, the low halves of the arguments from 16 on, 8 bytes apart
+    # classic BPF: (operation, lines to skip if true, if false, value). The filter's input has the call's number at byte 0,
+    # the machine at byte 4, and the low halves of the arguments from byte 16 on, 8 bytes apart
     load, equal, at_least, both, give = 0x20, 0x15, 0x35, 0x54, 0x06
     allow, kill = (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x80000000)
     fail = {number: (give, 0, 0, 0x00050000 | number) for number in (0, errno.EPERM, errno.ENOSYS)}
