@@ -218,7 +218,7 @@ PRETENDED = "chmod 90 -  fchmod 91 52  fchmodat 268 53  fchmodat2 452 452  utime
             "  utimensat 280 88"  # fmt: skip
 MISSING = "clone3 435 435"  # fails with ENOSYS; the C library then calls clone, whose flags a filter can read
 FIRST_UNKNOWN = (
-    453  # first call after Linux 6.5. Later calls fail with ENOSYS, because some do what a refused call does
+    453  # Calls from this number on (Linux 6.6) fail with ENOSYS. Some repeat a refused call, such as setxattrat
 )
 # (call, byte of the argument, mask, allowed values or None, refused values). Byte 16 is the first argument, 24 the second
 ARGUMENTS = (
