@@ -26,7 +26,7 @@ from core.files import InputError, cli
 from core.flags import Parser, checkpoint_out, number
 from core.records import read_records
 from training.feedback import Feedback, kto_metrics, label_weights, plan_feedback, weight_advice
-from training.flags import add_training_flags, check_default_inputs, kto_out, number_or_auto
+from training.flags import add_reference_flags, add_training_flags, check_default_inputs, kto_out, number_or_auto
 from training.logps import example_logps, sequence_logps
 from training.reference import check_cache_path, open_reference, reference_logps
 from training.run import (
@@ -173,16 +173,11 @@ def parse_args(argv: list[str] | None = None, add_flags: Callable[[Parser], None
     """Parses the command line. add_flags(parser): adds further flags, or changes defaults and the description."""
     p = Parser(description=__doc__.split("\n\n")[0])
     add_training_flags(p, "sft.pt", "data/kto.jsonl", None, epochs=1, batch_size=64, lr=1e-6)  # TRL's learning rate
+    p.set_defaults(method="KTO (arXiv 2402.01306)")
     # KTO (the paper does not publish its settings)
-    p.add_argument("--ref", help="reference checkpoint; without it, the model before training")
-    p.add_argument(
-        "--beta", type=number(above=0), default=0.1, help="strength of the pull towards the reference, per nat"
-    )
+    add_reference_flags(p)
     p.add_argument("--desirable-weight", type=number_or_auto, default=1.0, help="w_D; auto balances the labels")
     p.add_argument("--undesirable-weight", type=number(0), default=1.0, help="w_U")
-    p.add_argument(
-        "--ref-cache", help="file of reference log-probabilities (default: ref-cache.safetensors beside OUT)"
-    )
     if add_flags:
         add_flags(p)
     args = p.parse_args(argv)

@@ -144,6 +144,7 @@ def parse_args(argv: list[str] | None = None, add_flags: Callable[[Parser], None
     """Parses the command line. add_flags(parser): adds further flags, or changes defaults and the description."""
     p = Parser(description=__doc__.split("\n\n")[0])
     add_training_flags(p, "Qwen/Qwen2-0.5B-Instruct", "data/sft.jsonl", "sft.pt", epochs=3, batch_size=1000, lr=1e-6)
+    p.set_defaults(method="supervised fine-tuning")
     p.add_argument("--last-turn-only", action="store_true", help="learn only the last reply of a conversation, not all")
     if add_flags:  # the defaults above are the paper's
         add_flags(p)

@@ -65,6 +65,15 @@ def add_training_flags(
     p.add_argument("--tensorboard", action="store_true", help="also write the log as TensorBoard event files")
 
 
+def add_reference_flags(p: Parser) -> None:
+    """Adds the flags of the methods that compare with a reference model: KTO, DPO."""
+    p.add_argument("--ref", help="reference checkpoint; without it, the model before training")
+    pull = "strength of the pull towards the reference, per nat"
+    p.add_argument("--beta", type=number(above=0), default=0.1, help=pull)  # TRL's
+    cache = "file of reference log-probabilities (default: ref-cache.safetensors beside OUT)"
+    p.add_argument("--ref-cache", help=cache)
+
+
 def number_or_auto(text: str) -> float | str:
     """An argparse type: a number of at least 0, or "auto"."""
     return text if text == "auto" else number(0)(text)

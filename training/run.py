@@ -295,14 +295,13 @@ def stop_run(run: Run, step: int, pending: dict | None = None) -> None:
 def run_card(run: Run) -> str:
     """The model card of OUT: method, data, settings and the last step of the log."""
     args = vars(run.args)
-    kind = "KTO (arXiv 2402.01306)" if "beta" in args else "supervised fine-tuning"
     settings = {name: args[name] for name in CARD_SETTINGS if args.get(name) is not None}
     with open(run_file(run.args, "log.jsonl"), encoding="utf-8") as f:
         last = json.loads(collections.deque(f, maxlen=1).pop())
     figures = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in last.items()}
     versions = {"torch": torch.__version__, "ranks": run.ranks.world}
     name = os.path.basename(os.path.abspath(run.args.out))
-    done = f"Trained by {kind} for {run.total} steps. All weights were trained; they are stored in fp32."
+    done = f"Trained by {args['method']} for {run.total} steps. The weights are stored in fp32."
     return model_card(name, done, [run.args.ckpt], "finetune", settings, run.args.data, figures, versions)
 
 

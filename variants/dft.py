@@ -32,7 +32,7 @@ def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int]) -> Te
 
 def add_flags(parser) -> None:
     parser.description = __doc__.split("\n\n")[0]
-    parser.set_defaults(out="dft.pt")
+    parser.set_defaults(out="dft.pt", method="DFT (arXiv 2508.05629)")
 
 
 def main() -> None:

@@ -47,6 +47,7 @@ def freeze_half(setup: Setup) -> None:
 def add_flags(parser) -> None:
     parser.description = __doc__.split("\n\n")[0] + " The word kto before the flags trains with KTO in place of SFT."
     parser.set_defaults(out=parser.get_default("out") and "half.pt")  # KTO's is named after --ckpt
+    parser.set_defaults(method=parser.get_default("method") + " of half the weights (HFT, arXiv 2404.18466)")
     parser.add_argument("--round", type=at_least(0), default=0, help="stage of training; each draws another half")
 
 

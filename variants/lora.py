@@ -63,7 +63,7 @@ def fold(model: Qwen2) -> None:
 
 def add_flags(parser) -> None:
     parser.description = __doc__.split("\n\n")[0]
-    parser.set_defaults(out="lora.pt", lr=2e-4)
+    parser.set_defaults(out="lora.pt", method="LoRA (arXiv 2106.09685)", lr=2e-4)
     parser.add_argument("--rank", type=at_least(1), default=8, help="r, rows of A")
     parser.add_argument("--alpha", type=number(above=0), default=16.0, help="the adapters are scaled by alpha / r")
 

@@ -76,7 +76,7 @@ def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], args)
 
 def add_flags(parser) -> None:
     parser.description = __doc__.split("\n\n")[0]
-    parser.set_defaults(out="otr.pt")
+    parser.set_defaults(out="otr.pt", method="OTR (arXiv 2509.26313)")
     parser.add_argument(
         "--beta", type=number(below=1), required=True, help="reward of a token that is not the gold one"
     )

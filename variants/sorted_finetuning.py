@@ -69,7 +69,7 @@ def export_exit(source: str, depth: int, out: str) -> None:
 
 def add_flags(parser) -> None:
     parser.description = __doc__.split("\n\n")[0]
-    parser.set_defaults(out="sorted.pt")
+    parser.set_defaults(out="sorted.pt", method="SoFT (arXiv 2309.08968)")
     exits = "numbers of blocks to train as models, beside all of them (default: see the file)"
     parser.add_argument("--exits", type=at_least(1), nargs="+", help=exits)
     parser.add_argument("--export", type=at_least(1), nargs="+", default=[], help="exits to write as OUT-K too")

@@ -122,7 +122,7 @@ def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], weigh
 
 def add_flags(parser) -> None:
     parser.description = __doc__.split("\n\n")[0]
-    parser.set_defaults(out="weighted.pt")
+    parser.set_defaults(out="weighted.pt", method="SFT with token weights (arXiv 2412.15495)")
 
 
 def main() -> None:

@@ -98,7 +98,9 @@ class Sampler:
 
 def add_flags(parser) -> None:
     parser.description = __doc__.split("\n\n")[0]
-    parser.set_defaults(out="chosen.pt", epochs=1, batch_size=64, max_len=512)
+    parser.set_defaults(
+        out="chosen.pt", method="SFT on chosen examples (UDS, arXiv 2510.16882)", epochs=1, batch_size=64, max_len=512
+    )
     parser.add_argument("--share", type=number(above=0), default=0.125, help="share of the candidates to train on")
     parser.add_argument("--alpha", type=number(0), default=2.5e-3, help="weight of the diversity, as in their code")
     parser.add_argument("--memory", type=at_least(0), default=1024, help="chosen examples to compare with")

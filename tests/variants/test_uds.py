@@ -49,7 +49,7 @@ def test_scores_without_logits_are_those_of_the_logits(tiny):
 
 
 def test_the_projection_keeps_distances(tiny):
-    """On the average over the projections, by more than three standard errors."""
+    """Squared distances, averaged over 40 projections; the tolerance is three standard errors."""
     x = torch.randn(16, 512, generator=torch.Generator().manual_seed(1))
     drawn = [sampler(tiny, [[0]], seed=seed)[0] for seed in range(40)]
     ratios = [((own.left @ x @ own.right).norm() / x.norm()).square().item() for own in drawn]
