@@ -65,7 +65,7 @@ class Connection:
 async def post(connection: Connection, body: bytes, timeout: float) -> Response:
     """Sends one request. HTTPError unless the whole reply arrives within `timeout` seconds."""
     try:
-        return await asyncio.wait_for(exchange(connection, body), timeout)
+        return await asyncio.wait_for(send_and_read(connection, body), timeout)
     except asyncio.TimeoutError:
         reason = HTTPError(f"no whole reply within {timeout:g} s")
     except ssl.SSLCertVerificationError as e:
@@ -81,7 +81,7 @@ async def post(connection: Connection, body: bytes, timeout: float) -> Response:
     raise reason
 
 
-async def exchange(connection: Connection, body: bytes) -> Response:
+async def send_and_read(connection: Connection, body: bytes) -> Response:
     if not connection.is_open():
         connection.close()
         await open_connection(connection)

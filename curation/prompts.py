@@ -50,7 +50,7 @@ AGAIN_CLASSIFY %= ", ".join(PRIMARY)
 CLASSIFY_CHARS, JUDGE_CHARS = 2000, 4000  # of each text that a request quotes; the middle of a longer one is cut out
 
 
-def render(prompt: list[dict]) -> str:
+def prompt_text(prompt: list[dict]) -> str:
     """A prompt as one text: a single turn as it is, several turns with their roles."""
     if len(prompt) == 1:
         return prompt[0]["content"]
@@ -105,13 +105,13 @@ def fence(parts: list[tuple[str, str]]) -> str:
 
 def classify_request(prompt: list[dict]) -> list[dict]:
     """-> messages that ask for the category of an instruction."""
-    ask = fence([("instruction", clip(render(prompt), CLASSIFY_CHARS))]) + "\nCategory as one line of JSON:"
+    ask = fence([("instruction", clip(prompt_text(prompt), CLASSIFY_CHARS))]) + "\nCategory as one line of JSON:"
     return [{"role": "system", "content": CLASSIFY}, {"role": "user", "content": ask}]
 
 
 def judge_request(prompt: list[dict], responses: dict[str, str]) -> list[dict]:
     """responses: {letter: text} -> messages that ask for the grades of all of them at once."""
-    parts = [("instruction", clip(render(prompt), JUDGE_CHARS))]
+    parts = [("instruction", clip(prompt_text(prompt), JUDGE_CHARS))]
     parts += [(letter, clip(text, JUDGE_CHARS)) for letter, text in responses.items()]
     ask = f"Grades of {', '.join(responses)} as one line of JSON:"
     return [{"role": "system", "content": JUDGE}, {"role": "user", "content": f"{fence(parts)}\n{ask}"}]

@@ -27,7 +27,7 @@ from curation.prompts import (
     disarm,
     disarm_messages,
     parse_category,
-    render,
+    prompt_text,
 )
 from curation.task_types import conversation_type, language
 
@@ -62,7 +62,12 @@ def read_chunks(path: str) -> Iterator[list[dict]]:
 
 def dropped(record: dict, reason: str, **more) -> tuple[bool, dict]:
     """The line of a dropped record."""
-    return False, {"id": record["id"], "reason": reason, **more, "instruction": clip(render(record["prompt"]), 200)}
+    return False, {
+        "id": record["id"],
+        "reason": reason,
+        **more,
+        "instruction": clip(prompt_text(record["prompt"]), 200),
+    }
 
 
 def ask_parsed(asker: Asker, requests: list[list[dict]], parse: Callable, again: str, desc: str) -> tuple[list, int]:
@@ -174,7 +179,7 @@ def deduplicate(args, path: str, files: list[str], counts: dict) -> Iterator[tup
             length = 0 if questions and bad_response[i] >= 0 else len(r["response"] or "")
             merit.append((r["reference"] is not None) * 10_000 + min(length, 2000))
             names.append(r["id"])
-            yield render(r["prompt"])
+            yield prompt_text(r["prompt"])
 
     hashes, held = contamination.scan(prompts(), questions)
     rank = np.empty(len(merit), np.int64)
@@ -274,7 +279,7 @@ def balance(args, path: str, counts: dict) -> Iterator[tuple[bool, dict]]:
     for i, (_, record) in enumerate(read_jsonl(path)):
         for when, some in (("before", before), ("after", after)):
             if i in some:
-                texts[when].append(render(record["prompt"]))
+                texts[when].append(prompt_text(record["prompt"]))
         if i in chosen:
             yield True, record
         elif names[i] in quotas:

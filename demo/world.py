@@ -1,7 +1,7 @@
 """The demo's instruction world: about fifty kinds of short instruction whose answers a program can check.
 
 Everything follows from a seed. `ask` makes an instruction of a task (demo/tasks.py), `solve` reads one back (so the
-teacher knows the world), `reference` is what verify.check compares with. Replies come in three qualities: right, wrong,
+teacher knows the world), `reference` is what check_reply compares with. Replies come in three qualities: right, wrong,
 and the bad habits of a poorly aligned model (does not know, chats, parrots, is off by one), to be unlearnt.
 
     python -m demo.world --out runs/demo/sources.jsonl      # instructions with original responses, partly wrong
@@ -96,7 +96,7 @@ def right(item: Item) -> str:
 
 
 def reference(item):
-    """What verify.check compares a reply with -> {"kind", "value"}."""
+    """What check_reply compares a reply with -> {"kind", "value"}."""
     kind, reply = item.task.kind, right(item)
     if kind == "number":
         value = re.findall(r"\d+", reply)[-1]

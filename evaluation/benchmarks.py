@@ -29,7 +29,7 @@ from evaluation.rows import (
 )
 from evaluation.subject_names import CEVAL_NAMES, CMMLU_NAMES
 from verification.answers import (
-    check,
+    check_reply,
     extract_choice,
     extract_code,
     extract_program,
@@ -138,11 +138,13 @@ def demo_verdict(reply: str, row: dict) -> tuple:
         if extracted is None:  # the paper's rules find a letter in any reply
             extracted = extract_choice(reply, choices)
         return extracted, extracted == value["letter"]
-    correct = check(kind, reply, value)
+    correct = check_reply(kind, reply, value)
     if correct is None and kind == "code" and isinstance(value, dict) and isinstance(value.get("tests"), str):
         correct = False  # the program is at fault, not the reference: its tests cannot be run
     if correct is None:
-        raise InputError(f"{row['where']}: the reference cannot be checked; see `check` in verification/answers.py")
+        raise InputError(
+            f"{row['where']}: the reference cannot be checked; see `check_reply` in verification/answers.py"
+        )
     readers = {"number": last_number, "code": lambda text: extract_program(text, value.get("entry_point"))}
     return readers.get(kind, str.strip)(reply), correct
 

@@ -20,7 +20,7 @@ from core.flags import DTYPE, DTYPES, Parser, at_least
 from core.outputs import check_folder, claimed_folder
 from core.records import expand, read_objects, write_jsonl
 from curation.local import open_local
-from curation.prompts import fence, render
+from curation.prompts import fence, prompt_text
 from curation.sources import Drop, check_reference, clean, instructions
 from curation.steps import Asker, why_left_out
 from curation.teacher import open_replies, open_teacher
@@ -83,7 +83,7 @@ def verdict(record: dict, text: str, args: argparse.Namespace) -> bool | None:
     if args.mode == "sdft" and TELL_TALE.search(text):
         return False
     if checkable(record, args):
-        return answers.check(record["reference"]["kind"], text, record["reference"]["value"])
+        return answers.check_reply(record["reference"]["kind"], text, record["reference"]["value"])
     return True if args.mode == "sdft" and not record["reference"] else None
 
 
@@ -94,7 +94,7 @@ def reworded_prompt(record: dict) -> list[dict]:
 
 
 def agreement_request(record: dict, text: str) -> list[dict]:
-    question = render(record["prompt"])
+    question = prompt_text(record["prompt"])
     quoted = fence([("question", question), ("right answer", record["response"]), ("given answer", text)])
     return [{"role": "system", "content": JUDGE}, {"role": "user", "content": quoted}]
 

@@ -1,7 +1,7 @@
-"""Read an answer out of a reply and check it: numbers, choices, strings, and code, which sandbox.py runs.
+"""Extracts the answer from a reply and checks it: numbers, choices, strings, and code, which sandbox.py runs.
 
-The rules are those of the paper's evaluation scripts (arXiv 2411.02939, companion repository, which runs Qwen's own).
-Their oddities are kept: they are part of the protocol, and changing them changes the scores.
+The rules are those of the paper's evaluation scripts (arXiv 2411.02939, companion repository), which are Qwen's own.
+Their oddities are kept, because they are part of the protocol: other rules give other scores.
 """
 
 import functools
@@ -19,17 +19,17 @@ NUMBER = re.compile(r"[+-]?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\
 
 
 def last_number(text: str) -> float | None:
-    """The last number of a text as a float, None when there is none.
+    """The last number in a text. None if there is none.
 
-    Thousands commas are dropped ("$1,234.50" -> 1234.5), units and signs around it are ignored ("50%", "18 元"), a sign
-    belongs to the number when it touches it, as the protocol reads it ("-5", but also "10-12" -> -12).
+    Commas between thousands are dropped ("$1,234.50" -> 1234.5). Currencies and units are ignored ("50%", "18 元"). A sign
+    directly before the digits belongs to the number, as in the protocol ("-5", but also "10-12" -> -12).
     """
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 
 def numbers_equal(a: float | None, b: float | None, tol: float = 1e-4) -> bool:
-    """Whether two numbers differ by at most tol (absolute). None equals nothing."""
+    """True if two numbers differ by at most tol (absolute). None equals nothing."""
     return a is not None and b is not None and math.isclose(a, b, rel_tol=0, abs_tol=tol)
 
 
@@ -38,11 +38,12 @@ def numbers_equal(a: float | None, b: float | None, tol: float = 1e-4) -> bool:
 
 @functools.lru_cache
 def choice_patterns(letters: str) -> list[re.Pattern]:
-    """The protocol's cascade for a string of letters ("ABCD"): patterns in their order, group 1 is the letter.
+    """The protocol's patterns for a string of letters ("ABCD"), in the order to try them. Group 1 is the letter.
 
-    `gap` is text without any of the letters, so that a match never crosses a letter. The first two
-    stages have a Chinese and an English pattern each; a negation between statement and letter voids the match. In the
-    paper's scripts C-Eval has only the Chinese and CMMLU only the English ones; here a reply may be in either.
+    `gap` is text without any of the letters, so no match crosses a letter. Statements ("the answer is B") and judgements
+    ("B is correct") have a Chinese and an English pattern each. A negation between the words and the letter prevents the
+    match. The paper's scripts use only the Chinese patterns for C-Eval and only the English ones for CMMLU. Here both
+    are tried.
     """
     x, gap = f"([{letters}])", f"[^{letters}]"
     not_en = rf"(?!{gap}{{0,20}}?(?:n't|not))"
@@ -63,12 +64,14 @@ def choice_patterns(letters: str) -> list[re.Pattern]:
 
 
 def extract_choice(reply: str, choices: dict[str, str], question: str | None = None) -> str:
-    """The letter that a reply chooses; always one of the letters.
+    """The letter that a reply chooses. Always returns a letter.
 
-    choices: {letter: text}. First every choice's text in the reply becomes its letter, the longest text first (so a
-    one-character choice is replaced inside of words too, as in the protocol); then the cascade; then the nearest text.
-    question: for C-Eval, whose scripts also turn a repeated stem of the question ("...的特性是____") into 答案是, and
-    match the choices' texts by case.
+    choices: {letter: text}. Three steps, as in the protocol. First, each choice's text in the reply is replaced by its
+    letter, the longest text first. A text of one character is also replaced inside words. Then choice_patterns() are
+    tried in order. If none matches, nearest_choice() decides.
+
+    question: for C-Eval only. Its scripts also replace a repeated stem of the question ("...的特性是____") by 答案是, and
+    match the choices' texts case-sensitively.
     """
     if question is not None:
         stem = question.rstrip("。").split("。")[-1].split("_")
@@ -87,15 +90,17 @@ def extract_choice(reply: str, choices: dict[str, str], question: str | None = N
 
 
 def nearest_choice(reply: str, choices: dict[str, str]) -> str:
-    """The letter whose text is most similar to the reply, the first among equals, as a last resort."""
-    return max(choices, key=lambda letter: round(similarity(reply, choices[letter]), 9))  # equal is equal to rounding
+    """The letter whose text is most similar to the reply. Of equally similar texts the first one."""
+    return max(
+        choices, key=lambda letter: round(similarity(reply, choices[letter]), 9)
+    )  # rounded, so that ties are ties
 
 
 def similarity(a: str, b: str) -> float:
-    """0 to 1: the "weighted ratio" that the paper's scripts take from thefuzz, so the same choice wins.
+    """The similarity of two texts, 0 to 1: thefuzz's "weighted ratio", which the paper's scripts use.
 
-    Texts of like length: as they are, or as bags of words. Else the shorter one at its best place in the longer one, or
-    any shared word at all, at a discount.
+    Texts of similar length are compared as they are and as bags of words. Otherwise the shorter text is compared with
+    the best-matching part of the longer one, and one shared word counts as a match, both at a discount.
     """
     a, b = (re.sub(r"[\W_]", " ", text).strip().lower() for text in (a, b))
     if not a or not b:
@@ -118,17 +123,20 @@ def similarity(a: str, b: str) -> float:
 
 
 def lcs_ratio(a: str, b: str) -> float:
-    """2 LCS(a, b) / (|a| + |b|), LCS the length of the longest common subsequence."""
+    """2 LCS(a, b) / (|a| + |b|). LCS is the length of the longest common subsequence."""
     return 2 * lcs_length(a)(b) / (len(a) + len(b))
 
 
 def lcs_length(a: str) -> Callable[[str], int]:
-    """b -> LCS(a, b), a column of the table at a time: bit i of `row` is 0 where a[i] raises the length."""
+    """-> a function b -> LCS(a, b), the length of the longest common subsequence.
+
+    Bit-parallel: each character of b updates one row of the dynamic-programming table. Bit i of `row` is 0 if a[i] raises
+    the length."""
     masks, full = {}, (1 << len(a)) - 1
     for i, character in enumerate(a):
         masks[character] = masks.get(character, 0) | 1 << i
 
-    def length(b):
+    def length(b: str) -> int:
         row = full
         for character in b:
             hit = row & masks.get(character, 0)
@@ -139,7 +147,9 @@ def lcs_length(a: str) -> Callable[[str], int]:
 
 
 def best_partial_ratio(a: str, b: str) -> float:
-    """The largest lcs_ratio of the shorter text with a window of the longer one. Windows have its length, shorter at the ends."""
+    """The largest lcs_ratio of the shorter text with any window of the longer one.
+
+    A window is as long as the shorter text. Windows at the two ends may be shorter."""
     if len(a) > len(b):
         a, b = b, a
     n, length = len(a), lcs_length(a)
@@ -149,7 +159,7 @@ def best_partial_ratio(a: str, b: str) -> float:
     while i <= len(b) - n:
         found = length(b[i : i + n])
         most = max(most, found)
-        i += most - found + 1  # a step changes the length by 1 at most, so what is jumped over cannot be longer
+        i += most - found + 1  # the LCS changes by at most 1 per position, so no skipped window is better
     return max(best, most / n)
 
 
@@ -159,10 +169,10 @@ INDENTED = r"(.*?)(?=\n(?!\n*(?:  |\t))|\Z)"  # up to the first line that is not
 
 
 def extract_code(reply: str, entry_point: str) -> str:
-    """The body of the function `entry_point` in a reply, to be appended to a prompt that ends in its signature.
+    """The body of the function `entry_point` in a reply. It continues a prompt that ends with the function's signature.
 
-    From a fenced block (to its end, so helpers after the function come along), else from the bare reply, else the body
-    of any function; a reply without any is taken for a body and indented.
+    Looks for the function in a fenced block, then anywhere in the reply, then takes any function. In a block, the text up
+    to its end is taken, with helpers after the function. A reply without a function is taken as the body and indented.
     """
     name = re.escape(entry_point)
     fenced, bare = rf"```.*?def\s+{name}\b.*?:\n(.*?)\n```", rf"def\s+{name}\b.*?:\n{INDENTED}"
@@ -173,7 +183,7 @@ def extract_code(reply: str, entry_point: str) -> str:
 
 
 def extract_program(reply: str, entry_point: str | None = None) -> str:
-    """A reply's program: the first fenced block that defines entry_point, else the first block, else all of it."""
+    """The program in a reply: the first fenced block that defines entry_point, else the first block, else the reply."""
     blocks = re.findall(r"```[^\n]*\n(.*?)(?:\n```|\Z)", reply, re.DOTALL)
     named = [b for b in blocks if entry_point and re.search(rf"def\s+{re.escape(entry_point)}\b", b)]
     return (named or blocks or [reply])[0]
@@ -186,19 +196,19 @@ def tested_function(code: str, tests: str) -> str | None:
 
 
 def last_boxed(reply: str) -> str | None:
-    """The content of the last \\boxed{...} of a reply, without LaTeX's \\text; None if there is no box."""
+    """The content of the last \\boxed{...} in a reply, without LaTeX's \\text. None if there is no box."""
     found = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", reply)
     return re.sub(r"\\text\{([^{}]*)\}", r"\1", found[-1]).strip() if found else None
 
 
-# ---------------------------------------------------------------- stated answers, for data
+# ---------------------------------------------------------------- stated answers: strict rules, for verifying data
 
 
 @functools.lru_cache
 def choice_statements(letters: str) -> list[re.Pattern]:
-    """Patterns of a stated choice, the most reliable first; group 1 is the letter.
+    """Patterns of a stated choice, the most reliable first. Group 1 is the letter.
 
-    A single letter may be an article ("The answer is A man"): only a few words may follow it, and no second letter.
+    A single letter may be an article ("The answer is A man"), so only a few words may follow it, and no second letter.
     """
     second = rf"(?![)）]?\s*(?:,|、|/|&|and|or|和|或|及|与)\s*[(（]?[{letters}](?![A-Za-z]))"
     article = r"(?!\s+(?!(?:is|was|because|since|as|which|with)\b)[a-z])"
@@ -213,7 +223,7 @@ def choice_statements(letters: str) -> list[re.Pattern]:
 
 
 def strip_latex(text: str) -> str:
-    """A text in lower case, without LaTeX's commands and braces; a fraction becomes "1/2"."""
+    """A text in lower case without LaTeX's commands and braces. A fraction becomes "1/2"."""
     text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", text).replace("\\sqrt", "√").replace("\\pi", "π")
     return re.sub(r"\\(?:text(?:bf)?|math(?:rm|bf)|left|right)\b|[\\{}$]|\.\s*\Z", " ", text).strip().casefold()
 
@@ -224,7 +234,7 @@ def normalise_latex(text: str) -> str:
 
 
 def parse_quantity(text: str) -> float | None:
-    """The value of a text that is one number with or without a unit: "$2,000", "7 1/2 sec". None for "2:3" or "8^6 ways"."""
+    """The value of a text that is one number, with or without a unit ("$2,000", "7 1/2 sec"). Else None ("2:3", "8^6 ways")."""
     number = r"(-?)(?:(\d+)\s+(?=\d+/))?(\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/([1-9]\d*))?"
     unit = r"\s*(?:[%°]|\s[a-z./ %²³]+|[a-z]{2,}[a-z./ ²³]*)?"
     if not (found := re.fullmatch(rf"(?:rs\.?|[€£])?\s*{number}{unit}", strip_latex(text))):
@@ -234,7 +244,9 @@ def parse_quantity(text: str) -> float | None:
 
 
 def stated_number(text: str) -> float | None:
-    """The value of a text that is one number, else the last number in it; unlike last_number, "\\frac{1}{2}" and "1/2" are 0.5."""
+    """The value of a text that is one number, else the last number in it. None if there is none.
+
+    Reads fractions, unlike last_number(): "\\frac{1}{2}" and "1/2" are 0.5."""
     value, found = parse_quantity(text), re.findall(rf"({NUMBER.pattern})(?:/([1-9][0-9]*))?", text)
     if value is None and found:
         value = float(found[-1][0].replace(",", "")) / int(found[-1][1] or 1)
@@ -242,10 +254,10 @@ def stated_number(text: str) -> float | None:
 
 
 def stated_choice(reply: str, choices: dict[str, str]) -> str | None:
-    """The letter that a reply clearly states, "" for a value that is none of the choices, None if it is not clear.
+    """The letter that a reply clearly states. "" if its value is none of the choices, None if the reply is unclear.
 
-    Looked at in order: the last box, by letter, text or number; the last statement ("The answer is (B)."); a reply that is
-    a choice or begins with one. extract_choice guesses a letter in every case, which is too lenient for data.
+    Tried in order: the last box, as a letter, text or number; the last statement ("The answer is (B)."); a reply that is
+    a choice or begins with one. extract_choice() always guesses a letter, which is too lenient for verifying data.
     """
     letters, answer = re.escape("".join(choices)), last_boxed(reply) or ""
     if found := re.fullmatch(rf"(?:[Oo]ption |[Cc]hoice )?\(?([{letters}])\)?(?:[.:)].*)?", answer, re.DOTALL):
@@ -269,19 +281,22 @@ def stated_choice(reply: str, choices: dict[str, str]) -> str | None:
             and normalise_latex(rest).startswith(normalise_latex(choices[letter]))
         ):
             return letter
-    # A number beside choices that are no numbers, or the reverse, is none of them. Two formulas may be equal in a way
-    # that is not seen here, and "none of these" may be a choice.
+    # A boxed answer that equals no choice is wrong if it or a choice is a number. It stays unclear if neither is, because
+    # two formulas may be equal in a way not seen here, and if "none of these" is a choice.
     known = not equal and any(v is not None for v in (value, *amounts.values()))
     open_ended = any(re.search(r"\b(?:none|cannot|can't|not)\b|都不", text, re.IGNORECASE) for text in choices.values())
     return "" if answer and known and not open_ended else None
 
 
-def check(kind: str, reply: str, reference: Any) -> bool | None:
-    """Whether a reply holds the reference's answer: True or False, None when that cannot be checked.
+def check_reply(kind: str, reply: str, reference: Any) -> bool | None:
+    """True if a reply gives the reference's answer, False if it does not, None if that cannot be checked.
 
-    kind, reference: "number", a number or a string ending in one; "choice", {"letter", "choices"}; "exact", a string;
-    "format", {"instruction_id_list", "kwargs"} as in IFEval's rows, all of which the reply has to follow, strictly;
-    "code", {"tests", "entry_point"} (RUNS the reply's code, in the sandbox of run_program, whose verdict it returns).
+    The reference depends on the kind:
+        "number"   a number, or a string that ends with one
+        "choice"   {"letter", "choices": {letter: text}}
+        "exact"    a string
+        "format"   {"instruction_id_list", "kwargs"} as in IFEval's rows; the reply must follow all, by the strict rules
+        "code"     {"tests", "entry_point"}; RUNS the reply's program in the sandbox, see run_program()
     """
     if kind == "number":
         number = isinstance(reference, (int, float)) and not isinstance(reference, bool)
@@ -304,6 +319,6 @@ def check(kind: str, reply: str, reference: Any) -> bool | None:
 
 
 def normalise_text(text: str) -> str:
-    """A text in lower case, without space around it and its last full stop."""
+    """A text in lower case, stripped of surrounding space and of one final full stop."""
     text = text.strip().casefold()
     return (text[:-1] if text.endswith((".", "。")) else text).rstrip()

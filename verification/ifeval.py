@@ -1,11 +1,12 @@
-"""IFEval's 25 verifiable instructions (arXiv 2311.07911): whether a reply follows them, strictly or loosely.
+"""IFEval's 25 verifiable instructions (arXiv 2311.07911): checks whether a reply follows them, strictly or loosely.
 
     follows("length_constraints:number_words", reply, {"relation": "at least", "num_words": 300})
 
-The definitions are those of the benchmark's own checker, except where it needs two large packages: sentences are split by a
-rule (below), a language is guessed from its script and its commonest words, and words in capitals are split by NLTK's
-Treebank rules but for rare ones ("'TWAS" is one word here, two there). The language of a reply in capitals is guessed
-from its words in lower case.
+The definitions are those of the benchmark's own checker, which uses two large packages, langdetect and NLTK. Three rules
+replace them:
+- Sentences are split by count_sentences().
+- A language is guessed from its script and its most common words. A reply in capitals is converted to lower case first.
+- Words in capitals are split by NLTK's Treebank rules, except rare ones: "'TWAS" is one word here and two words there.
 """
 
 import collections
@@ -20,7 +21,7 @@ from core.files import InputError
 SCRIPTS = {"HANGUL": "ko", "HIRAGANA": "ja", "KATAKANA": "ja", "CJK": "zh", "THAI": "th", "BENGALI": "bn", "GURMUKHI": "pa",
            "GUJARATI": "gu", "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn", "MALAYALAM": "ml", "HEBREW": "he",
            "GREEK": "el"}  # fmt: skip
-WORDS = {  # the commonest words of languages that share a script
+WORDS = {  # the most common words of languages that share a script
     "LATIN": {
         "en": "the of and to in a is that for it as was with be by on not he this are or his from at which but have an you i "
               "they were their one all we can her has there been if more when will would who so no your my do what its",
@@ -69,8 +70,9 @@ WORDS = {
 
 
 def guess_language(text: str) -> str | None:
-    """ISO 639-1 code of the language that a text is in: by its commonest script, then its commonest words. None without
-    letters. A guess for telling apart the languages above, not for identifying any language."""
+    """Guesses a text's language by its most common script, then by its words. -> ISO 639-1 code, None without letters.
+
+    Tells the languages above apart. Any other language gets the code of one of them, or "?"."""
     scripts = collections.Counter(unicodedata.name(c, "?").split()[0] for c in text if c.isalpha())
     if not scripts:
         return None
@@ -85,7 +87,7 @@ def guess_language(text: str) -> str | None:
 
 
 def in_language(text: str, language: str) -> bool:
-    """A text without letters counts as being in any language, as in the benchmark's checker."""
+    """True if a text is in the language. A text without letters is in every language, as in the benchmark's checker."""
     return guess_language(text) in (language, None)
 
 
@@ -96,8 +98,9 @@ ABBREVIATIONS = set("mr mrs ms dr prof sr jr st vs etc inc ltd co corp no e.g i.
 
 
 def count_sentences(text: str) -> int:
-    """A sentence ends in . ! ? or … (and closing quotes) before white space, or in 。！？; not in an abbreviation, an
-    initial or the number of a list item."""
+    """Counts sentences. A sentence ends with . ! ? or … (and closing quotes) before white space, or with 。！？.
+
+    The full stop of an abbreviation, an initial or a list number ends no sentence."""
     count, start = 0, 0
     for end in re.finditer(r"[.!?…]+[\"'”’)\]*]*(?=\s|$)|[。！？]+[”’」』）]*", text):
         last = text[start : end.start()].split()[-1:] or [""]
@@ -116,7 +119,7 @@ def count_sentences(text: str) -> int:
 
 
 def split_paragraphs(text: str, separator: str) -> list[str] | None:
-    """The texts between separators, without an empty one at either end. None if one in the middle is empty."""
+    """The texts between separators. An empty text at either end is left out. None if one in the middle is empty."""
     parts = [part.strip() for part in re.split(separator, text)]
     inner = parts[not parts[0] : len(parts) - (len(parts) > 1 and not parts[-1])]
     return inner if all(inner) else None
@@ -128,26 +131,31 @@ def compare_count(count: int, relation: str, threshold: int, where: str) -> bool
     return count < threshold if relation == "less than" else count >= threshold
 
 
-# ---------------------------------------------------------------- instructions that take more than a line
+# ---------------------------------------------------------------- instructions that need more than one line
 
 
 def count_bullets(reply: str) -> int:
-    """Lines that begin with - and those with a single *, which is not the mark of bold type. Counted each for itself, as in
-    the benchmark's checker: an empty * takes the line after it along, which may be counted again."""
+    """Counts the lines that begin with "-", and those that begin with a single "*" (two mark bold type).
+
+    Both patterns are counted separately, as in the benchmark's checker. After an empty "*" the match includes the next
+    line, which may then be counted twice."""
     return sum(len(re.findall(pattern, reply, re.MULTILINE)) for pattern in (r"^\s*\*[^*].*$", r"^\s*-.*$"))
 
 
 def count_highlights(reply: str) -> int:
-    """Texts between asterisks, *so* or **so**, on one line and not empty. One in double asterisks counts twice where the
-    two single patterns both fit, as in the benchmark's checker."""
+    """Counts texts between asterisks, *like this* or **like this**, on one line and not empty.
+
+    A text in double asterisks counts twice if both patterns match it, as in the benchmark's checker."""
     single = [text for text in re.findall(r"\*[^*\n]*\*", reply) if text.strip("*").strip()]
     double = [text for text in re.findall(r"\*\*([^*\n]*)\*\*", reply) if text.strip()]
     return len(single) + len(double)
 
 
 def count_capital_words(reply: str) -> int:
-    """Words in capitals. One ends at white space and most punctuation, but not at / - . ("AND/OR" and "U.S." are one);
-    contractions are two ("NASA'S" counts twice, "NASA's" once), and so are CANNOT and its like."""
+    """Counts words in capitals.
+
+    A word ends at white space and at most punctuation, but not at / - . ("AND/OR" and "U.S." are one word each). A
+    contraction is two words: "NASA'S" counts twice, "NASA's" once. CANNOT, GONNA and the like are two words too."""
     quote = r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)"
     text = re.sub(rf"""(?i)[][(){{}}<>?!;@#$%&*"`«»“”„‘’‒–—―]|--|\.\.+|''|[:,](?!\d)|{quote}""", " ", reply)
     text = re.sub(r"(?i)(?<=[^'\s])(?=(?:'(?:s|m|d|ll|re|ve)?|n't)(?!\S))", " ", text)
@@ -163,7 +171,9 @@ def has_postscript(reply: str, marker: str) -> bool:
 
 
 def paragraph_starts_with(reply: str, total: int, n: int, word: str) -> bool:
-    """Whether paragraph n (from 1) of `total` begins with a word. Empty ones count for n, not for the total."""
+    """True if there are `total` paragraphs and paragraph n (from 1) begins with the word.
+
+    Empty paragraphs count for n but not for the total."""
     parts = reply.split("\n\n")
     if sum(bool(part.strip()) for part in parts) != total or n > total or not parts[n - 1].strip():
         return False
@@ -189,9 +199,10 @@ def count_matches(pattern: str, reply: str) -> int:
     return len(re.findall(pattern, reply, re.IGNORECASE))
 
 
-# ---------------------------------------------------------------- the table: instruction -> whether a reply r follows it,
-# k being its arguments in the data file. Keywords are patterns there; w is file and line, for the errors.
+# ---------------------------------------------------------------- the table
 
+# {instruction: function (r, k, w) -> True if reply r follows it}. k: the instruction's arguments in the data file. w: file and
+# line, for errors. Keywords are regular expressions, as in the benchmark's checker.
 CHECKS = {
     "keywords:existence": lambda r, k, w: all(count_matches(word, r) for word in k["keywords"]),
     "keywords:frequency": lambda r, k, w: compare_count(count_matches(k["keyword"].strip(), r), k["relation"], k["frequency"], w),
@@ -234,10 +245,11 @@ CHECKS = {
 
 
 def follows(instruction: str, reply: str, kwargs: dict, where: str = "", loose: bool = False) -> bool:
-    """Whether a reply follows an instruction. An empty reply follows none.
+    """True if a reply follows an instruction. An empty reply follows none.
 
-    loose: true if one of eight versions of the reply follows it: with and without its first line, its last line and its
-    asterisks, which forgives "Sure, here it is:" and bold type. where: file and line of the instruction, for errors.
+    loose: True if any of eight versions of the reply follows it: with and without its first line, its last line and its
+    asterisks. So "Sure, here it is:" and bold type are forgiven. where: file and line of the instruction, for errors.
+    InputError for an unknown instruction or unusable arguments.
     """
     if instruction not in CHECKS:
         raise InputError(f"{where}: unknown instruction {instruction!r}; known are {', '.join(CHECKS)}")

@@ -10,7 +10,7 @@ from core import records
 from core.files import InputError
 from core.records import expand, read_objects
 from curation import sources
-from verification.answers import check
+from verification.answers import check_reply
 
 
 def user(text):
@@ -139,7 +139,7 @@ def test_code_with_tests_is_a_source():
     value = {"tests": "assert inc(1) == 2\nassert inc(-1) == 0", "entry_point": "inc"}
     want = [(user(prompt), code, {"kind": "code", "value": value})]
     assert unify({**MBPP, "test_setup_code": "", "challenge_test_list": []}) == want
-    assert check("code", code, value) is True and check("code", "def inc(x):\n    return 2", value) is False
+    assert check_reply("code", code, value) is True and check_reply("code", "def inc(x):\n    return 2", value) is False
     sanitized = {key: MBPP[key] for key in ("task_id", "code", "test_list")} | {
         "prompt": MBPP["text"],
         "test_imports": ["import math"],

@@ -18,7 +18,7 @@ from core.tokenizer import Tokenizer
 from demo import teacher, world
 from demo.tasks import RARE, TASKS
 from model import Qwen2
-from verification.answers import check
+from verification.answers import check_reply
 
 DEMO = os.path.join(ROOT, "demo")
 
@@ -52,9 +52,9 @@ def test_an_instruction_reads_back_and_its_answer_checks(task):
         back = world.solve(item.prompt)
         assert back is not None and back.task.name == task.name and world.right(back) == world.right(item), item.prompt
         reference = world.reference(item)
-        assert check(reference["kind"], world.right(item), reference["value"]) is True, item.prompt
+        assert check_reply(reference["kind"], world.right(item), reference["value"]) is True, item.prompt
         for bad in (world.wrong(item, rng), world.slip(item)):
-            assert check(reference["kind"], bad, reference["value"]) is False, (item.prompt, bad)
+            assert check_reply(reference["kind"], bad, reference["value"]) is False, (item.prompt, bad)
 
 
 @pytest.mark.parametrize("task", [t for t in TASKS if t.kind == "exact"], ids=lambda task: task.name)
@@ -63,7 +63,10 @@ def test_every_bad_habit_leaves_an_exact_answer_wrong(task):
     for _ in range(20):
         item = world.ask(task, rng)
         for habit in world.HABITS["exact"]:
-            assert check("exact", habit(item), world.reference(item)["value"]) is False, (item.prompt, habit(item))
+            assert check_reply("exact", habit(item), world.reference(item)["value"]) is False, (
+                item.prompt,
+                habit(item),
+            )
 
 
 def test_hand_computed_answers():
@@ -97,7 +100,8 @@ def test_the_committed_heldout_set_is_what_the_world_makes():
     for row in rows:
         assert set(row) == {"id", "task", "prompt", "reference"}
         assert (
-            check(row["reference"]["kind"], world.right(world.solve(row["prompt"])), row["reference"]["value"]) is True
+            check_reply(row["reference"]["kind"], world.right(world.solve(row["prompt"])), row["reference"]["value"])
+            is True
         )
 
 
@@ -126,7 +130,7 @@ def test_the_sources_are_as_flawed_as_they_claim(sources):
     for record in sources:
         item, turns = world.solve(prompt_of(record)), sft_conversations(record, "here")[0]
         if item is not None and item.task.kind != "code":
-            verdicts.append(check(item.task.kind, turns[-1]["content"], world.reference(item)["value"]))
+            verdicts.append(check_reply(item.task.kind, turns[-1]["content"], world.reference(item)["value"]))
     assert 0.5 < sum(verdicts) / len(verdicts) < 0.75
     assert 0.5 < sum("reference" in record for record in sources) / len(sources) < 0.8
     plain = [re.sub(r"[\s!]+", " ", prompt_of(record)).strip() for record in sources]
@@ -211,7 +215,7 @@ def test_the_teacher_responds_mostly_right_and_always_the_same(url):
     stream = world.training_items(random.Random(11), {}, [t for t in TASKS if t.kind != "code"])
     items = [next(stream) for _ in range(300)]
     replies = [post(url, [{"role": "user", "content": item.prompt}]) for item in items]
-    right = sum(check(i.task.kind, r, world.reference(i)["value"]) for i, r in zip(items, replies))
+    right = sum(check_reply(i.task.kind, r, world.reference(i)["value"]) for i, r in zip(items, replies))
     assert 0.9 < right / len(items) < 1.0
     assert replies[:20] == [post(url, [{"role": "user", "content": item.prompt}]) for item in items[:20]]
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from verification import answers
-from verification.answers import check, extract_choice, extract_code, extract_program, last_number, numbers_equal
+from verification.answers import check_reply, extract_choice, extract_code, extract_program, last_number, numbers_equal
 
 # ---------------------------------------------------------------- numbers
 
@@ -194,26 +194,39 @@ def test_program():
 
 
 def test_check():
-    assert check("number", "so it is 72.", "#### 72") is True
-    assert check("number", "so it is 72.", 72) is True and check("number", "71", 72.5) is False
-    assert check("number", "nothing", 72) is False
-    assert all(check("number", "1", reference) is None for reference in ("none", None, True))
-    assert check("choice", "The answer is B", {"letter": "B", "choices": FRUIT}) is True
-    assert check("choice", "The answer is B", {"letter": "A", "choices": FRUIT}) is False
-    assert check("choice", "B", {"letter": "E", "choices": FRUIT}) is None and check("choice", "B", "B") is None
-    assert check("exact", " Hello World.\n", "hello world") is True and check("exact", "hello", "world") is False
-    assert check("exact", "ab..", "ab") is False  # one full stop is forgiven
+    assert check_reply("number", "so it is 72.", "#### 72") is True
+    assert check_reply("number", "so it is 72.", 72) is True and check_reply("number", "71", 72.5) is False
+    assert check_reply("number", "nothing", 72) is False
+    assert all(check_reply("number", "1", reference) is None for reference in ("none", None, True))
+    assert check_reply("choice", "The answer is B", {"letter": "B", "choices": FRUIT}) is True
+    assert check_reply("choice", "The answer is B", {"letter": "A", "choices": FRUIT}) is False
+    assert (
+        check_reply("choice", "B", {"letter": "E", "choices": FRUIT}) is None
+        and check_reply("choice", "B", "B") is None
+    )
+    assert (
+        check_reply("exact", " Hello World.\n", "hello world") is True
+        and check_reply("exact", "hello", "world") is False
+    )
+    assert check_reply("exact", "ab..", "ab") is False  # one full stop is forgiven
     code = {"tests": "assert double(4) == 8", "entry_point": "double"}
-    assert check("code", "```python\ndef double(x):\n    return 2 * x\n```", code) is True
-    assert check("code", "```python\ndef double(x):\n    return x\n```", code) is False
+    assert check_reply("code", "```python\ndef double(x):\n    return 2 * x\n```", code) is True
+    assert check_reply("code", "```python\ndef double(x):\n    return x\n```", code) is False
     form = {
         "instruction_id_list": ["punctuation:no_comma", "startend:end_checker"],
         "kwargs": [{}, {"end_phrase": "the end"}],
     }
-    assert check("format", "So it was. The end", form) is True
-    assert check("format", "So, it was. The end", form) is False and check("format", "So it was.", form) is False
-    assert check("format", "", form) is False and check("format", "x", {}) is None and check("format", "x", "y") is None
-    assert check("poem", "roses", "red") is None
+    assert check_reply("format", "So it was. The end", form) is True
+    assert (
+        check_reply("format", "So, it was. The end", form) is False
+        and check_reply("format", "So it was.", form) is False
+    )
+    assert (
+        check_reply("format", "", form) is False
+        and check_reply("format", "x", {}) is None
+        and check_reply("format", "x", "y") is None
+    )
+    assert check_reply("poem", "roses", "red") is None
 
 
 CUBE = {"A": "24a8", "B": "4,000", "C": "3", "D": "2,000", "E": "7 1/2 sec"}
@@ -236,8 +249,8 @@ CUBE = {"A": "24a8", "B": "4,000", "C": "3", "D": "2,000", "E": "7 1/2 sec"}
     ("C", "C"), ("(D) 2,000", "D"), ("C. 3\n\nSince A grows.", "C"), ("7 1/2 sec.", "E"),
 ])  # fmt: skip
 def test_a_choice_that_is_stated(reply, letter):
-    assert [x for x in CUBE if check("choice", reply, {"letter": x, "choices": CUBE})] == [letter]
-    assert {check("choice", reply, {"letter": x, "choices": CUBE}) for x in CUBE} == {True, False}
+    assert [x for x in CUBE if check_reply("choice", reply, {"letter": x, "choices": CUBE})] == [letter]
+    assert {check_reply("choice", reply, {"letter": x, "choices": CUBE}) for x in CUBE} == {True, False}
 
 
 WAYS = dict(zip("ABCDE", ["8^8 ways", "8^9 ways", "7^5 ways", "8^7 ways", "8^6 ways"]))
@@ -257,7 +270,7 @@ MILES = dict(zip("ABCDE", "6 7 8 10 11".split()))
 ])  # fmt: skip
 def test_what_states_no_choice_is_not_guessed(reply, choices, verdict):
     """A reply that says nothing would otherwise be right as often as dice are."""
-    assert {check("choice", reply, {"letter": x, "choices": choices}) for x in choices} == {verdict}
+    assert {check_reply("choice", reply, {"letter": x, "choices": choices}) for x in choices} == {verdict}
     assert extract_choice(reply, choices) in choices  # the evaluation's protocol always has a letter
 
 
@@ -270,9 +283,9 @@ def test_amounts(text, value):
 
 
 def test_a_boxed_number_outranks_the_last_one():
-    assert check("number", "He makes \\(\\boxed{10000}\\) dollars in 20 weeks.", "10,000") is True
-    assert check("number", "He makes \\(\\boxed{10000}\\) dollars in 20 weeks.", 20) is False
-    assert check("number", "\\boxed{x}, so 20", 20) is True
-    assert check("number", "That leaves \\boxed{\\frac{1}{2}} of 6.", 0.5) is True
-    assert check("number", "so half of it, 1/2.", "1/2") is True and check("number", "so 2", "1/2") is False
-    assert check("number", "so 1,200/3", 400) is True and check("number", "6/2 = 3", "3") is True
+    assert check_reply("number", "He makes \\(\\boxed{10000}\\) dollars in 20 weeks.", "10,000") is True
+    assert check_reply("number", "He makes \\(\\boxed{10000}\\) dollars in 20 weeks.", 20) is False
+    assert check_reply("number", "\\boxed{x}, so 20", 20) is True
+    assert check_reply("number", "That leaves \\boxed{\\frac{1}{2}} of 6.", 0.5) is True
+    assert check_reply("number", "so half of it, 1/2.", "1/2") is True and check_reply("number", "so 2", "1/2") is False
+    assert check_reply("number", "so 1,200/3", 400) is True and check_reply("number", "6/2 = 3", "3") is True
