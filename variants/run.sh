@@ -12,18 +12,19 @@
 #   score       528 held-out instructions of the tasks that are trained on.
 #   forgetting  the instructions of the withheld tasks that the base answers right: how many an arm still answers right.
 # Checkpoints and replies go to runs/variants/, results to runs/variants/results/*.json, the table to runs/variants/table.md.
-# What is done is not repeated. To repeat an arm remove runs/variants/ARM.
+# What is done is not repeated. To repeat an arm remove runs/variants/ARM and its result. The variables
+# RUN and PYTHON name another folder and another interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case ${1:-} in -h | --help) awk 'NR > 1 && !/^#/ {exit} NR > 1 {sub(/^# ?/, ""); print}' variants/run.sh; exit 0 ;; esac
-bash tools/venv.sh requirements.txt
+[[ -n ${PYTHON:-} ]] || bash tools/venv.sh requirements.txt
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two cores run two commands faster than one with two threads
-py=${PYTHON:-.venv/bin/python} run=runs/variants only=" $* "
+py=${PYTHON:-.venv/bin/python} run=${RUN:-runs/variants} only=" $* "
 mkdir -p "$run"
 
 # ---- data: as run.sh makes them
 
-if [[ ! -f $run/pairs.jsonl ]]; then
+if [[ ! -f $run/questions/demo/heldout.jsonl ]]; then
   $py -m demo.world --out "$run/sources.jsonl"
   rm -f "$run/teacher.url"
   $py -m demo.teacher --url-file "$run/teacher.url" --with-parent >"$run/teacher.log" 2>&1 &

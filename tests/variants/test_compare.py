@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -143,3 +145,65 @@ def test_the_published_table_and_findings_follow_from_the_results():
     results = compare.read_results(str(RESULTS))
     assert compare.table(results) in (ROOT / "variants" / "README.md").read_text()
     assert compare.findings(results) in (ROOT / "docs" / "results" / "variants.md").read_text()
+
+
+# ---- variants/run.sh, with a Python that only writes down what it is asked to do
+
+STUB = """#!/usr/bin/env bash
+echo "$*" >>"$RUN/calls"
+for ((i = 1; i < $#; i++)); do [[ ${!i} == --out ]] && { next=$((i + 1)); out=${!next}; break; }; done
+case "$*" in
+  *" best "*) echo 2e-3 ;;
+  *" record "*) mkdir -p "$out"; echo {} >"$out/$(basename "$4").json" ;;
+  *sorted_finetuning*) mkdir -p "$out" "$out-3" ;;
+  *" --lr "*) [[ $* == *"$FAIL"* ]] && { echo broken >&2; exit 2; }; mkdir -p "$out" ;;
+esac
+"""
+
+
+@pytest.fixture
+def run_sh(tmp_path):
+    """run_sh(arm, ..., fail=words) -> (exit status, the new calls). Calls with these words fail."""
+    stub, calls = tmp_path / "python", tmp_path / "calls"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    (tmp_path / "questions" / "demo").mkdir(parents=True)
+    (tmp_path / "questions" / "demo" / "heldout.jsonl").touch()
+    (tmp_path / "sft.jsonl").touch()
+
+    def call(*arms, fail="nothing"):
+        calls.write_text("")
+        env = {**os.environ, "PYTHON": str(stub), "RUN": str(tmp_path), "FAIL": fail}
+        done = subprocess.run(["bash", "variants/run.sh", *arms], cwd=ROOT, env=env, capture_output=True, text=True)
+        return done.returncode, [line.replace(f"{tmp_path}/", "") for line in calls.read_text().splitlines()]
+
+    return call
+
+
+def trainings(calls):
+    return [re.search(r"--lr (\S+) --seed (\d)", call).groups() for call in calls if "--lr" in call]
+
+
+def test_two_rates_with_one_seed_then_three_seeds_of_the_better_one(run_sh):
+    code, calls = run_sh("dft")
+    assert code == 0 and trainings(calls) == [("5e-4", "0"), ("2e-3", "0"), ("2e-3", "1"), ("2e-3", "2")]
+    first, second = [call for call in calls if call.startswith("eval.py")]
+    assert "dft/2e-3-0 dft/5e-4-0 --tasks" in first and "dft/2e-3-0 dft/2e-3-1 dft/2e-3-2 dft/5e-4-0 --tasks" in second
+    assert run_sh("dft") == (0, calls[-1:])  # only the table
+
+
+def test_a_failure_stops_and_the_next_run_goes_on(run_sh):
+    code, calls = run_sh("dft", fail="--seed 1")
+    assert code != 0 and trainings(calls) == [("5e-4", "0"), ("2e-3", "0"), ("2e-3", "1")]
+    code, calls = run_sh("dft")
+    assert code == 0 and trainings(calls) == [("2e-3", "1"), ("2e-3", "2")]
+
+
+def test_all_arms(run_sh):
+    code, calls = run_sh()
+    assert code == 0
+    arms = [call.split()[3].split("/")[-1] for call in calls if " record " in call]
+    lr = {(folder, rate) for call in calls for folder, rate in re.findall(r"--lr (\S+) .*--out (\w+)/", call)}
+    assert {"base", "sft", "kto", "first_3_blocks"} < set(arms) and len(lr) >= 2 * (len(arms) - 2)
+    baselines = {call.split()[3]: call.split("--baseline ")[1].split()[0] for call in calls if "--baseline" in call}
+    assert set(baselines.values()) == {"base", "sft", "kto", "random_half"} and baselines["dpo"] == "kto"
