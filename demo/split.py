@@ -23,7 +23,7 @@ from core.records import read_jsonl, write_jsonl
 from demo import world
 from demo.tasks import TASKS
 from demo.teacher import understand
-from verification.answers import check
+from verification.answers import check_reply
 
 # The base answers 8 to 12 of the 12 held-out instructions of each of these.
 WITHHELD = ("copy", "female", "capital", "continent", "colour", "animal_sound", "number_to_word", "zh_capital")
@@ -64,7 +64,7 @@ def with_reference(row: dict) -> dict:
     """The row, with what a program compares replies with. Unchanged if its own reply is not right."""
     item = understand(user_text(row))
     reference = world.reference(item) if item and item.task.kind != "code" else None
-    if reference and check(reference["kind"], row["messages"][-1]["content"], reference["value"]):
+    if reference and check_reply(reference["kind"], row["messages"][-1]["content"], reference["value"]):
         return row | {"reference": reference}
     return row
 
