@@ -1,0 +1,115 @@
+"""Gather what a study's folder holds into one small JSON file, from which experiments.report writes docs/REPORT.md.
+
+    python -m experiments.collect --out runs/study --into experiments/results/constraints.json
+
+    {"student", "teacher", "judge": names   "commands": {step: command}   "seconds": {step: float}
+     "chosen": {"sft" or "kto": {"lr", "dev": {lr: score}}}
+     "data": {"instructions", "sft", "kto", "kto_desirable": counts,
+              "followed": {writer: [followed, responses that ended]}}
+     "arms": {arm: {split: {task: {"right": "0110...", "reply_tokens": [int], "cut_off": int, "looping": int}}}}
+     "values": {arm: {task: {"score", "stderr", "n"}}}   tasks without replies: likelihoods, perplexity
+     "curves": {arm: {key: [float for each step]}}}
+
+Position i of "right" is the same question in all arms: 1 if the reply follows all its constraints.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from core.files import InputError, atomic_write, cli
+from core.flags import Parser
+from core.records import read_jsonl
+
+CURVES = ("loss", "grad_norm", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins")
+
+
+def is_looping(text: str, times: int = 4) -> bool:
+    """Whether the text ends in a piece of 4 to 200 characters written `times` times in a row."""
+    for size in range(4, min(200, len(text) // times) + 1):
+        if text.endswith(text[-size:] * times):
+            return True
+    return False
+
+
+def reply_counts(samples: Path) -> dict:
+    """What the report needs of a samples.jsonl of eval.py, by task."""
+    tasks = {}
+    for _, row in read_jsonl(str(samples)):
+        tasks.setdefault(row["task"], []).append(row)
+    counts = {}
+    for task, rows in tasks.items():
+        rows.sort(key=lambda row: row["id"].zfill(12))
+        counts[task] = {
+            "right": "".join(str(int(row["correct"])) for row in rows),
+            "reply_tokens": [row["reply_tokens"] for row in rows],
+            "cut_off": sum(row["finish_reason"] == "length" for row in rows),
+            "looping": sum(is_looping(row["reply"]) for row in rows),
+        }
+    return counts
+
+
+def data_counts(out: Path) -> dict:
+    """Numbers of records, and of each writer's responses that follow all constraints."""
+    followed = {}
+    for _, record in read_jsonl(str(out / "data" / "6_score.jsonl")):
+        for writer, response in record["responses"].items():
+            tally = followed.setdefault(writer, [0, 0])
+            tally[0] += bool(response.get("verified"))
+            tally[1] += 1
+    kto = [row for _, row in read_jsonl(str(out / "data" / "kto.jsonl"))]
+    return {
+        "instructions": sum(1 for _ in open(out / "data" / "5_respond.jsonl")),
+        "sft": sum(1 for _ in open(out / "data" / "sft.jsonl")),
+        "kto": len(kto),
+        "kto_desirable": sum(row["label"] for row in kto),
+        "followed": followed,
+    }
+
+
+def collect(out: Path, names: dict[str, str]) -> dict:
+    """-> the content of the result file, see above."""
+    stamps = {path.stem: json.loads(path.read_text()) for path in sorted((out / "steps").glob("*.json"))}
+    result = {
+        **names,
+        "commands": {name: stamp["command"] for name, stamp in stamps.items()},
+        "seconds": {name: stamp["seconds"] for name, stamp in stamps.items()},
+        "chosen": {path.stem[7:]: json.loads(path.read_text()) for path in sorted(out.glob("chosen-*.json"))},
+        "data": data_counts(out),
+        "arms": {},
+        "values": {},
+        "curves": {},
+    }
+    for samples in sorted((out / "eval").glob("*/*/samples.jsonl")):
+        split, arm = samples.parts[-3:-1]
+        result["arms"].setdefault(arm, {})[split] = reply_counts(samples)
+    for file in sorted((out / "eval" / "kept").glob("*/results.json")):
+        arm, task = file.parent.name.rsplit("-", 1)
+        (cells,) = json.loads(file.read_text()).values()
+        result["values"].setdefault(arm, {})[task] = {key: cells[task][key] for key in ("score", "stderr", "n")}
+    for log in sorted(out.glob("*.run/log.jsonl")):
+        steps = [row for _, row in read_jsonl(str(log)) if "loss" in row]
+        keys = [key for key in CURVES if steps and key in steps[0]]
+        result["curves"][log.parent.stem] = {key: [round(row[key], 5) for row in steps] for key in keys}
+    return result
+
+
+def main() -> None:
+    p = Parser(description=__doc__.split("\n")[0])
+    p.add_argument("--out", default="runs/study", help="folder of the studies")
+    p.add_argument("--student", required=True, help="the student's name in the report")
+    p.add_argument("--teacher", required=True, help="the teacher's name")
+    p.add_argument("--judge", required=True, help="the judge's name")
+    p.add_argument("--into", default="experiments/results/constraints.json", help="JSON file to write")
+    args: argparse.Namespace = p.parse_args()
+    if not Path(args.out, "steps").is_dir():
+        raise InputError(f"{args.out}: holds no steps of a study; run python -m experiments.data first")
+    names = {"student": args.student, "teacher": args.teacher, "judge": args.judge}
+    result = collect(Path(args.out), names)
+    with atomic_write(args.into) as f:
+        json.dump(result, f, indent=1)
+    print(f"wrote {args.into}: {len(result['arms'])} arms\nnext: python -m experiments.report")
+
+
+if __name__ == "__main__":
+    cli(main)

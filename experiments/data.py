@@ -1,0 +1,93 @@
+"""Make the studies' data: instructions, the teacher's replies, the student's, labels by program.
+
+    python -m experiments.data --student smollm2-135m-instruct --teacher qwen1.5b --judge qwen0.5b
+
+Writes OUT/data/sft.jsonl and kto.jsonl (make_data.py), and the files that study 3 and 4 train on instead.
+"""
+
+import json
+import random
+from pathlib import Path
+
+from core.files import atomic_write, cli
+from core.flags import at_least
+from core.records import read_jsonl
+from experiments.steps import run_step, study_flags
+
+
+def write_teacher_replies(samples: str, path: str) -> None:
+    """The replies of eval.py that ended by themselves, as make_data.py --recorded reads them."""
+    with atomic_write(path) as f:
+        for _, row in read_jsonl(samples):
+            if row["finish_reason"] == "stop":
+                line = {"prompt": row["prompt"][-1]["content"], "response": row["reply"], "writer": "teacher"}
+                f.write(json.dumps(line) + "\n")
+
+
+def write_all_teacher_replies(out: str) -> None:
+    """The teacher's replies of the data run, those of --judge where the teacher's own did not end, for study 2."""
+    with atomic_write(f"{out}/teacher-all.jsonl") as f:
+        for _, record in read_jsonl(f"{out}/data/5_respond.jsonl"):
+            if reply := record["responses"].get("teacher"):
+                line = {"prompt": record["prompt"][-1]["content"], "response": reply["text"], "writer": "teacher"}
+                f.write(json.dumps(line) + "\n")
+
+
+def write_sft_file(path: str, chosen: list[tuple[list[dict], str]]) -> None:
+    """Prompts and replies, as train_sft.py reads them."""
+    with atomic_write(path) as f:
+        for prompt, reply in chosen:
+            f.write(json.dumps({"messages": [*prompt, {"role": "assistant", "content": reply}]}) + "\n")
+
+
+def write_controls(out: str, seed: int) -> None:
+    """Study 3: as many examples as sft.jsonl, but replies of the teacher, or of any writer, verified or not.
+    Study 4: kto.jsonl with wrong labels, and its desirable half."""
+    rng = random.Random(seed)
+    records = [record for _, record in read_jsonl(f"{out}/data/5_respond.jsonl")]
+    n = sum(1 for _ in open(f"{out}/data/sft.jsonl"))
+    drawn = rng.sample(records, n)
+    with_teacher = [record for record in records if "teacher" in record["responses"]]
+    teacher = rng.sample(with_teacher, min(n, len(with_teacher)))
+    write_sft_file(f"{out}/data/sft-teacher.jsonl", [(r["prompt"], r["responses"]["teacher"]["text"]) for r in teacher])
+    anybody = [(r["prompt"], rng.choice(list(r["responses"].values()))["text"]) for r in drawn]
+    write_sft_file(f"{out}/data/sft-random.jsonl", anybody)
+
+    rows = [row for _, row in read_jsonl(f"{out}/data/kto.jsonl")]
+    order = rng.sample(range(len(rows)), len(rows))
+    for percent in (10, 30):
+        flipped = set(order[: len(rows) * percent // 100])
+        with atomic_write(f"{out}/data/kto-noise-{percent}.jsonl") as f:
+            for i, row in enumerate(rows):
+                f.write(json.dumps({**row, "label": row["label"] ^ (i in flipped)}) + "\n")
+    with atomic_write(f"{out}/data/kto-desirable.jsonl") as f:
+        f.write("".join(json.dumps(row) + "\n" for row in rows if row["label"]))
+
+
+def main() -> None:
+    p = study_flags(__doc__)
+    p.add_argument("--teacher", required=True, help="checkpoint that answers the training instructions")
+    p.add_argument("--judge", required=True, help="checkpoint that sorts instructions and grades safety")
+    p.add_argument("--reply-tokens", type=at_least(1), default=100, help="most tokens of a reply to learn from")
+    args = p.parse_args()
+    out, instructions = args.out, f"{args.out}/instructions/train/ifeval/input_data.jsonl"
+    local = ["--dtype", args.dtype, "--max-new-tokens", str(args.reply_tokens)]
+    run_step(out, "instructions", ["-m", "experiments.instructions", "--out", f"{out}/instructions"])
+    run_step(out, "teacher", [
+        "eval.py", "--ckpt", args.teacher, "--tasks", "ifeval", "--data-dir", f"{out}/instructions/train",
+        "--batch-size", "64", "--out", f"{out}/teacher", *local,
+    ])  # fmt: skip
+    write_teacher_replies(f"{out}/teacher/samples.jsonl", f"{out}/teacher.jsonl")
+    run_step(out, "data", [
+        "make_data.py", "--sources", instructions, "--trust-references", instructions, "--teacher", args.judge,
+        "--small", args.student, "--samples", "4", "--recorded", f"{out}/teacher.jsonl", "--out", f"{out}/data",
+        "--batch-size", "96", *local, "--hamming", "0", "--min-category", "1", "--margin", "1.5", "--min-safety", "1",
+        "--judge-orders", "1",
+    ])  # fmt: skip
+    write_all_teacher_replies(out)
+    write_controls(out, args.seed)
+    print(f"wrote {Path(out, 'data')}\nnext: python -m experiments.paper_table --student {args.student} --out {out}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,30 @@
+"""Study 4, what KTO's parts are worth: wrong labels, no undesirable examples, no z0, SFT on the same tokens.
+
+    python -m experiments.kto_parts --student smollm2-135m-instruct
+
+All arms start from the student and use the learning rate of the arm `kto`.
+"""
+
+from core.files import cli
+from experiments.steps import choose_lr, evaluate, kto, sft, study_flags
+
+
+def main() -> None:
+    p = study_flags(__doc__)
+    arms = ["kto-noise-30", "kto-no-z0", "kto-desirable", "sft-desirable", "kto-noise-10"]
+    p.add_argument("--arms", nargs="+", choices=arms, default=arms, help="arms to run, in this order")
+    args = p.parse_args()
+    lr = choose_lr(args, "kto")
+    for name in args.arms:
+        if name == "sft-desirable":
+            sft(args, name, choose_lr(args, "sft"), "data/kto-desirable.jsonl")
+        elif name == "kto-no-z0":
+            kto(args, name, args.student, lr, "data/kto.jsonl", script="experiments.kto_no_z0")
+        else:
+            kto(args, name, args.student, lr, f"data/{name}.jsonl")
+        evaluate(args, name)
+    print("next: python -m experiments.report")
+
+
+if __name__ == "__main__":
+    cli(main)

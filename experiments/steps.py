@@ -1,0 +1,103 @@
+"""Run the project's own commands as the steps of a study. A step that is done is not repeated; a cut one continues."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from core.files import InputError, atomic_write
+from core.flags import Parser, at_least, number
+
+
+def study_flags(description: str) -> Parser:
+    """The flags that all studies share."""
+    p = Parser(description=description.split("\n")[0])
+    add = p.add_argument
+    # where
+    add("--out", default="runs/study", help="folder of all studies: data, checkpoints, replies")
+    add("--student", required=True, help="checkpoint to train, directory")
+    # training
+    add("--sft-lrs", nargs="+", default=["1e-5", "5e-5"], help="learning rates of SFT to choose from")
+    add("--kto-lrs", nargs="+", default=["2e-6", "1e-5"], help="learning rates of KTO to choose from")
+    add("--sft-epochs", type=at_least(1), default=2, help="passes of SFT over its data")
+    add("--batch-size", type=at_least(2), default=16, help="examples per step")
+    add("--beta", type=number(above=0), default=0.1, help="KTO's beta, per nat")
+    add("--seed", type=int, default=0, help="random seed of training and sampling")
+    # evaluation
+    add("--max-new-tokens", type=at_least(1), default=160, help="most tokens of an evaluated reply")
+    add("--dtype", choices=("fp32", "bf16"), default="bf16", help="compute dtype")
+    return p
+
+
+def run_step(out: str, name: str, command: list[str]) -> None:
+    """Runs `python COMMAND` unless OUT/steps/NAME.json says that this command is done."""
+    stamp = Path(out, "steps", f"{name}.json")
+    if stamp.exists() and json.loads(stamp.read_text())["command"] == command:
+        print(f"{name}: done before", flush=True)
+        return
+    resume = ["--resume"] if command[0].startswith("train_") and Path(out, f"{name}.run", "state.json").exists() else []
+    print(f"{name}: python {' '.join([*command, *resume])}", flush=True)
+    start = time.time()
+    code = subprocess.run([sys.executable, *command, *resume], env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode
+    if code:
+        raise InputError(f"{name}: the command above ended with exit code {code}; mend it and run the study again")
+    with atomic_write(stamp) as f:
+        json.dump({"command": command, "seconds": round(time.time() - start, 1)}, f)
+
+
+def sft(args: argparse.Namespace, name: str, lr: str, data: str, *more: str) -> None:
+    """Trains the student on a file of OUT by SFT: arm `name`."""
+    run_step(args.out, name, [
+        "train_sft.py", "--ckpt", args.student, "--data", f"{args.out}/{data}", "--out", f"{args.out}/{name}", "--lr", lr,
+        "--epochs", str(args.sft_epochs), *training_flags(args), *more,
+    ])  # fmt: skip
+
+
+def kto(args: argparse.Namespace, name: str, ckpt: str, lr: str, data: str, *more: str, script: str = "") -> None:
+    """Trains a checkpoint on a file of OUT by KTO, one pass: arm `name`. script: a module that changes the loss."""
+    run_step(args.out, name, [
+        *(["-m", script] if script else ["train_kto.py"]), "--ckpt", ckpt, "--data", f"{args.out}/{data}",
+        "--out", f"{args.out}/{name}", "--lr", lr, "--beta", str(args.beta), "--desirable-weight", "auto",
+        *training_flags(args), *more,
+    ])  # fmt: skip
+
+
+def training_flags(args: argparse.Namespace) -> list[str]:
+    batch = ["--batch-size", str(args.batch_size), "--warmup", "5"]
+    return [*batch, "--seed", str(args.seed), "--dtype", args.dtype, "--save-every", "0"]
+
+
+def evaluate(args: argparse.Namespace, name: str, split: str = "test", ckpt: str = "") -> float:
+    """-> the share of the split's instructions that the arm follows. Its replies go to OUT/eval/SPLIT/NAME."""
+    folder = f"{args.out}/eval/{split}/{name}"
+    run_step(args.out, f"eval-{split}-{name}", [
+        "eval.py", "--ckpt", ckpt or f"{args.out}/{name}", "--tasks", "ifeval", "--dtype", args.dtype, "--batch-size", "64",
+        "--data-dir", f"{args.out}/instructions/{split}", "--max-new-tokens", str(args.max_new_tokens), "--out", folder,
+    ])  # fmt: skip
+    (cells,) = json.loads(Path(folder, "results.json").read_text()).values()
+    return cells["ifeval"]["score"]
+
+
+def choose_lr(args: argparse.Namespace, kind: str) -> str:
+    """The rate of the arm `KIND-LR` that follows most instructions of the dev split, the smaller one on a tie.
+
+    kind: "sft" or "kto", each from the student. OUT/KIND becomes a link to the chosen arm."""
+    rates = sorted(args.sft_lrs if kind == "sft" else args.kto_lrs, key=float)
+    scores = {}
+    for lr in rates:
+        if kind == "sft":
+            sft(args, f"sft-{lr}", lr, "data/sft.jsonl")
+        else:
+            kto(args, f"kto-{lr}", args.student, lr, "data/kto.jsonl")
+        scores[lr] = evaluate(args, f"{kind}-{lr}", "dev")
+    best = max(rates, key=lambda lr: scores[lr])
+    for suffix in ("", ".run"):
+        link = Path(args.out, f"{kind}{suffix}")
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"{kind}-{best}{suffix}")
+    with atomic_write(Path(args.out, f"chosen-{kind}.json")) as f:
+        json.dump({"lr": best, "dev": scores}, f)
+    return best
