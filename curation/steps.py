@@ -246,7 +246,7 @@ def water_level(counts: dict[str, int], target: int) -> tuple[dict[str, int], in
 def evenness(counts: dict[str, int]) -> tuple[float, float]:
     """{category: n} -> (entropy in nats, exp(entropy): the number of equal categories with that entropy)."""
     n = np.array([c for c in counts.values() if c], float)
-    entropy = float(-(n / n.sum() * np.log(n / n.sum())).sum()) if len(n) else 0.0
+    entropy = 0.0 - float((n / n.sum() * np.log(n / n.sum())).sum()) if len(n) else 0.0  # not -0.0
     return entropy, math.exp(entropy)
 
 
