@@ -2,7 +2,7 @@
 
     python -m experiments.collect --out runs/study --into experiments/results/constraints.json
 
-    {"student", "teacher", "judge": names   "commands": {step: command}   "seconds": {step: float}
+    {"student", "teacher": names   "commands": {step: command}   "seconds": {step: float}
      "chosen": {"sft" or "kto": {"lr", "dev": {lr: score}}}
      "data": {"instructions", "sft", "kto", "kto_desirable": counts,
               "followed": {writer: [followed, responses that ended]}}
@@ -99,12 +99,11 @@ def main() -> None:
     p.add_argument("--out", default="runs/study", help="folder of the studies")
     p.add_argument("--student", required=True, help="the student's name in the report")
     p.add_argument("--teacher", required=True, help="the teacher's name")
-    p.add_argument("--judge", required=True, help="the judge's name")
     p.add_argument("--into", default="experiments/results/constraints.json", help="JSON file to write")
     args: argparse.Namespace = p.parse_args()
     if not Path(args.out, "steps").is_dir():
         raise InputError(f"{args.out}: holds no steps of a study; run python -m experiments.data first")
-    names = {"student": args.student, "teacher": args.teacher, "judge": args.judge}
+    names = {"student": args.student, "teacher": args.teacher}
     result = collect(Path(args.out), names)
     with atomic_write(args.into) as f:
         json.dump(result, f, indent=1)

@@ -1,6 +1,6 @@
 """Make the studies' data: instructions, the teacher's replies, the student's, labels by program.
 
-    python -m experiments.data --student smollm2-135m-instruct --teacher qwen1.5b --judge qwen0.5b
+    python -m experiments.data --student smollm2-135m-instruct --teacher qwen1.5b
 
 Writes OUT/data/sft.jsonl and kto.jsonl (make_data.py), and the files that study 3 and 4 train on instead.
 """
@@ -10,9 +10,8 @@ import random
 from pathlib import Path
 
 from core.files import atomic_write, cli
-from core.flags import at_least
 from core.records import read_jsonl
-from experiments.steps import run_step, study_flags
+from experiments.steps import make_labels, run_step, study_flags
 
 
 def write_teacher_replies(samples: str, path: str) -> None:
@@ -21,15 +20,6 @@ def write_teacher_replies(samples: str, path: str) -> None:
         for _, row in read_jsonl(samples):
             if row["finish_reason"] == "stop":
                 line = {"prompt": row["prompt"][-1]["content"], "response": row["reply"], "writer": "teacher"}
-                f.write(json.dumps(line) + "\n")
-
-
-def write_all_teacher_replies(out: str) -> None:
-    """The teacher's replies of the data run, those of --judge where the teacher's own did not end, for study 2."""
-    with atomic_write(f"{out}/teacher-all.jsonl") as f:
-        for _, record in read_jsonl(f"{out}/data/5_respond.jsonl"):
-            if reply := record["responses"].get("teacher"):
-                line = {"prompt": record["prompt"][-1]["content"], "response": reply["text"], "writer": "teacher"}
                 f.write(json.dumps(line) + "\n")
 
 
@@ -67,10 +57,8 @@ def write_controls(out: str, seed: int) -> None:
 def main() -> None:
     p = study_flags(__doc__)
     p.add_argument("--teacher", required=True, help="checkpoint that answers the training instructions")
-    p.add_argument("--judge", required=True, help="checkpoint that sorts instructions and grades safety")
-    p.add_argument("--reply-tokens", type=at_least(1), default=100, help="most tokens of a reply to learn from")
     args = p.parse_args()
-    out, instructions = args.out, f"{args.out}/instructions/train/ifeval/input_data.jsonl"
+    out = args.out
     local = ["--dtype", args.dtype, "--max-new-tokens", str(args.reply_tokens)]
     run_step(out, "instructions", ["-m", "experiments.instructions", "--out", f"{out}/instructions"])
     run_step(out, "teacher", [
@@ -78,13 +66,7 @@ def main() -> None:
         "--batch-size", "64", "--out", f"{out}/teacher", *local,
     ])  # fmt: skip
     write_teacher_replies(f"{out}/teacher/samples.jsonl", f"{out}/teacher.jsonl")
-    run_step(out, "data", [
-        "make_data.py", "--sources", instructions, "--trust-references", instructions, "--teacher", args.judge,
-        "--small", args.student, "--samples", "4", "--recorded", f"{out}/teacher.jsonl", "--out", f"{out}/data",
-        "--batch-size", "96", *local, "--hamming", "0", "--min-category", "1", "--margin", "1.5", "--min-safety", "1",
-        "--judge-orders", "1",
-    ])  # fmt: skip
-    write_all_teacher_replies(out)
+    make_labels(args, "data", args.student, ["--recorded", f"{out}/teacher.jsonl"])
     write_controls(out, args.seed)
     print(f"wrote {Path(out, 'data')}\nnext: python -m experiments.paper_table --student {args.student} --out {out}")
 

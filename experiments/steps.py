@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from core.files import InputError, atomic_write
 from core.flags import Parser, at_least, number
+from experiments.stand_in import stand_in
 
 
 def study_flags(description: str) -> Parser:
@@ -26,14 +26,15 @@ def study_flags(description: str) -> Parser:
     add("--batch-size", type=at_least(2), default=16, help="examples per step")
     add("--beta", type=number(above=0), default=0.1, help="KTO's beta, per nat")
     add("--seed", type=int, default=0, help="random seed of training and sampling")
-    # evaluation
+    # data and evaluation
+    add("--reply-tokens", type=at_least(1), default=100, help="most tokens of a reply to learn from")
     add("--max-new-tokens", type=at_least(1), default=160, help="most tokens of an evaluated reply")
     add("--dtype", choices=("fp32", "bf16"), default="bf16", help="compute dtype")
     return p
 
 
-def run_step(out: str, name: str, command: list[str]) -> None:
-    """Runs `python COMMAND` unless OUT/steps/NAME.json says that this command is done."""
+def run_step(out: str, name: str, command: list[str], hidden: tuple[str, ...] = ()) -> None:
+    """Runs `python COMMAND HIDDEN` unless OUT/steps/NAME.json says that COMMAND is done."""
     stamp = Path(out, "steps", f"{name}.json")
     if stamp.exists() and json.loads(stamp.read_text())["command"] == command:
         print(f"{name}: done before", flush=True)
@@ -41,11 +42,23 @@ def run_step(out: str, name: str, command: list[str]) -> None:
     resume = ["--resume"] if command[0].startswith("train_") and Path(out, f"{name}.run", "state.json").exists() else []
     print(f"{name}: python {' '.join([*command, *resume])}", flush=True)
     start = time.time()
-    code = subprocess.run([sys.executable, *command, *resume], env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode
+    code = subprocess.run([sys.executable, *command, *hidden, *resume]).returncode
     if code:
         raise InputError(f"{name}: the command above ended with exit code {code}; mend it and run the study again")
     with atomic_write(stamp) as f:
         json.dump({"command": command, "seconds": round(time.time() - start, 1)}, f)
+
+
+def make_labels(args: argparse.Namespace, name: str, small: str, more: list[str]) -> None:
+    """Four responses of `small` to each training instruction, labelled by program: OUT/NAME/sft.jsonl and kto.jsonl."""
+    instructions = f"{args.out}/instructions/train/ifeval/input_data.jsonl"
+    with stand_in() as url:
+        run_step(args.out, name, [
+            "make_data.py", "--sources", instructions, "--trust-references", instructions, "--teacher-model", "stand-in",
+            "--small", small, "--samples", "4", "--out", f"{args.out}/{name}", "--dtype", args.dtype, "--batch-size", "96",
+            "--max-new-tokens", str(args.reply_tokens), "--hamming", "0", "--min-category", "1", "--margin", "1.5",
+            "--judge-orders", "1", *more,
+        ], hidden=("--teacher", url))  # fmt: skip
 
 
 def sft(args: argparse.Namespace, name: str, lr: str, data: str, *more: str) -> None:
