@@ -47,7 +47,11 @@ fi
 evaluate() { # FOLDER CHECKPOINT...: replies that are there are not asked for again
   $py eval.py --ckpt "${@:2}" --tasks demo --data-dir "$run/questions" --max-new-tokens 48 --batch-size 64 --out "$1/eval" >/dev/null
 }
-chosen() { [[ $only == "  " || $only == *" $1 "* ]] && [[ ! -f $run/results/$1.json ]]; } # is this arm to be done?
+arms=" "
+chosen() { # is this arm to be done?
+  arms+="$1 "
+  [[ $only == "  " || $only == *" $1 "* ]] && [[ ! -f $run/results/$1.json ]]
+}
 record() { $py -m variants.compare record "$run/$1" --out "$run/results" "${@:2}"; }
 
 train() { # FOLDER RATE SEED COMMAND...: a checkpoint FOLDER/RATE-SEED, and beside it the CPU seconds of its training
@@ -120,4 +124,7 @@ arm uds sft "$full" $py -m variants.uds --share 0.5 --data "$run/sft.jsonl" --ep
 arm random_half sft "$full" $py train_sft.py --data "$run/half.jsonl" --epochs 4 --batch-size 32
 arm got random_half "$full" got --epochs 4 --batch-size 32
 
+for name in "$@"; do
+  [[ $arms == *" $name "* ]] || { echo "error: no arm $name; the arms are$arms" >&2; exit 2; }
+done
 $py -m variants.compare table "$run/results" --out "$run/table.md"

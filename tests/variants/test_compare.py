@@ -207,3 +207,7 @@ def test_all_arms(run_sh):
     assert {"base", "sft", "kto", "first_3_blocks"} < set(arms) and len(lr) >= 2 * (len(arms) - 2)
     baselines = {call.split()[3]: call.split("--baseline ")[1].split()[0] for call in calls if "--baseline" in call}
     assert set(baselines.values()) == {"base", "sft", "kto", "random_half"} and baselines["dpo"] == "kto"
+
+
+def test_an_unknown_arm(run_sh):
+    assert run_sh("dtf") == (2, [])
