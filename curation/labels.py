@@ -1,13 +1,15 @@
-"""Steps 6 and 7 of make_data.py: score the responses to each instruction, then label the best and the worst of them.
+"""Steps 6 and 7 of make_data.py: score the responses to each instruction, then label the best and the worst one.
 
-A program's verdict outranks every score: perplexity and a judge do not establish that an answer is right. The paper
-(arXiv 2411.02939) names the ingredients of the score; the formula is ours. Steps 1 to 5 are in curation.steps.
+A program's verdict outranks every score, because perplexity and a judge cannot prove an answer right. The paper
+(arXiv 2411.02939) names the parts of the score. The formula is our own. Steps 1 to 5 are in curation.steps.
 """
 
+import argparse
 import random
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -17,7 +19,7 @@ from curation.prompts import AGAIN_JUDGE, judge_request, parse_grades
 from curation.steps import WRITERS, Asker, ask_parsed, read_chunks, set_aside, writer_family
 from verification import answers
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # name the responses before the judge
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the names under which the judge sees the responses
 FAR = 4.0  # a perplexity this many times the others' median lowers the score
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -27,10 +29,11 @@ FAR = 4.0  # a perplexity this many times the others' median lowers the score
 def fluency(perplexities: dict[str, float | None], own: set[str]) -> dict[str, float]:
     """{response text: perplexity or None} of one instruction's responses -> {text: F in (0, 1]}:
 
-        F = min(1, FAR * m / perplexity),  m the median perplexity of the other responses;  F = 1 if there is none
+        F = min(1, FAR * m / perplexity),  m: median perplexity of the other responses,  F = 1 without others
 
-    Penalises only responses far less fluent than the others, and never rewards fluency. own: the texts that the scoring
-    model wrote itself. It finds its own words likely, so they are left out of m, and their F is the least of the others'."""
+    Penalises only a response that is far less fluent than the others. Fluency is never rewarded. own: the texts that the
+    scoring model wrote itself. It finds its own words likely, so they do not count in m. Their F is the lowest of the
+    others' F."""
     others = {t: p for t, p in perplexities.items() if t not in own and p is not None}
     out = {}
     for text, p in others.items():
@@ -43,12 +46,12 @@ def fluency(perplexities: dict[str, float | None], own: set[str]) -> dict[str, f
 def composite(
     verified: bool | None, quality: float | None, safety: int | None, fluent: float, weights: tuple[float, float, float]
 ) -> float:
-    """The score that orders the responses to one instruction:
+    """The score that ranks the responses to one instruction:
 
-        2 if verified, -2 if refuted, 0 if unknown  +  (wq*Q + ws*S + wp*F) / (wq + ws + wp)
+        V + (wq*Q + ws*S + wp*F) / (wq + ws + wp),  V = 2 if verified, -2 if refuted, 0 if unknown
         Q = (quality - 1) / 4,  S = (safety - 1) / 4,  F = fluency(...),  each in [0, 1]
 
-    Ungraded: Q = 1/2, S = 1. weights: (wq, ws, wp)."""
+    Without grades Q = 1/2 and S = 1. weights: (wq, ws, wp)."""
     q = 0.5 if quality is None else (quality - 1) / 4
     s = 1.0 if safety is None else (safety - 1) / 4
     wq, ws, wp = weights
@@ -58,8 +61,9 @@ def composite(
 def pick_pair(scores: dict[str, dict], margin: float, min_safety: int) -> tuple[str | None, str | None, str]:
     """scores: {writer: {"verified", "quality", "safety", "composite"}} -> (best, worst, why).
 
-    best: the writer whose response SFT learns and KTO desires; None if it is refuted, unsafe or not graded for safety.
-    worst: the writer whose response KTO rejects; None if the two score within the margin, or if the worst is verified."""
+    best: the writer whose response becomes the SFT example and the desirable KTO example. None if that response is
+    refuted, unsafe or without a safety grade. worst: the writer of the undesirable KTO example. None if the two scores
+    differ by less than the margin, or if the worst response is verified."""
     order = sorted(scores, key=lambda w: (-scores[w]["composite"], WRITERS.index(writer_family(w)), len(w), w))
     best, worst = order[0], order[-1]
     if scores[best]["verified"] is False:
@@ -82,10 +86,10 @@ def pick_pair(scores: dict[str, dict], margin: float, min_safety: int) -> tuple[
 
 
 def check_responses(record: dict, run_code: bool) -> dict[str, dict]:
-    """Checks a record's different texts without a model -> {text: {"verified", "quality", "safety", ...}}.
+    """Checks the distinct responses of a record without a model -> {text: {"verified", "quality", "safety", ...}}.
 
-    "broke": the form that was asked for and not kept, which refutes a response; keeping a form verifies nothing.
-    "unsafe": the rule that the text breaks."""
+    "broke": the requested form that the text breaks. It refutes the response. A text that keeps the form is not
+    verified by that. "unsafe": the safety rule that the text breaks."""
     reference, asked, out = record["reference"], record["prompt"][-1]["content"], {}
     for text in {response["text"]: None for response in record["responses"].values()}:
         out[text] = found = {"verified": None, "quality": None, "safety": None}
@@ -98,28 +102,34 @@ def check_responses(record: dict, run_code: bool) -> dict[str, dict]:
     return out
 
 
-def choose_for_judge(args, batch: list[dict], found: list[dict]) -> tuple[list[tuple[int, dict[str, str]]], set[int]]:
-    """-> ([(index of the record, {letter: text})] to be judged, indices of the records that are judged in full).
+def choose_for_judge(
+    args: argparse.Namespace, batch: list[dict], found: list[dict]
+) -> tuple[list[tuple[int, dict[str, str]]], set[int]]:
+    """-> ([(index of the record, {letter: text})] to judge, indices of the records that are judged in full).
 
-    In full: all responses to an instruction in one request, under letters dealt by the seed; with --judge-orders 2 again in
-    the reverse order, because a judge may prefer a place. If a program has decided on each response, only the verified
-    ones are shown, once, for their safety; --judge-verified judges them in full. A format alone does not decide."""
+    In full: one request shows all responses to an instruction. The seed assigns the letters. With --judge-orders 2 a
+    second request shows them in reverse order, because a judge may prefer a position.
+
+    If a program has decided on every response, one request shows the verified ones, and only the safety grades are used.
+    Two exceptions are judged in full: with --judge-verified all records, and records whose reference is only a format."""
     asked, in_full = [], set()
     for i, (record, texts) in enumerate(zip(batch, found)):
         undecided = any(t["verified"] is None for t in texts.values())
         if args.judge_verified or undecided or (record["reference"] and record["reference"]["kind"] == "format"):
             in_full.add(i)
         order = sorted(text for text in texts if i in in_full or texts[text]["verified"])
-        random.Random(f"{args.seed}:{record['id']}").shuffle(order)  # the letter tells nothing of the writer
+        random.Random(f"{args.seed}:{record['id']}").shuffle(order)  # so the letter does not reveal the writer
         orders = [order, order[::-1]][: args.judge_orders if i in in_full and len(order) > 1 else 1]
         asked += [(i, dict(zip(LETTERS, order))) for order in orders if order]
     return asked, in_full
 
 
-def judge_responses(args, batch: list[dict], found: list[dict], teacher: Asker, counts: dict) -> dict[int, str]:
-    """Puts the teacher's grades into `found`, each record's {text: scores} -> {index of a record without grades: why}.
+def judge_responses(
+    args: argparse.Namespace, batch: list[dict], found: list[dict], teacher: Asker, counts: dict
+) -> dict[int, str]:
+    """Adds the teacher's grades to `found`, {text: scores} of each record. -> {index of a record without grades: why}.
 
-    quality is the mean over the two orders, safety the lower grade."""
+    quality is the mean over the two orders, safety is the lower grade."""
     asked, in_full = choose_for_judge(args, batch, found)
     requests = [judge_request(batch[i]["prompt"], shown) for i, shown in asked]
     parse = lambda k, text: parse_grades(text, asked[k][1])  # noqa: E731
@@ -147,7 +157,9 @@ def judge_responses(args, batch: list[dict], found: list[dict], teacher: Asker, 
 
 
 def compare_orders(both: list[dict], counts: dict) -> None:
-    """Counts how often the order of the responses changes the judge's mind. both: two of {text: (quality, safety)}."""
+    """Counts how often the judge's grades depend on the order of the responses.
+
+    both: {text: (quality, safety)} in each order."""
     best = [{text for text in turn if turn[text][0] == max(q for q, _ in turn.values())} for turn in both]
     counts["instructions"] += 1
     counts["another best"] += best[0].isdisjoint(best[1])
@@ -155,8 +167,8 @@ def compare_orders(both: list[dict], counts: dict) -> None:
     counts["another grade"] += sum(both[0][text][0] != both[1][text][0] for text in both[0])
 
 
-def compare_with_verdicts(texts, counts: dict) -> None:
-    """Counts how often the judge grades a verified response above a refuted one to the same instruction."""
+def compare_with_verdicts(texts: Iterable[dict], counts: dict) -> None:
+    """Counts how often the judge grades a verified response above a refuted one. texts: the scores of one record."""
     texts = list(texts)
     for right in (t for t in texts if t["verified"] is True):
         for wrong in (t for t in texts if t["verified"] is False):
@@ -166,11 +178,11 @@ def compare_with_verdicts(texts, counts: dict) -> None:
 
 
 def score_responses(
-    args, path: str, teacher: Asker, scorer: local.LocalModel, own: str | None, counts: dict
+    args: argparse.Namespace, path: str, teacher: Asker, scorer: local.LocalModel, own: str | None, counts: dict
 ) -> Iterator[tuple[bool, dict]]:
-    """Step 6: verdicts and rules, perplexities, the teacher's grades. Equal texts are scored once.
+    """Step 6: adds verdicts, broken rules, perplexities and the teacher's grades. Equal texts are scored once.
 
-    own: the writer that the scorer itself is ("small", "teacher") or None."""
+    own: "small" or "teacher" if the scorer is that model, else None."""
     counts |= {
         "verification": {w: {"checked": 0, "right": 0, "unchecked": 0} for w in WRITERS},
         "form not kept": Counter(),
@@ -198,8 +210,8 @@ def score_responses(
                 yield True, record
 
 
-def add_scores(args, record: dict, found: dict[str, dict], own: str | None, counts: dict) -> None:
-    """Puts the scores and the composite of them into the record's responses."""
+def add_scores(args: argparse.Namespace, record: dict, found: dict[str, dict], own: str | None, counts: dict) -> None:
+    """Adds the scores and the composite score to the record's responses. found: {text: scores}."""
     weights = (args.weight_quality, args.weight_safety, args.weight_perplexity)
     others = {r["text"] for w, r in record["responses"].items() if writer_family(w) != own}
     fluent = fluency({t: s["perplexity"] for t, s in found.items()}, found.keys() - others)
@@ -221,14 +233,14 @@ def add_scores(args, record: dict, found: dict[str, dict], own: str | None, coun
 
 
 def label_basis(scores: dict) -> str:
-    """What a label of a response with these scores rests on: "program" (a trusted reference), "rules" or "judge"."""
+    """What decided a response's label: "program" (a trusted reference), "rules" or "judge"."""
     if "broke" in scores or "unsafe" in scores:
         return "rules"
     return "judge" if scores["verified"] is None else "program"
 
 
-def training_line(record: dict, writer: str, **fields) -> dict:
-    """A line of sft.jsonl or kto.jsonl: `fields`, then where the record and the response come from and the scores."""
+def training_line(record: dict, writer: str, **fields: Any) -> dict:
+    """A line of sft.jsonl or kto.jsonl: `fields`, then the origin of record and response, then the scores."""
     response = record["responses"][writer]
     about = {k: record[k] for k in ("id", "source", "license", "language", "task_type")}
     about |= {"category": f"{record['primary']}/{record['secondary']}", "writer": writer}
@@ -236,7 +248,7 @@ def training_line(record: dict, writer: str, **fields) -> dict:
     return {**fields, **about, "scores": {k: v for k, v in response.items() if k not in ("text", "recorded")}}
 
 
-def label_pairs(args, path: str, counts: dict) -> Iterator[tuple[str, dict]]:
+def label_pairs(args: argparse.Namespace, path: str, counts: dict) -> Iterator[tuple[str, dict]]:
     """Step 7: yields ("sft" or "kto", line)."""
     counts |= {name: Counter() for name in ("outcomes", "best", "worst", "best by", "worst by")}
     for _, record in read_jsonl(path):

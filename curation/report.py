@@ -1,5 +1,6 @@
-"""The reports of make_data.py: report.md and report.json at the end; with --dry-run what a run would ask and cost."""
+"""Reports of make_data.py: report.md and report.json after a run, or the requests and costs that --dry-run expects."""
 
+import argparse
 import json
 import math
 
@@ -10,8 +11,8 @@ from curation.labels import LETTERS
 from curation.prompts import AGAIN_CLASSIFY, AGAIN_JUDGE, GREETING, JUDGE_CHARS, classify_request, clip, judge_request
 from curation.steps import WRITERS, evenness
 
-CATEGORY_TOKENS, GRADE_TOKENS = 20, 16  # of a likely reply: a category; the grades of one response
-FENCE_TOKENS = 20  # around each response in a request to the judge
+CATEGORY_TOKENS, GRADE_TOKENS = 20, 16  # length of a likely reply: a category; the grades of one response
+FENCE_TOKENS = 20  # length of the fence around each response in a request to the judge
 BASES = {"program": "a trusted reference, checked by a program", "rules": "rules", "judge": "the teacher's grades"}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -19,7 +20,7 @@ BASES = {"program": "a trusted reference, checked by a program", "rules": "rules
 
 
 def histogram(counts: dict[str, int], most: int = 40) -> list[str]:
-    """{name: n} -> rows of a Markdown table with bars, the largest first."""
+    """{name: n} -> the rows of a Markdown table with bars, the largest first. At most `most` rows, then a sum."""
     rows, top = sorted(counts.items(), key=lambda kv: (-kv[1], kv[0])), max(counts.values(), default=1)
     text = [f"| {name} | {n:,} | {'#' * math.ceil(30 * n / top)} |" for name, n in rows[:most]]
     return text + [f"| ... {len(rows) - most} more | {sum(n for _, n in rows[most:]):,} | |"] * (len(rows) > most)
@@ -31,7 +32,7 @@ def listed(counts: dict[str, int]) -> str:
 
 
 def steps_text(counts: dict) -> list[str]:
-    """What each step read, kept and dropped."""
+    """The table of what each step read, kept and dropped, and notes on the first steps."""
     text = ["# Alignment data", "", "| step | in | out | dropped |", "|---|---|---|---|"]
     for name, c in counts.items():
         if "in" in c:
@@ -46,15 +47,15 @@ def steps_text(counts: dict) -> list[str]:
     return [
         *text,
         "",
-        f"Prompts held by evaluation sets: {listed(dedup['held by'])}. Original responses taken out because they hold "
-        f"an evaluation question: {dedup['responses taken out']:,}.",
+        f"Prompts that contain a question of an evaluation set: {listed(dedup['held by'])}. Original responses removed "
+        f"because they contain one: {dedup['responses taken out']:,}.",
         "",
         f"Responses left out: {listed(counts['5_respond']['left out'])}.",
     ]
 
 
 def unanswered_text(counts: dict) -> list[str]:
-    """The requests that no model answered: how many in each step, and the first of them by record and reason."""
+    """The number of unanswered requests in each step, and the records and reasons of the first ones."""
     text = []
     for step, c in counts.items():
         if "unanswered" in c:
@@ -66,7 +67,7 @@ def unanswered_text(counts: dict) -> list[str]:
 
 
 def labels_text(counts: dict) -> list[str]:
-    """The labels, whose responses they are, and what they rest on."""
+    """The numbers of labels, by outcome, by writer and by what decided them."""
     labels, verification = counts["7_label"], counts["6_score"]["verification"]
     text = [
         "",
@@ -80,7 +81,7 @@ def labels_text(counts: dict) -> list[str]:
         share = f"{right / checked:.3f}" if checked else ""
         best, worst = labels["best"].get(w, 0), labels["worst"].get(w, 0)
         text.append(f"| {w} | {best} | {worst} | {checked} | {right} | {share} | {verification[w]['unchecked']} |")
-    text += ["", "| a label rests on | best | worst |", "|---|---|---|"]
+    text += ["", "| a label is decided by | best | worst |", "|---|---|---|"]
     text += [
         f"| {words} | {labels['best by'].get(k, 0):,} | {labels['worst by'].get(k, 0):,} |"
         for k, words in BASES.items()
@@ -97,17 +98,17 @@ def labels_text(counts: dict) -> list[str]:
 
 
 def judge_text(scores: dict) -> list[str]:
-    """How the judge agrees with programs and with itself. scores: the counts of step 6."""
+    """How often the judge agrees with programs and with itself. scores: the counts of step 6."""
     j, o = scores["judge against verification"], scores["judge in two orders"]
     text = [
         f"The teacher judged {scores['judged']:,} instructions, and {scores['judged for safety alone']:,} more for safety "
-        f"alone; {scores['asked again']:,} requests were sent again. Of {j['comparisons']:,} verified responses beside a "
-        f"refuted one it graded {j['agrees']:,} higher, {j['ties']:,} alike."
+        f"alone; {scores['asked again']:,} requests were sent again. In {j['comparisons']:,} comparisons of a verified with "
+        f"a refuted response it graded the verified one higher {j['agrees']:,} times and both alike {j['ties']:,} times."
     ]
     if o["instructions"]:
         text.append(
-            f"Of {o['instructions']:,} instructions judged in both orders {o['another best']:,} had another best response in "
-            f"the second; {o['another grade']:,} of {o['responses']:,} responses had another quality grade."
+            f"Of {o['instructions']:,} instructions judged in both orders, {o['another best']:,} had another best response in "
+            f"the second order. {o['another grade']:,} of {o['responses']:,} responses had another quality grade."
         )
     for name in ("form not kept", "unsafe by rule"):
         text += ["", f"{name.capitalize()}: {listed(scores[name])}."]
@@ -127,15 +128,15 @@ def categories_text(counts: dict, shape: dict) -> list[str]:
     return [
         *text,
         "",
-        f"Distinct 1-, 2- and 3-grams of {distinct['of instructions']:,} instructions, as shares of all: {distinct['before']} "
-        f"before, {distinct['after']} after.",
+        f"Shares of distinct 1-, 2- and 3-grams in {distinct['of instructions']:,} instructions: {distinct['before']} before, "
+        f"{distinct['after']} after.",
         "",
         "Spellings merged: " + ("; ".join(f"{k} ({', '.join(v)})" for k, v in merged.items()) or "none") + ".",
     ]
 
 
 def write_report(out: str, counts: dict) -> None:
-    """Writes report.json, every step's counts, and report.md, the same to read."""
+    """Writes every step's counts to report.json, and in words to report.md."""
     shape = {}
     for when in ("before", "after"):
         categories = counts["4_balance"][when]
@@ -163,19 +164,13 @@ def write_report(out: str, counts: dict) -> None:
 # --dry-run
 
 
-def estimate_rows(args, path: str, short: int) -> list[tuple]:
-    """-> [(step; at most: requests, tokens of prompts, tokens of replies; likely: tokens of prompts, of replies)].
+def estimate_rows(args: argparse.Namespace, path: str, short: int) -> list[tuple]:
+    """-> [(step, most requests, most prompt tokens, most reply tokens, likely prompt tokens, likely reply tokens)].
 
-    path: the records of step 2. short: the longest reply of a category or grades, in tokens.
-    At most: no record is dropped as unclassified or rare, each reply is as long as it may be, no two responses are equal,
-    and all categories and grades have to be asked for twice. Likely: replies are as long as the record's own response, or
-    half of --max-new-tokens if it has none."""
-    responses, classify, respond, judge = (
-        2 + args.samples,
-        [],
-        [],
-        [],
-    )  # tokens of each record's requests; judge's at most
+    path: the records of step 2. short: the longest reply with a category or grades, in tokens.
+    Most: no record is dropped, every reply has the maximum length, all responses differ, and every category and grade is
+    asked for twice. Likely: a reply is as long as the record's own response, or half of --max-new-tokens without one."""
+    responses, classify, respond, judge = 2 + args.samples, [], [], []  # three lists: tokens of each record's request
     n = verifiable = likely_replies = likely_judge = 0
     for n, (_, record) in enumerate(read_jsonl(path), 1):
         response, reference = record["response"] or "", record["reference"]
@@ -190,9 +185,9 @@ def estimate_rows(args, path: str, short: int) -> list[tuple]:
         kind = reference and reference["kind"]
         verifiable += bool(kind) and kind != "format" and (kind != "code" or args.allow_code_execution)
     left, asked = min(n, args.target), sum(respond)
-    respond, judge = (sorted(tokens)[-left:] for tokens in (respond, judge))  # the longest may be those that are left
-    again = [short + tokens_of(text) + 8 for text in (AGAIN_CLASSIFY, AGAIN_JUDGE)]  # what a second request adds
-    alone = 0 if args.judge_verified else verifiable / n  # the share that is judged once, for safety alone
+    respond, judge = (sorted(tokens)[-left:] for tokens in (respond, judge))  # balancing may keep the longest ones
+    again = [short + tokens_of(text) + 8 for text in (AGAIN_CLASSIFY, AGAIN_JUDGE)]  # tokens that a second request adds
+    alone = 0 if args.judge_verified else verifiable / n  # share of the records that are judged once, for safety alone
     orders, likely_orders = args.judge_orders, args.judge_orders * (1 - alone) + alone
     return [
         ("greeting", 1, request_tokens(GREETING), short, request_tokens(GREETING), 10),
@@ -203,29 +198,29 @@ def estimate_rows(args, path: str, short: int) -> list[tuple]:
     ]  # fmt: skip
 
 
-def dry_run(args, path: str, short: int, spent: list[int], answered: int) -> None:
-    """Prints what the teacher would be asked for the records of step 2 in `path`, what that would cost, and samples of it.
+def dry_run(args: argparse.Namespace, path: str, short: int, spent: list[int], answered: int) -> None:
+    """Prints how many requests the records of step 2 need, what they cost, and one sample of each kind.
 
-    spent: tokens of the replies in the log, `answered` of them."""
+    path: the records of step 2. short: see estimate_rows(). spent: tokens of the `answered` replies in the log."""
     rows = estimate_rows(args, path, short)
     rows.append(("together", *map(sum, list(zip(*rows))[1:])))
     unit, digits = ("price", 2) if args.prices else ("tokens", 0)
     head = ("requests", 12), ("tokens in", 16), ("tokens out", 16), (f"{unit} at most", 18), ("likely", 16)
-    print(f"\n{'asked of the teacher':<22}" + "".join(f"{name:>{width}}" for name, width in head))
+    print(f"\n{'requests to teacher':<22}" + "".join(f"{name:>{width}}" for name, width in head))
     for name, requests, into, out, *likely in rows:
         most, guess = price((into, out), args.prices), price(likely, args.prices)
         print(f"{name:<22}{requests:>12,}{into:>16,}{out:>16,}{most:>18,.{digits}f}{guess:>16,.{digits}f}")
     spent = price(spent, args.prices)
-    print("Upper bounds, except for the last column; a token is estimated as three bytes. "
-          f"{answered:,} replies are kept already; {spent:,.6g} is spent.")  # fmt: skip
+    print("All columns but the last are upper bounds. A token is estimated as three bytes. "
+          f"{answered:,} replies are kept already, for {spent:,.6g}.")  # fmt: skip
     if args.budget:
-        stops = "may not suffice: the run stops before it is exceeded, and goes on with more"
+        stops = "may not suffice: the run stops before it exceeds the budget, and a larger --budget continues it"
         print(f"The budget of {args.budget:,g} {'suffices' if spent + most <= args.budget else stops}.")
     _, record = next(read_jsonl(path))
     shown = record["response"] or "(none)", "(the teacher's response)", "(the small model's response)"
     requests = {"classify": classify_request(record["prompt"]), "respond": record["prompt"]}
     for name, messages in {**requests, "judge": judge_request(record["prompt"], dict(zip(LETTERS, shown)))}.items():
-        print(f"\n---- a request of {name}")
+        print(f"\n---- a request to {name}")
         for m in messages:
             print(f"[{m['role']}]\n{m['content']}")
-    print("\nNothing was asked. Without --dry-run this runs.")
+    print("\nNothing was sent. Leave out --dry-run to start the run.")
