@@ -1,4 +1,4 @@
-"""The files of make_data.py's steps: written whole, hashed, and kept while what they were made from is unchanged."""
+"""The output files of make_data.py's steps. A step is not run again while its input and arguments are unchanged."""
 
 import contextlib
 import hashlib
@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from core.files import InputError, atomic_write
 
 STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")
-FILES = [f"{step}{kind}.jsonl" for step in STEPS for kind in ("", ".dropped")]  # all that make_data.py writes
+FILES = [f"{step}{kind}.jsonl" for step in STEPS for kind in ("", ".dropped")]  # all files that make_data.py writes
 FILES += ["sft.jsonl", "kto.jsonl", "report.json", "report.md", "state.json", "replies.jsonl"]
-FORMAT = 5  # raise it when a step's output changes: older output is then made anew, out of the kept replies
-HINTS = {  # what to do if a step leaves no record
-    "1_collect": "see its .dropped.jsonl, and whether --sources hold records",
+FORMAT = 5  # raise it when a step's output changes; older output is then made again, from the kept replies
+HINTS = {  # advice if a step leaves no record
+    "1_collect": "see its .dropped.jsonl and check that the --sources contain records",
     "4_balance": "lower --min-category",
 }
 
@@ -31,7 +31,7 @@ def file_hash(path: str) -> str:
 
 
 def load_state(out: str) -> dict:
-    """{step: {"key", "counts", "files"}} of the steps done in `out`."""
+    """{step: {"key", "counts", "files"}} of the finished steps in `out`."""
     path = f"{out}/state.json"
     try:
         with open(path, encoding="utf-8") as f:
@@ -42,7 +42,9 @@ def load_state(out: str) -> dict:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{path}: corrupt; delete it to run the steps again (no reply is asked for twice)") from None
+        raise InputError(
+            f"{path}: corrupt; delete it to run the steps again (kept replies are not requested again)"
+        ) from None
 
 
 def save_state(out: str, state: dict) -> None:
@@ -51,14 +53,14 @@ def save_state(out: str, state: dict) -> None:
 
 
 def step_files(out: str, name: str) -> dict:
-    """{kind of line: path}: True and False are the kept and the dropped records of a step, "sft" and "kto" the last step's."""
+    """{kind: path} of a step's files. Kinds: True (kept records) and False (dropped ones); for the last step "sft" and "kto"."""
     if name == STEPS[-1]:
         return {kind: f"{out}/{kind}.jsonl" for kind in ("sft", "kto")}
     return {True: f"{out}/{name}.jsonl", False: f"{out}/{name}.dropped.jsonl"}
 
 
 def write_lines(files: dict, lines: Iterable[tuple]) -> dict:
-    """Writes (kind, line) into the file of its kind -> the numbers of lines, with the reasons of the dropped."""
+    """Writes each (kind, line) to the file of its kind. -> the numbers of lines, and the reasons of dropped ones."""
     n, reasons = Counter(), Counter()
     with contextlib.ExitStack() as stack:
         opened = {kind: stack.enter_context(atomic_write(path)) for kind, path in files.items()}
@@ -75,16 +77,16 @@ def write_lines(files: dict, lines: Iterable[tuple]) -> dict:
 def run_step(
     out: str, state: dict, name: str, inputs: list[str], arguments: dict, lines: Iterable[tuple], counts: dict
 ) -> dict:
-    """Writes a step's files, unless they exist and come from the same input files and arguments -> the step's counts.
+    """Writes a step's files, unless they were made from the same input files and arguments. -> the step's counts
 
-    lines: the step's generator of (kind, line), which fills `counts`; it is not started if the files are kept. A file that
-    was edited by hand is kept too, and the steps after it run again."""
+    lines: the step's generator of (kind, line), which fills `counts`. It is not started if the files are kept. A file
+    that was edited by hand is kept too. The steps after it then run again."""
     files = step_files(out, name)
     made_from = json.dumps([FORMAT, arguments, [file_hash(path) for path in inputs]], sort_keys=True)
     key = hashlib.sha256(made_from.encode()).hexdigest()
     reused = state.get(name, {}).get("key") == key and all(map(os.path.exists, files.values()))
     if not reused:
-        if state.pop(name, None):  # the old key is void before the first file is replaced
+        if state.pop(name, None):  # forget the old key before the first file is replaced
             save_state(out, state)
         written = write_lines(files, lines)
         hashes = {path: file_hash(path) for path in files.values()}
@@ -94,7 +96,7 @@ def run_step(
     say_step(name, counts, reused)
     for path, old in state[name]["files"].items():
         if reused and file_hash(path) != old:
-            print(f"{'':<11}   {path} was edited since: kept as it is; delete it to have it made again")
+            print(f"{'':<11}   {path} was edited since its step ran and is kept; delete it to make it again")
     if counts.get("out") == 0:
         raise InputError(f"{files[True]}: no record is left; {HINTS.get(name, 'see its .dropped.jsonl')}")
     return counts

@@ -1,16 +1,17 @@
 """Steps 1 to 5 of make_data.py: collect, deduplicate, classify, balance, respond. Steps 6 and 7 are in curation.labels.
 
-Each step is a generator: it reads records and yields lines, (True, record) for its own file and (False, {"id", "reason", ...})
-for a record that it drops. It fills `counts` with what else the report should say. The method is that of arXiv 2411.02939.
+Each step is a generator of lines. It yields (True, record) for a record that it keeps and (False, {"id", "reason", ...})
+for a record that it drops. It adds further numbers for the report to `counts`. The method is that of arXiv 2411.02939.
 """
 
+import argparse
 import hashlib
 import itertools
 import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -32,20 +33,20 @@ from curation.prompts import (
 from curation.task_types import conversation_type, language
 
 UNANSWERED, UNPARSED = "the teacher did not answer", "the teacher's reply did not parse, twice"
-NAMED = 20  # unanswered records that the report names
-WRITERS = ("original", "teacher", "small")  # further samples of the small model are small-2, small-3, ...
-CHUNK = 10_000  # records held in memory while models are asked
-DISTINCT = 20_000  # instructions that distinct-n looks at
+NAMED = 20  # most unanswered records that the report names
+WRITERS = ("original", "teacher", "small")  # further samples of the small model are named small-2, small-3, ...
+CHUNK = 10_000  # records in memory at a time
+DISTINCT = 20_000  # most instructions for which distinct-n is computed
 
 
 class Asker(NamedTuple):
-    """A model, the log of its replies, and the other arguments of ask_model()."""
+    """A model, the reply log, and the other arguments of ask_model()."""
 
     model: models.Teacher
     log: ReplyLog
     options: dict
 
-    def ask(self, prompts: list[list[dict]], desc: str, **sampling) -> list[dict]:
+    def ask(self, prompts: list[list[dict]], desc: str, **sampling: float) -> list[dict]:
         return models.ask_model(self.model, prompts, self.log, desc=desc, **sampling, **self.options)
 
 
@@ -60,8 +61,8 @@ def read_chunks(path: str) -> Iterator[list[dict]]:
     return iter(lambda: list(itertools.islice(records, CHUNK)), [])
 
 
-def dropped(record: dict, reason: str, **more) -> tuple[bool, dict]:
-    """The line of a dropped record."""
+def dropped(record: dict, reason: str, **more: Any) -> tuple[bool, dict]:
+    """The line of a dropped record. more: further keys of the line."""
     return False, {
         "id": record["id"],
         "reason": reason,
@@ -71,9 +72,10 @@ def dropped(record: dict, reason: str, **more) -> tuple[bool, dict]:
 
 
 def ask_parsed(asker: Asker, requests: list[list[dict]], parse: Callable, again: str, desc: str) -> tuple[list, int]:
-    """Asks; where a reply does not parse, asks once more with the words `again`. parse(i, text) -> value or None.
+    """Asks for replies and parses them. If a reply does not parse, asks once more with the words `again`.
 
-    -> ([(value or None, reason why None)], number of requests that were asked again)"""
+    parse(i, text) -> value, or None if the text does not parse.
+    -> ([(value or None, reason if None)], number of requests that were sent again)"""
     replies = asker.ask(requests, desc)
     out = [(parse(i, r.get("text", "")), why_unusable(r)) for i, r in enumerate(replies)]
     failed = [i for i, (value, reason) in enumerate(out) if value is None and reason == UNPARSED]
@@ -87,14 +89,14 @@ def ask_parsed(asker: Asker, requests: list[list[dict]], parse: Callable, again:
 
 
 def why_unusable(reply: dict) -> str:
-    """Why a teacher's reply, which did not parse, could not be used."""
+    """The reason why a teacher's reply did not parse."""
     held_back = reply.get("finish_reason") == "content_filter" and "held back by the endpoint"
     why = reply.get("error") or held_back
     return f"{UNANSWERED}: {why}" if why else UNPARSED
 
 
 def note_unanswered(counts: dict, name: str, why: str) -> None:
-    """Counts a request that a model did not answer. The report names the records of the first NAMED ones."""
+    """Counts a request that a model did not answer. Keeps the names and reasons of the first NAMED records."""
     unanswered = counts.setdefault("unanswered", {"requests": 0, "records": {}})
     unanswered["requests"] += 1
     if len(unanswered["records"]) < NAMED:
@@ -102,7 +104,7 @@ def note_unanswered(counts: dict, name: str, why: str) -> None:
 
 
 def set_aside(record: dict, reason: str, counts: dict) -> tuple[bool, dict]:
-    """The line of a record whose request got no usable reply. reason: of ask_parsed()."""
+    """The line of a record that is dropped without a usable reply. reason: from ask_parsed()."""
     reason, _, why = reason.partition(": ")
     if reason == UNANSWERED:
         note_unanswered(counts, record["id"], why)
@@ -113,10 +115,10 @@ def set_aside(record: dict, reason: str, counts: dict) -> tuple[bool, dict]:
 # Step 1
 
 
-def collect_sources(args, files: list[str], counts: dict) -> Iterator[tuple[bool, dict]]:
-    """Step 1: records of every shape -> one record for each instruction, with its task type by rule.
+def collect_sources(args: argparse.Namespace, files: list[str], counts: dict) -> Iterator[tuple[bool, dict]]:
+    """Step 1: reads records of every shape and yields one record per instruction, with its task type by rule.
 
-    A record cannot vouch for itself: its reference is used only if its file is in args.trust_references."""
+    A reference is kept only if args.trust_references names its file, because anybody can write one into a record."""
     counts |= {"by source": {}, "references not trusted": 0, "keys not read": {}}
     trusted_files = set(map(os.path.realpath, args.trust_references))
     for path, label in zip(files, sources.labels(files)):
@@ -134,7 +136,7 @@ def collect_sources(args, files: list[str], counts: dict) -> Iterator[tuple[bool
             unread.update(record_keys)
             licence = sources.licence(record) or licence_of_set
             for i, one in enumerate(found):
-                # numbers the records, not the lines: an array may be on one line
+                # n counts records, because an array may be on one line
                 name = f"{label}:{n}" + (f".{i}" if len(found) > 1 else "")
                 if one["reference"] and os.path.realpath(path) in trusted_files:
                     sources.check_reference(one["reference"], f"{path}:{line}")
@@ -155,7 +157,7 @@ def collect_sources(args, files: list[str], counts: dict) -> Iterator[tuple[bool
 
 
 def index_questions(files: list[str]) -> tuple[list[tuple[str, int, str]], dict]:
-    """Evaluation files -> [(the file's label, number, question)], the index of the questions for curation.contamination."""
+    """Evaluation files -> [(file's label, number, question)] and the index of the questions for curation.contamination."""
     asked = [
         (label, n, question)
         for path, label in zip(files, sources.labels(files, 3))
@@ -164,10 +166,10 @@ def index_questions(files: list[str]) -> tuple[list[tuple[str, int, str]], dict]
     return asked, contamination.index(question for _, _, question in asked)
 
 
-def deduplicate(args, path: str, files: list[str], counts: dict) -> Iterator[tuple[bool, dict]]:
-    """Step 2: drops near duplicates by simhash of the prompt, and prompts that hold a question of the evaluation `files`.
+def deduplicate(args: argparse.Namespace, path: str, files: list[str], counts: dict) -> Iterator[tuple[bool, dict]]:
+    """Step 2: drops near duplicates by simhash of the prompt, and prompts that contain a question of the evaluation files.
 
-    An original response that holds such a question is taken out of its record."""
+    An original response that contains such a question is removed from its record."""
     asked, questions = index_questions(files)
     responses = (r["response"] or "" for _, r in (read_jsonl(path) if questions else ()))
     bad_response = contamination.find_contamination(responses, contamination.without_near_questions(questions))
@@ -175,7 +177,7 @@ def deduplicate(args, path: str, files: list[str], counts: dict) -> Iterator[tup
 
     def prompts():
         for i, (_, r) in enumerate(tqdm(read_jsonl(path), desc="simhash", unit="record", disable=None)):
-            # of two copies the better one stays: one with a reference, then the longer response, then the first
+            # which duplicate to keep: one with a reference, then the longer response, then the first
             length = 0 if questions and bad_response[i] >= 0 else len(r["response"] or "")
             merit.append((r["reference"] is not None) * 10_000 + min(length, 2000))
             names.append(r["id"])
@@ -207,7 +209,7 @@ def deduplicate(args, path: str, files: list[str], counts: dict) -> Iterator[tup
 
 
 def classify(path: str, teacher: Asker, counts: dict) -> Iterator[tuple[bool, dict]]:
-    """Step 3: asks the teacher for a primary and a secondary category of each instruction."""
+    """Step 3: asks the teacher for the primary and secondary category of each instruction."""
     spellings, counts["asked again"] = defaultdict(set), 0
     for batch in read_chunks(path):
         requests = [classify_request(r["prompt"]) for r in batch]
@@ -225,9 +227,10 @@ def classify(path: str, teacher: Asker, counts: dict) -> Iterator[tuple[bool, di
 
 
 def water_level(counts: dict[str, int], target: int) -> tuple[dict[str, int], int]:
-    """counts: {category: n} -> (quotas, level): the most even quotas <= n whose sum is `target`, or all.
+    """{category: n} -> ({category: quota}, level): the most even quotas with quota <= n and sum `target` (or all records).
 
-    Categories up to the level stay whole, larger ones are cut to the level. The remainder goes to the largest, one each."""
+    Categories of at most `level` records are kept whole. Larger ones are cut to `level`. The remainder of the division
+    is given to the largest categories, one record each."""
     order = sorted(counts, key=lambda c: (counts[c], c))
     quotas, left = {}, min(target, sum(counts.values()))
     level = max(counts.values(), default=0)
@@ -244,14 +247,18 @@ def water_level(counts: dict[str, int], target: int) -> tuple[dict[str, int], in
 
 
 def evenness(counts: dict[str, int]) -> tuple[float, float]:
-    """{category: n} -> (entropy in nats, exp(entropy): the number of equal categories with that entropy)."""
+    """{category: n} -> (entropy in nats, exp(entropy)). The latter is the number of equal categories of that entropy."""
     n = np.array([c for c in counts.values() if c], float)
     entropy = 0.0 - float((n / n.sum() * np.log(n / n.sum())).sum()) if len(n) else 0.0  # not -0.0
     return entropy, math.exp(entropy)
 
 
-def draw_by_quota(args, names: list[str], keys: list[bytes]) -> tuple[set[int], dict[str, int], int]:
-    """names: the category of each record, keys: its place in the draw -> (indices of the drawn, quotas, water level)."""
+def draw_by_quota(
+    args: argparse.Namespace, names: list[str], keys: list[bytes]
+) -> tuple[set[int], dict[str, int], int]:
+    """Draws records up to their category's quota, in the order of their keys. names: the category of each record.
+
+    -> (indices of the drawn records, quotas, water level)"""
     counts = {c: n for c, n in Counter(names).items() if n >= args.min_category}
     quotas, level = water_level(counts, args.target)
     left, chosen = dict(quotas), set()
@@ -262,16 +269,16 @@ def draw_by_quota(args, names: list[str], keys: list[bytes]) -> tuple[set[int], 
     return chosen, quotas, level
 
 
-def balance(args, path: str, counts: dict) -> Iterator[tuple[bool, dict]]:
+def balance(args: argparse.Namespace, path: str, counts: dict) -> Iterator[tuple[bool, dict]]:
     """Step 4: drops rare secondary categories and samples the others down to one water level.
 
-    A hash of seed and id decides which records of a category stay, so the order of the input does not matter."""
+    A hash of seed and id decides which records stay, so the order of the input does not matter."""
     names, keys = [], []
     for _, r in read_jsonl(path):
         names.append(f"{r['primary']}/{r['secondary']}")
         keys.append(hashlib.sha256(f"{args.seed}:{r['id']}".encode()).digest()[:8])
     chosen, quotas, level = draw_by_quota(args, names, keys)
-    # distinct-n falls with the number of texts, so it looks at equally many before and after
+    # distinct-n falls as the number of texts grows, so it is computed on equally many before and after
     size = min(len(chosen), DISTINCT)
     before = set(sorted(range(len(names)), key=keys.__getitem__)[:size])
     after = set(sorted(chosen, key=keys.__getitem__)[:size])
@@ -300,7 +307,9 @@ def balance(args, path: str, counts: dict) -> Iterator[tuple[bool, dict]]:
 
 
 def why_left_out(reply: dict, text: str, must_respond: bool) -> str | None:
-    """The reason not to use a reply, None to use it. text: the reply's text, cleaned."""
+    """The reason to leave out a reply. None if it is used. text: the cleaned text of the reply.
+
+    must_respond: a reply that declines is left out too."""
     if "error" in reply:
         return "refused by the endpoint"
     if reply["finish_reason"] == "content_filter":
@@ -312,10 +321,13 @@ def why_left_out(reply: dict, text: str, must_respond: bool) -> str | None:
     return "declined" if must_respond and rules.declines(text) else None
 
 
-def ask_writers(args, batch: list[dict], teacher: Asker, small: Asker, recorded: dict) -> list[dict]:
-    """-> for each record {writer: reply}: the original response, the teacher's, --samples of the small model.
+def ask_writers(
+    args: argparse.Namespace, batch: list[dict], teacher: Asker, small: Asker, recorded: dict
+) -> list[dict]:
+    """-> {writer: reply} for each record: the original response, the teacher's, and --samples of the small model.
 
-    recorded: responses that need not be asked for, see sources.recorded_responses. The small model's first is greedy."""
+    The small model's first response is greedy. recorded: responses to use instead of asking, see
+    sources.recorded_responses()."""
     replies = [{"original": {"text": r["response"] or "", "finish_reason": "stop"}} for r in batch]
     writers = [("teacher", teacher, 0, {}), ("small", small, 0, {})]
     for k in range(1, args.samples):
@@ -335,12 +347,13 @@ def ask_writers(args, batch: list[dict], teacher: Asker, small: Asker, recorded:
 
 
 def respond(
-    args, path: str, teacher: Asker, small: Asker, files: list[str], counts: dict
+    args: argparse.Namespace, path: str, teacher: Asker, small: Asker, files: list[str], counts: dict
 ) -> Iterator[tuple[bool, dict]]:
-    """Step 5: the original response, the teacher's and the small model's to each instruction.
+    """Step 5: adds the original response, the teacher's and the small model's to each instruction.
 
-    Leaves out a response that is empty, cut off or holds a question of the evaluation `files`, and a teacher's that declines
-    although the category is not safety. The small model may decline: its response then shows what not to do."""
+    Leaves out responses that are empty, cut off, or contain a question of the evaluation files. A teacher's response that
+    declines is left out too, except in the category safety. A small model's response that declines is kept as an example
+    of what not to do."""
     counts |= {"left out": Counter(), "recorded": Counter()}
     questions = contamination.without_near_questions(index_questions(files)[1])
     recorded = {}

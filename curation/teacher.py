@@ -1,15 +1,16 @@
-"""A teacher is an OpenAI-compatible endpoint or a local checkpoint. Every reply is kept on disk at once.
+"""Asks a teacher: an OpenAI-compatible endpoint or a local checkpoint. Every reply is written to disk at once.
 
     teacher = open_teacher("http://localhost:8000/v1", model_name="Qwen2.5-7B-Instruct")     # or a checkpoint
     with open_replies("out/replies.jsonl") as log:
         replies = ask_model(teacher, prompts, log, max_tokens=256)          # prompts: list of message lists
 
-A run that is killed and started again asks only for the replies that it does not have yet.
+A run that was killed and is started again requests only the replies that are missing.
 """
 
 import asyncio
 import hashlib
 import json
+from typing import Any
 
 from tqdm import tqdm
 
@@ -24,20 +25,20 @@ Teacher = Endpoint | LocalModel
 def open_teacher(source: str, model_name: str | None = None, dtype: str = "fp32") -> Teacher:
     """source: http(s) URL of an OpenAI-compatible endpoint (.../v1), or a checkpoint (hub id, directory, .pt).
 
-    dtype: of a local checkpoint, a key of DTYPES. An endpoint's key is TEACHER_API_KEY; OPENAI_API_KEY counts for
-    https://api.openai.com alone. InputError for a bad URL or checkpoint; no connection is made yet."""
+    dtype: of a local checkpoint, a key of DTYPES. An endpoint's key is in TEACHER_API_KEY, or for
+    https://api.openai.com in OPENAI_API_KEY. InputError for a bad URL or checkpoint. Makes no connection yet."""
     if looks_like_url(source):
         return open_endpoint(source, model_name)
     return open_local(source, model_name, dtype)
 
 
 def open_replies(path: str) -> ReplyLog:
-    """The log of the replies of any teachers."""
+    """Opens the log of all teachers' replies."""
     return ReplyLog(path, {"text": str, "finish_reason": str})
 
 
 def reply_key(teacher: Teacher, messages: list[dict], parameters: dict) -> str:
-    """SHA-256 of model, parameters and messages, in hexadecimal."""
+    """The reply log's key of a request: SHA-256 of model, parameters and messages, in hexadecimal."""
     request = json.dumps([teacher.identity, parameters, messages], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(request.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -52,14 +53,13 @@ def ask_model(
     seed: int = 0,
     batch_size: int = 32,
     desc: str = "asking",
-    **endpoint_options,
+    **endpoint_options: Any,
 ) -> list[dict]:
-    """prompts: list of message lists -> a reply to each, in order: {"text", "finish_reason"}, or {"error"}, the reason.
+    """Asks for a reply to each prompt (a list of messages) -> in order {"text", "finish_reason"}, or {"error": reason}.
 
-    Equal prompts are asked once. finish_reason: "stop"; "length" if cut off at max_tokens; "content_filter" if the
-    endpoint held text back. An error is not kept in the log, so the next run asks again. batch_size: sequences that a
-    local checkpoint generates at once. endpoint_options: the last arguments of ask_endpoint, which also lists what it
-    raises."""
+    Equal prompts are sent once. finish_reason: "stop"; "length" if cut off at max_tokens; "content_filter" if the
+    endpoint held text back. Errors are not kept in the log, so the next run asks again. batch_size: of a local
+    checkpoint, in sequences. endpoint_options: the last arguments of ask_endpoint(), which also lists the errors raised."""
     parameters = {"max_tokens": max_tokens, "temperature": temperature}
     if temperature > 0:
         parameters |= {"top_p": top_p, "seed": seed}

@@ -1,10 +1,12 @@
-"""Many requests to an endpoint at once: workers, retries, limits, and what ends a run.
+"""Sends many requests to an endpoint at once, with retries, rate limits and a budget.
 
-Each worker sends one request after the other over its own connection. A request that fails for a passing reason (no
-connection, a timeout, HTTP 408, 429 or 5xx) is sent again after a pause. If it fails every time, the endpoint is sent a
-greeting: if that is answered, the request is set aside with its reason; if not, the run ends, and the same command goes
-on later. HTTP 429 says nothing against a request, so it gets several such rounds. A request that the endpoint refuses
-(another HTTP 4xx, a reply without text) is set aside at once.
+Each worker sends one request after the other over its own connection. A request that fails for a temporary reason (no
+connection, a timeout, HTTP 408, 429 or 5xx) is sent again after a pause. If all tries fail, the worker sends a greeting:
+- If the greeting is answered, only this request is at fault. It is set aside with its reason.
+- If not, the endpoint is down. The run ends, and the same command continues it later.
+
+HTTP 429 is not the request's fault, so all tries are made several times. A request that the endpoint refuses (another
+HTTP 4xx, a reply without text) is set aside at once.
 """
 
 import asyncio
@@ -13,6 +15,7 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from tqdm import tqdm
 
@@ -23,15 +26,15 @@ from curation.endpoint import Endpoint, RequestFailed, send
 from curation.http_client import Connection
 from curation.prompts import GREETING
 
-BACKOFF, BACKOFF_CAP = 1.0, 60.0  # seconds before the first retry; doubled for each further one, up to the cap
-FIRST_TRIES = 3  # tries before a server that was never reached counts as unreachable
-THROTTLED_ROUNDS = 4  # times that all tries are made for a request that fails with HTTP 429 while others are answered
-GREETING_TOKENS = 16  # longest reply to the greeting that tests whether an endpoint still answers
+BACKOFF, BACKOFF_CAP = 1.0, 60.0  # seconds before the first retry, doubled for each further one; the longest pause
+FIRST_TRIES = 3  # tries after which a server that has never answered counts as unreachable
+THROTTLED_ROUNDS = 4  # rounds of tries for a request that fails with HTTP 429 while other requests are answered
+GREETING_TOKENS = 16  # length of the longest reply to the greeting
 
 
 @dataclass
 class Session:
-    """What the workers of one ask_endpoint() share."""
+    """The state that the workers of one ask_endpoint() share."""
 
     endpoint: Endpoint
     log: ReplyLog
@@ -43,8 +46,8 @@ class Session:
     retries: int
     spent_before: float
     stop: asyncio.Event = field(default_factory=asyncio.Event)
-    ended_by: str = ""  # why the run ends before all is asked
-    answered: bool = False  # whether the endpoint has given any reply with a text
+    ended_by: str = ""  # the reason if the run ends early
+    answered: bool = False  # True once the endpoint has sent any text
 
 
 async def ask_endpoint(
@@ -57,15 +60,15 @@ async def ask_endpoint(
     concurrency: int = 16,
     timeout: float = 120.0,
     retries: int = 8,
-    **limits,
+    **limits: Any,
 ) -> None:
-    """Asks for all of todo, {key: messages}. Replies go into the log; errors gets {key: reason} where there is none.
+    """Sends all requests in todo, {key: messages}. Adds replies to the log, and {key: reason} to errors for the others.
 
-    concurrency: requests in flight. Each of so many workers takes the next request as soon as its last one is answered.
-    timeout: seconds for one whole reply. retries: further tries of a failed request. limits: the arguments of Limits.
+    concurrency: number of workers. A worker takes the next request as soon as its last one is answered. timeout: for one
+    whole reply, in seconds. retries: further tries of a failed request. limits: the arguments of Limits.
 
-    Raises InputError if the endpoint cannot be reached, refuses the key or answers nothing at all, and when the budget
-    is used up. Requests in flight are finished first, because they may have cost money."""
+    Raises InputError if the endpoint cannot be reached, refuses the key or answers nothing, or if the budget is used up.
+    Requests in flight are finished first, because they may cost money."""
     bounds = Limits(log, **limits)
     session = Session(endpoint, log, errors, parameters, bounds, bar, timeout, retries, bounds.spent())
     queue = iter(todo.items())
@@ -79,7 +82,7 @@ async def ask_endpoint(
 
 
 async def work(session: Session, queue: Iterator) -> None:
-    """One worker: asks for the rest of the queue, one request after the other."""
+    """One worker: takes requests from the queue until it is empty or the run ends."""
     with contextlib.closing(new_connection(session.endpoint)) as connection:
         for key, messages in queue:
             await ask_or_set_aside(session, connection, key, messages)
@@ -90,18 +93,18 @@ async def work(session: Session, queue: Iterator) -> None:
 
 
 async def ask_or_set_aside(session: Session, connection: Connection, key: str, messages: list[dict]) -> None:
-    """Puts the reply into the log, or the reason why there is none into the errors, or ends the run."""
+    """Adds the reply to the log, or the reason without a reply to the errors, or ends the run."""
     for last_round in (*[False] * (THROTTLED_ROUNDS - 1), True):
         try:
             reply = await ask_until_answered(session, connection, messages, session.parameters)
         except RequestFailed as e:
-            whose_fault = e.remedy == "retry" or e.status == 403  # this request's, or the endpoint's?
-            if e.remedy == "end" or (whose_fault and messages == GREETING):
+            endpoint_fault = e.remedy == "retry" or e.status == 403  # perhaps; a greeting tells
+            if e.remedy == "end" or (endpoint_fault and messages == GREETING):
                 return end(session, with_hint(e))
-            if whose_fault and not await still_answers(session):
+            if endpoint_fault and not await still_answers(session):
                 return
             if e.status == 429 and not last_round:
-                continue  # other requests were served first
+                continue  # other requests were served; start the next round
             session.errors[key] = e.reason
             session.limits.set_aside = [a + b for a, b in zip(session.limits.set_aside, e.used or (0, 0))]
         else:
@@ -115,9 +118,9 @@ async def ask_or_set_aside(session: Session, connection: Connection, key: str, m
 async def ask_until_answered(
     session: Session, connection: Connection, messages: list[dict], parameters: dict
 ) -> tuple[str, str, list[int]] | None:
-    """Sends a request until it is answered -> (text, finish_reason, usage); None if the run ends meanwhile.
+    """Sends a request until it is answered -> (text, finish_reason, usage). None if the run ends before that.
 
-    Raises RequestFailed when it is refused, or has failed for the last time."""
+    Raises RequestFailed if the request is refused or its last try fails."""
     size = [request_tokens(messages), parameters["max_tokens"]]
     if not await afford(session, size):
         return None
@@ -150,7 +153,7 @@ async def ask_until_answered(
 
 
 async def still_answers(session: Session) -> bool:
-    """Sends a greeting, to tell a request that always fails from an endpoint that is down. Ends the run if it fails."""
+    """Sends a greeting to find out whether the endpoint is down. Ends the run if the greeting fails."""
     with contextlib.closing(new_connection(session.endpoint)) as connection:
         try:
             reply = await ask_until_answered(
@@ -180,10 +183,10 @@ def new_connection(endpoint: Endpoint) -> Connection:
 
 
 async def afford(session: Session, size: list[int]) -> bool:
-    """Waits until the budget allows one more request of this size. False if the run ends, because it never will."""
+    """Waits until the budget allows one more request of this size. False if the run ends, also for lack of budget."""
     limits = session.limits
     while not session.stop.is_set() and not limits.affords(size):
-        if not any(limits.held):  # nothing in flight that could turn out cheaper
+        if not any(limits.held):  # no request is in flight that may cost less than its limit
             end(
                 session,
                 f"the budget of {limits.budget:,g} is used up ({limits.spent():,.6g} spent); raise --budget to go on",
@@ -198,7 +201,7 @@ def end(session: Session, reason: str) -> None:
 
 
 async def pause(session: Session, seconds: float, reason: str = "") -> None:
-    """Sleeps, at most until the run ends. The bar shows a wait of a second or more."""
+    """Sleeps until the time is over or the run ends. The progress bar shows pauses of a second or more."""
     if seconds >= 1:
         session.bar.set_postfix_str(f"waiting {seconds:.0f} s: {reason[:60]}")
     if seconds > 0:
