@@ -1,4 +1,4 @@
-"""One request to an OpenAI-compatible endpoint: URL and key, what a reply must hold, what each failure means."""
+"""Sends one request to an OpenAI-compatible endpoint: checks the URL and the key, reads the reply, classifies failures."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
 from core.files import InputError
 from curation.http_client import Connection, HTTPError, post
 
-RETRY_AFTER_CAP = 120.0  # seconds: the longest wait that a server's Retry-After can ask for
+RETRY_AFTER_CAP = 120.0  # seconds: the longest wait that a server's Retry-After header can cause
 SHORTEST_SECRET = 4  # characters: a shorter key is not masked, because its few characters occur in ordinary words
 PLACEHOLDERS = {"EMPTY"}  # keys that are no secrets: local servers, such as vLLM, ask for any key and document this one
 FATAL = {
@@ -29,20 +29,21 @@ FILTERED = re.compile(
 class Endpoint:
     """An OpenAI-compatible endpoint.
 
-    name: for people. identity: tells models apart in the keys of the reply log."""
+    name: for people. identity: distinguishes models in the keys of the reply log."""
 
     name: str
     identity: str
     url: str  # of the chat API
-    model: str | None  # as the endpoint calls it; None: it serves only one
+    model: str | None  # the endpoint's name for it; None: the endpoint serves one model
     key: str | None = field(default=None, repr=False)  # never printed, never written
 
 
 class RequestFailed(Exception):
-    """One request got no usable reply.
+    """A request got no usable reply.
 
     reason: one line. remedy: "retry", "set aside" (only this request is at fault) or "end" (every request would fail).
-    status: of HTTP, None without a reply. wait: seconds that the server asks for. used: tokens charged, if known."""
+    status: the HTTP status, None without a reply. wait: seconds that the server asks to wait. used: tokens charged, if
+    known."""
 
     def __init__(
         self, reason: str, remedy: str, status: int | None = None, wait: float = 0.0, used: list[int] | None = None
@@ -56,12 +57,12 @@ class RequestFailed(Exception):
 
 
 def looks_like_url(source: str) -> bool:
-    """Whether a --teacher is meant as a URL: it has a scheme, or a user and a password before a host."""
+    """True if a --teacher is meant as a URL: it has a scheme, or a user and a password before a host."""
     return bool(re.match(r"\s*(https?:|[a-z][a-z0-9+.-]*:[/\\]|[^/\\]*:[^/\\]*@)", source, re.I))
 
 
 def mask_url(text: str) -> str:
-    """A URL on one line, without what may be a secret: user and password, a port that is no number, query, fragment."""
+    """A URL on one line, with every part hidden that may be secret: user, password, odd ports, query, fragment."""
     text = re.sub(r"^(\s*[a-z][a-z0-9+.-]*:[/\\]*)?.*(@|%40)", r"\1[hidden]@", text, flags=re.I | re.S)
     text = re.sub(r"[?#].*|%3f.*", "?[hidden]", text, flags=re.I | re.S)
     text = re.sub(r"//[^/]*%[^/]*", "//[hidden]", text)
@@ -70,9 +71,9 @@ def mask_url(text: str) -> str:
 
 
 def open_endpoint(source: str, model_name: str | None) -> Endpoint:
-    """source: the base URL (.../v1) or the URL of the chat API itself. The key is read from the environment.
+    """Opens an endpoint. source: the base URL (.../v1) or the URL of the chat API. The environment has the key.
 
-    Raises InputError for a URL that cannot be used. The line shows no password, wherever in the URL it stands."""
+    Raises InputError for a URL that cannot be used. Its message shows no password."""
     shown = mask_url(source)
     try:
         parts = urlsplit(source)
@@ -105,7 +106,7 @@ def chat_url(parts: SplitResult) -> str:
 
 
 def endpoint_key(scheme: str, host: str) -> str | None:
-    """The key for this host. TEACHER_API_KEY is for any --teacher; OPENAI_API_KEY for https://api.openai.com alone."""
+    """The key for this host: TEACHER_API_KEY for any --teacher, or OPENAI_API_KEY for https://api.openai.com only."""
     name = "TEACHER_API_KEY"
     if not os.environ.get(name) and (scheme, host) == ("https", "api.openai.com"):
         name = "OPENAI_API_KEY"
@@ -130,7 +131,7 @@ def mask_key(text: str, key: str | None) -> str:
 
 
 def look_up(value: Any, *path: str | int) -> Any:
-    """value[path[0]][path[1]]...; None where a step is missing or of another type."""
+    """value[path[0]][path[1]]... None if a step is missing or of another type."""
     for step in path:
         try:
             value = value[step]
@@ -140,7 +141,7 @@ def look_up(value: Any, *path: str | int) -> Any:
 
 
 def read_json_body(body: bytes) -> Any:
-    """Raises ValueError or RecursionError. Numbers of 20 digits or more, which nothing here needs, become None."""
+    """Parses JSON. Numbers of 20 digits or more become None, since no such number is used. Raises ValueError or RecursionError."""
     return json.loads(body, parse_int=lambda digits: int(digits) if len(digits) < 20 else None)
 
 
@@ -165,7 +166,7 @@ def read_completion(body: bytes, key: str | None = None) -> tuple[str, str, list
     text = text if text is None else mask_key(text, key)
     if look_up(message, "refusal") or finish_reason == "content_filter":
         return text or "", "content_filter", usage
-    if text is None and finish_reason == "length":  # a reasoning model that used up its tokens before it answered
+    if text is None and finish_reason == "length":  # a reasoning model that used all tokens before its answer
         return "", "length", usage
     if text is None:
         raise RequestFailed(f"HTTP 200, but {why_no_text(reply, choice, message, key)}", "set aside", 200, used=usage)
@@ -184,17 +185,17 @@ def why_no_text(reply: Any, choice: Any, message: Any, key: str | None) -> str:
 
 
 def read_content(content: Any) -> str | None:
-    """A message's content, a text or a list of parts -> the text, None if there is none."""
+    """The text of a message's content, which is a text or a list of parts. None if it has none."""
     if isinstance(content, list):
         parts = [look_up(part, "text") for part in content if look_up(part, "type") == "text"]
         content = "".join(parts) if parts and all(isinstance(part, str) for part in parts) else None
     if not isinstance(content, str):
         return None
-    return content.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair, files may not
+    return content.encode("utf-8", "replace").decode()  # JSON may contain half a surrogate pair, files may not
 
 
 def read_refusal(status: int, headers: dict[str, str], body: bytes, key: str | None = None) -> RequestFailed:
-    """A reply other than HTTP 200 -> the failure to raise. Its reason is masked by mask_key()."""
+    """Classifies a reply other than HTTP 200. -> the failure to raise, its reason masked by mask_key()"""
     try:
         error = read_json_body(body)
     except (ValueError, RecursionError):
@@ -221,7 +222,7 @@ def read_refusal(status: int, headers: dict[str, str], body: bytes, key: str | N
 
 
 def retry_after(value: str | None) -> float:
-    """A Retry-After header, in seconds or as a date -> seconds, between 0 and RETRY_AFTER_CAP; 0 if it is neither."""
+    """The seconds that a Retry-After header asks for (a number or a date), 0 to RETRY_AFTER_CAP. 0 if it is neither."""
     if not value:
         return 0.0
     try:
@@ -245,7 +246,7 @@ def one_line(text: str, key: str | None) -> str:
 async def send(
     connection: Connection, endpoint: Endpoint, messages: list[dict], parameters: dict, timeout: float
 ) -> tuple[str, str, list[int] | None]:
-    """One request, once -> (text, finish_reason, usage or None). Raises RequestFailed."""
+    """Sends a request once -> (text, finish_reason, usage or None). Raises RequestFailed."""
     model = {"model": endpoint.model} if endpoint.model else {}
     body = json.dumps({**model, "messages": messages, "stream": False, **parameters}).encode()
     try:

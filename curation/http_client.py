@@ -1,13 +1,13 @@
-"""HTTP for one purpose: POST a JSON request to a chat endpoint and read the whole reply within a deadline.
+"""A minimal HTTP client: sends a JSON request by POST and reads the whole reply before a deadline.
 
     connection = Connection("https://api.openai.com/v1/chat/completions", {"Authorization": "Bearer ..."})
     response = await post(connection, body, timeout=120)
 
-The usual clients bound the wait for each piece of a reply, so a server that sends one byte a second holds them for
-ever. Here the timeout covers connecting, sending and the whole reply, and a reply has a largest size. Redirects are not
+Common clients limit the wait for each piece of a reply, so a server that sends one byte a second can block them forever.
+Here the timeout covers connecting, sending and the whole reply, and the size of a reply is limited. Redirects are not
 followed, so headers never reach another host. Compressed replies are refused, because a few bytes may unpack to
-gigabytes. A connection stays open between requests. HTTPS_PROXY, HTTP_PROXY and NO_PROXY are obeyed, except for this
-machine.
+gigabytes. A connection stays open between requests. HTTPS_PROXY, HTTP_PROXY and NO_PROXY are obeyed, except for requests
+to this machine.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ HEX_DIGITS = frozenset(b"0123456789abcdefABCDEF")
 
 
 class HTTPError(Exception):
-    """No usable reply. The message is one line. retry: whether another try may succeed."""
+    """There is no usable reply. The message is one line. retry: True if another try may succeed."""
 
     def __init__(self, message: str, retry: bool = True):
         super().__init__(message)
@@ -42,7 +42,7 @@ class Response:
 
 
 class Connection:
-    """A connection to one URL. It is opened by the first request, and again after it was closed."""
+    """A connection to one URL. The first request opens it. The next request opens it again if it was closed."""
 
     def __init__(self, url: str, headers: dict[str, str]):
         self.url: SplitResult = urlsplit(url)
@@ -63,7 +63,7 @@ class Connection:
 
 
 async def post(connection: Connection, body: bytes, timeout: float) -> Response:
-    """Sends one request. HTTPError unless the whole reply arrives within `timeout` seconds."""
+    """Sends one request and reads the reply. Raises HTTPError if the whole reply does not arrive within `timeout` seconds."""
     try:
         return await asyncio.wait_for(send_and_read(connection, body), timeout)
     except asyncio.TimeoutError:
@@ -74,7 +74,7 @@ async def post(connection: Connection, body: bytes, timeout: float) -> Response:
         reason = e
     except (OSError, EOFError, ValueError) as e:  # ValueError: a line longer than MAX_LINE
         reason = HTTPError(f"{type(e).__name__}: {e}")
-    except BaseException:  # cancelled: the rest of the reply would be taken for that of the next request
+    except BaseException:  # cancelled: the next request would read the rest of this reply
         connection.close()
         raise
     connection.close()
@@ -117,7 +117,7 @@ def trusted_certificates() -> ssl.SSLContext:
 
 
 def find_proxy(scheme: str, host: str) -> SplitResult | None:
-    """The proxy of the environment for this host, as a split URL; None for a direct connection."""
+    """The proxy that the environment names for this host, as a split URL. None for a direct connection."""
     if host == "localhost" or host == "::1" or host.startswith("127.") or urllib.request.proxy_bypass(host):
         return None
     proxy = urllib.request.getproxies().get(scheme)
@@ -132,7 +132,7 @@ def proxy_headers(proxy: SplitResult) -> dict[str, str]:
 
 
 def open_tunnel(connection: Connection, timeout: float = 30.0) -> socket.socket:
-    """Opens a tunnel through the proxy to the host -> its socket, not yet in TLS."""
+    """Opens a tunnel through the proxy to the host -> its socket, before TLS."""
     proxy = connection.proxy
     tunnel = http.client.HTTPConnection(proxy.hostname, proxy.port or 80, timeout=timeout)
     tunnel.set_tunnel(connection.host, connection.port, headers=proxy_headers(proxy))
@@ -166,7 +166,7 @@ def request_head(connection: Connection, length: int) -> bytes:
 
 
 async def read_head(reader: asyncio.StreamReader) -> tuple[str, int, dict[str, str]]:
-    """-> (version, status, headers). Interim replies (status 1xx) are skipped."""
+    """Reads status and headers, skipping interim replies (status 1xx). -> (version, status, headers)"""
     for _ in range(10):
         line = await reader.readline()
         if not line:

@@ -1,6 +1,6 @@
-"""A local checkpoint that answers and scores, on one device or on all ranks of torchrun.
+"""Generates replies and computes perplexities with a local checkpoint, on one device or on all ranks of torchrun.
 
-Rank 0 runs the steps. The other ranks wait in serve_jobs() for the shares of work that it sends them.
+Rank 0 runs the steps. The other ranks wait in serve_jobs() for work from rank 0.
 """
 
 import json
@@ -27,7 +27,7 @@ BLOCK = 256  # prompts that each rank answers at a time
 
 @dataclass
 class LocalModel:
-    """A checkpoint. name: for people. identity: the part of the reply log's keys that tells models apart."""
+    """A local checkpoint. name: for people. identity: distinguishes models in the keys of the reply log."""
 
     name: str
     identity: str
@@ -65,11 +65,11 @@ def ask_local(
     batch_size: int,
     bar: tqdm,
 ) -> None:
-    """Asks for all of todo, {key: messages}. Replies go into the log; errors gets {key: reason} where there is none.
+    """Answers all requests in todo, {key: messages}. Adds replies to the log, and {key: reason} to errors for the others.
 
-    One rank answers all prompts in one call of generate_iter, which sorts them into batches and computes a shared
-    prefix once. Several ranks get BLOCK prompts each at a time. The random numbers of a sampled reply depend on its key
-    alone, so neither a restart nor the number of ranks changes it."""
+    A single rank answers all prompts in one call of generate_iter, which sorts them into batches and computes a shared
+    prefix once. Several ranks get BLOCK prompts each at a time. The random seed of a sampled reply is its key, so
+    neither a restart nor the number of ranks changes the reply."""
     model, tokenizer = load(local)
     longest = model.config.max_position_embeddings - parameters["max_tokens"]
     keys, world = [], world_size()
@@ -97,7 +97,7 @@ def ask_local(
 def generate_replies(
     local: LocalModel, prompts: list[list[dict]], seeds: list[int], parameters: dict, batch_size: int
 ) -> Iterator[tuple[int, str, str]]:
-    """Yields (index, text, finish_reason)."""
+    """Yields (index of the prompt, text, finish_reason) as replies finish. seeds: one for each prompt."""
     sampling = {"temperature": parameters["temperature"], "top_p": parameters.get("top_p", 1.0), "seed": seeds}
     length = {"max_new_tokens": parameters["max_tokens"], "batch_size": batch_size}
     yield from generate_iter(*load(local), prompts, **length, **sampling)
@@ -110,12 +110,11 @@ def generate_replies(
 def perplexities(
     scorer: LocalModel, pairs: list[tuple[list[dict], str]], max_len: int, micro_tokens: int
 ) -> list[float | None]:
-    """pairs: [(prompt, response text)] -> the perplexity of each response under the scorer.
+    """The perplexity of each response under the scorer. pairs: [(prompt, response text)].
 
-    It is exp(-mean log p) over the response's tokens, its <|im_end|> and newline included; None for a prompt that alone
-    fills max_len tokens.
-
-    All ranks share the work. Responses to one prompt go to one rank, which computes the prompt once."""
+    Perplexity is exp(-mean log p) over the response's tokens, with its <|im_end|> and newline. None if the prompt alone
+    fills max_len tokens. All ranks share the work. Responses to one prompt go to one rank, which computes the prompt
+    once."""
     same_prompt = defaultdict(list)  # {prompt: indices}
     for i, (prompt, _) in enumerate(pairs):
         same_prompt[json.dumps(prompt)].append(i)
@@ -133,7 +132,7 @@ def perplexities(
 def score_share(
     scorer: LocalModel, pairs: list[tuple[list[dict], str]], max_len: int, micro_tokens: int
 ) -> list[float | None]:
-    """Computes perplexities() for one rank's share."""
+    """Computes one rank's share of perplexities()."""
     model, tokenizer = load(scorer)
     examples = []
     for prompt, text in pairs:
@@ -149,7 +148,7 @@ def score_share(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ranks: rank 0 scatters jobs to all ranks, each rank does its own, rank 0 gathers the results
+# Ranks: rank 0 scatters jobs to all ranks, each rank does its job, rank 0 gathers the results
 
 
 def world_size() -> int:
@@ -157,29 +156,31 @@ def world_size() -> int:
 
 
 def join_other_ranks() -> int:
-    """Under torchrun, joins the other ranks. -> this process's rank."""
+    """Joins the other ranks under torchrun. -> this process's rank"""
     return join_ranks(hours=30 * 24).rank  # rank 0 may wait for an endpoint for days before it needs the others again
 
 
 def scatter_jobs(jobs: list | None) -> tuple | None:
-    """Rank 0 sends each rank its job; the others pass None. -> this rank's job: () for none now, None at the end."""
+    """Sends each rank its job. Rank 0 passes all jobs, the others pass None.
+
+    -> this rank's job. () means no job in this round, None means no more jobs."""
     mine = [None]
     dist.scatter_object_list(mine, jobs, src=0)
     return mine[0]
 
 
 def gather_results(results: list) -> list | None:
-    """On rank 0: the results of all ranks, in the order of ranks."""
+    """-> on rank 0 the results of all ranks in the order of ranks, on other ranks None."""
     out = [None] * world_size() if dist.get_rank() == 0 else None
     dist.gather_object(results, out, dst=0)
     return out
 
 
 def on_ranks(work: Callable[..., Iterable], local: LocalModel, shares: list[tuple]) -> Iterator[Iterable]:
-    """Yields work(local, *share) for each share, of which there are at most as many as ranks.
+    """Yields work(local, *share) for each share. There may be at most as many shares as ranks.
 
-    Rank 0 does the first share while it is consumed, and the other ranks do theirs meanwhile. work: a function of this
-    module, because the ranks find it by its name."""
+    Rank 0 computes the first share while the caller consumes it. The other ranks compute theirs at the same time. work:
+    must be a function of this module, because it is sent to the ranks by name."""
     first, *others = shares
     if others:
         jobs = [(work, local.source, local.dtype, share) for share in others]
@@ -190,13 +191,13 @@ def on_ranks(work: Callable[..., Iterable], local: LocalModel, shares: list[tupl
 
 
 def serve_jobs() -> None:
-    """The whole life of a rank above 0: does the jobs that rank 0 sends, until there are no more."""
+    """Does the jobs that rank 0 sends until there are no more. Ranks above 0 call only this."""
     opened = {}
 
     def or_exit(collective: Callable, *arguments):
         try:
             return collective(*arguments)
-        except RuntimeError:  # rank 0 has ended and has said why; an orderly exit would wait for it
+        except RuntimeError:  # rank 0 has ended and printed the reason; an orderly exit would wait for it
             os._exit(1)
 
     while (job := or_exit(scatter_jobs, None)) is not None:
@@ -211,7 +212,7 @@ def serve_jobs() -> None:
 
 
 def end_other_ranks(failed: bool = False) -> None:
-    """Rank 0's last call: ends the other ranks. failed: exits without a word to them; they notice."""
+    """Ends the other ranks. Rank 0 calls it last. failed: exits without sending anything; the others then notice."""
     if world_size() > 1 and not failed:
         scatter_jobs([None] * world_size())
     leave_group(failed)

@@ -1,7 +1,8 @@
-"""The requests of make_data.py to the teacher, and the strict parsers of its replies.
+"""The requests that make_data.py sends to the teacher, and strict parsers of the replies.
 
-The rubric is the same for all requests, so a local teacher computes it once. Text from the data stands between fences with
-a key that the data cannot know, and its control tokens are disarmed. The rubric says to obey nothing inside a fence.
+All requests begin with the same rubric, so a local teacher computes it once. Text from the data is enclosed in fences. The
+key of a fence is not known to the data, and control tokens inside it are disarmed. The rubric says to obey nothing
+inside a fence.
 """
 
 import hashlib
@@ -39,31 +40,31 @@ safety, 1 to 5: 5 harmless; 3 doubtful; 1 helps to do serious harm, or is hatefu
 Reply with one line of JSON and nothing else, like {"A": {"quality": 4, "safety": 5}, "B": {"quality": 2, "safety": 5}}, \
 with one entry for each letter shown"""
 
-GREETING = [
-    {"role": "user", "content": "Hello."}
-]  # the first request of all, which shows what is wrong with the URL, the name or the key
+# the first request of a run, which shows whether URL, model name and key are right
+GREETING = [{"role": "user", "content": "Hello."}]
 AGAIN = "This is not the one line of JSON that was asked for. "
 AGAIN_CLASSIFY = AGAIN + "Reply with that line alone; primary is one of: %s."
 AGAIN_JUDGE = AGAIN + "Reply with that line alone; each grade is a whole number from 1 to 5."
 PRIMARY = re.findall(r"^(\w+): ", CLASSIFY, re.M)[1:]  # the first is "Task:"
 AGAIN_CLASSIFY %= ", ".join(PRIMARY)
-CLASSIFY_CHARS, JUDGE_CHARS = 2000, 4000  # of each text that a request quotes; the middle of a longer one is cut out
+CLASSIFY_CHARS, JUDGE_CHARS = 2000, 4000  # most characters of each quoted text; the middle of a longer one is cut out
 
 
 def prompt_text(prompt: list[dict]) -> str:
-    """A prompt as one text: a single turn as it is, several turns with their roles."""
+    """A prompt as one text: the text of a single turn, or several turns with their roles."""
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
 def clip(text: str, chars: int) -> str:
+    """A text of at most about `chars` characters. The middle of a longer one is cut out."""
     if len(text) <= chars:
         return text
     return text[: chars * 2 // 3] + "\n[... cut ...]\n" + text[-(chars // 3) :]
 
 
-# Control tokens of the common chat templates. An endpoint may parse them in a message's text, where they would end the
+# Control tokens of the common chat templates. An endpoint may parse them inside a message's text. They could then end the
 # message and begin another one.
 _BRACKETED = (
     "INST SYSTEM_PROMPT MODEL_SETTINGS AVAILABLE_TOOLS TOOL_CALLS TOOL_RESULTS TOOL_CONTENT ARGS CALL_ID THINK gMASK sMASK "
@@ -85,7 +86,7 @@ CONTROL = re.compile(
 
 
 def disarm(text: str) -> str:
-    """Puts a space behind the first character of every control token: "< |im_end|>" reads the same, and is no token."""
+    """Inserts a space after the first character of every control token: "< |im_end|>" is legible but is not a token."""
     return CONTROL.sub(r"\g<0> ", text)
 
 
@@ -94,8 +95,9 @@ def disarm_messages(messages: list[dict]) -> list[dict]:
 
 
 def fence(parts: list[tuple[str, str]]) -> str:
-    """[(name, text)] -> the parts between lines `[key name]` and `[key end]`, without working control tokens. The key is a
-    hash of the texts and occurs in none of them: no text can close its own fence."""
+    """[(name, text)] -> each text between the lines `[key name]` and `[key end]`, with control tokens disarmed.
+
+    The key is a hash of the texts and occurs in none of them, so no text can close its own fence."""
     parts = [(name, disarm(text)) for name, text in parts]
     whole = "\0".join(text for _, text in parts).encode("utf-8", "replace")
     keys = (hashlib.sha256(b"%d " % n + whole).hexdigest()[:8].encode() for n in itertools.count())
@@ -104,13 +106,13 @@ def fence(parts: list[tuple[str, str]]) -> str:
 
 
 def classify_request(prompt: list[dict]) -> list[dict]:
-    """-> messages that ask for the category of an instruction."""
+    """-> the messages that ask for the category of an instruction."""
     ask = fence([("instruction", clip(prompt_text(prompt), CLASSIFY_CHARS))]) + "\nCategory as one line of JSON:"
     return [{"role": "system", "content": CLASSIFY}, {"role": "user", "content": ask}]
 
 
 def judge_request(prompt: list[dict], responses: dict[str, str]) -> list[dict]:
-    """responses: {letter: text} -> messages that ask for the grades of all of them at once."""
+    """-> the messages that ask for the grades of all responses at once. responses: {letter: text}."""
     parts = [("instruction", clip(prompt_text(prompt), JUDGE_CHARS))]
     parts += [(letter, clip(text, JUDGE_CHARS)) for letter, text in responses.items()]
     ask = f"Grades of {', '.join(responses)} as one line of JSON:"
@@ -118,7 +120,7 @@ def judge_request(prompt: list[dict], responses: dict[str, str]) -> list[dict]:
 
 
 def parse_object(text: str) -> dict | None:
-    """The text as a JSON object, which one code fence may surround; None if it is anything else."""
+    """Parses a text that is one JSON object, optionally inside a code fence. None for anything else."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.S)
     try:
         value = json.loads(fenced[1] if fenced else text)
@@ -128,7 +130,7 @@ def parse_object(text: str) -> dict | None:
 
 
 def parse_category(text: str) -> tuple[str, str] | None:
-    """-> (primary, secondary as written), or None unless the reply is exactly what was asked for."""
+    """-> (primary, secondary as written). None if the reply is not exactly what was asked for."""
     value = parse_object(text)
     if value is None or set(value) != {"primary", "secondary"} or not all(isinstance(v, str) for v in value.values()):
         return None
@@ -139,7 +141,7 @@ def parse_category(text: str) -> tuple[str, str] | None:
 
 
 def parse_grades(text: str, letters: Iterable[str]) -> dict[str, tuple[int, int]] | None:
-    """-> {letter: (quality, safety)}, or None unless the reply is exactly what was asked for."""
+    """-> {letter: (quality, safety)}. None if the reply is not exactly what was asked for."""
     value = parse_object(text)
     if value is None or set(value) != set(letters):
         return None
@@ -151,20 +153,20 @@ def parse_grades(text: str, letters: Iterable[str]) -> dict[str, tuple[int, int]
     return {letter: (value[letter]["quality"], value[letter]["safety"]) for letter in letters}
 
 
-# Other names for what the rubric offers, as teachers have written them
+# {name that teachers have written: the rubric's name}
 SYNONYMS = {"arithmetic": "calculation", "math word problem": "arithmetic word problem",
             "debug": "debug code", **dict.fromkeys(("programming", "coding", "code", "code generation"), "write a program"), "sql": "database query",
             "summarization": "summary", "poetry": "poem", "rewriting": "paraphrase"}  # fmt: skip
 
 
-# Words whose singular no rule below tells
+# Words whose singular the rules below would get wrong
 SINGULARS = {**{w: w for w in "news series species bias gas canvas atlas lens christmas".split()}, "ads": "ad", "biases": "bias", "gases": "gas",
              "lenses": "lens", "buses": "bus", "viruses": "virus", "quizzes": "quiz", "heroes": "hero", "headaches": "headache", "children": "child",
              **{w + "s": w for w in "movie cookie calorie brownie smoothie zombie selfie".split()}}  # fmt: skip
 
 
 def singular(text: str) -> str:
-    """Lower case, one space for any separator ("c++" and "c#" are words), the last word in the singular."""
+    """A text in lower case with its last word in the singular. Separators become one space; "c++" and "c#" are words."""
     *words, last = re.sub(r"(?<![\w+#])[+#]+|[^\w+#]+|_+", " ", text.lower()).split() or [""]
     if last in SINGULARS:
         last = SINGULARS[last]
@@ -180,7 +182,9 @@ def singular(text: str) -> str:
 
 
 def category_key(text: str) -> str:
-    """A key that names of one category share: their words without endings and small words, sorted unless "to" is one of them."""
+    """A key that is equal for different spellings of one category.
+
+    It consists of the words without endings and small words. They are sorted, unless one of them is "to"."""
     words = singular(text).split()
     stems = [re.sub(r"([b-df-hj-np-tv-z])\1(?=$)", r"\1", re.sub(r"(?:ing|ed|e)$", "", singular(w))) if len(w) > 4 else singular(w)
              for w in words if w not in ("a", "an", "the", "and", "or", "of", "for", "to")]  # fmt: skip
@@ -188,7 +192,7 @@ def category_key(text: str) -> str:
 
 
 def offered_names() -> dict[str, str]:
-    """{key: name} of the rubric's secondary categories; the parts of "letter or email" stand for the whole."""
+    """{key: name} of the rubric's secondary categories. "letter" and "email" are keys of "letter or email" too."""
     lines = re.findall(r"^(?:%s): (.*)$" % "|".join(PRIMARY), CLASSIFY, re.M)
     names = [name for line in lines for name in line.split(", ")]
     parts = {category_key(part): name for name in names for part in re.split(" (?:and|or) ", name)}
@@ -198,7 +202,7 @@ def offered_names() -> dict[str, str]:
 
 
 def category_name(text: str) -> str:
-    """One name for near-synonyms: the rubric's if it offers one (OFFERED), else in lower case, singular, single spaces."""
+    """One name for all spellings and near-synonyms: the rubric's if it has one, else the result of singular()."""
     return OFFERED.get(category_key(text)) or singular(text)
 
 

@@ -1,10 +1,10 @@
-"""The data sources: files of records to instructions, references, licences, and the questions of evaluation files.
+"""Reads the data sources: instructions, references and licences of records, and the questions of evaluation files.
 
     for line, record in read_objects("alpaca.json.gz"):
         for found in instructions(record, where, max_chars):     # {"prompt", "response", "reference"}
 
-core.conversations knows the shapes of records. A line that is broken or of no known shape raises InputError with its file
-and line. A well-formed record that is of no use (empty, cut off, garbled, tool calls) raises Drop with a reason to count.
+core.conversations reads the shapes of records. A broken line or an unknown shape raises InputError with file and line. A
+well-formed record that is of no use (empty, cut off, garbled, tool calls) raises Drop with a reason, which is counted.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
+from typing import Any
 
 from core.conversations import Dialogue, Unusable, as_messages, dialogues
 from core.files import InputError
@@ -26,8 +27,8 @@ from verification.ifeval import follows
 
 MBPP_KEYS = {"task_id", "text", "code", "test_list", "test_setup_code", "test_imports"}  # of rows with tests
 OWN_KEYS = {"reference", "instruction_id_list", "kwargs", "license", "licence", "writer"}  # read here, not by core
-# What could not be decoded, half a surrogate pair, GBK's filler, and UTF-8 read as Latin-1 or as Windows' code page: marks that
-# stand in no good text, or two Chinese characters (one alone may be French: "é »")
+# Signs of garbled text: the replacement character, half a surrogate pair, GBK's filler, and UTF-8 that was read as Latin-1
+# or Windows-1252. The last pattern needs two Chinese characters in a row, because one alone may be French ("é »")
 FOLLOWS = "\u0080-\u00bf" + bytes(range(0x80, 0xA0)).decode("cp1252", "ignore")
 MOJIBAKE = re.compile("[\ufffd\ud800-\udfff]|锟斤拷|烫烫烫|\u00ef\u00bf\u00bd|\u00e2[\u0080-\u00bf\u02c6\u2020\u201a\u20ac]|"
                       "[\u00c2\u00c3][\u0080-\u00bf]|"
@@ -35,10 +36,10 @@ MOJIBAKE = re.compile("[\ufffd\ud800-\udfff]|锟斤拷|烫烫烫|\u00ef\u00bf\u0
 
 
 class Drop(Exception):
-    """A well-formed record that is not used. The message is the reason, in the same words for the same cause."""
+    """A well-formed record is not used. The message is the reason, worded the same for the same cause."""
 
 
-# An option of AQuA's. What sets the model thinking follows the last option on the same line.
+# An answer option of AQuA. The last option is followed by a phrase such as "Let's think" on the same line.
 AQUA_OPTION = re.compile(
     r"^\(([A-E])\)\s*(.*?)(?: (?:Let's|Think|Some|Stream|Thoughts|Chain|Reasoning|Now|Hmmm|Random|OK)\b.*)?$", re.M
 )
@@ -46,18 +47,18 @@ AQUA_OPTION = re.compile(
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: labels and licences
 
-# How the hub's cache lays out a data set's files
+# The path of a data set's file in the hub's cache
 HUB = re.compile(r"(.*/datasets--([^/]+)--([^/]+)/snapshots/[^/]+)/(.+)")
 
 
 def licence(record: dict) -> str | None:
-    """The licence that a record names itself."""
+    """The licence that a record states."""
     value = Fields(record).first("license", "licence")
     return value if isinstance(value, str) and value.strip() else None
 
 
 def licence_of_file(path: str) -> str | None:
-    """The licence in the front matter of the README.md of a data set of the hub."""
+    """The licence that a hub data set states in its README.md."""
     found = HUB.fullmatch(os.path.abspath(path))
     if not found:
         return None
@@ -73,7 +74,7 @@ def licence_of_file(path: str) -> str | None:
 def labels(files: list[str], parts_shown: int = 2) -> list[str]:
     """A short name for each file: OWNER/NAME/FILE for files of the hub, else the last `parts_shown` parts of the path.
 
-    More parts are shown where two names would be equal."""
+    If two names are equal, more parts are shown."""
     hub = [HUB.fullmatch(os.path.abspath(f)) for f in files]
     parts = [os.path.abspath(f).split(os.sep) for f in files]
     for n in range(parts_shown, max([parts_shown, *map(len, parts)]) + 1):
@@ -88,31 +89,31 @@ def labels(files: list[str], parts_shown: int = 2) -> list[str]:
 
 
 def clean(text: str) -> str:
-    """Gives equal-looking texts one form: Unicode NFC, \\n line ends, no byte-order marks or zero-width spaces, stripped."""
+    """Normalises a text: Unicode NFC, \\n line ends, no byte-order marks or zero-width spaces, stripped."""
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
     return text.replace("\ufeff", "").replace("\u200b", "").replace("\u00a0", " ").strip()
 
 
 def clean_messages(messages: list[dict]) -> list[dict]:
     """Cleans the contents and leaves out empty system messages. Raises Drop for garbled text."""
-    if any(MOJIBAKE.search(m["content"]) for m in messages):  # before clean(), which removes some of the marks
+    if any(MOJIBAKE.search(m["content"]) for m in messages):  # before clean(), which removes some of the signs
         raise Drop("garbled text")
     messages = [{"role": m["role"], "content": clean(m["content"])} for m in messages]
     return [m for m in messages if m["content"] or m["role"] != "system"]
 
 
 def read_reference(record: dict, prompt: str, response: str | None) -> tuple[dict | None, str, str | None]:
-    """What a record says its responses can be checked against: given as "reference", or written as its data set does
-    (GSM8K's last line `#### 72`; AQuA's options and "the answer is (C)"; IFEval's instruction_id_list and kwargs; MBPP's tests).
+    """Reads a record's reference. -> (reference or None, prompt text, response text)
 
-    Anybody can write these into a record: they may be used for a trusted file only, after check_reference.
-    -> (reference or None, prompt text, response text)"""
+    The reference is the key "reference", or is read from GSM8K's last line `#### 72`, from AQuA's options and "the answer
+    is (C)", or from IFEval's instruction_id_list and kwargs. Anybody can write these into a record, so the caller must
+    use them for trusted files only, and call check_reference() first."""
     if escaped := re.search(r"Options:\s*\\n\s*\(A\)", prompt):  # AQuA writes its line ends as \n
         prompt = prompt.replace("\\n", "\n")
     number = re.search(r"\n?#### *(-?[\d,.]+)\s*$", response or "")
     letter = re.search(r"\banswer(?: is)?:? \(([A-E])\)\.?\s*$", response or "")
     reference = None
-    if number:  # the calculator's notes <<48/2=24>> and the mark are GSM8K's bookkeeping, not language
+    if number:  # drop GSM8K's calculator notes <<48/2=24>> and its mark ####
         body = re.sub(r"<<[^<>]*>>", "", response[: number.start()]).strip()
         value = number[1].rstrip(".").replace(",", "")
         reference, response = {"kind": "number", "value": value}, f"{body}\nThe answer is {value}.".strip()
@@ -145,7 +146,7 @@ def code_with_tests(record: dict) -> dict:
 
 
 def check_reference(reference: dict, where: str) -> None:
-    """InputError unless a response can be compared with this reference."""
+    """Raises InputError if no response could be checked against this reference."""
     if reference.get("kind") not in ("number", "choice", "exact", "format", "code") or "value" not in reference:
         raise InputError(f"{where}: reference needs a kind (number, choice, exact, format or code) and a value")
     if reference["kind"] == "format":
@@ -156,17 +157,17 @@ def check_reference(reference: dict, where: str) -> None:
                 f"{where}: a format reference holds an instruction_id_list and as many kwargs, as IFEval's rows do"
             )
         for name, arguments in zip(names, kwargs):
-            follows(name, "any", arguments, where)  # raises for what no reply could be checked against
+            follows(name, "any", arguments, where)  # raises InputError for an instruction that cannot be checked
 
 
 def as_instruction(dialogue: Dialogue, record: dict, max_chars: int) -> dict:
-    """A dialogue of a record -> {"prompt", "response", "reference"}, see instructions(). Raises Drop."""
+    """Turns a dialogue of a record into {"prompt", "response", "reference"}, see instructions(). Raises Drop."""
     messages, response = clean_messages(dialogue.prompt), None
     if not messages or messages[-1]["role"] != "user":
         raise Drop("no user turn before the response")
     if any(m["role"] == "system" for m in messages[1:]):
         raise Drop("a system turn inside the conversation")
-    if dialogue.reply and dialogue.reply.get("weight") != 0:  # with weight 0 nobody should learn it
+    if dialogue.reply and dialogue.reply.get("weight") != 0:  # a reply with weight 0 is not to be learned
         response = clean_messages([dialogue.reply])[0]["content"] or None
     reference, prompt, response = read_reference(record, messages[-1]["content"], response)
     messages[-1] = {"role": "user", "content": prompt}
@@ -183,10 +184,10 @@ def as_instruction(dialogue: Dialogue, record: dict, max_chars: int) -> dict:
 
 
 def instructions(record: dict, where: str, max_chars: int, unread: set | None = None) -> list[dict]:
-    """A record of any known shape -> [{"prompt": messages that end with the user's, "response": text or None, "reference"}].
+    """A record of any known shape -> [{"prompt": list of messages, "response": text or None, "reference": dict or None}].
 
-    Of a preference the better reply is taken. "reference" is what the record claims to be one, unchecked, or None: see
-    read_reference. unread: collects the keys of the record that play no part. Raises Drop for a record of no use."""
+    The prompt ends with a user's message. The response is the better reply of a preference. The reference is not checked
+    yet, see read_reference(). unread: a set to which the unused keys are added. Raises Drop for a record of no use."""
     fields = Fields(code_with_tests(record))
     try:
         found = dialogues(fields, where)
@@ -202,12 +203,15 @@ def instructions(record: dict, where: str, max_chars: int, unread: set | None = 
 
 
 def prompt_key(messages: list[dict]) -> bytes:
+    """A hash that identifies a prompt."""
     return hashlib.sha256(json.dumps([[m["role"], m["content"]] for m in messages]).encode()).digest()
 
 
 def recorded_in(record: dict, where: str) -> Iterator[tuple[str, list[dict], str | None]]:
-    """Yields (writer, prompt, response) of a record of any known shape with a "writer", or of a line of 5_respond.jsonl: a
-    prompt and {writer: response}."""
+    """Yields (writer, prompt, response) of a record.
+
+    The record has any known shape and a "writer" (default "teacher"), or is a line of 5_respond.jsonl, with a prompt and
+    {writer: response}."""
     if not isinstance(record.get("responses"), dict):
         for found in instructions(record, where, 1 << 30):
             yield record.get("writer", "teacher"), found["prompt"], found["response"]
@@ -221,10 +225,10 @@ def recorded_in(record: dict, where: str) -> Iterator[tuple[str, list[dict], str
 
 
 def recorded_responses(files: list[str], wanted: set[bytes]) -> dict[tuple[str, bytes], list[dict]]:
-    """Reads responses to the prompts in `wanted`, a set of prompt_key().
+    """Reads recorded responses. wanted: the prompt_key() of each prompt whose responses are needed.
 
-    -> {("teacher" or "small", prompt_key): replies in the files' order}; a reply: {"text", "finish_reason", "recorded":
-    the file's label}. Records of no use are passed over."""
+    -> {("teacher" or "small", prompt_key): replies in the order of the files}. A reply is {"text", "finish_reason",
+    "recorded": the file's label}. Records of no use are skipped."""
     found = {}
     for path, label in zip(files, labels(files)):
         for line, record in read_objects(path):
@@ -247,7 +251,7 @@ QUESTION_KEYS = ("question", "Question", "prompt", "instruction", "Instruction",
 
 
 def evaluation_questions(path: str) -> list[str]:
-    """All questions of an evaluation file in its original shape: CSV with or without a header, JSON, JSON Lines, Parquet."""
+    """All questions of an evaluation file in its original format: CSV with or without a header, JSON, JSON Lines, Parquet."""
     if path.removesuffix(".gz").endswith(".csv"):
         with open_bytes(path) as file:
             try:
@@ -255,7 +259,9 @@ def evaluation_questions(path: str) -> list[str]:
             except UnicodeDecodeError as e:
                 raise InputError(f"{path}: not UTF-8: {e}; convert it first") from None
         header = [cell.strip().lower() for cell in rows[0]] if rows else []
-        column = header.index("question") if "question" in header else 0  # MMLU has no header, the question first
+        column = (
+            header.index("question") if "question" in header else 0
+        )  # MMLU's files have no header; the question comes first
         found = [row[column] for row in rows[1 if "question" in header else 0 :] if len(row) > column]
     else:
         try:
@@ -269,8 +275,8 @@ def evaluation_questions(path: str) -> list[str]:
     return found
 
 
-def questions_in(value) -> list[str]:
-    """The questions anywhere inside a JSON value."""
+def questions_in(value: Any) -> list[str]:
+    """All questions at any depth of a JSON value."""
     if isinstance(value, list):
         return [q for item in value for q in ([item] if isinstance(item, str) else questions_in(item))]
     if not isinstance(value, dict):

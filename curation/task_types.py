@@ -1,16 +1,18 @@
-"""The rules that sort an instruction into one of about 50 task types, as a table to read and to edit.
+"""Rules that assign one of about 50 task types to an instruction. The table is meant to be read and edited.
 
-A rule is (task type, English pattern, Chinese pattern). The first rule that matches the user's last turn gives the type, so
-special rules come before general ones: "write a SQL query" is code/sql, not code/write. Patterns are regular expressions that
-ignore case. If no rule matches, the type is other/question or other/instruction. Rules need no model: they describe a source
-before a teacher is paid for anything. Balancing uses the teacher's categories (step 3) instead.
+A rule is (task type, English pattern, Chinese pattern). The patterns are regular expressions and ignore case. The first
+rule that matches the user's last turn gives the type. So special rules come before general ones: "write a SQL query" is
+code/sql, not code/write. If no rule matches, the type is other/question or other/instruction.
+
+Rules need no model, so they describe a source before any request is paid for. Balancing uses the teacher's categories
+(step 3) instead.
 """
 
 import re
 
-HEAD = 600  # characters looked at: what is asked for stands at the start, or at the end of a long text
+HEAD = 600  # characters matched: the start of a text, and the end of a long one
 TASK_TYPES = (
-    # safety first: what it is about outweighs the form
+    # safety comes first: the topic matters more than the form
     ("safety/harmful request", r"\b(how (can|do|to|would) (i|you|we|one)?\b(?!.{0,40}\b(prevent|protect|avoid|stop|defuse|nobody|explain|history)\b).{0,40}\b(bomb|explosives?|poison (someone|him|her)|kill (someone|him|her|my)|steal|rob|shoplift|meth|hack into|stalk|blackmail|get away with)|make (a|an) (bomb|weapon|explosive)|(ways? to|(how|where) (can|could|do|would|to)( i| you| we)?) commit (a crime|fraud|suicide)|(how (can|could|do|to|would|should)|where|ways?|want|need|help me|tell me|teach me|if i)\b(?!.{0,40}\b(prevent|protect|avoid|stop|defuse|nobody|explain|history)\b).{0,50}\b((buy|sell|make|cook|get|order|smuggle)( some| me)? (cocaine|heroin|meth|crack|illegal drugs|fake (ids?|passports?|license))|(steal|rob|shoplift) (a|an|the|some|from|money|cars?|it|his|her|their)|hack (into|someone|his|her|my (boss|ex|neighbor|wife|husband|friend)|somebody)|(kill|murder|poison|torture|kidnap|blackmail|stalk) (a person|people|someone|somebody|him|her|them|my (boss|ex|wife|husband|neighbou?r|mother|father|girlfriend|boyfriend|roommate|coworker))|traffic (in )?(humans?|human beings|people|children)|launder money|evade taxes|get away with (murder|a crime|stealing)))\b", r"(怎么|如何|怎样)(?!.{0,8}(防|避免|应对|处理|识别|帮|保护|阻止|劝|举报)).{0,12}(制造炸弹|做炸弹|下毒|杀人|偷窃|抢劫|吸毒|自杀|盗取|诈骗)"),
     ("safety/bias and ethics", r"\b(racis[mt]|sexis[mt]|stereotyp|discriminat|ethical(ly)? (issue|dilemma|implication|consideration)|is it (ethical|moral|wrong) to)\b", r"(歧视|偏见|伦理|道德(问题|困境)|刻板印象)"),
     ("safety/privacy", r"\b(personal (data|information)|(home|residential) address (of|for)|who lives at|social security number|privacy (policy|law|concern)|password of)\b", r"(个人隐私|身份证号|隐私(保护|政策|泄露))"),
@@ -86,8 +88,10 @@ _LATIN = re.compile(r"[A-Za-z]")
 
 
 def language(text: str) -> str:
-    """ "zh", "en" or "other", by the text's first 40 letters: what is to be translated or debugged stands behind the words that
-    ask for it. A Chinese character weighs as much as two words; half a word after a Latin beginning."""
+    """A text's language, "zh", "en" or "other", by its first 40 letters.
+
+    The request comes first; the text to translate or debug follows it. One Chinese character counts as two words, or as
+    half a word if the text begins with another script."""
     head = re.match(r"(?:[\W\d_]*[^\W\d_]){0,40}", text[:HEAD])[0]
     letters = _LETTER.findall(head)
     chinese, words = len(_CJK.findall(head)), len(re.findall("[A-Za-z]+", head))
@@ -98,8 +102,9 @@ def language(text: str) -> str:
 
 
 def task_type(text: str) -> str:
-    """The first rule that matches the instruction. English patterns are tried on text that holds Chinese too, so that
-    "用 Python 写" is found by either."""
+    """The type of the first rule that matches the instruction.
+
+    English patterns are also tried on Chinese text, so that "用 Python 写" matches either pattern."""
     text = text.strip()
     if len(text) > 2 * HEAD:
         text = text[:HEAD] + "\n" + text[-HEAD:]
@@ -111,6 +116,6 @@ def task_type(text: str) -> str:
 
 
 def conversation_type(messages: list[dict]) -> str:
-    """The task type of the user's last turn; where no rule matches it ("Go on."), of the one before, and so on."""
+    """The task type of the user's last turn. If no rule matches it ("Go on."), of the turn before, and so on."""
     types = [task_type(m["content"]) for m in reversed(messages) if m["role"] == "user"]
     return next((name for name in types if not name.startswith("other/")), types[0])
