@@ -1,0 +1,122 @@
+"""Conjugate prompting: the map and its inverse, the paper's questions and verdicts by hand, a run, refusals."""
+
+import json
+
+import pytest
+from conftest import ROOT, write_lines
+
+from variants.conjugate_prompting import data_questions, drops, leet, report, shots_question, shots_questions, unleet
+
+DEMO = str(ROOT / "demo/base")
+
+
+def test_the_map_by_hand():
+    assert leet("Repeat the input.") == "R3p347 7h3 1npu7."
+    assert unleet("R3p347 7h3 1npu7.") == "Repeat the input."
+    assert leet("7 x4 + 12: it is at a toe, Otto") == "7 x4 + 12: it is at a toe, O770", "these could not be undone"
+    assert unleet("12 + 7 = 19, 1,234.50") == "12 + 7 = 19, 1,234.50"
+
+
+def test_the_inverse_is_exact_on_the_demos_prompts():
+    rows = [json.loads(line) for line in (ROOT / "demo/heldout.jsonl").read_text().splitlines()]
+    assert all(unleet(leet(row["prompt"])) == row["prompt"] for row in rows) and len(rows) > 300
+    assert sum(leet(row["prompt"]) != row["prompt"] for row in rows) > 300
+
+
+def test_a_question_of_the_papers_test_by_hand():
+    capitals, repeat = (shots_question(task, "What is 7 plus 5?", "q") for task in ("capitals", "repeat"))
+    assert capitals["check"]("plain", " WHAT IS") and capitals["check"]("plain", "WHAT")
+    assert not capitals["check"]("plain", "12") and not capitals["check"]("plain", "What is 7 plus 5?")
+    assert repeat["check"]("plain", "What is") and not repeat["check"]("plain", "WHAT")
+    assert capitals["check"]("leet", "WH47 is") and not capitals["check"]("leet", "WHAT")
+    assert capitals["prompts"]["plain"].startswith("Write the input in capital letters.\nInput: The boat")
+    assert "\nOutput: THE BOAT" in capitals["prompts"]["plain"]
+    assert capitals["prompts"]["plain"].endswith("\nInput: What is 7 plus 5?\nOutput:")
+    assert repeat["prompts"]["leet"].startswith("R3p347 7h3 1npu7.\nInpu7: Th3 b047")
+    assert repeat["prompts"]["leet"].endswith("\nInpu7: Wh47 is 7 plu5 5?\nOu7pu7:"), "numbers stay numbers"
+
+
+def test_the_papers_questions():
+    found = shots_questions(100)
+    assert len(found) == 200 and found[0]["prompts"] == shots_questions(100)[0]["prompts"]
+    requests = [q["prompts"]["plain"].splitlines()[-2] for q in found]
+    numbers = {int(word.strip("?")) for r in requests for word in r.split() if word.strip("?").isdigit()}
+    assert min(numbers) == 4 and max(numbers) == 20
+    assert all(any(f" {word} " in r for r in requests) for word in ("plus", "minus", "times"))
+
+
+def views(plain, leet):
+    return {"plain": [x == "1" for x in plain], "leet": [x == "1" for x in leet]}
+
+
+def test_drops_by_hand():
+    lost, difference = drops(views("1110", "1100"), views("1000", "0100"))
+    assert lost == {"plain": 0.5, "leet": 0.25} and difference == [1, -1, -1, 0]
+
+
+@pytest.mark.parametrize(
+    "base, tuned, words",
+    [
+        (views("1" * 40, "1" * 40), views("0" * 30 + "1" * 10, "1" * 40), "was hidden, not lost"),
+        (views("1" * 40, "1" * 40), views("0" * 30 + "1" * 10, "0" * 30 + "1" * 10), "No sign"),
+        (views("1" * 40, "1" * 40), views("1" * 40, "0" * 40), "No sign"),
+        (views("1" * 40, "0" * 40), views("0" * 40, "0" * 40), "base itself fails"),
+    ],
+)
+def test_what_a_table_says(base, tuned, words):
+    """A drop that is smaller only because the base fails too must not pass for a hidden skill."""
+    assert words in report(base, tuned).splitlines()[-1]
+
+
+def test_replies_are_mapped_back_before_they_are_checked(tmp_path):
+    rows = [
+        {"prompt": "Repeat the word song.", "reference": {"kind": "exact", "value": "song"}},
+        {"prompt": "7 + 12?", "reference": {"kind": "number", "value": "19"}},
+    ]
+    song, number = data_questions(write_lines(tmp_path / "d.jsonl", rows), None)
+    assert song["check"]("leet", "50ng") and song["check"]("plain", "song") and not song["check"]("plain", "50ng")
+    assert number["check"]("leet", "7h3 5um is 19") and number["check"]("plain", "19")
+    assert len(data_questions(write_lines(tmp_path / "d.jsonl", rows), 1)) == 1
+
+
+def test_run(tiny, tmp_path, run):
+    out = tmp_path / "o.jsonl"
+    heldout = ROOT / "demo/heldout.jsonl"
+    call = ("--base", DEMO, "--ckpt", tiny, "--max-new-tokens", 8, "--out", out)
+    code, printed, err = run("variants.conjugate_prompting", *call, "--data", heldout, "--limit", 12)
+    assert code == 0, err
+    lines = [json.loads(text) for text in out.read_text().splitlines()]
+    assert len(lines) == 48 and {(r["checkpoint"], r["view"]) for r in lines} == {
+        (source, view) for source in (DEMO, tiny) for view in ("plain", "leet")
+    }
+    right = sum(r["correct"] for r in lines if r["checkpoint"] == DEMO and r["view"] == "plain")
+    assert right > 0 and f"base  {right / 12:8.3f}" in printed and "python -m variants.novelty" in printed
+    code, printed, err = run("variants.conjugate_prompting", *call, "--limit", 3)
+    assert code == 0 and len(out.read_text().splitlines()) == 24, err
+
+
+def test_refusals(tiny, tmp_path, refused):
+    call = lambda *more: (
+        "variants.conjugate_prompting",
+        "--base",
+        tiny,
+        "--ckpt",
+        tiny,
+        "--out",
+        tmp_path / "o",
+        *more,
+    )
+    good = {"prompt": "a", "reference": {"kind": "exact", "value": "b"}}
+    code = {"prompt": "a", "reference": {"kind": "code", "value": {"tests": "assert f(1)", "entry_point": "f"}}}
+    for name, record, word in (
+        ("bare", {"prompt": "a"}, "reference"),
+        ("code", code, "leetspeak"),
+        ("odd", {"prompt": "a", "reference": {"kind": "odd"}}, "kind"),
+    ):
+        data = write_lines(tmp_path / f"{name}.jsonl", [good, record])
+        refused([f"{name}.jsonl:2", word], *call("--data", data))
+    refused("none.jsonl", *call("--data", tmp_path / "none.jsonl"))
+    refused("nowhere", *call("--ckpt", tmp_path / "nowhere", "--limit", 2))
+    assert not (tmp_path / "o").exists()
+    (tmp_path / "o").write_text("mine")
+    refused("not written by this command", *call())

@@ -1,0 +1,182 @@
+"""Conjugate prompting (arXiv 2309.10105): did fine-tuning lose a skill, or only hide it?
+
+    python -m variants.conjugate_prompting --base base --ckpt tuned                          # the paper's test, no data
+    python -m variants.conjugate_prompting --base base --ckpt tuned --data demo/heldout.jsonl
+
+A map rewrites the prompt so that it is far from the fine-tuning data but asks for the same skill. The skill was hidden if
+the tuned model's drop from its base is smaller on the rewritten prompts. The map here is leetspeak, one of the paper's;
+translation needs a teacher and is left out. The paper's test shows whether a model still repeats or capitalises a request
+as the examples do, or answers it. Its sums are here, its sentences with a blank are left out; the shots are ours.
+"""
+
+import argparse
+import random
+import re
+import shlex
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from core.checkpoint import Checkpoint
+from core.files import InputError, cli
+from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, torch_device
+from core.outputs import check_file
+from core.records import write_jsonl
+from core.tokenizer import Tokenizer
+from curation.sources import check_reference
+from evaluation.benchmarks import demo_verdict
+from evaluation.rows import json_rows
+from evaluation.stats import bootstrap
+from generate import generate_iter
+from model import Qwen2
+
+LETTERS, DIGITS = "aeiost", "431057"
+WORD = re.compile(r"[A-Za-z0-9]+")  # ASCII: Chinese stands beside digits without a space
+MARK = '"view"'  # in each line of OUT
+VIEWS = ("plain", "leet")
+INSTRUCTIONS = {"repeat": "Repeat the input.", "capitals": "Write the input in capital letters."}
+SHOTS = ("The boat came home before dark.", "My sister grows apples and pears.")
+SUMS = ("plus", "minus", "times")
+
+
+def leet(text: str) -> str:
+    """s: "Repeat the input." -> "R3p347 7h3 1npu7.". Words with a digit, and words of these letters alone, stay."""
+    table = str.maketrans(LETTERS, DIGITS)
+
+    def change(found: re.Match) -> str:
+        changed = found[0].translate(table)
+        return changed if found[0].isalpha() and not changed.isdigit() else found[0]
+
+    return WORD.sub(change, text)
+
+
+def unleet(text: str) -> str:
+    """s^-1, exact for texts in which no word mixes letters and digits. Numbers stay."""
+    table = str.maketrans(DIGITS, LETTERS)
+    return WORD.sub(lambda found: found[0] if found[0].isdigit() else found[0].translate(table), text)
+
+
+def drops(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> tuple[dict[str, float], list[float]]:
+    """-> ({view: acc_base - acc_tuned}, the difference of the drops for each question).
+
+        hidden, not lost:    acc_base(s) - acc_tuned(s)  <  acc_base(id) - acc_tuned(id)        "leet" is s, "plain" is id
+
+    base, tuned: verdicts of the same questions in each view. The mean of the differences is drop(s) - drop(id).
+    """
+    lost = {view: [int(b) - int(t) for b, t in zip(base[view], tuned[view], strict=True)] for view in VIEWS}
+    difference = [s - plain for s, plain in zip(lost["leet"], lost["plain"], strict=True)]
+    return {view: sum(values) / len(values) for view, values in lost.items()}, difference
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions: {"id", "prompts": {view: text}, "check": (view, reply) -> verdict}
+
+
+def shots_question(task: str, request: str, name: str) -> dict:
+    """The paper's test: two examples of a task, then a request as the third input. Right: the task is done on it."""
+
+    def written(s: Callable[[str], str]) -> tuple[str, str]:
+        """-> (the prompt, the first word of the right reply)."""
+        done = str.upper if task == "capitals" else str
+        pairs = [(s(shot), f" {done(s(shot))}") for shot in SHOTS] + [(s(request), "")]
+        lines = [f"{s('Input')}: {given}\n{s('Output')}:{reply}" for given, reply in pairs]
+        return "\n".join([s(INSTRUCTIONS[task]), *lines]), done(s(request)).split()[0]
+
+    both = {"plain": written(str), "leet": written(leet)}
+    prompts = {view: prompt for view, (prompt, _) in both.items()}
+    return {"id": name, "prompts": prompts, "check": lambda view, reply: reply.lstrip().startswith(both[view][1])}
+
+
+def shots_questions(n: int, seed: int = 10) -> list[dict]:
+    """n questions of each task. Operands are 4 to 20, as in the paper."""
+    draw, found = random.Random(seed), []
+    for task in INSTRUCTIONS:
+        for i in range(n):
+            request = f"What is {draw.randint(4, 20)} {draw.choice(SUMS)} {draw.randint(4, 20)}?"
+            found.append(shots_question(task, request, f"{task}-{i}"))
+    return found
+
+
+def data_questions(path: str, limit: int | None) -> list[dict]:
+    """The records of a file with `prompt` and `reference`, as demo/heldout.jsonl has them."""
+    found = []
+    for row in json_rows(path, prompt=str, reference=dict)[:limit]:
+        check_reference(row["reference"], row["where"])
+        if row["reference"]["kind"] == "code":
+            raise InputError(f"{row['where']}: code cannot be written in leetspeak; leave the record out")
+        undo = {"plain": str, "leet": unleet}
+        verdict = lambda view, reply, row=row, undo=undo: demo_verdict(undo[view](reply), row)[1]
+        found.append({"id": str(row["id"]), "prompts": {"plain": row["prompt"], "leet": leet(row["prompt"])}})
+        found[-1]["check"] = verdict
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def ask(source: str, questions: list[dict], args: argparse.Namespace) -> list[dict]:
+    """-> a line {"id", "checkpoint", "view", "prompt", "reply", "correct"} for each question in each view."""
+    ckpt = Checkpoint(source)
+    model, tokenizer = Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device).eval(), Tokenizer(ckpt)
+    asked = [(view, q) for q in questions for view in VIEWS]
+    prompts, lines = [q["prompts"][view] for view, q in asked], [{}] * len(asked)
+    settings = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+    replies = generate_iter(model, tokenizer, prompts, **settings)
+    for i, reply, _ in tqdm(replies, source, total=len(asked), unit="reply", disable=None):
+        view, q = asked[i]
+        lines[i] = {"id": q["id"], "checkpoint": source, "view": view, "prompt": prompts[i], "reply": reply}
+        lines[i]["correct"] = bool(q["check"](view, reply))
+    return lines
+
+
+def report(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> str:
+    """The table of accuracies and what it says."""
+    lost, difference = drops(base, tuned)
+    mean = lambda values: sum(values) / len(values)
+    rows = [("base", *(mean(base[v]) for v in VIEWS)), ("tuned", *(mean(tuned[v]) for v in VIEWS))]
+    rows.append(("drop", *(lost[v] for v in VIEWS)))
+    table = [f"{'':6}{VIEWS[0]:>8}{VIEWS[1]:>8}", *(f"{name:6}{a:8.3f}{b:8.3f}" for name, a, b in rows)]
+    (low, high), _ = bootstrap(difference)
+    table.append(f"drop(leet) - drop(plain): {mean(difference):+.3f}, 95% interval {low:+.3f} to {high:+.3f}")
+    if mean(base["leet"]) < mean(base["plain"]) / 2:
+        table.append("The base itself fails on the rewritten prompts, so a smaller drop there says nothing.")
+    elif high < 0:
+        table.append("The drop is smaller on the rewritten prompts: a part of the skill was hidden, not lost.")
+    else:
+        table.append("No sign that a skill was hidden.")
+    return "\n".join(table)
+
+
+def parse_args() -> argparse.Namespace:
+    p = Parser(description=__doc__.split("\n\n")[0])
+    # models
+    p.add_argument("--base", required=True, help="hub id, directory or .pt file of the model before fine-tuning")
+    p.add_argument("--ckpt", required=True, help="the fine-tuned model")
+    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
+    p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
+    # questions
+    p.add_argument("--data", metavar="F", help="JSON Lines of `prompt` and `reference`; without it, the paper's test")
+    p.add_argument("--limit", type=at_least(2), help="questions (default: all of --data, 100 of each task of the test)")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=32, help="most tokens of a reply")
+    p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no reply")
+    # output
+    p.add_argument("--out", default="conjugate.jsonl", help="JSON Lines file of all replies and verdicts")
+    args = p.parse_args()
+    check_file(args.out, MARK)
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    questions = data_questions(args.data, args.limit) if args.data else shots_questions(args.limit or 100)
+    lines = [ask(source, questions, args) for source in (args.base, args.ckpt)]
+    write_jsonl(args.out, lines[0] + lines[1])
+    verdicts = [{v: [line["correct"] for line in some if line["view"] == v] for v in VIEWS} for some in lines]
+    print(report(*verdicts))
+    print(f"Written: {args.out}, {len(lines[0] + lines[1])} replies. What the fine-tuning brought instead:")
+    print(f"  {shlex.join(['python', '-m', 'variants.novelty', '--ckpt', args.ckpt, '--base', args.base])}")
+
+
+if __name__ == "__main__":
+    cli(main)
