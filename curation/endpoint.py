@@ -4,6 +4,7 @@ import json
 import os
 import re
 import time
+import unicodedata
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -63,10 +64,11 @@ def looks_like_url(source: str) -> bool:
 
 def mask_url(text: str) -> str:
     """A URL on one line, with every part hidden that may be secret: user, password, odd ports, query, fragment."""
+    text = unicodedata.normalize("NFKC", text)  # a fullwidth @ or : separates too
     text = re.sub(r"^(\s*[a-z][a-z0-9+.-]*:[/\\]*)?.*(@|%40)", r"\1[hidden]@", text, flags=re.I | re.S)
-    text = re.sub(r"[?#].*|%3f.*", "?[hidden]", text, flags=re.I | re.S)
+    text = re.sub(r"[?#;].*|%3[bf].*", "?[hidden]", text, flags=re.I | re.S)
     text = re.sub(r"//[^/]*%[^/]*", "//[hidden]", text)
-    text = re.sub(r"(//[^/:\[\]]*):(?!\d*(/|\?|$))[^/]*", r"\1:[hidden]", text)
+    text = re.sub(r"(//(?:\[[^/\]]*\]|[^/:\[\]]*)):(?!\d*(/|\?|$))[^/]*", r"\1:[hidden]", text)
     return "".join(c if c.isprintable() else "?" for c in text)[:200]
 
 

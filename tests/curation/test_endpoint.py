@@ -111,6 +111,7 @@ def test_malformed_urls_are_one_line(url, words):
     "ftp://me:{}@host/v1", "ws://me:{}@host", "me:{}@host/v1", "https:me:{}@host/v1", "https:/me:{}@host/v1", "https:\\\\me:{}@host/v1",
     "https://me:/{}@host/v1", "https://me:?{}@host/v1", "https://me:#{}@host/v1", "https://me:{}/v1", "https://me:{}@[::1:9/v1",
     " https://me:{}@host/v1", "https://me:{}\n@host/v1", "https://me:{}@host:99999/v1", "https://{}%2540host/v1",
+    "https://[::1]:{}/v1", "https://h\uff1a{}\uff20host/v1", "https://me:{}\uff20host/v1", "https://host/v1;key={}?x", "https://host/v1%3Bkey={}?x",
 ])  # fmt: skip
 def test_no_spelling_of_a_password_is_shown(url):
     secret = "5up3r-s3cr3t"
