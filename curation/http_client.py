@@ -14,6 +14,7 @@ import asyncio
 import base64
 import functools
 import http.client
+import itertools
 import socket
 import ssl
 import urllib.request
@@ -217,7 +218,9 @@ async def read_body(reader: asyncio.StreamReader, status: int, headers: dict[str
 
 async def read_chunked_body(reader: asyncio.StreamReader) -> bytes:
     body = bytearray()
-    while True:
+    for n in itertools.count(1):
+        if n % 1000 == 0:
+            await asyncio.sleep(0)  # chunks that have arrived are read without a pause, which would hold up the timeout
         size = (await reader.readline()).split(b";")[0].strip()
         if not size or len(size) > 12 or not HEX_DIGITS.issuperset(size):
             raise HTTPError("a chunk of the reply has no size")

@@ -203,6 +203,25 @@ def test_an_endless_reply_has_a_largest_size(monkeypatch, chunked):
     assert not e.value.retry and sum(sent) < 50e6
 
 
+def test_small_chunks_do_not_hold_up_the_timeout():
+    """While chunks are read that have all arrived, other tasks and timers have their turns."""
+    turns = []
+
+    async def run():
+        async def other():
+            while True:
+                turns.append(1)
+                await asyncio.sleep(0)
+
+        reader, task = asyncio.StreamReader(), asyncio.create_task(other())
+        reader.feed_data(b"1\r\nx\r\n" * 5000 + b"0\r\n\r\n")
+        body = await http_client.read_chunked_body(reader)
+        task.cancel()
+        return body
+
+    assert asyncio.run(run()) == b"x" * 5000 and len(turns) >= 5
+
+
 def test_nothing_listens():
     with raw_server(reply(b"")) as server:
         url = server.url
