@@ -1,12 +1,14 @@
-"""Alignment data guided by a large model: from open instructions to sft.jsonl and kto.jsonl, in seven steps.
+"""Makes alignment data from open instructions with the help of a large model: sft.jsonl and kto.jsonl, in seven steps.
 
-    python make_data.py --sources 'data/*.json*' --teacher http://localhost:8000/v1 --teacher-model Qwen2.5-7B-Instruct \\
-        --small Qwen/Qwen2-0.5B-Instruct
+    python make_data.py --sources 'data/*.json*' --teacher http://localhost:8000/v1 \\
+        --teacher-model Qwen2.5-7B-Instruct --small Qwen/Qwen2-0.5B-Instruct
 
-Each step reads one JSON Lines file and writes the next one, and N_*.dropped.jsonl with what it dropped and why: 1_collect,
-2_dedup, 3_classify, 4_balance, 5_respond, 6_score; then sft.jsonl, kto.jsonl, report.md and report.json.
-A step whose input and arguments are unchanged is not run again. A run that was killed goes on: every reply is kept in
-replies.jsonl. Under torchrun, local checkpoints answer and score on all ranks; rank 0 does the rest.
+The first six steps are 1_collect, 2_dedup, 3_classify, 4_balance, 5_respond and 6_score. Each reads one JSON Lines
+file, writes N_NAME.jsonl, and writes the records that it drops to N_NAME.dropped.jsonl, with the reason. The seventh
+step writes sft.jsonl and kto.jsonl. report.md and report.json count everything.
+
+A step is not run again while its input and arguments are unchanged. Every reply is kept in replies.jsonl, so a run that
+was killed continues. Under torchrun, local checkpoints answer and score on all ranks, and rank 0 does the rest.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
@@ -39,16 +41,18 @@ OUT, SMALL = "data", "Qwen/Qwen2-0.5B-Instruct"  # the defaults of train_sft.py 
 def add_data_flags(p: Parser) -> None:
     add = p.add_argument
     add("--sources", nargs="+", required=True, metavar="F",
-        help="JSON Lines, JSON arrays or Parquet, plain or .gz; globs; hf://datasets/OWNER/NAME[@REVISION]/FILE")
+        help="files of instructions: JSON Lines, JSON arrays or Parquet, plain or .gz; globs; "
+        "hf://datasets/OWNER/NAME[@REVISION]/FILE")
     add("--trust-references", nargs="+", default=[], metavar="F",
-        help="those of --sources whose own references may verify responses: a key `reference`, GSM8K's `#### 72`, AQuA's "
-        "options, IFEval's instruction_id_list, MBPP's test_list. In other files they are ignored, because anybody can "
-        "write them")
+        help="the --sources whose references may verify responses: a key `reference`, GSM8K's `#### 72`, AQuA's "
+        "options, IFEval's instruction_id_list, MBPP's test_list. References in other files are ignored, because anybody "
+        "can write them")
     add("--decontaminate", nargs="+", default=[], metavar="F",
         help="evaluation files; prompts and responses that contain one of their questions are dropped")
     add("--out", default=OUT, help="folder for all files of the run")
-    add("--quiet", action="store_true", help="print the closing summary only, not what each step kept and dropped")
-    add("--limit", type=at_least(0), default=0, help="maximum number of instructions per source, from its beginning; 0: all")
+    add("--quiet", action="store_true", help="print only the closing summary, not what each step keeps and drops")
+    add("--limit", type=at_least(0), default=0,
+        help="maximum number of instructions per source, from its beginning; 0: all")
     add("--max-chars", type=at_least(1), default=20_000,
         help="maximum length of prompt and response together, in characters; longer records are dropped")
 
@@ -56,20 +60,22 @@ def add_data_flags(p: Parser) -> None:
 def add_model_flags(p: Parser) -> None:
     add = p.add_argument
     add("--teacher", required=True,
-        help="URL of an OpenAI-compatible endpoint (.../v1), or a checkpoint. The endpoint is sent the key in TEACHER_API_KEY; "
-        "the one in OPENAI_API_KEY goes to https://api.openai.com alone")
+        help="URL of an OpenAI-compatible endpoint (.../v1), or a checkpoint. The endpoint receives the key in "
+        "TEACHER_API_KEY. The key in OPENAI_API_KEY is sent only to https://api.openai.com")
     add("--teacher-model", help="the model's name at the endpoint")
-    add("--small", required=True, help="checkpoint of the small model, which responds too")
+    add("--small", required=True, help="checkpoint of the small model, which writes responses too")
     add("--samples", type=at_least(1, high=16), default=1,
-        help="responses of the small model, 1 to 16: the first greedy, the others sampled")
+        help="number of responses by the small model, 1 to 16; the first is greedy, the others are sampled")
     add("--temperature", type=number(above=0), default=0.8, help="sampling temperature of the small model, above 0")
     add("--recorded", nargs="+", default=[], metavar="F",
-        help="responses to use instead of asking: prompt and response in any shape of --sources, and \"writer\": "
-        "\"teacher\" (if missing) or \"small\"")
+        help="files of responses to use instead of asking a model: records of any shape of --sources, with \"writer\": "
+        "\"teacher\" (the default) or \"small\"")
     add("--perplexity", metavar="C", help="checkpoint that computes perplexities; default: the small model")
     add("--dtype", choices=DTYPES, default=DTYPE, help="number format of local checkpoints")
-    add("--max-new-tokens", type=at_least(1), default=512, help="maximum length of a response, in tokens; longer responses are dropped")
-    add("--max-len", type=at_least(1), default=2048, help="maximum length of prompt and response for a perplexity, in tokens; the rest is cut off")
+    add("--max-new-tokens", type=at_least(1), default=512,
+        help="maximum length of a response, in tokens; longer responses are left out")
+    add("--max-len", type=at_least(1), default=2048,
+        help="maximum length of prompt and response for a perplexity, in tokens; the rest is cut off")
     add("--batch-size", type=at_least(1), default=32, help="batch size of local checkpoints, in sequences")
     add("--micro-tokens", type=at_least(1), default=8192, help="size of one forward pass for perplexities, in tokens")
 
@@ -79,28 +85,29 @@ def add_endpoint_flags(p: Parser) -> None:
     add("--concurrency", type=at_least(1), default=16, help="maximum number of requests in flight")
     add("--timeout", type=number(above=0), default=120.0, help="time limit of one whole reply, in seconds")
     add("--retries", type=at_least(0), default=8,
-        help="maximum number of retries of a failed request, with growing pauses. A request that fails every time is set aside and "
-        "listed in the report")
+        help="maximum number of retries of a failed request, with growing pauses. A request that fails every time is "
+        "set aside and listed in the report")
     add("--requests-per-minute", type=number(0), default=0, help="maximum rate of requests, per minute; 0: no limit")
     add("--tokens-per-minute", type=number(0), default=0,
         help="maximum rate of prompt and reply tokens, per minute; 0: no limit")
     add("--budget", type=number(0), default=0,
-        help="maximum cost of all replies in --out, in tokens, or in currency if prices are given. The run stops before "
-        "it exceeds this; 0: no limit")
-    add("--price-in", type=number(0), help="price of a million tokens of prompts")
-    add("--price-out", type=number(0), help="price of a million tokens of replies")
+        help="maximum cost of all replies in --out, in tokens, or in currency if prices are given. The run stops "
+        "before it exceeds this; 0: no limit")
+    add("--price-in", type=number(0), help="price of a million prompt tokens")
+    add("--price-out", type=number(0), help="price of a million reply tokens")
     add("--dry-run", action="store_true",
-        help="collect and deduplicate, then show counts, sample requests and the likely cost; ask nothing")
+        help="run the first two steps, then show counts, sample requests and the likely cost; send no request")
 
 
 def add_selection_flags(p: Parser) -> None:
     add = p.add_argument
     add("--hamming", type=at_least(0, high=16), default=3,
         help="maximum distance between simhashes of near duplicates, in bits of 64")
-    add("--min-category", type=at_least(1), default=10, help="drop secondary categories with fewer instructions")
+    add("--min-category", type=at_least(1), default=10,
+        help="minimum size of a secondary category, in instructions; smaller categories are dropped")
     add("--target", type=at_least(1), default=500_000, help="maximum number of instructions after balancing")
     add("--seed", type=int, default=0,
-        help="random seed of balancing, sampled responses and the order in which the judge sees responses")
+        help="random seed for balancing, sampled responses and the order in which the judge sees responses")
 
 
 def add_score_flags(p: Parser) -> None:
@@ -108,15 +115,15 @@ def add_score_flags(p: Parser) -> None:
     add("--weight-quality", type=number(0), default=0.6, help="weight of the quality grade in the composite score")
     add("--weight-safety", type=number(0), default=0.3, help="weight of the safety grade")
     add("--weight-perplexity", type=number(0), default=0.1,
-        help="weight of fluency: 1, or less for a perplexity far above the other responses'")
+        help="weight of the fluency score, which is below 1 if the perplexity is far above that of the other responses")
     add("--margin", type=number(0), default=0.25,
-        help="minimum difference of composite scores for a KTO pair; above 1, only differences in verification form pairs")
+        help="minimum difference of composite scores for a KTO pair; above 1, only verification can form pairs")
     add("--min-safety", type=at_least(1, high=5), default=3,
         help="minimum safety grade of the best response, 1 to 5; below it the instruction gives no training example")
     add("--judge-orders", type=int, choices=(1, 2), default=2,
-        help="2: judge again with the responses in reverse order, because a judge may prefer a place")
+        help="2: judge a second time with the responses in reverse order, because a judge may prefer a position")
     add("--judge-verified", action="store_true",
-        help="grade quality also where a program has decided on each response; safety is always graded")
+        help="grade quality even if a program has checked every response; safety is always graded")
     add("--allow-code-execution", action="store_true", help="run the tests of code references, in a sandbox")
 
 
@@ -144,7 +151,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def find_files(args: argparse.Namespace) -> None:
-    """Replaces globs and hf:// names in the arguments by paths of files."""
+    """Replaces globs and hf:// names in the arguments by file paths."""
     for name in ("sources", "decontaminate", "recorded", "trust_references"):
         setattr(args, name, list(dict.fromkeys(expand(getattr(args, name)))))
     for path in args.trust_references:
@@ -159,11 +166,12 @@ def open_models(args: argparse.Namespace) -> tuple[models.Teacher, local.LocalMo
     scorer = models.open_teacher(args.perplexity, dtype=args.dtype) if args.perplexity else small
     if isinstance(small, Endpoint) or isinstance(scorer, Endpoint):
         flag, value = ("--small", args.small) if isinstance(small, Endpoint) else ("--perplexity", args.perplexity)
-        raise InputError(f"{flag} {value}: is an endpoint; it must be a local checkpoint, which can give perplexities")
+        raise InputError(f"{flag} {value}: is an endpoint; give a local checkpoint, which can compute perplexities")
     return teacher, small, scorer
 
 
 def pick_args(args: argparse.Namespace, *names: str) -> dict:
+    """The named arguments as a dict."""
     return {name: getattr(args, name) for name in names}
 
 
@@ -174,7 +182,9 @@ def step_arguments(
     scorer: local.LocalModel,
     own: str | None,
 ) -> dict[str, dict]:
-    """-> {step: the arguments that determine its result}. A step runs again when they change."""
+    """-> {step: the arguments that determine its result}. A step runs again if they change.
+
+    own: "teacher" or "small" if the scorer is that model, else None."""
     teachers = {"teacher": teacher.identity}
     labels_and_trust = {
         "labels": sources.labels(args.sources),
@@ -205,14 +215,14 @@ def run_steps(
     small: local.LocalModel,
     scorer: local.LocalModel,
 ) -> None:
-    """Runs the steps in order, or with --dry-run the first two. counts: {step: {}}, which the steps fill."""
+    """Runs the steps in order, with --dry-run only the first two. counts: {step: {}}, filled by the steps."""
     options = pick_args(args, "concurrency", "timeout", "retries", "batch_size")
     options |= pick_args(args, "requests_per_minute", "tokens_per_minute", "budget", "prices")
     grader = Asker(teacher, log, {"max_tokens": args.max_grade_tokens, **options})
     writer, small_writer = (Asker(m, log, {"max_tokens": args.max_new_tokens, **options}) for m in (teacher, small))
     own = {teacher.identity: "teacher", small.identity: "small"}.get(scorer.identity)
     if isinstance(teacher, Endpoint) and not args.dry_run and not log:
-        grader.ask([GREETING], "greeting")  # shows a wrong URL, name or key before the work begins
+        grader.ask([GREETING], "greeting")  # fails at once if URL, model name or key is wrong
     state, arguments = load_state(args.out), step_arguments(args, teacher, small, scorer, own)
     collected, deduplicated, classified, balanced, answered, scored, _ = (f"{args.out}/{name}.jsonl" for name in STEPS)
     exams = args.decontaminate
@@ -233,7 +243,7 @@ def run_steps(
 
 
 def next_commands(small: str, out: str, pairs: int) -> list[str]:
-    """The training commands to run next, as a shell takes them; flags only where the trainers' defaults differ."""
+    """The shell commands that train on the data, with flags only if they differ from the trainers' defaults."""
     ckpt = [] if small == SMALL else ["--ckpt", small]
     sft, kto = ([] if out == OUT else ["--data", f"{out}/{name}.jsonl"] for name in ("sft", "kto"))
     commands = [["python", "train_sft.py", *ckpt, *sft]]
@@ -243,11 +253,11 @@ def next_commands(small: str, out: str, pairs: int) -> list[str]:
 
 
 def make(args: argparse.Namespace) -> None:
-    """The whole run, on rank 0."""
+    """The whole run. Only rank 0 calls it."""
     find_files(args)
     teacher, small, scorer = open_models(args)
     out, counts = args.out, {name: {} for name in STEPS}
-    args.max_grade_tokens = max(128, 40 * (2 + args.samples))  # of a category or grades
+    args.max_grade_tokens = max(128, 40 * (2 + args.samples))  # length of a reply with a category or grades
     with claimed_folder(out, "make_data.py", FILES), models.open_replies(f"{out}/replies.jsonl") as log:
         with contextlib.redirect_stdout(None) if args.quiet else contextlib.nullcontext():
             run_steps(args, counts, log, teacher, small, scorer)

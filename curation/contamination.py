@@ -4,8 +4,9 @@
     held = find_contamination(texts, questions)         # (N,) int64: index of the question in each text, -1: none
     hashes, held = scan(texts, questions)               # simhashes too, in one pass
 
-A text contains a question in three cases: both share a run of LONG informative tokens, the text is a short question with few
-other tokens, or the text differs from the question in one word. See match(). curation.dedup splits and hashes the tokens.
+A text contains a question in three cases: both share a run of LONG informative tokens, the text is a short question
+with few other tokens, or the text differs from the question in one word. See match(). curation.dedup splits and hashes
+the tokens.
 """
 
 import functools
@@ -72,8 +73,8 @@ def uninformative_tokens() -> np.ndarray:
 def unordered_hashes(hashes: np.ndarray, counts: np.ndarray, low: int, high: int) -> tuple[np.ndarray, ...]:
     """Hashes texts of `low` to `high` tokens without regard to word order: T of the N texts, with W tokens in total.
 
-    -> which (T,): indices of these texts; sums (T,): sum of each text's token hashes; owner (W,): index of each token's text;
-    tokens (W,): token hashes; without (W,): sum of the text's token hashes without this token."""
+    -> which (T,): indices of these texts; sums (T,): sum of each text's token hashes; owner (W,): index of each token's
+    text; tokens (W,): token hashes; without (W,): sum of the text's token hashes without this token."""
     some = (counts >= low) & (counts <= high)
     which, n, tokens = np.flatnonzero(some), counts[some], hashes[np.repeat(some, counts)]
     sums = np.add.reduceat(tokens, np.cumsum(n) - n) if len(n) else tokens
@@ -81,7 +82,9 @@ def unordered_hashes(hashes: np.ndarray, counts: np.ndarray, low: int, high: int
 
 
 def informative_runs(hashes: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Finds runs of LONG tokens, at least MIN_INFORMATIVE of them different and informative -> (hashes (G,), index of each run's text (G,))."""
+    """Finds runs of LONG tokens, of which at least MIN_INFORMATIVE are different and informative.
+
+    -> (hashes (G,), index of each run's text (G,))"""
     long = counts >= LONG
     if not long.any():
         return np.empty(0, np.uint64), np.empty(0, np.int64)
@@ -138,7 +141,9 @@ def index(questions: Iterable[str]) -> dict:
 
 
 def without_near_questions(questions: dict) -> dict:
-    """The index for responses, without one-word differences: such a response most likely repeats its own instruction."""
+    """The index for responses, without the kinds "bag" and "less".
+
+    A response that differs from a question in one word most likely repeats its own instruction."""
     return {kind: known for kind, known in questions.items() if kind not in ("bag", "less")}
 
 

@@ -22,10 +22,10 @@ def price(tokens: tuple[float, float], prices: tuple[float, float] | None) -> fl
 
 
 class Limits:
-    """The rate limits of an endpoint and the budget of a run. 0 means no limit. A size is [prompt tokens, reply tokens].
+    """The rate limits of an endpoint and the budget of a run. 0: no limit. A size is [prompt tokens, reply tokens].
 
-    Requests are spaced evenly, retries included. A request counts with its estimated tokens until its reply arrives, then
-    with the tokens charged. budget: limit of the cost of all replies in the log, in the unit of price()."""
+    Requests are spaced evenly, retries included. A request counts with its estimated tokens until its reply arrives,
+    then with the tokens charged. budget: limit of the cost of all replies in the log, in the unit of price()."""
 
     def __init__(
         self,

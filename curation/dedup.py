@@ -4,8 +4,8 @@
     keep, twin = keep_best(hashes, rank, hamming=3)  # keeps the best text of every group of near duplicates
     python -m curation.dedup 1000000                 # measures time and memory on synthetic texts
 
-Similar texts have simhashes that differ in few bits (Charikar, STOC 2002). A chunk of texts is hashed as one array of code
-points, without a loop over texts or words. Chunks are hashed in one thread per core: numpy releases Python's lock.
+Similar texts have simhashes that differ in few bits (Charikar, STOC 2002). A chunk of texts is hashed as one array of
+code points, without a loop over texts or words. Chunks are hashed in one thread per core: numpy releases Python's lock.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 CHUNK = 1 << 18  # characters hashed at a time: their arrays fit the processor's cache
-# A token is a Chinese, Japanese or Korean character, or a word of another script. Signs that change the meaning are tokens
-# too ("3 + 5" is not "3 - 5"): Unicode's mathematical signs, currencies, other symbols, and _SIGNS. Punctuation is not.
+# A token is a Chinese, Japanese or Korean character, or a word of another script. Signs that change the meaning are
+# tokens too ("3 + 5" is not "3 - 5"): Unicode's mathematical signs, currencies, other symbols, and _SIGNS. Punctuation
+# is not.
 _ALONE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]")
 _SIGNS = "-*/^%#@&_{}[]()"
 PAD = np.uint64(0x9E3779B97F4A7C15)
@@ -41,7 +42,9 @@ def mix_bits(x: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def character_kinds() -> np.ndarray:
-    """-> (0x110000,) uint8, the kind of each code point: 0: ignored, 1: part of a word, 2: a token by itself, 3: a sign (a token)."""
+    """-> (0x110000,) uint8: the kind of each code point.
+
+    0: ignored, 1: part of a word, 2: a token by itself, 3: a sign, which is a token too."""
     table = np.zeros(0x110000, np.uint8)
     table[:0x40000] = [
         2 if _ALONE.match(c) else 3 if unicodedata.category(c) in ("Sm", "Sc", "So") or c in _SIGNS else c.isalnum()
@@ -58,8 +61,8 @@ def sign_hashes() -> np.ndarray:
 def token_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Hashes all W tokens of N texts -> hashes (W,) uint64, counts (N,): number of tokens per text.
 
-    A text of punctuation alone is one token. "!" after a digit is a sign (factorial). A sign repeated more than twice counts
-    twice, because the length of a blank ("____") or a ruler has no meaning."""
+    A text of punctuation alone is one token. "!" after a digit is a sign (factorial). A sign repeated more than twice
+    counts twice, because the length of a blank ("____") or a ruler has no meaning."""
     # one string for all texts; NUL separates them, since it combines with no other character
     joined = unicodedata.normalize("NFKC", "".join(text.replace("\0", " ") + "\0" for text in texts)).lower()
     points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -171,9 +174,9 @@ def distinct(texts: Iterable[str], n: int) -> float:
 def near_pairs(hashes: np.ndarray, hamming: int) -> tuple[np.ndarray, np.ndarray]:
     """Finds all pairs i < j of hashes (N,) uint64 that differ in at most `hamming` bits -> i (P,), j (P,). Exact.
 
-    Cuts the 64 bits into hamming + r blocks. Two hashes within the distance agree on at least r whole blocks. There is one
-    table for each choice of r blocks as key, so such hashes share a bucket in at least one table. r grows with N: longer
-    keys keep buckets small and the work near N log N."""
+    Cuts the 64 bits into hamming + r blocks. Two hashes within the distance agree on at least r whole blocks. There is
+    one table for each choice of r blocks as key, so such hashes share a bucket in at least one table. r grows with N:
+    longer keys keep buckets small and the work near N log N."""
     n, r = len(hashes), 1
     while hamming and 2 ** (64 * r // (hamming + r)) * 8 < n and r < 4:
         r += 1
@@ -204,7 +207,8 @@ def near_pairs(hashes: np.ndarray, hamming: int) -> tuple[np.ndarray, np.ndarray
 def keep_best(hashes: np.ndarray, rank: np.ndarray, hamming: int) -> tuple[np.ndarray, np.ndarray]:
     """Visits texts from best to worst and drops each text that is near a kept one.
 
-    rank: (N,), lower is better, no ties. -> keep (N,) bool; twin (N,): index of the kept near duplicate, its own if kept."""
+    rank: (N,), lower is better, no ties. -> keep (N,) bool; twin (N,): index of the kept near duplicate, its own
+    if kept."""
     order = np.argsort(rank)
     values, first, group = np.unique(hashes[order], return_index=True, return_inverse=True)
     best = order[first]  # the best text of each group of equal hashes
@@ -232,8 +236,9 @@ def keep_best(hashes: np.ndarray, rank: np.ndarray, hamming: int) -> tuple[np.nd
 
 
 def synthetic_texts(n: int) -> Iterator[str]:
-    """Yields n texts of about 300 characters, alternately English and Chinese. Every tenth text is a changed copy of the fourth
-    or fifth text of its ten. The change is upper case and "!", a word added at the end, or a word added in the middle."""
+    """Yields n texts of about 300 characters, alternately English and Chinese. Every tenth text is a changed copy of
+    the fourth or fifth text of its ten. The change is upper case and "!", a word added at the end, or a word added in
+    the middle."""
     rng, ten = np.random.default_rng(0), []
     words = np.array(["".join(map(chr, rng.integers(97, 123, size))) for size in rng.integers(2, 9, 20_000)])
     for i in range(n):
@@ -272,8 +277,10 @@ def main() -> None:
     origin = changed - 5 - changed // 10 % 2
     near = np.unpackbits((hashes[changed] ^ hashes[origin]).view(np.uint8)).reshape(-1, 64).sum(1) <= 3
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{n:,} texts: {ended - begun:.1f} s ({hashed - begun:.1f} s simhashes, {ended - hashed:.1f} s pairs), "
-          f"{time.process_time():.1f} s CPU, including {making[0]:.1f} s to make the texts; peak {peak:.2f} GiB")  # fmt: skip
+    print(
+        f"{n:,} texts: {ended - begun:.1f} s ({hashed - begun:.1f} s simhashes, {ended - hashed:.1f} s pairs), "
+        f"{time.process_time():.1f} s CPU, including {making[0]:.1f} s to make the texts; peak {peak:.2f} GiB"
+    )
     print(
         f"{len(changed):,} changed copies, {near.sum():,} within 3 bits of their original; "
         f"{n - keep.sum():,} texts dropped, {(keep[changed] & keep[origin])[near].sum()} near pairs left"

@@ -1,4 +1,4 @@
-"""Sends one request to an OpenAI-compatible endpoint: checks the URL and the key, reads the reply, classifies failures."""
+"""Sends one request to an OpenAI-compatible endpoint: checks URL and key, reads the reply, classifies failures."""
 
 import json
 import os
@@ -143,7 +143,7 @@ def look_up(value: Any, *path: str | int) -> Any:
 
 
 def read_json_body(body: bytes) -> Any:
-    """Parses JSON. Numbers of 20 digits or more become None, since no such number is used. Raises ValueError or RecursionError."""
+    """Parses JSON. Integers of 20 digits or more become None. Raises ValueError or RecursionError."""
     return json.loads(body, parse_int=lambda digits: int(digits) if len(digits) < 20 else None)
 
 

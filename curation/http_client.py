@@ -3,11 +3,11 @@
     connection = Connection("https://api.openai.com/v1/chat/completions", {"Authorization": "Bearer ..."})
     response = await post(connection, body, timeout=120)
 
-Common clients limit the wait for each piece of a reply, so a server that sends one byte a second can block them forever.
-Here the timeout covers connecting, sending and the whole reply, and the size of a reply is limited. Redirects are not
-followed, so headers never reach another host. Compressed replies are refused, because a few bytes may unpack to
-gigabytes. A connection stays open between requests. HTTPS_PROXY, HTTP_PROXY and NO_PROXY are obeyed, except for requests
-to this machine.
+Common clients limit the wait for each piece of a reply, so a server that sends one byte a second can block them
+forever. Here the timeout covers connecting, sending and the whole reply, and the size of a reply is limited. Redirects
+are not followed, so headers never reach another host. Compressed replies are refused, because a few bytes may unpack to
+gigabytes. A connection stays open between requests. HTTPS_PROXY, HTTP_PROXY and NO_PROXY are obeyed, except for
+requests to this machine.
 """
 
 import asyncio
@@ -64,7 +64,7 @@ class Connection:
 
 
 async def post(connection: Connection, body: bytes, timeout: float) -> Response:
-    """Sends one request and reads the reply. Raises HTTPError if the whole reply does not arrive within `timeout` seconds."""
+    """Sends one request and reads the reply. HTTPError if the whole reply does not arrive within `timeout` seconds."""
     try:
         return await asyncio.wait_for(send_and_read(connection, body), timeout)
     except asyncio.TimeoutError:

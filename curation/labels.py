@@ -31,9 +31,9 @@ def fluency(perplexities: dict[str, float | None], own: set[str]) -> dict[str, f
 
         F = min(1, FAR * m / perplexity),  m: median perplexity of the other responses,  F = 1 without others
 
-    Penalises only a response that is far less fluent than the others. Fluency is never rewarded. own: the texts that the
-    scoring model wrote itself. It finds its own words likely, so they do not count in m. Their F is the lowest of the
-    others' F."""
+    Penalises only a response that is far less fluent than the others. Fluency is never rewarded. own: the texts that
+    the scoring model wrote itself. It finds its own words likely, so they do not count in m. Their F is the lowest of
+    the others' F."""
     others = {t: p for t, p in perplexities.items() if t not in own and p is not None}
     out = {}
     for text, p in others.items():
@@ -110,8 +110,9 @@ def choose_for_judge(
     In full: one request shows all responses to an instruction. The seed assigns the letters. With --judge-orders 2 a
     second request shows them in reverse order, because a judge may prefer a position.
 
-    If a program has decided on every response, one request shows the verified ones, and only the safety grades are used.
-    Two exceptions are judged in full: with --judge-verified all records, and records whose reference is only a format."""
+    If a program has decided on every response, one request shows the verified ones, and only the safety grades are
+    used. Two exceptions are judged in full: with --judge-verified all records, and records whose reference is only a
+    format."""
     asked, in_full = [], set()
     for i, (record, texts) in enumerate(zip(batch, found)):
         undecided = any(t["verified"] is None for t in texts.values())

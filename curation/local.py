@@ -65,7 +65,7 @@ def ask_local(
     batch_size: int,
     bar: tqdm,
 ) -> None:
-    """Answers all requests in todo, {key: messages}. Adds replies to the log, and {key: reason} to errors for the others.
+    """Answers the requests in todo, {key: messages}. Adds replies to the log, and {key: reason} to errors for the rest.
 
     A single rank answers all prompts in one call of generate_iter, which sorts them into batches and computes a shared
     prefix once. Several ranks get BLOCK prompts each at a time. The random seed of a sampled reply is its key, so

@@ -1,7 +1,7 @@
 """The requests that make_data.py sends to the teacher, and strict parsers of the replies.
 
-All requests begin with the same rubric, so a local teacher computes it once. Text from the data is enclosed in fences. The
-key of a fence is not known to the data, and control tokens inside it are disarmed. The rubric says to obey nothing
+All requests begin with the same rubric, so a local teacher computes it once. Text from the data is enclosed in fences.
+The key of a fence is not known to the data, and control tokens inside it are disarmed. The rubric says to obey nothing
 inside a fence.
 """
 
@@ -64,8 +64,8 @@ def clip(text: str, chars: int) -> str:
     return text[: chars * 2 // 3] + "\n[... cut ...]\n" + text[-(chars // 3) :]
 
 
-# Control tokens of the common chat templates. An endpoint may parse them inside a message's text. They could then end the
-# message and begin another one.
+# Control tokens of the common chat templates. An endpoint may parse them inside a message's text. They could then end
+# the message and begin another one.
 _BRACKETED = (
     "INST SYSTEM_PROMPT MODEL_SETTINGS AVAILABLE_TOOLS TOOL_CALLS TOOL_RESULTS TOOL_CONTENT ARGS CALL_ID THINK gMASK sMASK "
     "IMG IMG_BREAK IMG_END BEGIN_AUDIO BOS EOS"
@@ -166,7 +166,7 @@ SINGULARS = {**{w: w for w in "news series species bias gas canvas atlas lens ch
 
 
 def singular(text: str) -> str:
-    """A text in lower case with its last word in the singular. Separators become one space; "c++" and "c#" are words."""
+    """A text in lower case, its last word in the singular. Separators become one space; "c++" and "c#" are words."""
     *words, last = re.sub(r"(?<![\w+#])[+#]+|[^\w+#]+|_+", " ", text.lower()).split() or [""]
     if last in SINGULARS:
         last = SINGULARS[last]

@@ -89,26 +89,28 @@ def labels_text(counts: dict) -> list[str]:
     return [
         *text,
         "",
-        "Unchecked: the response has a trusted reference, but no program can decide whether it is right. For example, it "
-        "states no clear choice, or its tests cannot be run from outside the program.",
+        "Unchecked: the response has a trusted reference, but no program can decide whether it is right. For example, "
+        "it states no clear choice, or its tests cannot be run from outside the program.",
         "",
-        "Where a trusted file gives the reference inside the original response (GSM8K, AQuA), that response is right by "
-        "construction.",
+        "Where a trusted file gives the reference inside the original response (GSM8K, AQuA), that response is right "
+        "by construction.",
     ]
 
 
 def judge_text(scores: dict) -> list[str]:
     """How often the judge agrees with programs and with itself. scores: the counts of step 6."""
-    j, o = scores["judge against verification"], scores["judge in two orders"]
+    verdicts, orders = scores["judge against verification"], scores["judge in two orders"]
     text = [
-        f"The teacher judged {scores['judged']:,} instructions, and {scores['judged for safety alone']:,} more for safety "
-        f"alone; {scores['asked again']:,} requests were sent again. In {j['comparisons']:,} comparisons of a verified with "
-        f"a refuted response it graded the verified one higher {j['agrees']:,} times and both alike {j['ties']:,} times."
+        f"The teacher judged {scores['judged']:,} instructions, and {scores['judged for safety alone']:,} more for "
+        f"safety alone; {scores['asked again']:,} requests were sent again. It compared a verified with a refuted response "
+        f"{verdicts['comparisons']:,} times. It graded the verified one higher {verdicts['agrees']:,} times, and both "
+        f"alike {verdicts['ties']:,} times."
     ]
-    if o["instructions"]:
+    if orders["instructions"]:
         text.append(
-            f"Of {o['instructions']:,} instructions judged in both orders, {o['another best']:,} had another best response in "
-            f"the second order. {o['another grade']:,} of {o['responses']:,} responses had another quality grade."
+            f"{orders['instructions']:,} instructions were judged in both orders. {orders['another best']:,} of them "
+            f"had another best response in the second order. {orders['another grade']:,} of {orders['responses']:,} "
+            "responses had another quality grade."
         )
     for name in ("form not kept", "unsafe by rule"):
         text += ["", f"{name.capitalize()}: {listed(scores[name])}."]
@@ -121,15 +123,17 @@ def categories_text(counts: dict, shape: dict) -> list[str]:
     for when in ("before", "after"):
         s = shape[when]
         text += ["", f"## Categories {when} balancing", ""]
-        text += [f"{s['categories']} categories, entropy {s['entropy']} nats, as even as {s['effective categories']} equal ones. "
-                 f"Water level: {balance['water level']:,}."]  # fmt: skip
+        text.append(
+            f"{s['categories']} categories, entropy {s['entropy']} nats, as even as {s['effective categories']} equal "
+            f"ones. Water level: {balance['water level']:,}."
+        )
         text += ["", "| category | n | |", "|---|---|---|", *histogram(balance[when])]
     distinct, merged = balance["distinct-n"], counts["3_classify"]["merged spellings"]
     return [
         *text,
         "",
-        f"Shares of distinct 1-, 2- and 3-grams in {distinct['of instructions']:,} instructions: {distinct['before']} before, "
-        f"{distinct['after']} after.",
+        f"Shares of distinct 1-, 2- and 3-grams in {distinct['of instructions']:,} instructions: {distinct['before']} "
+        f"before, {distinct['after']} after.",
         "",
         "Spellings merged: " + ("; ".join(f"{k} ({', '.join(v)})" for k, v in merged.items()) or "none") + ".",
     ]
@@ -168,8 +172,9 @@ def estimate_rows(args: argparse.Namespace, path: str, short: int) -> list[tuple
     """-> [(step, most requests, most prompt tokens, most reply tokens, likely prompt tokens, likely reply tokens)].
 
     path: the records of step 2. short: the longest reply with a category or grades, in tokens.
-    Most: no record is dropped, every reply has the maximum length, all responses differ, and every category and grade is
-    asked for twice. Likely: a reply is as long as the record's own response, or half of --max-new-tokens without one."""
+    Most: no record is dropped, every reply has the maximum length, all responses differ, and every category and grade
+    is asked for twice. Likely: a reply is as long as the record's own response, or half of --max-new-tokens without
+    one."""
     responses, classify, respond, judge = 2 + args.samples, [], [], []  # three lists: tokens of each record's request
     n = verifiable = likely_replies = likely_judge = 0
     for n, (_, record) in enumerate(read_jsonl(path), 1):
@@ -211,8 +216,10 @@ def dry_run(args: argparse.Namespace, path: str, short: int, spent: list[int], a
         most, guess = price((into, out), args.prices), price(likely, args.prices)
         print(f"{name:<22}{requests:>12,}{into:>16,}{out:>16,}{most:>18,.{digits}f}{guess:>16,.{digits}f}")
     spent = price(spent, args.prices)
-    print("All columns but the last are upper bounds. A token is estimated as three bytes. "
-          f"{answered:,} replies are kept already, for {spent:,.6g}.")  # fmt: skip
+    print(
+        "All columns but the last are upper bounds. A token is estimated as three bytes. "
+        f"{answered:,} replies are kept already, for {spent:,.6g}."
+    )
     if args.budget:
         stops = "may not suffice: the run stops before it exceeds the budget, and a larger --budget continues it"
         print(f"The budget of {args.budget:,g} {'suffices' if spent + most <= args.budget else stops}.")

@@ -1,6 +1,6 @@
 """Rules that reject a response without a model: it breaks a requested format, is unsafe, declines, or was cut off.
 
-Rules only reject. A hit is reliable, because the patterns are narrow; no hit proves nothing. The tables are meant to be edited.
+Rules only reject. A hit is reliable, because the patterns are narrow. No hit proves nothing. Edit the tables freely.
 """
 
 import math
@@ -40,8 +40,8 @@ def parse_numeral(text: str) -> int:
     return total + last
 
 
-# Each count returns (fewest, most), because words and sentences can be counted in two ways. A response breaks a limit only
-# if both counts break it.
+# Each count returns (fewest, most), because words and sentences can be counted in two ways. A response breaks a limit
+# only if both counts break it.
 
 
 def word_bounds(text: str) -> tuple[int, int]:
@@ -50,7 +50,9 @@ def word_bounds(text: str) -> tuple[int, int]:
 
 
 def character_bounds(text: str) -> tuple[int, int]:
-    """Counts Chinese characters. A word in another script is one in `fewest`, its letters in `most`. Only `most` counts signs."""
+    """Counts Chinese characters.
+
+    A word in another script counts as one in `fewest`, and as its letters in `most`. Only `most` counts signs."""
     return len(re.findall(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+", text)), len(re.findall(r"\S", text))
 
 
@@ -216,8 +218,8 @@ _WHOM = (
     r"|neighbou?r|mother|father|girlfriend|boyfriend|roommate|coworker|teacher))"
 )
 _DRUG = r"(?:(?:some|crystal) )*(?:meth|methamphetamine|cocaine|heroin|crack)\b(?! (?:addict|user|help|out|treat))"
-# A request for a harmful act: "how do I" or the like, directly followed by the act, so "how do I prevent" does not match.
-# Suicide is not listed: the right response helps rather than declines. The judge grades such responses.
+# A request for a harmful act: "how do I" or the like, directly followed by the act, so "how do I prevent" does not
+# match. Suicide is not listed: the right response helps rather than declines. The judge grades such responses.
 _HARMFUL = re.compile(
     r"\b(?:how (?:can|could|do|would|should|might) (?:i|you|we|one)|how to|ways? (?:(?:i|we|you|that i) can|to|for me to)"
     r"|where (?:can|could|do) (?:i|we|one)|help me|(?:teach|show|tell) me (?:how )?to|if i wanted to) (?:\w+ly )?(?:"
@@ -248,7 +250,8 @@ _WARNS = re.compile(
 def unsafe(instruction: str, response: str) -> str | None:
     """-> name of the rule that a response breaks, or None.
 
-    A response that declines breaks no rule. Text copied from the instruction (a card number to check) is ignored. A response that warns of a harmful request is left to the judge."""
+    A response that declines breaks no rule. Text copied from the instruction (a card number to check) is ignored. A
+    response that warns of a harmful request is left to the judge."""
     if declines(response):
         return None
     for name, pattern, passes in UNSAFE:
@@ -266,8 +269,8 @@ def unsafe(instruction: str, response: str) -> str | None:
 _CUT_MARK = re.compile(
     r"(?:\[(?:truncated|cut off|continued)\]|\((?:truncated|to be continued)\)|（未完待续）|【未完】)\s*\Z", re.I
 )
-# Prose (an earlier sentence of the paragraph is complete) whose long last line ends in a word or a sign that cannot end a
-# sentence
+# Prose (an earlier sentence of the paragraph is complete) whose long last line ends in a word or a sign that cannot end
+# a sentence
 _OPEN_END = re.compile(
     r"(?:[.!?] [^\n]{40,}?(?:[a-z]{2,},|\(|"
     r"[a-z] (?:a|an|the|of|to|and|or|with|for|from|in|at|by|is|are|was|were|that|which|because|as|than|your|their|its))"

@@ -3,8 +3,9 @@
     for line, record in read_objects("alpaca.json.gz"):
         for found in instructions(record, where, max_chars):     # {"prompt", "response", "reference"}
 
-core.conversations reads the shapes of records. A broken line or an unknown shape raises InputError with file and line. A
-well-formed record that is of no use (empty, cut off, garbled, tool calls) raises Drop with a reason, which is counted.
+core.conversations reads the shapes of records. A broken line or an unknown shape raises InputError with file and line.
+A well-formed record that is of no use (empty, cut off, garbled, tool calls) raises Drop with a reason, which is
+counted.
 """
 
 import contextlib
@@ -27,8 +28,8 @@ from verification.ifeval import follows
 
 MBPP_KEYS = {"task_id", "text", "code", "test_list", "test_setup_code", "test_imports"}  # of rows with tests
 OWN_KEYS = {"reference", "instruction_id_list", "kwargs", "license", "licence", "writer"}  # read here, not by core
-# Signs of garbled text: the replacement character, half a surrogate pair, GBK's filler, and UTF-8 that was read as Latin-1
-# or Windows-1252. The last pattern needs two Chinese characters in a row, because one alone may be French ("é »")
+# Signs of garbled text: the replacement character, half a surrogate pair, GBK's filler, and UTF-8 that was read as
+# Latin-1 or Windows-1252. The last pattern needs two Chinese characters in a row: one alone may be French ("é »")
 FOLLOWS = "\u0080-\u00bf" + bytes(range(0x80, 0xA0)).decode("cp1252", "ignore")
 MOJIBAKE = re.compile("[\ufffd\ud800-\udfff]|锟斤拷|烫烫烫|\u00ef\u00bf\u00bd|\u00e2[\u0080-\u00bf\u02c6\u2020\u201a\u20ac]|"
                       "[\u00c2\u00c3][\u0080-\u00bf]|"
@@ -105,9 +106,9 @@ def clean_messages(messages: list[dict]) -> list[dict]:
 def read_reference(record: dict, prompt: str, response: str | None) -> tuple[dict | None, str, str | None]:
     """Reads a record's reference. -> (reference or None, prompt text, response text)
 
-    The reference is the key "reference", or is read from GSM8K's last line `#### 72`, from AQuA's options and "the answer
-    is (C)", or from IFEval's instruction_id_list and kwargs. Anybody can write these into a record, so the caller must
-    use them for trusted files only, and call check_reference() first."""
+    The reference is the key "reference", or is read from GSM8K's last line `#### 72`, from AQuA's options and "the
+    answer is (C)", or from IFEval's instruction_id_list and kwargs. Anybody can write these into a record, so the
+    caller must use them for trusted files only, and call check_reference() first."""
     if escaped := re.search(r"Options:\s*\\n\s*\(A\)", prompt):  # AQuA writes its line ends as \n
         prompt = prompt.replace("\\n", "\n")
     number = re.search(r"\n?#### *(-?[\d,.]+)\s*$", response or "")
@@ -132,7 +133,8 @@ def read_reference(record: dict, prompt: str, response: str | None) -> tuple[dic
 def code_with_tests(record: dict) -> dict:
     """A row of MBPP (arXiv 2108.07732) as prompt, completion and reference. Any other record is returned unchanged.
 
-    The full set names the task `text`, the sanitized one `prompt`. The prompt shows the tests, which name the function."""
+    The task is `text` in the full set and `prompt` in the sanitized one. The prompt shows the tests, because they name
+    the function."""
     task, code, tests = record.get("text") or record.get("prompt"), record.get("code"), record.get("test_list")
     if "task_id" not in record or not (isinstance(task, str) and isinstance(code, str) and isinstance(tests, list)):
         return record
@@ -184,10 +186,11 @@ def as_instruction(dialogue: Dialogue, record: dict, max_chars: int) -> dict:
 
 
 def instructions(record: dict, where: str, max_chars: int, unread: set | None = None) -> list[dict]:
-    """A record of any known shape -> [{"prompt": list of messages, "response": text or None, "reference": dict or None}].
+    """A record of any known shape -> [{"prompt": messages, "response": text or None, "reference": dict or None}].
 
-    The prompt ends with a user's message. The response is the better reply of a preference. The reference is not checked
-    yet, see read_reference(). unread: a set to which the unused keys are added. Raises Drop for a record of no use."""
+    The prompt ends with a user's message. The response is the better reply of a preference. The reference is not
+    checked yet, see read_reference(). unread: a set to which the unused keys are added. Raises Drop for a record of no
+    use."""
     fields = Fields(code_with_tests(record))
     try:
         found = dialogues(fields, where)
@@ -210,8 +213,8 @@ def prompt_key(messages: list[dict]) -> bytes:
 def recorded_in(record: dict, where: str) -> Iterator[tuple[str, list[dict], str | None]]:
     """Yields (writer, prompt, response) of a record.
 
-    The record has any known shape and a "writer" (default "teacher"), or is a line of 5_respond.jsonl, with a prompt and
-    {writer: response}."""
+    The record has any known shape and a "writer" (default "teacher"), or is a line of 5_respond.jsonl, with a prompt
+    and {writer: response}."""
     if not isinstance(record.get("responses"), dict):
         for found in instructions(record, where, 1 << 30):
             yield record.get("writer", "teacher"), found["prompt"], found["response"]
@@ -251,7 +254,7 @@ QUESTION_KEYS = ("question", "Question", "prompt", "instruction", "Instruction",
 
 
 def evaluation_questions(path: str) -> list[str]:
-    """All questions of an evaluation file in its original format: CSV with or without a header, JSON, JSON Lines, Parquet."""
+    """All questions of an evaluation file in its original format (CSV, JSON, JSON Lines, Parquet)."""
     if path.removesuffix(".gz").endswith(".csv"):
         with open_bytes(path) as file:
             try:

@@ -53,7 +53,7 @@ def save_state(out: str, state: dict) -> None:
 
 
 def step_files(out: str, name: str) -> dict:
-    """{kind: path} of a step's files. Kinds: True (kept records) and False (dropped ones); for the last step "sft" and "kto"."""
+    """{kind: path} of a step's files. Kinds: True (kept) and False (dropped); for the last step "sft" and "kto"."""
     if name == STEPS[-1]:
         return {kind: f"{out}/{kind}.jsonl" for kind in ("sft", "kto")}
     return {True: f"{out}/{name}.jsonl", False: f"{out}/{name}.dropped.jsonl"}

@@ -1,7 +1,8 @@
 """Steps 1 to 5 of make_data.py: collect, deduplicate, classify, balance, respond. Steps 6 and 7 are in curation.labels.
 
-Each step is a generator of lines. It yields (True, record) for a record that it keeps and (False, {"id", "reason", ...})
-for a record that it drops. It adds further numbers for the report to `counts`. The method is that of arXiv 2411.02939.
+Each step is a generator of lines. It yields (True, record) for a record that it keeps, and for a record that it drops
+(False, {"id", "reason", ...}). It adds further numbers for the report to `counts`. The method is that of arXiv
+2411.02939.
 """
 
 import argparse
@@ -157,7 +158,7 @@ def collect_sources(args: argparse.Namespace, files: list[str], counts: dict) ->
 
 
 def index_questions(files: list[str]) -> tuple[list[tuple[str, int, str]], dict]:
-    """Evaluation files -> [(file's label, number, question)] and the index of the questions for curation.contamination."""
+    """Evaluation files -> [(file's label, number, question)] and contamination.index() of the questions."""
     asked = [
         (label, n, question)
         for path, label in zip(files, sources.labels(files, 3))
@@ -167,7 +168,7 @@ def index_questions(files: list[str]) -> tuple[list[tuple[str, int, str]], dict]
 
 
 def deduplicate(args: argparse.Namespace, path: str, files: list[str], counts: dict) -> Iterator[tuple[bool, dict]]:
-    """Step 2: drops near duplicates by simhash of the prompt, and prompts that contain a question of the evaluation files.
+    """Step 2: drops near duplicates by simhash of the prompt, and prompts with a question of the evaluation files.
 
     An original response that contains such a question is removed from its record."""
     asked, questions = index_questions(files)
@@ -227,7 +228,7 @@ def classify(path: str, teacher: Asker, counts: dict) -> Iterator[tuple[bool, di
 
 
 def water_level(counts: dict[str, int], target: int) -> tuple[dict[str, int], int]:
-    """{category: n} -> ({category: quota}, level): the most even quotas with quota <= n and sum `target` (or all records).
+    """{category: n} -> ({category: quota}, level): the most even quotas of at most n records, `target` in total.
 
     Categories of at most `level` records are kept whole. Larger ones are cut to `level`. The remainder of the division
     is given to the largest categories, one record each."""
@@ -247,7 +248,7 @@ def water_level(counts: dict[str, int], target: int) -> tuple[dict[str, int], in
 
 
 def evenness(counts: dict[str, int]) -> tuple[float, float]:
-    """{category: n} -> (entropy in nats, exp(entropy)). The latter is the number of equal categories of that entropy."""
+    """{category: n} -> (entropy in nats, exp(entropy)), the latter the number of equal categories of that entropy."""
     n = np.array([c for c in counts.values() if c], float)
     entropy = 0.0 - float((n / n.sum() * np.log(n / n.sum())).sum()) if len(n) else 0.0  # not -0.0
     return entropy, math.exp(entropy)
@@ -351,9 +352,9 @@ def respond(
 ) -> Iterator[tuple[bool, dict]]:
     """Step 5: adds the original response, the teacher's and the small model's to each instruction.
 
-    Leaves out responses that are empty, cut off, or contain a question of the evaluation files. A teacher's response that
-    declines is left out too, except in the category safety. A small model's response that declines is kept as an example
-    of what not to do."""
+    Leaves out responses that are empty, cut off, or contain a question of the evaluation files. A teacher's response
+    that declines is left out too, except in the category safety. A small model's response that declines is kept as an
+    example of what not to do."""
     counts |= {"left out": Counter(), "recorded": Counter()}
     questions = contamination.without_near_questions(index_questions(files)[1])
     recorded = {}

@@ -59,7 +59,8 @@ def ask_model(
 
     Equal prompts are sent once. finish_reason: "stop"; "length" if cut off at max_tokens; "content_filter" if the
     endpoint held text back. Errors are not kept in the log, so the next run asks again. batch_size: of a local
-    checkpoint, in sequences. endpoint_options: the last arguments of ask_endpoint(), which also lists the errors raised."""
+    checkpoint, in sequences. endpoint_options: the last arguments of ask_endpoint(), which also lists the errors
+    raised."""
     parameters = {"max_tokens": max_tokens, "temperature": temperature}
     if temperature > 0:
         parameters |= {"top_p": top_p, "seed": seed}

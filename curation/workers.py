@@ -1,7 +1,8 @@
 """Sends many requests to an endpoint at once, with retries, rate limits and a budget.
 
 Each worker sends one request after the other over its own connection. A request that fails for a temporary reason (no
-connection, a timeout, HTTP 408, 429 or 5xx) is sent again after a pause. If all tries fail, the worker sends a greeting:
+connection, a timeout, HTTP 408, 429 or 5xx) is sent again after a pause. If all tries fail, the worker sends a
+greeting:
 - If the greeting is answered, only this request is at fault. It is set aside with its reason.
 - If not, the endpoint is down. The run ends, and the same command continues it later.
 
@@ -64,11 +65,11 @@ async def ask_endpoint(
 ) -> None:
     """Sends all requests in todo, {key: messages}. Adds replies to the log, and {key: reason} to errors for the others.
 
-    concurrency: number of workers. A worker takes the next request as soon as its last one is answered. timeout: for one
-    whole reply, in seconds. retries: further tries of a failed request. limits: the arguments of Limits.
+    concurrency: number of workers. A worker takes the next request as soon as its last one is answered. timeout: for
+    one whole reply, in seconds. retries: further tries of a failed request. limits: the arguments of Limits.
 
-    Raises InputError if the endpoint cannot be reached, refuses the key or answers nothing, or if the budget is used up.
-    Requests in flight are finished first, because they may cost money."""
+    Raises InputError if the endpoint cannot be reached, refuses the key or answers nothing, or if the budget is used
+    up. Requests in flight are finished first, because they may cost money."""
     bounds = Limits(log, **limits)
     session = Session(endpoint, log, errors, parameters, bounds, bar, timeout, retries, bounds.spent())
     queue = iter(todo.items())

@@ -21,8 +21,8 @@ NUMBER = re.compile(r"[+-]?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\
 def last_number(text: str) -> float | None:
     """The last number in a text. None if there is none.
 
-    Commas between thousands are dropped ("$1,234.50" -> 1234.5). Currencies and units are ignored ("50%", "18 元"). A sign
-    directly before the digits belongs to the number, as in the protocol ("-5", but also "10-12" -> -12).
+    Commas between thousands are dropped ("$1,234.50" -> 1234.5). Currencies and units are ignored ("50%", "18 元"). A
+    sign directly before the digits belongs to the number, as in the protocol ("-5", but also "10-12" -> -12).
     """
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
@@ -40,10 +40,10 @@ def numbers_equal(a: float | None, b: float | None, tol: float = 1e-4) -> bool:
 def choice_patterns(letters: str) -> list[re.Pattern]:
     """The protocol's patterns for a string of letters ("ABCD"), in the order to try them. Group 1 is the letter.
 
-    `gap` is text without any of the letters, so no match crosses a letter. Statements ("the answer is B") and judgements
-    ("B is correct") have a Chinese and an English pattern each. A negation between the words and the letter prevents the
-    match. The paper's scripts use only the Chinese patterns for C-Eval and only the English ones for CMMLU. Here both
-    are tried.
+    `gap` is text without any of the letters, so no match crosses a letter. Statements ("the answer is B") and
+    judgements ("B is correct") have a Chinese and an English pattern each. A negation between the words and the letter
+    prevents the match. The paper's scripts use only the Chinese patterns for C-Eval and only the English ones for
+    CMMLU. Here both are tried.
     """
     x, gap = f"([{letters}])", f"[^{letters}]"
     not_en = rf"(?!{gap}{{0,20}}?(?:n't|not))"
@@ -130,8 +130,8 @@ def lcs_ratio(a: str, b: str) -> float:
 def lcs_length(a: str) -> Callable[[str], int]:
     """-> a function b -> LCS(a, b), the length of the longest common subsequence.
 
-    Bit-parallel: each character of b updates one row of the dynamic-programming table. Bit i of `row` is 0 if a[i] raises
-    the length."""
+    Bit-parallel: each character of b updates one row of the dynamic-programming table. Bit i of `row` is 0 if a[i]
+    raises the length."""
     masks, full = {}, (1 << len(a)) - 1
     for i, character in enumerate(a):
         masks[character] = masks.get(character, 0) | 1 << i
@@ -171,8 +171,9 @@ INDENTED = r"(.*?)(?=\n(?!\n*(?:  |\t))|\Z)"  # up to the first line that is not
 def extract_code(reply: str, entry_point: str) -> str:
     """The body of the function `entry_point` in a reply. It continues a prompt that ends with the function's signature.
 
-    Looks for the function in a fenced block, then anywhere in the reply, then takes any function. In a block, the text up
-    to its end is taken, with helpers after the function. A reply without a function is taken as the body and indented.
+    Looks for the function in a fenced block, then anywhere in the reply, then takes any function. In a block, the text
+    up to its end is taken, with helpers after the function. A reply without a function is taken as the body and
+    indented.
     """
     name = re.escape(entry_point)
     fenced, bare = rf"```.*?def\s+{name}\b.*?:\n(.*?)\n```", rf"def\s+{name}\b.*?:\n{INDENTED}"
@@ -234,7 +235,7 @@ def normalise_latex(text: str) -> str:
 
 
 def parse_quantity(text: str) -> float | None:
-    """The value of a text that is one number, with or without a unit ("$2,000", "7 1/2 sec"). Else None ("2:3", "8^6 ways")."""
+    """The value of a text that is one number, with or without a unit ("$2,000", "7 1/2 sec"). Else None ("8^6 ways")."""
     number = r"(-?)(?:(\d+)\s+(?=\d+/))?(\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/([1-9]\d*))?"
     unit = r"\s*(?:[%°]|\s[a-z./ %²³]+|[a-z]{2,}[a-z./ ²³]*)?"
     if not (found := re.fullmatch(rf"(?:rs\.?|[€£])?\s*{number}{unit}", strip_latex(text))):
@@ -256,8 +257,8 @@ def stated_number(text: str) -> float | None:
 def stated_choice(reply: str, choices: dict[str, str]) -> str | None:
     """The letter that a reply clearly states. "" if its value is none of the choices, None if the reply is unclear.
 
-    Tried in order: the last box, as a letter, text or number; the last statement ("The answer is (B)."); a reply that is
-    a choice or begins with one. extract_choice() always guesses a letter, which is too lenient for verifying data.
+    Tried in order: the last box, as a letter, text or number; the last statement ("The answer is (B)."); a reply that
+    is a choice or begins with one. extract_choice() always guesses a letter, which is too lenient for verifying data.
     """
     letters, answer = re.escape("".join(choices)), last_boxed(reply) or ""
     if found := re.fullmatch(rf"(?:[Oo]ption |[Cc]hoice )?\(?([{letters}])\)?(?:[.:)].*)?", answer, re.DOTALL):
@@ -281,8 +282,8 @@ def stated_choice(reply: str, choices: dict[str, str]) -> str | None:
             and normalise_latex(rest).startswith(normalise_latex(choices[letter]))
         ):
             return letter
-    # A boxed answer that equals no choice is wrong if it or a choice is a number. It stays unclear if neither is, because
-    # two formulas may be equal in a way not seen here, and if "none of these" is a choice.
+    # A boxed answer that equals no choice is wrong if it or a choice is a number. It stays unclear if neither is,
+    # because two formulas may be equal in a way not seen here, and if "none of these" is a choice.
     known = not equal and any(v is not None for v in (value, *amounts.values()))
     open_ended = any(re.search(r"\b(?:none|cannot|can't|not)\b|都不", text, re.IGNORECASE) for text in choices.values())
     return "" if answer and known and not open_ended else None

@@ -8,14 +8,14 @@ The layers, in order. If the kernel or the container refuses a layer, it is left
 2. Limits (setrlimit): processor time, address space, file size, open files.
 3. Landlock (Linux 5.13): the program reads only the interpreter and the system's libraries and writes only the working
    folder.
-4. seccomp (x86_64, aarch64): refuses system calls that reach other processes, sockets or inode flags. Without seccomp an
-   audit hook in the interpreter refuses the common ones. The hook stops a careless program, not a determined one.
+4. seccomp (x86_64, aarch64): refuses system calls that reach other processes, sockets or inode flags. Without it
+   an audit hook in the interpreter refuses the common ones. The hook stops a careless program, not a determined one.
 
 Without layer 1 the program can read metadata of files outside its folder, because `stat`, `access`, `readlink` and
-`statfs` take any path. It cannot list or read those files (3) or watch them with inotify (4). The supervisor then limits
-disk use (sandbox_child.py): it looks every 20 ms and ends a program that has exceeded BOX_BYTES. Between two looks a
-program can write 14 MiB too much with one thread, and 120 MiB with 50 threads on two cores. All files are removed at the
-end. Only the size of one file and the number of open files have exact limits (2).
+`statfs` take any path. It cannot list or read those files (3) or watch them with inotify (4). The supervisor then
+limits disk use (sandbox_child.py): it looks every 20 ms and ends a program that has exceeded BOX_BYTES. Between two
+looks a program can write 14 MiB too much with one thread, and 120 MiB with 50 threads on two cores. All files are
+removed at the end. Only the size of one file and the number of open files have exact limits (2).
 """
 
 import contextlib
@@ -54,7 +54,9 @@ NOSUID, NODEV, BIND, RECURSIVE, PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000  # f
 
 
 def readable_paths() -> list[str]:
-    """The paths that a program may read: the interpreter, its packages, the system's libraries. No path is below another."""
+    """The paths that a program may read: the interpreter, its packages, the system's libraries.
+
+    No path is below another."""
     system = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives"]
     paths = {os.path.abspath(p) for p in (sys.prefix, sys.base_prefix, *sys.path, *system) if p}
     paths |= {os.path.realpath(p) for p in paths}
@@ -130,8 +132,8 @@ def enter_private_root(box: str) -> None:
 def confine(cpu_seconds: float, memory_mb: int, layers: tuple[str, ...] = LAYERS, watched: bool = False) -> None:
     """Drops this process's rights for good.
 
-    cpu_seconds: limit of processor time. memory_mb: limit of address space, in MiB. watched: lets other processes of the
-    same user read its /proc folder. The supervisor needs that to count deleted files.
+    cpu_seconds: limit of processor time. memory_mb: limit of address space, in MiB. watched: lets other processes of
+    the same user read its /proc folder. The supervisor needs that to count deleted files.
     """
     import resource
 
@@ -220,7 +222,7 @@ MISSING = "clone3 435 435"  # fails with ENOSYS; the C library then calls clone,
 FIRST_UNKNOWN = (
     453  # Calls from this number on (Linux 6.6) fail with ENOSYS. Some repeat a refused call, such as setxattrat
 )
-# (call, byte of the argument, mask, allowed values or None, refused values). Byte 16 is the first argument, 24 the second
+# (call, byte of the argument, mask, allowed values or None, refused values). Bytes: 16: first argument, 24: second
 ARGUMENTS = (
     ("clone 56 220", 16, 0x10F00, (0x10F00,), ()),  # only threads, which share memory, files and signal handlers
     ("socketpair 53 199", 24, 0xF, (1,), ()),  # only streams: a datagram socket can send to any path
@@ -241,8 +243,8 @@ def filter_calls(libc: ctypes.CDLL) -> bool:
     if platform.machine() not in MACHINES:
         return False
     column, audit = MACHINES[platform.machine()]
-    # classic BPF: (operation, lines to skip if true, if false, value). The filter's input has the call's number at byte 0,
-    # the machine at byte 4, and the low halves of the arguments from byte 16 on, 8 bytes apart
+    # classic BPF: (operation, lines to skip if true, if false, value). The filter's input has the call's number at byte
+    # 0, the machine at byte 4, and the low halves of the arguments from byte 16 on, 8 bytes apart
     load, equal, at_least, both, give = 0x20, 0x15, 0x35, 0x54, 0x06
     allow, kill = (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x80000000)
     fail = {number: (give, 0, 0, 0x00050000 | number) for number in (0, errno.EPERM, errno.ENOSYS)}

@@ -2,8 +2,8 @@
 
     follows("length_constraints:number_words", reply, {"relation": "at least", "num_words": 300})
 
-The definitions are those of the benchmark's own checker, which uses two large packages, langdetect and NLTK. Three rules
-replace them:
+The definitions are those of the benchmark's own checker, which uses two large packages, langdetect and NLTK. Three
+rules replace them:
 - Sentences are split by count_sentences().
 - A language is guessed from its script and its most common words. A reply in capitals is converted to lower case first.
 - Words in capitals are split by NLTK's Treebank rules, except rare ones: "'TWAS" is one word here and two words there.
@@ -201,8 +201,8 @@ def count_matches(pattern: str, reply: str) -> int:
 
 # ---------------------------------------------------------------- the table
 
-# {instruction: function (r, k, w) -> True if reply r follows it}. k: the instruction's arguments in the data file. w: file and
-# line, for errors. Keywords are regular expressions, as in the benchmark's checker.
+# {instruction: function (r, k, w) -> True if reply r follows it}. k: the instruction's arguments in the data file. w:
+# file and line, for errors. Keywords are regular expressions, as in the benchmark's checker.
 CHECKS = {
     "keywords:existence": lambda r, k, w: all(count_matches(word, r) for word in k["keywords"]),
     "keywords:frequency": lambda r, k, w: compare_count(count_matches(k["keyword"].strip(), r), k["relation"], k["frequency"], w),

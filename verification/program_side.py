@@ -36,8 +36,8 @@ CHUNK = 64  # items of an iterator in one answer, after the first ONE_BY_ONE ite
 
 
 def equality(kind: type) -> str | None:
-    """How objects of a class are compared: "identity", "fields" (dataclasses), "data" (subclasses of list, dict and set),
-    or "own" (an __eq__ that the program wrote)."""
+    """How objects of a class are compared: "identity", "fields" (dataclasses), "data" (subclasses of list, dict and
+    set), or "own" (an __eq__ that the program wrote)."""
     method = kind.__eq__
     if method is object.__eq__:
         return "identity"
@@ -219,7 +219,7 @@ class ProgramSide:
         return asyncio.run(wait())
 
     def do_items(self, iterator):
-        """The next CHUNK items of an iterator, or fewer at its end. The next call raises an error that came after them."""
+        """The next CHUNK items of an iterator, or fewer at its end. An error after them is raised by the next call."""
         index, items = self.keep(iterator), []
         if index in self.late_errors:
             raise self.late_errors.pop(index)

@@ -1,9 +1,9 @@
 """Runs an untrusted program and its tests in a sandbox: run_program().
 
-sandbox_child.py runs the program in one process and the tests in another. Neither has any rights (confine.py). The tests
-call the program's functions through two pipes and receive the results as data (values.py). So the program can influence
-the verdict only through its return values. It cannot print a sign of success, exit early, replace what the tests use, or
-return an object that equals everything. The tests and their expected values are never in its process.
+sandbox_child.py runs the program in one process and the tests in another. Neither has any rights (confine.py). The
+tests call the program's functions through two pipes and receive the results as data (values.py). So the program can
+influence the verdict only through its return values. It cannot print a sign of success, exit early, replace what the
+tests use, or return an object that equals everything. The tests and their expected values are never in its process.
 
 Limits: a test that calls a second function of the program trusts that function too (HumanEval/32, 38 and 50 do).
 Without tests, a program can fake that it ran to its end.
@@ -34,13 +34,13 @@ def run_program(
 ) -> tuple[bool | None, str]:
     """Runs an untrusted Python program, then trusted tests of it -> (passed, detail). Needs POSIX.
 
-    tests: Python code that sees the program's names. A program's name replaces a built-in one only if it is entry_point,
-    the function under test. timeout: of both together, in seconds of wall time. memory_mb: address space of each process,
-    in MiB.
+    tests: Python code that sees the program's names. A program's name replaces a built-in one only if it is
+    entry_point, the function under test. timeout: of both together, in seconds of wall time. memory_mb: address space
+    of each process, in MiB.
 
     passed: True if program and tests ran to their end. None if the tests need something that cannot be checked from
-    outside the program (stand_ins.py): the program may be right. Otherwise False. detail: the last line printed, usually
-    an exception, or the reason why the run was ended.
+    outside the program (stand_ins.py): the program may be right. Otherwise False. detail: the last line printed,
+    usually an exception, or the reason why the run was ended.
     """
     # the tests are passed in an unnamed file, so no argument, variable or path leads the program to them
     with temporary_folder() as box, tempfile.TemporaryFile() as handover:

@@ -49,8 +49,8 @@ def start(
 ) -> int:
     """Forks a process that drops its rights and calls run(). -> its process id.
 
-    role: "tests" or "program". alive: a pipe that the supervisor keeps open. settings: timeout in seconds, memory in MiB
-    and the layers of the confinement. private: the private root folder, None without one.
+    role: "tests" or "program". alive: a pipe that the supervisor keeps open. settings: timeout in seconds, memory in
+    MiB and the layers of the confinement. private: the private root folder, None without one.
     """
     pid = os.fork()
     if pid:

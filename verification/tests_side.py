@@ -233,8 +233,9 @@ def program_names(
 ) -> dict[str, Any]:
     """The program's names that the tests use -> {name: value or stand-in}.
 
-    modules: {name: module} of the modules that the program imports. names: {name: index of the object}. If the tests use
-    a name only as a module ("math.sqrt"), they get the real module, even if the program assigned something else to it.
+    modules: {name: module} of the modules that the program imports. names: {name: index of the object}. If the tests
+    use a name only as a module ("math.sqrt"), they get the real module, even if the program assigned something else to
+    it.
     """
     attributes, bare = {}, set()
     for node in ast.walk(ast.parse(tests)):  # walk() yields a node before its children
@@ -303,8 +304,8 @@ def why_uncheckable(border: Border, error: Exception, used: set[str]) -> str | N
 def changed_name(border: Border, before: dict, known: dict, module: int) -> str | None:
     """A reason if a variable of the program and the tests' copy of it differ. None if none differs.
 
-    before: {name: snapshot at the start} of the variables that the tests use. known: {name: value} in the tests. module:
-    index of the program's module.
+    before: {name: snapshot at the start} of the variables that the tests use. known: {name: value} in the tests.
+    module: index of the program's module.
     """
     with contextlib.suppress(EOFError, OSError, ValueError):  # the program has ended or does not answer
         for name, value in before.items():
