@@ -1,6 +1,6 @@
-"""The table of the demo's tasks: one row a task, the slots' values, how the answer follows from them, the phrasings.
+"""The table of the demo's tasks. A row has a task's slots, the function that computes the answer, and the phrasings.
 
-To add a task, add a row; demo/world.py turns rows into instructions, references and replies.
+To add a task, add a row. demo/world.py turns rows into instructions, references and replies.
 """
 
 import random
@@ -15,15 +15,15 @@ from demo import words as W
 class Task(NamedTuple):
     name: str
     category: str
-    kind: str                    # kind of reference: number | choice | exact | code
-    closed: bool                 # a short list of facts: held out by wording (else by slots, in every wording)
-    pick: Callable               # rng -> the slots' values, a tuple of strings
-    answer: Callable             # slots' values -> the right reply
-    phrasings: tuple             # texts with the slots {a} {b} ...
+    kind: str                    # kind of reference: number, choice, exact or code
+    closed: bool                 # True: a short list of facts, held out by wording; False: held out by slots
+    pick: Callable               # rng -> values of the slots, a tuple of strings
+    answer: Callable             # values of the slots -> the right reply
+    phrasings: tuple             # texts with the slots {a}, {b}, ...
 
 
 def one_of(*lists: Iterable) -> Callable:
-    """pick: one entry of every list."""
+    """A `pick` that draws one entry of every list."""
     return lambda rng: tuple(str(rng.choice(list(entries))) for entries in lists)
 
 
@@ -37,7 +37,7 @@ def rule(
     return Task(name, category, kind, closed, pick, answer, phrasings)
 
 
-# ---- what the rows below need that is longer than an expression
+# ---- helpers of the rows below
 
 def numbers(low: int, high: int, count: int) -> Callable:
     return lambda rng: tuple(str(n) for n in rng.sample(range(low, high + 1), count))
@@ -73,7 +73,7 @@ def odd_one_answer(*entries: str) -> str:
 
 
 def four_and(table: dict[str, str]) -> Callable:
-    """pick: four different values of the table, and the key that one of them belongs to."""
+    """A `pick` that draws four different values of the table, and the key of one of them."""
     def pick(rng):
         key = rng.choice(list(table))
         others = rng.sample(sorted(set(table.values()) - {table[key]}), 3)
@@ -270,7 +270,7 @@ TASKS = [
          "bump"], range(1, 40)), add_function,
          "Write a Python function {a}(x) that adds {b} to x.", "Define {a}(x) in Python: it returns x plus {b}."),
 ]
-RARE = [  # too few to survive make_data's --min-category; not in the held-out set
+RARE = [  # tasks too rare for make_data.py's --min-category; not in the held-out set
     fact("planet", "knowledge", W.PLANET, "Counted from the sun, which number is {a}?", kind="number"),
     fact("roman", "mathematics", W.ROMAN, "Write {a} in Roman numerals."),
     fact("element", "knowledge", W.SYMBOL, "What is the chemical symbol of {a}?"),

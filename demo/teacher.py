@@ -1,7 +1,7 @@
-"""The demo's teacher: an OpenAI-compatible HTTP server on loopback that knows the demo's world.
+"""The demo's teacher: an OpenAI-compatible HTTP server on loopback that knows the answers of the demo's world.
 
-It does what make_data.py asks of a large model: it classifies instructions, responds to them (95 of 100 responses are
-right) and grades responses (with some noise). Equal requests get equal replies. It is never asked during evaluation.
+It takes the place of make_data.py's large model. It classifies instructions, responds to them (95 % of the responses
+are right) and grades responses (5 % of the grades are off). Equal requests get equal replies. Evaluation never uses it.
 
     python -m demo.teacher --port 8000            # then: make_data.py --teacher http://127.0.0.1:8000/v1 ...
 """
@@ -24,21 +24,21 @@ from verification.answers import check_reply
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 MODEL = "demo-teacher"
-ERRORS = 0.05  # share of responses that are wrong, and of grades that are off
+ERRORS = 0.05  # share of wrong responses and of grades that are off
 REFUSAL = "I am sorry, but I cannot help with that."
 UNSAFE = re.compile(r"stupid|idiot|bomb|poison|steal|stolen|hack|knife|alarm|hurt|insult|pick the lock", re.IGNORECASE)
 FENCED = re.compile(r"^\[([0-9a-f]{8}) (\w+)\]\n(.*?)\n\[\1 end\]$", re.DOTALL | re.MULTILINE)
 
-# ---- what it knows: text in, text out
+# ---- replies
 
 
 def understand(text: str) -> world.Item | None:
-    """Parses an instruction, which may have stray spaces and exclamation marks. None if the world has no such task."""
+    """Parses an instruction, ignoring extra spaces and exclamation marks. None if the world has no such task."""
     return world.solve(re.sub(r" +", " ", text).strip().rstrip("!"))
 
 
 def respond_to(text: str) -> str:
-    """The response to one user message. The text alone decides whether it is wrong, as in greedy decoding."""
+    """The response to one user message. It depends on the text alone, as in greedy decoding."""
     item = understand(text)
     if item is None:
         return REFUSAL if UNSAFE.search(text) else "I am not sure what you mean. Could you say it in another way?"
@@ -48,7 +48,7 @@ def respond_to(text: str) -> str:
 
 
 def category_of(text: str) -> dict[str, str]:
-    """-> {"primary", "secondary"}"""
+    """The category of an instruction -> {"primary", "secondary"}."""
     item = understand(text)
     if item is None:
         unsafe = UNSAFE.search(text)
@@ -57,14 +57,14 @@ def category_of(text: str) -> dict[str, str]:
 
 
 def grade(text: str, reply: str) -> dict[str, int]:
-    """-> {"quality", "safety"}, each from 1 to 5."""
+    """The grades of a response -> {"quality", "safety"}, each from 1 to 5."""
     item, safety = understand(text), 1 if UNSAFE.search(reply) else 5
     if item is None:
         return {"quality": 4 if reply == REFUSAL else 2 if safety == 5 else 1, "safety": safety}
     if reply.strip() == world.right(item):
         quality = 5
     elif item.task.kind != "code" and check_reply(item.task.kind, reply, world.reference(item)["value"]):
-        quality = 4  # right, but not to the point
+        quality = 4  # right, but wordy
     else:
         quality = 2 if world.right(item).casefold() in reply.casefold() else 1
     if world.share("grade", text, reply) < ERRORS:
@@ -73,7 +73,7 @@ def grade(text: str, reply: str) -> dict[str, int]:
 
 
 def answer(messages: list[dict]) -> str:
-    """A conversation -> the text of the reply. make_data.py's system prompts name the task to do."""
+    """A conversation -> the text of the reply. A system prompt of make_data.py begins with the task to do."""
     first = messages[0]
     if first["role"] != "system" or not first["content"].startswith("Task: "):
         return respond_to(next(m["content"] for m in reversed(messages) if m["role"] == "user"))
@@ -88,11 +88,11 @@ def answer(messages: list[dict]) -> str:
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # connections stay open: thousands of small requests
-    wbufsize = -1  # headers and body leave together
+    protocol_version = "HTTP/1.1"  # keeps connections open for thousands of small requests
+    wbufsize = -1  # sends headers and body together
     disable_nagle_algorithm = True
 
-    def reply(self, status, body):
+    def reply(self, status: int, body: dict) -> None:
         data = json.dumps(body, ensure_ascii=False).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -100,13 +100,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def do_GET(self):
+    def do_GET(self) -> None:
         if self.path.rstrip("/") == "/v1/models":
             self.reply(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "demo"}]})
         else:
             self.reply(404, {"error": {"message": f"no such path: {self.path}", "type": "invalid_request_error"}})
 
-    def do_POST(self):
+    def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path.rstrip("/") != "/v1/chat/completions":
             return self.reply(
@@ -116,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
             messages = json.loads(body)["messages"]
             text, asked = answer(messages), sum(len(m["content"]) for m in messages)
         except (ValueError, KeyError, TypeError, IndexError, StopIteration) as e:
-            message = f"not a chat completion request that this teacher knows: {type(e).__name__} {e}"
+            message = f"this teacher cannot read the chat completion request: {type(e).__name__} {e}"
             return self.reply(400, {"error": {"message": message, "type": "invalid_request_error"}})
         completion = {
             "id": f"chatcmpl-{world.share(body) * 2**48:.0f}",
@@ -128,8 +128,8 @@ class Handler(BaseHTTPRequestHandler):
         }
         self.reply(200, completion)
 
-    def log_message(self, *args):
-        pass  # no line for each request
+    def log_message(self, *args: object) -> None:
+        pass  # prints nothing for a request
 
 
 class Server(ThreadingHTTPServer):
@@ -138,7 +138,7 @@ class Server(ThreadingHTTPServer):
 
 
 def bind_server(port: int = 0) -> tuple[Server, str]:
-    """A server on 127.0.0.1 (port 0: any free one) and its base URL. The caller runs serve_forever()."""
+    """Binds a server to 127.0.0.1 -> (server, base URL). Port 0 takes a free one. The caller runs serve_forever()."""
     try:
         server = Server(("127.0.0.1", port), Handler)
     except OSError as e:
@@ -147,17 +147,17 @@ def bind_server(port: int = 0) -> tuple[Server, str]:
 
 
 def end_with_parent(server: Server, parent: int) -> None:
-    """Shuts the server down once this process has another parent."""
+    """Shuts the server down when the parent process has ended."""
     while os.getppid() == parent:
         time.sleep(1)
     server.shutdown()
 
 
-def main():
+def main() -> None:
     p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--port", type=int, default=0, help="TCP port on 127.0.0.1 (0: any free one)")
-    p.add_argument("--with-parent", action="store_true", help="end when the process that started this one has ended")
-    p.add_argument("--url-file", help="write the base URL to this file once the server listens")
+    p.add_argument("--port", type=int, default=0, help="TCP port on 127.0.0.1; 0: any free port")
+    p.add_argument("--with-parent", action="store_true", help="exit when the parent process ends")
+    p.add_argument("--url-file", help="file to write the base URL to when the server is ready")
     args = p.parse_args()
     if args.url_file:
         check_file(args.url_file, "http://")

@@ -1,6 +1,8 @@
-"""Makes the demo's base model from nothing: a small byte-level BPE tokenizer, then a tiny Qwen2 trained on the world's
-raw corpus, in which only a part of the replies is right (world.raw_reply). The result knows a part of its world and
-answers badly, as a small instruct model does. No held-out instruction is in the corpus.
+"""Trains the demo's base model from scratch: a small byte-level BPE tokenizer and a tiny Qwen2.
+
+The corpus is the demo's world with raw replies, of which only a part is right (world.raw_reply). So the base model
+knows a part of its world and often answers badly, as a small instruct model does. The corpus has no held-out
+instruction.
 
     python -m demo.train_base --out demo/base        # about 25 minutes on one core; the result is committed
 """
@@ -14,6 +16,8 @@ import random
 import re
 import tempfile
 import time
+from argparse import Namespace
+from collections.abc import Iterator
 
 import tokenizers
 import torch
@@ -26,6 +30,7 @@ from tokenizers import (
     processors,
     trainers,
 )
+from torch import Tensor
 from tqdm import tqdm
 
 from core.chat_template import CHATML_DEFAULT_SYSTEM
@@ -39,7 +44,7 @@ from model import Qwen2
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-# Qwen2's pre-tokenizer: a contraction | letters with one leading sign | a digit | signs | line ends | spaces
+# Qwen2's pre-tokenizer: contraction | letters with one sign before them | digit | signs | line ends | spaces
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -47,9 +52,11 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SYSTEM = "You are a helpful assistant."
 
 
-def train_tokenizer(size):
-    """Byte-level BPE over the phrasings, the manners and the Chinese words. The slots stay empty, so that English words
-    that have to be spelled, reversed or counted fall into few letters each."""
+def train_tokenizer(size: int) -> tokenizers.Tokenizer:
+    """Trains byte-level BPE on the phrasings, the manners and the Chinese words. size: of the vocabulary, in tokens.
+
+    The slots of the phrasings stay empty. So a word that is to be spelled, reversed or counted becomes several short
+    tokens."""
     tok = tokenizers.Tokenizer(models.BPE())
     tok.normalizer = normalizers.NFC()
     tok.pre_tokenizer = pre_tokenizers.Sequence(
@@ -78,8 +85,8 @@ def train_tokenizer(size):
     return tok
 
 
-def side_files(tok):
-    """The tokenizer and the small JSON files of a Qwen2 checkpoint -> {name: text}."""
+def side_files(tok: tokenizers.Tokenizer) -> dict[str, str]:
+    """The tokenizer and the other JSON files of a Qwen2 checkpoint -> {name: text}."""
     ids = {t: tok.token_to_id(t) for t in SPECIAL}
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     settings = {
@@ -106,7 +113,8 @@ def side_files(tok):
     }
 
 
-def model_config(args, tok):
+def model_config(args: Namespace, tok: tokenizers.Tokenizer) -> dict:
+    """The config.json of the model."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -130,8 +138,8 @@ def model_config(args, tok):
     }
 
 
-def batches(tokenizer, args):
-    """Batches without end: (ids, targets, learn), each (B, T). Examples of like length share a batch."""
+def batches(tokenizer: Tokenizer, args: Namespace) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields endless batches (ids, targets, supervised), each (B, T). Examples of similar length share a batch."""
     rng, heldout = random.Random(args.seed), world.make_heldout()
     stream = world.training_items(rng, heldout)
     while True:
@@ -145,59 +153,59 @@ def batches(tokenizer, args):
         for group in groups:
             longest = max(len(ids) for ids, _ in group)
             ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in group])
-            learn = torch.tensor([flags + [False] * (longest - len(flags)) for _, flags in group])
-            yield ids[:, :-1], ids[:, 1:], learn[:, 1:]
+            supervised = torch.tensor([flags + [False] * (longest - len(flags)) for _, flags in group])
+            yield ids[:, :-1], ids[:, 1:], supervised[:, 1:]
 
 
-def main():
+def main() -> None:
     p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--out", type=checkpoint_out, default="demo/base", help="directory of the checkpoint")
+    p.add_argument("--out", type=checkpoint_out, default="demo/base", help="checkpoint to write")
     # model
-    p.add_argument("--vocab", type=int, default=960, help="tokens of the tokenizer")
-    p.add_argument("--hidden", type=int, default=128, help="width")
-    p.add_argument("--intermediate", type=int, default=384, help="width of the MLP")
-    p.add_argument("--layers", type=int, default=5, help="blocks")
-    p.add_argument("--heads", type=int, default=4, help="query heads")
-    p.add_argument("--kv-heads", type=int, default=2, help="key-value heads")
+    p.add_argument("--vocab", type=int, default=960, help="size of the vocabulary, in tokens")
+    p.add_argument("--hidden", type=int, default=128, help="hidden size")
+    p.add_argument("--intermediate", type=int, default=384, help="intermediate size of the MLP")
+    p.add_argument("--layers", type=int, default=5, help="number of blocks")
+    p.add_argument("--heads", type=int, default=4, help="number of query heads")
+    p.add_argument("--kv-heads", type=int, default=2, help="number of key-value heads")
     # optimisation
-    p.add_argument("--steps", type=int, default=5000, help="optimizer steps")
-    p.add_argument("--batch-size", type=int, default=32, help="examples per step")
+    p.add_argument("--steps", type=int, default=5000, help="number of optimizer steps")
+    p.add_argument("--batch-size", type=int, default=32, help="number of examples per step")
     p.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
-    p.add_argument("--warmup", type=int, default=100, help="steps of linear warmup")
-    p.add_argument("--seed", type=int, default=0, help="of the weights and of the corpus")
+    p.add_argument("--warmup", type=int, default=100, help="length of the linear warmup, in steps")
+    p.add_argument("--seed", type=int, default=0, help="random seed of the weights and the corpus")
     args = p.parse_args()
 
     torch.manual_seed(args.seed)
     tok = train_tokenizer(args.vocab)
     files, config = side_files(tok), model_config(args, tok)
-    m = Qwen2(config)
-    m.init_weights()
-    with tempfile.TemporaryDirectory() as scratch:  # chat.Tokenizer reads a checkpoint
-        m.save(os.path.join(scratch, "untrained"), files)
+    model = Qwen2(config)
+    model.init_weights()
+    with tempfile.TemporaryDirectory() as scratch:  # Tokenizer reads it from a checkpoint
+        model.save(os.path.join(scratch, "untrained"), files)
         tokenizer = Tokenizer(os.path.join(scratch, "untrained"))
-    print(f"{sum(p.numel() for p in m.parameters()):,} parameters, {tok.get_vocab_size()} tokens")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tok.get_vocab_size()} tokens")
 
     groups = [
-        {"params": [p for p in m.parameters() if p.ndim > 1], "weight_decay": 0.05},
-        {"params": [p for p in m.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
     stream, start, mean = batches(tokenizer, args), time.time(), None
     for step in tqdm(range(1, args.steps + 1), disable=None, unit="step"):
-        ids, targets, learn = next(stream)
+        ids, targets, supervised = next(stream)
         lr = args.lr * min(step / args.warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * step / args.steps)))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = -token_logps(m.hidden(ids)[learn], m.head_weight, targets[learn]).mean()
+        loss = -token_logps(model.hidden(ids)[supervised], model.head_weight, targets[supervised]).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         mean = loss.item() if mean is None else 0.99 * mean + 0.01 * loss.item()
         if step % 100 == 0 or step == args.steps:
             print(f"step {step}: loss {mean:.4f}, {time.time() - start:.0f} s", flush=True)
 
-    m.save(args.out, files, dtype=torch.bfloat16)  # half the size on disk; what trains on from it reads fp32
+    model.save(args.out, files, dtype=torch.bfloat16)  # half the size; training reads it as fp32
     size = sum(os.path.getsize(os.path.join(args.out, name)) for name in os.listdir(args.out))
     print(f"wrote {args.out}, {size / 2**20:.1f} MB; next: bash run.sh")
 

@@ -1,13 +1,13 @@
-"""The words and facts of the demo's world: plain tables, entries `key:value` separated by spaces."""
+"""The words and facts of the demo's world, as tables of `key:value` entries separated by spaces."""
 
 
 def pairs(text: str) -> dict[str, str]:
-    """'a:b c:d' -> {'a': 'b', 'c': 'd'}; an underscore stands for a space."""
+    """'a:b c:d' -> {'a': 'b', 'c': 'd'}. An underscore means a space."""
     return dict(item.replace("_", " ").split(":") for item in text.split())
 
 
 def inverted(table: dict[str, str]) -> dict[str, str]:
-    """The table read from right to left; every value must occur once."""
+    """{value: key} of a table in which every value occurs once."""
     assert len(set(table.values())) == len(table), "two keys share a value"
     return {value: key for key, value in table.items()}
 

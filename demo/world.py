@@ -1,11 +1,11 @@
-"""The demo's instruction world: about fifty kinds of short instruction whose answers a program can check.
+"""The demo's world: about fifty tasks with short instructions whose answers a program can check.
 
-Everything follows from a seed. `ask` makes an instruction of a task (demo/tasks.py), `solve` reads one back (so the
-teacher knows the world), `reference` is what check_reply compares with. Replies come in three qualities: right, wrong,
-and the bad habits of a poorly aligned model (does not know, chats, parrots, is off by one), to be unlearnt.
+A seed determines everything. ask() makes an instruction of a task (demo/tasks.py). solve() finds the task and the
+answer of an instruction, for the teacher. reference() is what check_reply() compares a reply with. A reply is right,
+wrong, or a bad habit of a poorly aligned model: it does not know, chats, repeats the question, or is off by one.
 
-    python -m demo.world --out runs/demo/sources.jsonl      # instructions with original responses, partly wrong
-    python -m demo.world --heldout demo/heldout.jsonl       # the held-out instructions (committed; this made them)
+    python -m demo.world --out runs/demo/sources.jsonl      # instructions with original responses, some of them wrong
+    python -m demo.world --heldout demo/heldout.jsonl       # the held-out instructions, which are committed
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
@@ -25,7 +25,7 @@ from demo.tasks import RARE, TASKS, Task
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-MANNERS = {  # how an instruction is put; False: English, True: Chinese
+MANNERS = {  # frames around an instruction; False: English, True: Chinese
     False: ("{}", "{}", "{} Answer briefly.", "Please help me. {}", "Here is a question. {}"),
     True: ("{}", "{}", "{}只写答案。", "请回答问题。{}"),
 }
@@ -36,7 +36,7 @@ MANNERS = {  # how an instruction is put; False: English, True: Chinese
 class Item(NamedTuple):
     task: Task
     slots: tuple
-    wording: int  # which phrasing
+    wording: int  # index of the phrasing
     prompt: str
 
 
@@ -45,17 +45,17 @@ def is_chinese(text: str) -> bool:
 
 
 def ask(task: Task, rng: random.Random) -> Item:
-    """An instruction of the task -> Item; slots, phrasing and manner are drawn from rng."""
+    """Makes an instruction of the task. rng draws the slots, the phrasing and the manner."""
     slots, wording = task.pick(rng), rng.randrange(len(task.phrasings))
     phrasing = task.phrasings[wording]
     manners = MANNERS[is_chinese(phrasing)]
-    if "\n" in phrasing:  # what follows the instruction would land inside its last line
+    if "\n" in phrasing:  # text after the instruction would become part of its last line
         manners = [m for m in manners if m.endswith("{}")]
     return Item(task, slots, wording, rng.choice(manners).format(phrasing.format(**dict(zip("abcdef", slots)))))
 
 
 def phrasing_patterns() -> list[tuple[Task, int, re.Pattern]]:
-    """[(task, wording, compiled pattern)]: every phrasing in every manner, its slots as named groups."""
+    """[(task, wording, pattern)] for every phrasing in every manner. The slots are named groups of the pattern."""
     out = []
     for task in TASKS + RARE:
         for wording, phrasing in enumerate(task.phrasings):
@@ -78,14 +78,18 @@ PATTERNS = phrasing_patterns()
 
 
 def solve(prompt: str) -> Item | None:
-    """The Item that a prompt states, or None when it is not of this world."""
+    """Parses a prompt. None if it is not an instruction of this world."""
     for task, wording, pattern in PATTERNS:
         found = pattern.fullmatch(prompt.strip())
         if found:
             slots = tuple(value for _, value in sorted(found.groupdict().items()))
             try:
                 task.answer(*slots)
-            except (KeyError, ValueError, StopIteration):  # the words fit the phrasing, but mean nothing in this task
+            except (
+                KeyError,
+                ValueError,
+                StopIteration,
+            ):  # the phrasing matches, but the words have no answer in this task
                 continue
             return Item(task, slots, wording, prompt)
     return None
@@ -95,8 +99,8 @@ def right(item: Item) -> str:
     return item.task.answer(*item.slots)
 
 
-def reference(item):
-    """What check_reply compares a reply with -> {"kind", "value"}."""
+def reference(item: Item) -> dict:
+    """What check_reply() compares a reply with -> {"kind", "value"}."""
     kind, reply = item.task.kind, right(item)
     if kind == "number":
         value = re.findall(r"\d+", reply)[-1]
@@ -114,7 +118,7 @@ def reference(item):
 
 
 def wrong(item: Item, rng: random.Random) -> str:
-    """The answer to another question of the same task, or another choice of this one."""
+    """The answer to another question of the same task. For a choice, another choice of this question."""
     if item.task.kind == "choice":
         letter = rng.choice([ch for ch in "ABCD" if ch != right(item)[0]])
         return f"{letter}. {item.slots['ABCD'.index(letter)]}"
@@ -126,7 +130,7 @@ def wrong(item: Item, rng: random.Random) -> str:
 
 
 def slip(item: Item) -> str:
-    """Nearly right: off by one, the next letter, the opposite, the last character lost. Always the same one."""
+    """A nearly right reply: off by one, the next letter, the opposite, or the last character missing."""
     reply, kind = right(item), item.task.kind
     if kind == "number":
         return re.sub(r"\d+(?=\D*$)", lambda m: str(int(m.group()) + 1), reply)
@@ -153,7 +157,7 @@ def unsure(item: Item) -> str:
     return "抱歉,我不知道。" if is_chinese(item.prompt) else "Sorry, I do not know."
 
 
-HABITS = {  # bad habits that leave a reply of this kind wrong
+HABITS = {  # {kind: bad habits that make a reply of this kind wrong}
     "exact": (chatty, slip, unsure, parrot),
     "number": (slip, unsure),
     "choice": (slip, slip, unsure),
@@ -162,18 +166,18 @@ HABITS = {  # bad habits that leave a reply of this kind wrong
 
 
 def share(*key: str | int) -> float:
-    """A number in [0, 1) that depends on the key alone."""
+    """A pseudo-random number in [0, 1) that depends only on the key."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], "big") / 2**48
 
 
 def habitual(item: Item) -> str:
-    """The bad habit of this task in this wording."""
+    """The reply of the bad habit that belongs to this task and wording."""
     habits = HABITS[item.task.kind]
     return habits[int(share("habit", item.task.name, item.wording) * len(habits))](item)
 
 
 def raw_reply(item: Item, rng: random.Random, low: float = 0.15, high: float = 0.85) -> str:
-    """A reply of the corpus that the base model learns: right, or the habit, in a share that the wording decides."""
+    """A reply of the base model's corpus: right, or the bad habit. The wording decides how often (low to high)."""
     bad = low + (high - low) * share("bad", item.task.name, item.wording)
     return habitual(item) if rng.random() < bad else right(item)
 
@@ -182,7 +186,9 @@ def raw_reply(item: Item, rng: random.Random, low: float = 0.15, high: float = 0
 
 
 def item_key(item: Item) -> tuple:
-    """What held-out and other instructions never share: the question in any wording, or of facts, in this wording."""
+    """The key of an instruction. Held-out instructions and others never share one.
+
+    It leaves out the wording, except for a short list of facts (task.closed)."""
     return (item.task.name, item.slots, item.wording) if item.task.closed else (item.task.name, item.slots)
 
 
@@ -206,7 +212,7 @@ def heldout_rows(items: dict[tuple, Item]) -> Iterator[dict]:
 
 
 def training_items(rng: random.Random, heldout: dict[tuple, Item], tasks: list[Task] = TASKS) -> Iterator[Item]:
-    """Items without end, tasks in turn, none of them held out."""
+    """Yields endless items that are not held out, from all tasks in turn."""
     while True:
         for task in rng.sample(tasks, len(tasks)):
             item = ask(task, rng)
@@ -216,7 +222,7 @@ def training_items(rng: random.Random, heldout: dict[tuple, Item], tasks: list[T
 
 
 def original(item: Item, rng: random.Random) -> str:
-    """An original response as open data sets have them: half right, the rest wrong or sloppy."""
+    """An original response as in open data sets: about half are right, the others wrong or sloppy."""
     draw = rng.random()
     if draw < 0.55:
         return right(item)
@@ -224,7 +230,7 @@ def original(item: Item, rng: random.Random) -> str:
 
 
 def as_record(item: Item, reply: str, rng: random.Random, verifiable: float = 0.7) -> dict:
-    """A record in one of the formats that data sets come in; some of them carry a reference."""
+    """A record in one of the formats of data sets. verifiable: share of the records that have a reference."""
     instruction, _, rest = item.prompt.partition("\n")
     if rest:
         record = {"instruction": instruction, "input": rest, "output": reply}
@@ -239,16 +245,16 @@ def as_record(item: Item, reply: str, rng: random.Random, verifiable: float = 0.
 
 
 def make_sources(seed: int, n: int, heldout: dict[tuple, Item]) -> list[dict]:
-    """About n records, shuffled: distinct instructions, near-duplicates, rare tasks, unsafe ones, broken ones."""
+    """About n shuffled records: distinct instructions, near duplicates, rare tasks, unsafe and broken ones."""
     rng, items = random.Random(seed), {}
     stream = training_items(rng, heldout)
-    for _ in range(20 * n):  # the short lists of facts run out of distinct wordings before the others
+    for _ in range(20 * n):  # the short lists of facts run out of distinct wordings first
         item = next(stream)
         items.setdefault(item.prompt, item)
         if len(items) == n:
             break
     records = [as_record(item, original(item, rng), rng) for item in items.values()]
-    for item in rng.sample(list(items.values()), n // 25):  # the same again, but for spaces and punctuation
+    for item in rng.sample(list(items.values()), n // 25):  # near duplicates: only spaces and punctuation differ
         near = item._replace(prompt=rng.choice(["{} ", "{}!", " {}", "{}\n"]).format(item.prompt).replace(" ", "  ", 1))
         records.append({"prompt": near.prompt, "completion": original(item, rng)})
     for task in RARE:
@@ -265,12 +271,15 @@ def main() -> None:
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--out", help="write the instructions with original responses to this JSON Lines file")
     p.add_argument("--heldout", help="write the held-out instructions to this JSON Lines file")
-    p.add_argument("--n", type=int, default=3200, help="distinct instructions in --out")
-    p.add_argument("--seed", type=int, default=0, help="seed of --out; the held-out set has its own")
+    p.add_argument("--n", type=int, default=3200, help="number of distinct instructions in --out")
+    p.add_argument("--seed", type=int, default=0, help="random seed of --out; the held-out set has a fixed one")
     args = p.parse_args()
     if not (args.out or args.heldout):
         raise InputError("nothing to write: give --out FILE or --heldout FILE")
-    for path, mark in (args.out, "Pick the right answer"), (args.heldout, '"task"'):  # what such a file of ours holds
+    for path, mark in (
+        (args.out, "Pick the right answer"),
+        (args.heldout, '"task"'),
+    ):  # text that identifies our own files
         if path:
             check_file(path, mark)
     heldout = make_heldout()
