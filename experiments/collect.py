@@ -4,10 +4,10 @@
 
     {"student", "teacher": names   "commands": {step: command}   "seconds": {step: float}
      "chosen": {"sft" or "kto": {"lr", "dev": {lr: score}}}
-     "data": {"instructions", "sft", "kto", "kto_desirable": counts,
-              "followed": {writer: [followed, responses that ended]}}
+     "data", "own_data": {"instructions", "sft", "kto", "kto_desirable": counts,   "steps": {step: [in, out]},
+              "followed": {writer: [followed, responses that ended]}}   own_data: of study 2
      "arms": {arm: {split: {task: {"right": "0110...", "reply_tokens": [int], "cut_off": int, "looping": int}}}}
-     "values": {arm: {task: {"score", "stderr", "n"}}}   tasks without replies: likelihoods, perplexity
+     "values": {arm: {task: {"score", "stderr", "n", "right": as above, "ece"}}}   by likelihood; perplexity: the first three
      "curves": {arm: {key: [float for each step]}}}
 
 Position i of "right" is the same question in all arms: 1 if the reply follows all its constraints.
@@ -17,7 +17,7 @@ import argparse
 import json
 from pathlib import Path
 
-from core.files import InputError, atomic_write, cli
+from core.files import InputError, atomic_write, cli, read_json
 from core.flags import Parser
 from core.records import read_jsonl
 
@@ -49,44 +49,65 @@ def reply_counts(samples: Path) -> dict:
     return counts
 
 
-def data_counts(out: Path) -> dict:
-    """Numbers of records, and of each writer's responses that follow all constraints."""
+def data_counts(folder: Path) -> dict:
+    """Numbers of records, and of each writer's responses that follow all constraints. folder: of make_data.py."""
     followed = {}
-    for _, record in read_jsonl(str(out / "data" / "6_score.jsonl")):
+    for _, record in read_jsonl(str(folder / "6_score.jsonl")):
         for writer, response in record["responses"].items():
             tally = followed.setdefault(writer, [0, 0])
             tally[0] += bool(response.get("verified"))
             tally[1] += 1
-    kto = [row for _, row in read_jsonl(str(out / "data" / "kto.jsonl"))]
+    kto = [row for _, row in read_jsonl(str(folder / "kto.jsonl"))]
+    counts = {step: value["counts"] for step, value in read_json(folder / "state.json").items() if "counts" in value}
     return {
-        "instructions": sum(1 for _ in open(out / "data" / "5_respond.jsonl")),
-        "sft": sum(1 for _ in open(out / "data" / "sft.jsonl")),
+        "instructions": sum(1 for _ in read_jsonl(str(folder / "5_respond.jsonl"))),
+        "sft": sum(1 for _ in read_jsonl(str(folder / "sft.jsonl"))),
         "kto": len(kto),
         "kto_desirable": sum(row["label"] for row in kto),
+        "steps": {step: [some["in"], some["out"]] for step, some in counts.items() if {"in", "out"} <= some.keys()},
         "followed": followed,
     }
 
 
+def likelihood_score(folder: Path, task: str) -> dict:
+    """The score of a task by likelihood, and its verdicts. Of texts: the perplexity of a token."""
+    (cells,) = read_json(folder / "results.json").values()
+    cell = cells[task]
+    if perplexity := cell.get("metrics", {}).get("perplexity"):
+        return {**perplexity, "n": cell["n"]}
+    rows = sorted((row for _, row in read_jsonl(str(folder / "samples.jsonl"))), key=lambda row: row["id"].zfill(12))
+    right = "".join(str(int(row["correct"])) for row in rows)
+    known = {key: cell[key] for key in ("score", "stderr", "n")}
+    return known | {"right": right, "ece": cell["calibration"]["ece"]}
+
+
+def portable_command(command: list[str], out: Path) -> list[str]:
+    """A command with runs/study for the study's folder, and no other folder's absolute path."""
+    command = [word.replace(str(out), "runs/study") for word in command]
+    return [Path(word).name if word.startswith("/") else word for word in command]
+
+
 def collect(out: Path, names: dict[str, str]) -> dict:
-    """-> the content of the result file, see above."""
-    stamps = {path.stem: json.loads(path.read_text()) for path in sorted((out / "steps").glob("*.json"))}
+    """-> the content of the result file, see above. What is not there yet is left out."""
+    stamps = {path.stem: read_json(path) for path in sorted((out / "steps").glob("*.json"))}
+    folders = {"data": out / "data", "own_data": out / "own-data"}
     result = {
         **names,
-        "commands": {name: stamp["command"] for name, stamp in stamps.items()},
+        "commands": {name: portable_command(stamp["command"], out) for name, stamp in stamps.items()},
         "seconds": {name: stamp["seconds"] for name, stamp in stamps.items()},
-        "chosen": {path.stem[7:]: json.loads(path.read_text()) for path in sorted(out.glob("chosen-*.json"))},
-        "data": data_counts(out),
+        "chosen": {path.stem[7:]: read_json(path) for path in sorted(out.glob("chosen-*.json"))},
+        **{key: data_counts(folder) for key, folder in folders.items() if (folder / "kto.jsonl").exists()},
         "arms": {},
         "values": {},
         "curves": {},
     }
     for samples in sorted((out / "eval").glob("*/*/samples.jsonl")):
         split, arm = samples.parts[-3:-1]
-        result["arms"].setdefault(arm, {})[split] = reply_counts(samples)
+        if split != "kept":
+            result["arms"].setdefault(arm, {})[split] = reply_counts(samples)
     for file in sorted((out / "eval" / "kept").glob("*/results.json")):
         arm, task = file.parent.name.rsplit("-", 1)
-        (cells,) = json.loads(file.read_text()).values()
-        result["values"].setdefault(arm, {})[task] = {key: cells[task][key] for key in ("score", "stderr", "n")}
+        result["values"].setdefault(arm, {})[task] = likelihood_score(file.parent, task)
     for log in sorted(out.glob("*.run/log.jsonl")):
         steps = [row for _, row in read_jsonl(str(log)) if "loss" in row]
         keys = [key for key in CURVES if steps and key in steps[0]]
