@@ -5,6 +5,7 @@
 OUT/sft.jsonl      examples to train on: the curated ones without the withheld tasks and the validation instructions.
                    `reference` is added where the reply is right
 OUT/pairs.jsonl    preference pairs for the same instructions
+OUT/groups.jsonl   all different replies to each of those instructions, with the teacher's grades as rewards
 OUT/validation.jsonl    the validation instructions with their replies
 OUT/questions/     a --data-dir for eval.py --tasks demo. The id of a question begins with its part:
                    validation   instructions of the curated data that are not trained on
@@ -83,8 +84,18 @@ def preference_pairs(rows: Iterable[dict]) -> Iterator[dict]:
             }
 
 
-def divide(sft: list[dict], kto: list[dict], n_validation: int, n_withheld: int, seed: int) -> tuple[dict, dict]:
-    """The rows of sft.jsonl and kto.jsonl -> ({file: rows}, {part: items of its questions})."""
+def reply_groups(scored: list[dict], ids: set[str]) -> Iterator[dict]:
+    """Those rows of 6_score.jsonl as groups of replies with rewards from 1 to 5. One reply with two grades counts once."""
+    for row in scored:
+        rewards = {response["text"]: float(response["quality"]) for response in row["responses"].values()}
+        if row["id"] in ids and len(rewards) > 1:
+            yield {"prompt": row["prompt"], "completions": [*rewards], "rewards": [*rewards.values()]}
+
+
+def divide(
+    sft: list[dict], kto: list[dict], scored: list[dict], n_validation: int, n_withheld: int, seed: int
+) -> tuple[dict, dict]:
+    """The rows of sft.jsonl, kto.jsonl and 6_score.jsonl -> ({file: rows}, {part: items of its questions})."""
     validation = validation_items(sft, n_validation, seed)
     kept_back = {item.prompt for item in validation}
 
@@ -94,9 +105,11 @@ def divide(sft: list[dict], kto: list[dict], n_validation: int, n_withheld: int,
             return "validation"
         return "withheld" if item and item.task.name in WITHHELD else "train"
 
+    trained_kto = [row for row in kto if part_of(row) == "train"]
     files = {
         "sft.jsonl": [with_reference(row) for row in sft if part_of(row) == "train"],
-        "pairs.jsonl": list(preference_pairs(row for row in kto if part_of(row) == "train")),
+        "pairs.jsonl": list(preference_pairs(trained_kto)),
+        "groups.jsonl": list(reply_groups(scored, {row["id"] for row in trained_kto})),
         "validation.jsonl": [row for row in sft if part_of(row) == "validation"],
     }
     test = [item for item in world.make_heldout().values() if item.task.name not in WITHHELD]
@@ -105,13 +118,14 @@ def divide(sft: list[dict], kto: list[dict], n_validation: int, n_withheld: int,
 
 def main() -> None:
     p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--data", default="runs/demo/data", help="folder with sft.jsonl and kto.jsonl of make_data.py")
+    p.add_argument("--data", default="runs/demo/data", help="folder that make_data.py wrote")
     p.add_argument("--out", default="runs/variants", help="folder to write")
     p.add_argument("--validation", type=int, default=300, help="validation questions")
     p.add_argument("--withheld", type=int, default=60, help="questions of each withheld task")
     p.add_argument("--seed", type=int, default=0, help="seed of both")
     args = p.parse_args()
-    rows = ([row for _, row in read_jsonl(os.path.join(args.data, name))] for name in ("sft.jsonl", "kto.jsonl"))
+    names = ("sft.jsonl", "kto.jsonl", "6_score.jsonl")
+    rows = ([row for _, row in read_jsonl(os.path.join(args.data, name))] for name in names)
     files, parts = divide(*rows, args.validation, args.withheld, args.seed)
     questions = [question(part, i, item) for part, items in parts.items() for i, item in enumerate(items)]
     folder = os.path.join(args.out, "questions", "demo")

@@ -26,9 +26,20 @@ def curated(n=900):
     return sft, kto[:-1]
 
 
+def scored():
+    """Rows as make_data.py's step 6 writes them, of the instructions of curated(): three replies, two of them equal."""
+    rows = []
+    for row in curated()[0]:
+        reply = row["messages"][1]["content"]
+        grades = {"original": (reply + "?", 2), "teacher": (reply, 5), "small": (reply, 5)}
+        responses = {writer: {"text": text, "quality": quality} for writer, (text, quality) in grades.items()}
+        rows.append({"id": row["id"], "prompt": row["messages"][:1], "responses": responses})
+    return rows
+
+
 @pytest.fixture(scope="module")
 def divided():
-    return split.divide(*curated(), 40, 10, 0)
+    return split.divide(*curated(), scored(), 40, 10, 0)
 
 
 def items(rows):
@@ -76,7 +87,17 @@ def test_pairs_have_both_replies_to_one_prompt(divided):
     assert len(pairs) >= len(divided[0]["sft.jsonl"]) - 1  # the last row of kto.jsonl has lost its partner
 
 
+def test_groups_are_of_the_trained_instructions_and_hold_each_reply_once(divided):
+    files, _ = divided
+    assert {split.user_text(row) for row in files["groups.jsonl"]} == {
+        split.user_text(row) for row in files["sft.jsonl"]
+    }
+    for group in files["groups.jsonl"]:
+        first, second = group["completions"]
+        assert first == second + "?" and group["rewards"] == [2.0, 5.0]
+
+
 def test_too_few_instructions(tmp_path):
     sft, kto = curated(60)
     with pytest.raises(InputError, match="--validation 500"):
-        split.divide(sft, kto, 500, 10, 0)
+        split.divide(sft, kto, [], 500, 10, 0)
