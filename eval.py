@@ -7,8 +7,8 @@
 --protocol paper reads greedy chat replies as the paper's scripts do. --protocol loglik takes the likeliest choice, as
 lm-evaluation-harness does. Scores of different protocols never share a column. The first checkpoint is the baseline.
 
-OUT/replies.jsonl keeps each reply. Running the same command again asks only the missing questions, and --rescore
-scores the kept replies again without loading the models. torchrun spreads the questions over its ranks.
+OUT/replies.jsonl keeps each reply. Running the same command again asks only the missing questions. --rescore scores
+the kept replies again without loading the models. torchrun spreads the questions over its ranks.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
@@ -66,9 +66,9 @@ def average_metric(values: list) -> dict:
 
 
 def summarise_task(verdicts: list, subjects: list, over: str, first: list | None = None) -> dict:
-    """Score, standard error and n. first: the first checkpoint's verdicts; adds the paired comparison with them.
+    """Score, standard error and n. With first, the first checkpoint's verdicts: also the paired comparison.
 
-    over: "questions" or "subjects", the things that the score averages over.
+    over: "questions" or "subjects": what the score averages over.
     """
     subjects = subjects if over == "subjects" else None
     x = [float(v) for v in verdicts]
@@ -115,7 +115,7 @@ def score_replies(names: list[str], work: Work, replies: Replies, protocol: str)
 
 
 def correct_for_many(results: dict) -> None:
-    """Adds to each comparison its Holm-corrected p-value and the smallest true difference that it can detect."""
+    """Adds the Holm-corrected p-value and the smallest detectable difference to each comparison."""
     pairs = [cell["vs_first"] for cells in results.values() for cell in cells.values() if "vs_first" in cell]
     for versus, p in zip(pairs, holm([versus["p"] for versus in pairs])):
         versus["p_holm"] = p
@@ -140,9 +140,9 @@ def results_table(results: dict) -> str:
     if len(results) > 1:
         comparisons = (len(results) - 1) * len(head)
         note += (
-            f"; in brackets the difference to {first} on the same questions and its p-value (exact McNemar test, or "
-            f"paired bootstrap for scores that are not 0 or 1, or that average over subjects), corrected by Holm for "
-            f"{comparisons} comparison{'s' * (comparisons > 1)}"
+            f"; in brackets the paired difference to {first} and its p-value, corrected (Holm) for {comparisons} "
+            f"comparison{'s' * (comparisons > 1)}. Test: exact McNemar, or the paired bootstrap if scores are not 0 or "
+            "1 or average over subjects"
         )
     rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return "\n".join([rows, f"{note}.\n", *describe_differences(results), *metric_lines(results)])
@@ -162,12 +162,12 @@ def describe_differences(results: dict) -> list[str]:
         smallest = max((versus["smallest"] or 0.0 for versus in pairs.values()), default=0.0)
         if smallest:
             power.append(f"{100 * smallest:.1f} on {task} (n = {results[first][task]['n']})")
-    lines = [f"More than noise, against {first}: {'; '.join(real)}.\n"] if real else []
-    lines += [f"Noise, as far as these questions can tell: {'; '.join(noise)}.\n"] if noise else []
+    lines = [f"Significant against {first} (p < 0.05): {'; '.join(real)}.\n"] if real else []
+    lines += [f"Not significant: {'; '.join(noise)}.\n"] if noise else []
     if power:
         lines.append(
-            "Smallest true difference, in points, that would show at p < 0.05 (uncorrected) in four of five such "
-            f"evaluations: {'; '.join(power)}.\n"
+            "Smallest true difference, in points, found with 80% power at p < 0.05 (uncorrected): "
+            f"{'; '.join(power)}.\n"
         )
     return lines
 
@@ -205,16 +205,16 @@ def compare_command(argv: list[str]) -> None:
     p.add_argument("names", nargs=2, help="names of two checkpoints, as in the table")
     p.add_argument("--out", default="eval", help="directory of an evaluation, with samples.jsonl")
     args = p.parse_args(argv)
-    path, (a, b) = os.path.join(args.out, "samples.jsonl"), args.names
+    path, (first, second) = os.path.join(args.out, "samples.jsonl"), args.names
     samples = read_samples(path)
     known = list(dict.fromkeys(name for name, _, _ in samples))
     for name in args.names:
         if name not in known:
             raise InputError(f"{path}: no checkpoint {name!r}; it holds {', '.join(known)}")
-    text, counts = "", collections.defaultdict(lambda: [0, 0, 0])  # {task: [wins of a, wins of b, questions]}
+    text, counts = "", collections.defaultdict(lambda: [0, 0, 0])  # {task: [wins of first, of second, questions]}
     for (name, task, question_id), sample in samples.items():
-        other = samples.get((b, task, question_id))
-        if name != a or other is None:
+        other = samples.get((second, task, question_id))
+        if name != first or other is None:
             continue
         counts[task][2] += 1
         if sample["correct"] != other["correct"]:
@@ -223,11 +223,11 @@ def compare_command(argv: list[str]) -> None:
             for x in (sample, other):
                 verdict = f"{float(x['correct']):g}, read as {x['extracted']!r}"
                 text += f"### {x['checkpoint']}: {verdict}\n\n{x['reply']}\n\n"
-    lines = [f"{task}: {a} better on {x}, {b} on {y}, of {n} questions" for task, (x, y, n) in counts.items()]
+    lines = [f"{task}: {first} better on {x}, {second} on {y}, of {n} questions" for task, (x, y, n) in counts.items()]
     path = os.path.join(args.out, "-vs-".join(name.strip("/").replace("/", "_") for name in args.names) + ".md")
     claim_folder(args.out, "eval.py", [os.path.basename(path)])
     with atomic_write(path) as f:
-        f.write(f"# {a} and {b}\n\n" + "\n".join(f"- {line}" for line in lines) + f"\n\n{text}")
+        f.write(f"# {first} and {second}\n\n" + "\n".join(f"- {line}" for line in lines) + f"\n\n{text}")
     print("\n".join(lines) + f"\nwrote {path} (both replies to each of them)")
 
 
@@ -243,7 +243,9 @@ def parse_args() -> Namespace:
     p.add_argument(
         "--protocol", choices=["paper", "loglik"], default="paper", help="chat replies, or likelihoods of choices"
     )
-    p.add_argument("--allow-code-execution", action="store_true", help="run what the checkpoints write, in a sandbox")
+    p.add_argument(
+        "--allow-code-execution", action="store_true", help="run code that the checkpoints write, in a sandbox"
+    )
     again = "score the replies in OUT again without loading a checkpoint; give the other flags of that run"
     p.add_argument("--rescore", action="store_true", help=again)
     add_reply_flags(p, out="eval")
@@ -296,7 +298,7 @@ def main() -> None:
     if len(names) > 1:
         print(f"next: python eval.py compare {shlex.join(names[:2])} --out {shlex.quote(args.out)}")
     else:
-        print("next: the same command with another --ckpt or task; kept replies are not asked for again")
+        print("next: the same command with another --ckpt or task; replies in OUT are not generated again")
 
 
 if __name__ == "__main__":

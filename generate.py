@@ -45,9 +45,7 @@ class Settings:
     batch_size: int = 32  # rows in flight, fewer if cache_gb is too small for them
     cache_gb: float = 4.0  # size of the KV cache in GiB
     prefill_tokens: int = 4096  # most prompt tokens in one forward; further prompts start in the next step
-    steps_per_sync: int | None = (
-        None  # decoding steps between copies of the tokens to the host. None: 16 on a GPU, else 1
-    )
+    steps_per_sync: int | None = None  # decoding steps per copy of the tokens to the host. None: 16 on a GPU, else 1
 
     def __post_init__(self):
         if self.max_new_tokens < 1 or self.temperature < 0:
@@ -121,7 +119,7 @@ class WaitingPrompts:
     prompts: list[list[int]]
     limits: list[int]  # most tokens of each reply
     prefixes: SharedPrefixes
-    order: list[int]  # indices of the prompts that have not started yet, in the order in which they will
+    order: list[int]  # indices of the prompts that have not started yet, in starting order
 
 
 def admit(batch: Batch, waiting: WaitingPrompts) -> None:

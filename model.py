@@ -138,9 +138,8 @@ class Qwen2(nn.Module):
         )
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.compute_dtype: torch.dtype | None = (
-            None  # None: the weights' dtype. --dtype bf16 sets bf16 over fp32 weights
-        )
+        # None: compute in the weights' dtype. --dtype bf16 sets bf16 over fp32 weights
+        self.compute_dtype: torch.dtype | None = None
 
     def forward(
         self,

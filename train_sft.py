@@ -1,9 +1,11 @@
 """Supervised fine-tuning in plain PyTorch.
 
-python train_sft.py                                      # Qwen/Qwen2-0.5B-Instruct, data/sft.jsonl -> sft.pt
-python train_sft.py --ckpt base --data chats.jsonl --out sft
-torchrun --nproc-per-node 8 train_sft.py ...             # the same steps on 8 ranks
-torchrun --nproc-per-node 8 train_sft.py ... --shard     # a model too large for one rank
+    python train_sft.py                                      # Qwen/Qwen2-0.5B-Instruct, data/sft.jsonl -> sft.pt
+    python train_sft.py --ckpt base --data chats.jsonl --out sft
+    torchrun --nproc-per-node 8 train_sft.py ...             # the same steps on 8 ranks
+    torchrun --nproc-per-node 8 train_sft.py ... --shard     # a model too large for one rank
+
+Data: {"messages": [{"role", "content"}, ...]} lines. Every assistant turn is supervised.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -54,7 +55,7 @@ def model_card(
     bases: list[str],
     relation: str,
     settings: dict[str, object],
-    datasets: list[str] = (),
+    datasets: Sequence[str] = (),
     figures: dict[str, object] | None = None,
     versions: dict[str, str] | None = None,
 ) -> str:
@@ -62,7 +63,7 @@ def model_card(
 
     done: one sentence on how the checkpoint was made. bases: the models it was made from, as given on the command line;
     hub ids among them go into the front matter. relation: "finetune" or "merge". datasets: the training files.
-    figures: the log's last step, or fingerprints.
+    figures: the last log line, or the fingerprints.
     """
     licenses = {license for source in bases if (license := base_license(source))}
     head = front_matter(

@@ -92,7 +92,7 @@ def default_system(template: str, where: str, special_tokens: dict[str, str] | N
 
 @functools.lru_cache(maxsize=16)
 def render_probes(template: str, special_tokens: str) -> list[str] | str:
-    """The template's output for each of PROBES, then for the first one a year later. If it fails: the reason, a text.
+    """The template's output for each of PROBES, then for PROBES[0] a year later. If it fails: the reason, as a text.
 
     special_tokens: JSON. Runs `main` below in a separate process.
     """

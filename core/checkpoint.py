@@ -101,7 +101,7 @@ class Checkpoint:
         self.files = {name: read_text(os.path.join(path, name)) for name in present}
         self._tensors, listed = {}, {}
         index = os.path.join(path, INDEX)
-        if os.path.exists(os.path.join(path, "model.safetensors")):  # counts even beside an index, as in transformers
+        if os.path.exists(os.path.join(path, "model.safetensors")):  # has precedence over an index, as in transformers
             shards = ["model.safetensors"]
         elif os.path.exists(index):
             listed = read_index(index)
@@ -191,7 +191,7 @@ class Checkpoint:
 
 
 def read_index(path: str) -> dict[str, str]:
-    """{tensor name: file name} of a shard index. Each file must lie beside the index."""
+    """{tensor name: file name} of a shard index. Each file must be in the folder of the index."""
     try:
         listed = read_json(path)["weight_map"]
         shards = set(map(os.fspath, listed.values()))

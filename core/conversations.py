@@ -206,7 +206,7 @@ def preference_dialogue(
         chosen, rejected = (as_messages(value, where, "assistant", fields.unread) for value in (chosen, rejected))
     if prompt is None or chosen[0]["role"] != "assistant":  # whole conversations
         if prompt and prompt[-1] not in chosen:
-            raise InputError(f"{where}: chosen is a conversation that does not hold the prompt")
+            raise InputError(f"{where}: chosen is a whole conversation, but does not contain the prompt")
         prompt, chosen = chosen[:-1], chosen[-1:]
         rejected = rejected[len(prompt) :] if rejected[: len(prompt)] == prompt else rejected
     return Dialogue(prompt, one_reply(chosen, where), rejected)
@@ -251,11 +251,12 @@ def dialogues(record: dict, where: str) -> list[Dialogue]:
 
 
 def sft_conversations(record: dict, where: str, last_turn_only: bool = False) -> list[list[dict]]:
-    """A record -> conversations for SFT.
+    """The conversations of a record, for SFT.
 
-    Turns to leave out of the loss get "weight": 0. In messages, conversations and history, every assistant turn is
-    trained on, or only the last one with last_turn_only. In prompt and completion it is the completion, in a preference
-    the chosen reply.
+    An assistant turn that is not trained on gets "weight": 0. Trained on are:
+    - messages, conversations, history: every assistant turn; with last_turn_only the last one.
+    - prompt and completion: the completion.
+    - chosen and rejected: the chosen reply.
     """
     fields, found = record if isinstance(record, Fields) else Fields(record), []
     for dialogue in dialogues(fields, where):
@@ -263,7 +264,7 @@ def sft_conversations(record: dict, where: str, last_turn_only: bool = False) ->
         messages = dialogue.prompt + [dialogue.reply] * (dialogue.reply is not None)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
-            raise InputError(f"{where}: no assistant message, so nothing to learn from")
+            raise InputError(f"{where}: no assistant message, so nothing to train on")
         for i in turns[:-1] if last_turn_only or not dialogue.all_turns else []:
             messages[i] = messages[i] | {"weight": 0}
         found.append(messages)
@@ -271,7 +272,7 @@ def sft_conversations(record: dict, where: str, last_turn_only: bool = False) ->
 
 
 def kto_examples(record: dict, where: str) -> list[tuple[list[dict], str, bool]]:
-    """A record -> [(prompt messages, completion text, label)].
+    """The KTO examples of a record: [(prompt messages, completion text, label)].
 
     A reply with a label gives one example. A preference gives two: chosen with true, then rejected with false.
     """
@@ -279,9 +280,7 @@ def kto_examples(record: dict, where: str) -> list[tuple[list[dict], str, bool]]
     examples = []
     for prompt, reply, rejected, _ in dialogues(fields, where):
         if reply is None or not prompt:
-            raise InputError(
-                f"{where}: has no {'completion' if prompt else 'prompt'}; KTO learns from a completion of a prompt"
-            )
+            raise InputError(f"{where}: has no {'completion' if prompt else 'prompt'}; a KTO example needs both")
         if rejected is not None:
             if len(rejected) != 1 or rejected[0]["role"] != "assistant":
                 raise Unusable(where, "no shared prompt", "chosen and rejected differ before their last message")

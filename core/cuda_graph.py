@@ -9,9 +9,9 @@ from torch import Tensor
 def capture_graph(step: Callable[[], None], state: list[Tensor], pool: tuple[int, int]) -> Callable[[], None]:
     """Captures step() as a CUDA graph. Returns a function that replays it.
 
-    A capture needs warm-up calls of step() before it. state: tensors whose values are restored afterwards.
-    pool: a torch.cuda.graph_pool_handle(). Graphs that share one reuse its memory, so they must not run at the same time
-    or leave values in it for each other.
+    Before the capture, step() runs twice to warm up. state: the tensors that step() changes; they get their values back.
+    pool: a torch.cuda.graph_pool_handle(). Graphs of one pool reuse its memory. They must not run at the same time, and
+    their temporary tensors do not survive the next replay.
     """
     before = [x.clone() for x in state]
     with torch.cuda.device(state[0].device):  # streams and graphs belong to the current device

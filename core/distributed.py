@@ -94,9 +94,8 @@ def on_stop_signal(number: int, _frame: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if STOP["training"]:
         if number == signal.SIGINT and is_main():
-            os.write(
-                2, b"\nstopping: the finished steps are saved; Ctrl-C again ends at once\n"
-            )  # print is not reentrant
+            # not print, which is not reentrant
+            os.write(2, b"\nstopping: the finished steps are saved; Ctrl-C again ends at once\n")
     elif number == signal.SIGINT:
         raise KeyboardInterrupt
     else:
@@ -124,11 +123,9 @@ def run_distributed(main: Callable[[], object]) -> Callable[[], None]:
         except RuntimeError as e:
             if not dist.is_initialized() or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
                 raise
-            reason = str(e).strip().splitlines()[0]
-            after = "--resume goes on from the last save"
-            print(
-                f"error: rank {dist.get_rank()}: another rank is gone ({reason}); {after}", file=sys.stderr, flush=True
-            )
+            lost = f"another rank is gone ({str(e).strip().splitlines()[0]})"
+            text = f"error: rank {dist.get_rank()}: {lost}; --resume continues from the last save"
+            print(text, file=sys.stderr, flush=True)
             os._exit(1)  # an orderly exit would wait for the rank that is gone
         finally:
             if dist.is_initialized() and dist.get_backend() == "gloo":  # its threads may abort an exiting process
@@ -251,7 +248,7 @@ def shard(model: nn.Module, device: str, dtype: torch.dtype) -> None:
     """Splits parameters, gradients and optimizer state over the ranks with FSDP2, block by block.
 
     Weights are gathered only while they are used: those of the blocks in the compute dtype, embedding and head in fp32.
-    If embedding and head are one matrix, its two gradients are thus added in fp32.
+    If embedding and head are one matrix, its two gradients are added in fp32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method

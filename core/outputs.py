@@ -73,7 +73,7 @@ def write_card(folder: str, text: str) -> None:
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """True if `path` is `folder` or lies in it, after following symbolic links."""
+    """True if `path` is `folder` or inside it, after following symbolic links."""
     path, folder = os.path.realpath(path), os.path.realpath(folder)
     return os.path.commonpath([path, folder]) == folder
 
@@ -175,7 +175,7 @@ def parse_temporary(entry: str) -> re.Match | None:
 
 
 def remove_leftovers(folder: str, name: str | None = None) -> None:
-    """Remove the temporary files of `name` (None: of all names) in `folder` whose writer has died.
+    """Remove the temporary files of `name` (None: of all names) in `folder` whose writing process is gone.
 
     A leftover has a name made by temporary_path(), and no process holds its lock. A user's files inside a leftover
     folder move to the folder that the leftover was made for.
@@ -245,7 +245,7 @@ def discard_checkpoint(path: str) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(out: str, names: Iterable[str]) -> Iterator[str]:
-    """Yield a new folder for the files `names`. At the end it replaces the checkpoint at `out` in one step.
+    """Yield a new, empty folder for the files `names`. At the end it replaces the checkpoint at `out` in one step.
 
     The user's files in `out` stay as they are. After an error, nothing is left or changed.
     """
@@ -319,12 +319,12 @@ def keep_other_writers(temporary: str, out: str) -> None:
     write_manifest(temporary, {"files": others | own, "card": read_manifest(temporary)["card"]})
 
 
-def exchange(a: str, b: str) -> bool:
+def exchange(first: str, second: str) -> bool:
     """Swap two folders in one step, with renameat2 of Linux. False where the system or the disk has no such call."""
     if sys.platform != "linux":
         return False
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
-        return ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
+        return ctypes.CDLL(None).renameat2(here, os.fsencode(first), here, os.fsencode(second), swap) == 0
     except AttributeError:
         return False

@@ -1,8 +1,8 @@
 """Keep memory low while large files are read and written, and measure how much memory is free.
 
-Python has no call for two functions of the C library, so they are called through ctypes. madvise drops
-the pages of a mapped file that were read, so that reading a checkpoint does not fill the memory. sync_file_range starts
-writing to the disk while the next tensor is computed, so that the fsync at the end is short.
+Two functions of the C library are called through ctypes, because Python does not offer them. madvise drops the pages of
+a mapped file that were read, so that reading a checkpoint does not fill the memory. sync_file_range starts writing to
+the disk while the next tensor is computed, so that the fsync at the end is short.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def mapped(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Those of the tensors that lie in a memory-mapped file, as /proc/self/maps says (Linux). Small tensors are left out.
+    """The tensors that are in a memory-mapped file, according to /proc/self/maps (Linux), without small ones.
 
     Only pages of mapped files may be dropped, because they can be read again; other memory would come back as zeros."""
     tensors, files = [t for t in tensors if t.is_contiguous() and t.numel() >= WINDOW // 16], []
@@ -31,7 +31,7 @@ def mapped(tensors: Iterable[Tensor]) -> list[Tensor]:
                 files.append((begin, end))
             if end > highest:
                 break
-    return [t for t in tensors if any(a <= t.data_ptr() and t.data_ptr() + t.nbytes <= b for a, b in files)]
+    return [t for t in tensors if any(begin <= t.data_ptr() and t.data_ptr() + t.nbytes <= end for begin, end in files)]
 
 
 WINDOW = 2**22  # elements of a mapped tensor that are in memory at once while it is read

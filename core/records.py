@@ -62,7 +62,7 @@ def fetch(url: str) -> list[str]:
         if glob.has_magic(found[3]):
             names = sorted(fnmatch.filter(HfApi().list_repo_files(**where), found[3]))
         paths = [hf_hub_download(filename=name, **where) for name in names]
-        with contextlib.suppress(Exception):  # states the licence
+        with contextlib.suppress(Exception):  # it states the licence
             hf_hub_download(filename="README.md", **where)
     except Exception as e:  # network failures have many types
         why = " ".join(str(e).split())[:150]
@@ -83,7 +83,7 @@ def open_bytes(path: str | os.PathLike) -> Iterator[BinaryIO]:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
-            raise InputError(f"{path}: is {kind}; only regular files are read")
+            raise InputError(f"{path}: is {kind}; give a regular file")
         with gzip.open(path) if os.fspath(path).endswith(".gz") else open(path, "rb") as f:
             yield f
     except (OSError, EOFError, zlib.error) as e:
@@ -101,13 +101,13 @@ def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
 
 
 def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
-    """Yields (line number, object) for each line of a JSON Lines file, which may be gzipped."""
+    """Yields (line number, object) for each line of a JSON Lines file, plain or gzipped."""
     with open_bytes(path) as f:
         yield from json_lines(f, path)
 
 
 def json_error(e: Exception) -> str:
-    """The reason for which json refused a text, on one line."""
+    """Why json refused a text, on one line."""
     if isinstance(e, RecursionError):
         return "not JSON: nested too deeply"
     if isinstance(e, json.JSONDecodeError):
@@ -123,7 +123,7 @@ def json_lines(file: BinaryIO, path: str | os.PathLike) -> Iterator[tuple[int, d
             return
         if len(line) > MAX_RECORD:
             raise InputError(
-                f"{path}:{number}: a line of more than {MAX_RECORD >> 20} MiB; one record a line is expected"
+                f"{path}:{number}: a line of more than {MAX_RECORD >> 20} MiB; one record per line is expected"
             )
         if not line.strip():
             continue
@@ -132,10 +132,10 @@ def json_lines(file: BinaryIO, path: str | os.PathLike) -> Iterator[tuple[int, d
         except UnicodeDecodeError as e:
             raise InputError(f"{path}:{number}: not UTF-8: {e}; convert it first") from None
         except (ValueError, RecursionError) as e:
-            raise InputError(f"{path}:{number}: {json_error(e)}; one object a line is expected") from None
+            raise InputError(f"{path}:{number}: {json_error(e)}; one object per line is expected") from None
         if not isinstance(record, dict):
             raise InputError(
-                f"{path}:{number}: a {type(record).__name__}, not an object; one object a line is expected"
+                f"{path}:{number}: a {type(record).__name__}, not an object; one object per line is expected"
             )
         yield number, record
 
@@ -224,13 +224,13 @@ def read_parquet(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise InputError(f"{path}: Parquet is read where pyarrow is installed: pip install pyarrow") from None
+        raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
     with open_bytes(path) as file:
         try:
             rows = (row for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024) for row in batch.to_pylist())
             yield from enumerate(rows, 1)
         except (pyarrow.ArrowException, UnicodeDecodeError) as e:
-            raise InputError(f"{path}: not a Parquet file that can be read: {' '.join(str(e).split())[:150]}") from None
+            raise InputError(f"{path}: not a readable Parquet file: {' '.join(str(e).split())[:150]}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class ReplyLog(collections.abc.Mapping):
                 self._count(record.get("usage"))
                 self.offsets[bytes.fromhex(record["key"])] = offset
             except (ValueError, KeyError, TypeError, RecursionError):
-                raise InputError(f"{self.path}:{number}: not a kept reply; delete this line to ask it again") from None
+                raise InputError(f"{self.path}:{number}: not a reply; delete this line to ask again") from None
             offset += len(line)
 
     def _count(self, usage: list[int] | None) -> None:
@@ -105,7 +105,7 @@ class ReplyLog(collections.abc.Mapping):
             with contextlib.suppress(OSError):
                 self.file.truncate(offset)
             raise InputError(
-                f"{self.path}: cannot be written: {e.strerror}; make room and run the same command to go on"
+                f"{self.path}: cannot be written: {e.strerror}; make room and run the same command to continue"
             ) from None
         self.offsets[bytes.fromhex(key)] = offset
         self._count(record.get("usage"))
@@ -119,7 +119,7 @@ class ReplyLog(collections.abc.Mapping):
                     os.remove(self.path)  # before the lock is released
             self.file.close()
         for folder in self.made_folders:
-            with contextlib.suppress(OSError):  # not empty: it stays
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
                 os.rmdir(folder)
         self.made_folders = []
 

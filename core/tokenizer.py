@@ -230,7 +230,7 @@ def chat_template(ckpt: Checkpoint, settings: dict) -> tuple[str, str]:
         try:
             template = {named["name"]: named["template"] for named in template}
         except (TypeError, KeyError):
-            raise InputError(f"{where}: chat_template is a list of anything but named templates") from None
+            raise InputError(f"{where}: chat_template is a list without named templates") from None
     if isinstance(template, dict) and "default" not in template:
         names = ", ".join(map(str, template)) or "none"
         raise InputError(
@@ -243,7 +243,7 @@ def chat_template(ckpt: Checkpoint, settings: dict) -> tuple[str, str]:
 
 
 def vocabulary(ckpt: Checkpoint) -> tuple:
-    """(vocabulary, merges, added tokens) of a tokenizer.json. Equal for files that tokenize alike."""
+    """(vocabulary, merges, added tokens) of a tokenizer.json. Equal for tokenizers that give the same ids."""
     try:
         spec = json.loads(ckpt.files["tokenizer.json"])
         model = spec.get("model") or {}

@@ -119,7 +119,7 @@ def humaneval_prompt(row: dict) -> str:
 
 
 def code_verdict(program: str, tests: str, entry_point: str) -> tuple[bool, dict]:
-    """(whether a program passes its tests, metrics). unchecked: the tests cannot be run from outside the program."""
+    """(whether a program passes its tests, metrics). unchecked: True if the tests cannot be run from outside the program."""
     passed, _ = run_program(program, tests, entry_point)
     return passed is True, {"unchecked": passed is None}
 
@@ -221,7 +221,7 @@ def exam(
     word: str,
     **more: object,
 ) -> dict:
-    """An entry with subjects and four choices. test, dev: (folder, suffix of its files). The rest: see five_shot."""
+    """An entry with subjects and four choices. test, dev: (folder, suffix of its files). The other arguments: see five_shot."""
     entry = dict(
         rows=lambda find: choice_rows(find(test[0]), test[1], header),
         prompt=paper_choice,
@@ -240,14 +240,14 @@ def by_text(rows: Callable, contexts: Callable, **more: object) -> dict:
 
 # Keys of an entry:
 #   rows(find): the questions; find(name) returns the path of a benchmark file
-#   over: "questions" or "subjects", what the score averages over
+#   over: "questions" or "subjects": what the score averages over
 # --protocol paper:
 #   prompt(row): the user's turn
 #   verdict(reply, row): (extracted answer, verdict), optionally also {metric: value, or a list of values}
 #   runs_code: True if the verdict runs code that the checkpoint wrote
 # --protocol loglik:
 #   contexts(rows, find): the text before each row's choices
-#   by: "letter" or "text", what is scored of each choice; "whole": the likelihood of the context itself, no choices
+#   by: score the "letter" or the "text" of each choice; "whole": score the context itself, without choices
 #   mass: see choice_scores
 # An entry with a prompt but no verdict is for `eval.py judge`.
 BENCHMARKS = {
@@ -314,7 +314,7 @@ def check_task(task: str, args: Namespace, judged: bool) -> dict:
             f"--protocol {args.protocol} is not implemented for {task}, only for {able}; use another --protocol"
         )
     if args.protocol == "paper" and "verdict" not in bench and not judged:
-        raise InputError(f"{task} has no right answers; let a teacher judge: python eval.py judge --tasks {task}")
+        raise InputError(f"{task} has no right answers; use a judge: python eval.py judge --tasks {task}")
     if bench.get("runs_code"):
         check_code_allowed(task, args)
     return bench
@@ -322,7 +322,7 @@ def check_task(task: str, args: Namespace, judged: bool) -> dict:
 
 def check_code_allowed(task: str, args: Namespace) -> None:
     if not args.allow_code_execution:
-        raise InputError(f"{task} runs programs that the checkpoints write; allow that with --allow-code-execution")
+        raise InputError(f"{task} runs programs that the checkpoints write; allow it with --allow-code-execution")
 
 
 def load_questions(task: str, args: Namespace, judged: bool = False) -> list[dict]:

@@ -31,7 +31,7 @@ def open_url(url: str, method: str = "GET", **headers: str) -> IO[bytes]:
 def save_checked(
     path: str, data: bytes, sha256: str | None, convert: Callable[[bytes], bytes] = lambda data: data
 ) -> None:
-    """Checks the SHA-256 of a download, converts it and writes it. The file appears whole."""
+    """Checks the SHA-256 of a download, converts it and writes it. The file appears whole or not at all."""
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError("the file's SHA-256 is not the expected one")
     data = convert(data)
@@ -139,7 +139,7 @@ SAFETY = "thu-coai/SafetyBench/960833692a1ec82b191ff3e902daca7993c35cc1/opensour
 FASTCHAT = "lm-sys/FastChat/0e6d3e4beaab66f4d3f93db72541a4abab8af28d/fastchat/llm_judge/data"
 MMLU, CMMLU = ("cais/mmlu", "data.tar"), ("haonan-li/cmmlu", "cmmlu_v1_0_1.zip")
 CEVAL = ("ceval/ceval-exam", "ceval-exam.zip")
-# {file or folder: (download function, its arguments), or a text that tells the user what to do}
+# {file or folder: (download function, its arguments), or what the user can do}
 HOMES = {
     "gsm8k/test.jsonl": github(
         "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/test.jsonl",
@@ -159,7 +159,7 @@ HOMES = {
         f"{SAFETY}/test_zh_subset.json", "8760b0621df0fa81b99f7e49961853f1ff8b5ac0e4f1f96dad20a587c33aea4f"),
     "safetybench/test_answers_zh_subset.json": github(
         f"{SAFETY}/test_answers_zh_subset.json", "41c3e40330a7a96375de54b46df4839f6a46e8c9f6be974a2d31b35b8012af6c"),
-    "truthfulqa/TruthfulQA.csv": github(                 # the 817 questions that the harness asks; later ones are fewer
+    "truthfulqa/TruthfulQA.csv": github(                 # the 817 questions that the harness asks; later versions have fewer
         "sylinrl/TruthfulQA/013686a06be7a7bde5bf8223943e106c7250123c/TruthfulQA.csv",
         "8d7dd15f033196140f032d97d30f037da7a7b1192c3f36f9937c1850925335a2"),
     "hellaswag/hellaswag_val.jsonl": github(
@@ -187,7 +187,7 @@ HOMES = {
 
 
 def find_data_file(data_dir: str, name: str) -> str:
-    """The path of a benchmark's file or folder, downloaded if it is missing. Also finds a file without or with .gz."""
+    """The path of a benchmark's file or folder, downloaded if it is missing. A file with .gz counts as the one without it, and the other way round."""
     path = os.path.join(data_dir, name)
     other = path.removesuffix(".gz") if path.endswith(".gz") else f"{path}.gz"
     if not os.path.exists(path) and os.path.isfile(other):
@@ -196,7 +196,7 @@ def find_data_file(data_dir: str, name: str) -> str:
         home = HOMES.get(name, "")
         if isinstance(home, str):
             todo = f"{home}, or " if home else ""
-            raise InputError(f"{path}: not there; {todo}give the folder that holds {name} as --data-dir")
+            raise InputError(f"{path}: missing; {todo}give the folder that holds {name} as --data-dir")
         fetch, *where = home
         try:
             fetch(path, *where)
@@ -206,7 +206,6 @@ def find_data_file(data_dir: str, name: str) -> str:
             home = names[fetch].format(*where)
             home += " (its first four examples as JSON Lines of question and answer)" if four_shots in where else ""
             raise InputError(
-                f"{path}: not there, and the download failed ({reason}); put it there from {home}, "
-                "or give another --data-dir"
+                f"{path}: missing, and the download failed ({reason}); fetch it from {home}, or give another --data-dir"
             ) from None
     return path

@@ -65,12 +65,12 @@ def outcome(first: int | None, second: int | None) -> float | None:
 def summarise_verdicts(outcomes: list[float | None], lengths: list[int], base_lengths: list[int]) -> dict:
     """The win rate of one checkpoint against the first, from its outcomes (1, 0.5, 0 or None).
 
-    score: the mean outcome; a tie counts half. p: of the hypothesis that the score is one half. lengths, base_lengths:
+    score: the mean outcome; a tie counts half. p: p-value of the hypothesis that the score is one half. lengths, base_lengths:
     characters of the replies.
     """
     known = [x for x in outcomes if x is not None]
     if not known:
-        raise InputError("the judge gave no readable verdict at all; try another --teacher")
+        raise InputError("the judge gave no readable verdict; try another --teacher")
     score, stderr = mean_stderr(known)
     versus = paired_comparison([0.5] * len(known), known)
     return {
@@ -107,9 +107,7 @@ def verdict_table(results: dict, first: str) -> str:
             ]
             row += [f"{c['wins']} / {c['ties']} / {c['losses']}", f"{c['characters']:.0f}, {c['characters_first']:.0f}"]
             lines.append(f"| {' | '.join(row)} |")
-    note = (
-        "Percent ± one standard error; a tie counts half. p: no difference from 50, by bootstrap, corrected by Holm.\n"
-    )
+    note = "Percent ± one standard error; a tie counts half. p: of the null hypothesis 50, by bootstrap, corrected (Holm).\n"
     return "\n".join(lines) + f"\n\n{note}"
 
 
@@ -127,7 +125,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         help="URL of an OpenAI-compatible endpoint (its key in TEACHER_API_KEY), or a checkpoint",
     )
     p.add_argument("--teacher-model", help="name of the model at the endpoint")
-    p.add_argument("--concurrency", type=at_least(1), default=16, help="requests in flight")
+    p.add_argument("--concurrency", type=at_least(1), default=16, help="concurrent requests")
     add_reply_flags(p, out="judge")
     args = p.parse_args(argv)
     args.protocol, args.allow_code_execution = "paper", False

@@ -1,4 +1,4 @@
-"""Merges checkpoints tensor by tensor, from disk to disk. The formulas come from merge.py, as an argument."""
+"""Merges checkpoints tensor by tensor, from disk to disk. merge.py passes the formulas in a Plan."""
 
 import collections
 import hashlib
@@ -35,7 +35,7 @@ class Plan:
 
     @property
     def reference(self) -> Checkpoint:
-        """Where names, shapes, config and tokenizer come from: the base, or the first model if there is none."""
+        """The checkpoint that gives names, shapes, config and tokenizer: the base, or else the first model."""
         return self.base or self.models[0]
 
     @property

@@ -46,17 +46,13 @@ def add_method_flags(parser: argparse.ArgumentParser, methods: Iterable[str]) ->
     # checkpoints
     add("--models", required=True, nargs="+", metavar="C[:WEIGHT]", help="hub id, directory or .pt; default weight: 1")
     add("--base", metavar="C", help="checkpoint the models were trained from; optional for linear and slerp")
-    resize = (
-        "cut or extend embeddings to the rows of --base, or else of the first model; missing rows are copied from it"
-    )
+    resize = "cut or extend embeddings to the rows of --base, or of the first model; missing rows are copied from it"
     add("--resize", action="store_true", help=resize)
     add("--allow-tokenizer-mismatch", action="store_true", help="merge models whose tokenizers have different tokens")
     # method
     add("--method", required=True, choices=list(methods), help="how to merge")
-    groups = (
-        "PATTERN W W ...: one weight per model for the tensors whose names end in PATTERN, such as 'layers.[0-7].*' or "
-    )
-    groups += "'*mlp*'; repeatable, the last match wins"
+    groups = "PATTERN W W ...: one weight per model for the tensors whose names end in PATTERN, such as "
+    groups += "'layers.[0-7].*' or '*mlp*'; repeatable, the last match wins"
     add("--weights-for", action="append", nargs="+", metavar="X", help=groups)
     normalize = "divide by the sum of the weights; default: on for linear, ties, della"
     add("--normalize", action=argparse.BooleanOptionalAction, help=normalize)
@@ -64,41 +60,33 @@ def add_method_flags(parser: argparse.ArgumentParser, methods: Iterable[str]) ->
     add("--t", type=number(), metavar="X", help=t + "w2 / (w1 + w2)")
     add_delta_flags(parser)
     # arithmetic and machine
-    arithmetic = (
-        "float32 as in mergekit; float64 takes twice the time and memory, and slerp then follows the arc at small "
-    )
-    add("--arithmetic", choices=["float32", "float64"], default="float32", help=arithmetic + "angles too")
+    arithmetic = "float32 as in mergekit; float64 takes twice the time and memory, and slerp is exact at small angles"
+    add("--arithmetic", choices=["float32", "float64"], default="float32", help=arithmetic)
     add("--seed", type=int, default=0, help="seed of the random masks of dare_* and della*")
     add("--threads", type=at_least(1), default=torch.get_num_threads(), help="tensors merged at once")
 
 
 def add_delta_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of methods that merge deltas. fill_options() sets the defaults, after it saw which were given."""
+    """Adds the flags of methods that merge deltas. fill_options() sets their defaults, so that it can tell which were given."""
     add = parser.add_argument
     # deltas
-    density = (
-        "ties, dare_*, breadcrumbs*, della*: share of a delta's elements that is kept, one number or one per model"
-    )
+    density = "ties, dare_*, breadcrumbs*, della*: share of a delta's elements to keep, one number or one per model"
     add("--density", type=number(), nargs="+", metavar="X", help=density + "; default: 1")
-    gamma = "breadcrumbs*: share of the largest elements that is dropped; default: 0.01"
+    gamma = "breadcrumbs*: share of the elements to drop, the largest ones; default: 0.01"
     add("--gamma", type=number(0, below=1), metavar="X", help=gamma)
     epsilon = "della*: keep probabilities range over density ± this; default: 0.15"
     add("--epsilon", type=number(), metavar="X", help=epsilon)
-    trim = (
-        "ties: keep the largest elements of each tensor, as in mergekit, or of the whole model, as in the authors' code"
-    )
-    add("--trim", choices=["tensor", "global"], help=trim + "; default: tensor")
+    trim = "ties: keep the largest elements of each tensor (mergekit) or of the whole model (the authors' code); "
+    add("--trim", choices=["tensor", "global"], help=trim + "default: tensor")
     sign = "ties, *_ties, della: elect each sign by the sum of the deltas or by the count of their signs; default: sum"
     add("--sign", choices=["sum", "count"], help=sign)
-    rescale = (
-        "scale the kept elements to the whole delta's L1 norm, as in mergekit (default for dare_*, della*), or each by "
-    )
-    add("--rescale", choices=["none", "l1", "density"], help=rescale + "1 / its keep probability, as in their papers")
+    rescale = "l1: scale the kept elements to the whole delta's L1 norm, as in mergekit (default for dare_*, della*); "
+    rescale += "density: divide each by its keep probability, as in their papers"
+    add("--rescale", choices=["none", "l1", "density"], help=rescale)
     add("--lambda", dest="scale", type=number(), metavar="X", help="factor on the merged delta; default: 1")
     lines = "LiNeS: scale the merged delta by ALPHA in the first block, rising linearly to ALPHA + BETA in the last; "
-    lines += (
-        "default BETA: 1 - ALPHA. auto: the authors' ALPHA for several models, |sum of deltas|_1 / |merged delta|_1 / n"
-    )
+    lines += "default BETA: 1 - ALPHA. auto: the authors' ALPHA for several models, "
+    lines += "|sum of deltas|_1 / |merged delta|_1 / n"
     add("--lines", metavar="ALPHA[:BETA]|auto[:BETA]", help=lines)
 
 
@@ -239,7 +227,7 @@ def check_tokenizers(first: Checkpoint, other: Checkpoint, allow_mismatch: bool)
         return []
     mismatch = f"{other.source}: its tokenizer has other tokens than that of {first.source}"
     if not allow_mismatch:
-        raise InputError(f"{mismatch}: a row would mean two tokens; --allow-tokenizer-mismatch merges all the same")
+        raise InputError(f"{mismatch}: a row would have two meanings; --allow-tokenizer-mismatch merges anyway")
     return [f"{mismatch}; the output gets that of {first.source}"]
 
 
@@ -270,7 +258,7 @@ def open_inputs(args: argparse.Namespace) -> tuple[Checkpoint | None, list[Check
         args.weights = [1 - args.t, args.t]
     check_weights(args)
     if args.lines and args.lines[0] is None and len(args.weights) == 1:
-        raise InputError("--lines auto: is a rule for several models, and there is one; give ALPHA as a number")
+        raise InputError("--lines auto: needs several models, one is given; give ALPHA as a number")
 
     base, models = args.base and Checkpoint(args.base), [Checkpoint(source) for source, _ in parsed]
     donor = base or models[0]
@@ -297,14 +285,14 @@ def choose_models(args: argparse.Namespace, parsed: list[tuple[str, float | None
             raise InputError(f"--method {method}: needs --base C, the checkpoint that the models were trained from")
         kept = [i for i in kept if not same_path(parsed[i][0], args.base)]
         if not kept:
-            raise InputError("--models: holds nothing but the base; name the checkpoints that were trained from it")
+            raise InputError("--models: only the base is given; name the checkpoints that were trained from it")
         if len(kept) < len(parsed):
             notes.append(f"{args.base} is the base: it has no delta and is left out of --models")
     elif args.base:
         notes.append(f"--method {method} does not use the weights of --base; config and tokenizer are taken from it")
     if method == "slerp":
         if len(parsed) != 2:
-            raise InputError(f"--method slerp: goes from one model to another; {len(parsed)} given in --models")
+            raise InputError(f"--method slerp: needs two models; {len(parsed)} given in --models")
         if args.t is not None and any(weight is not None for _, weight in parsed):
             raise InputError("--method slerp: give --t or weights, not both; with weights t is w2 / (w1 + w2)")
         if args.base and same_path(args.base, parsed[1][0]):  # as in mergekit, t = 0 is the base
@@ -317,4 +305,4 @@ def check_weights(args: argparse.Namespace) -> None:
         if (args.normalize or args.method == "slerp") and math.isclose(sum(weights), 0, abs_tol=1e-8):
             raise InputError(f"--models: the weights {weights} sum to zero and cannot be normalised; change one")
     if args.method == "expo" and (len(args.weights) != 1 or args.weights[0] <= 1):
-        raise InputError("--method expo: moves one model away from --base; give one C:WEIGHT with a weight above 1")
+        raise InputError("--method expo: extrapolates one model from --base; give one C:WEIGHT with a weight above 1")

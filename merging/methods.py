@@ -183,7 +183,7 @@ def kth_largest(scan: Callable[..., Iterable], ks: Sequence[int], m: int) -> lis
 def bracket(sample: Tensor, share: float, ends: tuple[float, float]) -> tuple[float, float]:
     """Two values that almost surely enclose the element at this share of the way down from the largest.
 
-    They are six standard deviations of the rank apart from it. ends: used where the sample does not reach that far.
+    They are six standard deviations of the rank apart from it. ends: used if the sample does not reach that far.
     """
     size = len(sample)
     rank, slack = share * size, 6 * math.sqrt(size * share * (1 - share)) + 6

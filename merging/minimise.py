@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-Point = dict  # {"weights": [w_1 .. w_n]} and what else is searched: "density", "lambda", "lines" (LiNeS' alpha)
+Point = dict  # {"weights": [w_1 .. w_n]} and the other numbers that are searched: "density", "lambda", "lines" (LiNeS' alpha)
 
 # What can be searched: its range, and the values tried first. "weight": of a single model.
 RANGES = {
@@ -22,7 +22,7 @@ FIRST = {
 
 
 def next_point(tried: dict[float, float], low: float, high: float, tolerance: float) -> float | None:
-    """The next x in [low, high] at which to look for the minimum of a smooth function. None: close enough.
+    """The next x in [low, high] to try when minimising a smooth function. None: the minimum is found.
 
     tried: {x: value}. Takes the vertex of the parabola through the best point and its neighbours, because the loss
     between two fine-tunes of one base is almost a parabola. Without a vertex: golden section of the wider side.
@@ -87,7 +87,9 @@ def minimise(
     while True:
         before, directions = value, len(search_directions(point, over, n))
         for i in range(directions):
-            label, name, x, point_at = search_directions(point, over, n)[i]  # again: the point may have moved
+            label, name, x, point_at = search_directions(point, over, n)[
+                i
+            ]  # computed again, because the point may have moved
             low, high = ranges[name]
             step = (high - low) / 50
             first = [x - 4 * step, x + 4 * step] if rounds else FIRST[name]  # after a round the optimum is near

@@ -70,7 +70,7 @@ def args_at(args: argparse.Namespace, point: Point) -> argparse.Namespace:
 def start_points(args: argparse.Namespace, n: int) -> tuple[Point, list[Point]]:
     """The point given by the flags, and the points that are always scored.
 
-    The latter are the paper's two pairs of weights if two weights are searched, else the point of the flags.
+    These are the paper's two pairs of weights if two weights are searched, else the point of the flags.
     """
     total = sum(args.weights) if n > 1 and "weights" in args.over and abs(sum(args.weights)) > 1e-8 else 1.0
     start = {"weights": [w / total for w in args.weights]}
@@ -95,7 +95,7 @@ def merge_into(model: Qwen2, tensors: Iterable[tuple[str, torch.Tensor]]) -> Non
 
 
 def split_aside(items: list, share: float, seed: int) -> tuple[list, list]:
-    """(items the search uses, items set aside): a random share, in the order of items; the same for the same seed."""
+    """Splits items at random into (those for the search, those set aside), each in the order of items."""
     order = list(range(len(items)))
     random.Random(seed).shuffle(order)
     n_final = round(share * len(items))
@@ -144,7 +144,7 @@ def parse_args(argv: Sequence[str], methods: Iterable[str]) -> argparse.Namespac
     add_search_flags(parser)
     args = parser.parse_args(argv)
     if bool(args.data) == bool(args.tasks):
-        raise InputError("--data or --tasks: give one of them; the merges are judged by it")
+        raise InputError("--data or --tasks: give exactly one of them; it scores the merges")
     if args.greedy and args.method != "linear":
         raise InputError(f"--greedy: averages models, so --method must be linear, not {args.method}")
     for name in args.over:
@@ -156,66 +156,43 @@ def parse_args(argv: Sequence[str], methods: Iterable[str]) -> argparse.Namespac
 
 
 def json_out(text: str) -> str:
-    """An argparse type: a file that can be written. Checked before the search, whose result would be lost."""
+    """An argparse type: a file that can be written. It is checked before the search, whose result would be lost."""
     parent = os.path.abspath(text)
     while not os.path.exists(parent := os.path.dirname(parent)):
         pass
     if os.path.isdir(text) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text}: cannot be written; give the name of a JSON file in another folder")
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written; give a JSON file in another folder")
     return text
 
 
 def add_search_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     # search
-    add(
-        "--over",
-        nargs="+",
-        choices=["weights", "density", "lambda", "lines"],
-        default=["weights"],
-        help="what to search",
-    )
-    add(
-        "--greedy",
-        action="store_true",
-        help="greedy soup: which of the models to average (linear only); the best of all "
-        "points tried is kept, which may be a fixed pair or the uniform soup",
-    )
+    over = ["weights", "density", "lambda", "lines"]
+    add("--over", nargs="+", choices=over, default=["weights"], help="what to search")
+    greedy = "greedy soup: choose the models to average (linear only); the best of all points tried is kept, which may "
+    add("--greedy", action="store_true", help=greedy + "be a fixed pair or the uniform soup")
     add("--evaluations", type=at_least(3), default=15, help="most points to try; not with --greedy")
     # data
     add("--data", nargs="+", metavar="F", help="conversations, as for train_sft.py: minimise the loss on them")
     add("--tasks", nargs="+", metavar="T", help="tasks of eval.py: maximise the share of right answers")
-    add(
-        "--aside",
-        type=number(above=0, below=1),
-        default=0.5,
-        metavar="X",
-        help="share of the data kept for the final score",
-    )
+    aside = "share of the data set aside for the final scores"
+    add("--aside", type=number(above=0, below=1), default=0.5, metavar="X", help=aside)
     add("--max-len", type=at_least(2), default=1024, help="tokens; longer examples are cut at the end")
     add("--data-dir", default="data", help="folder of the tasks' questions")
     add("--limit", type=at_least(1), help="questions per task; default: all")
     add("--protocol", choices=["paper", "loglik"], default="paper", help="as in eval.py")
     add("--allow-code-execution", action="store_true", help="run the code that the merges write, in a sandbox")
     add("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
-    add("--batch-size", type=at_least(1), default=32, help="questions answered at once")
+    add("--batch-size", type=at_least(1), default=32, help="questions in flight")
     # machine
-    add(
-        "--micro-tokens",
-        type=at_least(1),
-        default=16384 if DEVICE == "cuda" else 2048,
-        help="most tokens of one forward",
-    )
+    micro_tokens = 16384 if DEVICE == "cuda" else 2048
+    add("--micro-tokens", type=at_least(1), default=micro_tokens, help="most tokens of one forward")
     add("--dtype", choices=DTYPES, default=DTYPE, help="dtype of the forward passes")
     add("--device", type=torch_device, default=DEVICE, help="torch device")
     # output
-    add(
-        "--out",
-        type=json_out,
-        required=True,
-        metavar="F.json",
-        help="JSON file to write: all points and the final scores",
-    )
+    out = "JSON file to write: all points and the final scores"
+    add("--out", type=json_out, required=True, metavar="F.json", help=out)
 
 
 def read_items(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list, list]:
@@ -227,7 +204,7 @@ def read_items(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list, li
     for_search, for_final = split_aside(items, args.aside, args.seed)
     if min(len(for_search), len(for_final)) < 2:
         sources = ", ".join(args.data or args.tasks)
-        raise InputError(f"{sources}: {len(items)} usable records; the search needs 2 and the final score 2")
+        raise InputError(f"{sources}: {len(items)} usable records; the search needs 2 and the final scores need 2")
     return for_search, for_final
 
 

@@ -111,7 +111,7 @@ def test_all_tasks(evaluate, tmp_path, data, ckpts):
     assert all(s["reply_tokens"] == len(tokenizer.encode(s["reply"])) for s in samples)
     assert len({s["reply"] for s in samples}) > 5  # the tiny models do say something, and not the same
     written = (out / "results.md").read_text()
-    assert "Noise, as far as these questions can tell: sft on demo" in written and "Further figures:" in written
+    assert "Not significant: sft on demo" in written and "Further figures:" in written
     assert written in shown and "mmlu: 5 questions, 2 subjects" in shown
     assert "| sft |" in written and "gsm8k (paper, n = 3)" in written
     assert not glob.glob(str(out / "*tmp*"))
@@ -274,7 +274,7 @@ def test_without_data_a_line_says_which_file_to_put_where(task, refused, tmp_pat
         if bench.get("runs_code")
         else []
     )
-    refused([f"{tmp_path}/none/", "--data-dir", ": not there"], *script, "--ckpt", *ckpts, "--tasks", task, *more, "--data-dir",
+    refused([f"{tmp_path}/none/", "--data-dir", ": missing"], *script, "--ckpt", *ckpts, "--tasks", task, *more, "--data-dir",
             tmp_path / "none", "--out", tmp_path / "out")  # fmt: skip
     assert not os.path.exists(tmp_path / "out") and not os.path.exists(tmp_path / "none")
 

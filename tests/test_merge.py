@@ -291,7 +291,7 @@ BAD = [
     ("slerp {a} --t 0.5", "1 given"),
     ("slerp {a}:1 {b}:3 --t 0.5", "not both"),
     ("ties {a} {b}", "needs --base"),
-    ("ties {base} --base {base}", "nothing but the base"),
+    ("ties {base} --base {base}", "only the base is given"),
     ("ties {a} {b} --base {wide}", r"x is \(2, 2\), but \(3, 2\)"),
     ("ties {a} {b} --base {base} --density 0", "--density 0.0"),
     ("ties {a} {b} --base {base} --density 1.5", "--density 1.5"),

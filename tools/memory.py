@@ -1,7 +1,9 @@
 """Memory and time of training, computed from the model's shape.
 
-python -m tools.memory                  # Qwen2 of three sizes, on one and on eight GPUs, as a Markdown table
-python -m tools.memory --ckpt C         # the same for a checkpoint
+    python -m tools.memory                  # Qwen2 of three sizes, on one and on eight GPUs, as a Markdown table
+    python -m tools.memory --ckpt C         # the same for a checkpoint
+
+The estimate is for the fused kernels and the scripts' own losses. KERNELS=plain or a loss with token_kl takes more.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
@@ -30,11 +32,11 @@ def raw_config(*numbers: int) -> dict:
 def memory_table(
     configs: dict[str, Config], micro_tokens: int, rate: float, examples: int, length: int, supervised: int
 ) -> str:
-    """A Markdown table: GiB a GPU in bf16 over fp32 weights, and the time of one epoch at `rate` FLOP/s a GPU.
+    """A Markdown table: GiB per GPU in bf16 over fp32 weights, and the time of one epoch at `rate` FLOP/s per GPU.
 
-    examples: how many. length, supervised: tokens of each. Activation checkpointing costs one more forward.
+    examples: number of them. length, supervised: tokens of each. Activation checkpointing costs one more forward.
     """
-    lines = ["| model | GPUs | GiB a GPU | with checkpointing | SFT | KTO |", "|---|---|---|---|---|---|"]
+    lines = ["| model | GPUs | GiB per GPU | with checkpointing | SFT | KTO |", "|---|---|---|---|---|---|"]
     for name, c in configs.items():
         forward = examples * forward_flops(c, [length], supervised)
         for gpus, shards, how in (1, 1, "1"), (8, 1, "8, replicated"), (8, 8, "8, `--shard`"):
@@ -57,9 +59,9 @@ def main() -> None:
     p.add_argument("--ckpt", nargs="+", default=[], help="checkpoints instead of the three sizes")
     p.add_argument("--micro-tokens", type=at_least(1), default=16384, help="tokens of one forward on one GPU")
     # time
-    p.add_argument("--examples", type=at_least(1), default=14000, help="examples of the epoch")
+    p.add_argument("--examples", type=at_least(1), default=14000, help="examples per epoch")
     p.add_argument("--length", type=at_least(1), default=500, help="tokens per example")
-    p.add_argument("--supervised", type=at_least(1), default=250, help="supervised tokens among them")
+    p.add_argument("--supervised", type=at_least(1), default=250, help="supervised tokens per example")
     p.add_argument(
         "--peak", type=number(above=0), default=989, help="TFLOP/s of a GPU; default: an H100 or H200 with dense bf16"
     )
@@ -72,8 +74,8 @@ def main() -> None:
     print(
         f"\nComputed, not measured, at {args.micro_tokens:,} micro-tokens, bf16 over fp32 weights. Times are without / with "
         f"activation checkpointing, of an epoch of {args.examples:,} examples of {args.length} tokens, {args.supervised} of "
-        f"them supervised, at {args.share:.0%} of {args.peak:,.0f} TFLOP/s a GPU. KTO includes its reference pass. "
-        "Communication is not counted."
+        f"them supervised, at {args.share:.0%} of {args.peak:,.0f} TFLOP/s per GPU. KTO includes its reference pass. "
+        "Communication is not counted, nor KERNELS=plain, nor a loss with token_kl."
     )
 
 

@@ -59,7 +59,7 @@ def embed(name: str, value: object) -> str:
 
 
 def result_section(run: RunFiles) -> str:
-    """For each task: a chart of the scores with 95 % intervals, the table, and which differences exceed noise."""
+    """For each task: a chart of the scores with 95 % intervals, the table, and which differences are significant."""
     parts, first = [], next(iter(run.results))
     tasks = list(dict.fromkeys(task for cells in run.results.values() for task in cells))
     for task in tasks:
@@ -89,7 +89,9 @@ def result_section(run: RunFiles) -> str:
         if len(cells) > 1:
             real = [name for name in cells if name != first and name not in noise]
             differ, same = (escape(", ".join(names) or "none") for names in (real, noise))
-            parts.append(f"<p>Differ from {escape(first)} by more than noise: {differ}. Do not: {same}.</p>")
+            parts.append(
+                f"<p>Significant against {escape(first)} (p &lt; 0.05): {differ}. Not significant: {same}.</p>"
+            )
     return "".join(parts)
 
 

@@ -37,7 +37,7 @@ PANELS = [
 
 
 def read_steps(source: str) -> tuple[str, list[dict]]:
-    """The name of a training run and its log, one record a step."""
+    """The name of a training run and its log, one record per step."""
     name = source.rstrip("/").removesuffix("/log.jsonl").removesuffix(".run")
     path = source if source.endswith(".jsonl") else f"{name}.run/log.jsonl"
     if not os.path.exists(path):

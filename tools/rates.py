@@ -73,27 +73,27 @@ def copy_rate(files: list[str], to_write: int, scratch: str | None) -> float:
 
 
 def synthetic_7b(folder: str) -> tuple[str, str, str]:
-    """Paths of two models and a base of the shape SEVEN_B in bf16, written into the folder if they are missing.
+    """The paths of two models and a base of shape SEVEN_B in bf16, written into the folder if they are missing.
 
     The first model is noise. The second links to the same files. The base is zeros in sparse files.
     """
-    a, b, base = (os.path.join(folder, name) for name in ("a", "b", "base"))
-    if not os.path.isdir(a):
+    first, second, base = (os.path.join(folder, name) for name in ("a", "b", "base"))
+    if not os.path.isdir(first):
         with torch.device("meta"):
             shapes = {name: p.shape for name, p in Qwen2(SEVEN_B).named_parameters()}
         noise = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).bfloat16()
         tensors = ((n, noise.repeat(-(-s.numel() // len(noise)))[: s.numel()].view(s)) for n, s in shapes.items())
         specs = {n: (tuple(s), torch.bfloat16) for n, s in shapes.items()}
-        write_checkpoint(a, SEVEN_B, {}, specs, tensors, 5 * 10**9)
-    for name in os.listdir(a) if not os.path.isdir(base) else []:
-        for other in (b, base):
+        write_checkpoint(first, SEVEN_B, {}, specs, tensors, 5 * 10**9)
+    for name in os.listdir(first) if not os.path.isdir(base) else []:
+        for other in (second, base):
             os.makedirs(other, exist_ok=True)
             if name.endswith(".json"):
-                shutil.copy(os.path.join(a, name), other)
+                shutil.copy(os.path.join(first, name), other)
         if name.endswith(".safetensors"):
-            os.symlink(os.path.abspath(os.path.join(a, name)), os.path.join(b, name))
-            with open(os.path.join(a, name), "rb") as f, open(os.path.join(base, name), "wb") as zeros:
+            os.symlink(os.path.abspath(os.path.join(first, name)), os.path.join(second, name))
+            with open(os.path.join(first, name), "rb") as f, open(os.path.join(base, name), "wb") as zeros:
                 header_size = f.read(8)
                 zeros.write(header_size + f.read(int.from_bytes(header_size, "little")))
                 zeros.truncate(os.path.getsize(f.name))
-    return a, b, base
+    return first, second, base

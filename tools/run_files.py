@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from core.files import InputError
 
-MAX_TEXT = 1500  # characters of one text on the page
-MAX_QUESTIONS = 400  # questions with differing replies on the page
+MAX_TEXT = 1500  # most characters of one text on the page
+MAX_QUESTIONS = 400  # most questions on the page
 
 
 @dataclass
@@ -17,9 +17,8 @@ class RunFiles:
     """The files of one or several run directories, merged by name."""
 
     results: dict = field(default_factory=dict)  # {checkpoint: {task: cell}}
-    questions: list = field(
-        default_factory=list
-    )  # {"task", "id", "prompt", "by": {checkpoint: [reply, extracted, correct]}}
+    # {"task", "id", "prompt", "by": {checkpoint: [reply, extracted, correct]}}
+    questions: list = field(default_factory=list)
     reports: dict = field(default_factory=dict)  # {run: report.json}
     pairs: list = field(default_factory=list)  # {"prompt", "desirable", "undesirable", "about"}
     logs: dict = field(default_factory=dict)  # {run: [record of each step]}
@@ -41,7 +40,7 @@ def read_lines(path: str) -> list[dict]:
 
 
 def read_object(path: str) -> dict:
-    """The object of a JSON file; {} if it cannot be read, as the run may be writing it."""
+    """The object of a JSON file; {} if it cannot be read, because the run may still be writing it."""
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
@@ -58,7 +57,7 @@ def last_user_turn(prompt: str | list[dict]) -> str:
 
 
 def read_questions(path: str, prefix: str) -> list[dict]:
-    """samples.jsonl by question; only those on which checkpoints differ, at most MAX_QUESTIONS."""
+    """The questions of samples.jsonl on which checkpoints score differently, at most MAX_QUESTIONS."""
     by_question = {}
     for sample in read_lines(path):
         key = sample.get("task"), sample.get("id")
@@ -78,7 +77,7 @@ def writer_and_scores(record: dict) -> str:
 
 
 def draw_pairs(path: str, seed: int, count: int = 20) -> list[dict]:
-    """`count` pairs of kto.jsonl drawn by seed: the desirable and the undesirable completion of one prompt."""
+    """`count` random pairs of kto.jsonl: the desirable and the undesirable completion of one prompt."""
     sides = {}
     for record in read_lines(path):
         prompt = json.dumps(record.get("prompt"), ensure_ascii=False)
@@ -98,7 +97,7 @@ def draw_pairs(path: str, seed: int, count: int = 20) -> list[dict]:
 
 
 def read_run(folder: str, prefix: str, seed: int, into: RunFiles) -> None:
-    """Adds the files below one run directory. prefix: stands before names where several runs share a page."""
+    """Adds the files below one run directory. prefix: put before names if several runs share a page."""
     find = lambda pattern: sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
     for path in [*find("results.json"), *find("*/results.json")]:
         into.results |= {prefix + name: cells for name, cells in read_object(path).items() if isinstance(cells, dict)}

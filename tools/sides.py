@@ -107,7 +107,9 @@ def trl_train(args: Namespace, folder: str) -> dict:
         examples = [m for _, m in read_records([args.data], sft_conversations)]
         rows = [{"prompt": m[:-1], "completion": m[-1:]} for m in examples]
         free = args.side == "trl-padding-free"
-        settings["max_length"] = None if free else args.max_len  # padding-free mode cuts nothing: give it short data
+        settings["max_length"] = (
+            None if free else args.max_len
+        )  # padding-free mode does not cut examples: use short ones
         config = SFTConfig(padding_free=free, train_sampling_strategy="sequential", **settings)
         trainer_class = SFTTrainer
     data = Dataset.from_list(rows)
@@ -115,7 +117,7 @@ def trl_train(args: Namespace, folder: str) -> dict:
     started = time.time()
     trainer.train()
     step_s = time.time() - started
-    trainer.model.save_pretrained(os.path.join(folder, "out"))  # ours writes its checkpoint too
+    trainer.model.save_pretrained(os.path.join(folder, "out"))  # because ours saves too
     return {"step_s": step_s, "losses": [h["loss"] for h in trainer.state.log_history if "loss" in h]}
 
 
@@ -143,9 +145,9 @@ def ours_generate(args: Namespace, folder: str) -> dict:
 
 
 def transformers_generate(args: Namespace, folder: str) -> dict:
-    """model.generate on one left-padded batch of prompts of similar length; one at a time, on eight prompts.
+    """model.generate on one left-padded batch of prompts of similar length; or one at a time on eight prompts.
 
-    The time per token is compared. A batch need not see all prompts: each costs the same there, as nothing is shared.
+    Only the time per token is compared. One batch is enough for it, because transformers shares no work between prompts.
     """
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     from transformers import AutoModelForCausalLM, GenerationConfig

@@ -92,7 +92,7 @@ def run_side(args: Namespace) -> None:
 
 
 def measure(args: Namespace, side: str, data: str | None) -> dict:
-    """Runs one side in a new process. Returns its numbers, the process's "wall_s" and the machine's "rate" before it."""
+    """Runs one side in a new process. Returns its numbers, its wall-clock time "wall_s", and the machine's "rate", measured before it."""
     if args.mode == "merge":
         rate = copy_rate(*merge_bytes([*args.ckpt, *[args.base] * bool(args.base)], DTYPES[args.dtype]), args.scratch)
     else:
@@ -155,7 +155,7 @@ def summarise_runs(args: Namespace, runs: dict[str, list[dict]], work: tuple | N
     if args.mode == "generate":
         report_generation(runs, medians)
         key = "per_token"
-    one_at_a_time = [side for side in peers if side.endswith("-1")]  # a peer of its own
+    one_at_a_time = [side for side in peers if side.endswith("-1")]  # reported separately
     for group in ([side for side in peers if side not in one_at_a_time], one_at_a_time):
         if group:
             best = min(group, key=lambda side: medians[side][key])
@@ -174,26 +174,28 @@ def add_flags(p: Parser) -> None:
     p.add_argument("mode", choices=list(PEERS), help="what to measure")
     p.add_argument("--ckpt", nargs="+", help="checkpoint; for merge: the directories to merge")
     p.add_argument("--vs", help="peer: trl, transformers, mergekit, or for training another checkout's directory")
-    p.add_argument("--repeats", type=at_least(1), default=1, help="turns of each side")
+    p.add_argument("--repeats", type=at_least(1), default=1, help="runs of each side")
     # training and generation
     p.add_argument("--data", help="JSON Lines: SFT or KTO examples; for generate, lines with a prompt (a message list)")
-    p.add_argument("--limit", type=at_least(1), help="lines of --data; default: 32, in training steps x batch size")
+    p.add_argument(
+        "--limit", type=at_least(1), help="lines of --data to use; default: 32, in training steps x batch size"
+    )
     p.add_argument("--steps", type=at_least(1), default=4, help="optimizer steps")
     p.add_argument("--batch-size", type=at_least(1), default=8, help="examples per step; generate: rows in flight")
-    p.add_argument("--peer-batch", type=at_least(1), default=8, help="examples in one forward of TRL")
-    p.add_argument("--micro-tokens", type=at_least(1), help="tokens of one forward of ours; default as in training")
-    p.add_argument("--compile", choices=["auto", "on", "off"], help="of ours; default as in training")
-    p.add_argument("--max-len", type=at_least(2), default=1024, help="tokens of an example")
-    p.add_argument("--max-new-tokens", type=at_least(1), default=128, help="tokens of a reply at most")
+    p.add_argument("--peer-batch", type=at_least(1), default=8, help="examples per forward in TRL")
+    p.add_argument("--micro-tokens", type=at_least(1), help="most tokens per forward of ours; default: as in training")
+    p.add_argument("--compile", choices=["auto", "on", "off"], help="--compile of ours; default: as in training")
+    p.add_argument("--max-len", type=at_least(2), default=1024, help="most tokens of an example")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=128, help="most tokens of a reply")
     # merging
     p.add_argument("--base", help="base model of the merge")
     p.add_argument("--synthetic", metavar="FOLDER", help="merge 7B checkpoints, written there first (15 GB) if missing")
-    p.add_argument("--method", default="ties", help="linear, ties, ...; TIES at density 0.2")
+    p.add_argument("--method", default="ties", help="merge method; TIES and DARE-TIES have density 0.2")
     # machine
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of computation; merge: of the output")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
-    p.add_argument("--scratch", help="folder for temporary files; default the system's")
-    p.add_argument("--out", help="JSON file for all numbers")
+    p.add_argument("--scratch", help="folder for temporary files; default: the system's")
+    p.add_argument("--out", help="JSON file to write: settings and all measurements")
     p.add_argument("--side", help=argparse.SUPPRESS)
 
 
@@ -203,18 +205,18 @@ def parse_args() -> Namespace:
     args = p.parse_args()
     args.limit = args.limit or (args.steps * args.batch_size if args.mode in ("sft", "kto") else 32)
     if args.mode != "merge" and not args.data:
-        raise InputError(f"{args.mode} needs --data")
+        raise InputError(f"--data: missing; {args.mode} needs a file")
     if args.mode == "merge":
         args.device = "cpu"
     if args.synthetic:
         (*args.ckpt, args.base), args.dtype = synthetic_7b(args.synthetic), "bf16"
     if not args.ckpt:
-        raise InputError("--ckpt is missing: the checkpoint to measure with")
+        raise InputError("--ckpt: missing; give the checkpoint to measure with")
     return args
 
 
 def sides_of(args: Namespace) -> list[str]:
-    """Ours and the peer's settings, by the names that --side takes."""
+    """The values of --side to compare: ours and the peer's settings."""
     if not args.vs:
         return ["ours"]
     if args.mode in ("sft", "kto") and os.path.isfile(os.path.join(args.vs, f"train_{args.mode}.py")):
@@ -222,7 +224,7 @@ def sides_of(args: Namespace) -> list[str]:
     if args.vs not in PEERS[args.mode]:
         raise InputError(f"--vs {args.vs}: {args.mode} is compared with {', '.join(PEERS[args.mode])}")
     peers = PEERS[args.mode][args.vs]
-    if args.mode == "generate":  # a batch larger than the prompts is the same batch
+    if args.mode == "generate":  # more rows than prompts change nothing
         peers = [side for side in peers if int(side.rsplit("-")[-1]) <= args.limit]
     return ["ours", *peers]
 
@@ -243,18 +245,14 @@ def main() -> None:
         if args.mode in ("sft", "kto"):
             args.data = data
             work = tokens, supervised, flops, _ = training_flops(args)
-            print(
-                f"{args.limit} examples, {tokens:,} tokens, {supervised:,} supervised; {flops / 1e12:.2f} TFLOP of maths"
-            )
+            counts = f"{args.limit} examples, {tokens:,} tokens, {supervised:,} supervised"
+            print(f"{counts}; {flops / 1e12:.2f} TFLOP of maths")
         runs = {side: [] for side in sides}
         for side in sides * args.repeats:
             found = measure(args, side, data)
             runs[side].append(found)
-            rate = (
-                f"copy {found['rate'] / 1e9:.2f} GB/s"
-                if args.mode == "merge"
-                else f"matmul {found['rate'] / 1e9:,.0f} GFLOP/s"
-            )
+            giga = found["rate"] / 1e9
+            rate = f"copy {giga:.2f} GB/s" if args.mode == "merge" else f"matmul {giga:,.0f} GFLOP/s"
             seconds = f"{found['wall_s']:7.1f} s in all, {found['step_s']:7.1f} s of work"
             print(f"{side:<18} {seconds}, peak {found['peak_gb']:.2f} GiB, {rate}", flush=True)
     summarise_runs(args, runs, work)

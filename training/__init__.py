@@ -1,1 +1,1 @@
-"""What both training loops stand on."""
+"""Shared by both training loops."""

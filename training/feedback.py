@@ -94,7 +94,9 @@ def balanced_weight(n_desirable: int, n_undesirable: int, undesirable_weight: fl
 def weight_advice(n_desirable: int, n_undesirable: int, w_d: float, w_u: float) -> list[str]:
     """Warnings if the weights are outside the range that Eq. 8 recommends."""
     if not n_desirable or not n_undesirable:
-        return [f"all {n_desirable + n_undesirable} labels are {str(n_desirable > 0).lower()}: nothing to tell apart"]
+        return [
+            f"all {n_desirable + n_undesirable} labels are {str(n_desirable > 0).lower()}, so there is nothing to contrast them with"
+        ]
     if not w_d or not w_u:  # a weight of 0 leaves a label out on purpose
         return []
     if 1 - 1e-9 <= w_d * n_desirable / (w_u * n_undesirable) <= 4 / 3 + 1e-9:
@@ -108,6 +110,7 @@ def weight_advice(n_desirable: int, n_undesirable: int, w_d: float, w_u: float) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The log
 
 
 def kto_metrics(losses: Tensor, rewards: Tensor, logps: Tensor, desirable: Tensor, kl: Tensor) -> dict:

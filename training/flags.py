@@ -52,7 +52,8 @@ def add_training_flags(
     when = "torch.compile the blocks; auto: on a CPU, if the run is long enough to repay half a minute of compilation"
     p.add_argument("--compile", nargs="?", choices=["auto", "on", "off"], default="auto", const="on", help=when)
     p.add_argument("--shard", action="store_true", help="split weights and optimizer state over the ranks (FSDP2)")
-    again = "recompute the blocks in the backward to save memory; auto: only if a step would not fit without it"
+    again = "recompute the blocks in the backward to save memory; auto: only if a step would not fit without it, by an "
+    again += "estimate for the fused kernels and this script's own loss (a loss with token_kl takes more)"
     ways = ["auto", "on", "off"]
     p.add_argument("--activation-checkpointing", nargs="?", choices=ways, default="auto", const="on", help=again)
     # saving

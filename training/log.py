@@ -22,7 +22,7 @@ def write_log(run: Run, record: dict) -> None:
             f.write(json.dumps(record) + "\n")
     except OSError as e:
         fault = f"{run.args.out}.run/log.jsonl: cannot be written: {e.strerror}"
-        raise InputError(f"{fault}; --resume goes on from the last save") from None
+        raise InputError(f"{fault}; --resume continues from the last save") from None
     if run.events:
         for key, value in record.items():
             if isinstance(value, int | float):

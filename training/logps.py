@@ -122,7 +122,7 @@ def group_by_context(examples: list[Example], most: int, share: bool) -> tuple[l
 def sequence_logps(
     model: Qwen2, examples: list[Example], micro_tokens: int, ranks: Ranks = ONE_RANK, heed_stop: bool = False
 ) -> Tensor:
-    """example_logps without gradients or dropout, at most micro_tokens tokens a forward: (len(examples),) fp32.
+    """example_logps without gradients or dropout, at most micro_tokens tokens per forward: (len(examples),) fp32.
 
     The ranks split the work, and each rank gets the whole result.
 

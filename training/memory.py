@@ -45,8 +45,10 @@ def memory_needed(
     """Bytes at the peak of a training step on one device: {"state", "activations", "work"}; the peak is their sum.
 
     tokens: tokens of the largest micro-batch, all supervised. itemsize: bytes of a number in the compute dtype. shards:
-    number of ranks with --shard. The estimate is for the fused operations and token_logps. KERNELS=plain or a loss with
-    token_kl takes more.
+    number of ranks with --shard.
+
+    Not counted: KERNELS=plain, which keeps the (N, V) logits; a loss with token_kl, which has tiles of two models'
+    logits; a frozen reference model.
 
     state: weight, gradient and two moments in fp32, 16 bytes per parameter, divided by the shards. This is an upper
     bound: gradients do not exist yet in the first micro-batch.

@@ -67,7 +67,7 @@ CARD_SETTINGS = (
 
 
 def run_identity(args: argparse.Namespace, examples: Iterable, fingerprint: str) -> dict:
-    """What a resumed run must share: the arguments that affect the result, and hashes of model, token ids and code."""
+    """The arguments that affect the result, and hashes of model, token ids and code. A resumed run must have the same."""
     data = hashlib.sha256()
     for example in examples:  # one at a time, because the text of all examples may take gigabytes
         data.update(json.dumps(example).encode() + b"\n")
@@ -151,7 +151,7 @@ def check_same_save(run: Run) -> None:
     if sum_over_ranks(torch.tensor([float(differs)], device=device)).item():
         out = run.args.out
         raise InputError(
-            f"{out}.run/state.json: not all ranks find the same save; {out}.run must lie on a disk that all nodes share"
+            f"{out}.run/state.json: not all ranks find the same save; {out}.run must be on a disk that all nodes share"
         )
 
 
@@ -194,10 +194,9 @@ def warn_of_foreign_weights(setup: Setup) -> None:
     """Warns if the model has parameters that no checkpoint of this architecture has."""
     foreign = [name for name, _ in setup.model.named_parameters() if name not in setup.ckpt.names]
     if foreign and is_main():
-        print(
-            f"warning: OUT will hold {foreign[0]}{' and more' * (len(foreign) > 1)}, which no script here loads; "
-            "fold it into the checkpoint's own weights before the run ends (before_save of main)"
-        )
+        more = " and more" * (len(foreign) > 1)
+        advice = "fold it into the checkpoint's own weights before the run ends (before_save of main)"
+        print(f"warning: OUT will hold {foreign[0]}{more}, which no script here loads; {advice}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -221,12 +221,8 @@ def needs_checkpointing(model: Qwen2, args: argparse.Namespace, tokens: int, ran
 
     A tenth of the free memory is reserved for what the estimate ignores: gaps in the allocator, kernel workspaces.
     """
-    settings = (
-        DTYPES[args.dtype].itemsize,
-        ranks.world if is_sharded(model) else 1,
-        model.device.type,
-        args.compile == "on",
-    )
+    shards = ranks.world if is_sharded(model) else 1
+    settings = DTYPES[args.dtype].itemsize, shards, model.device.type, args.compile == "on"
     without, with_it = (memory_needed(model.config, tokens, again, *settings) for again in (False, True))
     loaded = without["state"] // 4  # the weights, already in memory
     free = free_memory(model.device)
@@ -241,8 +237,7 @@ def needs_checkpointing(model: Qwen2, args: argparse.Namespace, tokens: int, ran
         print(f"memory: a micro-batch of {tokens:,} tokens takes {takes}, {has}: activation checkpointing {choice}")
         if too_large:
             print(
-                "warning: still too large; lower --micro-tokens"
-                + ("" if args.shard else ", or --shard over several ranks")
+                "warning: still too large; lower --micro-tokens" + ", or --shard over several ranks" * (not args.shard)
             )
     return on
 

@@ -60,10 +60,10 @@ def test_every_kind_of_file_trains(name, tmp_path):
 
 def test_parquet_without_pyarrow_and_parquet_that_is_none(tmp_path, monkeypatch):
     (tmp_path / "d.parquet").write_text("PAR1 no")
-    with pytest.raises(InputError, match="d.parquet: (not a Parquet file|Parquet is read where pyarrow)"):
+    with pytest.raises(InputError, match="d.parquet: (not a readable Parquet file|reading Parquet needs pyarrow)"):
         list(read_objects(tmp_path / "d.parquet"))
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(InputError, match="d.parquet: Parquet is read where pyarrow is installed"):
+    with pytest.raises(InputError, match="d.parquet: reading Parquet needs pyarrow"):
         list(read_objects(tmp_path / "d.parquet"))
 
 

@@ -61,7 +61,7 @@ def test_a_damaged_line_is_named(tmp_path, line):
         log.append(A, {"text": "one"})
     damaged = path.read_bytes() + line + b"\n" + path.read_bytes()
     path.write_bytes(damaged)
-    with pytest.raises(InputError, match="r.jsonl:2: not a kept reply; delete this line") as e:
+    with pytest.raises(InputError, match="r.jsonl:2: not a reply; delete this line") as e:
         ReplyLog(path, FIELDS)
     assert "\n" not in str(e.value) and path.read_bytes() == damaged, "nothing of it is removed"
 

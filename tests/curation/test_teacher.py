@@ -51,7 +51,7 @@ def test_torn_last_line_is_cut_off_and_damage_is_named(tmp_path):
         log.append(keys[2], {"model": "m", "text": "3", "finish_reason": "stop"})
     assert path.read_bytes() == whole
     path.write_bytes(b'{"key": 1}\n' + whole)
-    with pytest.raises(InputError, match="r.jsonl:1: not a kept reply"), open_replies(path):
+    with pytest.raises(InputError, match="r.jsonl:1: not a reply;"), open_replies(path):
         pass
 
 

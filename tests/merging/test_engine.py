@@ -272,5 +272,5 @@ def test_lines_alpha_for_several_models_by_hand(tmp_path, flags, alpha):
         torch.testing.assert_close(torch.cat([out[name] for name in shapes]), merged * scale)
         record = json.loads((tmp_path / "out" / "merge.json").read_text())
         assert record["lines"] == pytest.approx([alpha, last - alpha])
-    with pytest.raises(InputError, match="--lines auto: is a rule for several models"):
+    with pytest.raises(InputError, match="--lines auto: needs several models"):
         run(tmp_path / "one", method, [a], "--base", base, "--lines", "auto")

@@ -99,7 +99,7 @@ def test_every_section_is_there_and_counts_are_right(run_dir, run):
         "Fusion",
         "How to repeat it",
     ]
-    assert "Differ from base by more than noise: sft. Do not: kto." in page
+    assert "Significant against base (p &lt; 0.05): sft. Not significant: kto." in page
     assert "10 an empty turn" in page and "9 of 10" in page and "&#x27;my out&#x27;" in page
     pairs = json.loads(re.search(r'id="pairs">(.*?)</script>', page)[1])
     assert len(pairs) == 20 and all(int(p["desirable"]["reply"].split()[1]) % 2 == 0 for p in pairs)
