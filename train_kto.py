@@ -176,8 +176,13 @@ def parse_args(argv: list[str] | None = None, add_flags: Callable[[Parser], None
     p.set_defaults(method="KTO (arXiv 2402.01306)")
     # KTO (the paper does not publish its settings)
     add_reference_flags(p)
-    p.add_argument("--desirable-weight", type=number_or_auto, default=1.0, help="w_D; auto balances the labels")
-    p.add_argument("--undesirable-weight", type=number(0), default=1.0, help="w_U")
+    p.add_argument(
+        "--desirable-weight",
+        type=number_or_auto,
+        default=1.0,
+        help="w_D, of desirable examples; auto balances the labels",
+    )
+    p.add_argument("--undesirable-weight", type=number(0), default=1.0, help="w_U, of undesirable examples")
     if add_flags:
         add_flags(p)
     args = p.parse_args(argv)

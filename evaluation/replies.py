@@ -178,7 +178,10 @@ def add_reply_flags(p: ArgumentParser, out: str | None = None) -> None:
     penalty = "1.0: none, as in the paper. Unlike in transformers, generation_config.json does not set it"
     p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help=penalty)
     p.add_argument(
-        "--batch-size", type=at_least(1), default=32, help="questions in flight; the replies do not depend on it"
+        "--batch-size",
+        type=at_least(1),
+        default=32,
+        help="questions in flight; in fp32 the replies do not depend on it",
     )
     p.add_argument(
         "--cache-gb",

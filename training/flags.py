@@ -23,7 +23,7 @@ def add_training_flags(
     p.add_argument("--out", type=checkpoint_out, default=out, help=f"checkpoint to write: directory or .pt file{note}")
     # data
     p.add_argument("--data", nargs="+", default=[data], help=f"data files to train on (default: {data})")
-    p.add_argument("--eval-data", nargs="+", help="held-out data files")
+    p.add_argument("--eval-data", nargs="+", help="held-out data files, evaluated in training")
     p.add_argument(
         "--max-len", type=at_least(2), default=1024, help="most tokens of an example; longer ones are cut at the end"
     )
