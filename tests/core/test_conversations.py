@@ -180,7 +180,7 @@ def test_a_preference_keeps_its_system_prompt_and_all_shared_turns():
         (kto_examples, {"prompt": "x", "label": True}, "no completion"),
         (kto_examples, {"messages": [assistant("y")], "label": True}, "no prompt"),
         (kto_examples, {"messages": [user("y"), user("z")], "label": True}, "no completion"),
-        (kto_examples, {"prompt": "Q", "chosen": [user("R"), assistant("A")], "rejected": QA}, "not hold the prompt"),
+        (kto_examples, {"prompt": "Q", "chosen": [user("R"), assistant("A")], "rejected": QA}, "does not contain the prompt"),
     ],
 )  # fmt: skip
 def test_malformed_records_name_their_line(parse, record, words):

@@ -177,8 +177,8 @@ def test_by_a_task_and_greedily(models, run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "more"),
     [
-        ("give one of them", []),
-        ("give one of them", ["--data", "x", "--tasks", "demo"]),
+        ("give exactly one of them", []),
+        ("give exactly one of them", ["--data", "x", "--tasks", "demo"]),
         ("is not below 1", ["--data", "x", "--aside", "1"]),
         ("--over density: has no effect", ["--data", "x", "--over", "density"]),
         ("--weights-for", ["--data", "x", "--weights-for", "x", "1", "1"]),
