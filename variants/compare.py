@@ -23,6 +23,7 @@ from evaluation.stats import holm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PARTS = ("test", "withheld")  # the parts of the questions that the table is about
+PLAIN = ("sft", "kto", "random_half")  # the baselines; findings are about the arms that are compared with one of these
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -141,14 +142,14 @@ def read_results(folder: str) -> dict[str, dict]:
 def compared(results: dict[str, dict]) -> dict[str, dict]:
     """{arm: {"test", "kept": difference to the baseline, with Holm's "p_holm"}} for arms whose baseline is there.
 
-    The correction is for all arms together, for each column by itself; the baselines' own gain over the base is left out.
+    The correction is for all arms with a plain baseline together, for each column by itself.
     """
     found = {
         name: {part: difference(results[result["baseline"]][part], result[part]) for part in ("test", "kept")}
         for name, result in results.items()
         if result["baseline"] in results
     }
-    arms = [name for name in found if results[name]["baseline"] != "base"]
+    arms = [name for name in found if results[name]["baseline"] in PLAIN]
     for part in ("test", "kept"):
         for name, p in zip(arms, holm([found[name][part]["p"] for name in arms])):
             found[name][part]["p_holm"] = p
@@ -196,7 +197,7 @@ def table(results: dict[str, dict]) -> str:
 
 def findings(results: dict[str, dict]) -> str:
     """What differs from its baseline by more than noise, and what brought nothing, as Markdown bullets."""
-    changes = {name: c for name, c in compared(results).items() if results[name]["baseline"] != "base"}
+    changes = {name: c for name, c in compared(results).items() if results[name]["baseline"] in PLAIN}
 
     def those(part: str, sign: int) -> set[str]:
         return {n for n, c in changes.items() if c[part]["p_holm"] < 0.05 and sign * c[part]["difference"] > 0}

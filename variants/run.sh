@@ -114,7 +114,7 @@ if chosen first_3_blocks; then # of 5: the exported exits of the arm above
     cp "$run/sorted_finetuning/$rate-$seed.seconds" "$run/first_3_blocks"
   done
   evaluate "$run/first_3_blocks" "$run"/first_3_blocks/*-[012]
-  record first_3_blocks --rate "$rate" --baseline sft --command $py -m variants.sorted_finetuning --exits 3 4 --export 3 "${sft[@]}"
+  record first_3_blocks --rate "$rate" --baseline sorted_finetuning --command $py -m variants.sorted_finetuning --exits 3 4 --export 3 "${sft[@]}"
 fi
 arm lora sft "$thin" $py -m variants.lora "${sft[@]}"
 arm corda sft "$thin" $py -m variants.lora --corda learn "${sft[@]}"
