@@ -59,7 +59,8 @@ class Checkpoint:
     """A checkpoint opened for reading, one tensor at a time.
 
     source: a hub id, a Hugging Face folder (one or many safetensors), or a .pt file written by this project.
-    config: config.json as a dict. files: {name: text} of SIDE_FILES. names: the tensors' names in Qwen2ForCausalLM, sorted.
+    config: config.json as a dict. files: {name: text} of SIDE_FILES.
+    names: the tensors' names in Qwen2ForCausalLM, sorted.
     Tied weights have one name, model.embed_tokens.weight. Only tensors and plain containers are unpickled.
     Raises InputError, which names what is missing or broken.
     """
@@ -83,7 +84,7 @@ class Checkpoint:
     def _untie(self) -> None:
         """Keep one name of tied weights that were stored under lm_head.weight too, or under it alone.
 
-        If the two tensors differ, they are not tied, as in transformers 5. (vLLM and transformers 4 would drop the head.)
+        If the two tensors differ, they are not tied, as in transformers 5. (vLLM and transformers 4 drop the head.)
         """
         if EMBEDDING in self._tensors and not torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING)):
             self.config["tie_word_embeddings"] = False
@@ -272,12 +273,12 @@ def write_checkpoint(
     shard_size: int | None = None,
     card: Text | None = None,
 ) -> None:
-    """Write a checkpoint: a folder that transformers and vLLM load, or a .pt file if `out` ends so. All of it or nothing.
+    """Write a checkpoint: a folder that transformers and vLLM load, or a .pt file if `out` ends in .pt. All or nothing.
 
     config: config.json. files: {name: text}; a function instead of a text is called after the last tensor.
     specs: {name: (shape, dtype)}. tensors: (name, tensor) pairs in the order of specs. They are taken one at a time, so
-    writing a folder never holds the model in memory. shard_size: most bytes of a safetensors file (a larger tensor has its
-    own); None: one file. card: text of README.md in a folder; a README.md of the user's is kept instead.
+    writing a folder never holds the model in memory. shard_size: most bytes of a safetensors file; a larger tensor gets
+    its own. None: one file. card: text of README.md in a folder; a README.md of the user's is kept instead.
     """
     call = lambda text: text() if callable(text) else text
     dtypes = {str(dtype).removeprefix("torch.") for _, dtype in specs.values() if dtype.is_floating_point}

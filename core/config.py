@@ -27,7 +27,8 @@ class Config:
 def rope_settings(raw: dict) -> dict:
     """{"rope_type", "rope_theta", "partial_rotary_factor"} of a config.json, as transformers 5 reads them.
 
-    Linear scaling by a factor of 1 has the type "default": it divides the frequencies by 1. A rope_theta inside rope_scaling or rope_parameters has precedence over the older key outside them.
+    Linear scaling by a factor of 1 gets the type "default": it divides the frequencies by 1. A rope_theta inside
+    rope_scaling or rope_parameters has precedence over the older key outside them.
     """
     nested = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if isinstance(nested, dict) and isinstance(nested.get("full_attention"), dict):  # one entry a layer type

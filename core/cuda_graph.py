@@ -9,7 +9,7 @@ from torch import Tensor
 def capture_graph(step: Callable[[], None], state: list[Tensor], pool: tuple[int, int]) -> Callable[[], None]:
     """Captures step() as a CUDA graph. Returns a function that replays it.
 
-    Before the capture, step() runs twice to warm up. state: the tensors that step() changes; they get their values back.
+    Before the capture, step() runs twice to warm up. state: tensors that step() changes; they get their values back.
     pool: a torch.cuda.graph_pool_handle(). Graphs of one pool reuse its memory. They must not run at the same time, and
     their temporary tensors do not survive the next replay.
     """

@@ -58,7 +58,7 @@ def release(t: Tensor) -> None:
 
 
 def drop_pages(t: Tensor) -> None:
-    """Drop the whole pages inside a tensor from mapped(), or inside a part of one. The caller has checked that it is mapped."""
+    """Drop the whole pages inside a tensor of mapped(), or a part of one. The caller checks that it is mapped."""
     begin = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # round up: the page may hold the end of another tensor
     size = (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
     if size > 0:
@@ -77,7 +77,7 @@ GIB = 2**30
 
 
 def available_memory() -> int:
-    """Bytes that a process can take without swapping, within the machine and its container; 0 if unknown (not Linux)."""
+    """Bytes that a process can take without swapping, limited by machine and container; 0 if unknown (not Linux)."""
     try:
         with open("/proc/meminfo") as f:
             free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))

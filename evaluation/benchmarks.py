@@ -119,7 +119,7 @@ def humaneval_prompt(row: dict) -> str:
 
 
 def code_verdict(program: str, tests: str, entry_point: str) -> tuple[bool, dict]:
-    """(whether a program passes its tests, metrics). unchecked: True if the tests cannot be run from outside the program."""
+    """(whether a program passes its tests, metrics). unchecked: the tests cannot be run from outside the program."""
     passed, _ = run_program(program, tests, entry_point)
     return passed is True, {"unchecked": passed is None}
 
@@ -221,7 +221,7 @@ def exam(
     word: str,
     **more: object,
 ) -> dict:
-    """An entry with subjects and four choices. test, dev: (folder, suffix of its files). The other arguments: see five_shot."""
+    """An entry with subjects and four choices. test, dev: (folder, suffix of its files). The rest: see five_shot."""
     entry = dict(
         rows=lambda find: choice_rows(find(test[0]), test[1], header),
         prompt=paper_choice,

@@ -187,7 +187,7 @@ HOMES = {
 
 
 def find_data_file(data_dir: str, name: str) -> str:
-    """The path of a benchmark's file or folder, downloaded if it is missing. A file with .gz counts as the one without it, and the other way round."""
+    """The path of a benchmark's file or folder, downloaded if it is missing. With or without .gz."""
     path = os.path.join(data_dir, name)
     other = path.removesuffix(".gz") if path.endswith(".gz") else f"{path}.gz"
     if not os.path.exists(path) and os.path.isfile(other):

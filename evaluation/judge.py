@@ -65,8 +65,8 @@ def outcome(first: int | None, second: int | None) -> float | None:
 def summarise_verdicts(outcomes: list[float | None], lengths: list[int], base_lengths: list[int]) -> dict:
     """The win rate of one checkpoint against the first, from its outcomes (1, 0.5, 0 or None).
 
-    score: the mean outcome; a tie counts half. p: p-value of the hypothesis that the score is one half. lengths, base_lengths:
-    characters of the replies.
+    score: the mean outcome; a tie counts half. p: p-value of the hypothesis that the score is one half.
+    lengths, base_lengths: characters of the replies.
     """
     known = [x for x in outcomes if x is not None]
     if not known:
@@ -107,7 +107,7 @@ def verdict_table(results: dict, first: str) -> str:
             ]
             row += [f"{c['wins']} / {c['ties']} / {c['losses']}", f"{c['characters']:.0f}, {c['characters_first']:.0f}"]
             lines.append(f"| {' | '.join(row)} |")
-    note = "Percent ± one standard error; a tie counts half. p: of the null hypothesis 50, by bootstrap, corrected (Holm).\n"
+    note = "Percent ± one standard error; a tie counts half. p: for no difference from 50, bootstrap, Holm-corrected.\n"
     return "\n".join(lines) + f"\n\n{note}"
 
 

@@ -77,8 +77,8 @@ def bootstrap(
     """Paired bootstrap of a mean difference: the 95% percentile interval, and a two-sided p-value.
 
     differences: one number per question. subjects: one name per question. With subjects, the mean is over the subjects'
-    means, and each subject is resampled by itself. If a subject has a single question, the subjects' means are resampled instead.
-    p: how often a resampled mean is as far from the observed one as zero is.
+    means, and each subject is resampled by itself. If a subject has a single question, the means are resampled
+    instead. p: how often a resampled mean is as far from the observed one as zero is.
     """
     groups = by_subject(differences, subjects) if subjects else [differences]
     if subjects and min(map(len, groups)) == 1:

@@ -67,7 +67,7 @@ def add_method_flags(parser: argparse.ArgumentParser, methods: Iterable[str]) ->
 
 
 def add_delta_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of methods that merge deltas. fill_options() sets their defaults, so that it can tell which were given."""
+    """Adds the flags of methods that merge deltas. fill_options() sets their defaults."""
     add = parser.add_argument
     # deltas
     density = "ties, dare_*, breadcrumbs*, della*: share of a delta's elements to keep, one number or one per model"

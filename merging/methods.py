@@ -21,7 +21,7 @@ CHUNK = 2**18  # elements per operation: small enough for the CPU's cache
 def slerp_weights(first: Tensor, second: Tensor, t: float, straight: float = 0.9995) -> tuple[float, float]:
     """Spherical interpolation between two tensors, as flat vectors with angle theta (doi 10.1145/325165.325242).
 
-    Returns the factors of the two: sin((1 - t) theta) / sin(theta) and sin(t theta) / sin(theta). t = 0 gives the first.
+    Returns the factors of the two: sin((1 - t) theta) / sin(theta) and sin(t theta) / sin(theta). t = 0: the first.
     Falls back to (1 - t, t) if cos theta > straight or the vectors are nearly opposite. mergekit has straight = 0.9995.
     Fine-tunes of one base always exceed it. The error is then at most theta^2 / 8, relative to the tensors.
     """

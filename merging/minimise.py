@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-Point = dict  # {"weights": [w_1 .. w_n]} and the other numbers that are searched: "density", "lambda", "lines" (LiNeS' alpha)
+Point = dict  # {"weights": [w_1 .. w_n]}, and "density", "lambda", "lines" (LiNeS' alpha) if they are searched
 
 # What can be searched: its range, and the values tried first. "weight": of a single model.
 RANGES = {

@@ -40,7 +40,7 @@ MAX_BYTES = 3 * 10**6  # of the page
 BUTTONS = '<button class="back">back</button><button class="next">next</button><span class="count"></span>'
 
 
-def table(head: list[str], rows: list[list], sortable: bool = False) -> str:
+def html_table(head: list[str], rows: list[list], sortable: bool = False) -> str:
     """An HTML table. Each cell is a text, or (text, value to sort by)."""
     mark = ' class="sort"' if sortable else ""
     cells = lambda row: "".join(
@@ -52,7 +52,7 @@ def table(head: list[str], rows: list[list], sortable: bool = False) -> str:
     return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def embed(name: str, value: object) -> str:
+def json_script(name: str, value: object) -> str:
     """A script element with the value as JSON. "<" is escaped, so no text can close the element."""
     content = json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{content}</script>'
@@ -84,7 +84,7 @@ def result_section(run: RunFiles) -> str:
         parts.append(f"<h3>{escape(task)} <span class='small'>({escape(protocol)} protocol)</span></h3>")
         parts.append(svg.dot_chart(f"{task}: score and 95 % interval", dots, base, "percent correct, 95 % interval"))
         parts.append(
-            table(["checkpoint", "percent ± s.e.", f"difference to {first} (95 %)", "p (Holm)", "n"], rows, True)
+            html_table(["checkpoint", "percent ± s.e.", f"difference to {first} (95 %)", "p (Holm)", "n"], rows, True)
         )
         if len(cells) > 1:
             real = [name for name in cells if name != first and name not in noise]
@@ -105,7 +105,10 @@ def data_section(run: RunFiles) -> str:
             dropped = "; ".join(f"{n:,} {why}" for why, n in (counts.get("dropped") or {}).items() if n)
             kept = counts.get("out", f"{counts.get('sft', '')} SFT, {counts.get('kto', '')} KTO")
             flow.append([STEP_NAMES.get(step, step), counts.get("in", ""), kept, dropped])
-        parts += [f"<h3>{escape(name)}: from collected to trained</h3>", table(["step", "in", "kept", "dropped"], flow)]
+        parts += [
+            f"<h3>{escape(name)}: from collected to trained</h3>",
+            html_table(["step", "in", "kept", "dropped"], flow),
+        ]
         label, score, balance = (steps.get(key, {}) for key in ("7_label", "6_score", "4_balance"))
         if "best" in label:
             writers = sorted({*label["best"], *label.get("worst", {})})
@@ -113,7 +116,7 @@ def data_section(run: RunFiles) -> str:
             rate = lambda w: f"{checked[w]['right']} of {checked[w]['checked']}" if w in checked else ""
             rows = [[w, label["best"].get(w, 0), label.get("worst", {}).get(w, 0), rate(w)] for w in writers]
             parts.append("<h3>Who wrote the best and the worst responses</h3>")
-            parts.append(table(["writer", "best", "worst", "verified right"], rows))
+            parts.append(html_table(["writer", "best", "worst", "verified right"], rows))
         if "before" in balance:
             before, after = balance["before"], balance.get("after", {})
             rows = [(c, n, after.get(c, 0)) for c, n in sorted(before.items(), key=lambda item: -item[1])[:60]]
@@ -125,7 +128,7 @@ def data_section(run: RunFiles) -> str:
         parts.append(
             f'<h3>Pairs drawn by seed</h3><div id="pager"><div class="bar">{BUTTONS}</div><div class="item"></div></div>'
         )
-        parts.append(embed("pairs", run.pairs))
+        parts.append(json_script("pairs", run.pairs))
     return "".join(parts)
 
 
@@ -155,7 +158,7 @@ def replies_section(run: RunFiles) -> str:
     beside = choose("second", names, min(1, len(names) - 1))
     bar = f'<div class="bar">{choose("first", names, 0)} beside {beside}, task {choose("task", tasks, 0)}, '
     bar += f"right: {choose('who', ['either', 'first', 'second'], 0)} {BUTTONS}</div>"
-    return f'<div id="replies-view">{bar}<div class="item"></div></div>{embed("replies", run.questions)}'
+    return f'<div id="replies-view">{bar}<div class="item"></div></div>{json_script("replies", run.questions)}'
 
 
 def fusion_section(run: RunFiles) -> str:
@@ -175,7 +178,7 @@ def fusion_section(run: RunFiles) -> str:
     for name, found in run.merges.items():
         models = ", ".join(f"{m['source']} (weight {m.get('weight')})" for m in found["models"])
         rows.append([name, found.get("method"), models, (found.get("base") or {}).get("source", "")])
-    return "".join(parts) + (table(["result", "method", "models", "base"], rows) if rows else "")
+    return "".join(parts) + (html_table(["result", "method", "models", "base"], rows) if rows else "")
 
 
 def repeat_section(run: RunFiles) -> str:
@@ -187,7 +190,7 @@ def repeat_section(run: RunFiles) -> str:
         seconds = sum(record["tokens"] / record["tokens_per_second"] for record in steps)
         data = str(args.get("the data", ""))[:12]
         rows.append([name, line, f"{seconds:.0f} s of steps", args.get("seed", ""), args.get("torch", ""), data])
-    return table(["run", "command", "time", "seed", "torch", "data's SHA-256"], rows)
+    return html_table(["run", "command", "time", "seed", "torch", "data's SHA-256"], rows)
 
 
 SECTIONS = [

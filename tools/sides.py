@@ -147,7 +147,7 @@ def ours_generate(args: Namespace, folder: str) -> dict:
 def transformers_generate(args: Namespace, folder: str) -> dict:
     """model.generate on one left-padded batch of prompts of similar length; or one at a time on eight prompts.
 
-    Only the time per token is compared. One batch is enough for it, because transformers shares no work between prompts.
+    Only the time per token is compared. One batch is enough, because transformers shares no work between prompts.
     """
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     from transformers import AutoModelForCausalLM, GenerationConfig

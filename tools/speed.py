@@ -92,7 +92,7 @@ def run_side(args: Namespace) -> None:
 
 
 def measure(args: Namespace, side: str, data: str | None) -> dict:
-    """Runs one side in a new process. Returns its numbers, its wall-clock time "wall_s", and the machine's "rate", measured before it."""
+    """Runs one side in a new process. Returns its numbers, "wall_s", and the machine's "rate" just before it."""
     if args.mode == "merge":
         rate = copy_rate(*merge_bytes([*args.ckpt, *[args.base] * bool(args.base)], DTYPES[args.dtype]), args.scratch)
     else:

@@ -56,7 +56,7 @@ def figure(width: float, height: float, parts: list[str], title: str, more: str 
 def axes(
     box: tuple[float, float, float, float], x_range: Range, y_range: Range, x_label: str, y_label: str
 ) -> tuple[list[str], Callable[[float, float], tuple[float, float]]]:
-    """Grid, tick labels and axis names in box (left, top, right, bottom), and the function that maps (x, y) to pixels."""
+    """Grid, tick labels and axis names in box (left, top, right, bottom), and the function (x, y) -> pixels."""
     left, top, right, bottom = box
     (x0, x1), (y0, y1) = x_range, y_range
     to_pixel = lambda x, y: (

@@ -94,9 +94,7 @@ def balanced_weight(n_desirable: int, n_undesirable: int, undesirable_weight: fl
 def weight_advice(n_desirable: int, n_undesirable: int, w_d: float, w_u: float) -> list[str]:
     """Warnings if the weights are outside the range that Eq. 8 recommends."""
     if not n_desirable or not n_undesirable:
-        return [
-            f"all {n_desirable + n_undesirable} labels are {str(n_desirable > 0).lower()}, so there is nothing to contrast them with"
-        ]
+        return [f"all {n_desirable + n_undesirable} labels are {str(n_desirable > 0).lower()}; KTO needs both"]
     if not w_d or not w_u:  # a weight of 0 leaves a label out on purpose
         return []
     if 1 - 1e-9 <= w_d * n_desirable / (w_u * n_undesirable) <= 4 / 3 + 1e-9:

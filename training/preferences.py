@@ -90,7 +90,10 @@ def preference_pairs(record: Fields, where: str) -> list[tuple[list[dict], list[
 
 
 def read_groups(files: list[str], parse: Callable, setup: Setup) -> Groups:
-    """Reads and encodes groups. parse: preference_groups or preference_pairs. Drops those whose prompt leaves no room for a reply within --max-len."""
+    """Reads and encodes groups. parse: preference_groups or preference_pairs.
+
+    A group whose prompt leaves no room for a reply within --max-len is dropped.
+    """
     tokenizer, data = setup.tokenizer, Groups(setup.args.max_len)
     for where, (messages, replies, rewards) in read_records(files, parse):
         prompt = tokenizer.prompt_ids(messages)

@@ -67,7 +67,7 @@ CARD_SETTINGS = (
 
 
 def run_identity(args: argparse.Namespace, examples: Iterable, fingerprint: str) -> dict:
-    """The arguments that affect the result, and hashes of model, token ids and code. A resumed run must have the same."""
+    """Arguments that affect the result, and hashes of model, token ids and code: a resumed run must have the same."""
     data = hashlib.sha256()
     for example in examples:  # one at a time, because the text of all examples may take gigabytes
         data.update(json.dumps(example).encode() + b"\n")
