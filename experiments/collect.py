@@ -90,13 +90,12 @@ def portable_command(command: list[str], out: Path) -> list[str]:
 def collect(out: Path, names: dict[str, str]) -> dict:
     """-> the content of the result file, see above. What is not there yet is left out."""
     stamps = {path.stem: read_json(path) for path in sorted((out / "steps").glob("*.json"))}
-    folders = {"data": out / "data", "own_data": out / "own-data"}
     result = {
         **names,
         "commands": {name: portable_command(stamp["command"], out) for name, stamp in stamps.items()},
         "seconds": {name: stamp["seconds"] for name, stamp in stamps.items()},
         "chosen": {path.stem[7:]: read_json(path) for path in sorted(out.glob("chosen-*.json"))},
-        **{key: data_counts(folder) for key, folder in folders.items() if (folder / "kto.jsonl").exists()},
+        **{name.replace("-", "_"): data_counts(out / name) for name in ("data", "own-data") if name in stamps},
         "arms": {},
         "values": {},
         "curves": {},

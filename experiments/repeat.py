@@ -1,0 +1,88 @@
+"""How to repeat the studies: their commands, as recorded in the result file, and the time that they took."""
+
+import shlex
+
+from experiments import tables
+from experiments.steps import study_flags
+from experiments.tables import STUDIES, markdown_table
+
+CORES = 2  # of the machine that the studies ran on
+
+
+def flag(result: dict, step: str, name: str, default: str = "unknown") -> str:
+    """The value of a flag in the recorded command of a step."""
+    command = result["commands"].get(step, [])
+    return command[command.index(name) + 1] if name in command[:-1] else default
+
+
+def step_module(step: str) -> str:
+    """The study in which a step was run."""
+    arm = step.removeprefix("eval-test-")
+    if step in ("instructions", "teacher", "data"):
+        return "data"
+    if step.startswith(("mmlu-", "perplexity-", "ifeval-")):
+        return "side_effects"
+    in_paper = {row.arm for row in tables.PAPER}
+    for _, rows, module, _ in STUDIES[1:]:
+        if step == "own-data" or arm in {row.arm for row in rows} - in_paper:
+            return module
+    return "paper_table"
+
+
+def study_command(result: dict, module: str) -> str:
+    """The command of a study, with the flags that differ from the defaults."""
+    student = flag(result, "eval-test-base", "--ckpt", flag(result, "data", "--small", result["student"]))
+    words = ["python", "-m", f"experiments.{module}", "--student", student]
+    rates = {kind: sorted(choice["dev"], key=float) for kind, choice in result["chosen"].items()}
+    sft_step, kto_step = (f"{kind}-{next(iter(rates.get(kind, [])), '')}" for kind in ("sft", "kto"))
+    used = {
+        "sft_lrs": rates.get("sft"), "kto_lrs": rates.get("kto"), "sft_epochs": flag(result, sft_step, "--epochs", ""),
+        "batch_size": flag(result, sft_step, "--batch-size", ""), "beta": flag(result, kto_step, "--beta", ""),
+        "seed": flag(result, sft_step, "--seed", ""), "reply_tokens": flag(result, "data", "--max-new-tokens", ""),
+        "max_new_tokens": flag(result, "eval-test-base", "--max-new-tokens", ""), "dtype": flag(result, sft_step, "--dtype", ""),
+    }  # fmt: skip
+    parser = study_flags("")
+    for name, value in used.items():
+        default = parser.get_default(name)
+        if value and value != (default if isinstance(default, list) else str(default)):
+            words += [f"--{name.replace('_', '-')}", *([value] if isinstance(value, str) else value)]
+    if module == "data":
+        words += ["--teacher", flag(result, "teacher", "--ckpt", result["teacher"])]
+    if module == "side_effects":
+        tasks = [task for task in ("mmlu", "perplexity", "ifeval") if f"{task}-base" in result["commands"]]
+        words += ["--tasks", *tasks] if tasks else []
+    return shlex.join(words)
+
+
+def repeat_section(result: dict) -> str:
+    """One command a table with its time, and the steps' own commands."""
+    by_module = {}
+    for step in result["commands"]:
+        by_module.setdefault(step_module(step), []).append(step)
+    modules = ["data", *(module for _, _, module, _ in STUDIES), "side_effects"]
+    titles = ["the data", *(str(number) for number in range(1, len(STUDIES) + 2))]
+    lines = []
+    for title, module in zip(titles, modules):
+        steps = by_module.get(module, [])
+        minutes = sum(result["seconds"].get(step, 0) for step in steps) / 60
+        time = f"{minutes:.0f} min" if steps else "not run"
+        lines.append([title, f"`{study_command(result, module)}`", time])
+    steps = [step for module in modules for step in by_module.get(module, [])]
+    commands = "".join(
+        f"python {shlex.join(result['commands'][step])}  # {step}: {result['seconds'].get(step, 0):.0f} s\n"
+        for step in steps
+    )
+    return f"""## How to repeat it
+
+{markdown_table(["table", "command", "time"], lines)}
+Times on {CORES} cores that other work shared; a step that was cut and continued counts its last part alone. Then
+`python -m experiments.collect --student {shlex.quote(result["student"])} --teacher {shlex.quote(result["teacher"])}` gathers the numbers, and
+`python -m experiments.report` writes this page.
+
+<details><summary>The {len(steps)} commands that the studies ran</summary>
+
+```bash
+{commands}```
+
+</details>
+"""

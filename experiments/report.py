@@ -1,0 +1,297 @@
+"""Write docs/REPORT.md and its pictures from the studies' result files alone.
+
+    python -m experiments.report
+
+Every figure, interval and verdict in the report is computed from the result files (experiments.collect).
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from core.files import InputError, atomic_write, cli, read_json
+from core.flags import Parser
+from core.records import expand
+from experiments import tables
+from experiments.pictures import pictures
+from experiments.repeat import CORES, flag, repeat_section
+from experiments.tables import NAMES, STUDIES, markdown_table
+
+GENERATED, TRAINED = 145, 60  # tokens/s a core of the 0.5B model, measured in bf16 with AMX
+GROUPS = ("commands", "seconds", "chosen", "arms", "values", "curves", "not_run")
+NOTHING = "- Nothing.\n"
+HEADINGS = {
+    "held": "What held",
+    "opposite": "What did not hold: the opposite was measured",
+    "undecided": "What stayed open: no difference shown",
+}
+CAPTIONS = {
+    "report-scores.svg": "Score by arm. Dashed: the first arm. The intervals are of single scores; the tables' "
+    "differences are paired and more precise.",
+    "report-kto.svg": "Rewards and KL estimate of the KTO arms, running means over 5 steps.",
+    "report-fusion.svg": "Score over the fusion weight: 0 is SFT, 1 is SFT, then KTO.",
+    "report-followed.svg": "Responses to the training instructions that follow all constraints, by who answered, with "
+    "95 % interval. Only responses that ended count. Dashed: the student's greedy responses.",
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Result files
+
+
+def check_result(result: dict, path: str) -> None:
+    """InputError if a result file is not as experiments.collect writes it, or its arms answer different questions."""
+    for key in ("student", "teacher"):
+        if not isinstance(result.get(key), str):
+            raise InputError(f"{path}: has no {key!r}; write it with python -m experiments.collect")
+    for key in (*GROUPS, "data", "own_data"):
+        if not isinstance(result.setdefault(key, {}), dict):
+            raise InputError(f"{path}: {key!r} is no object; write the file with python -m experiments.collect")
+    sizes = {}
+    for group in ("arms", "values"):
+        for where, arm, cell in verdict_cells(result, group):
+            right = cell.get("right")
+            if not isinstance(right, str) or not right or set(right) - {"0", "1"}:
+                raise InputError(f"{path}: {group} {arm}, {where}: 'right' is no text of 0 and 1")
+            first, n = sizes.setdefault(where, (arm, len(right)))
+            if n != len(right):
+                raise InputError(
+                    f"{path}: {where}: {arm} has {len(right)} verdicts, {first} {n}; evaluate both on the same questions"
+                )
+
+
+def verdict_cells(result: dict, group: str) -> list[tuple[str, str, dict]]:
+    """-> [(split and task, or task), arm, the cell that holds "right"] of all arms."""
+    cells = []
+    try:
+        for arm, some in result[group].items():
+            if group == "values":
+                cells += [(task, arm, cell) for task, cell in some.items() if "right" in cell]
+            else:
+                cells += [(f"{split} {task}", arm, cell) for split, by in some.items() for task, cell in by.items()]
+    except (AttributeError, TypeError):
+        raise InputError(f"the result file's {group!r} are malformed; write it with experiments.collect") from None
+    return cells
+
+
+def read_results(paths: list[str]) -> dict:
+    """The content of all result files, joined. A later file adds arms and replaces those of the same name."""
+    joined = {}
+    for path in paths:
+        result = read_json(path)
+        check_result(result, path)
+        if joined and (result["student"], result["teacher"]) != (joined["student"], joined["teacher"]):
+            raise InputError(f"{path}: is of another student or teacher than {paths[0]}; report one pair at a time")
+        for key, value in result.items():
+            if isinstance(value, dict):
+                joined.setdefault(key, {}).update(value)
+            else:
+                joined.setdefault(key, value)
+    check_result(joined, paths[-1])
+    return joined
+
+
+def split_verdicts(result: dict, split: str) -> dict[str, str]:
+    """{arm: verdicts} of a split: "test", "dev", or "ifeval", the benchmark itself."""
+    return {arm: by[split]["ifeval"]["right"] for arm, by in result["arms"].items() if "ifeval" in by.get(split, {})}
+
+
+def kept_verdicts(result: dict) -> dict[str, dict[str, str]]:
+    """{task: {arm: verdicts}} of the benchmarks that no arm was trained for."""
+    mmlu = {arm: by["mmlu"]["right"] for arm, by in result["values"].items() if "right" in by.get("mmlu", {})}
+    return {"MMLU": mmlu, "IFEval": split_verdicts(result, "ifeval")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sections
+
+
+def findings_section(result: dict) -> str:
+    """Every claim that was tested, by what its comparison says. Held and opposite first."""
+    groups = {heading: [] for heading in HEADINGS}
+    test = split_verdicts(result, "test")
+    tested = [("", rows, test) for _, rows, _, _ in STUDIES]
+    tested += [(task, tables.kept_rows(task), verdicts) for task, verdicts in kept_verdicts(result).items()]
+    told = set()  # table 2 repeats a comparison of table 1
+    for task, rows, verdicts in tested:
+        for row, comparison in tables.compare(rows, verdicts).items():
+            if (task, row.arm, row.baseline) not in told:
+                groups[tables.verdict(row, comparison)].append(f"- {tables.finding(row, comparison)}\n")
+                told.add((task, row.arm, row.baseline))
+    parts = [f"### {HEADINGS[group]}\n\n{''.join(lines or [NOTHING])}\n" for group, lines in groups.items()]
+    scores = [f"{NAMES[arm]} {tables.score_text(test[arm])}" for arm in ("base", *tables.KEPT) if arm in test]
+    return f"""## What was found
+
+Test instructions followed, in percent with a 95 % interval: {"; ".join(scores) or "no arm is evaluated yet"}.
+
+Differences below are paired, in percentage points, with a 95 % interval. A claim is decided if its p-value, corrected over
+its table (Holm), is below 0.05.
+
+{"".join(parts)}"""
+
+
+def chosen_table(result: dict) -> str:
+    """The dev scores of the learning rates."""
+    lines = []
+    for method, choice in sorted(result["chosen"].items(), reverse=True):
+        for lr in sorted(choice["dev"], key=float):
+            mark = "chosen" if lr == choice["lr"] else ""
+            lines.append([method.upper(), lr, f"{100 * choice['dev'][lr]:.1f}", mark])
+    return (
+        markdown_table(["method", "learning rate", "dev score, %", ""], lines) if lines else "No rate is chosen yet.\n"
+    )
+
+
+def data_text(data: dict) -> str:
+    """How many instructions and examples there are."""
+    if not data:
+        return "The data are not made yet"
+    first = next((some[0] for some in data.get("steps", {}).values()), data["instructions"])
+    return (
+        f"{first} training instructions, of which {data['instructions']} got a response that ended; {data['sft']} SFT "
+        f"examples (the best response, if it is verified); {data['kto']} KTO examples, {data['kto_desirable']} of them "
+        "desirable (pairs of a verified and a refuted response)"
+    )
+
+
+def hours() -> tuple[float, float, float]:
+    """The estimate for the 0.5B model on general data: (hours, million tokens generated, million tokens trained).
+
+    1,000 instructions; replies of 250 tokens, sequences of 350. The teacher (1.5B) counts three times. A KTO example costs
+    two SFT examples: its own forward and backward pass, a KL forward pass, and the reference's two. 17 arms are evaluated."""
+    replies = 1000 * 250 * (4 + 4 + 3)
+    evaluation = 17 * (500 * 250 + 541 * 300 + 164 * 250)  # GSM8K, IFEval, HumanEval; the likelihoods are minutes
+    sft = 6 * 1000 * 2 * 350  # runs, examples, passes, tokens
+    kto = 9 * 2000 * 2 * 350  # runs, examples, SFT examples that one costs, tokens
+    generated, trained = replies + evaluation, sft + kto
+    seconds = generated / (CORES * GENERATED) + trained / (CORES * TRAINED)
+    return seconds / 3600, generated / 1e6, trained / 1e6
+
+
+def method_section(result: dict) -> str:
+    """The method on a page."""
+    dev = next(iter(split_verdicts(result, "dev").values()), "")
+    test = next(iter(split_verdicts(result, "test").values()), "")
+    rate = next(iter(result["chosen"].get("sft", {}).get("dev", {})), "")
+    kto_rate = next(iter(result["chosen"].get("kto", {}).get("dev", {})), "")
+    sft_step, kto_step = f"sft-{rate}", f"kto-{kto_rate}"
+    total, generated, trained = hours()
+    return f"""## Method
+
+- **Models.** Student: {result["student"]}, real weights. Teacher: {result["teacher"]}.
+- **Instructions.** Made by a program: two or three sentences about a topic, with one or two of 15 constraints of IFEval
+  (arXiv 2311.07911), which a program checks. Training, dev and test share no topic.
+- **Data.** {data_text(result["data"])}. The student answers each instruction
+  four times (one greedy, three sampled), the teacher once. The program's check decides the labels; no judge does.
+- **Training.** SFT: {flag(result, sft_step, "--epochs")} passes. KTO: one pass, beta {flag(result, kto_step, "--beta")},
+  weights balanced. {flag(result, sft_step, "--batch-size")} examples a step, cosine schedule, {flag(result, sft_step, "--dtype")} over fp32 weights.
+- **Evaluation.** {len(test) or "No"} test instructions, greedy, at most {flag(result, "eval-test-base", "--max-new-tokens")} tokens. A reply is right if it follows all
+  constraints (IFEval's strict prompt accuracy).
+- **Statistics.** Scores with 1.96 standard errors; differences on the same questions, McNemar's exact test, 95 % bootstrap
+  interval. *Smallest difference shown*: the true difference that has p < 0.05, uncorrected, in 80 % of all repetitions.
+- **Seeds.** One (seed {flag(result, sft_step, "--seed")}) for every arm. The intervals cover the choice of questions, not of seeds.
+
+Learning rates were chosen on {len(dev) or "the"} dev instructions:
+
+{chosen_table(result)}
+**What differs from the paper.** The student has 135M parameters, not 0.5B. The instructions are of one kind. Nobody wrote
+original responses, so the arm "SFT on original responses" is empty. The 0.5B model with 1,000 or more general instructions,
+GSM8K, HumanEval and C-Eval is not run: an estimated {total:.0f} hours on {CORES} cores ({generated:.1f} million tokens to generate at {GENERATED}
+tokens/s a core, {trained:.1f} million to train on at {TRAINED}, bf16 with AMX).
+
+"""
+
+
+def study_sections(result: dict, drawn: dict[str, str], images: str) -> str:
+    """Studies 1 to 4: a table each, and the pictures."""
+    reasons = {**tables.NOT_RUN, **result["not_run"]}
+    verdicts = split_verdicts(result, "test")
+    n = len(next(iter(verdicts.values()), ""))
+    beside = {"paper_table": ["report-scores.svg", "report-fusion.svg"], "data_steps": ["report-followed.svg"],
+              "kto_parts": ["report-kto.svg"]}  # fmt: skip
+    parts = []
+    for number, (title, rows, module, question) in enumerate(STUDIES, 1):
+        table = tables.comparison_table(rows, verdicts, reasons, f"followed, % of {n or 'n'} [95 %]")
+        shown = [
+            f"![{CAPTIONS[name].partition('. ')[0].rstrip('.')}]({images}/{name})\n\n{CAPTIONS[name]}\n\n"
+            for name in beside.get(module, ())
+            if name in drawn
+        ]
+        parts.append(f"## {number}. {title}\n\n{question}\n\n{table}\n{''.join(shown)}")
+    return "".join(parts)
+
+
+def kept_section(result: dict) -> str:
+    """Study 5: what is lost."""
+    reasons = {**tables.NOT_RUN, **result["not_run"]}
+    parts = [
+        "## 5. What is lost\n\nBenchmarks that no arm was trained for, perplexity, and the form of the replies.\n\n"
+    ]
+    for task, verdicts in kept_verdicts(result).items():
+        n = len(next(iter(verdicts.values()), ""))
+        how = "by likelihood" if task == "MMLU" else "the benchmark itself"
+        table = tables.comparison_table(tables.kept_rows(task), verdicts, reasons, f"right, % of {n or 'n'} [95 %]")
+        parts.append(f"{task}, {how}:\n\n{table}\n")
+    lines = []
+    for arm in ["base", *tables.KEPT]:
+        values = result["values"].get(arm, {})
+        perplexity, ece = values.get("perplexity", {}).get("score"), values.get("mmlu", {}).get("ece")
+        cells = ["not run" if x is None else f"{x:.{digits}f}" for x, digits in ((perplexity, 2), (ece, 3))]
+        lines.append([NAMES[arm], *cells])
+    head = ["arm", "perplexity of a token of plain text", "calibration error of MMLU (ECE)"]
+    parts.append(f"{markdown_table(head, lines)}\n")
+    return "".join(parts) + reply_table(result)
+
+
+def reply_table(result: dict) -> str:
+    """Length of the test split's replies, and how many were cut off or looped."""
+    lines = []
+    for arm in NAMES:
+        if cell := result["arms"].get(arm, {}).get("test", {}).get("ifeval"):
+            n = len(cell["reply_tokens"])
+            mean, stderr = tables.mean_stderr(cell["reply_tokens"])
+            half = 1.96 * (stderr or 0)
+            shares = [f"{100 * cell[key] / n:.1f}" for key in ("cut_off", "looping")]
+            lines.append([NAMES[arm], f"{mean:.1f} [{mean - half:.1f}, {mean + half:.1f}]", *shares])
+    limit = flag(result, "eval-test-base", "--max-new-tokens")
+    head = ["arm", "reply length, tokens [95 %]", f"cut off at {limit} tokens, %", "looping, %"]
+    note = "Looping: the reply ends in the same 4 to 200 characters four times in a row.\n"
+    return f"Replies to the test instructions:\n\n{markdown_table(head, lines)}\n{note}\n" if lines else ""
+
+
+QUESTION = """# What the recipe is worth on real weights
+
+The paper ([arXiv 2411.02939](https://arxiv.org/abs/2411.02939)) claims that data guided by a large model, then SFT, KTO, SFT
+then KTO, and weight fusion, each improve a small instruct model. Does that hold, by how much, and how sure is it? And what
+do verification, KTO's parts and the model's own responses add? Here every part is one arm of an experiment on real weights.
+
+"""
+
+
+def report(result: dict, images: str) -> tuple[str, dict[str, str]]:
+    """-> (the report in markdown, {picture's file name: SVG}). images: the pictures' folder as seen from the report."""
+    drawn = pictures(result, split_verdicts(result, "test"))
+    sections = [
+        QUESTION, findings_section(result), method_section(result), study_sections(result, drawn, images),
+        kept_section(result), repeat_section(result),
+    ]  # fmt: skip
+    return "".join(sections), drawn
+
+
+def main() -> None:
+    p = Parser(description=__doc__.split("\n")[0])
+    p.add_argument("--results", nargs="+", default=["experiments/results/*.json"], metavar="F", help="result files")
+    p.add_argument("--out", default="docs/REPORT.md", help="report to write")
+    p.add_argument("--images", default="docs/images", help="folder of its pictures")
+    args: argparse.Namespace = p.parse_args()
+    result = read_results(expand(args.results))
+    text, drawn = report(result, os.path.relpath(args.images, os.path.dirname(args.out) or "."))
+    for name, picture in drawn.items():
+        with atomic_write(Path(args.images, name)) as f:
+            f.write(picture)
+    with atomic_write(args.out) as f:
+        f.write(text)
+    print(f"wrote {args.out} and {len(drawn)} pictures in {args.images}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,192 @@
+"""The studies' comparisons: which arm is compared with which, paired statistics, and the tables of docs/REPORT.md."""
+
+from typing import NamedTuple
+
+from evaluation.stats import POWER, holm, mean_stderr, paired_comparison
+
+NAMES = {
+    "base": "the student as it was",
+    "sft-original": "SFT on original responses",
+    "sft": "SFT on the best verified reply",
+    "kto": "KTO",
+    "sft-kto": "SFT, then KTO",
+    "mean": "fusion 0.5 SFT + 0.5 SFT-KTO",
+    "mean-05-95": "fusion 0.05 SFT + 0.95 SFT-KTO",
+    "ties": "TIES of SFT and KTO",
+    "searched": "fusion, searched weight",
+    "sft-paper-lr": "SFT at 1e-6",
+    "sft-kto-paper-lr": "SFT at 1e-6, then KTO at 5e-8",
+    "sft-kto-own": "SFT, then KTO on own responses",
+    "sft-teacher": "SFT on the teacher's replies",
+    "sft-random": "SFT on replies of any writer",
+    "sft-deduplicated": "SFT on deduplicated instructions",
+    "sft-balanced": "SFT on balanced instructions",
+    "kto-noise-10": "KTO, 10 % of the labels wrong",
+    "kto-noise-30": "KTO, 30 % of the labels wrong",
+    "kto-no-z0": "KTO without z0",
+    "kto-desirable": "KTO on desirable examples alone",
+    "sft-desirable": "SFT on the same desirable examples",
+}
+NOT_RUN = {
+    "sft-original": "not run: the instructions are made by a program, so nobody wrote an original response",
+    "searched": "not run: `merge.py search` scores each weight on the dev split, for which no time was left",
+    "sft-deduplicated": "not run: no two instructions are equal, so there is nothing to drop",
+    "sft-balanced": "not run: the instructions are drawn evenly over their forms, so there is nothing to balance",
+}
+FEWEST = 6  # McNemar's exact p is above 0.05 if fewer questions differ: 2 / 2^5 = 0.0625
+
+
+class Row(NamedTuple):
+    """A row of a table: an arm, the arm it is compared with, and the claim that the comparison tests."""
+
+    arm: str
+    baseline: str = ""
+    claim: str = ""
+    better: bool = True  # the claim is that the arm is better than its baseline; False: worse
+
+
+PAPER = [
+    Row("base"),
+    Row("sft-original", "base"),
+    Row("sft", "base", "SFT on the best verified reply improves the student"),
+    Row("kto", "base", "KTO alone improves the student"),
+    Row("sft-kto", "sft", "KTO after SFT improves on SFT"),
+    Row("mean", "sft", "The fusion 0.5 SFT + 0.5 SFT-KTO improves on SFT"),
+    Row("mean-05-95", "sft", "The fusion 0.05 SFT + 0.95 SFT-KTO improves on SFT"),
+    Row("ties", "sft", "TIES of SFT and KTO improves on SFT"),
+    Row("searched", "sft"),
+    Row("sft-paper-lr", "base", "SFT at the paper's rate of 1e-6 improves the student"),
+    Row("sft-kto-paper-lr", "base", "SFT at 1e-6, then KTO at 5e-8, improves the student"),
+]
+OWN = [
+    Row("sft"),
+    Row("sft-kto", "sft", "KTO after SFT, on responses from before SFT, improves on SFT"),
+    Row("sft-kto-own", "sft", "KTO after SFT, on the SFT model's own responses, improves on SFT"),
+    Row(
+        "sft-kto-own", "sft-kto", "The SFT model's own responses are better for KTO than the responses from before SFT"
+    ),
+]
+DATA = [
+    Row("base"),
+    Row("sft"),
+    Row("sft-teacher", "sft", "Without verification, the teacher's replies are worse SFT data", better=False),
+    Row("sft-random", "sft", "Without verification, replies of any writer are worse SFT data", better=False),
+    Row("sft-deduplicated", "sft"),
+    Row("sft-balanced", "sft"),
+]
+PARTS = [
+    Row("base"),
+    Row("kto"),
+    Row("kto-noise-10", "kto", "10 % wrong labels make KTO worse", better=False),
+    Row("kto-noise-30", "kto", "30 % wrong labels make KTO worse", better=False),
+    Row("kto-no-z0", "kto", "Leaving out z0 makes KTO worse", better=False),
+    Row("kto-desirable", "kto", "Leaving out undesirable examples makes KTO worse", better=False),
+    Row("sft-desirable", "kto", "SFT on KTO's desirable examples is worse than KTO", better=False),
+]
+STUDIES = [  # (title, rows of its table, module, what it asks)
+    ("The paper's table", PAPER, "paper_table", "What is each part of the paper's recipe worth?"),
+    ("KTO on the model's own responses", OWN, "own_responses",
+     "In the paper, KTO after SFT learns from responses that the student wrote before SFT. Here the SFT model answers anew."),
+    ("What verification is worth", DATA, "data_steps",
+     "The same number of examples, but not the verified ones."),
+    ("What KTO's parts are worth", PARTS, "kto_parts", "All arms start from the student as it was."),
+]  # fmt: skip
+KEPT = ["sft", "kto", "sft-kto", "mean"]
+CALLED = {"sft": "SFT", "kto": "KTO", "sft-kto": "SFT, then KTO,", "mean": "The fusion 0.5 SFT + 0.5 SFT-KTO"}
+
+
+def kept_rows(task: str) -> list[Row]:
+    """Study 5: has an arm become worse at a task that it was not trained for?"""
+    claims = [Row(arm, "base", f"{CALLED[arm]} lowers the score of {task}", better=False) for arm in KEPT]
+    return [Row("base"), *claims]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def compare(rows: list[Row], verdicts: dict[str, str]) -> dict[Row, dict]:
+    """Compares each row whose two arms have verdicts: the content of paired_comparison and "p_holm", "smallest", "n".
+
+    verdicts: one digit for each question, by arm. p_holm is corrected over the rows of this table. smallest: the true
+    difference that n questions show at p < 0.05, uncorrected, with probability 0.8."""
+    found = {}
+    for row in rows:
+        if row.baseline and row.arm in verdicts and row.baseline in verdicts:
+            first, second = ([int(digit) for digit in verdicts[arm]] for arm in (row.baseline, row.arm))
+            result = paired_comparison(first, second)
+            n = len(first)
+            smallest = max(POWER * (result["stderr"] or 0), FEWEST / n)
+            found[row] = {**result, "smallest": smallest, "n": n}
+    for row, p in zip(found, holm([result["p"] for result in found.values()])):
+        found[row]["p_holm"] = p
+    return found
+
+
+def interval(verdicts: str) -> tuple[float, float, float]:
+    """-> (low, mean, high) in percent: the mean of the verdicts and its 95 % interval, 1.96 standard errors each way."""
+    mean, stderr = mean_stderr([int(digit) for digit in verdicts])
+    half = 1.96 * (stderr or 0)
+    return 100 * max(0.0, mean - half), 100 * mean, 100 * min(1.0, mean + half)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def points(x: float) -> str:
+    """A difference of shares in percentage points, with its sign. Never -0.0."""
+    return f"{round(100 * x, 1) + 0.0:+.1f}"
+
+
+def p_text(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{min(p, 1):.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def score_text(verdicts: str) -> str:
+    low, mean, high = interval(verdicts)
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def comparison_table(rows: list[Row], verdicts: dict[str, str], reasons: dict[str, str], scored: str) -> str:
+    """A table in markdown. reasons: why an arm has no verdicts. scored: the head of the score's column."""
+    found, lines = compare(rows, verdicts), []
+    for row in rows:
+        name = NAMES[row.arm]
+        if row.arm not in verdicts:
+            lines.append([name, "", "", "", "", reasons.get(row.arm, "not run")])
+        elif row not in found:
+            why = f"no result of: {NAMES[row.baseline]}" if row.baseline else ""
+            lines.append([name, score_text(verdicts[row.arm]), "", "", "", why])
+        else:
+            result = found[row]
+            low, high = result["interval"]
+            difference = f"{points(result['difference'])} [{points(low)}, {points(high)}]"
+            smallest = f"{100 * result['smallest']:.1f}"
+            score = score_text(verdicts[row.arm])
+            lines.append([name, score, NAMES[row.baseline], difference, p_text(result["p_holm"]), smallest])
+    head = ["arm", scored, "compared with", "difference, points", "p (Holm)", "smallest difference shown, points"]
+    return markdown_table(head, lines)
+
+
+def verdict(row: Row, result: dict) -> str:
+    """ "held", "opposite" or "undecided": what a comparison says about its row's claim, at p < 0.05 after Holm."""
+    if result["p_holm"] >= 0.05:
+        return "undecided"
+    return "held" if (result["difference"] > 0) == row.better else "opposite"
+
+
+def finding(row: Row, result: dict) -> str:
+    """A claim with its numbers, in one sentence."""
+    low, high = result["interval"]
+    text = f"{row.claim}: {points(result['difference'])} points [{points(low)}, {points(high)}]"
+    p = p_text(result["p_holm"])
+    text += f", p (Holm) {p if p.startswith('<') else '= ' + p}"
+    if verdict(row, result) == "undecided":
+        text += f"; {result['n']} questions can show {100 * result['smallest']:.1f} points"
+    return text + "."
