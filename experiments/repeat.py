@@ -9,10 +9,10 @@ from experiments.tables import STUDIES, markdown_table
 CORES = 2  # of the machine that the studies ran on
 
 
-def flag(result: dict, step: str, name: str, default: str = "unknown") -> str:
-    """The value of a flag in the recorded command of a step."""
-    command = result["commands"].get(step, [])
-    return command[command.index(name) + 1] if name in command[:-1] else default
+def flag(result: dict, steps: str, name: str, default: str = "unknown") -> str:
+    """The value of a flag in the first recorded command that has it. steps: how the names of its steps begin."""
+    commands = [command for step, command in result["commands"].items() if step.startswith(steps)]
+    return next((command[command.index(name) + 1] for command in commands if name in command[:-1]), default)
 
 
 def step_module(step: str) -> str:
@@ -31,15 +31,14 @@ def step_module(step: str) -> str:
 
 def study_command(result: dict, module: str) -> str:
     """The command of a study, with the flags that differ from the defaults."""
-    student = flag(result, "eval-test-base", "--ckpt", flag(result, "data", "--small", result["student"]))
+    student = flag(result, "data", "--small", flag(result, "sft-", "--ckpt", result["student"]))
     words = ["python", "-m", f"experiments.{module}", "--student", student]
     rates = {kind: sorted(choice["dev"], key=float) for kind, choice in result["chosen"].items()}
-    sft_step, kto_step = (f"{kind}-{next(iter(rates.get(kind, [])), '')}" for kind in ("sft", "kto"))
     used = {
-        "sft_lrs": rates.get("sft"), "kto_lrs": rates.get("kto"), "sft_epochs": flag(result, sft_step, "--epochs", ""),
-        "batch_size": flag(result, sft_step, "--batch-size", ""), "beta": flag(result, kto_step, "--beta", ""),
-        "seed": flag(result, sft_step, "--seed", ""), "reply_tokens": flag(result, "data", "--max-new-tokens", ""),
-        "max_new_tokens": flag(result, "eval-test-base", "--max-new-tokens", ""), "dtype": flag(result, sft_step, "--dtype", ""),
+        "sft_lrs": rates.get("sft"), "kto_lrs": rates.get("kto"), "sft_epochs": flag(result, "sft-", "--epochs", ""),
+        "batch_size": flag(result, "sft-", "--batch-size", ""), "beta": flag(result, "kto-", "--beta", ""),
+        "seed": flag(result, "sft-", "--seed", ""), "reply_tokens": flag(result, "data", "--max-new-tokens", ""),
+        "max_new_tokens": flag(result, "eval-test-", "--max-new-tokens", ""), "dtype": flag(result, "sft-", "--dtype", ""),
     }  # fmt: skip
     parser = study_flags("")
     for name, value in used.items():

@@ -48,7 +48,7 @@ def check_result(result: dict, path: str) -> None:
             raise InputError(f"{path}: {key!r} is no object; write the file with python -m experiments.collect")
     sizes = {}
     for group in ("arms", "values"):
-        for where, arm, cell in verdict_cells(result, group):
+        for where, arm, cell in verdict_cells(result, group, path):
             right = cell.get("right")
             if not isinstance(right, str) or not right or set(right) - {"0", "1"}:
                 raise InputError(f"{path}: {group} {arm}, {where}: 'right' is no text of 0 and 1")
@@ -59,7 +59,7 @@ def check_result(result: dict, path: str) -> None:
                 )
 
 
-def verdict_cells(result: dict, group: str) -> list[tuple[str, str, dict]]:
+def verdict_cells(result: dict, group: str, path: str) -> list[tuple[str, str, dict]]:
     """-> [(split and task, or task), arm, the cell that holds "right"] of all arms."""
     cells = []
     try:
@@ -69,7 +69,7 @@ def verdict_cells(result: dict, group: str) -> list[tuple[str, str, dict]]:
             else:
                 cells += [(f"{split} {task}", arm, cell) for split, by in some.items() for task, cell in by.items()]
     except (AttributeError, TypeError):
-        raise InputError(f"the result file's {group!r} are malformed; write it with experiments.collect") from None
+        raise InputError(f"{path}: {group!r} is malformed; write the file with python -m experiments.collect") from None
     return cells
 
 
@@ -171,9 +171,6 @@ def method_section(result: dict) -> str:
     """The method on a page."""
     dev = next(iter(split_verdicts(result, "dev").values()), "")
     test = next(iter(split_verdicts(result, "test").values()), "")
-    rate = next(iter(result["chosen"].get("sft", {}).get("dev", {})), "")
-    kto_rate = next(iter(result["chosen"].get("kto", {}).get("dev", {})), "")
-    sft_step, kto_step = f"sft-{rate}", f"kto-{kto_rate}"
     total, generated, trained = hours()
     return f"""## Method
 
@@ -182,13 +179,13 @@ def method_section(result: dict) -> str:
   (arXiv 2311.07911), which a program checks. Training, dev and test share no topic.
 - **Data.** {data_text(result["data"])}. The student answers each instruction
   four times (one greedy, three sampled), the teacher once. The program's check decides the labels; no judge does.
-- **Training.** SFT: {flag(result, sft_step, "--epochs")} passes. KTO: one pass, beta {flag(result, kto_step, "--beta")},
-  weights balanced. {flag(result, sft_step, "--batch-size")} examples a step, cosine schedule, {flag(result, sft_step, "--dtype")} over fp32 weights.
-- **Evaluation.** {len(test) or "No"} test instructions, greedy, at most {flag(result, "eval-test-base", "--max-new-tokens")} tokens. A reply is right if it follows all
+- **Training.** SFT: {flag(result, "sft-", "--epochs")} passes. KTO: one pass, beta {flag(result, "kto-", "--beta")},
+  weights balanced. {flag(result, "sft-", "--batch-size")} examples a step, cosine schedule, {flag(result, "sft-", "--dtype")} over fp32 weights.
+- **Evaluation.** {len(test) or "No"} test instructions, greedy, at most {flag(result, "eval-test-", "--max-new-tokens")} tokens. A reply is right if it follows all
   constraints (IFEval's strict prompt accuracy).
 - **Statistics.** Scores with 1.96 standard errors; differences on the same questions, McNemar's exact test, 95 % bootstrap
   interval. *Smallest difference shown*: the true difference that has p < 0.05, uncorrected, in 80 % of all repetitions.
-- **Seeds.** One (seed {flag(result, sft_step, "--seed")}) for every arm. The intervals cover the choice of questions, not of seeds.
+- **Seeds.** One (seed {flag(result, "sft-", "--seed")}) for every arm. The intervals cover the choice of questions, not of seeds.
 
 Learning rates were chosen on {len(dev) or "the"} dev instructions:
 
@@ -252,7 +249,7 @@ def reply_table(result: dict) -> str:
             half = 1.96 * (stderr or 0)
             shares = [f"{100 * cell[key] / n:.1f}" for key in ("cut_off", "looping")]
             lines.append([NAMES[arm], f"{mean:.1f} [{mean - half:.1f}, {mean + half:.1f}]", *shares])
-    limit = flag(result, "eval-test-base", "--max-new-tokens")
+    limit = flag(result, "eval-test-", "--max-new-tokens")
     head = ["arm", "reply length, tokens [95 %]", f"cut off at {limit} tokens, %", "looping, %"]
     note = "Looping: the reply ends in the same 4 to 200 characters four times in a row.\n"
     return f"Replies to the test instructions:\n\n{markdown_table(head, lines)}\n{note}\n" if lines else ""
@@ -283,8 +280,14 @@ def main() -> None:
     p.add_argument("--out", default="docs/REPORT.md", help="report to write")
     p.add_argument("--images", default="docs/images", help="folder of its pictures")
     args: argparse.Namespace = p.parse_args()
-    result = read_results(expand(args.results))
-    text, drawn = report(result, os.path.relpath(args.images, os.path.dirname(args.out) or "."))
+    paths = expand(args.results)
+    result = read_results(paths)
+    try:
+        text, drawn = report(result, os.path.relpath(args.images, os.path.dirname(args.out) or "."))
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise InputError(
+            f"{', '.join(paths)}: not as experiments.collect writes it ({type(e).__name__}: {e})"
+        ) from None
     for name, picture in drawn.items():
         with atomic_write(Path(args.images, name)) as f:
             f.write(picture)
