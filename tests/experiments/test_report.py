@@ -1,0 +1,206 @@
+"""experiments.report: the committed report follows from the committed results; figures of a small result by hand."""
+
+import copy
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from conftest import ROOT
+
+from experiments import tables
+from experiments.pictures import running_mean
+from experiments.repeat import step_module, study_command
+from experiments.report import read_results, report
+from experiments.tables import Row, compare, finding, interval, points, verdict
+
+RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
+
+
+@pytest.mark.skipif(not RESULTS, reason="no result file is committed yet")
+def test_the_committed_report_follows_from_the_committed_results():
+    text, drawn = report(read_results([str(path) for path in RESULTS]), "images")
+    assert (ROOT / "docs/REPORT.md").read_text(encoding="utf-8") == text
+    for name, picture in drawn.items():
+        assert (ROOT / "docs/images" / name).read_text(encoding="utf-8") == picture
+    assert sorted(p.name for p in (ROOT / "docs/images").glob("report-*.svg")) == sorted(drawn)
+
+
+BASE = "1" * 4 + "0" * 16  # 20 %
+SFT = "1" * 12 + "0" * 8  # 60 %: 8 gained, none lost
+KTO = "0" + "1" * 5 + "0" * 14  # 25 %: 2 gained, 1 lost
+
+
+def replies(right):
+    return {"ifeval": {"right": right, "reply_tokens": [10, 30] * (len(right) // 2), "cut_off": 5, "looping": 1}}
+
+
+@pytest.fixture
+def result():
+    train = ["--epochs", "2", "--batch-size", "8", "--seed", "3", "--dtype", "bf16"]
+    return {
+        "student": "small", "teacher": "large",
+        "commands": {
+            "data": ["make_data.py", "--small", "ckpt/s", "--max-new-tokens", "100"],
+            "teacher": ["eval.py", "--ckpt", "ckpt/t"],
+            "sft-1e-5": ["train_sft.py", "--lr", "1e-5", *train], "kto-2e-6": ["train_kto.py", "--beta", "0.1", *train],
+            "eval-test-base": ["eval.py", "--ckpt", "ckpt/s", "--max-new-tokens", "160"],
+        },
+        "seconds": {"data": 120.0, "sft-1e-5": 90.0, "kto-2e-6": 30.0},
+        "chosen": {"sft": {"lr": "1e-5", "dev": {"1e-5": 0.25, "5e-5": 0.2}}, "kto": {"lr": "2e-6", "dev": {"2e-6": 0.3}}},
+        "data": {"instructions": 9, "sft": 6, "kto": 8, "kto_desirable": 4, "steps": {"1_collect": [10, 10]},
+                 "followed": {"teacher": [8, 10], "small": [1, 4], "small-2": [1, 2]}},
+        "arms": {"base": {"test": replies(BASE)}, "sft": {"test": replies(SFT)}, "kto": {"test": replies(KTO)}},
+        "values": {"base": {"mmlu": {"score": 0.25, "stderr": 0.1, "n": 20, "right": BASE, "ece": 0.125}}},
+        "curves": {"kto": {key: [0.0, 1.0, 2.0] for key in ("kl", "rewards/chosen", "rewards/rejected", "rewards/margins")}},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def save(tmp_path):
+    def write(result, name="r.json"):
+        path = tmp_path / name
+        path.write_text(json.dumps(result))
+        return str(path)
+
+    return write
+
+
+ROWS = [Row("base"), Row("sft", "base", "SFT helps"), Row("kto", "base", "KTO hurts", better=False), Row("ties", "sft")]
+
+
+def test_paired_differences_by_hand():
+    found = compare(ROWS, {"base": BASE, "sft": SFT, "kto": KTO})
+    assert list(found) == ROWS[1:3]  # no comparison for the base, none without verdicts
+    sft, kto = found.values()
+    assert sft["difference"] == pytest.approx(8 / 20) and kto["difference"] == pytest.approx(1 / 20)
+    assert sft["p"] == pytest.approx(2 / 2**8)  # McNemar: all 8 differing questions on one side
+    assert kto["p"] == 1  # 2 against 1: 2 (1 + 3) / 8
+    assert sft["p_holm"] == pytest.approx(2 * 2 / 2**8) and kto["p_holm"] == 1
+    # differences of SFT: 8 times 1, 12 times 0, so s^2 = (8 * 0.6^2 + 12 * 0.4^2) / 19 = 4.8 / 19
+    assert sft["smallest"] == pytest.approx((1.96 + 0.8416) * (4.8 / 19 / 20) ** 0.5)
+    assert verdict(ROWS[1], sft) == "held" and verdict(ROWS[2], kto) == "undecided"
+    assert verdict(ROWS[1]._replace(better=False), sft) == "opposite"
+
+
+def test_equal_arms_can_show_six_questions():
+    (found,) = compare([Row("sft", "base", "SFT helps")], {"base": BASE, "sft": BASE}).values()
+    assert found["smallest"] == 6 / 20 and found["p_holm"] == 1 and found["difference"] == 0
+    assert 2 / 2**tables.FEWEST < 0.05 < 2 / 2 ** (tables.FEWEST - 1)
+
+
+def test_sentences_and_numbers():
+    (row, held), (other, _) = list(compare(ROWS, {"base": BASE, "sft": SFT, "kto": KTO}).items())
+    exact = {**held, "interval": (0.2, 0.6)}
+    assert finding(row, exact) == "SFT helps: +40.0 points [+20.0, +60.0], p (Holm) = 0.016."
+    assert finding(row, {**exact, "p_holm": 0.0001}) == "SFT helps: +40.0 points [+20.0, +60.0], p (Holm) < 0.001."
+    unknown = {**exact, "difference": -0.0001, "interval": (-0.1, 0.1), "p_holm": 0.7, "smallest": 0.314}
+    assert (
+        finding(other, unknown)
+        == "KTO hurts: +0.0 points [-10.0, +10.0], p (Holm) = 0.70; 20 questions can show 31.4 points."
+    )
+    assert points(-0.0004) == "+0.0" and points(-0.0006) == "-0.1"
+    # 4 of 20: standard error sqrt(0.2 * 0.8 / 19)
+    half = 196 * (0.16 / 19) ** 0.5
+    assert interval(BASE) == pytest.approx((20 - half, 20, 20 + half))
+    assert interval("1111") == (100, 100, 100) and interval("0001")[0] == 0
+
+
+def test_the_report_of_a_small_result(result, save):
+    text, drawn = report(read_results([save(result)]), "pictures")
+    held, opposite = text.index("### What held"), text.index("### What did not hold")
+    assert "SFT on the best verified reply improves the student: +40.0 points" in text[held:opposite]
+    assert (
+        "KTO alone improves the student: +5.0 points"
+        in text[text.index("### What stayed open") : text.index("## Method")]
+    )
+    assert "| SFT on original responses |  |  |  |  | not run: the instructions are made by a program" in text
+    assert "| SFT, then KTO |  |  |  |  | not run |" in text
+    assert "| the student as it was | 20.0 [2.0, 38.0] |  |  |  |  |" in text
+    assert "| SFT | 1e-5 | 25.0 | chosen |" in text and "| SFT | 5e-5 | 20.0 |  |" in text
+    assert "10 training instructions, of which 9 got" in text and "8 KTO examples, 4 of them" in text
+    assert "| KTO | 20.0 [" in text[text.index("Replies to the test instructions") :]  # mean of 10 and 30 tokens
+    assert "25.0 | 5.0 |" in text  # cut off 5 of 20, looping 1 of 20
+    assert sorted(drawn) == [
+        "report-followed.svg",
+        "report-kto.svg",
+        "report-scores.svg",
+    ]  # one point is no fusion curve
+    assert all(f"](pictures/{name})" in text for name in drawn)
+    for picture in drawn.values():
+        ElementTree.fromstring(picture)
+
+
+def test_reasons_of_the_result_file_and_a_missing_baseline(result, save):
+    del result["arms"]["base"]
+    result["not_run"] = {"ties": "not run: no time", "sft-original": "not run: none"}
+    text, _ = report(read_results([save(result)]), "x")
+    assert (
+        "| TIES of SFT and KTO |  |  |  |  | not run: no time |" in text
+        and "original responses |  |  |  |  | not run: none |" in text
+    )
+    assert "|  |  |  | no result of: the student as it was |" in text
+
+
+def test_a_result_without_any_arm_or_data(result, save):
+    for key in ("commands", "seconds", "chosen", "data", "arms", "values", "curves"):
+        result[key] = {}
+    text, drawn = report(read_results([save(result)]), "x")
+    assert "no arm is evaluated yet" in text and "not made yet" in text and not drawn
+    assert text.count("- Nothing.") == 3
+
+
+def test_files_are_joined(result, save):
+    more = copy.deepcopy(result)
+    more["arms"] = {"sft-kto": {"test": replies(KTO)}}
+    joined = read_results([save(result), save(more, "more.json")])
+    assert sorted(joined["arms"]) == ["base", "kto", "sft", "sft-kto"]
+
+
+def test_bad_result_files(result, save, refused, tmp_path):
+    call = lambda words, *paths: refused(words, "experiments.report", "--results", *paths, "--out", tmp_path / "R.md")
+    call("nothing.json", tmp_path / "nothing.json")
+    (tmp_path / "broken.json").write_text('{"arms": ')
+    call("broken.json", tmp_path / "broken.json")
+    call("student", save({}))
+    call("no object", save({**result, "arms": []}))
+    call("malformed", save({**result, "arms": {"base": [1]}}))
+    call("'right'", save({**result, "arms": {"base": {"test": replies("12")}}}))
+    shorter = {**result["arms"], "sft": {"test": replies(SFT[:-2])}}
+    call(["sft has 18 verdicts", "base 20"], save({**result, "arms": shorter}))
+    call("another student", save(result), save({**result, "student": "other"}, "b.json"))
+    call("r.json: not as", save({**result, "chosen": {"sft": 1}}))
+    call("r.json: not as", save({**result, "data": {"sft": 3}}))
+    call("r.json: not as", save({**result, "curves": {"kto": {"kl": "x"}}}))
+    assert not (tmp_path / "R.md").exists()
+
+
+def test_the_command_line_writes_report_and_pictures(result, save, run, tmp_path):
+    out = tmp_path / "docs"
+    code, _, err = run("experiments.report", "--results", save(result), "--out", out / "R.md", "--images", out / "im")
+    assert code == 0, err
+    text, drawn = report(read_results([save(result)]), "im")
+    assert (out / "R.md").read_text() == text
+    assert {p.name: p.read_text() for p in (out / "im").iterdir()} == drawn
+
+
+def test_every_step_belongs_to_one_study():
+    expected = {
+        "instructions": "data", "data": "data", "teacher": "data", "sft-1e-5": "paper_table", "kto-2e-6": "paper_table",
+        "eval-dev-sft-1e-5": "paper_table", "eval-test-base": "paper_table", "mean-05-95": "paper_table", "sft-kto": "paper_table",
+        "own-data": "own_responses", "sft-kto-own": "own_responses", "eval-test-sft-kto-own": "own_responses",
+        "sft-teacher": "data_steps", "eval-test-sft-random": "data_steps", "kto-no-z0": "kto_parts",
+        "eval-test-sft-desirable": "kto_parts", "mmlu-base": "side_effects", "ifeval-sft-kto": "side_effects",
+    }  # fmt: skip
+    assert {step: step_module(step) for step in expected} == expected
+
+
+def test_the_command_of_a_study_has_the_flags_that_are_no_defaults(result):
+    words = study_command(result, "kto_parts")
+    assert words == (
+        "python -m experiments.kto_parts --student ckpt/s --kto-lrs 2e-6 --batch-size 8 --seed 3"
+    )  # 1e-5 and 5e-5, two passes, beta 0.1 are the defaults
+    assert study_command(result, "data").endswith("--teacher ckpt/t")
+
+
+def test_running_mean():
+    assert running_mean([0.0, 2.0, 4.0], size=2) == [(1, 0.0), (2, 1.0), (3, 3.0)]
