@@ -8,7 +8,7 @@
               "followed": {writer: [followed, responses that ended]}}   own_data: of study 2
      "arms": {arm: {split: {task: {"right": "0110...", "reply_tokens": [int], "cut_off": int, "looping": int}}}}
      "values": {arm: {task: {"score", "stderr", "n", "right": as above, "ece"}}}   by likelihood; perplexity: the first three
-     "curves": {arm: {key: [float for each step]}}}
+     "curves": {arm: {key: [float for each step]}}   "not_run": {arm: reason}, from --not-run}
 
 Position i of "right" is the same question in all arms: 1 if the reply follows all its constraints.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from core.files import InputError, atomic_write, cli, read_json
 from core.flags import Parser
 from core.records import read_jsonl
+from experiments.tables import NAMES
 
 CURVES = ("loss", "grad_norm", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins")
 
@@ -120,11 +121,15 @@ def main() -> None:
     p.add_argument("--student", required=True, help="the student's name in the report")
     p.add_argument("--teacher", required=True, help="the teacher's name")
     p.add_argument("--into", default="experiments/results/constraints.json", help="JSON file to write")
+    p.add_argument("--not-run", nargs="+", default=[], metavar="ARM=REASON", help="why an arm has no results")
     args: argparse.Namespace = p.parse_args()
     if not Path(args.out, "steps").is_dir():
         raise InputError(f"{args.out}: holds no steps of a study; run python -m experiments.data first")
     names = {"student": args.student, "teacher": args.teacher}
-    result = collect(Path(args.out), names)
+    reasons = dict(text.partition("=")[::2] for text in args.not_run)
+    if unknown := [arm for arm, reason in reasons.items() if arm not in NAMES or not reason]:
+        raise InputError(f"--not-run {unknown[0]}: is no ARM=REASON; the arms are {', '.join(NAMES)}")
+    result = collect(Path(args.out), names) | {"not_run": reasons}
     with atomic_write(args.into) as f:
         json.dump(result, f, indent=1)
     print(f"wrote {args.into}: {len(result['arms'])} arms\nnext: python -m experiments.report")

@@ -15,7 +15,8 @@ ORDER = [
     ["evaluation"],
     ["merging"],
     ["train_sft", "train_kto", "merge", "make_data", "eval"],
-    ["demo", "variants", "experiments", "tools"],
+    ["demo", "variants", "tools"],
+    ["experiments"],  # draws its pictures with tools.svg
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SCRIPTS = ORDER[7]
@@ -43,7 +44,7 @@ def test_imports_point_one_way(path):
     room = path.relative_to(ROOT).parts[0].removesuffix(".py")
     for other in set(imported_rooms(path)) - {room}:
         assert RANK[other] < RANK[room], f"{room} imports {other}"
-        assert other not in SCRIPTS or RANK[room] == len(ORDER) - 1, f"{room} imports the script {other}"
+        assert other not in SCRIPTS or RANK[room] > RANK[other], f"{room} imports the script {other}"
 
 
 @pytest.mark.parametrize("room", [room for rooms in ORDER for room in rooms if (ROOT / room).is_dir()])

@@ -82,6 +82,14 @@ def test_collect(study, tmp_path, run):
     assert result["curves"] == {"sft": curve, "sft-1e-5": curve}
 
 
+def test_reasons_of_arms_that_were_not_run(study, tmp_path, run, refused):
+    call = ["experiments.collect", "--out", study, *NAMES, "--into", tmp_path / "r.json", "--not-run"]
+    assert run(*call, "ties=no time, a = b", "mean=none")[0] == 0
+    assert json.loads((tmp_path / "r.json").read_text())["not_run"] == {"ties": "no time, a = b", "mean": "none"}
+    refused("--not-run tie", *call, "tie=no time")
+    refused("--not-run ties", *call, "ties")
+
+
 def test_collect_leaves_out_data_that_are_not_done(study, tmp_path, run):
     (study / "steps/data.json").unlink()
     code, _, err = run("experiments.collect", "--out", study, *NAMES, "--into", tmp_path / "r.json")
