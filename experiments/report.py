@@ -134,7 +134,8 @@ def chosen_table(result: dict) -> str:
     lines = []
     for method, choice in sorted(result["chosen"].items(), reverse=True):
         for lr in sorted(choice["dev"], key=float):
-            mark = "chosen" if lr == choice["lr"] else ""
+            only = "the only one tried" if len(choice["dev"]) == 1 else "chosen"
+            mark = only if lr == choice["lr"] else ""
             lines.append([method.upper(), lr, f"{100 * choice['dev'][lr]:.1f}", mark])
     return (
         markdown_table(["method", "learning rate", "dev score, %", ""], lines) if lines else "No rate is chosen yet.\n"

@@ -117,6 +117,7 @@ def test_the_report_of_a_small_result(result, save):
     assert "| SFT, then KTO |  |  |  |  | not run |" in text
     assert "| the student as it was | 20.0 [2.0, 38.0] |  |  |  |  |" in text
     assert "| SFT | 1e-5 | 25.0 | chosen |" in text and "| SFT | 5e-5 | 20.0 |  |" in text
+    assert "| KTO | 2e-6 | 30.0 | the only one tried |" in text
     assert "10 training instructions, of which 9 got" in text and "8 KTO examples, 4 of them" in text
     assert "| KTO | 20.0 [" in text[text.index("Replies to the test instructions") :]  # mean of 10 and 30 tokens
     assert "25.0 | 5.0 |" in text  # cut off 5 of 20, looping 1 of 20
