@@ -21,7 +21,8 @@ from core.attention import KVCache, attention, cached_attention, to_device
 from core.checkpoint import Checkpoint, all_finite, write_checkpoint
 from core.config import Config, parse_config
 from core.files import InputError
-from core.layers import Embedding, Linear, RMSNorm, fused, normed_linears, swiglu_linear, token_kl, token_logps
+from core.head import token_kl, token_logps
+from core.layers import Embedding, Linear, RMSNorm, fused, normed_linears, swiglu_linear
 from core.pages import release
 
 
@@ -140,6 +141,8 @@ class Qwen2(nn.Module):
             self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
         # None: compute in the weights' dtype. --dtype bf16 sets bf16 over fp32 weights
         self.compute_dtype: torch.dtype | None = None
+        # set by training.setup where memory is free: bytes in which the head may keep logits, and core.casts' copies
+        self.spare_bytes, self.casts = 0, []
 
     def forward(
         self,
@@ -155,16 +158,16 @@ class Qwen2(nn.Module):
         at (N,): positions of one packed row (1, T) -> logits (N, V) there. targets (N,): tokens -> their
         log-probabilities (N,) in fp32 at those positions, without the logits in memory.
         ref: the frozen reference model -> (log-probabilities, KL over the whole vocabulary), (N,) each.
-        The KL is KL(self || ref), with forward_kl KL(ref || self); see core.layers.token_kl.
+        The KL is KL(self || ref), with forward_kl KL(ref || self); see core.head.token_kl.
         In training, call the model and not its methods: --shard gathers the weights only inside forward.
         """
-        hidden = self.hidden(input_ids, lengths, at=at)
+        hidden = self.hidden(input_ids, lengths, at=at, head_follows=targets is not None and len(targets) > 0)
         if at is None:
             return self.head(hidden)
         hidden = hidden[0]
         if targets is None:
             return self.head(hidden)
-        logps = token_logps(hidden, self.head_weight, targets)
+        logps = token_logps(hidden, self.head_weight, targets, self.spare_bytes)
         if ref is None:
             return logps
         return logps, ref.kl_to_policy(hidden, self.head_weight, input_ids, lengths, at, forward_kl)
@@ -189,6 +192,7 @@ class Qwen2(nn.Module):
         lengths: list[int] | None = None,
         cache: KVCache | None = None,
         at: Tensor | None = None,
+        head_follows: bool = False,
     ) -> Tensor:
         """Hidden states after the last norm: input_ids (B, T) -> (B, T, C).
 
@@ -196,11 +200,13 @@ class Qwen2(nn.Module):
         cache: document i continues row i, which grows by lengths[i]. Without lengths, input_ids (rows, 1) has one
         token for every row, at cache.positions (see KVCache).
         at (N,): compute outputs only at these positions -> (B, N, C); the last block skips the rest.
+        head_follows: the head's gradient will reach the same matrix, so a tied embedding's gradient may be sparse.
         """
         positions = token_positions(input_ids, lengths, cache)  # (T,), or (rows, 1) in a decoding step
         if cache is not None and lengths is None:
             cache.begin_step()
-        x = self.model["embed_tokens"](input_ids)
+        sparse = head_follows and self.config.tie_word_embeddings and self.device.type == "cpu" and fused()
+        x = self.model["embed_tokens"](input_ids, sparse and not hasattr(self, "unshard"))  # never sparse with --shard
         x = x.to(self.compute_dtype or x.dtype)  # (B, T, C)
         rope = rope_table(to_device(positions, x.device), self.config, x.dtype)
         last = self.config.num_hidden_layers - 1

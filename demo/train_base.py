@@ -36,7 +36,7 @@ from tqdm import tqdm
 from core.chat_template import CHATML_DEFAULT_SYSTEM
 from core.files import cli
 from core.flags import Parser, checkpoint_out
-from core.layers import token_logps
+from core.head import token_logps
 from core.tokenizer import Tokenizer
 from demo import words, world
 from demo.tasks import TASKS

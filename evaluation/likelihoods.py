@@ -7,7 +7,7 @@ import torch
 
 from core.attention import to_device
 from core.files import InputError
-from core.layers import token_logps
+from core.head import token_logps
 from core.prefixes import common_prefix
 from core.tokenizer import Tokenizer
 from evaluation.benchmarks import BENCHMARKS

@@ -9,7 +9,8 @@ from conftest import real, tiny_config, tiny_files, tiny_model
 
 from core import layers
 from core.attention import KVCache, attend_documents, varlen_attention
-from core.layers import Linear, NormedLinears, SwiGLULinear, TokenKL, TokenLogProbs, rms_norm, token_logps
+from core.head import TokenKL, TokenLogProbs, token_logps
+from core.layers import Linear, NormedLinears, SwiGLULinear, rms_norm
 from model import Qwen2
 from training.logps import example_logps, sequence_logps
 from training.setup import recompute

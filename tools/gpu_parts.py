@@ -23,7 +23,7 @@ from core import layers
 from core.attention import attend_documents
 from core.checkpoint import Checkpoint
 from core.flags import DTYPES
-from core.layers import token_logps
+from core.head import token_logps
 from core.tokenizer import Tokenizer
 from generate import generate_steps
 from model import Qwen2

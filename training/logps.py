@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from core.attention import to_device
+from core.casts import cast_once
 from core.distributed import (
     ONE_RANK,
     STOP,
@@ -14,7 +15,7 @@ from core.distributed import (
     stop_asked,
     sum_over_ranks,
 )
-from core.layers import token_logps
+from core.head import token_logps
 from model import Qwen2
 from training.examples import pack
 
@@ -138,12 +139,13 @@ def sequence_logps(
     sharded = is_sharded(model)
     share = model.device.type == "cpu" and not sharded
     groups, costs = group_by_context(examples, 4 * micro_tokens, share)
-    for micro in rank_micro_batches(costs, micro_tokens, ranks.rank, ranks.world, sharded):
-        if heed_stop and (stop_asked(model.device) if sharded else STOP["asked"]):  # sharded ranks leave together
-            break
-        indices = [i for group in micro for i in groups[group]]
-        some = [examples[i] for i in indices]
-        logps = shared_prefix_logps(model, some, micro_tokens) if share else example_logps(model, some)
-        out[to_device(torch.tensor(indices, dtype=torch.long), model.device)] = logps
+    with cast_once(model.casts):
+        for micro in rank_micro_batches(costs, micro_tokens, ranks.rank, ranks.world, sharded):
+            if heed_stop and (stop_asked(model.device) if sharded else STOP["asked"]):  # sharded ranks leave together
+                break
+            indices = [i for group in micro for i in groups[group]]
+            some = [examples[i] for i in indices]
+            logps = shared_prefix_logps(model, some, micro_tokens) if share else example_logps(model, some)
+            out[to_device(torch.tensor(indices, dtype=torch.long), model.device)] = logps
     model.train(was_training)
     return sum_over_ranks(out) if ranks.world > 1 else out

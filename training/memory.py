@@ -5,7 +5,7 @@ head, L blocks, V vocabulary entries.
 """
 
 from core.config import Config
-from core.layers import head_columns
+from core.head import head_columns
 
 
 def count_parameters(config: Config) -> tuple[int, int, int]:

@@ -18,10 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.attention import to_device
+from core.casts import cast_copies, cast_once
 from core.checkpoint import Checkpoint
 from core.distributed import Ranks, from_rank_0, is_main
 from core.files import InputError, atomic_write, code_hash
 from core.outputs import check_writable
+from core.pages import available_memory
 from core.tokenizer import Tokenizer, vocabulary
 from model import Qwen2
 from training.logps import Example, sequence_logps
@@ -171,14 +173,17 @@ def compute_chunks(
             known = read_ref_cache(reference.cache) | known  # another run may have added to it
             write_ref_cache(reference.cache, known)
 
+    copies = cast_copies(model, available_memory() // 4)
     try:
-        for part in chunks:
-            examples = [example_of(order[k]) for k in part]
-            logps[to_device(torch.tensor(part), ranks.device)] = sequence_logps(model, examples, micro_tokens, ranks)
-            bar.update(len(part))
-            if time.time() - saved > SAVE_CACHE_EVERY:
-                save()
-                saved = time.time()
+        with cast_once(copies):
+            for part in chunks:
+                examples = [example_of(order[k]) for k in part]
+                values = sequence_logps(model, examples, micro_tokens, ranks)
+                logps[to_device(torch.tensor(part), ranks.device)] = values
+                bar.update(len(part))
+                if time.time() - saved > SAVE_CACHE_EVERY:
+                    save()
+                    saved = time.time()
     finally:  # also when SIGTERM ends the pass
         save()
         bar.close()

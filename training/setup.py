@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 
+from core.casts import cast_copies
 from core.checkpoint import Checkpoint
 from core.distributed import (
     STOP,
@@ -220,6 +221,7 @@ def needs_checkpointing(model: Qwen2, args: argparse.Namespace, tokens: int, ran
     """True if a micro-batch of `tokens` tokens does not fit on some rank without checkpointing. Prints the estimate.
 
     A tenth of the free memory is reserved for what the estimate ignores: gaps in the allocator, kernel workspaces.
+    The memory beyond the estimate is given to spend_spare_memory.
     """
     shards = ranks.world if is_sharded(model) else 1
     settings = DTYPES[args.dtype].itemsize, shards, model.device.type, args.compile == "on"
@@ -239,7 +241,15 @@ def needs_checkpointing(model: Qwen2, args: argparse.Namespace, tokens: int, ran
             print(
                 "warning: still too large; lower --micro-tokens" + ", or --shard over several ranks" * (not args.shard)
             )
+    if free:
+        spend_spare_memory(model, int(room - sum((with_it if on else without).values())))
     return on
+
+
+def spend_spare_memory(model: Qwen2, spare_bytes: int) -> None:
+    """Uses memory that a step leaves free to save time: weights cast once per step, then the head's logits kept."""
+    model.casts = cast_copies(model, spare_bytes)
+    model.spare_bytes = spare_bytes - sum(copy.numel() * copy.element_size() for _, copy in model.casts)
 
 
 def recompute(block: torch.nn.Module) -> None:

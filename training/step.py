@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from core.casts import cast_once
 from core.distributed import STOP, is_sharded, rank_micro_batches, sum_over_ranks
 from model import Qwen2
 from training.logps import example_logps, sequence_logps
@@ -55,10 +56,11 @@ def micro_batches(run: Run, lengths: list[int]) -> Iterator[list[int]]:
     ranks, sharded = run.ranks, is_sharded(run.model)
     micros = rank_micro_batches(lengths, run.args.micro_tokens, ranks.rank, ranks.world, sharded)
     run.start_sync(len(micros))
-    for micro in micros:
-        if STOP["asked"] and not sharded:  # a sharded rank cannot stop alone: the others would wait for it
-            return
-        yield micro
+    with cast_once(run.model.casts):
+        for micro in micros:
+            if STOP["asked"] and not sharded:  # a sharded rank cannot stop alone: the others would wait for it
+                return
+            yield micro
 
 
 def clip_gradients(model: Qwen2, clip: float) -> Tensor:

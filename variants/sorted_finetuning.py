@@ -16,7 +16,7 @@ from core.checkpoint import Checkpoint
 from core.distributed import is_main, run_distributed
 from core.files import InputError, cli
 from core.flags import at_least, checkpoint_out
-from core.layers import token_logps
+from core.head import token_logps
 from model import Qwen2
 from train_sft import StepBatch, sft_loss
 from training.logps import pack_to_device

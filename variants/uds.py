@@ -19,7 +19,7 @@ from core.attention import to_device
 from core.distributed import rank_micro_batches, run_distributed, sum_over_ranks
 from core.files import InputError, cli
 from core.flags import at_least, number
-from core.layers import vocabulary_tiles
+from core.head import vocabulary_tiles
 from model import Qwen2
 from training.logps import pack_to_device
 from training.setup import Setup

@@ -10,7 +10,7 @@ from training_runs import fork
 from core import layers
 from core.distributed import is_sharded, load_into, shard
 from core.files import InputError
-from core.layers import TokenKL, token_kl
+from core.head import TokenKL, token_kl
 from model import Qwen2
 
 
