@@ -19,8 +19,9 @@ from core.attention import KVCache, to_device
 from core.checkpoint import Checkpoint
 from core.conversations import as_messages
 from core.cuda_graph import capture_graph
+from core.devices import DEVICE, DTYPE, DTYPES
 from core.files import InputError, cli
-from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
+from core.flags import Parser, at_least, number, torch_device
 from core.layers import fused
 from core.onednn import onednn_weights
 from core.prefixes import SharedPrefixes

@@ -17,8 +17,9 @@ import contextlib
 import shlex
 from collections.abc import Iterable
 
+from core.devices import DTYPE, DTYPES
 from core.files import InputError, cli, code_hash, same_path
-from core.flags import DTYPE, DTYPES, Parser, at_least, number
+from core.flags import Parser, at_least, number
 from core.outputs import check_folder, claimed_folder
 from core.records import expand
 from core.reply_log import ReplyLog

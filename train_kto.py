@@ -10,6 +10,12 @@ log-probabilities are computed once, before the first step, and kept in a file t
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
+from core.files import check_arguments, cli
+from training.flags import parse_kto_args as parse_args
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before torch is loaded, so that --help and wrong flags are answered at once
+
 import argparse
 import functools
 import math
@@ -22,13 +28,10 @@ from torch import Tensor
 from core.attention import to_device
 from core.conversations import kto_examples
 from core.distributed import is_main, is_sharded, run_distributed
-from core.files import InputError, cli
-from core.flags import Parser, checkpoint_out, number
 from core.records import read_records
 from training.feedback import Feedback, kto_metrics, label_weights, plan_feedback, weight_advice
-from training.flags import add_reference_flags, add_training_flags, check_default_inputs, kto_out, number_or_auto
 from training.logps import example_logps, sequence_logps
-from training.reference import check_cache_path, open_reference, reference_logps
+from training.reference import open_reference, reference_logps
 from training.run import (
     end_step,
     eval_due,
@@ -166,32 +169,7 @@ def with_eval(run: Run, record: dict, held_out: Feedback | None, loss: Callable)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command
-
-
-def parse_args(argv: list[str] | None = None, add_flags: Callable[[Parser], None] | None = None) -> argparse.Namespace:
-    """Parses the command line. add_flags(parser): adds further flags, or changes defaults and the description."""
-    p = Parser(description=__doc__.split("\n\n")[0])
-    add_training_flags(p, "sft.pt", "data/kto.jsonl", None, epochs=1, batch_size=64, lr=1e-6)  # TRL's learning rate
-    p.set_defaults(method="KTO (arXiv 2402.01306)")
-    # KTO (the paper does not publish its settings)
-    add_reference_flags(p)
-    p.add_argument(
-        "--desirable-weight",
-        type=number_or_auto,
-        default=1.0,
-        help="w_D, of desirable examples; auto balances the labels",
-    )
-    p.add_argument("--undesirable-weight", type=number(0), default=1.0, help="w_U, of undesirable examples")
-    if add_flags:
-        add_flags(p)
-    args = p.parse_args(argv)
-    args.out = args.out or checkpoint_out(kto_out(args.ckpt))
-    if args.batch_size < 2:
-        raise InputError("--batch-size 1: a KL pair takes two examples; give at least 2")
-    check_default_inputs(args)
-    check_cache_path(args)
-    return args
+# The command. Its flags are in training/flags.py.
 
 
 def main(

@@ -9,6 +9,12 @@ Data: {"messages": [{"role", "content"}, ...]} lines. Every assistant turn is su
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
+from core.files import InputError, check_arguments, cli
+from training.flags import parse_sft_args as parse_args
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before torch is loaded, so that --help and wrong flags are answered at once
+
 import argparse
 import functools
 import time
@@ -20,12 +26,9 @@ from torch import Tensor
 
 from core.conversations import sft_conversations
 from core.distributed import is_main, run_distributed
-from core.files import InputError, cli
-from core.flags import Parser
 from core.records import read_records
 from model import Qwen2
 from training.examples import count_supervised, encode_chats
-from training.flags import add_training_flags, check_default_inputs
 from training.logps import supervised_logps
 from training.run import (
     end_step,
@@ -139,20 +142,7 @@ def with_eval(run: Run, record: dict, held_out: list) -> dict | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command
-
-
-def parse_args(argv: list[str] | None = None, add_flags: Callable[[Parser], None] | None = None) -> argparse.Namespace:
-    """Parses the command line. add_flags(parser): adds further flags, or changes defaults and the description."""
-    p = Parser(description=__doc__.split("\n\n")[0])
-    add_training_flags(p, "Qwen/Qwen2-0.5B-Instruct", "data/sft.jsonl", "sft.pt", epochs=3, batch_size=1000, lr=1e-6)
-    p.set_defaults(method="supervised fine-tuning")
-    p.add_argument("--last-turn-only", action="store_true", help="learn only the last reply of a conversation, not all")
-    if add_flags:  # the defaults above are the paper's
-        add_flags(p)
-    args = p.parse_args(argv)
-    check_default_inputs(args)
-    return args
+# The command. Its flags are in training/flags.py.
 
 
 def main(

@@ -24,23 +24,16 @@ from core.config import parse_config, rope_settings
 from core.files import InputError, atomic_write, check_regular, read_json, read_text, warn_once
 from core.outputs import (
     CARD,
+    INDEX,
+    SIDE_FILES,
     atomic_folder,
-    check_replaceable,
-    check_writable,
-    foreign_entries,
-    is_inside,
+    check_checkpoint_path,
     remove_leftovers,
     write_card,
-    written_files,
 )
 from core.pages import mapped, page_chunks, start_writing
 
-HEAD, EMBEDDING, INDEX = "lm_head.weight", "model.embed_tokens.weight", "model.safetensors.index.json"
-# Text files beside weights and config.json that a checkpoint passes on to the checkpoints made from it
-SIDE_FILES = (
-    "generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
-    "merges.txt chat_template.jinja"
-).split()
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -234,33 +227,6 @@ def download(repo: str) -> str:
         raise InputError(f"{repo}: no such directory here, and the hub did not give it: {reason}") from None
 
 
-def check_out(out: str) -> None:
-    """InputError unless a checkpoint can be written at `out`, so that the work before it is not lost."""
-    path = os.path.realpath(out)
-    if os.path.basename(out.rstrip("/")) in ("", ".", "..") or is_inside(os.getcwd(), path):
-        raise InputError(f"--out {out}: is the current folder or contains it; give the name of a new folder")
-    check_writable(out)
-    if out.endswith(".pt"):
-        if os.path.isdir(path):
-            raise InputError(f"{out}: is a directory; a .pt checkpoint is a file; give another --out")
-        if os.path.lexists(path) and (not os.path.isfile(path) or os.path.getsize(path)):
-            try:
-                Checkpoint(path)
-            except InputError:
-                raise InputError(f"{out}: exists and is no checkpoint of this project; give another --out") from None
-        return
-    if os.path.lexists(path) and not os.path.isdir(path):
-        raise InputError(f"{out}: is a file; give a folder, or a name that ends in .pt, as --out")
-    if os.path.isdir(path):
-        check_replaceable(path)
-        foreign = foreign_entries(path, "checkpoint")
-        if foreign and "config.json" not in written_files(path, "checkpoint"):
-            raise InputError(f"{out}: exists and is no checkpoint that this project wrote; give another --out")
-        for name in foreign:
-            if name in (*SIDE_FILES, "config.json", INDEX) or name.endswith(".safetensors"):
-                raise InputError(f"{out}/{name}: was not written by this project; move it, or give another --out")
-
-
 Text = str | Callable[[], str]
 
 
@@ -292,7 +258,7 @@ def write_checkpoint(
             weights = {n: t.contiguous() for n, t in tensors}
             save_pt({"config": config, "files": {n: call(text) for n, text in files.items()}, "weights": weights}, f)
         return
-    check_out(out)
+    check_checkpoint_path(out)
     shards, index = plan_shards(specs, shard_size), {}
     if len(shards) > 1:
         where = {tensor: name for name, shard in shards.items() for tensor in shard}

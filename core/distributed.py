@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from core.files import is_main
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranks
 
@@ -31,11 +33,6 @@ class Ranks:
 
 
 ONE_RANK = Ranks()
-
-
-def is_main() -> bool:
-    """True in the process that prints and writes files: rank 0, or the only process without torchrun."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def own_device(device: str) -> str:

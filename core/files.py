@@ -64,6 +64,22 @@ def warn_once(text: str) -> None:
         print(f"warning: {printable(text)}", file=sys.stderr)
 
 
+def check_arguments(parse: Callable[[], object]) -> None:
+    """Parses a script's arguments before it loads torch, so that --help and wrong flags are answered at once.
+
+    Ends the process if the arguments are wrong. Otherwise the script goes on; its main() parses them again.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    cli(parse)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def is_main() -> bool:
+    """True in the process that prints and writes files: rank 0, or the only process without torchrun."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def discard_output() -> None:
     """Point stdout and stderr at /dev/null, so that the interpreter's last flush cannot fail."""
     null = os.open(os.devnull, os.O_WRONLY)

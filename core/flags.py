@@ -1,18 +1,17 @@
-"""Command-line flags: a parser that reports errors in one line, and argparse types that check values."""
+"""Command-line flags: a parser that reports errors in one line, and argparse types that check values.
+
+This module does not import torch, so that a script can parse its arguments before torch is loaded.
+"""
 
 import argparse
 import math
+import os
+import re
 from collections.abc import Callable
 from typing import NoReturn
 
-import torch
-
-from core.checkpoint import check_out
-from core.distributed import is_main
-from core.files import InputError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the values of --dtype
-DEVICE, DTYPE = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")  # defaults
+from core.files import InputError, is_main
+from core.outputs import check_checkpoint_path
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -73,16 +72,33 @@ def checkpoint_out(text: str) -> str:
     return out
 
 
+def check_out(out: str) -> None:
+    """InputError unless a checkpoint can be written at `out`, so that the work before it is not lost."""
+    check_checkpoint_path(out)
+    path = os.path.realpath(out)
+    if out.endswith(".pt") and os.path.lexists(path) and (not os.path.isfile(path) or os.path.getsize(path)):
+        from core.checkpoint import Checkpoint  # loads torch, which most command lines need not wait for
+
+        try:
+            Checkpoint(path)
+        except InputError:
+            raise InputError(f"{out}: exists and is no checkpoint of this project; give another --out") from None
+
+
 def torch_device(text: str) -> str:
     """An argparse type: the name of a torch device that this machine has."""
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no torch device; give cpu, cuda or cuda:1") from None
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text}: only cpu and cuda are supported")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"{text}: no such GPU, torch sees {torch.cuda.device_count()} here; cpu always works"
-        )
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not supported; give cpu, cuda or cuda:1")
+    if text != "cpu":
+        import torch  # only here: the default needs no check
+
+        index, found = int(text.partition(":")[2] or 0), torch.cuda.device_count()
+        if index >= found:
+            raise argparse.ArgumentTypeError(f"{text}: no such GPU, torch sees {found} here; cpu always works")
     return text
+
+
+def add_device_flags(p: argparse.ArgumentParser, dtype: str) -> None:
+    """Adds --dtype and --device. core.devices.choose_device sets their defaults. dtype: the help text of --dtype."""
+    p.add_argument("--dtype", choices=["fp32", "bf16"], help=f"{dtype} (default: bf16 if there is a GPU, else fp32)")
+    p.add_argument("--device", type=torch_device, help="torch device (default: cuda if there is a GPU, else cpu)")

@@ -20,6 +20,12 @@ from core.files import TEMPORARY, InputError, atomic_write, check_digits, lock, 
 
 MANIFEST = ".written.json"
 CARD = "README.md"
+INDEX = "model.safetensors.index.json"
+# Text files beside weights and config.json that a checkpoint passes on to the checkpoints made from it
+SIDE_FILES = (
+    "generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
+    "merges.txt chat_template.jinja"
+).split()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,3 +334,25 @@ def exchange(first: str, second: str) -> bool:
         return ctypes.CDLL(None).renameat2(here, os.fsencode(first), here, os.fsencode(second), swap) == 0
     except AttributeError:
         return False
+
+
+def check_checkpoint_path(out: str) -> None:
+    """InputError unless a checkpoint can be written at `out`. Does not look into an existing .pt file."""
+    path = os.path.realpath(out)
+    if os.path.basename(out.rstrip("/")) in ("", ".", "..") or is_inside(os.getcwd(), path):
+        raise InputError(f"--out {out}: is the current folder or contains it; give the name of a new folder")
+    check_writable(out)
+    if out.endswith(".pt"):
+        if os.path.isdir(path):
+            raise InputError(f"{out}: is a directory; a .pt checkpoint is a file; give another --out")
+        return
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise InputError(f"{out}: is a file; give a folder, or a name that ends in .pt, as --out")
+    if os.path.isdir(path):
+        check_replaceable(path)
+        foreign = foreign_entries(path, "checkpoint")
+        if foreign and "config.json" not in written_files(path, "checkpoint"):
+            raise InputError(f"{out}: exists and is no checkpoint that this project wrote; give another --out")
+        for name in foreign:
+            if name in (*SIDE_FILES, "config.json", INDEX) or name.endswith(".safetensors"):
+                raise InputError(f"{out}/{name}: was not written by this project; move it, or give another --out")

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from core.checkpoint import Checkpoint
+from core.devices import DEVICE, DTYPES
 from core.distributed import join_ranks, leave_group, own_device
-from core.flags import DEVICE, DTYPES
 from core.reply_log import ReplyLog
 from core.tokenizer import Tokenizer
 from generate import generate_iter

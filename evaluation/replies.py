@@ -16,9 +16,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from core.checkpoint import Checkpoint
+from core.devices import DEVICE, DTYPE, DTYPES
 from core.distributed import ONE_RANK, Ranks, is_main
 from core.files import InputError, atomic_write, code_hash, read_json
-from core.flags import DEVICE, DTYPE, DTYPES, at_least, number, torch_device
+from core.flags import at_least, number, torch_device
 from core.reply_log import ReplyLog
 from core.tokenizer import Tokenizer
 from evaluation.benchmarks import BENCHMARKS

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from core.checkpoint import Checkpoint
 from core.conversations import sft_conversations
+from core.devices import DEVICE, DTYPE, DTYPES
 from core.files import InputError, atomic_write
-from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
+from core.flags import Parser, at_least, number, torch_device
 from core.outputs import check_file
 from core.records import read_records
 from core.tokenizer import Tokenizer

@@ -24,8 +24,9 @@ import time
 
 import torch
 
+from core.devices import DEVICE, DTYPE, DTYPES
 from core.files import InputError, cli
-from core.flags import DEVICE, DTYPE, DTYPES, Parser, number, torch_device
+from core.flags import Parser, number, torch_device
 from core.outputs import check_file
 from tools import gpu_parts, gpu_training
 from tools.gpu_parts import LARGE, ROOT, SMALL, Bench

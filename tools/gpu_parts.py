@@ -22,7 +22,7 @@ import torch
 from core import layers
 from core.attention import attend_documents
 from core.checkpoint import Checkpoint
-from core.flags import DTYPES
+from core.devices import DTYPES
 from core.head import token_logps
 from core.tokenizer import Tokenizer
 from generate import generate_steps

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import train_kto
 import train_sft
+from core.devices import DTYPES
 from core.distributed import Ranks
-from core.flags import DTYPES
 from generate import generate_steps
 from model import Qwen2
 from tools.gpu_parts import (

@@ -15,7 +15,7 @@ from argparse import Namespace
 import torch
 
 from core.conversations import kto_examples, sft_conversations
-from core.flags import DTYPES
+from core.devices import DTYPES
 from core.records import read_records
 from core.tokenizer import Tokenizer
 from model import Qwen2

@@ -30,8 +30,9 @@ import torch
 from core.checkpoint import Checkpoint
 from core.config import parse_config
 from core.conversations import kto_examples, sft_conversations
+from core.devices import DEVICE, DTYPE, DTYPES
 from core.files import InputError, atomic_write, cli
-from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, torch_device
+from core.flags import Parser, at_least, torch_device
 from core.outputs import check_file
 from core.records import read_records
 from core.tokenizer import Tokenizer

@@ -1,16 +1,56 @@
-"""The flags that train_sft.py and train_kto.py share."""
+"""The flags of train_sft.py and train_kto.py. Does not import torch, as in core/flags.py."""
 
 import argparse
 import os
+from collections.abc import Callable
 
-from core.files import InputError
-from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, checkpoint_out, number, torch_device
+from core.files import InputError, is_main
+from core.flags import Parser, add_device_flags, at_least, checkpoint_out, number
+from core.outputs import check_writable
 
 WRITTEN_BY = {  # default inputs, and the command that writes each
     "data/sft.jsonl": "python make_data.py",
     "data/kto.jsonl": "python make_data.py",
     "sft.pt": "python train_sft.py",
 }
+
+
+def parse_sft_args(
+    argv: list[str] | None = None, add_flags: Callable[[Parser], None] | None = None
+) -> argparse.Namespace:
+    """Parses train_sft.py's arguments. add_flags(parser): adds further flags, or changes defaults and description."""
+    p = Parser(description="Supervised fine-tuning in plain PyTorch.")
+    add_training_flags(p, "Qwen/Qwen2-0.5B-Instruct", "data/sft.jsonl", "sft.pt", epochs=3, batch_size=1000, lr=1e-6)
+    p.set_defaults(method="supervised fine-tuning")
+    p.add_argument("--last-turn-only", action="store_true", help="learn only the last reply of a conversation, not all")
+    if add_flags:  # the defaults above are the paper's
+        add_flags(p)
+    args = p.parse_args(argv)
+    check_default_inputs(args)
+    return args
+
+
+def parse_kto_args(
+    argv: list[str] | None = None, add_flags: Callable[[Parser], None] | None = None
+) -> argparse.Namespace:
+    """Parses train_kto.py's arguments. add_flags: as in parse_sft_args."""
+    p = Parser(description="KTO, alignment from desirable and undesirable completions (arXiv 2402.01306).")
+    add_training_flags(p, "sft.pt", "data/kto.jsonl", None, epochs=1, batch_size=64, lr=1e-6)  # TRL's learning rate
+    p.set_defaults(method="KTO (arXiv 2402.01306)")
+    # KTO (the paper does not publish its settings)
+    add_reference_flags(p)
+    w_d = "w_D, of desirable examples; auto balances the labels"
+    p.add_argument("--desirable-weight", type=number_or_auto, default=1.0, help=w_d)
+    p.add_argument("--undesirable-weight", type=number(0), default=1.0, help="w_U, of undesirable examples")
+    if add_flags:
+        add_flags(p)
+    args = p.parse_args(argv)
+    args.out = args.out or checkpoint_out(kto_out(args.ckpt))
+    if args.batch_size < 2:
+        raise InputError("--batch-size 1: a KL pair takes two examples; give at least 2")
+    check_default_inputs(args)
+    check_cache_path(args)
+    return args
 
 
 def add_training_flags(
@@ -45,10 +85,9 @@ def add_training_flags(
     skips = "stop with an error after this many steps in a row with a loss or gradient that is not finite"
     p.add_argument("--max-skips", type=at_least(1), default=3, help=skips)
     # machine
-    micro_tokens = 16384 if DEVICE == "cuda" else 1024
-    p.add_argument("--micro-tokens", type=at_least(1), default=micro_tokens, help="maximum tokens of one forward")
-    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="compute dtype; the weights stay fp32")
-    p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
+    most = "maximum tokens of one forward (default: 16384 if there is a GPU, else 1024)"
+    p.add_argument("--micro-tokens", type=at_least(1), help=most)
+    add_device_flags(p, "compute dtype; the weights stay fp32")
     when = "torch.compile the blocks; auto: on a CPU, if the run is long enough to repay half a minute of compilation"
     p.add_argument("--compile", nargs="?", choices=["auto", "on", "off"], default="auto", const="on", help=when)
     p.add_argument("--shard", action="store_true", help="split weights and optimizer state over the ranks (FSDP2)")
@@ -99,3 +138,17 @@ def kto_out(ckpt: str, method: str = "kto") -> str:
         ckpt = os.path.realpath(ckpt)
     stem, suffix = (ckpt[:-3], ".pt") if ckpt.endswith(".pt") else (os.path.normpath(ckpt), "")
     return f"{stem}-{method}{suffix}"
+
+
+def cache_path(args: argparse.Namespace) -> str:
+    """--ref-cache, or else ref-cache.safetensors beside OUT."""
+    return args.ref_cache or os.path.join(os.path.dirname(os.path.abspath(args.out)), "ref-cache.safetensors")
+
+
+def check_cache_path(args: argparse.Namespace) -> None:
+    """InputError if the cache is a directory or cannot be written. Called before the work begins."""
+    path = cache_path(args)
+    if os.path.isdir(path):
+        raise InputError(f"--ref-cache {path}: is a directory; give a file, such as {path}/ref-cache.safetensors")
+    if is_main() and not os.path.isfile(path):  # an existing cache may be complete and read-only
+        check_writable(path, "--ref-cache")

@@ -1,6 +1,5 @@
 """The reference model's log-probabilities: computed once, before the first step, and cached on disk."""
 
-import argparse
 import collections
 import hashlib
 import itertools
@@ -26,6 +25,7 @@ from core.outputs import check_writable
 from core.pages import available_memory
 from core.tokenizer import Tokenizer, vocabulary
 from model import Qwen2
+from training.flags import cache_path
 from training.logps import Example, sequence_logps
 from training.setup import Setup, load_frozen
 
@@ -67,20 +67,6 @@ def open_reference(setup: Setup, fingerprint: str) -> Reference:
 # The cache on disk
 
 SAVE_CACHE_EVERY = 60  # seconds of work that a killed run may lose
-
-
-def cache_path(args: argparse.Namespace) -> str:
-    """--ref-cache, or else ref-cache.safetensors beside OUT."""
-    return args.ref_cache or os.path.join(os.path.dirname(os.path.abspath(args.out)), "ref-cache.safetensors")
-
-
-def check_cache_path(args: argparse.Namespace) -> None:
-    """InputError if the cache is a directory or cannot be written. Called before the work begins."""
-    path = cache_path(args)
-    if os.path.isdir(path):
-        raise InputError(f"--ref-cache {path}: is a directory; give a file, such as {path}/ref-cache.safetensors")
-    if is_main() and not os.path.isfile(path):  # an existing cache may be complete and read-only
-        check_writable(path, "--ref-cache")
 
 
 def read_ref_cache(path: str) -> dict[bytes, float]:

@@ -16,6 +16,7 @@ import torch.utils.checkpoint
 
 from core.casts import cast_copies
 from core.checkpoint import Checkpoint
+from core.devices import DEVICE, DTYPES, choose_device
 from core.distributed import (
     STOP,
     Ranks,
@@ -28,7 +29,6 @@ from core.distributed import (
     sum_over_ranks,
 )
 from core.files import InputError, same_path
-from core.flags import DTYPES
 from core.outputs import check_inputs
 from core.pages import GIB, free_memory
 from core.tokenizer import Tokenizer
@@ -42,7 +42,12 @@ from training.saves import check_not_running
 
 
 def setup_ranks(args: argparse.Namespace) -> Ranks:
-    """Joins the ranks and seeds all of them equally. InputError if another run is writing to the same --out."""
+    """Joins the ranks and seeds all of them equally. Sets the flags whose defaults depend on the device.
+
+    InputError if another run is writing to the same --out.
+    """
+    choose_device(args)
+    args.micro_tokens = args.micro_tokens or (16384 if DEVICE == "cuda" else 1024)
     if args.tensorboard:
         require_tensorboard()
     # tensor sizes differ between micro-batches, and this lets freed memory be reused for other sizes

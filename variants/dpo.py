@@ -19,7 +19,7 @@ from core.attention import to_device
 from core.distributed import run_distributed
 from core.files import InputError, cli
 from core.flags import Parser, checkpoint_out, number
-from training.flags import add_reference_flags, add_training_flags, check_default_inputs, kto_out
+from training.flags import add_reference_flags, add_training_flags, check_cache_path, check_default_inputs, kto_out
 from training.logps import example_logps
 from training.preferences import (
     Groups,
@@ -29,7 +29,6 @@ from training.preferences import (
     preference_pairs,
     start_preference_run,
 )
-from training.reference import check_cache_path
 from training.run import end_step, eval_due, eval_logps, finish_run, progress, stop_run
 from training.saves import Run
 from training.step import lr_at, micro_batches, optimizer_step, record_skip, seed_step

@@ -20,9 +20,10 @@ from tqdm import tqdm
 from core.attention import to_device
 from core.checkpoint import Checkpoint
 from core.conversations import dialogues
+from core.devices import DEVICE, DTYPE, DTYPES
 from core.distributed import split_by_tokens
 from core.files import InputError, cli
-from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, number, torch_device
+from core.flags import Parser, at_least, number, torch_device
 from core.outputs import check_folder, claimed_folder
 from core.records import expand, read_objects, write_jsonl
 from core.tokenizer import Tokenizer

@@ -20,8 +20,9 @@ from core.distributed import run_distributed
 from core.files import cli
 from model import Qwen2
 from training.examples import count_supervised
+from training.flags import check_cache_path
 from training.logps import example_logps
-from training.reference import check_cache_path, open_reference, reference_logps
+from training.reference import open_reference, reference_logps
 from training.setup import Setup
 
 

@@ -15,8 +15,9 @@ import re
 import shlex
 from collections import Counter
 
+from core.devices import DTYPE, DTYPES
 from core.files import InputError, cli
-from core.flags import DTYPE, DTYPES, Parser, at_least
+from core.flags import Parser, at_least
 from core.outputs import check_folder, claimed_folder
 from core.records import expand, read_objects, write_jsonl
 from curation.local import open_local

@@ -12,8 +12,9 @@ import transformers
 from conftest import ROOT, tiny_config, tiny_files, tiny_model
 
 from core import outputs
-from core.checkpoint import Checkpoint, check_out, write_checkpoint
+from core.checkpoint import Checkpoint, write_checkpoint
 from core.files import InputError
+from core.flags import check_out
 from core.outputs import MANIFEST
 from core.tokenizer import Tokenizer
 from model import Qwen2
