@@ -15,6 +15,7 @@ from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
 import train_kto
+from core.files import InputError
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -102,7 +103,7 @@ def test_commands_parse(path, words, monkeypatch, tmp_path):
 
 
 def test_an_unknown_flag_does_not_parse(monkeypatch):
-    with pytest.raises(train_kto.InputError, match="--learning-rate"):
+    with pytest.raises(InputError, match="--learning-rate"):
         parse(["torchrun", "train_kto.py", "--learning-rate", "1"], monkeypatch)
 
 

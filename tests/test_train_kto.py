@@ -13,11 +13,11 @@ from conftest import real, tiny_files, tiny_model, write_lines
 from training_runs import chats, feedback, launch, log, torchrun, trl_log, update_error, weights
 
 import train_kto
-import train_sft
 from core.checkpoint import Checkpoint
 from core.tokenizer import Tokenizer
 from model import Qwen2
 from train_kto import kl_estimate, kl_pairs, kto_loss
+from training import flags as training_flags
 from training import reference
 from training.feedback import balanced_weight, weight_advice
 from training.flags import kto_out
@@ -387,9 +387,8 @@ def test_the_missions_line(tiny, tmp_path, monkeypatch, run, refused):
     write_lines("data/kto.jsonl", feedback(8))
     refused(["sft.pt: no such file", "python train_sft.py"], "train_kto")
     refused(["sft.pt: no such file", "python train_sft.py"], "train_kto", "--ckpt", "sft.pt")
-    monkeypatch.setattr(
-        train_sft, "add_training_flags", functools.partial(defaults, train_sft.add_training_flags, tiny)
-    )
+    patched = functools.partial(defaults, training_flags.add_training_flags, tiny)
+    monkeypatch.setattr(training_flags, "add_training_flags", patched)
     code, text, _ = run("train_sft")
     assert code == 0 and "wrote sft.pt" in text and "next: python train_kto.py --ckpt sft.pt\n" in text
     text = torchrun(2, "train_kto.py", "--ckpt", "sft.pt")

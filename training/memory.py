@@ -41,6 +41,7 @@ def memory_needed(
     shards: int = 1,
     device_type: str = "cpu",
     compiled: bool = False,
+    fp32_attention: bool = False,
 ) -> dict[str, int]:
     """Bytes at the peak of a training step on one device: {"state", "activations", "work"}; the peak is their sum.
 
@@ -57,6 +58,8 @@ def memory_needed(
     - Per block and token 2C + 3A + 2K + 2I numbers: the block's input; q, k, v (repeated keys and values count as A);
       the output of attention in two layouts; the sum of input and attention; gate and up. Plus one fp32 number per norm
       and per head.
+    - With fp32_attention, inputs and output of attention in fp32: documents below fp32 that are short (see
+      core.attention.fp32_pays).
     - Below fp32 also a cast copy of o_proj's matrix. Not with shards, where it is gathered again.
     - A compiled block also keeps the outputs of both norms, the input of down_proj and, below fp32, its matrices.
     - With activation checkpointing a block keeps its input only: C numbers per token.
@@ -75,6 +78,8 @@ def memory_needed(
     cast = itemsize if itemsize < 4 else 0  # bytes of a number in a weight's copy below fp32
 
     kept = tokens * (itemsize * (2 * C + 3 * A + 2 * K + 2 * I) + 4 * (H + 2)) + (cast * C * A if shards == 1 else 0)
+    if fp32_attention:
+        kept += tokens * (4 - itemsize) * (2 * A + 2 * K)
     if compiled:
         kept += tokens * itemsize * (2 * C + I) + (cast * block if shards == 1 else 0)
     indices = 48  # bytes per token: ids, positions, targets and owners in int64, sums in fp32

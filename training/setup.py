@@ -228,8 +228,9 @@ def needs_checkpointing(model: Qwen2, args: argparse.Namespace, tokens: int, ran
     A tenth of the free memory is reserved for what the estimate ignores: gaps in the allocator, kernel workspaces.
     The memory beyond the estimate is given to spend_spare_memory.
     """
-    shards = ranks.world if is_sharded(model) else 1
-    settings = DTYPES[args.dtype].itemsize, shards, model.device.type, args.compile == "on"
+    shards, on_cpu = ranks.world if is_sharded(model) else 1, model.device.type == "cpu"
+    # the last one: the documents may all be short
+    settings = DTYPES[args.dtype].itemsize, shards, model.device.type, args.compile == "on", on_cpu
     without, with_it = (memory_needed(model.config, tokens, again, *settings) for again in (False, True))
     loaded = without["state"] // 4  # the weights, already in memory
     free = free_memory(model.device)

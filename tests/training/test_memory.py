@@ -69,7 +69,7 @@ def test_activations_are_what_torch_keeps(item, compiled, lengths, monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         logps = example_logps(m, examples(lengths))
     assert logps.requires_grad
-    need = memory_needed(m.config, sum(lengths), False, item, compiled=compiled)
+    need = memory_needed(m.config, sum(lengths), False, item, compiled=compiled, fp32_attention=max(lengths) <= 256)
     assert sum(kept.values()) == pytest.approx(need["activations"], rel=0.03)
 
 
@@ -83,7 +83,7 @@ class Held(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.untyped_storage() not in self.known:
+            if isinstance(t, torch.Tensor) and not t.is_sparse and t.untyped_storage() not in self.known:
                 storage = t.untyped_storage()
                 self.known.add(storage)
                 self.now += storage.nbytes()
@@ -110,7 +110,7 @@ def test_the_peak_of_a_step_is_what_is_counted(item, again, changes):
         ):  # the gradients of the first stand beside the activations of the second, and so do the moments
             example_logps(m, examples((50, 30, 80))).sum().backward()
             optimizer.step()
-    need = memory_needed(m.config, 160, again, item)
+    need = memory_needed(m.config, 160, again, item, fp32_attention=True)
     assert 0.9 < (held.peak + state) / sum(need.values()) < 1.03
 
 
