@@ -66,7 +66,8 @@ def memory_needed(
     - Around the blocks: 2C for the last norm, C for the head's input, and the rotary angles.
 
     work: temporary tensors (the larger of two peaks) and the gathered weights.
-    - The head: a tile of logits and its softmax, the gradients of head and input, below fp32 the tile's weights.
+    - The head: a tile of logits and its softmax, the gradients of head and input; below fp32 also the tile's gradient
+      and weights.
     - The backward of a block: four tensors of the MLP's width, the gradient of one of its matrices, a tied head's
       gradient; with activation checkpointing also everything that the block keeps.
     - Sharded: embedding and head, and two blocks with their gradients.
@@ -87,7 +88,7 @@ def memory_needed(
     activations = around + L * (tokens * itemsize * C if checkpointing else kept)
 
     columns = min(V, head_columns(device_type))
-    head = tokens * columns * 8 + 4 * V * C + columns * C * 2 * cast + tokens * C * (4 + cast)
+    head = tokens * columns * (8 + cast) + 4 * V * C + columns * C * 2 * cast + tokens * C * (4 + cast)
     mlp = tokens * itemsize * (4 * I + 2 * C) + C * I * (4 + 2 * cast) + (4 * V * C if c.tie_word_embeddings else 0)
     mlp += kept if checkpointing else 0
     work = max(head, mlp) + (4 * vocabulary + 2 * block * (2 * itemsize + 4) if shards > 1 else 0)
