@@ -14,11 +14,12 @@ import random
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import train_sft
 from core.attention import to_device
 from core.conversations import sft_conversations
-from core.distributed import run_distributed
+from core.distributed import is_main, run_distributed
 from core.files import InputError, cli
 from core.flags import at_least, number
 from core.layers import project
@@ -107,7 +108,7 @@ def add_corda_adapters(setup: Setup) -> None:
         layers = linear_layers(blocks[start : start + step])
         measured = {(part, name): linear for part, name, linear in layers if name not in SAME_INPUT}
         covariance = dict(zip(measured, input_covariances(model, list(measured.values()), sequences)))
-        for part, name, linear in layers:
+        for part, name, linear in tqdm(layers, "corda", unit="layer", disable=None if is_main() else True):
             adapter, own = LoRA(linear, args.rank, args.rank), covariance[part, SAME_INPUT.get(name, name)]
             parts = corda_split(linear.weight, own, args.rank, args.corda == "learn")
             for mine, value in zip((linear.weight, adapter.A, adapter.B), parts):
@@ -127,8 +128,9 @@ def input_covariances(model: Qwen2, linears: list[nn.Linear], sequences: list[li
         total.addmm_(x.T, x, alpha=1 / len(sequences))
 
     hooks = [x.register_forward_pre_hook(functools.partial(add, total=total)) for x, total in zip(linears, found)]
-    for ids in sequences:
-        model.hidden(to_device([ids], model.device))
+    with torch.compiler.set_stance("force_eager"):  # compiled blocks do not look for new hooks
+        for ids in sequences:
+            model.hidden(to_device([ids], model.device))
     for hook in hooks:
         hook.remove()
     return found
