@@ -161,15 +161,26 @@ began=$SECONDS
 "$py" make_data.py --sources "${sources[@]}" --teacher "$teacher" --small "${small:-$base}" --out "$run/data" ${data[@]+"${data[@]}"}
 cat "$run/data/sft.jsonl" "$run/data/kto.jsonl" | cksum >"$run/steps/data"
 echo "(data: $((SECONDS - began)) s)"
-if [[ -n $demo ]]; then kill "$server"; trap - EXIT; fi # nothing below asks a teacher
 
-# ---- 2. training: SFT, KTO from the base, KTO from the SFT model
+# ---- 2. training: SFT, KTO from the base, KTO from the SFT model on the data's responses and on its own
 
 step sft "base data" train_sft.py --ckpt "$base" --data "$run/data/sft.jsonl" --out "$run/sft" ${train[@]+"${train[@]}"} ${sft[@]+"${sft[@]}"}
-for arm in kto sft-kto; do
-  from=$base before="base data"
-  [[ $arm == sft-kto ]] && from=$run/sft before="data sft"
-  step "$arm" "$before" train_kto.py --ckpt "$from" --data "$run/data/kto.jsonl" --out "$run/$arm" --desirable-weight auto \
+
+# The SFT model's own responses, labelled like the first ones. The copied folder holds the replies of the teacher, so that
+# it is asked only what is new.
+say "own-data: make_data.py with the SFT model's responses"
+began=$SECONDS
+[[ -d $run/own-data ]] || cp -r "$run/data" "$run/own-data"
+"$py" make_data.py --sources "${sources[@]}" --teacher "$teacher" --small "$run/sft" --out "$run/own-data" ${data[@]+"${data[@]}"}
+cat "$run/own-data/sft.jsonl" "$run/own-data/kto.jsonl" | cksum >"$run/steps/own-data"
+echo "(own-data: $((SECONDS - began)) s)"
+if [[ -n $demo ]]; then kill "$server"; trap - EXIT; fi # nothing below asks a teacher
+
+for arm in kto sft-kto sft-kto-own; do
+  from=$run/sft before="data sft" feedback=$run/data
+  [[ $arm == kto ]] && from=$base before="base data"
+  [[ $arm == sft-kto-own ]] && before="own-data sft" feedback=$run/own-data
+  step "$arm" "$before" train_kto.py --ckpt "$from" --data "$feedback/kto.jsonl" --out "$run/$arm" --desirable-weight auto \
     ${train[@]+"${train[@]}"} ${kto[@]+"${kto[@]}"}
 done
 
@@ -185,7 +196,7 @@ step ties "base sft kto" merge.py --method ties --models "$run/sft" "$run/kto" -
 
 say "eval: ${tasks[*]}"
 arms=("$base")
-for arm in sft kto sft-kto mean mean-05-95 ties; do arms+=("$run/$arm"); done
+for arm in sft kto sft-kto sft-kto-own mean mean-05-95 ties; do arms+=("$run/$arm"); done
 "$py" eval.py --ckpt "${arms[@]}" --tasks "${tasks[@]}" --out "$run/eval" ${score[@]+"${score[@]}"}
 
 "$py" -m tools.page "$run" --out "$run/page.html" >/dev/null
