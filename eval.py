@@ -206,6 +206,8 @@ def compare_command(argv: list[str]) -> None:
     p.add_argument("--out", default="eval", help="directory of an evaluation, with samples.jsonl")
     args = p.parse_args(argv)
     path, (first, second) = os.path.join(args.out, "samples.jsonl"), args.names
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file; give the --out of an evaluation that has ended")
     samples = read_samples(path)
     known = list(dict.fromkeys(name for name, _, _ in samples))
     for name in args.names:

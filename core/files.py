@@ -40,6 +40,8 @@ def cli(main: Callable[[], object]) -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal that shows ASCII only gets escapes, not a UnicodeEncodeError
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(AttributeError, ValueError):  # bytes that are not UTF-8 in a chat's input
+        sys.stdin.reconfigure(errors="replace")
     try:
         try:
             main()

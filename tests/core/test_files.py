@@ -209,3 +209,11 @@ def test_ctrl_c_during_imports_is_silent(script, tmp_path):
     time.sleep(0.05)
     done.send_signal(signal.SIGINT)
     assert (done.wait(60), done.stderr.read()) == (130, b"")
+
+
+def test_input_that_is_not_utf8_is_replaced():
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from core.files import cli; cli(lambda: print(ascii(input())))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=b"a\xffb\n", capture_output=True, timeout=60)
+    assert done.stdout == b"'a\\ufffdb'\n", done.stderr
