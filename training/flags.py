@@ -8,6 +8,10 @@ from core.files import InputError, is_main
 from core.flags import Parser, add_device_flags, at_least, checkpoint_out, number
 from core.outputs import check_writable
 
+# Tensor sizes differ between micro-batches, and this lets freed memory be reused for other sizes. Set here because the
+# training scripts import this module before torch, which may read the variable only once.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 WRITTEN_BY = {  # default inputs, and the command that writes each
     "data/sft.jsonl": "python make_data.py",
     "data/kto.jsonl": "python make_data.py",

@@ -68,8 +68,17 @@ def supervised_logps_and_kl(
 
 def example_logps(model: Qwen2, examples: list[Example]) -> Tensor:
     """supervised_logps summed over the tokens of each example: (len(examples),) fp32."""
-    logps, owner = supervised_logps(model, examples)
-    return logps.new_zeros(len(examples)).index_add(0, owner, logps)
+    return sum_by_owner(*supervised_logps(model, examples), len(examples))
+
+
+def sum_by_owner(logps: Tensor, owner: Tensor, n: int) -> Tensor:
+    """The sum of each example's log-probabilities: (N,), owner (N,) in ascending order -> (n,).
+
+    On a GPU index_add would add in any order, so two runs would differ in their last bits.
+    """
+    ends = torch.searchsorted(owner, torch.arange(n, device=owner.device), right=True)  # (n,)
+    lengths = ends.diff(prepend=ends.new_zeros(1))
+    return torch.segment_reduce(logps, "sum", lengths=lengths, unsafe=True)  # unsafe: without a check that waits
 
 
 @torch.no_grad()

@@ -50,8 +50,6 @@ def setup_ranks(args: argparse.Namespace) -> Ranks:
     args.micro_tokens = args.micro_tokens or (16384 if DEVICE == "cuda" else 1024)
     if args.tensorboard:
         require_tensorboard()
-    # tensor sizes differ between micro-batches, and this lets freed memory be reused for other sizes
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if is_main():
         check_not_running(args.out)
     ranks = join_ranks(args.device, hours=1, nccl=True)  # NCCL's default of 10 minutes may be too short for a save
