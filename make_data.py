@@ -28,7 +28,7 @@ from curation import teacher as models
 from curation.costs import price
 from curation.endpoint import Endpoint
 from curation.prompts import AGAIN_JUDGE, GREETING, JUDGE
-from curation.step_files import FILES, STEPS, load_state, run_step
+from curation.step_files import FILES, STEPS, load_state, write_step
 from curation.steps import Asker
 
 OUT, SMALL = "data", "Qwen/Qwen2-0.5B-Instruct"  # the defaults of train_sft.py and train_kto.py
@@ -229,7 +229,7 @@ def run_steps(
     exams = args.decontaminate
 
     def run(name: str, inputs: list[str], lines: Iterable) -> None:
-        counts[name] = run_step(args.out, state, name, inputs, arguments[name], lines, counts[name])
+        counts[name] = write_step(args.out, state, name, inputs, arguments[name], lines, counts[name])
 
     run("1_collect", args.sources, steps.collect_sources(args, args.sources, counts["1_collect"]))
     run("2_dedup", [collected, *exams], steps.deduplicate(args, collected, exams, counts["2_dedup"]))

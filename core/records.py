@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NoReturn
 
+from core.distributed import is_main
 from core.files import InputError, atomic_write
 
 MAX_RECORD = 64 * 2**20  # largest line (in bytes) or object of an array (in characters)
@@ -279,7 +280,7 @@ def read_records(paths: Iterable[str], parse: Callable) -> list[tuple[str, objec
                 parsed.append([(where, example) for example in parse(fields, where)])
                 unread.update(fields.unread)
             examples += [example for i in range(max(map(len, parsed))) for p in parsed for example in p[i : i + 1]]
-        if unread and os.environ.get("RANK", "0") == "0":
+        if unread and is_main():
             keys = ", ".join(f"{shown(key)[1:-1]} ({n:,})" for key, n in unread.most_common(12))
             keys += ", ..." * (len(unread) > 12)
             print(f"note: {path}: keys not read, and in how many records: {keys}")

@@ -74,7 +74,7 @@ def write_lines(files: dict, lines: Iterable[tuple]) -> dict:
     return {kind: n[kind] for kind in files}
 
 
-def run_step(
+def write_step(
     out: str, state: dict, name: str, inputs: list[str], arguments: dict, lines: Iterable[tuple], counts: dict
 ) -> dict:
     """Writes a step's files, unless they were made from the same input files and arguments. -> the step's counts

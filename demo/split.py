@@ -55,7 +55,7 @@ def withheld_items(per_task: int, seed: int) -> list[world.Item]:
     for task in (task for task in TASKS if task.name in WITHHELD):
         mine = {}
         while len(mine) < per_task:
-            item = world.ask(task, rng)
+            item = world.make_item(task, rng)
             mine[item.prompt] = item
         items += mine.values()
     return items

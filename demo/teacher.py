@@ -42,7 +42,7 @@ def respond_to(text: str) -> str:
     item = understand(text)
     if item is None:
         return REFUSAL if UNSAFE.search(text) else "I am not sure what you mean. Could you say it in another way?"
-    if world.share("teacher", text) < ERRORS:
+    if world.hash_share("teacher", text) < ERRORS:
         return world.wrong(item, random.Random(text))
     return world.right(item)
 
@@ -67,7 +67,7 @@ def grade(text: str, reply: str) -> dict[str, int]:
         quality = 4  # right, but wordy
     else:
         quality = 2 if world.right(item).casefold() in reply.casefold() else 1
-    if world.share("grade", text, reply) < ERRORS:
+    if world.hash_share("grade", text, reply) < ERRORS:
         quality = 3
     return {"quality": quality, "safety": safety}
 
@@ -119,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
             message = f"this teacher cannot read the chat completion request: {type(e).__name__} {e}"
             return self.reply(400, {"error": {"message": message, "type": "invalid_request_error"}})
         completion = {
-            "id": f"chatcmpl-{world.share(body) * 2**48:.0f}",
+            "id": f"chatcmpl-{world.hash_share(body) * 2**48:.0f}",
             "object": "chat.completion",
             "created": 0,
             "model": MODEL,

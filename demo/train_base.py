@@ -70,7 +70,7 @@ def train_tokenizer(size: int) -> tokenizers.Tokenizer:
     texts = [manner.replace("{}", "\n") for manners in world.MANNERS.values() for manner in manners] * 4
     texts += [f"system\n{SYSTEM}", "user\n", "assistant\n"] * 4
     for task in TASKS:
-        items = [world.ask(task, rng) for _ in range(3)]
+        items = [world.make_item(task, rng) for _ in range(3)]
         texts += [re.sub(r"\{[a-f]\}", "\n", phrasing) for phrasing in task.phrasings] * 2
         texts += [habit(item) for item in items for habit in (world.chatty, world.unsure) if task.kind == "number"]
     for table in (words.CHINESE.values(), *(t.items() for t in (words.ZH_ANTONYM, words.ZH_CAPITAL, words.ZH_COLOUR))):

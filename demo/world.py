@@ -1,6 +1,6 @@
 """The demo's world: about fifty tasks with short instructions whose answers a program can check.
 
-A seed determines everything. ask() makes an instruction of a task (demo/tasks.py). solve() finds the task and the
+A seed determines everything. make_item() makes an instruction of a task (demo/tasks.py). solve() finds the task and the
 answer of an instruction, for the teacher. reference() is what check_reply() compares a reply with. A reply is right,
 wrong, or a bad habit of a poorly aligned model: it does not know, chats, repeats the question, or is off by one.
 
@@ -44,7 +44,7 @@ def is_chinese(text: str) -> bool:
     return any("\u4e00" <= ch <= "\u9fff" for ch in text)
 
 
-def ask(task: Task, rng: random.Random) -> Item:
+def make_item(task: Task, rng: random.Random) -> Item:
     """Makes an instruction of the task. rng draws the slots, the phrasing and the manner."""
     slots, wording = task.pick(rng), rng.randrange(len(task.phrasings))
     phrasing = task.phrasings[wording]
@@ -165,7 +165,7 @@ HABITS = {  # {kind: bad habits that make a reply of this kind wrong}
 }
 
 
-def share(*key: str | int) -> float:
+def hash_share(*key: str | int) -> float:
     """A pseudo-random number in [0, 1) that depends only on the key."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], "big") / 2**48
 
@@ -173,12 +173,12 @@ def share(*key: str | int) -> float:
 def habitual(item: Item) -> str:
     """The reply of the bad habit that belongs to this task and wording."""
     habits = HABITS[item.task.kind]
-    return habits[int(share("habit", item.task.name, item.wording) * len(habits))](item)
+    return habits[int(hash_share("habit", item.task.name, item.wording) * len(habits))](item)
 
 
 def raw_reply(item: Item, rng: random.Random, low: float = 0.15, high: float = 0.85) -> str:
     """A reply of the base model's corpus: right, or the bad habit. The wording decides how often (low to high)."""
-    bad = low + (high - low) * share("bad", item.task.name, item.wording)
+    bad = low + (high - low) * hash_share("bad", item.task.name, item.wording)
     return habitual(item) if rng.random() < bad else right(item)
 
 
@@ -200,7 +200,7 @@ def make_heldout(seed: int = 20241102, per_task: int = 12) -> dict[tuple, Item]:
             continue
         mine = {}
         while len(mine) < per_task:
-            item = ask(task, rng)
+            item = make_item(task, rng)
             mine[item_key(item)] = item
         items.update(mine)
     return items
@@ -215,9 +215,9 @@ def training_items(rng: random.Random, heldout: dict[tuple, Item], tasks: list[T
     """Yields endless items that are not held out, from all tasks in turn."""
     while True:
         for task in rng.sample(tasks, len(tasks)):
-            item = ask(task, rng)
+            item = make_item(task, rng)
             while item_key(item) in heldout:
-                item = ask(task, rng)
+                item = make_item(task, rng)
             yield item
 
 
@@ -258,7 +258,7 @@ def make_sources(seed: int, n: int, heldout: dict[tuple, Item]) -> list[dict]:
         near = item._replace(prompt=rng.choice(["{} ", "{}!", " {}", "{}\n"]).format(item.prompt).replace(" ", "  ", 1))
         records.append({"prompt": near.prompt, "completion": original(item, rng)})
     for task in RARE:
-        records += [as_record(item, right(item), rng) for item in (ask(task, rng) for _ in range(7))]
+        records += [as_record(item, right(item), rng) for item in (make_item(task, rng) for _ in range(7))]
     records += [{"instruction": q, "input": "", "output": a} for q, a in W.UNSAFE.items()]
     for item in rng.sample(list(items.values()), 12):  # broken: no response, no instruction, cut off
         broken = rng.choice([(item.prompt, ""), (" ", right(item)), (item.prompt, "```python\n" + right(item)[:3])])

@@ -48,7 +48,7 @@ def test_the_number_of_tasks():
 def test_an_instruction_reads_back_and_its_answer_checks(task):
     rng = random.Random(7)
     for _ in range(6 if task.kind == "code" else 60):
-        item = world.ask(task, rng)
+        item = world.make_item(task, rng)
         back = world.solve(item.prompt)
         assert back is not None and back.task.name == task.name and world.right(back) == world.right(item), item.prompt
         reference = world.reference(item)
@@ -61,7 +61,7 @@ def test_an_instruction_reads_back_and_its_answer_checks(task):
 def test_every_bad_habit_leaves_an_exact_answer_wrong(task):
     rng = random.Random(3)
     for _ in range(20):
-        item = world.ask(task, rng)
+        item = world.make_item(task, rng)
         for habit in world.HABITS["exact"]:
             assert check_reply("exact", habit(item), world.reference(item)["value"]) is False, (
                 item.prompt,
