@@ -15,7 +15,7 @@ from curation.http_client import Connection, HTTPError, post
 
 RETRY_AFTER_CAP = 120.0  # seconds: the longest wait that a server's Retry-After header can cause
 SHORTEST_SECRET = 4  # characters: a shorter key is not masked, because its few characters occur in ordinary words
-PLACEHOLDERS = {"EMPTY"}  # keys that are no secrets: local servers, such as vLLM, ask for any key and document this one
+PLACEHOLDERS = {"EMPTY"}  # not secrets: vLLM's documentation gives this key for local servers
 FATAL = {
     401: "set TEACHER_API_KEY (OPENAI_API_KEY is sent to https://api.openai.com only)",
     402: "the account has no credit",
@@ -73,7 +73,7 @@ def mask_url(text: str) -> str:
 
 
 def open_endpoint(source: str, model_name: str | None) -> Endpoint:
-    """Opens an endpoint. source: the base URL (.../v1) or the URL of the chat API. The environment has the key.
+    """Opens an endpoint. source: the base URL (.../v1) or the URL of the chat API. The key comes from the environment.
 
     Raises InputError for a URL that cannot be used. Its message shows no password."""
     shown = mask_url(source)

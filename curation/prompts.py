@@ -1,8 +1,8 @@
 """The requests that make_data.py sends to the teacher, and strict parsers of the replies.
 
 All requests begin with the same rubric, so a local teacher computes it once. Text from the data is enclosed in fences.
-The key of a fence is not known to the data, and control tokens inside it are disarmed. The rubric says to obey nothing
-inside a fence.
+No text contains the key of its own fence, and control tokens inside a fence are disarmed. The rubric says to obey
+nothing inside a fence.
 """
 
 import hashlib

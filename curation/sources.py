@@ -37,7 +37,7 @@ MOJIBAKE = re.compile("[\ufffd\ud800-\udfff]|锟斤拷|烫烫烫|\u00ef\u00bf\u0
 
 
 class Drop(Exception):
-    """A well-formed record is not used. The message is the reason, worded the same for the same cause."""
+    """Raised for a well-formed record that is not used. The message is the reason, always in the same words."""
 
 
 # An answer option of AQuA. The last option is followed by a phrase such as "Let's think" on the same line.

@@ -46,7 +46,7 @@ TASK_TYPES = (
     ("extraction/reading comprehension", r"\b(based on|according to|given|read) (the|this|following).{0,20}(passage|paragraph|article|text|context|story|information)\b|\bcontext:|\bpassage:", r"(根据(以下|下面|上述|文章|短文|材料)|阅读(以下|下面|理解)|文章[:：])"),
     ("extraction/classification", r"\b(classif(y|ication)|categori[sz]e|(label|sort|group|tag) (the|these|this|them|each|all|following|items?|words?|it|a list)\b)|\bdetermine (if|whether)\b|\bwhich category\b|\bdetect (if|whether|any)\b", r"(分类|归类|类别|判断)"),
     ("extraction/table and format", r"\b(table|csv|json|xml|yaml|spreadsheet|excel|bullet (points?|list)|markdown|format (the|this|these)|in alphabetical order)\b", r"(表格|csv|json|列表形式|excel|格式(化|转换))"),
-    # what is left of the yes-or-no questions: those about a text stand above
+    # the remaining yes-or-no questions; those about a text match a rule above
     ("reasoning/yes or no", r"^(q: |[^.?\n]{0,90}[.:,!] )?(is|are|was|were|do|does|did|can|could|would|will|has|have|should) (?!you\b|i\b)[^\n?]{3,200}\?|\b(true or false|yes or no)\b", r"(是否|对吗|是真的吗|判断.{0,10}(对错|正误|真假)|是不是)"),
     # language
     ("language/translation", r"\b(translat(e|ion)|the (french|spanish|german|chinese|japanese|italian|latin) word for|(in|into|to) (english|spanish|french|german|chinese|japanese|italian|latin|russian|portuguese|arabic|korean|hindi|polish|romanian))\b", r"(翻译|译成|译为|(用|转换成)(英|中|法|日|德|韩|俄)(文|语))"),

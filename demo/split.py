@@ -1,16 +1,16 @@
-"""Divides the demo's data for a comparison of training methods: what is trained on, what chooses, what is tested.
+"""Splits the demo's data into training, validation, test and withheld parts, to compare training methods.
 
     python -m demo.split --data runs/demo/data --out runs/variants
 
-OUT/sft.jsonl      examples to train on: the curated ones without the withheld tasks and the validation instructions.
-                   `reference` is added where the reply is right
+OUT/sft.jsonl      training examples: the curated ones without the withheld tasks and the validation instructions.
+                   A `reference` is added if the reply is right
 OUT/pairs.jsonl    preference pairs for the same instructions
 OUT/groups.jsonl   all different replies to each of those instructions, with the teacher's grades as rewards
 OUT/validation.jsonl    the validation instructions with their replies
 OUT/questions/     a --data-dir for eval.py --tasks demo. The id of a question begins with its part:
                    validation   instructions of the curated data that are not trained on
                    test         the demo's held-out instructions of the tasks that are trained on
-                   withheld     instructions of tasks that are not trained on and that the base knows best
+                   withheld     instructions of the withheld tasks, which the base model knows best
 """
 
 import os
@@ -26,7 +26,7 @@ from demo.tasks import TASKS
 from demo.teacher import understand
 from verification.answers import check_reply
 
-# The base answers 8 to 12 of the 12 held-out instructions of each of these.
+# Tasks of which the base model answers 8 to 12 of the 12 held-out instructions
 WITHHELD = ("copy", "female", "capital", "continent", "colour", "animal_sound", "number_to_word", "zh_capital")
 
 
@@ -62,7 +62,7 @@ def withheld_items(per_task: int, seed: int) -> list[world.Item]:
 
 
 def with_reference(row: dict) -> dict:
-    """The row, with what a program compares replies with. Unchanged if its own reply is not right."""
+    """The row with a reference, by which a program can check replies. Unchanged if the row's own reply is wrong."""
     item = understand(user_text(row))
     reference = world.reference(item) if item and item.task.kind != "code" else None
     if reference and check_reply(reference["kind"], row["messages"][-1]["content"], reference["value"]):
