@@ -87,7 +87,7 @@ class ProgramSide:
     def describe(self, kind: type) -> list:
         """A class -> [index]. The first time -> [index, name, bases, methods, equality, module].
 
-        module: of an exception class that the program did not define, else None."""
+        module: None for a class that the program defines."""
         index = self.keep(kind)
         if index in self.described:
             return [index]
