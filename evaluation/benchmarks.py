@@ -61,22 +61,23 @@ def choice_verdict(reply: str, row: dict, stem: str | None = None) -> tuple[str,
 
 
 def five_shot(folder: str, suffix: str, header: bool, line: str, names: dict[str, str], word: str) -> Callable:
-    """Returns a function (rows, find) -> contexts: a line about the subject, five worked examples, the question.
+    """Returns a function (rows, find, reorder) -> contexts: a line about the subject, five worked examples, the question.
 
     folder, suffix, header: where the examples are (see choice_rows). line: the first line, with {} for the subject's
-    name. names: {subject: its name in that line}. word: the text before the letter, such as "Answer:".
+    name. names: {subject: its name in that line}. word: the text before the letter, such as "Answer:". reorder: takes
+    the examples of a question and returns them in another order.
     """
 
     def block(row):
         return f"{row['question'].strip()}\n{lettered(row['choices'])}{word}"
 
-    def contexts(rows, find):
+    def contexts(rows, find, reorder=list):
         shots = collections.defaultdict(list)
         for row in choice_rows(find(folder), suffix, header):
             shots[row["subject"]].append(f"{block(row)} {row['answer']}\n\n")
         return [
             f"{line.format(names.get(row['subject'], row['subject'].replace('_', ' ')))}\n\n"
-            f"{''.join(shots[row['subject']][:5])}{block(row)}"
+            f"{''.join(reorder(shots[row['subject']][:5]))}{block(row)}"
             for row in rows
         ]
 
@@ -228,6 +229,7 @@ def exam(
         verdict=choice_verdict,
         over="questions",
         contexts=five_shot(*dev, header, line, names, word),
+        few_shot=True,
         by="letter",
     )
     return entry | more
@@ -247,6 +249,7 @@ def by_text(rows: Callable, contexts: Callable, **more: object) -> dict:
 #   runs_code: True if the verdict runs code that the checkpoint wrote
 # --protocol loglik:
 #   contexts(rows, find): the text before each row's choices
+#   few_shot: True if contexts takes a further argument `reorder`, see five_shot
 #   by: score the "letter" or the "text" of each choice; "whole": score the context itself, without choices
 #   mass: see choice_scores
 # An entry with a prompt but no verdict is for `eval.py judge`.

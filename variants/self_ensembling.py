@@ -1,0 +1,158 @@
+"""Self-ensembling (arXiv 2312.13772): asks a question under several prompts and combines the answers, for calibration.
+
+    python -m variants.self_ensembling --ckpt tuned --tasks mmlu --limit 500 --data-dir data     # -> self_ensembling.jsonl
+
+Nothing is trained. The first prompt is the benchmark's own, so its row is what `eval.py --protocol loglik` gives. For
+tasks with worked examples (mmlu, cmmlu, ceval) the other prompts have these in other orders; the paper draws others. For
+the other tasks they are templates, in words of our own. A probability is the exponential of a choice's log-likelihood,
+relative to all choices, as in eval.py; the paper takes the mean logit of a label of several tokens. By the authors' later
+advice, max is the robust choice.
+"""
+
+import argparse
+import functools
+import random
+import shlex
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from core.checkpoint import Checkpoint
+from core.files import InputError, cli
+from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, torch_device
+from core.outputs import check_file
+from core.records import write_jsonl
+from core.tokenizer import Tokenizer
+from evaluation.benchmarks import BENCHMARKS, load_questions
+from evaluation.downloads import find_data_file
+from evaluation.likelihoods import ask_likelihoods
+from evaluation.stats import calibration
+from model import Qwen2
+
+METHODS = ("mean", "max", "vote")
+MARK = '"probabilities"'  # in each line of OUT
+TASKS = ("mmlu", "cmmlu", "ceval", "arc_easy", "arc_challenge", "truthfulqa_mc1")  # one right choice, no text to go on
+TEMPLATES = (  # the text before a choice, for tasks without worked examples
+    "Q: {}\nA:",
+    "{}\nThe answer is:",
+    "Answer the following question.\n\n{}\nAnswer:",
+    "Here is a question: {}\nMy answer:",
+)
+
+
+def combine(p: Tensor, method: str) -> Tensor:
+    """The ensemble's probabilities of the labels, (L,), which sum to 1.
+
+        mean: avg_v p_v        max: max_v p_v, label by label        both divided by their sum
+        vote: each variant v votes for its likeliest label with weight max(p_v); the mean of the p_v that voted for the
+              label with the most weight
+
+    p: (V, L), the probabilities of L labels under V prompts. The answer is the likeliest label, and its confidence is
+    its probability.
+    """
+    if method == "vote":
+        weight, label = p.max(1)  # (V,)
+        winner = p.new_zeros(p.shape[1]).index_add(0, label, weight).argmax()
+        p = p[label == winner]
+    found = p.amax(0) if method == "max" else p.mean(0)
+    return found / found.sum()
+
+
+def score(probabilities: list[Tensor], answers: list[int]) -> dict[str, float]:
+    """-> {"accuracy", "confidence", "ece"} of probabilities (L,) of each question's labels. answers: the right labels."""
+    confidences, chosen = zip(*((p.max().item(), p.argmax().item()) for p in probabilities))
+    verdicts = [float(a == b) for a, b in zip(chosen, answers, strict=True)]
+    mean = lambda values: sum(values) / len(values)
+    ece = calibration(list(confidences), verdicts)["ece"]
+    return {"accuracy": mean(verdicts), "confidence": mean(confidences), "ece": ece}
+
+
+def prompts_of(task: str, questions: list[dict], n: int, find: Callable, seed: int) -> list[list[str]]:
+    """The text before the choices of every question, under n prompts: n lists. The first is the benchmark's own."""
+    bench, rows = BENCHMARKS[task], [q["row"] for q in questions]
+    found = [[q["messages"][0]["content"] for q in questions]]
+    if bench.get("few_shot"):
+        for k in range(1, n):
+            draw = random.Random(seed + k)
+            found.append(bench["contexts"](rows, find, lambda shots, draw=draw: draw.sample(shots, len(shots))))
+        return found
+    if n > len(TEMPLATES) + 1:
+        raise InputError(
+            f"--prompts {n}: {task} has {len(TEMPLATES) + 1}, its own and those of variants/self_ensembling.py"
+        )
+    return found + [[template.format(row["question"]) for row in rows] for template in TEMPLATES[: n - 1]]
+
+
+def ask(
+    model: Qwen2, tokenizer: Tokenizer, questions: list[dict], prompts: list[list[str]], batch_size: int
+) -> list[Tensor]:
+    """-> for each question the probabilities of its labels under each prompt, (V, L) in fp64."""
+    found = [[None] * len(prompts) for _ in questions]
+    with tqdm(total=len(questions) * len(prompts), unit="question", disable=None) as bar:
+        for v, texts in enumerate(prompts):
+            asked = [{**q, "messages": [{"role": "user", "content": text}]} for q, text in zip(questions, texts)]
+            for i, record in ask_likelihoods(model, tokenizer, asked, batch_size):
+                found[i][v] = torch.tensor(record["logps"], dtype=torch.float64).softmax(0)
+                bar.update()
+    return [torch.stack(rows) for rows in found]
+
+
+def parse_args() -> argparse.Namespace:
+    p = Parser(description=__doc__.split("\n\n")[0])
+    # questions
+    p.add_argument("--tasks", nargs="+", required=True, choices=TASKS, help="benchmarks of docs/benchmarks.md")
+    p.add_argument("--data-dir", default="data", help="directory of the benchmark files; missing ones are downloaded")
+    p.add_argument("--limit", type=at_least(1), help="questions per task, in turn from its subjects; default: all")
+    # method
+    p.add_argument("--prompts", type=at_least(2), default=4, help="number of prompts; the time grows with it")
+    p.add_argument("--seed", type=int, default=0, help="seed of the orders of worked examples")
+    # model
+    p.add_argument("--ckpt", required=True, help="hub id, directory or .pt file")
+    p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no answer")
+    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
+    p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
+    # output
+    p.add_argument("--out", default="self_ensembling.jsonl", help="JSON Lines file of all probabilities")
+    args = p.parse_args()
+    check_file(args.out, MARK)
+    args.protocol, args.allow_code_execution = "loglik", False  # of load_questions
+    return args
+
+
+def report(task: str, found: list[Tensor], answers: list[int]) -> list[str]:
+    """The rows of a task's table: each prompt alone, their mean, the ensembles."""
+    alone = [score([p[v] for p in found], answers) for v in range(len(found[0]))]
+    rows = [(f"prompt {v + 1}{', its own' if v == 0 else ''}", figures) for v, figures in enumerate(alone)]
+    rows.append(("one prompt, mean", {key: sum(f[key] for f in alone) / len(alone) for key in alone[0]}))
+    rows += [(f"ensemble, {method}", score([combine(p, method) for p in found], answers)) for method in METHODS]
+    head = f"{f'{task}, {len(answers)} questions':28}{'accuracy':>10}{'confidence':>12}{'ECE':>8}"
+    return [head, *(f"{name:28}{f['accuracy']:10.3f}{f['confidence']:12.3f}{f['ece']:8.3f}" for name, f in rows)]
+
+
+def main() -> None:
+    args = parse_args()
+    find, lines = functools.partial(find_data_file, args.data_dir), []
+    questions = {task: load_questions(task, args) for task in args.tasks}
+    prompts = {task: prompts_of(task, asked, args.prompts, find, args.seed) for task, asked in questions.items()}
+    ckpt = Checkpoint(args.ckpt)
+    model, tokenizer = Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device).eval(), Tokenizer(ckpt)
+    for task, asked in questions.items():
+        found = ask(model, tokenizer, asked, prompts[task], args.batch_size)
+        labels, right = [list(q["row"]["choices"]) for q in asked], [q["row"]["answer"] for q in asked]
+        answers = [some.index(label) if label in some else -1 for some, label in zip(labels, right)]
+        print("\n".join(report(task, found, answers)), end="\n\n")
+        for q, some, label, p in zip(asked, labels, right, found):
+            about = {"task": task, "id": q["row"]["id"], "labels": some, "answer": label}
+            lines.append(about | {"probabilities": p.tolist()})
+    write_jsonl(args.out, lines)
+    print(
+        f"Written: {args.out}, {len(lines)} questions under {args.prompts} prompts. The reliability table of the first:"
+    )
+    same = ["--tasks", *args.tasks, "--data-dir", args.data_dir, *(["--limit", str(args.limit)] if args.limit else [])]
+    print(f"  {shlex.join(['python', 'eval.py', '--ckpt', args.ckpt, *same, '--protocol', 'loglik'])}")
+
+
+if __name__ == "__main__":
+    cli(main)
