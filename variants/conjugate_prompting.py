@@ -116,7 +116,7 @@ def data_questions(path: str, limit: int | None) -> list[dict]:
 # The command
 
 
-def ask(source: str, questions: list[dict], args: argparse.Namespace) -> list[dict]:
+def ask_both_views(source: str, questions: list[dict], args: argparse.Namespace) -> list[dict]:
     """-> a line {"id", "checkpoint", "view", "prompt", "reply", "correct"} for each question in each view."""
     ckpt = Checkpoint(source)
     model, tokenizer = Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device).eval(), Tokenizer(ckpt)
@@ -131,7 +131,7 @@ def ask(source: str, questions: list[dict], args: argparse.Namespace) -> list[di
     return lines
 
 
-def report(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> str:
+def drop_table(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> str:
     """The table of accuracies and what it says."""
     lost, difference = drops(base, tuned)
     mean = lambda values: sum(values) / len(values)
@@ -140,7 +140,9 @@ def report(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> str:
     table = [f"{'':6}{VIEWS[0]:>8}{VIEWS[1]:>8}", *(f"{name:6}{a:8.3f}{b:8.3f}" for name, a, b in rows)]
     (low, high), _ = bootstrap(difference)
     table.append(f"drop(leet) - drop(plain): {mean(difference):+.3f}, 95% interval {low:+.3f} to {high:+.3f}")
-    if mean(base["leet"]) < mean(base["plain"]) / 2:
+    if lost["plain"] <= 0:
+        table.append("Nothing was lost on the plain prompts.")
+    elif mean(base["leet"]) < mean(base["plain"]) / 2:
         table.append("The base itself fails on the rewritten prompts, so a smaller drop there says nothing.")
     elif high < 0:
         table.append("The drop is smaller on the rewritten prompts: a part of the skill was hidden, not lost.")
@@ -171,10 +173,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     questions = data_questions(args.data, args.limit) if args.data else shots_questions(args.limit or 100)
-    lines = [ask(source, questions, args) for source in (args.base, args.ckpt)]
+    lines = [ask_both_views(source, questions, args) for source in (args.base, args.ckpt)]
     write_jsonl(args.out, lines[0] + lines[1])
     verdicts = [{v: [line["correct"] for line in some if line["view"] == v] for v in VIEWS} for some in lines]
-    print(report(*verdicts))
+    print(drop_table(*verdicts))
     print(f"Written: {args.out}, {len(lines[0] + lines[1])} replies. What the fine-tuning brought instead:")
     print(f"  {shlex.join(['python', '-m', 'variants.novelty', '--ckpt', args.ckpt, '--base', args.base])}")
 

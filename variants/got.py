@@ -61,7 +61,7 @@ def squared_distances(targets: Tensor, candidates: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def embed(model: Qwen2, texts: list[list[int]], micro_tokens: int, desc: str) -> Tensor:
+def embed_texts(model: Qwen2, texts: list[list[int]], micro_tokens: int, desc: str) -> Tensor:
     """The mean of the last hidden states over each text's positions, (len(texts), C) in fp32 on the CPU.
 
     texts: token ids. micro_tokens: most tokens of a forward.
@@ -116,8 +116,8 @@ def distances(args: argparse.Namespace, candidates: list[str], targets: list[str
     model, tokenizer = Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device).eval(), Tokenizer(ckpt)
     end = model.config.max_position_embeddings
     ids = lambda texts: [tokenizer.encode(text)[:end] or [tokenizer.prefix] for text in texts]
-    wanted = embed(model, ids(targets), args.micro_tokens, "targets")
-    return squared_distances(wanted, embed(model, ids(candidates), args.micro_tokens, "candidates"))
+    wanted = embed_texts(model, ids(targets), args.micro_tokens, "targets")
+    return squared_distances(wanted, embed_texts(model, ids(candidates), args.micro_tokens, "candidates"))
 
 
 def main() -> None:

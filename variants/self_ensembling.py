@@ -69,7 +69,7 @@ def score(probabilities: list[Tensor], answers: list[int]) -> dict[str, float]:
     return {"accuracy": mean(verdicts), "confidence": mean(confidences), "ece": ece}
 
 
-def prompts_of(task: str, questions: list[dict], n: int, find: Callable, seed: int) -> list[list[str]]:
+def vary_prompts(task: str, questions: list[dict], n: int, find: Callable, seed: int) -> list[list[str]]:
     """The text before the choices of every question, under n prompts: n lists. The first is the benchmark's own."""
     bench, rows = BENCHMARKS[task], [q["row"] for q in questions]
     found = [[q["messages"][0]["content"] for q in questions]]
@@ -85,7 +85,7 @@ def prompts_of(task: str, questions: list[dict], n: int, find: Callable, seed: i
     return found + [[template.format(row["question"]) for row in rows] for template in TEMPLATES[: n - 1]]
 
 
-def ask(
+def label_probabilities(
     model: Qwen2, tokenizer: Tokenizer, questions: list[dict], prompts: list[list[str]], batch_size: int
 ) -> list[Tensor]:
     """-> for each question the probabilities of its labels under each prompt, (V, L) in fp64."""
@@ -121,7 +121,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def report(task: str, found: list[Tensor], answers: list[int]) -> list[str]:
+def calibration_table(task: str, found: list[Tensor], answers: list[int]) -> list[str]:
     """The rows of a task's table: each prompt alone, their mean, the ensembles."""
     alone = [score([p[v] for p in found], answers) for v in range(len(found[0]))]
     rows = [(f"prompt {v + 1}{', its own' if v == 0 else ''}", figures) for v, figures in enumerate(alone)]
@@ -135,14 +135,14 @@ def main() -> None:
     args = parse_args()
     find, lines = functools.partial(find_data_file, args.data_dir), []
     questions = {task: load_questions(task, args) for task in args.tasks}
-    prompts = {task: prompts_of(task, asked, args.prompts, find, args.seed) for task, asked in questions.items()}
+    prompts = {task: vary_prompts(task, asked, args.prompts, find, args.seed) for task, asked in questions.items()}
     ckpt = Checkpoint(args.ckpt)
     model, tokenizer = Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device).eval(), Tokenizer(ckpt)
     for task, asked in questions.items():
-        found = ask(model, tokenizer, asked, prompts[task], args.batch_size)
+        found = label_probabilities(model, tokenizer, asked, prompts[task], args.batch_size)
         labels, right = [list(q["row"]["choices"]) for q in asked], [q["row"]["answer"] for q in asked]
         answers = [some.index(label) if label in some else -1 for some, label in zip(labels, right)]
-        print("\n".join(report(task, found, answers)), end="\n\n")
+        print("\n".join(calibration_table(task, found, answers)), end="\n\n")
         for q, some, label, p in zip(asked, labels, right, found):
             about = {"task": task, "id": q["row"]["id"], "labels": some, "answer": label}
             lines.append(about | {"probabilities": p.tolist()})

@@ -5,7 +5,15 @@ import json
 import pytest
 from conftest import ROOT, write_lines
 
-from variants.conjugate_prompting import data_questions, drops, leet, report, shots_question, shots_questions, unleet
+from variants.conjugate_prompting import (
+    data_questions,
+    drop_table,
+    drops,
+    leet,
+    shots_question,
+    shots_questions,
+    unleet,
+)
 
 DEMO = str(ROOT / "demo/base")
 
@@ -59,13 +67,15 @@ def test_drops_by_hand():
     [
         (views("1" * 40, "1" * 40), views("0" * 30 + "1" * 10, "1" * 40), "was hidden, not lost"),
         (views("1" * 40, "1" * 40), views("0" * 30 + "1" * 10, "0" * 30 + "1" * 10), "No sign"),
-        (views("1" * 40, "1" * 40), views("1" * 40, "0" * 40), "No sign"),
+        (views("1" * 40, "1" * 40), views("0" * 10 + "1" * 30, "0" * 40), "No sign"),
+        (views("01" * 20, "01" * 20), views("1" * 40, "1" * 40), "Nothing was lost"),
+        (views("1" * 40, "0" * 20 + "1" * 20), views("1" * 40, "1" * 40), "Nothing was lost"),
         (views("1" * 40, "0" * 40), views("0" * 40, "0" * 40), "base itself fails"),
     ],
 )
 def test_what_a_table_says(base, tuned, words):
     """A drop that is smaller only because the base fails too must not pass for a hidden skill."""
-    assert words in report(base, tuned).splitlines()[-1]
+    assert words in drop_table(base, tuned).splitlines()[-1]
 
 
 def test_replies_are_mapped_back_before_they_are_checked(tmp_path):

@@ -11,7 +11,7 @@ from conftest import ROOT, write_lines
 from core.attention import to_device
 from model import Qwen2
 from variants import got
-from variants.got import embed, sinkhorn, squared_distances
+from variants.got import embed_texts, sinkhorn, squared_distances
 
 DEMO = str(ROOT / "demo/base")
 
@@ -67,7 +67,7 @@ def test_embeddings_are_means_over_a_texts_own_positions(tiny):
     with torch.no_grad():
         want = torch.stack([model.hidden(to_device([ids], "cpu"))[0].mean(0) for ids in texts])
     for micro_tokens in 1, 1000:
-        assert torch.allclose(embed(model, texts, micro_tokens, ""), want, atol=1e-5)
+        assert torch.allclose(embed_texts(model, texts, micro_tokens, ""), want, atol=1e-5)
 
 
 def test_run_on_the_demo(tmp_path, run):

@@ -10,7 +10,7 @@ from tiny_benchmarks import write_benchmarks
 
 from evaluation.benchmarks import load_questions
 from evaluation.downloads import find_data_file
-from variants.self_ensembling import combine, prompts_of, score
+from variants.self_ensembling import combine, score, vary_prompts
 
 P = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.5, 0.4, 0.1]], dtype=torch.float64)
 
@@ -57,16 +57,16 @@ def test_other_prompts_hold_the_same_examples_in_another_order(data):
     args = Namespace(protocol="loglik", data_dir=str(data), limit=None, allow_code_execution=False)
     find = functools.partial(find_data_file, str(data))
     questions = load_questions("mmlu", args)
-    prompts = prompts_of("mmlu", questions, 4, find, 0)
+    prompts = vary_prompts("mmlu", questions, 4, find, 0)
     assert len(prompts) == 4 and prompts[0] == [q["messages"][0]["content"] for q in questions]
-    assert prompts == prompts_of("mmlu", questions, 4, find, 0) != prompts_of("mmlu", questions, 4, find, 7)
+    assert prompts == vary_prompts("mmlu", questions, 4, find, 0) != vary_prompts("mmlu", questions, 4, find, 7)
     for i in range(len(questions)):
         texts = [some[i] for some in prompts]
         assert len(set(texts)) > 1 and len({tuple(sorted(text.split("\n\n"))) for text in texts}) == 1
         assert len({text.split("\n\n")[-1] for text in texts}) == 1, "the question stays last"
         assert len({text.split("\n\n")[0] for text in texts}) == 1, "the line about the subject stays first"
     arc = load_questions("arc_easy", args)
-    assert [some[0] for some in prompts_of("arc_easy", arc, 3, find, 0)] == [
+    assert [some[0] for some in vary_prompts("arc_easy", arc, 3, find, 0)] == [
         "Question: What melts?\nAnswer:",
         "Q: What melts?\nA:",
         "What melts?\nThe answer is:",
