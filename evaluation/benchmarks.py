@@ -61,7 +61,7 @@ def choice_verdict(reply: str, row: dict, stem: str | None = None) -> tuple[str,
 
 
 def five_shot(folder: str, suffix: str, header: bool, line: str, names: dict[str, str], word: str) -> Callable:
-    """Returns a function (rows, find, reorder) -> contexts: a line about the subject, five worked examples, the question.
+    """Returns a function (rows, find, reorder) -> contexts: a line on the subject, five worked examples, the question.
 
     folder, suffix, header: where the examples are (see choice_rows). line: the first line, with {} for the subject's
     name. names: {subject: its name in that line}. word: the text before the letter, such as "Answer:". reorder: takes

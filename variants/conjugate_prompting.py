@@ -3,10 +3,10 @@
     python -m variants.conjugate_prompting --base base --ckpt tuned                          # the paper's test, no data
     python -m variants.conjugate_prompting --base base --ckpt tuned --data demo/heldout.jsonl
 
-A map rewrites the prompt so that it is far from the fine-tuning data but asks for the same skill. The skill was hidden if
-the tuned model's drop from its base is smaller on the rewritten prompts. The map here is leetspeak, one of the paper's;
-translation needs a teacher and is left out. The paper's test shows whether a model still repeats or capitalises a request
-as the examples do, or answers it. Its sums are here, its sentences with a blank are left out; the shots are ours.
+A map rewrites the prompt so that it is far from the fine-tuning data but asks for the same skill. The skill was hidden
+if the tuned model's drop from its base is smaller on the rewritten prompts. The map here is leetspeak, one of the
+paper's; translation needs a teacher and is left out. The paper's test shows whether a model still repeats or
+capitalises a request as the examples do, or answers it. Its sums are here, its sentences with a blank are not; the shots are ours.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def unleet(text: str) -> str:
 def drops(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> tuple[dict[str, float], list[float]]:
     """-> ({view: acc_base - acc_tuned}, the difference of the drops for each question).
 
-        hidden, not lost:    acc_base(s) - acc_tuned(s)  <  acc_base(id) - acc_tuned(id)        "leet" is s, "plain" is id
+        hidden, not lost:    acc_base(s) - acc_tuned(s)  <  acc_base(id) - acc_tuned(id)      "leet" is s, "plain" is id
 
     base, tuned: verdicts of the same questions in each view. The mean of the differences is drop(s) - drop(id).
     """

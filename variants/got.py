@@ -1,4 +1,4 @@
-"""GOT-D (arXiv 2405.02774): picks the records that move the candidates fastest towards the targets in optimal transport.
+"""GOT-D (arXiv 2405.02774): picks the records that move a pool fastest towards the targets in optimal transport.
 
     python -m variants.got --ckpt base --candidates pool/*.jsonl --targets task.jsonl --keep 1000 --out got
     python train_sft.py --ckpt base --data got/sft.jsonl --out got-ckpt     # then on the task itself

@@ -1,11 +1,11 @@
-"""CGE, contrastive generation (arXiv 2410.14765): lets a fine-tuned model write what it finds likelier than its base does.
+"""CGE, contrastive generation (arXiv 2410.14765): a fine-tuned model writes what it finds likelier than its base does.
 
     python -m variants.novelty --ckpt tuned --base base --samples 100     # -> novelty.jsonl, the most novel first
 
 The texts show what was new in the data. This is the static version; the iterative one trains the base in between.
-Which share alpha the paper takes and whether it samples was not found: 0.1 is contrastive decoding's (arXiv 2210.15097),
-and tokens are sampled here, because all texts would be one text otherwise. SFT learns replies alone, so a text begins
-after a neutral user's message; --plain begins with no text at all.
+The paper's alpha, and whether it samples, were not found. Here alpha is contrastive decoding's (arXiv 2210.15097), and
+tokens are sampled, or all texts would be one text. SFT learns replies alone, so a text begins after a neutral
+message of a user; --plain begins with no text at all.
 """
 
 import argparse
@@ -63,8 +63,8 @@ def write_texts(
 ) -> list[tuple[list[int], float]]:
     """Writes a text for each row of uniform -> [(token ids, novelty)].
 
-    prompt: token ids before the text. uniform: (rows, most tokens of a text), random numbers in [0, 1). novelty: the sum
-    over the text and its end token of log p_ft - log p_pt, in nats.
+    prompt: token ids before the text. uniform: (rows, most tokens of a text), random numbers in [0, 1). novelty: the
+    sum over the text and its end token of log p_ft - log p_pt, in nats.
     """
     rows, limit = uniform.shape
     writers = [Writer(model, prompt, rows, limit) for model in (tuned, base)]

@@ -1,4 +1,4 @@
-"""S3FT, selective self-to-supervised fine-tuning (arXiv 2502.08130): SFT data in the model's own words where they are right.
+"""S3FT, selective self-to-supervised fine-tuning (arXiv 2502.08130): SFT data in the model's own right words.
 
     python -m variants.s3ft --ckpt base --data gold.jsonl --out s3ft     # -> s3ft/sft.jsonl
     python train_sft.py --ckpt base --data s3ft/sft.jsonl --out s3ft-ckpt

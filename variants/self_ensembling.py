@@ -1,12 +1,12 @@
 """Self-ensembling (arXiv 2312.13772): asks a question under several prompts and combines the answers, for calibration.
 
-    python -m variants.self_ensembling --ckpt tuned --tasks mmlu --limit 500 --data-dir data     # -> self_ensembling.jsonl
+    python -m variants.self_ensembling --ckpt tuned --tasks mmlu --limit 500 --data-dir data   # -> self_ensembling.jsonl
 
 Nothing is trained. The first prompt is the benchmark's own, so its row is what `eval.py --protocol loglik` gives. For
-tasks with worked examples (mmlu, cmmlu, ceval) the other prompts have these in other orders; the paper draws others. For
-the other tasks they are templates, in words of our own. A probability is the exponential of a choice's log-likelihood,
-relative to all choices, as in eval.py; the paper takes the mean logit of a label of several tokens. By the authors' later
-advice, max is the robust choice.
+tasks with worked examples (mmlu, cmmlu, ceval) the other prompts have these in other orders; the paper draws others.
+For the other tasks they are templates, in words of our own. A probability is the exponential of a choice's
+log-likelihood, relative to all choices, as in eval.py. The paper takes the mean logit of a label of several tokens.
+By the authors' later advice, max is the robust choice.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def combine(p: Tensor, method: str) -> Tensor:
 
 
 def score(probabilities: list[Tensor], answers: list[int]) -> dict[str, float]:
-    """-> {"accuracy", "confidence", "ece"} of probabilities (L,) of each question's labels. answers: the right labels."""
+    """-> {"accuracy", "confidence", "ece"}. probabilities: (L,) of a question's labels. answers: the right labels."""
     confidences, chosen = zip(*((p.max().item(), p.argmax().item()) for p in probabilities))
     verdicts = [float(a == b) for a, b in zip(chosen, answers, strict=True)]
     mean = lambda values: sum(values) / len(values)
