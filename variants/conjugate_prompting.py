@@ -6,7 +6,8 @@
 A map rewrites the prompt so that it is far from the fine-tuning data but asks for the same skill. The skill was hidden
 if the tuned model's drop from its base is smaller on the rewritten prompts. The map here is leetspeak, one of the
 paper's; translation needs a teacher and is left out. The paper's test shows whether a model still repeats or
-capitalises a request as the examples do, or answers it. Its sums are here, its sentences with a blank are not; the shots are ours.
+capitalises a request as the examples do, or answers it. Its sums are here, its sentences with a
+blank are not. The shots are ours.
 """
 
 import argparse

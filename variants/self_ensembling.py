@@ -1,6 +1,6 @@
 """Self-ensembling (arXiv 2312.13772): asks a question under several prompts and combines the answers, for calibration.
 
-    python -m variants.self_ensembling --ckpt tuned --tasks mmlu --limit 500 --data-dir data   # -> self_ensembling.jsonl
+    python -m variants.self_ensembling --ckpt tuned --tasks mmlu --limit 500 --data-dir data  # -> self_ensembling.jsonl
 
 Nothing is trained. The first prompt is the benchmark's own, so its row is what `eval.py --protocol loglik` gives. For
 tasks with worked examples (mmlu, cmmlu, ceval) the other prompts have these in other orders; the paper draws others.
