@@ -209,10 +209,11 @@ def test_any_cut_and_any_number_of_ranks_give_the_same_step(tiny, worse, data, t
     base, ref = weights(tiny), ("--ref", worse)
     assert run("train_kto", *flags(tiny, data, tmp_path / "one", *ref))[0] == 0
     assert run("train_kto", *flags(tiny, data, tmp_path / "cut", *ref, "--micro-tokens", 1))[0] == 0
-    two = flags(tiny, data, tmp_path / "two", *ref, "--ref-cache", tmp_path / "other")
-    codes, texts = launch("train_kto", two, tmp_path / "text", ranks=2)
-    assert codes == [0, 0], texts
-    for other in ("cut", "two"):
+    for n in (2, 4):
+        arguments = flags(tiny, data, tmp_path / f"{n} ranks", *ref, "--ref-cache", tmp_path / f"{n} other")
+        codes, texts = launch("train_kto", arguments, tmp_path / "text", ranks=n)
+        assert codes == [0] * n, texts
+    for other in ("cut", "2 ranks", "4 ranks"):
         assert update_error(weights(tmp_path / "one"), weights(tmp_path / other), base) < 0.01
         for a, b in zip(log(tmp_path / "one"), log(tmp_path / other), strict=True):
             for key in ("loss", "kl", "grad_norm", "rewards/chosen", "logps/rejected"):

@@ -459,6 +459,14 @@ def shares_differ(tiny, data, n):
     return any(len(set(c)) > 1 for c in counts) and max(map(max, counts)) > 1
 
 
+def test_sft_on_four_ranks(tiny, sft_data, tmp_path, run):
+    """The losses of one rank. Each rank has one example of a full step, and three have none of an epoch's last step."""
+    assert run("train_sft", *command(tiny, sft_data, tmp_path / "one" / "o"))[0] == 0
+    codes, texts = launch("train_sft", command(tiny, sft_data, tmp_path / "four" / "o"), tmp_path / "text", 4)
+    assert codes == [0] * 4, texts
+    close_runs(tmp_path / "one" / "o", tmp_path / "four" / "o", weights(tiny), ("loss", "grad_norm", "tokens", "lr"))
+
+
 # 13 examples in batches of 4 and a last one of 1, which leaves ranks without work
 @pytest.mark.parametrize("n, more", [(2, ()), (3, ()), (2, ("--shard",)), (3, ("--shard",))])
 def test_sft_is_the_same_on_any_number_of_ranks(tiny, sft_data, tmp_path, run, n, more):
