@@ -74,5 +74,15 @@ def test_files_and_functions_are_short(path):
             assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
 
 
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_public_functions_are_typed(path):
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            a = node.args
+            parameters = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+            untyped = [p.arg for p in parameters if p.annotation is None] + ["the result"] * (node.returns is None)
+            assert not untyped, f"{node.name}: {', '.join(untyped)}"
+
+
 def test_the_readme_is_read_in_two_minutes():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120

@@ -49,7 +49,7 @@ PARTS = {
 }
 
 
-def append_row(path: str, **row) -> None:
+def append_row(path: str, **row: object) -> None:
     with open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(row) + "\n")
 

@@ -245,7 +245,7 @@ def written_model(bench: Bench) -> str:
     return path
 
 
-def peer(bench: Bench, mode: str, vs: str, lines: list[dict], **flags) -> None:
+def peer(bench: Bench, mode: str, vs: str, lines: list[dict], **flags: object) -> None:
     """Runs tools.speed against a peer on these lines and reports the speeds of both sides."""
     if not importlib.util.find_spec(vs):
         return bench.report(f"{mode} against {vs}", "not run", note=f"{vs} is not installed")

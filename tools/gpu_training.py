@@ -145,7 +145,7 @@ def check_steps(bench: Bench, base: Qwen2) -> None:
 # Training, through the scripts' own loops
 
 
-def new_run(bench: Bench, mode: str, model: Qwen2, rows: list[Row], steps: list, **flags) -> Run:
+def new_run(bench: Bench, mode: str, model: Qwen2, rows: list[Row], steps: list, **flags: object) -> Run:
     """A run of train_sft.py or train_kto.py ("sft", "kto") over these steps. Only its log is written.
 
     Activation checkpointing is on where a step would not fit otherwise, as in the scripts."""
@@ -167,7 +167,7 @@ def step_records(run: Run) -> list[dict]:
         return [json.loads(line) for line in f]
 
 
-def train_sft_steps(bench: Bench, model: Qwen2, rows: list[Row], steps: list, **flags) -> list[dict]:
+def train_sft_steps(bench: Bench, model: Qwen2, rows: list[Row], steps: list, **flags: object) -> list[dict]:
     """Runs SFT on the rows -> the log's records."""
     run = new_run(bench, "sft", model, rows, steps, **flags)
     examples = [pair_sequence(rows, bench.sizes.max_len, i, i) for i in range(len(rows))]
@@ -177,7 +177,9 @@ def train_sft_steps(bench: Bench, model: Qwen2, rows: list[Row], steps: list, **
     return step_records(run)
 
 
-def train_kto_steps(bench: Bench, model: Qwen2, rows: list[Row], steps: list, **flags) -> tuple[float, list[dict]]:
+def train_kto_steps(
+    bench: Bench, model: Qwen2, rows: list[Row], steps: list, **flags: object
+) -> tuple[float, list[dict]]:
     """Runs the reference pass and KTO on the rows -> (seconds of the pass, the log's records)."""
     run = new_run(bench, "kto", model, rows, steps, **flags)
     sequence = functools.partial(pair_sequence, rows, bench.sizes.max_len)

@@ -5,6 +5,8 @@
 All flags of train_sft.py work. The reference is a second model in memory and a second forward in each step.
 """
 
+import argparse
+
 from torch import Tensor
 
 import train_sft
@@ -44,7 +46,7 @@ def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], ref: 
     return anchored(logps, kl, batch.n_supervised, lam) * bool(examples)  # a sharded rank without work runs too
 
 
-def add_flags(parser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(out="asft.pt", method="ASFT (arXiv 2509.23753)")
     parser.add_argument("--kl-weight", type=number(0), default=0.05, help="lambda, weight of the KL")

@@ -6,6 +6,8 @@ All flags of train_sft.py work. The gradient of a token shrinks with its probabi
 rate of its own; the authors use 5e-5 with a batch of 256.
 """
 
+import argparse
+
 from torch import Tensor
 
 import train_sft
@@ -30,7 +32,7 @@ def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int]) -> Te
     return dft_loss(logps, batch.n_supervised)
 
 
-def add_flags(parser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(out="dft.pt", method="DFT (arXiv 2508.05629)")
 

@@ -8,6 +8,7 @@ grouped-query attention, whose k and v are small, 45 to 55 % of the blocks' weig
 not found; the choice follows two re-implementations.
 """
 
+import argparse
 import random
 import sys
 
@@ -44,7 +45,7 @@ def freeze_half(setup: Setup) -> None:
         setup.model.get_submodule(name).requires_grad_(False)
 
 
-def add_flags(parser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0] + " The word kto before the flags trains with KTO in place of SFT."
     parser.set_defaults(out=parser.get_default("out") and "half.pt")  # KTO's is named after --ckpt
     parser.set_defaults(method=parser.get_default("method") + " of half the weights (HFT, arXiv 2404.18466)")

@@ -8,6 +8,7 @@ All flags of train_sft.py work but --shard. OUT is an ordinary checkpoint. --cor
 model knows about them is preserved) or most (learn). Both freeze the biases; CorDA's authors train them.
 """
 
+import argparse
 import functools
 import math
 import random
@@ -155,7 +156,7 @@ def fold(model: Qwen2) -> None:
         setattr(part, name, adapter.linear)
 
 
-def add_flags(parser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(out="lora.pt", method="LoRA (arXiv 2106.09685)", lr=2e-4)
     parser.add_argument("--rank", type=at_least(1), default=8, help="r, rows of A")

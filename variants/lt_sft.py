@@ -8,6 +8,7 @@ All flags of train_sft.py work but --shard and --weight-decay, which would move 
 frozen, as in the authors' scripts.
 """
 
+import argparse
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
@@ -60,7 +61,7 @@ def freeze_the_rest(setup: Setup) -> None:
             names[name].requires_grad_(False)
 
 
-def add_flags(parser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(out="sparse.pt", method="LT-SFT (arXiv 2110.07560)")
     parser.add_argument("--moved", required=True, help="checkpoint of phase 1, fine-tuned in full from --ckpt")

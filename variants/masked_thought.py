@@ -6,6 +6,7 @@ All flags of train_sft.py work. As in the authors' GSM8K runs, a corrupted token
 is needed. They draw from all ids; this never draws a control token.
 """
 
+import argparse
 import random
 
 from torch import Tensor
@@ -41,7 +42,9 @@ def ordinary_ids(tokenizer: Tokenizer) -> list[int]:
     return sorted(set(backend.get_vocab().values()) - set(backend.get_added_tokens_decoder()))
 
 
-def micro_loss(model: Qwen2, batch: StepBatch, micro: list[int], args, ordinary: list[int]) -> Tensor:
+def micro_loss(
+    model: Qwen2, batch: StepBatch, micro: list[int], args: argparse.Namespace, ordinary: list[int]
+) -> Tensor:
     """The loss of a micro-batch. An example's corruption follows from --seed, the step and the example alone."""
     p = mask_rate(batch.step, batch.n_steps, args.p_max, args.rise)
     examples = [batch.examples[i] for i in micro]
@@ -50,7 +53,7 @@ def micro_loss(model: Qwen2, batch: StepBatch, micro: list[int], args, ordinary:
     return sft_loss(logps, batch.n_supervised)
 
 
-def add_flags(parser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(out="masked.pt", method="masked thought (arXiv 2403.02178)")
     parser.add_argument(

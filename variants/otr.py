@@ -7,6 +7,7 @@ The authors' code was not found. Not known: their value of beta ("slightly negat
 whether the log in their loss is tempered. Ours is not.
 """
 
+import argparse
 import random
 
 import torch
@@ -50,7 +51,9 @@ def sample_tokens(logits: Tensor, k: int, kappa: float, seed: str) -> Tensor:
 TILE = 2**25  # logits in memory at once: 128 MiB in fp32
 
 
-def tile_loss(hidden: Tensor, head: Tensor, targets: Tensor, n_supervised: int, args, seed: str) -> Tensor:
+def tile_loss(
+    hidden: Tensor, head: Tensor, targets: Tensor, n_supervised: int, args: argparse.Namespace, seed: str
+) -> Tensor:
     """The loss of some positions of one example. hidden: (n, C), head: (V, C), targets: (n,)."""
     logits = project(hidden, head).float()  # (n, V)
     if not args.samples:
@@ -59,7 +62,7 @@ def tile_loss(hidden: Tensor, head: Tensor, targets: Tensor, n_supervised: int, 
     return otr_loss(logits, samples, targets, n_supervised, args.beta)
 
 
-def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], args) -> Tensor:
+def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], args: argparse.Namespace) -> Tensor:
     """The loss of a micro-batch. An example's samples follow from --seed, the step and the example alone.
 
     Holds the logits of one tile of positions at a time: the backward computes them again, with the same samples.
@@ -74,7 +77,7 @@ def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], args)
     return loss
 
 
-def add_flags(parser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(out="otr.pt", method="OTR (arXiv 2509.26313)")
     parser.add_argument(

@@ -58,7 +58,7 @@ def mean_logps(setup: Setup, others: list[str]) -> list[float]:
     return [t / count_supervised([e]) / len(others) for t, e in zip(totals, setup.examples)]
 
 
-def add_flags(parser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(out="poft.pt", method="PoFT (arXiv 2412.12865)", epochs=1)
     parser.add_argument("--others", nargs="+", required=True, help="checkpoints of the aligned models")

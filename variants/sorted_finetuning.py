@@ -7,6 +7,7 @@ blocks as a checkpoint of their own, here sorted-12. The paper's exits for 40 bl
 given, and the default here is every fourth block of the upper two thirds.
 """
 
+import argparse
 import os
 
 from torch import Tensor
@@ -67,7 +68,7 @@ def export_exit(source: str, depth: int, out: str) -> None:
     model.save(out, ckpt.files)
 
 
-def add_flags(parser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(out="sorted.pt", method="SoFT (arXiv 2309.08968)")
     exits = "numbers of blocks to train as models, beside all of them (default: see the file)"

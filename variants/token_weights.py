@@ -8,6 +8,7 @@ All flags of train_sft.py work. Each record of --data has, beside its messages o
 paper's rule gives the weights. The paper also leaves out calls that failed: give their messages "weight": 0.
 """
 
+import argparse
 import functools
 import hashlib
 import json
@@ -120,7 +121,7 @@ def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], weigh
     return weighted_loss(logps, to_device(w, model.device), sum(sum(weights[i]) for i in batch.indices))
 
 
-def add_flags(parser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(out="weighted.pt", method="SFT with token weights (arXiv 2412.15495)")
 

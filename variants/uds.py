@@ -8,6 +8,7 @@ step apart from each other. The authors choose within micro-batches and project 
 so that --micro-tokens changes nothing, and projects the hidden states with fixed Gaussian matrices.
 """
 
+import argparse
 import itertools
 import math
 
@@ -96,7 +97,7 @@ class Sampler:
         return chosen
 
 
-def add_flags(parser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(
         out="chosen.pt", method="SFT on chosen examples (UDS, arXiv 2510.16882)", epochs=1, batch_size=64, max_len=512
