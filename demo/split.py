@@ -70,7 +70,7 @@ def with_reference(row: dict) -> dict:
     return row
 
 
-def preference_pairs(rows: Iterable[dict]) -> Iterator[dict]:
+def paired_rows(rows: Iterable[dict]) -> Iterator[dict]:
     """The pairs of kto.jsonl: two rows of one id, one desirable and one not."""
     replies = {}
     for row in rows:
@@ -108,7 +108,7 @@ def divide(
     trained_kto = [row for row in kto if part_of(row) == "train"]
     files = {
         "sft.jsonl": [with_reference(row) for row in sft if part_of(row) == "train"],
-        "pairs.jsonl": list(preference_pairs(trained_kto)),
+        "pairs.jsonl": list(paired_rows(trained_kto)),
         "groups.jsonl": list(reply_groups(scored, {row["id"] for row in trained_kto})),
         "validation.jsonl": [row for row in sft if part_of(row) == "validation"],
     }
