@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.checkpoint import Checkpoint
+from core.devices import DEVICE, DTYPE, DTYPES
 from core.files import InputError, cli
-from core.flags import DEVICE, DTYPE, DTYPES, Parser, at_least, torch_device
+from core.flags import Parser, at_least, torch_device
 from core.outputs import check_file
 from core.records import write_jsonl
 from core.tokenizer import Tokenizer
