@@ -61,20 +61,20 @@ def make_labels(args: argparse.Namespace, name: str, small: str, more: list[str]
         ], hidden=("--teacher", url))  # fmt: skip
 
 
-def sft(args: argparse.Namespace, name: str, lr: str, data: str, *more: str) -> None:
-    """Trains the student on a file of OUT by SFT: arm `name`."""
+def sft(args: argparse.Namespace, name: str, lr: str, data: str, ckpt: str = "") -> None:
+    """Trains the student, or another checkpoint, on a file of OUT by SFT: arm `name`."""
     run_step(args.out, name, [
-        "train_sft.py", "--ckpt", args.student, "--data", f"{args.out}/{data}", "--out", f"{args.out}/{name}", "--lr", lr,
-        "--epochs", str(args.sft_epochs), *training_flags(args), *more,
+        "train_sft.py", "--ckpt", ckpt or args.student, "--data", f"{args.out}/{data}", "--out", f"{args.out}/{name}", "--lr", lr,
+        "--epochs", str(args.sft_epochs), *training_flags(args),
     ])  # fmt: skip
 
 
-def kto(args: argparse.Namespace, name: str, ckpt: str, lr: str, data: str, *more: str, script: str = "") -> None:
+def kto(args: argparse.Namespace, name: str, ckpt: str, lr: str, data: str, script: str = "") -> None:
     """Trains a checkpoint on a file of OUT by KTO, one pass: arm `name`. script: a module that changes the loss."""
     run_step(args.out, name, [
         *(["-m", script] if script else ["train_kto.py"]), "--ckpt", ckpt, "--data", f"{args.out}/{data}",
         "--out", f"{args.out}/{name}", "--lr", lr, "--beta", str(args.beta), "--desirable-weight", "auto",
-        *training_flags(args), *more,
+        *training_flags(args),
     ])  # fmt: skip
 
 

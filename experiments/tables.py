@@ -26,6 +26,7 @@ NAMES = {
     "kto-no-z0": "KTO without z0",
     "kto-desirable": "KTO on desirable examples alone",
     "sft-desirable": "SFT on the same desirable examples",
+    "sft-sft": "SFT, then SFT on KTO's desirable examples",
 }
 NOT_RUN = {
     "sft-original": "not run: the instructions are made by a program, so nobody wrote an original response",
@@ -82,6 +83,7 @@ PARTS = [
     Row("kto-no-z0", "kto", "Leaving out z0 makes KTO worse", better=False),
     Row("kto-desirable", "kto", "Leaving out undesirable examples makes KTO worse", better=False),
     Row("sft-desirable", "kto", "SFT on KTO's desirable examples is worse than KTO", better=False),
+    Row("sft-sft", "sft-kto", "After SFT, SFT on KTO's desirable examples is worse than KTO", better=False),
 ]
 STUDIES = [  # (title, rows of its table, module, what it asks)
     ("The paper's table", PAPER, "paper_table", "What is each part of the paper's recipe worth?"),
@@ -89,7 +91,7 @@ STUDIES = [  # (title, rows of its table, module, what it asks)
      "In the paper, KTO after SFT learns from responses that the student wrote before SFT. Here the SFT model answers anew."),
     ("What verification is worth", DATA, "data_steps",
      "The same number of examples, but not the verified ones."),
-    ("What KTO's parts are worth", PARTS, "kto_parts", "All arms start from the student as it was."),
+    ("What KTO's parts are worth", PARTS, "kto_parts", "The KTO arms start from the student as it was. The last arm goes on from the SFT model, as SFT then KTO does."),
 ]  # fmt: skip
 KEPT = ["sft", "kto", "sft-kto", "mean"]
 CALLED = {"sft": "SFT", "kto": "KTO", "sft-kto": "SFT, then KTO,", "mean": "The fusion 0.5 SFT + 0.5 SFT-KTO"}
