@@ -79,7 +79,7 @@ def summarise_task(verdicts: list, subjects: list, over: str, first: list | None
     return cell
 
 
-def further_figures(metrics: list[dict], confidences: list, verdicts: list) -> dict:
+def other_metrics(metrics: list[dict], confidences: list, verdicts: list) -> dict:
     """The task's other metrics, and the calibration if every question has a confidence."""
     found = {}
     if metrics[0]:
@@ -108,13 +108,13 @@ def score_replies(names: list[str], work: Work, replies: Replies, protocol: str)
         subjects = [q["row"].get("subject") for q in questions]
         cell = summarise_task(verdicts, subjects, BENCHMARKS[task]["over"], first.get(task))
         cell |= {"protocol": protocol, "cut_short": sum(r.get("finish_reason") == "length" for r in records)}
-        results[name][task] = cell | further_figures(metrics, confidences, verdicts)
+        results[name][task] = cell | other_metrics(metrics, confidences, verdicts)
         first.setdefault(task, verdicts)
-    correct_for_many(results)
+    add_corrected_p(results)
     return results, samples
 
 
-def correct_for_many(results: dict) -> None:
+def add_corrected_p(results: dict) -> None:
     """Adds the Holm-corrected p-value and the smallest detectable difference to each comparison."""
     pairs = [cell["vs_first"] for cells in results.values() for cell in cells.values() if "vs_first" in cell]
     for versus, p in zip(pairs, holm([versus["p"] for versus in pairs])):
@@ -230,7 +230,7 @@ def compare_command(argv: list[str]) -> None:
     claim_folder(args.out, "eval.py", [os.path.basename(path)])
     with atomic_write(path) as f:
         f.write(f"# {first} and {second}\n\n" + "\n".join(f"- {line}" for line in lines) + f"\n\n{text}")
-    print("\n".join(lines) + f"\nwrote {path} (both replies to each of them)")
+    print("\n".join(lines) + f"\nwrote {path} (both replies to each of these questions)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ class Qwen2(nn.Module):
             self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
         # None: compute in the weights' dtype. --dtype bf16 sets bf16 over fp32 weights
         self.compute_dtype: torch.dtype | None = None
-        # set by training.setup where memory is free: bytes in which the head may keep logits, and core.casts' copies
+        # set by training.setup if memory is free: bytes in which the head may keep logits; copies of weights (core.casts)
         self.spare_bytes, self.casts = 0, []
 
     def forward(

@@ -1,1 +1,1 @@
-"""Below model.py: files, flags, checkpoints, tokenizer, layers, attention, ranks."""
+"""What model.py builds on: files, flags, checkpoints, tokenizer, layers, attention, ranks."""

@@ -10,7 +10,7 @@ from core.layers import fused
 
 
 def cast_copies(model: nn.Module, spare_bytes: int) -> list[tuple[Tensor, Tensor]]:
-    """New memory for the copies: (weight, empty copy) of each matrix; empty if they take more than spare_bytes.
+    """New memory for the copies: (weight, empty copy) of each matrix; [] if they need more than spare_bytes.
 
     --dtype bf16 on a CPU casts each weight in the forward and again in the backward of each micro-batch. With short
     texts this is a fifth of a step. On a GPU it is less than a fiftieth, so no copies are made there, nor of sharded
@@ -32,9 +32,9 @@ def cast_copies(model: nn.Module, spare_bytes: int) -> list[tuple[Tensor, Tensor
 
 @contextlib.contextmanager
 def cast_once(copies: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """A context in which the operations of core.layers use these copies. The weights must not change in it.
+    """A context that casts the weights once; the operations of core.layers then use the copies.
 
-    The copies are refreshed at the start. copies: from cast_copies.
+    The weights must not change inside it. copies: from cast_copies.
     """
     for weight, copy in copies:
         weight.cast_copy = copy.copy_(weight.detach())

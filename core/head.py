@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from core.files import InputError
-from core.layers import fused, held_copy, matmul_as, project
+from core.layers import cached_cast, fused, matmul_as, project
 
 
 def head_columns(device_type: str) -> int:
@@ -23,7 +23,7 @@ def head_columns(device_type: str) -> int:
 
 def vocabulary_tiles(weight: Tensor, dtype: torch.dtype, columns: int) -> Iterator[tuple[int, Tensor]]:
     """Yields (start, weight[start : start + columns] as dtype) for each tile of the head's matrix (V, C)."""
-    weight = held_copy(weight, dtype)
+    weight = cached_cast(weight, dtype)
     for start in range(0, len(weight), columns):
         yield start, weight[start : start + columns].to(dtype)
 

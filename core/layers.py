@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import core.mkl  # noqa: F401  (the first parallel cosine would otherwise be inexact at times)
+import core.mkl  # noqa: F401  (without it, the first parallel cosine is sometimes inexact)
 from core.files import InputError
 
 KERNELS = os.environ.get("KERNELS", "fused")
@@ -29,10 +29,10 @@ def fused() -> bool:
 # Linear, Embedding
 
 
-def held_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The copy of the weight in dtype that core.casts.cast_once holds, or the weight itself.
+def cached_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in dtype if core.casts.cast_once has cast it, else the weight as it is.
 
-    The copy is outside autograd's graph, so it is used only in hand-written backward passes and without gradients.
+    The cast is outside autograd's graph, so it is used only in hand-written backward passes and without gradients.
     """
     copy = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else getattr(weight, "cast_copy", None)
     return weight if copy is None or copy.dtype != dtype else copy
@@ -43,7 +43,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     The cast makes fp32 weights compute in bf16 without autocast.
     """
-    return F.linear(x, held_copy(weight, x.dtype).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.linear(x, cached_cast(weight, x.dtype).to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def onednn_project(x: Tensor, onednn_weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -170,7 +170,7 @@ class NormedLinears(torch.autograd.Function):
         g, d_layers = torch.empty_like(h), []
         for i, (d_y, weight) in enumerate(zip(grads, weights)):
             d_y = d_y.flatten(0, -2)  # (T, O)
-            torch.addmm(g, d_y, held_copy(weight, d_y.dtype).to(d_y.dtype), beta=min(i, 1), out=g)
+            torch.addmm(g, d_y, cached_cast(weight, d_y.dtype).to(d_y.dtype), beta=min(i, 1), out=g)
             weight_needs_grad, bias_needs_grad = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
             d_layers.append(matmul_as(d_y.T, h, weight.dtype) if weight_needs_grad else None)
             d_layers.append(d_y.sum(0, dtype=weight.dtype) if bias_needs_grad else None)
@@ -205,7 +205,7 @@ class SwiGLULinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, weight = ctx.saved_tensors
-        d_product = g @ held_copy(weight, g.dtype).to(g.dtype)
+        d_product = g @ cached_cast(weight, g.dtype).to(g.dtype)
         silu = F.silu(gate)
         d_weight = matmul_as(g.flatten(0, -2).T, (silu * up).flatten(0, -2), weight.dtype)
         return torch.ops.aten.silu_backward(d_product * up, gate), silu.mul_(d_product), d_weight

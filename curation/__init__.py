@@ -1,1 +1,1 @@
-"""The room of make_data.py."""
+"""The data steps of make_data.py."""

@@ -1,1 +1,1 @@
-"""The room of eval.py."""
+"""Benchmarks, likelihoods, replies, statistics and the judge of eval.py."""

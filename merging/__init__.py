@@ -1,1 +1,1 @@
-"""The room of merge.py."""
+"""Weight fusion: everything of merge.py but linear and TIES."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 Point = dict  # {"weights": [w_1 .. w_n]}, and "density", "lambda", "lines" (LiNeS' alpha) if they are searched
 
-# What can be searched: its range, and the values tried first. "weight": of a single model.
+# The range of each quantity, and the values tried first. "weight": the weight of a single model.
 RANGES = {
     "weights": (0.0, 1.0),
     "weight": (0.0, 2.0),
@@ -87,9 +87,8 @@ def minimise(
     while True:
         before, directions = value, len(search_directions(point, over, n))
         for i in range(directions):
-            label, name, x, point_at = search_directions(point, over, n)[
-                i
-            ]  # computed again, because the point may have moved
+            # computed again, because the point may have moved
+            label, name, x, point_at = search_directions(point, over, n)[i]
             low, high = ranges[name]
             step = (high - low) / 50
             first = [x - 4 * step, x + 4 * step] if rounds else FIRST[name]  # after a round the optimum is near

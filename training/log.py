@@ -37,7 +37,7 @@ def kept_lines(run: Run) -> list[str]:
         raise InputError(f"{path}: missing, so the saved run is incomplete; drop --resume to start again")
     with open(path, encoding="utf-8") as f:
         for line in f:
-            with contextlib.suppress(ValueError):  # the last line may be cut short by a full disk
+            with contextlib.suppress(ValueError):  # a full disk may have truncated the last line
                 record = json.loads(line)
                 if record["step"] <= last:
                     lines.append(line.strip() + "\n")

@@ -109,7 +109,7 @@ def start_run(setup: Setup, identity: dict) -> Run | None:
     if is_main():
         run.events = event_writer(run) if args.tensorboard else None
         tidy(run)
-        write_beginning(run, lines)
+        write_args_and_log(run, lines)
     return run
 
 
@@ -155,8 +155,8 @@ def check_same_save(run: Run) -> None:
         )
 
 
-def write_beginning(run: Run, lines: list[str]) -> None:
-    """Writes args.json, and the log with the given lines of the resumed run."""
+def write_args_and_log(run: Run, lines: list[str]) -> None:
+    """Writes args.json and log.jsonl. lines: the lines of the log to keep."""
     call = {"step": run.done, "command": sys.argv, "torch": torch.__version__, "ranks": run.ranks.world}
     call |= {"threads": torch.get_num_threads()}
     if run.done:
@@ -170,9 +170,9 @@ def write_beginning(run: Run, lines: list[str]) -> None:
 
 
 def with_end_token(files: dict[str, str], tokenizer: Tokenizer) -> dict[str, str]:
-    """The side files of OUT, with <|im_end|> as an end token, because every trained reply ends with it.
+    """The side files of OUT, with <|im_end|> added to the end tokens, because every trained reply ends with it.
 
-    A base model's files name only <|endoftext|>. With these, transformers and vLLM would not stop where this code does.
+    A base model's files name only <|endoftext|>, so transformers and vLLM would not stop at <|im_end|>.
     """
     generation = json_object(files.get("generation_config.json", "{}"), "generation_config.json")
     known = generation.get("eos_token_id")
@@ -280,7 +280,7 @@ def close_run(run: Run) -> None:
 
 
 def stop_run(run: Run, step: int, pending: dict | None = None) -> None:
-    """Saves and closes a run after `step` whole steps, when it was asked to stop. The caller then returns.
+    """Saves and closes a run that was asked to stop, after `step` whole steps. The caller then returns.
 
     pending: the log record of that step, if its evaluation was interrupted.
     """

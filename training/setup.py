@@ -224,10 +224,10 @@ def needs_checkpointing(model: Qwen2, args: argparse.Namespace, tokens: int, ran
     """True if a micro-batch of `tokens` tokens does not fit on some rank without checkpointing. Prints the estimate.
 
     A tenth of the free memory is reserved for what the estimate ignores: gaps in the allocator, kernel workspaces.
-    The memory beyond the estimate is given to spend_spare_memory.
+    spend_spare_memory gets the memory beyond the estimate.
     """
     shards, on_cpu = ranks.world if is_sharded(model) else 1, model.device.type == "cpu"
-    # the last one: the documents may all be short
+    # on_cpu is fp32_attention: all documents may be short
     settings = DTYPES[args.dtype].itemsize, shards, model.device.type, args.compile == "on", on_cpu
     without, with_it = (memory_needed(model.config, tokens, again, *settings) for again in (False, True))
     loaded = without["state"] // 4  # the weights, already in memory
