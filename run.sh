@@ -6,7 +6,7 @@
 #               --sources 'data/*.jsonl'     the same recipe on a real model
 #
 # Steps that are done are not repeated; after a failure or Ctrl-C run the same command again.
-# Flags (the demo's values stand in brackets, the real run's are the scripts' own, that is the paper's where it has any):
+# Flags. In brackets: the demo's values. A real run takes the scripts' defaults, which are the paper's where it gives any:
 #   where          --ckpt C [demo/base]  --out DIR [runs/demo; runs/NAME-OF-CKPT]
 #   data           --sources F...  --teacher URL|C  --teacher-model NAME  --small C (default: --ckpt)  --target N [2400]
 #                  --trust-references F...  --decontaminate F...  --concurrency N  --data-max-new-tokens N [48]
@@ -112,7 +112,7 @@ step() { # NAME "WHAT IT BUILDS ON" SCRIPT ARGUMENTS...
     say "$name: done before (rm $run/steps/$name to do it again)"
     return
   fi
-  # A training run that was cut short goes on from its last save, if nothing about it has changed since.
+  # An interrupted training run continues from its last save if its command has not changed.
   if [[ -f $run/$name.run/state.json && -f $run/steps/$name.begun && $(<"$run/steps/$name.begun") == "$now" ]]; then
     set -- "$@" --resume
   fi

@@ -1,4 +1,4 @@
-"""Gather what a study's folder holds into one small JSON file, from which experiments.report writes docs/REPORT.md.
+"""Collect a study's results in one small JSON file. experiments.report writes docs/REPORT.md from it.
 
     python -m experiments.collect --out runs/study --into experiments/results/constraints.json
 
@@ -26,7 +26,7 @@ CURVES = ("loss", "grad_norm", "kl", "rewards/chosen", "rewards/rejected", "rewa
 
 
 def is_looping(text: str, times: int = 4) -> bool:
-    """Whether the text ends in a piece of 4 to 200 characters written `times` times in a row."""
+    """True if the text ends in a piece of 4 to 200 characters written `times` times in a row."""
     for size in range(4, min(200, len(text) // times) + 1):
         if text.endswith(text[-size:] * times):
             return True
@@ -34,7 +34,7 @@ def is_looping(text: str, times: int = 4) -> bool:
 
 
 def reply_counts(samples: Path) -> dict:
-    """What the report needs of a samples.jsonl of eval.py, by task."""
+    """Verdicts, lengths and defects of the replies in a samples.jsonl of eval.py, by task."""
     tasks = {}
     for _, row in read_jsonl(str(samples)):
         tasks.setdefault(row["task"], []).append(row)
@@ -89,7 +89,7 @@ def portable_command(command: list[str], out: Path) -> list[str]:
 
 
 def collect(out: Path, names: dict[str, str]) -> dict:
-    """-> the content of the result file, see above. What is not there yet is left out."""
+    """-> the content of the result file, see above. Missing results are left out."""
     stamps = {path.stem: read_json(path) for path in sorted((out / "steps").glob("*.json"))}
     result = {
         **names,

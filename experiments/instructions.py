@@ -1,9 +1,9 @@
-"""Write instructions with constraints that a program can check, in IFEval's format: three files for training, choosing and testing.
+"""Write instructions with program-checked constraints, in IFEval's format: three files for training, dev and test.
 
     python -m experiments.instructions --out runs/study/instructions
 
-Each asks for two or three sentences about a topic and sets one or two of 15 constraints of IFEval (arXiv 2311.07911). The
-files share forms and constraints but no topic. Everything follows from --seed.
+Each asks for two or three sentences about a topic and sets one or two of 15 constraints of IFEval (arXiv 2311.07911).
+The files share forms and constraints but no topic. --seed determines everything.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from core.files import cli
 def loss_without_z0(
     policy_logps: Tensor, ref_logps: Tensor, kl: Tensor, desirable: Tensor, **weights: Any
 ) -> tuple[Tensor, Tensor]:
-    """kto_loss with 0 in the place of z0 (arXiv 2402.01306, Eq. 7)."""
+    """kto_loss with z0 = 0 (arXiv 2402.01306, Eq. 7)."""
     return train_kto.kto_loss(policy_logps, ref_logps, 0 * kl, desirable, **weights)
 
 

@@ -74,7 +74,7 @@ def repeat_section(result: dict) -> str:
     return f"""## How to repeat it
 
 {markdown_table(["table", "command", "time"], lines)}
-Times on {CORES} cores that other work shared; a step that was cut and continued counts its last part alone. Then
+Times on {CORES} cores that other work shared; of an interrupted step only the last part counts. Then
 `python -m experiments.collect --student {shlex.quote(result["student"])} --teacher {shlex.quote(result["teacher"])}` gathers the numbers, and
 `python -m experiments.report` writes this page.
 

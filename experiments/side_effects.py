@@ -12,7 +12,7 @@ def main() -> None:
     p = study_flags(__doc__)
     p.add_argument("--data-dir", default="data", help="folder of the benchmarks' files")
     p.add_argument("--limit", type=at_least(1), default=500, help="MMLU questions")
-    p.add_argument("--arms", nargs="+", default=["base", "sft", "kto", "sft-kto", "mean"], help="arms to look at")
+    p.add_argument("--arms", nargs="+", default=["base", "sft", "kto", "sft-kto", "mean"], help="arms to evaluate")
     p.add_argument("--tasks", nargs="+", default=["mmlu", "ifeval"], choices=["mmlu", "perplexity", "ifeval"],
                    help="benchmarks that no arm was trained for")  # fmt: skip
     args = p.parse_args()

@@ -1,4 +1,4 @@
-"""A stand-in for the large model at an OpenAI-compatible endpoint on loopback, for studies whose labels come from a program.
+"""A stand-in for the teacher: an OpenAI-compatible endpoint on loopback, for studies with program-checked labels.
 
 It sorts every instruction into one category, gives every response the same grades, and answers no instruction. Which
 response is best then depends only on verification and on perplexity.

@@ -1,4 +1,4 @@
-"""Run the project's own commands as the steps of a study. A step that is done is not repeated; a cut one continues."""
+"""Run the project's own commands as the steps of a study. Finished steps are skipped; interrupted ones continue."""
 
 import argparse
 import json
@@ -44,7 +44,9 @@ def run_step(out: str, name: str, command: list[str], hidden: tuple[str, ...] = 
     start = time.time()
     code = subprocess.run([sys.executable, *command, *hidden, *resume]).returncode
     if code:
-        raise InputError(f"{name}: the command above ended with exit code {code}; mend it and run the study again")
+        raise InputError(
+            f"{name}: the command above ended with exit code {code}; fix the cause and run the study again"
+        )
     with atomic_write(stamp) as f:
         json.dump({"command": command, "seconds": round(time.time() - start, 1)}, f)
 

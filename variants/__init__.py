@@ -1,1 +1,1 @@
-"""One paper, one file: each changes of the recipe only what its paper changes. README.md says when to use which."""
+"""One file per paper. Each changes only what its paper changes. README.md says when to use which."""

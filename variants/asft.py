@@ -20,20 +20,20 @@ from variants.dft import dft_loss
 
 
 def asft_loss(logits: Tensor, ref_logits: Tensor, targets: Tensor, n_supervised: int, lam: float) -> Tensor:
-    """ASFT's loss of a micro-batch, a scalar in nats; those of the micro-batches add up to the loss of the step.
+    """ASFT's loss of a micro-batch, a scalar in nats; the micro-batches' losses add up to the step's.
 
         L = (1/n) sum_t [ -sg(p_t) log p_t + lam KL_t ]
         KL_t = sum_v ref(v | s_t) (log ref(v | s_t) - log pi(v | s_t))        forward KL: the reference comes first
 
     logits, ref_logits: (N, V) of the supervised positions. targets: (N,) tokens x_t, p_t = pi(x_t | s_t).
-    n_supervised: n, supervised tokens of the step. Gradients reach logits alone.
+    n_supervised: n, supervised tokens of the step. Only logits get a gradient.
     """
     log_pi, log_ref = logits.log_softmax(-1), ref_logits.detach().log_softmax(-1)
     kl = (log_ref.exp() * (log_ref - log_pi)).sum(-1)  # (N,)
-    return anchored(log_pi.gather(1, targets[:, None])[:, 0], kl, n_supervised, lam)
+    return asft_from_kl(log_pi.gather(1, targets[:, None])[:, 0], kl, n_supervised, lam)
 
 
-def anchored(logps: Tensor, kl: Tensor, n_supervised: int, lam: float) -> Tensor:
+def asft_from_kl(logps: Tensor, kl: Tensor, n_supervised: int, lam: float) -> Tensor:
     """asft_loss from log p_t and KL_t, (N,) each."""
     return dft_loss(logps, n_supervised) + lam * kl.sum() / n_supervised
 
@@ -43,7 +43,7 @@ def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], ref: 
     examples = [batch.examples[i] for i in micro]
     ids, lengths, at, targets, _ = pack_to_device(examples or [([0, 0], [False, True])], model.device)
     logps, kl = model(ids, lengths, at, targets, ref, forward_kl=True)  # (N,) each
-    return anchored(logps, kl, batch.n_supervised, lam) * bool(examples)  # a sharded rank without work runs too
+    return asft_from_kl(logps, kl, batch.n_supervised, lam) * bool(examples)  # a sharded rank without work runs too
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

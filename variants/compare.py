@@ -75,7 +75,7 @@ def share(bits: str) -> float:
 
 
 def best(folder: str) -> str:
-    """The learning rate whose checkpoint of seed 0 scores best on the validation questions; the lower one of equals."""
+    """The learning rate whose checkpoint of seed 0 scores best on the validation questions; the lower one on a tie."""
     scores = {name[:-2]: share(parts["validation"]) for name, parts in verdicts(folder).items() if name[-2:] == "-0"}
     return max(sorted(scores, key=float), key=scores.__getitem__)
 
@@ -228,7 +228,9 @@ def main() -> None:
     record_parser.add_argument("--rate", default="", help="the chosen learning rate; without it the arm is not trained")
     record_parser.add_argument("--baseline", default="", help="the arm to compare with")
     record_parser.add_argument("--out", default="runs/variants/results", help="folder of the JSON files")
-    record_parser.add_argument("--command", nargs="...", default=[], help="how the arm was trained; the last flag")
+    record_parser.add_argument(
+        "--command", nargs="...", default=[], help="command that trained the arm; give this flag last"
+    )
     table_parser.add_argument("folder", help="folder of the JSON files")
     table_parser.add_argument("--out", help="also write both to this Markdown file")
     args = p.parse_args()

@@ -5,9 +5,9 @@
 
 A map rewrites the prompt so that it is far from the fine-tuning data but asks for the same skill. The skill was hidden
 if the tuned model's drop from its base is smaller on the rewritten prompts. The map here is leetspeak, one of the
-paper's; translation needs a teacher and is left out. The paper's test shows whether a model still repeats or
-capitalises a request as the examples do, or answers it. Its sums are here, its sentences with a
-blank are not. The shots are ours.
+paper's; translation needs a teacher and is left out. In the paper's test, two examples repeat or capitalise their input;
+a model without the skill answers the third input instead. The inputs here are the paper's sums, without its sentences
+with a blank. The two examples are ours.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from generate import generate_iter
 from model import Qwen2
 
 LETTERS, DIGITS = "aeiost", "431057"
-WORD = re.compile(r"[A-Za-z0-9]+")  # ASCII: Chinese stands beside digits without a space
+WORD = re.compile(r"[A-Za-z0-9]+")  # ASCII only: in Chinese text, digits follow letters without a space
 MARK = '"view"'  # in each line of OUT
 VIEWS = ("plain", "leet")
 INSTRUCTIONS = {"repeat": "Repeat the input.", "capitals": "Write the input in capital letters."}
@@ -133,7 +133,7 @@ def ask_both_views(source: str, questions: list[dict], args: argparse.Namespace)
 
 
 def drop_table(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> str:
-    """The table of accuracies and what it says."""
+    """The table of accuracies, and one sentence of conclusion."""
     lost, difference = drops(base, tuned)
     mean = lambda values: sum(values) / len(values)
     rows = [("base", *(mean(base[v]) for v in VIEWS)), ("tuned", *(mean(tuned[v]) for v in VIEWS))]

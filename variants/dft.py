@@ -2,8 +2,8 @@
 
     python -m variants.dft --ckpt base --data chats.jsonl --out dft
 
-All flags of train_sft.py work. The gradient of a token shrinks with its probability, so compare with SFT at a learning
-rate of its own; the authors use 5e-5 with a batch of 256.
+All flags of train_sft.py work. The gradient of a token shrinks with its probability, so tune its learning
+rate separately before comparing with SFT. The authors use 5e-5 with a batch of 256.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from training.logps import supervised_logps
 
 
 def dft_loss(logps: Tensor, n_supervised: int) -> Tensor:
-    """DFT's loss of a micro-batch, a scalar in nats; those of the micro-batches add up to the loss of the step.
+    """DFT's loss of a micro-batch, a scalar in nats; the micro-batches' losses add up to the step's.
 
         L = (1/n) sum_t -sg(p_t) log p_t        p_t = pi(x_t | s_t), sg(.) without gradient
 

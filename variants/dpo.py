@@ -5,7 +5,7 @@
 
 Data: {"prompt", "chosen", "rejected"} lines; with --adpo also {"prompt", "completions", "rewards"}, lists of two or
 more. chosen and rejected then have the rewards 1 and 0. The flags are those of train_kto.py without its label weights.
-ADPO's versions disagree: this has a fixed anchor (the reference), summed log-probabilities and constant tau.
+Versions of the ADPO paper disagree. Here the anchor is the fixed reference, log-probabilities are summed, tau is constant.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def group_losses(args: argparse.Namespace, logps: Tensor, data: Groups, indices:
 
 
 def train(run: Run, data: Groups, held_out: Groups | None) -> bool:
-    """Makes all remaining steps. -> True; False if SIGTERM or Ctrl-C stopped the run, which is then saved.
+    """Runs all remaining steps. -> True, or False if SIGTERM or Ctrl-C stopped the run (it is then already saved).
 
     A group is never divided between micro-batches.
     """
@@ -157,7 +157,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.method = "ADPO (arXiv 2510.18913)" if args.adpo else "DPO (arXiv 2305.18290)"
     args.out = args.out or checkpoint_out(kto_out(args.ckpt, "adpo" if args.adpo else "dpo"))
     if args.adpo and args.label_smoothing:
-        raise InputError("--label-smoothing: is DPO's; with --adpo the rewards give the target")
+        raise InputError("--label-smoothing: has no effect with --adpo, whose rewards give the target; leave it out")
     check_default_inputs(args)
     check_cache_path(args)
     return args

@@ -4,9 +4,9 @@
     python train_sft.py --ckpt base --data got/sft.jsonl --out got-ckpt     # then on the task itself
 
 The candidates should be like the data that the model was trained on before. A target may be a prompt without a reply.
-The paper embeds with a DistilBERT that was fine-tuned on the targets; here a text's embedding is the mean of --ckpt's
-last hidden states, and so eps is a share of the mean cost, not the authors' 0.1. Their first step, which drops domains
-far from the targets, is left out.
+The paper embeds texts with a DistilBERT fine-tuned on the targets. Here an embedding is the mean of --ckpt's last hidden
+states. Their scale differs, so --eps is relative to the mean cost; the authors' eps is 0.1. Their first step, which
+drops domains far from the targets, is left out.
 """
 
 import argparse
@@ -137,7 +137,7 @@ def main() -> None:
         write_jsonl(f"{args.out}/scores.jsonl", rows)
         write_jsonl(f"{args.out}/sft.jsonl", (candidates[i][1] for i in best))
     if error > 0.01:
-        print(f"warning: the potentials did not settle (error {error:.1%}); a larger --eps settles sooner")
+        print(f"warning: the potentials did not converge (error {error:.1%}); a larger --eps converges sooner")
     print(f"distance to the targets: {before:.4g} of all candidates, {after:.4g} of the kept ones")
     print(f"Written: {args.out}/sft.jsonl, {len(best):,} of {len(scores):,} records, and scores.jsonl beside it. Next:")
     print(f"  {shlex.join(['python', 'train_sft.py', '--ckpt', args.ckpt, '--data', f'{args.out}/sft.jsonl'])}")

@@ -3,9 +3,9 @@
     python -m variants.half_finetuning --ckpt base --data chats.jsonl --out half
     python -m variants.half_finetuning kto --round 1 --ckpt half --data feedback.jsonl --out half-kto
 
-All flags of train_sft.py work; with the word kto first, those of train_kto.py. Give each later stage of training another --round. The half is of the matrices: with
-grouped-query attention, whose k and v are small, 45 to 55 % of the blocks' weights are frozen. The authors' code was
-not found; the choice follows two re-implementations.
+All flags of train_sft.py work; after the word kto, those of train_kto.py. Give each later stage of training another
+--round. Half of the matrices are 45 to 55 % of the blocks' weights, because k and v are small in grouped-query
+attention. The authors' code was not found; the choice of matrices follows two re-implementations.
 """
 
 import argparse

@@ -103,7 +103,7 @@ def add_corda_adapters(setup: Setup) -> None:
     args, model = setup.args, setup.model
     sequences, blocks, c = calibration_sequences(setup), model.model["layers"], model.config
     if args.rank > (most := min(min(linear.weight.shape) for _, _, linear in linear_layers(blocks[:1]))):
-        raise InputError(f"--rank {args.rank}: the smallest layer has rank {most}; CorDA cannot go beyond")
+        raise InputError(f"--rank {args.rank}: the smallest layer has rank {most}; give at most that")
     step = max(1, COVARIANCES // (3 * c.hidden_size**2 + c.intermediate_size**2))
     for start in range(0, len(blocks), step):
         layers = linear_layers(blocks[start : start + step])

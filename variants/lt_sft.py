@@ -26,7 +26,7 @@ CHUNK = 2**22  # weights whose distances are in memory at once
 
 
 def lottery_masks(start: dict[str, Tensor], moved: dict[str, Tensor], k: int) -> dict[str, Tensor]:
-    """The k weights that moved most, over all tensors together -> {name: bool mask}. Ties at the threshold are in.
+    """The k weights that moved most, over all tensors together -> {name: bool mask}. Ties at the threshold are kept.
 
     mask = |theta_1 - theta_0| >= the k-th largest of all |theta_1 - theta_0|
     """
@@ -72,7 +72,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     args = train_sft.parse_args(add_flags=add_flags)
     if args.shard:
-        raise InputError("--shard: the masks are of whole matrices, and sharded ranks hold parts; leave it out")
+        raise InputError("--shard: masks need whole matrices, but sharded ranks hold parts; leave it out")
     if args.weight_decay:
         raise InputError(f"--weight-decay {args.weight_decay:g}: would move the masked weights too; leave it out")
     train_sft.main(args, prepare=freeze_the_rest)

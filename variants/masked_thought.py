@@ -59,7 +59,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--p-max", type=number(0, below=1), default=0.4, help="highest probability that a token is corrupted"
     )
-    parser.add_argument("--rise", type=number(0), default=0.66, help="share of the steps in which it rises from 0")
+    parser.add_argument(
+        "--rise", type=number(0), default=0.66, help="share of the steps in which this probability rises from 0"
+    )
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
     python -m variants.novelty --ckpt tuned --base base --samples 100     # -> novelty.jsonl, the most novel first
 
 The texts show what was new in the data. This is the static version; the iterative one trains the base in between.
-The paper's alpha, and whether it samples, were not found. Here alpha is contrastive decoding's (arXiv 2210.15097), and
-tokens are sampled, or all texts would be one text. SFT learns replies alone, so a text begins after a neutral
-message of a user; --plain begins with no text at all.
+The paper's alpha, and whether it samples, were not found. Here alpha is contrastive decoding's (arXiv 2210.15097).
+Tokens are sampled, because otherwise all texts would be equal. SFT learns replies alone, so each text answers a neutral
+user message; --plain starts from an empty context.
 """
 
 import argparse

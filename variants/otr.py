@@ -2,9 +2,9 @@
 
     python -m variants.otr --beta -0.1 --ckpt base --data chats.jsonl --out otr
 
-All flags of train_sft.py work but --shard. At --kappa 1 the expected gradient is (1 - beta) times DFT's, whatever beta is.
-The authors' code was not found. Not known: their value of beta ("slightly negative"), so --beta has no default; and
-whether the log in their loss is tempered. Ours is not.
+All flags of train_sft.py work but --shard. At --kappa 1 the expected gradient is (1 - beta) times DFT's.
+The authors' code was not found. Their beta is "slightly negative", so --beta has no default. Whether they temper the
+log in the loss is not known; here it is not tempered.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from training.logps import pack_to_device
 
 
 def otr_loss(logits: Tensor, samples: Tensor, targets: Tensor, n_supervised: int, beta: float) -> Tensor:
-    """OTR's loss of a micro-batch, a scalar; those of the micro-batches add up to the loss of the step.
+    """OTR's loss of a micro-batch, a scalar; the micro-batches' losses add up to the step's.
 
         L = -(1/n) sum_t (1/K) sum_j R_j log pi(a_j | s_t)        R_j = 1 if a_j = x_t, else beta
 

@@ -38,7 +38,7 @@ def poft_loss(policy_means: Tensor, other_means: Tensor) -> Tensor:
 
 
 def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], other_means: list[float]) -> Tensor:
-    """The mean loss of the step's examples, as far as this micro-batch goes. other_means: of all the data."""
+    """This micro-batch's share of the mean loss over the step's examples. other_means: one for each training example."""
     examples = [batch.examples[i] for i in micro]
     tokens = torch.tensor([float(count_supervised([example])) for example in examples])
     others = torch.tensor([other_means[batch.indices[i]] for i in micro])

@@ -5,7 +5,7 @@
 
 --mode sdft is self-data distillation (arXiv 2410.09982, 2402.13669): the model rewords every gold response. --ckpt is
 then the model before pruning, and the pruned one is trained.
---data are gold: their references are trusted (a key `reference`, GSM8K's `#### 72`, AQuA's options, IFEval's lists).
+The references of --data are trusted (a key `reference`, GSM8K's `#### 72`, AQuA's options, IFEval's lists).
 Records without one need --teacher; the paper lets the model judge itself. The papers' prompts and temperatures were not
 found: those here are ours, and replies are greedy. SDFT opens the replies to GSM8K with a lead-in; this does not.
 """
@@ -75,12 +75,12 @@ def read_gold(args: argparse.Namespace) -> tuple[list[dict], Counter]:
 
 
 def checkable(record: dict, args: argparse.Namespace) -> bool:
-    """Whether a program checks responses to this record."""
+    """True if a program can check responses to this record."""
     return bool(record["reference"]) and (record["reference"]["kind"] != "code" or args.allow_code_execution)
 
 
 def verdict(record: dict, text: str, args: argparse.Namespace) -> bool | None:
-    """J(text, gold) without a model, None where a program cannot tell. SDFT accepts what has no reference."""
+    """J(text, gold) without a model, None where a program cannot tell. SDFT accepts texts without a reference."""
     if args.mode == "sdft" and TELL_TALE.search(text):
         return False
     if checkable(record, args):

@@ -25,7 +25,7 @@ from training.setup import Setup
 
 
 def sorted_loss(exit_logps: list[Tensor], n_supervised: int) -> Tensor:
-    """SoFT's loss of a micro-batch, a scalar in nats; those of the micro-batches add up to the loss of the step.
+    """SoFT's loss of a micro-batch, a scalar in nats; the micro-batches' losses add up to the step's.
 
         L = (1/|B|) sum_{k in B} L_k        L_k = -(1/n) sum_t log p_k(x_t | s_t)        (Eq. 1)
 
@@ -71,7 +71,7 @@ def export_exit(source: str, depth: int, out: str) -> None:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(out="sorted.pt", method="SoFT (arXiv 2309.08968)")
-    exits = "numbers of blocks to train as models, beside all of them (default: see the file)"
+    exits = "numbers of blocks to train as models, beside all of them (default: every fourth of the upper two thirds)"
     parser.add_argument("--exits", type=at_least(1), nargs="+", help=exits)
     parser.add_argument("--export", type=at_least(1), nargs="+", default=[], help="exits to write as OUT-K too")
 

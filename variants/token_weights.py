@@ -1,11 +1,11 @@
-"""Weighted tokens, with the rule of TL-Training (arXiv 2412.15495): the tokens that decide which tool is called.
+"""SFT with token weights, from the data or by TL-Training's rule for tool calls (arXiv 2412.15495).
 
     python -m variants.token_weights --ckpt base --data calls.jsonl --out weighted
 
-All flags of train_sft.py work. Each record of --data has, beside its messages or its prompt and completion, either
-"token_weights", a number >= 0 for every supervised token (a reply's own, its <|im_end|> and the newline), or
-"tool_names", the names of the tools on offer. Then the last reply is name(arguments), it alone is trained, and the
-paper's rule gives the weights. The paper also leaves out calls that failed: give their messages "weight": 0.
+All flags of train_sft.py work. Each record of --data also has one of two keys. "token_weights": a number >= 0 for
+every supervised token (a reply's tokens, its <|im_end|> and the newline). "tool_names": the names of the available
+tools; the last reply must be name(arguments), only this reply is trained, and the paper's rule raises the weights of the
+tokens that decide which tool is called. The paper also leaves out failed calls: give their messages "weight": 0.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from training.setup import Setup
 
 
 def weighted_loss(logps: Tensor, weights: Tensor, total: float) -> Tensor:
-    """The loss of a micro-batch, a scalar in nats; those of the micro-batches add up to the loss of the step.
+    """The loss of a micro-batch, a scalar in nats; the micro-batches' losses add up to the step's.
 
         L = sum_t -w_t log p_t / sum_t w_t
 

@@ -3,8 +3,8 @@
     python -m variants.uds --batch-size 64 --share 0.125 --ckpt base --data chats.jsonl --out chosen
 
 All flags of train_sft.py work but --shard; --batch-size counts the candidates. Scoring costs a forward pass of all of
-them. The utility grows with the length, so long examples win by their length alone. Nothing keeps the chosen ones of a
-step apart from each other. The authors choose within micro-batches and project with FFTs; this chooses within the step,
+them. The utility grows with the length, so long examples win by their length alone. The chosen ones of a
+step may resemble each other. The authors choose within micro-batches and project with FFTs; this chooses within the step,
 so that --micro-tokens changes nothing, and projects the hidden states with fixed Gaussian matrices.
 """
 
@@ -65,8 +65,8 @@ class Sampler:
         self.alpha = self.args.alpha * math.sqrt(T * V) / 2  # the authors' projection lengthens distances so much
         self.sizes = [max(1, round(self.args.share * len(step))) for step in setup.steps]
         self.starts = list(itertools.accumulate(self.sizes, initial=0))  # examples chosen before each step
-        # A ring with room for one step more than is compared with: a step that is interrupted and repeated after
-        # --resume overwrites no entry that it needs.
+        # A ring buffer with room for one extra step. A step that is interrupted and repeated after --resume then
+        # overwrites no entry that it needs.
         memory = torch.zeros(self.args.memory + max(self.sizes), ROWS * COLUMNS, device=model.device)
         model.register_buffer("uds_memory", memory)
 
