@@ -2,7 +2,7 @@
 
     python -m experiments.kto_parts --student smollm2-135m-instruct
 
-The KTO arms start from the student and use the learning rate of the arm `kto`. `sft-sft` goes on from the SFT model, as
+The KTO arms start from the student and use the learning rate of the arm `kto`. `sft-sft` continues the SFT model, as
 `sft-kto` does, but with SFT on the desirable examples: two passes over half of the rows, as many examples as KTO sees.
 """
 

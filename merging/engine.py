@@ -228,18 +228,18 @@ def in_order(work: Callable, sizes: dict[str, int], threads: int) -> Iterator[tu
 
     To bound memory, results that are running or waiting have at most 1.5 times the elements of the largest tensor.
     """
-    todo, queue, ahead, most = collections.deque(sizes), collections.deque(), 0, 1.5 * max(sizes.values())
+    todo, queue, in_flight, most = collections.deque(sizes), collections.deque(), 0, 1.5 * max(sizes.values())
     pool, before = ThreadPoolExecutor(threads), torch.get_num_threads()
     torch.set_num_threads(1)  # parallel over tensors, not inside an operation
     try:
         while todo or queue:
-            while todo and (not queue or ahead + sizes[todo[0]] <= most):
+            while todo and (not queue or in_flight + sizes[todo[0]] <= most):
                 name = todo.popleft()
-                ahead += sizes[name]
+                in_flight += sizes[name]
                 queue.append((name, pool.submit(work, name)))
             name, future = queue.popleft()
             yield name, future.result()
-            ahead -= sizes[name]
+            in_flight -= sizes[name]
             del future
     finally:
         pool.shutdown(cancel_futures=True)

@@ -2,9 +2,9 @@
 
     python -m variants.self_ensembling --ckpt tuned --tasks mmlu --limit 500 --data-dir data  # -> self_ensembling.jsonl
 
-Nothing is trained. The first prompt is the benchmark's own, so its row is what `eval.py --protocol loglik` gives. For
-tasks with worked examples (mmlu, cmmlu, ceval) the other prompts have these in other orders; the paper draws others.
-For the other tasks they are templates, in words of our own. A probability is the exponential of a choice's
+Nothing is trained. The first prompt is the benchmark's own, so its row equals that of `eval.py --protocol loglik`. For
+tasks with worked examples (mmlu, cmmlu, ceval) the other prompts reorder them; the paper draws new ones.
+For the other tasks the prompts are templates of our own. A probability is the exponential of a choice's
 log-likelihood, relative to all choices, as in eval.py. The paper takes the mean logit of a label of several tokens.
 By the authors' later advice, max is the robust choice.
 """
@@ -34,7 +34,14 @@ from model import Qwen2
 
 METHODS = ("mean", "max", "vote")
 MARK = '"probabilities"'  # in each line of OUT
-TASKS = ("mmlu", "cmmlu", "ceval", "arc_easy", "arc_challenge", "truthfulqa_mc1")  # one right choice, no text to go on
+TASKS = (
+    "mmlu",
+    "cmmlu",
+    "ceval",
+    "arc_easy",
+    "arc_challenge",
+    "truthfulqa_mc1",
+)  # one right choice each; tasks that continue a text are left out
 TEMPLATES = (  # the text before a choice, for tasks without worked examples
     "Q: {}\nA:",
     "{}\nThe answer is:",
@@ -118,7 +125,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--out", default="self_ensembling.jsonl", help="JSON Lines file of all probabilities")
     args = p.parse_args()
     check_file(args.out, MARK)
-    args.protocol, args.allow_code_execution = "loglik", False  # of load_questions
+    args.protocol, args.allow_code_execution = "loglik", False  # for load_questions
     return args
 
 
