@@ -201,8 +201,10 @@ def test_ctrl_c_during_imports_is_silent(script, tmp_path):
     """A torch that never finishes loading stands in for the slow one."""
     (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\nwhile True: time.sleep(0.01)\n")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    # these two parse their arguments before they load torch
+    arguments = ["--ckpt", ROOT / "demo" / "base", "--data", __file__] if script.startswith("train_") else []
     done = subprocess.Popen(
-        [sys.executable, ROOT / script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
+        [sys.executable, ROOT / script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert done.stdout.readline() == b"loading\n"

@@ -206,7 +206,10 @@ def test_all_arms(run_sh):
     lr = {(folder, rate) for call in calls for folder, rate in re.findall(r"--lr (\S+) .*--out (\w+)/", call)}
     assert {"base", "sft", "kto", "first_3_blocks"} < set(arms) and len(lr) >= 2 * (len(arms) - 2)
     baselines = {call.split()[3]: call.split("--baseline ")[1].split()[0] for call in calls if "--baseline" in call}
-    assert set(baselines.values()) == {"base", "sft", "kto", "random_half"} and baselines["dpo"] == "kto"
+    assert (
+        set(baselines.values()) == {"base", "sft", "kto", "random_half", "sorted_finetuning"}
+        and baselines["dpo"] == "kto"
+    )
 
 
 def test_an_unknown_arm(run_sh):
