@@ -87,7 +87,7 @@ def answer(messages: list[dict]) -> str:
 # ---- the server
 
 
-class Handler(BaseHTTPRequestHandler):
+class TeacherHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # keeps connections open for thousands of small requests
     wbufsize = -1  # sends headers and body together
     disable_nagle_algorithm = True
@@ -140,7 +140,7 @@ class Server(ThreadingHTTPServer):
 def bind_server(port: int = 0) -> tuple[Server, str]:
     """Binds a server to 127.0.0.1 -> (server, base URL). Port 0 takes a free one. The caller runs serve_forever()."""
     try:
-        server = Server(("127.0.0.1", port), Handler)
+        server = Server(("127.0.0.1", port), TeacherHandler)
     except OSError as e:
         raise InputError(f"port {port}: {e.strerror}; give another --port, or none for a free one") from None
     return server, f"http://127.0.0.1:{server.server_port}/v1"

@@ -23,7 +23,7 @@ def reply_to(messages: list[dict]) -> tuple[str, str]:
     return ("Hello.", "stop") if last == "Hello." else ("", "length")
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class StandInHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
@@ -45,7 +45,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def stand_in() -> Iterator[str]:
     """A context in which the endpoint runs. -> its URL."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandInHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1"

@@ -37,7 +37,7 @@ NOT_RUN = {
 FEWEST = 6  # McNemar's exact p is above 0.05 if fewer questions differ: 2 / 2^5 = 0.0625
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A row of a table: an arm, the arm it is compared with, and the claim that the comparison tests."""
 
     arm: str
@@ -47,43 +47,43 @@ class Row(NamedTuple):
 
 
 PAPER = [
-    Row("base"),
-    Row("sft-original", "base"),
-    Row("sft", "base", "SFT on the best verified reply improves the student"),
-    Row("kto", "base", "KTO alone improves the student"),
-    Row("sft-kto", "sft", "KTO after SFT improves on SFT"),
-    Row("mean", "sft", "The fusion 0.5 SFT + 0.5 SFT-KTO improves on SFT"),
-    Row("mean-05-95", "sft", "The fusion 0.05 SFT + 0.95 SFT-KTO improves on SFT"),
-    Row("ties", "sft", "TIES of SFT and KTO improves on SFT"),
-    Row("searched", "sft"),
-    Row("sft-paper-lr", "base", "SFT at the paper's rate of 1e-6 improves the student"),
-    Row("sft-kto-paper-lr", "base", "SFT at 1e-6, then KTO at 5e-8, improves the student"),
+    TableRow("base"),
+    TableRow("sft-original", "base"),
+    TableRow("sft", "base", "SFT on the best verified reply improves the student"),
+    TableRow("kto", "base", "KTO alone improves the student"),
+    TableRow("sft-kto", "sft", "KTO after SFT improves on SFT"),
+    TableRow("mean", "sft", "The fusion 0.5 SFT + 0.5 SFT-KTO improves on SFT"),
+    TableRow("mean-05-95", "sft", "The fusion 0.05 SFT + 0.95 SFT-KTO improves on SFT"),
+    TableRow("ties", "sft", "TIES of SFT and KTO improves on SFT"),
+    TableRow("searched", "sft"),
+    TableRow("sft-paper-lr", "base", "SFT at the paper's rate of 1e-6 improves the student"),
+    TableRow("sft-kto-paper-lr", "base", "SFT at 1e-6, then KTO at 5e-8, improves the student"),
 ]
 OWN = [
-    Row("sft"),
-    Row("sft-kto", "sft", "KTO after SFT, on responses from before SFT, improves on SFT"),
-    Row("sft-kto-own", "sft", "KTO after SFT, on the SFT model's own responses, improves on SFT"),
-    Row(
+    TableRow("sft"),
+    TableRow("sft-kto", "sft", "KTO after SFT, on responses from before SFT, improves on SFT"),
+    TableRow("sft-kto-own", "sft", "KTO after SFT, on the SFT model's own responses, improves on SFT"),
+    TableRow(
         "sft-kto-own", "sft-kto", "The SFT model's own responses are better for KTO than the responses from before SFT"
     ),
 ]
 DATA = [
-    Row("base"),
-    Row("sft"),
-    Row("sft-teacher", "sft", "Without verification, the teacher's replies are worse SFT data", better=False),
-    Row("sft-random", "sft", "Without verification, replies of any writer are worse SFT data", better=False),
-    Row("sft-deduplicated", "sft"),
-    Row("sft-balanced", "sft"),
+    TableRow("base"),
+    TableRow("sft"),
+    TableRow("sft-teacher", "sft", "Without verification, the teacher's replies are worse SFT data", better=False),
+    TableRow("sft-random", "sft", "Without verification, replies of any writer are worse SFT data", better=False),
+    TableRow("sft-deduplicated", "sft"),
+    TableRow("sft-balanced", "sft"),
 ]
 PARTS = [
-    Row("base"),
-    Row("kto"),
-    Row("kto-noise-10", "kto", "10 % wrong labels make KTO worse", better=False),
-    Row("kto-noise-30", "kto", "30 % wrong labels make KTO worse", better=False),
-    Row("kto-no-z0", "kto", "Leaving out z0 makes KTO worse", better=False),
-    Row("kto-desirable", "kto", "Leaving out undesirable examples makes KTO worse", better=False),
-    Row("sft-desirable", "kto", "SFT on KTO's desirable examples is worse than KTO", better=False),
-    Row("sft-sft", "sft-kto", "After SFT, SFT on KTO's desirable examples is worse than KTO", better=False),
+    TableRow("base"),
+    TableRow("kto"),
+    TableRow("kto-noise-10", "kto", "10 % wrong labels make KTO worse", better=False),
+    TableRow("kto-noise-30", "kto", "30 % wrong labels make KTO worse", better=False),
+    TableRow("kto-no-z0", "kto", "Leaving out z0 makes KTO worse", better=False),
+    TableRow("kto-desirable", "kto", "Leaving out undesirable examples makes KTO worse", better=False),
+    TableRow("sft-desirable", "kto", "SFT on KTO's desirable examples is worse than KTO", better=False),
+    TableRow("sft-sft", "sft-kto", "After SFT, SFT on KTO's desirable examples is worse than KTO", better=False),
 ]
 STUDIES = [  # (title, rows of its table, module, what it asks)
     ("The paper's table", PAPER, "paper_table", "What is each part of the paper's recipe worth?"),
@@ -97,17 +97,17 @@ KEPT = ["sft", "kto", "sft-kto", "mean"]
 CALLED = {"sft": "SFT", "kto": "KTO", "sft-kto": "SFT, then KTO,", "mean": "The fusion 0.5 SFT + 0.5 SFT-KTO"}
 
 
-def kept_rows(task: str) -> list[Row]:
+def kept_rows(task: str) -> list[TableRow]:
     """Study 5: has an arm become worse at a task that it was not trained for?"""
-    claims = [Row(arm, "base", f"{CALLED[arm]} lowers the score of {task}", better=False) for arm in KEPT]
-    return [Row("base"), *claims]
+    claims = [TableRow(arm, "base", f"{CALLED[arm]} lowers the score of {task}", better=False) for arm in KEPT]
+    return [TableRow("base"), *claims]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
 
 
-def compare(rows: list[Row], verdicts: dict[str, str]) -> dict[Row, dict]:
+def compare(rows: list[TableRow], verdicts: dict[str, str]) -> dict[TableRow, dict]:
     """Compares each row whose two arms have verdicts: the content of paired_comparison and "p_holm", "smallest", "n".
 
     verdicts: one digit for each question, by arm. p_holm is corrected over the rows of this table. smallest: the true
@@ -155,7 +155,7 @@ def score_text(verdicts: str) -> str:
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def comparison_table(rows: list[Row], verdicts: dict[str, str], reasons: dict[str, str], scored: str) -> str:
+def comparison_table(rows: list[TableRow], verdicts: dict[str, str], reasons: dict[str, str], scored: str) -> str:
     """A table in markdown. reasons: why an arm has no verdicts. scored: the head of the score's column."""
     found, lines = compare(rows, verdicts), []
     for row in rows:
@@ -176,14 +176,14 @@ def comparison_table(rows: list[Row], verdicts: dict[str, str], reasons: dict[st
     return markdown_table(head, lines)
 
 
-def verdict(row: Row, result: dict) -> str:
+def verdict(row: TableRow, result: dict) -> str:
     """ "held", "opposite" or "undecided": what a comparison says about its row's claim, at p < 0.05 after Holm."""
     if result["p_holm"] >= 0.05:
         return "undecided"
     return "held" if (result["difference"] > 0) == row.better else "opposite"
 
 
-def finding(row: Row, result: dict) -> str:
+def finding(row: TableRow, result: dict) -> str:
     """A claim with its numbers, in one sentence."""
     low, high = result["interval"]
     text = f"{row.claim}: {points(result['difference'])} points [{points(low)}, {points(high)}]"

@@ -1,4 +1,4 @@
-"""The house: seven scripts at the top, imports that point one way, functions and files that can be read in one sitting."""
+"""The house: seven scripts at the top, one-way imports, short functions and files, one name for one thing."""
 
 import ast
 
@@ -21,6 +21,7 @@ ORDER = [
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SCRIPTS = ORDER[7]
 FILES = sorted(path for path in ROOT.glob("**/*.py") if path.relative_to(ROOT).parts[0].removesuffix(".py") in RANK)
+PARALLEL = {"train", "with_eval", "micro_loss", "add_flags"}  # the same role in each training script
 TABLES = {"demo/words.py", "demo/tasks.py", "curation/task_types.py"}  # data, not code
 
 
@@ -82,6 +83,18 @@ def test_public_functions_are_typed(path):
             parameters = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
             untyped = [p.arg for p in parameters if p.annotation is None] + ["the result"] * (node.returns is None)
             assert not untyped, f"{node.name}: {', '.join(untyped)}"
+
+
+def test_one_name_for_one_thing():
+    places = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                places.setdefault(node.name, []).append(name(path))
+    for shared in PARALLEL:
+        places[shared] = [p for p in places[shared] if not p.startswith(("train_", "variants/"))]
+    repeated = {k: v for k, v in places.items() if len(v) > 1 and k not in {"main", "parse_args"}}
+    assert not repeated, f"two definitions of one name: {repeated}"
 
 
 def test_the_readme_is_read_in_two_minutes():

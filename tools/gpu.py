@@ -36,8 +36,8 @@ PARTS = {
     "correctness": (gpu_training.correctness, 100),
     "suite": (gpu_parts.suite, 60),
     "machine": (gpu_parts.machine, 30),
-    "sft": (gpu_training.sft, 60),
-    "kto": (gpu_training.kto, 60),
+    "sft": (gpu_training.sft_training, 60),
+    "kto": (gpu_training.kto_training, 60),
     "operations": (gpu_parts.operations, 30),
     "headline": (gpu_training.headline, 60),
     "generation": (gpu_parts.generation, 60),
@@ -70,7 +70,7 @@ def read_rows(path: str) -> list[dict]:
     return rows
 
 
-def markdown_table(rows: list[dict]) -> str:
+def measurement_table(rows: list[dict]) -> str:
     """| part | measurement | result | note |, one line per result."""
     lines = ["| part | measurement | result | note |", "|---|---|---|---|"]
     for row in rows:
@@ -150,7 +150,7 @@ def main() -> None:
     if args.part:
         return run_own_part(args)
     if args.table:
-        return print(markdown_table(read_rows(args.table)))
+        return print(measurement_table(read_rows(args.table)))
     check_file(args.out, '"part"')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through finally, so that no part outlives this process
     end = time.time() + 60 * args.minutes
@@ -165,7 +165,7 @@ def main() -> None:
             continue
         print(f"{name}, at most {left:.0f} s", file=sys.stderr, flush=True)
         run_part(args, name, left)
-    print(markdown_table(read_rows(args.out)))
+    print(measurement_table(read_rows(args.out)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from generate import generate_steps
 from model import Qwen2
 from tools.memory import SHAPES, raw_config
 from tools.rates import device_copy_rate, matmul_rate, synchronise
-from training.feedback import Row
+from training.feedback import FeedbackRow
 from training.memory import count_parameters
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -87,7 +87,7 @@ def random_model(bench: Bench, raw: dict, dtype: torch.dtype) -> Qwen2:
     return model.init_weights(torch.Generator(bench.device).manual_seed(0))
 
 
-def random_rows(sizes: Sizes, n: int, seed: int = 0) -> list[Row]:
+def random_rows(sizes: Sizes, n: int, seed: int = 0) -> list[FeedbackRow]:
     """n examples of feedback. Their lengths are log-normal with a mean of sizes.length; a third of each is prompt."""
     rng = np.random.default_rng(seed)
     lengths = rng.lognormal(np.log(sizes.length) - 0.125, 0.5, n).astype(int).clip(6, sizes.max_len)

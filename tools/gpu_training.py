@@ -29,7 +29,7 @@ from tools.gpu_parts import (
 )
 from tools.memory import raw_config
 from training.examples import Cuts, count_supervised
-from training.feedback import Feedback, Row, pair_sequence
+from training.feedback import Feedback, FeedbackRow, pair_sequence
 from training.logps import example_logps
 from training.memory import forward_flops
 from training.reference import Reference, reference_logps
@@ -145,7 +145,7 @@ def check_steps(bench: Bench, base: Qwen2) -> None:
 # Training, through the scripts' own loops
 
 
-def new_run(bench: Bench, mode: str, model: Qwen2, rows: list[Row], steps: list, **flags: object) -> Run:
+def new_run(bench: Bench, mode: str, model: Qwen2, rows: list[FeedbackRow], steps: list, **flags: object) -> Run:
     """A run of train_sft.py or train_kto.py ("sft", "kto") over these steps. Only its log is written.
 
     Activation checkpointing is on where a step would not fit otherwise, as in the scripts."""
@@ -167,7 +167,7 @@ def step_records(run: Run) -> list[dict]:
         return [json.loads(line) for line in f]
 
 
-def train_sft_steps(bench: Bench, model: Qwen2, rows: list[Row], steps: list, **flags: object) -> list[dict]:
+def train_sft_steps(bench: Bench, model: Qwen2, rows: list[FeedbackRow], steps: list, **flags: object) -> list[dict]:
     """Runs SFT on the rows -> the log's records."""
     run = new_run(bench, "sft", model, rows, steps, **flags)
     examples = [pair_sequence(rows, bench.sizes.max_len, i, i) for i in range(len(rows))]
@@ -178,7 +178,7 @@ def train_sft_steps(bench: Bench, model: Qwen2, rows: list[Row], steps: list, **
 
 
 def train_kto_steps(
-    bench: Bench, model: Qwen2, rows: list[Row], steps: list, **flags: object
+    bench: Bench, model: Qwen2, rows: list[FeedbackRow], steps: list, **flags: object
 ) -> tuple[float, list[dict]]:
     """Runs the reference pass and KTO on the rows -> (seconds of the pass, the log's records)."""
     run = new_run(bench, "kto", model, rows, steps, **flags)
@@ -194,7 +194,7 @@ def train_kto_steps(
     return seconds, step_records(run)
 
 
-def step_flops(model: Qwen2, mode: str, rows: list[Row], step: list[int], max_len: int) -> int:
+def step_flops(model: Qwen2, mode: str, rows: list[FeedbackRow], step: list[int], max_len: int) -> int:
     """FLOPs that the maths of one step needs: SFT 3 forwards, KTO also one of the mismatched pairs."""
     pairs = train_kto.all_pairs(step)
     forwards = []
@@ -231,11 +231,11 @@ def measure_training(bench: Bench, mode: str, name: str, compiled: bool = False)
     bench.report(f"{name}, first step", times[0], "s")
 
 
-def sft(bench: Bench) -> None:
+def sft_training(bench: Bench) -> None:
     measure_training(bench, "sft", "SFT")
 
 
-def kto(bench: Bench) -> None:
+def kto_training(bench: Bench) -> None:
     measure_training(bench, "kto", "KTO")
 
 

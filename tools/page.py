@@ -181,7 +181,7 @@ def fusion_section(run: RunFiles) -> str:
     return "".join(parts) + (html_table(["result", "method", "models", "base"], rows) if rows else "")
 
 
-def repeat_section(run: RunFiles) -> str:
+def commands_section(run: RunFiles) -> str:
     rows = []
     for name, args in run.args.items():
         command = args.get("command")
@@ -195,7 +195,8 @@ def repeat_section(run: RunFiles) -> str:
 
 SECTIONS = [
     ("Result", "results", result_section), ("Data", "reports", data_section), ("Training", "logs", training_section),
-    ("Replies", "questions", replies_section), ("Fusion", "merges", fusion_section), ("How to repeat it", "args", repeat_section),
+    ("Replies", "questions", replies_section), ("Fusion", "merges", fusion_section),
+    ("How to repeat it", "args", commands_section),
 ]  # fmt: skip
 
 

@@ -171,7 +171,7 @@ def summarise_runs(args: Namespace, runs: dict[str, list[dict]], work: tuple | N
 # The command
 
 
-def add_flags(p: Parser) -> None:
+def add_speed_flags(p: Parser) -> None:
     p.add_argument("mode", choices=list(PEERS), help="what to measure")
     p.add_argument("--ckpt", nargs="+", help="checkpoint; for merge: the directories to merge")
     p.add_argument("--vs", help="peer: trl, transformers, mergekit, or for training another checkout's directory")
@@ -202,7 +202,7 @@ def add_flags(p: Parser) -> None:
 
 def parse_args() -> Namespace:
     p = Parser(prog="python -m tools.speed", description=__doc__.split("\n\n")[0])
-    add_flags(p)
+    add_speed_flags(p)
     args = p.parse_args()
     args.limit = args.limit or (args.steps * args.batch_size if args.mode in ("sft", "kto") else 32)
     if args.mode != "merge" and not args.data:

@@ -14,10 +14,10 @@ from training.examples import Cuts
 from training.pairing import count_prompt_clashes, epoch_order
 from training.setup import Setup, plan_steps
 
-Row = tuple[tuple[int, ...], tuple[int, ...], bool]  # (prompt ids, completion ids, label)
+FeedbackRow = tuple[tuple[int, ...], tuple[int, ...], bool]  # (prompt ids, completion ids, label)
 
 
-def encode_feedback(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[list[Row], list[str], Cuts]:
+def encode_feedback(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[list[FeedbackRow], list[str], Cuts]:
     """Encodes records [("file:line", (prompt messages, completion, label))] -> (rows, their "file:line", Cuts).
 
     A row whose prompt has max_len tokens or more is dropped, because no completion token would be left. Rows are not
@@ -40,7 +40,7 @@ def encode_feedback(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[
     return rows, places, cuts
 
 
-def pair_sequence(rows: list[Row], max_len: int, i: int, j: int) -> tuple[list[int], list[bool]]:
+def pair_sequence(rows: list[FeedbackRow], max_len: int, i: int, j: int) -> tuple[list[int], list[bool]]:
     """The prompt of row i with the completion of row j, cut to max_len tokens -> (ids, supervised)."""
     ids, start = [*rows[i][0], *rows[j][1]][:max_len], len(rows[i][0])
     return ids, [False] * start + [True] * (len(ids) - start)
@@ -50,7 +50,7 @@ def pair_sequence(rows: list[Row], max_len: int, i: int, j: int) -> tuple[list[i
 class Feedback:
     """Encoded data, and the steps of the whole run. Held-out data are one large step."""
 
-    rows: list[Row]
+    rows: list[FeedbackRow]
     places: list[str]  # "file:line" of each row
     cuts: Cuts
     steps: list[list[int]]  # the rows of each step

@@ -120,7 +120,7 @@ def record(args: Namespace) -> None:
 # From results to the table
 
 
-def read_results(folder: str) -> dict[str, dict]:
+def read_arms(folder: str) -> dict[str, dict]:
     """The results of all arms -> {arm: result}, with "test" and "kept" as (S, n) verdicts.
 
     kept: the questions of the withheld tasks that the base answers right.
@@ -239,7 +239,7 @@ def main() -> None:
     elif args.command_name == "record":
         record(args)
     else:
-        results = read_results(args.folder)
+        results = read_arms(args.folder)
         text = f"{table(results)}\n{findings(results)}"
         if args.out:
             with atomic_write(args.out) as f:

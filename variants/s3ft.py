@@ -79,7 +79,7 @@ def checkable(record: dict, args: argparse.Namespace) -> bool:
     return bool(record["reference"]) and (record["reference"]["kind"] != "code" or args.allow_code_execution)
 
 
-def verdict(record: dict, text: str, args: argparse.Namespace) -> bool | None:
+def program_verdict(record: dict, text: str, args: argparse.Namespace) -> bool | None:
     """J(text, gold) without a model, None where a program cannot tell. SDFT accepts texts without a reference."""
     if args.mode == "sdft" and TELL_TALE.search(text):
         return False
@@ -113,7 +113,7 @@ def add_candidates(
     for record, reply in zip(records, model.ask(prompts, writer)):
         text = clean(reply.get("text", ""))
         if not why_left_out(reply, text, must_respond=False):
-            record["candidates"][writer], record["verdicts"][writer] = text, verdict(record, text, args)
+            record["candidates"][writer], record["verdicts"][writer] = text, program_verdict(record, text, args)
             answered.append(record)
     asked = [record for record in answered if judge and not record["reference"]]
     requests = [agreement_request(record, record["candidates"][writer]) for record in asked]

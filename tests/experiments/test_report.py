@@ -11,7 +11,7 @@ from experiments import tables
 from experiments.pictures import running_mean
 from experiments.repeat import step_module, study_command
 from experiments.report import read_results, report
-from experiments.tables import Row, compare, finding, interval, points, verdict
+from experiments.tables import TableRow, compare, finding, interval, points, verdict
 
 RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
 
@@ -65,7 +65,12 @@ def save(tmp_path):
     return write
 
 
-ROWS = [Row("base"), Row("sft", "base", "SFT helps"), Row("kto", "base", "KTO hurts", better=False), Row("ties", "sft")]
+ROWS = [
+    TableRow("base"),
+    TableRow("sft", "base", "SFT helps"),
+    TableRow("kto", "base", "KTO hurts", better=False),
+    TableRow("ties", "sft"),
+]
 
 
 def test_paired_differences_by_hand():
@@ -83,7 +88,7 @@ def test_paired_differences_by_hand():
 
 
 def test_equal_arms_can_show_six_questions():
-    (found,) = compare([Row("sft", "base", "SFT helps")], {"base": BASE, "sft": BASE}).values()
+    (found,) = compare([TableRow("sft", "base", "SFT helps")], {"base": BASE, "sft": BASE}).values()
     assert found["smallest"] == 6 / 20 and found["p_holm"] == 1 and found["difference"] == 0
     assert 2 / 2**tables.FEWEST < 0.05 < 2 / 2 ** (tables.FEWEST - 1)
 

@@ -113,7 +113,7 @@ def test_the_record_of_an_arm(arms):
 
 
 def test_the_table_of_known_verdicts(arms):
-    results = compare.read_results(str(arms / "results"))
+    results = compare.read_arms(str(arms / "results"))
     base, sft, dft = compare.table(results).splitlines()[2:]
     assert base.startswith("| **base** | 25.0 ± ") and "| 100.0 |" in base
     # test: 7 of 12; kept: of questions 0, 1 and 3, which the base answers right, 2 + 3 + 2 of 9
@@ -123,7 +123,7 @@ def test_the_table_of_known_verdicts(arms):
 
 
 def test_what_differs_is_said(arms):
-    results = compare.read_results(str(arms / "results"))
+    results = compare.read_arms(str(arms / "results"))
     for part in "test", "kept":
         results["base"][part] = bernoulli(0.4, seeds=1)
         results["sft"][part], results["dft"][part] = bernoulli(0.6), bernoulli(0.6) * bernoulli(0.5, seed=1)
@@ -135,14 +135,14 @@ def test_what_differs_is_said(arms):
 
 def test_results_without_the_base(tmp_path):
     with pytest.raises(InputError, match=r"holds no base\.json"):
-        compare.read_results(str(tmp_path))
+        compare.read_arms(str(tmp_path))
 
 
 # ---- what is published
 
 
 def test_the_published_table_and_findings_follow_from_the_results():
-    results = compare.read_results(str(RESULTS))
+    results = compare.read_arms(str(RESULTS))
     assert compare.table(results) in (ROOT / "variants" / "README.md").read_text()
     assert compare.findings(results) in (ROOT / "docs" / "results" / "variants.md").read_text()
 
