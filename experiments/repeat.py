@@ -53,6 +53,11 @@ def study_command(result: dict, module: str) -> str:
     return shlex.join(words)
 
 
+def with_teacher(command: list[str]) -> list[str]:
+    """A recorded command of make_data.py with an address for the stand-in, whose port differs in each run."""
+    return [*command, "--teacher", "http://127.0.0.1:8000/v1"] if command[0] == "make_data.py" else command
+
+
 def repeat_section(result: dict) -> str:
     """One command a table with its time, and the steps' own commands."""
     by_module = {}
@@ -68,7 +73,7 @@ def repeat_section(result: dict) -> str:
         lines.append([title, f"`{study_command(result, module)}`", time])
     steps = [step for module in modules for step in by_module.get(module, [])]
     commands = "".join(
-        f"python {shlex.join(result['commands'][step])}  # {step}: {result['seconds'].get(step, 0):.0f} s\n"
+        f"python {shlex.join(with_teacher(result['commands'][step]))}  # {step}: {result['seconds'].get(step, 0):.0f} s\n"
         for step in steps
     )
     return f"""## How to repeat it
