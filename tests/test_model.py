@@ -426,7 +426,8 @@ def test_the_ways_of_a_gpu_fit_together(dtype, monkeypatch):
         for function, inputs, out in (
             (NormedLinears, (x, w[0], 1e-6, w, w[:, 0], w, None), (wide, wide)),
             (SwiGLULinear, (wide, wide, w.T), (x,)),
-            (TokenLogProbs, (x[0], w, ids(27)[0], 24), (empty(27, dtype=torch.float32),)),
+            (TokenLogProbs, (x[0], w, ids(27)[0], 24, False), (empty(27, dtype=torch.float32),)),
+            (TokenLogProbs, (x[0], w, ids(27)[0], 24, True), (empty(27, dtype=torch.float32),)),
             (TokenKL, (x[0], w, x[0], w, False, 24), (empty(27, dtype=torch.float32),)),
             (TokenKL, (x[0], w, x[0], w, True, 24), (empty(27, dtype=torch.float32),)),
         ):
