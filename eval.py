@@ -203,7 +203,7 @@ def compare_command(argv: list[str]) -> None:
     """Write the questions on which two checkpoints score differently, with both replies."""
     p = Parser(prog="eval.py compare", description=compare_command.__doc__)
     p.add_argument("names", nargs=2, help="names of two checkpoints, as in the table")
-    p.add_argument("--out", default="eval", help="directory of an evaluation, with samples.jsonl")
+    p.add_argument("--out", default="eval", help="folder of an evaluation, with samples.jsonl")
     args = p.parse_args(argv)
     path, (first, second) = os.path.join(args.out, "samples.jsonl"), args.names
     if not os.path.exists(path):
@@ -239,9 +239,7 @@ def compare_command(argv: list[str]) -> None:
 
 def parse_args() -> Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument(
-        "--ckpt", nargs="+", required=True, help="hub ids, directories or .pt files; the first is the baseline"
-    )
+    p.add_argument("--ckpt", nargs="+", required=True, help="hub ids, folders or .pt files; the first is the baseline")
     p.add_argument(
         "--protocol", choices=["paper", "loglik"], default="paper", help="chat replies, or likelihoods of choices"
     )

@@ -342,7 +342,7 @@ SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penal
 
 def parse_args() -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--ckpt", required=True, help="hub id, directory or .pt file")
+    p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file")
     p.add_argument("--prompt", nargs="+", help="one or more user messages; without it, a chat in the terminal")
     p.add_argument("--system", help="system prompt; without it, the template's default")
     # sampling

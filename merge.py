@@ -165,7 +165,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(description=about)
     add_method_flags(parser, METHODS)
     # output
-    parser.add_argument("--out", type=checkpoint_out, required=True, metavar="O", help="directory or .pt file to write")
+    parser.add_argument("--out", type=checkpoint_out, required=True, metavar="O", help="folder or .pt file to write")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the output")
     parser.add_argument(
         "--shard-size",
@@ -175,7 +175,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.shard_size and args.out.endswith(".pt"):
-        raise InputError(f"--shard-size: {args.out} is a single file; use a directory as --out")
+        raise InputError(f"--shard-size: {args.out} is a single file; use a folder as --out")
     return args
 
 

@@ -1,6 +1,6 @@
 """Qwen2 in plain PyTorch. Read it from top to bottom.
 
-    model = Qwen2.from_pretrained("Qwen/Qwen2-0.5B-Instruct")        # hub id, Hugging Face directory or .pt file
+    model = Qwen2.from_pretrained("Qwen/Qwen2-0.5B-Instruct")        # hub id, Hugging Face folder or .pt file
     logits = model(input_ids)                                        # (B, T) -> (B, T, V)
     logits = model(packed_ids, lengths=[3, 5], at=positions)         # (1, 8) -> (N, V)
     logps = model(packed_ids, [3, 5], at=positions, targets=tokens)  # (N,)
@@ -254,7 +254,7 @@ class Qwen2(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "Qwen2":
-        """source: hub id, directory, .pt file or open Checkpoint. InputError names the tensors that do not fit."""
+        """source: hub id, folder, .pt file or open Checkpoint. InputError names the tensors that do not fit."""
         ckpt = source if isinstance(source, Checkpoint) else Checkpoint(source)
         layers = parse_config(ckpt.config, f"{ckpt.source}/config.json").num_hidden_layers
         if layers > len(ckpt.names):  # checked before any module is made
@@ -283,7 +283,7 @@ class Qwen2(nn.Module):
         return self
 
     def save(self, out: str, files: dict[str, str | Callable[[], str]], dtype: torch.dtype | None = None) -> None:
-        """Writes a .pt file if `out` ends in .pt, else a directory. files: {name: text} as in Checkpoint.files."""
+        """Writes a .pt file if `out` ends in .pt, else a folder. files: {name: text} as in Checkpoint.files."""
         state = {name: p.detach() for name, p in self.named_parameters()}
         specs = {name: (tuple(p.shape), dtype or p.dtype) for name, p in state.items()}
         tensors = ((name, p.to(device="cpu", dtype=specs[name][1])) for name, p in state.items())

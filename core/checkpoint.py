@@ -1,4 +1,4 @@
-"""Read and write checkpoints.
+"""Reads and writes checkpoints.
 
 ckpt = Checkpoint("Qwen/Qwen2-0.5B-Instruct")     # a hub id, a Hugging Face folder or a .pt file
 ckpt.names, ckpt.shape(name), ckpt.tensor(name)   # one tensor at a time
@@ -75,7 +75,7 @@ class Checkpoint:
         self.names = sorted(self._tensors)
 
     def _untie(self) -> None:
-        """Keep one name of tied weights that were stored under lm_head.weight too, or under it alone.
+        """Keeps one name of tied weights that were stored under lm_head.weight too, or under it alone.
 
         If the two tensors differ, they are not tied, as in transformers 5. (vLLM and transformers 4 drop the head.)
         """
@@ -212,7 +212,7 @@ def all_finite(t: Tensor) -> bool:
 
 
 def download(repo: str) -> str:
-    """Download configuration, tokenizer and safetensors of a hub id. -> the local folder."""
+    """Downloads configuration, tokenizer and safetensors of a hub id. -> the local folder."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         hint = "give a folder, a .pt file or a hub id such as Qwen/Qwen2-0.5B-Instruct"
         raise InputError(f"{repo}: no such checkpoint; {hint}")
@@ -224,7 +224,7 @@ def download(repo: str) -> str:
         )
     except Exception as e:  # the client raises many kinds, of its own and of its HTTP library
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise InputError(f"{repo}: no such directory here, and the hub did not give it: {reason}") from None
+        raise InputError(f"{repo}: no such folder here, and the hub did not give it: {reason}") from None
 
 
 Text = str | Callable[[], str]
@@ -239,7 +239,7 @@ def write_checkpoint(
     shard_size: int | None = None,
     card: Text | None = None,
 ) -> None:
-    """Write a checkpoint: a folder that transformers and vLLM load, or a .pt file if `out` ends in .pt. All or nothing.
+    """Writes a checkpoint: a folder that transformers and vLLM load, or a .pt file if `out` ends in .pt. All or nothing.
 
     config: config.json. files: {name: text}; a function instead of a text is called after the last tensor.
     specs: {name: (shape, dtype)}. tensors: (name, tensor) pairs in the order of specs. They are taken one at a time, so
@@ -282,7 +282,7 @@ def write_checkpoint(
 
 @contextlib.contextmanager
 def create_file(path: str) -> Iterator[BinaryIO]:
-    """Open a new binary file; at the end its bytes are on the disk."""
+    """Opens a new binary file. Its bytes are on the disk when the context ends."""
     with open(path, "xb") as f:
         yield f
         f.flush()
@@ -303,7 +303,7 @@ def tensor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def plan_shards(specs: dict, shard_size: int | None) -> dict[str, dict]:
-    """Distribute specs over files of at most shard_size bytes, in order. -> {file name: its specs}."""
+    """Distributes specs over files of at most shard_size bytes, in order. -> {file name: its specs}."""
     shards, room = [], 0
     for name, spec in specs.items():
         size = tensor_bytes(*spec)
@@ -318,7 +318,7 @@ def plan_shards(specs: dict, shard_size: int | None) -> dict[str, dict]:
 
 
 def write_safetensors(f: BinaryIO, specs: dict, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write the safetensors format: 8 bytes of header length, a JSON header, then the tensors' bytes in order.
+    """Writes the safetensors format: 8 bytes of header length, a JSON header, then the tensors' bytes in order.
 
     specs: {name: (shape, dtype)}. tensors: (name, tensor) pairs in the order of specs, taken one at a time.
     """

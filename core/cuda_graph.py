@@ -1,4 +1,4 @@
-"""CUDA graphs: launch all kernels of a step at once."""
+"""CUDA graphs: launches all kernels of a step at once."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Read and write files: bad input ends with one error line, and each file appears whole or not at all."""
+"""Reads and writes files: bad input ends with one error line, and each file appears whole or not at all."""
 
 import contextlib
 import fcntl
@@ -32,7 +32,7 @@ def printable(text: str) -> str:
 
 
 def cli(main: Callable[[], object]) -> None:
-    """Run a script's main(). Exit codes: 2 for bad input, 130 for Ctrl-C, 141 for a closed stdout, 143 for SIGTERM."""
+    """Runs a script's main(). Exit codes: 2 for bad input, 130 for Ctrl-C, 141 for a closed stdout, 143 for SIGTERM."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files are removed
         if signal.getsignal(signal.SIGINT) is exit_silently:
@@ -61,7 +61,7 @@ def cli(main: Callable[[], object]) -> None:
 
 @functools.cache
 def warn_once(text: str) -> None:
-    """Print a warning to stderr, once per process and on one rank per machine."""
+    """Prints a warning to stderr, once per process and on one rank per machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"warning: {printable(text)}", file=sys.stderr)
 
@@ -83,7 +83,7 @@ def is_main() -> bool:
 
 
 def discard_output() -> None:
-    """Point stdout and stderr at /dev/null, so that the interpreter's last flush cannot fail."""
+    """Points stdout and stderr at /dev/null, so that the interpreter's last flush cannot fail."""
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
@@ -163,7 +163,7 @@ def check_digits(name: str, token: str) -> str:
 
 
 def lock(fd: int) -> bool:
-    """Lock an open file until it is closed. False if another process has locked it, or the disk has no locks."""
+    """Locks an open file until it is closed. False if another process has locked it, or the disk has no locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -186,7 +186,7 @@ def open_temporary(path: str, mode: str) -> IO:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Open a temporary file for `path` and rename it to `path` at the end. After an error, nothing is left or changed.
+    """Opens a temporary file for `path` and renames it to `path` at the end. After an error, nothing is left or changed.
 
     A symbolic link stays, and the file it points to is replaced. Raises InputError if the file cannot be written.
     """
@@ -210,7 +210,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
 
 
 def append(f: IO, data: str | bytes) -> None:
-    """Append data to an open file and flush it."""
+    """Appends data to an open file and flushes it."""
     try:
         f.write(data)
         f.flush()

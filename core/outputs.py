@@ -1,4 +1,4 @@
-"""Output folders: replace files that this project wrote, and never touch others.
+"""Output folders. Replaces files that this project wrote, and never touches others.
 
 The MANIFEST in an output folder lists the files that each command wrote there and may replace. All other files in the
 folder belong to the user.
@@ -67,7 +67,7 @@ def foreign_entries(folder: str, writer: str) -> list[str]:
 
 
 def write_card(folder: str, text: str) -> None:
-    """Write the model card of a new checkpoint folder, after its SHA-256 is in the manifest."""
+    """Writes the model card of a new checkpoint folder, after its SHA-256 is in the manifest."""
     write_manifest(folder, read_manifest(folder) | {"card": hashlib.sha256(text.encode()).hexdigest()})
     with open(os.path.join(folder, CARD), "xb") as f:
         f.write(text.encode())
@@ -144,7 +144,7 @@ def check_folder(folder: str, writer: str, names: Iterable[str]) -> None:
 
 
 def claim_folder(folder: str, writer: str, names: Iterable[str]) -> None:
-    """Make `folder` and record in its manifest that `writer` owns these files. Remove leftovers of killed runs.
+    """Makes `folder`, records in its manifest that `writer` owns these files, and removes leftovers of killed runs.
 
     InputError as in check_folder.
     """
@@ -181,7 +181,7 @@ def parse_temporary(entry: str) -> re.Match | None:
 
 
 def remove_leftovers(folder: str, name: str | None = None) -> None:
-    """Remove the temporary files of `name` (None: of all names) in `folder` whose writing process is gone.
+    """Removes the temporary files of `name` (None: of all names) in `folder` whose writing process is gone.
 
     A leftover has a name made by temporary_path(), and no process holds its lock. A user's files inside a leftover
     folder move to the folder that the leftover was made for.
@@ -213,14 +213,14 @@ def remove_leftover(path: str, target: str, kind: str) -> None:
 
 
 def move_foreign(source: str, target: str) -> None:
-    """Move all files that are not part of our checkpoint from one folder to the other, unless the name is taken."""
+    """Moves all files that are not part of our checkpoint from one folder to the other, unless the name is taken."""
     for name in foreign_entries(source, "checkpoint"):
         if not os.path.lexists(os.path.join(target, name)):
             os.rename(os.path.join(source, name), os.path.join(target, name))
 
 
 def remove_written(folder: str) -> None:
-    """Remove a checkpoint folder: the files in its manifest, then the folder itself if it is empty."""
+    """Removes a checkpoint folder: the files in its manifest, then the folder itself if it is empty."""
     remove_leftovers(folder)
     for name in written_files(folder, "checkpoint"):
         with contextlib.suppress(OSError):
@@ -232,7 +232,7 @@ def remove_written(folder: str) -> None:
 
 
 def discard_checkpoint(path: str) -> None:
-    """Remove a checkpoint that this project wrote, a folder or a .pt file.
+    """Removes a checkpoint that this project wrote, a folder or a .pt file.
 
     A folder is renamed first, so that a kill leaves no partial checkpoint.
     """
@@ -251,7 +251,7 @@ def discard_checkpoint(path: str) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(out: str, names: Iterable[str]) -> Iterator[str]:
-    """Yield a new, empty folder for the files `names`. At the end it replaces the checkpoint at `out` in one step.
+    """Yields a new, empty folder for the files `names`. At the end it replaces the checkpoint at `out` in one step.
 
     The user's files in `out` stay as they are. After an error, nothing is left or changed.
     """
@@ -289,7 +289,7 @@ def make_temporary_folder(out: str) -> tuple[str, int]:
 
 
 def replace_folder(temporary: str, out: str) -> None:
-    """Rename the folder `temporary` to `out`. The old checkpoint at `out` is removed, the user's files are kept."""
+    """Renames the folder `temporary` to `out`. The old checkpoint at `out` is removed, the user's files are kept."""
     if not os.path.isdir(out):
         os.rename(temporary, out)
         return
@@ -319,14 +319,14 @@ def replace_folder(temporary: str, out: str) -> None:
 
 
 def keep_other_writers(temporary: str, out: str) -> None:
-    """Write the final manifest of a new checkpoint: its own files, and those that other commands wrote in `out`."""
+    """Writes the final manifest of a new checkpoint: its own files, and those that other commands wrote in `out`."""
     own = {name: "checkpoint" for name in os.listdir(temporary) if name != MANIFEST}
     others = {name: by for name, by in read_manifest(out)["files"].items() if by != "checkpoint"}
     write_manifest(temporary, {"files": others | own, "card": read_manifest(temporary)["card"]})
 
 
 def exchange(first: str, second: str) -> bool:
-    """Swap two folders in one step, with renameat2 of Linux. False where the system or the disk has no such call."""
+    """Swaps two folders in one step, with renameat2 of Linux. False where the system or the disk has no such call."""
     if sys.platform != "linux":
         return False
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
@@ -344,7 +344,7 @@ def check_checkpoint_path(out: str) -> None:
     check_writable(out)
     if out.endswith(".pt"):
         if os.path.isdir(path):
-            raise InputError(f"{out}: is a directory; a .pt checkpoint is a file; give another --out")
+            raise InputError(f"{out}: is a folder; a .pt checkpoint is a file; give another --out")
         return
     if os.path.lexists(path) and not os.path.isdir(path):
         raise InputError(f"{out}: is a file; give a folder, or a name that ends in .pt, as --out")

@@ -1,4 +1,4 @@
-"""Keep memory low while large files are read and written, and measure how much memory is free.
+"""Keeps memory low while large files are read and written, and measures how much memory is free.
 
 Two functions of the C library are called through ctypes, because Python does not offer them. madvise drops the pages of
 a mapped file that were read, so that reading a checkpoint does not fill the memory. sync_file_range starts writing to
@@ -38,7 +38,7 @@ WINDOW = 2**22  # elements of a mapped tensor that are in memory at once while i
 
 
 def page_chunks(n: int, held: list[Tensor], size: int) -> Iterator[slice]:
-    """Yield slices of `size` elements that cover n elements, and drop the pages that were read before.
+    """Yields slices of `size` elements that cover n elements, and drops the pages that were read before.
 
     held: flat tensors of n elements from mapped(). Their elements before the current slice are dropped from memory."""
     behind = 0
@@ -52,13 +52,13 @@ def page_chunks(n: int, held: list[Tensor], size: int) -> Iterator[slice]:
 
 
 def release(t: Tensor) -> None:
-    """Drop the pages of a mapped tensor from memory; the next use reads them again. Other tensors are left alone."""
+    """Drops the pages of a mapped tensor from memory; the next use reads them again. Other tensors are left alone."""
     for found in mapped([t]):
         drop_pages(found)
 
 
 def drop_pages(t: Tensor) -> None:
-    """Drop the whole pages inside a tensor of mapped(), or a part of one. The caller checks that it is mapped."""
+    """Drops the whole pages inside a tensor of mapped(), or a part of one. The caller checks that it is mapped."""
     begin = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # round up: the page may hold the end of another tensor
     size = (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
     if size > 0:
@@ -66,7 +66,7 @@ def drop_pages(t: Tensor) -> None:
 
 
 def start_writing(f: BinaryIO) -> None:
-    """Start writing an open file's data to the disk without waiting (Linux; elsewhere nothing happens)."""
+    """Starts writing an open file's data to the disk without waiting (Linux; elsewhere nothing happens)."""
     if sys.platform == "linux":
         f.flush()
         whole_file, write = ctypes.c_int64(0), 2  # SYNC_FILE_RANGE_WRITE

@@ -1,4 +1,4 @@
-"""Shared prefixes: compute the prefix that several prompts have in common once."""
+"""Shared prefixes: computes the prefix that several prompts have in common once."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""Choose the next token from logits."""
+"""Chooses the next token from logits."""
 
 import torch
 from torch import Tensor

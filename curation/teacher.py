@@ -23,7 +23,7 @@ Teacher = Endpoint | LocalModel
 
 
 def open_teacher(source: str, model_name: str | None = None, dtype: str = "fp32") -> Teacher:
-    """source: http(s) URL of an OpenAI-compatible endpoint (.../v1), or a checkpoint (hub id, directory, .pt).
+    """source: http(s) URL of an OpenAI-compatible endpoint (.../v1), or a checkpoint (hub id, folder, .pt).
 
     dtype: of a local checkpoint, a key of DTYPES. An endpoint's key is in TEACHER_API_KEY, or for
     https://api.openai.com in OPENAI_API_KEY. InputError for a bad URL or checkpoint. Makes no connection yet."""

@@ -168,10 +168,10 @@ def protocol_name(args: Namespace) -> str:
 
 def add_reply_flags(p: ArgumentParser, out: str | None = None) -> None:
     """The flags that eval.py and `eval.py judge` share. out: the default of --out."""
-    p.add_argument("--out", required=out is None, default=out, help="directory for replies and results")
+    p.add_argument("--out", required=out is None, default=out, help="folder for replies and results")
     # questions
     p.add_argument("--tasks", nargs="+", required=True, help=f"one or several of {', '.join(BENCHMARKS)}")
-    p.add_argument("--data-dir", default="data", help="directory of the benchmark files; missing ones are downloaded")
+    p.add_argument("--data-dir", default="data", help="folder of the benchmark files; missing ones are downloaded")
     p.add_argument("--limit", type=at_least(1), help="questions per task, spread over its subjects; default: all")
     # generation
     p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")

@@ -44,7 +44,7 @@ def add_method_flags(parser: argparse.ArgumentParser, methods: Iterable[str]) ->
     """Adds the flags for inputs and method, for merge.py and its search. methods: choices of --method."""
     add = parser.add_argument
     # checkpoints
-    add("--models", required=True, nargs="+", metavar="C[:WEIGHT]", help="hub id, directory or .pt; default weight: 1")
+    add("--models", required=True, nargs="+", metavar="C[:WEIGHT]", help="hub id, folder or .pt; default weight: 1")
     add("--base", metavar="C", help="checkpoint the models were trained from; optional for linear and slerp")
     resize = "cut or extend embeddings to the rows of --base, or of the first model; missing rows are copied from it"
     add("--resize", action="store_true", help=resize)

@@ -1,4 +1,4 @@
-"""Minimise a function in few evaluations, by coordinate descent with parabolas; and the greedy soup."""
+"""Minimises a function in few evaluations, by coordinate descent with parabolas. Also the greedy soup."""
 
 from collections.abc import Callable, Sequence
 

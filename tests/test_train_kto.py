@@ -312,7 +312,7 @@ def test_bad_input(tiny, data, tmp_path, refused):
     refused("a KL pair takes two", "train_kto", *flags(tiny, one, tmp_path / "o"))
     text_label = write_lines(tmp_path / "t.jsonl", [*feedback(3), feedback(1)[0] | {"label": "yes"}])
     refused(["t.jsonl:4:", 'label is "yes"'], "train_kto", *flags(tiny, text_label, tmp_path / "o"))
-    refused("is a directory; give a file", "train_kto", *flags(tiny, data, tmp_path / "o", "--ref-cache", tmp_path))
+    refused("is a folder; give a file", "train_kto", *flags(tiny, data, tmp_path / "o", "--ref-cache", tmp_path))
     refused(
         "would overwrite the checkpoint of --ref",
         "train_kto",

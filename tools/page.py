@@ -220,13 +220,13 @@ def page_html(run: RunFiles, title: str) -> str:
 
 def main() -> None:
     p = Parser(prog="python -m tools.page", description=__doc__.split("\n\n")[0])
-    p.add_argument("runs", nargs="+", metavar="RUN_DIR", help="directories of runs, such as runs/demo")
-    p.add_argument("--out", help="HTML file to write; default: page.html in the first run directory")
+    p.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders of runs, such as runs/demo")
+    p.add_argument("--out", help="HTML file to write; default: page.html in the first run folder")
     p.add_argument("--seed", type=int, default=0, help="seed of the pairs that are drawn from kto.jsonl")
     args = p.parse_args()
     out = args.out or os.path.join(args.runs[0], "page.html")
     if os.path.isdir(out):
-        raise InputError(f"--out {out}: is a directory; give a file, such as {os.path.join(out, 'page.html')}")
+        raise InputError(f"--out {out}: is a folder; give a file, such as {os.path.join(out, 'page.html')}")
     check_file(out, '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>')
     run = read_runs(args.runs, args.seed)
     title = " and ".join(os.path.basename(os.path.abspath(folder)) for folder in args.runs)

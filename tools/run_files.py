@@ -14,7 +14,7 @@ MAX_QUESTIONS = 400  # most questions on the page
 
 @dataclass
 class RunFiles:
-    """The files of one or several run directories, merged by name."""
+    """The files of one or several run folders, merged by name."""
 
     results: dict = field(default_factory=dict)  # {checkpoint: {task: cell}}
     # {"task", "id", "prompt", "by": {checkpoint: [reply, extracted, correct]}}
@@ -97,7 +97,7 @@ def draw_pairs(path: str, seed: int, count: int = 20) -> list[dict]:
 
 
 def read_run(folder: str, prefix: str, seed: int, into: RunFiles) -> None:
-    """Adds the files below one run directory. prefix: put before names if several runs share a page."""
+    """Adds the files below one run folder. prefix: put before names if several runs share a page."""
     find = lambda pattern: sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
     for path in [*find("results.json"), *find("*/results.json")]:
         into.results |= {prefix + name: cells for name, cells in read_object(path).items() if isinstance(cells, dict)}
@@ -126,7 +126,7 @@ def read_runs(folders: list[str], seed: int) -> RunFiles:
     found = RunFiles()
     for folder in folders:
         if not os.path.isdir(folder):
-            raise InputError(f"{folder}: no such directory; give the directory of a run, such as runs/demo")
+            raise InputError(f"{folder}: no such folder; give the folder of a run, such as runs/demo")
         prefix = f"{os.path.basename(os.path.abspath(folder))}/" if len(folders) > 1 else ""
         read_run(folder, prefix, seed, found)
     if found == RunFiles():

@@ -173,8 +173,8 @@ def summarise_runs(args: Namespace, runs: dict[str, list[dict]], work: tuple | N
 
 def add_speed_flags(p: Parser) -> None:
     p.add_argument("mode", choices=list(PEERS), help="what to measure")
-    p.add_argument("--ckpt", nargs="+", help="checkpoint; for merge: the directories to merge")
-    p.add_argument("--vs", help="peer: trl, transformers, mergekit, or for training another checkout's directory")
+    p.add_argument("--ckpt", nargs="+", help="checkpoint; for merge: the folders to merge")
+    p.add_argument("--vs", help="peer: trl, transformers, mergekit, or for training another checkout's folder")
     p.add_argument("--repeats", type=at_least(1), default=1, help="runs of each side")
     # training and generation
     p.add_argument("--data", help="JSON Lines: SFT or KTO examples; for generate, lines with a prompt (a message list)")

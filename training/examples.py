@@ -1,4 +1,4 @@
-"""Encode conversations as token ids, and pack examples into one row."""
+"""Encodes conversations as token ids, and packs examples into one row."""
 
 from dataclasses import dataclass
 
@@ -25,6 +25,7 @@ def pack(examples: list) -> tuple[Tensor, list[int], Tensor, Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Encoding
 
 
 @dataclass

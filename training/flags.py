@@ -62,9 +62,9 @@ def add_training_flags(
 ) -> None:
     """Adds the flags. The other arguments are the script's defaults. out=None: named after --ckpt (see kto_out)."""
     # checkpoints
-    p.add_argument("--ckpt", default=ckpt, help="model to start from: hub id, directory or .pt file")
+    p.add_argument("--ckpt", default=ckpt, help="model to start from: hub id, folder or .pt file")
     note = "" if out else " (default: --ckpt with -kto in its name)"
-    p.add_argument("--out", type=checkpoint_out, default=out, help=f"checkpoint to write: directory or .pt file{note}")
+    p.add_argument("--out", type=checkpoint_out, default=out, help=f"checkpoint to write: folder or .pt file{note}")
     # data
     p.add_argument("--data", nargs="+", default=[data], help=f"data files to train on (default: {data})")
     p.add_argument("--eval-data", nargs="+", help="held-out data files, evaluated in training")
@@ -150,9 +150,9 @@ def cache_path(args: argparse.Namespace) -> str:
 
 
 def check_cache_path(args: argparse.Namespace) -> None:
-    """InputError if the cache is a directory or cannot be written. Called before the work begins."""
+    """InputError if the cache is a folder or cannot be written. Called before the work begins."""
     path = cache_path(args)
     if os.path.isdir(path):
-        raise InputError(f"--ref-cache {path}: is a directory; give a file, such as {path}/ref-cache.safetensors")
+        raise InputError(f"--ref-cache {path}: is a folder; give a file, such as {path}/ref-cache.safetensors")
     if is_main() and not os.path.isfile(path):  # an existing cache may be complete and read-only
         check_writable(path, "--ref-cache")

@@ -1,4 +1,4 @@
-"""Order the examples so that no KL pair joins a prompt with another completion of the same prompt."""
+"""Orders the examples so that no KL pair joins a prompt with another completion of the same prompt."""
 
 import collections
 import random

@@ -1,4 +1,4 @@
-"""Start a training run, end its steps, stop and finish it. Its files are in training/saves.py and training/log.py."""
+"""Starts a training run, ends its steps, stops and finishes it. Its files: training/saves.py, training/log.py."""
 
 import argparse
 import collections

@@ -1,4 +1,4 @@
-"""Set up a training run before its first step: ranks, batches, model, memory."""
+"""Sets up a training run before its first step: ranks, batches, model, memory."""
 
 import argparse
 import functools

@@ -100,7 +100,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--eps", type=number(above=0), default=0.05, help="entropic regularisation / mean cost")
     p.add_argument("--max-chars", type=at_least(1), default=1000, help="length at which a text is cut, in characters")
     # model
-    p.add_argument("--ckpt", required=True, help="hub id, directory or .pt file of the model that embeds the texts")
+    p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the model that embeds the texts")
     p.add_argument("--micro-tokens", type=at_least(1), default=8192, help="most tokens of one forward")
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")

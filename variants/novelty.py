@@ -87,7 +87,7 @@ def write_texts(
 def parse_args() -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
     # models
-    p.add_argument("--ckpt", required=True, help="hub id, directory or .pt file of the fine-tuned model")
+    p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the fine-tuned model")
     p.add_argument("--base", required=True, help="the model before fine-tuning, with the same tokenizer")
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")

@@ -154,7 +154,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--teacher-model", help="the model's name at the endpoint")
     p.add_argument("--allow-code-execution", action="store_true", help="run tests of code references, in a sandbox")
     # model
-    p.add_argument("--ckpt", required=True, help="hub id, directory or .pt file of the model that answers and rewords")
+    p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the model that answers and rewords")
     p.add_argument(
         "--max-new-tokens", type=at_least(1), default=512, help="most tokens of a reply; longer ones are unused"
     )

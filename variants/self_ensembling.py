@@ -111,13 +111,13 @@ def parse_args() -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
     # questions
     p.add_argument("--tasks", nargs="+", required=True, choices=TASKS, help="benchmarks of docs/benchmarks.md")
-    p.add_argument("--data-dir", default="data", help="directory of the benchmark files; missing ones are downloaded")
+    p.add_argument("--data-dir", default="data", help="folder of the benchmark files; missing ones are downloaded")
     p.add_argument("--limit", type=at_least(1), help="questions per task, in turn from its subjects; default: all")
     # method
     p.add_argument("--prompts", type=at_least(2), default=4, help="number of prompts; the time grows with it")
     p.add_argument("--seed", type=int, default=0, help="seed of the orders of worked examples")
     # model
-    p.add_argument("--ckpt", required=True, help="hub id, directory or .pt file")
+    p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no answer")
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")

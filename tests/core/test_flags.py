@@ -47,7 +47,7 @@ def test_an_out_that_cannot_be_written_is_known_at_once(tmp_path, monkeypatch):
     for out in ("file", "file/x", "full", "full/"):
         with pytest.raises(InputError, match="give another --out|as --out"):
             flags.checkpoint_out(str(tmp_path / out))
-    with pytest.raises(InputError, match="is a directory"):
+    with pytest.raises(InputError, match="is a folder"):
         (tmp_path / "d.pt").mkdir()
         flags.checkpoint_out(str(tmp_path / "d.pt"))
     monkeypatch.setenv("RANK", "1")  # it writes nothing, and may stand on a machine without that folder

@@ -120,7 +120,7 @@ def test_several_runs_share_a_page_and_a_run_without_files_is_refused(run_dir, t
     assert {"demo/base", "second/base"} <= set(found.results) and {"demo/sft", "second/sft"} <= set(found.logs)
     (tmp_path / "empty").mkdir()
     refused("nothing to show", "tools.page", tmp_path / "empty")
-    refused("no such directory", "tools.page", tmp_path / "missing")
+    refused("no such folder", "tools.page", tmp_path / "missing")
 
 
 def test_a_part_of_a_run_makes_a_page(tmp_path, run):
