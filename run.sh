@@ -1,31 +1,33 @@
 #!/usr/bin/env bash
-# The paper's whole experiment with one command: alignment data -> SFT, KTO, SFT then KTO -> weight fusions -> evaluation.
+# Runs the paper's whole recipe: alignment data -> SFT, KTO, SFT then KTO -> weight fusion -> evaluation.
 #
-#   bash run.sh                              the demo: a tiny model, a small world, a teacher on loopback; minutes on 2 CPU cores
+#   bash run.sh                              # the demo: a tiny model and its teacher, minutes on 2 CPU cores
 #   bash run.sh --ckpt Qwen/Qwen2-0.5B-Instruct --teacher http://HOST:8000/v1 --teacher-model Qwen2.5-7B-Instruct \
-#               --sources 'data/*.jsonl'     the same recipe on a real model
+#               --sources 'data/*.jsonl'     # the same recipe on a real model
 #
-# Steps that are done are not repeated; after a failure or Ctrl-C run the same command again.
-# Flags. In brackets: the demo's values. A real run takes the scripts' defaults, which are the paper's where it gives any:
-#   where          --ckpt C [demo/base]  --out DIR [runs/demo; runs/NAME-OF-CKPT]
+# After a failure or Ctrl-C, run the same command again: finished steps are not repeated.
+#
+# Flags. In brackets: the demo's defaults. A real run takes the scripts' defaults, the paper's where it gives any.
+#   run            --ckpt C [demo/base]  --out DIR [runs/demo; runs/NAME-OF-CKPT]
 #   data           --sources F...  --teacher URL|C  --teacher-model NAME  --small C (default: --ckpt)  --target N [2400]
 #                  --trust-references F...  --decontaminate F...  --concurrency N  --data-max-new-tokens N [48]
 #   training       --sft-lr X [5e-4]  --kto-lr X [1e-4]  --epochs N [2]  --kto-epochs N [1]  --batch-size N [32]
-#                  --kto-batch-size N [32]  --max-len N [512]  --warmup N [10]  --beta X [0.1]  --dtype fp32|bf16  --seed N
+#                  --kto-batch-size N [32]  --max-len N [512]  --warmup N [10]  --beta X [0.1]  --seed N
+#                  --dtype fp32|bf16
 #   evaluation     --tasks T... [demo]  --data-dir D [.]  --limit N  --max-new-tokens N [48]  --allow-code-execution
 set -euo pipefail
 started=$SECONDS
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-absolute() { # a path as the caller typed it; hub ids and URLs stay. Everything below runs in the repository
+absolute() { # makes an existing path absolute; hub ids and URLs stay as they are
   if [[ $1 != /* && -e $1 && $PWD != "$here" ]]; then echo "$PWD/$1"; else echo "$1"; fi
 }
 fail() { echo "error: $*" >&2; exit 2; }
 say() { printf '\n== %s\n' "$*"; }
 
-# ---- arguments: what belongs to which script. Arrays, so that names with spaces stay whole
+# ---- arguments: one array of flags per script
 
-ckpt="" teacher="" run="" small="" epochs="" sources=() data=() train=() sft=() kto=() score=() tasks=()
+ckpt="" teacher="" run="" small="" sources=() data=() train=() sft=() kto=() score=() tasks=()
 while (($#)); do
   flag=$1; shift
   case $flag in
@@ -36,11 +38,17 @@ while (($#)); do
   while (($#)) && [[ $1 != --* ]]; do values+=("$1"); shift; done
   ((${#values[@]})) || fail "$flag: needs a value, or is no flag of run.sh; bash run.sh --help lists them"
   case $flag in
-    --sources) # globs too
-      for value in "${values[@]}"; do [[ $value == /* || $PWD == "$here" ]] || value=$PWD/$value; sources+=("$value"); done
+    --sources) # may hold globs, so not every value is an existing path
+      for value in "${values[@]}"; do
+        [[ $value == /* || $PWD == "$here" ]] || value=$PWD/$value
+        sources+=("$value")
+      done
       continue ;;
     --tasks) tasks+=("${values[@]}"); continue ;;
-    --decontaminate | --trust-references) data+=("$flag"); for value in "${values[@]}"; do data+=("$(absolute "$value")"); done; continue ;;
+    --decontaminate | --trust-references)
+      data+=("$flag")
+      for value in "${values[@]}"; do data+=("$(absolute "$value")"); done
+      continue ;;
   esac
   ((${#values[@]} == 1)) || fail "$flag: takes one value, was given ${values[*]}"
   value=${values[0]}
@@ -70,10 +78,10 @@ done
 demo=""
 if [[ -z $ckpt && -z $teacher && ${#sources[@]} == 0 ]]; then
   demo=yes ckpt=$here/demo/base run=${run:-runs/demo}
-  export CUDA_VISIBLE_DEVICES= # a CPU is fast enough for it, and gives everybody the README's table
+  export CUDA_VISIBLE_DEVICES= # run on the CPU, so that everybody gets the README's table
   ((${#tasks[@]})) || tasks=(demo)
-  # Later flags win in argparse, so what was typed stands after the demo's own values. The tiny model takes rates that
-  # would ruin a real one.
+  # The user's flags come last, because in argparse the last value of a flag wins. These learning rates suit the tiny
+  # model only; they would ruin a real one.
   data=(--target 2400 --max-new-tokens 48 --judge-verified --teacher-model demo-teacher --decontaminate demo/heldout.jsonl
     ${data[@]+"${data[@]}"})
   train=(--max-len 512 --warmup 10 ${train[@]+"${train[@]}"})
@@ -94,22 +102,23 @@ mkdir -p "$run/steps"
 bash tools/venv.sh requirements.txt
 py=.venv/bin/python
 
-# ---- steps. A step is done when its stamp holds this very command, the code it runs and the stamps of what it builds on
+# ---- steps. $run/steps/NAME is the stamp of a finished step: its command, a checksum of its code, and checksums of the
+# stamps of the steps it depends on. A step runs again if its stamp would change.
 
-stamp() { # "WHAT IT BUILDS ON" SCRIPT ARGUMENTS...
+stamp() { # "STEPS IT DEPENDS ON" SCRIPT ARGUMENTS...
   local dep
   for dep in $1; do cksum <"$run/steps/$dep"; done
   cat model.py core/*.py training/*.py merging/*.py "$2" | cksum
   shift
   printf '%s\n' "$@"
 }
-step() { # NAME "WHAT IT BUILDS ON" SCRIPT ARGUMENTS...
+step() { # NAME "STEPS IT DEPENDS ON" SCRIPT ARGUMENTS...
   local name=$1 began=$SECONDS now
   shift
   now=$(stamp "$@")
   shift
   if [[ -f $run/steps/$name && $(<"$run/steps/$name") == "$now" ]]; then
-    say "$name: done before (rm $run/steps/$name to do it again)"
+    say "$name: finished before; to repeat it: rm $run/steps/$name"
     return
   fi
   # An interrupted training run continues from its last save if its command has not changed.
@@ -127,11 +136,12 @@ step() { # NAME "WHAT IT BUILDS ON" SCRIPT ARGUMENTS...
 
 if [[ ! -e $ckpt ]]; then
   say "base: fetching $ckpt"
-  ckpt=$("$py" -c 'import sys; from core.checkpoint import download; from core.files import cli; cli(lambda: print(download(sys.argv[1])))' "$ckpt")
+  ckpt=$("$py" -c 'import sys; from core.checkpoint import download; from core.files import cli
+cli(lambda: print(download(sys.argv[1])))' "$ckpt")
 fi
 base=$run/base
 [[ $ckpt == *.pt ]] && base=$run/base.pt
-if [[ -e $base && ! -L $base ]]; then fail "$base: exists and is no link of run.sh; give another --out"; fi
+if [[ -e $base && ! -L $base ]]; then fail "$base: exists and was not made by run.sh; give another --out"; fi
 ln -sfn "$(cd "$(dirname "$ckpt")" && pwd)/$(basename "$ckpt")" "$base"
 if [[ -d $base ]]; then cat "$base"/config.json "$base"/*.safetensors; else cat "$base"; fi | cksum >"$run/steps/base"
 
@@ -145,54 +155,57 @@ if [[ -n $demo ]]; then
   "$py" -m demo.teacher --url-file "$run/teacher.url" --with-parent >"$run/teacher.log" 2>&1 &
   server=$!
   trap 'kill "$server" 2>/dev/null || true' EXIT
-  for _ in $(seq 600); do # up to two minutes: importing torch from a slow disk takes its time
+  for _ in $(seq 600); do # up to two minutes, because torch may load from a slow disk
     if [[ -s $run/teacher.url ]] || ! kill -0 "$server" 2>/dev/null; then break; fi
     sleep 0.2
   done
   if [[ ! -s $run/teacher.url ]]; then
     cat "$run/teacher.log" >&2
-    fail "the demo's teacher did not start; its last words stand above and in $run/teacher.log"
+    fail "the demo's teacher did not start; its output is above and in $run/teacher.log"
   fi
   teacher=$(<"$run/teacher.url")
 fi
-# make_data.py keeps every reply and knows by itself which of its steps are done, so it runs each time.
+# make_data.py skips its own finished steps, so it runs each time.
 say "data: make_data.py with the teacher at $teacher"
 began=$SECONDS
-"$py" make_data.py --sources "${sources[@]}" --teacher "$teacher" --small "${small:-$base}" --out "$run/data" ${data[@]+"${data[@]}"}
+"$py" make_data.py --sources "${sources[@]}" --teacher "$teacher" --small "${small:-$base}" --out "$run/data" \
+  ${data[@]+"${data[@]}"}
 cat "$run/data/sft.jsonl" "$run/data/kto.jsonl" | cksum >"$run/steps/data"
 echo "(data: $((SECONDS - began)) s)"
 
-# ---- 2. training: SFT, KTO from the base, KTO from the SFT model on the data's responses and on its own
+# ---- 2. training: sft; kto from the base; sft-kto from sft; sft-kto-own, which trains on the SFT model's own responses
 
-step sft "base data" train_sft.py --ckpt "$base" --data "$run/data/sft.jsonl" --out "$run/sft" ${train[@]+"${train[@]}"} ${sft[@]+"${sft[@]}"}
+step sft "base data" train_sft.py --ckpt "$base" --data "$run/data/sft.jsonl" --out "$run/sft" \
+  ${train[@]+"${train[@]}"} ${sft[@]+"${sft[@]}"}
 
-# The SFT model's own responses, labelled like the first ones. The copied folder holds the replies of the teacher, so that
-# it is asked only what is new.
+# Labels the SFT model's own responses. The copied folder holds the teacher's replies, so only new requests are sent.
 say "own-data: make_data.py with the SFT model's responses"
 began=$SECONDS
 [[ -d $run/own-data ]] || cp -r "$run/data" "$run/own-data"
-"$py" make_data.py --sources "${sources[@]}" --teacher "$teacher" --small "$run/sft" --out "$run/own-data" ${data[@]+"${data[@]}"}
+"$py" make_data.py --sources "${sources[@]}" --teacher "$teacher" --small "$run/sft" --out "$run/own-data" \
+  ${data[@]+"${data[@]}"}
 cat "$run/own-data/sft.jsonl" "$run/own-data/kto.jsonl" | cksum >"$run/steps/own-data"
 echo "(own-data: $((SECONDS - began)) s)"
-if [[ -n $demo ]]; then kill "$server"; trap - EXIT; fi # nothing below asks a teacher
+if [[ -n $demo ]]; then kill "$server"; trap - EXIT; fi # the steps below need no teacher
 
 for arm in kto sft-kto sft-kto-own; do
   from=$run/sft before="data sft" feedback=$run/data
   [[ $arm == kto ]] && from=$base before="base data"
   [[ $arm == sft-kto-own ]] && before="own-data sft" feedback=$run/own-data
-  step "$arm" "$before" train_kto.py --ckpt "$from" --data "$feedback/kto.jsonl" --out "$run/$arm" --desirable-weight auto \
-    ${train[@]+"${train[@]}"} ${kto[@]+"${kto[@]}"}
+  step "$arm" "$before" train_kto.py --ckpt "$from" --data "$feedback/kto.jsonl" --out "$run/$arm" \
+    --desirable-weight auto ${train[@]+"${train[@]}"} ${kto[@]+"${kto[@]}"}
 done
 
-# ---- 3. weight fusion. The paper fuses two runs from one base, A lightly and B further trained: 0.5 A + 0.5 B and
-# 0.05 A + 0.95 B. Here A is the SFT model and B the SFT-KTO model, which is A trained further. TIES merges what SFT and KTO,
-# each from the base, have learnt apart from one another.
+# ---- 3. weight fusion. The paper fuses two models of one base, A and the further trained B: 0.5 A + 0.5 B and
+# 0.05 A + 0.95 B. Here A is sft and B is sft-kto. TIES merges sft and kto, which were both trained from the base.
 
 step mean "sft sft-kto" merge.py --method linear --models "$run/sft:0.5" "$run/sft-kto:0.5" --out "$run/mean"
-step mean-05-95 "sft sft-kto" merge.py --method linear --models "$run/sft:0.05" "$run/sft-kto:0.95" --out "$run/mean-05-95"
-step ties "base sft kto" merge.py --method ties --models "$run/sft" "$run/kto" --base "$base" --density 0.5 --out "$run/ties"
+step mean-05-95 "sft sft-kto" merge.py --method linear --models "$run/sft:0.05" "$run/sft-kto:0.95" \
+  --out "$run/mean-05-95"
+step ties "base sft kto" merge.py --method ties --models "$run/sft" "$run/kto" --base "$base" --density 0.5 \
+  --out "$run/ties"
 
-# ---- 4. evaluation of every arm. eval.py keeps replies, so running it again costs little and ends with the table
+# ---- 4. evaluation. eval.py keeps all replies, so repeating it costs little
 
 say "eval: ${tasks[*]}"
 arms=("$base")
@@ -208,6 +221,6 @@ if [[ -n $demo ]]; then
   echo "next, a real model:  bash run.sh --ckpt Qwen/Qwen2-0.5B-Instruct --teacher http://HOST:8000/v1 \\"
   echo "                       --teacher-model Qwen2.5-7B-Instruct --sources 'data/*.jsonl'"
 else
-  echo "next:  try other fusions (python merge.py --help), or more questions (--limit)"
+  echo "next, other fusions (python merge.py --help) or more questions (--limit)"
 fi
-echo "look at it: $run/page.html"
+echo "open      $run/page.html in a browser"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # bash test.sh [pytest arguments]: sets up .venv with requirements-dev.txt, lints and runs the tests.
-# REAL_CKPT=DIR and DATA_DIR=DIR add the checks that need a real checkpoint and the real benchmarks; TEST_GPU=1 -k gpu is for a GPU.
+# REAL_CKPT=DIR and DATA_DIR=DIR add tests on a real checkpoint and on the real benchmarks. TEST_GPU=1 bash test.sh -k gpu
+# adds the tests that need a GPU.
 set -euo pipefail
 cd "$(dirname "$0")"
 bash tools/venv.sh requirements-dev.txt

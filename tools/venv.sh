@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash tools/venv.sh REQUIREMENTS: installs a requirements file into .venv, which is made if need be; nothing to do the second time.
+# bash tools/venv.sh REQUIREMENTS: makes .venv and installs a requirements file into it. Does nothing if that is done.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,7 +20,7 @@ stamp=.venv/installed-$1
 [[ -f $stamp && $(<"$stamp") == "$want" ]] && exit 0
 echo "== environment: $1 into .venv, with $("$python" --version)"
 [[ -x .venv/bin/python ]] || "$python" -m venv --clear .venv
-# Without an NVIDIA GPU the CPU build of torch saves gigabytes of download, where its index can be reached.
+# Without an NVIDIA GPU, take the CPU build of torch if its index can be reached: it is gigabytes smaller.
 index=()
 if [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi >/dev/null &&
   "$python" -c 'import urllib.request as u; u.urlopen("https://download.pytorch.org/whl/cpu/", timeout=5)' 2>/dev/null; then
