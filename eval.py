@@ -12,35 +12,31 @@ the kept replies again without loading the models. torchrun spreads the question
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
+from core.files import InputError, atomic_write, check_arguments, cli
+from evaluation.flags import checkpoint_names, parse_args
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before torch is loaded, so that --help and wrong flags are answered at once
+
 import collections
 import itertools
 import json
 import math
 import os
 import shlex
-import sys
 from argparse import Namespace
 
 from tqdm import tqdm
 
 from core.checkpoint import Checkpoint
+from core.devices import choose_device
 from core.distributed import join_ranks, leave_group
-from core.files import InputError, atomic_write, cli
-from core.flags import Parser
 from core.outputs import check_folder, claim_folder
 from core.records import read_jsonl, write_jsonl
 from core.tokenizer import Tokenizer
 from evaluation import judge
 from evaluation.benchmarks import BENCHMARKS, load_questions, score_reply
-from evaluation.replies import (
-    Replies,
-    Work,
-    add_reply_flags,
-    checkpoint_names,
-    collect_replies,
-    load_replies,
-    protocol_name,
-)
+from evaluation.replies import Replies, Work, collect_replies, load_replies, protocol_name
 from evaluation.stats import (
     POWER,
     calibration,
@@ -199,12 +195,8 @@ def read_samples(path: str) -> dict[tuple, dict]:
     return samples
 
 
-def compare_command(argv: list[str]) -> None:
-    """Write the questions on which two checkpoints score differently, with both replies."""
-    p = Parser(prog="eval.py compare", description=compare_command.__doc__)
-    p.add_argument("names", nargs=2, help="names of two checkpoints, as in the table")
-    p.add_argument("--out", default="eval", help="folder of an evaluation, with samples.jsonl")
-    args = p.parse_args(argv)
+def compare_command(args: Namespace) -> None:
+    """Writes the questions on which two checkpoints score differently, with both replies."""
     path, (first, second) = os.path.join(args.out, "samples.jsonl"), args.names
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file; give the --out of an evaluation that has ended")
@@ -237,24 +229,6 @@ def compare_command(argv: list[str]) -> None:
 # The command
 
 
-def parse_args() -> Namespace:
-    p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--ckpt", nargs="+", required=True, help="hub ids, folders or .pt files; the first is the baseline")
-    p.add_argument(
-        "--protocol", choices=["paper", "loglik"], default="paper", help="chat replies, or likelihoods of choices"
-    )
-    p.add_argument(
-        "--allow-code-execution", action="store_true", help="run code that the checkpoints write, in a sandbox"
-    )
-    again = "score the replies in OUT again without loading a checkpoint; give the other flags of that run"
-    p.add_argument("--rescore", action="store_true", help=again)
-    add_reply_flags(p, out="eval")
-    args = p.parse_args()
-    if args.protocol == "loglik" and args.repetition_penalty != 1.0:
-        raise InputError("--repetition-penalty is for replies; --protocol loglik has none, leave it out")
-    return args
-
-
 FILES = ("replies.jsonl", "checkpoints.json", "results.json", "results.md", "samples.jsonl")
 
 
@@ -267,11 +241,12 @@ def write_results(args: Namespace, results: dict, samples: list[dict]) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["compare"]:
-        return compare_command(sys.argv[2:])
-    if sys.argv[1:2] == ["judge"]:
-        return judge.main(sys.argv[2:])
     args = parse_args()
+    if args.command == "compare":
+        return compare_command(args)
+    choose_device(args)
+    if args.command == "judge":
+        return judge.main(args)
     names = checkpoint_names(args.ckpt)
     check_folder(args.out, "eval.py", FILES)
     work = {task: load_questions(task, args) for task in dict.fromkeys(args.tasks)}

@@ -7,7 +7,12 @@ A reply does not depend on the other prompts: each row has its own KV cache, pos
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
-import argparse
+from core.files import InputError, check_arguments, cli
+from core.flags import parse_generate_args as parse_args
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before torch is loaded, so that --help and wrong flags are answered at once
+
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +24,7 @@ from core.attention import KVCache, to_device
 from core.checkpoint import Checkpoint
 from core.conversations import as_messages
 from core.cuda_graph import capture_graph
-from core.devices import DEVICE, DTYPE, DTYPES
-from core.files import InputError, cli
-from core.flags import Parser, at_least, number, torch_device
+from core.devices import DTYPES, choose_device
 from core.layers import fused
 from core.onednn import onednn_weights
 from core.prefixes import SharedPrefixes
@@ -340,28 +343,6 @@ def stream(model: Qwen2, tokenizer: Tokenizer, messages: Prompt, **settings: obj
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "cache_gb")
 
 
-def parse_args() -> argparse.Namespace:
-    p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file")
-    p.add_argument("--prompt", nargs="+", help="one or more user messages; without it, a chat in the terminal")
-    p.add_argument("--system", help="system prompt; without it, the template's default")
-    # sampling
-    p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="most tokens of a reply")
-    p.add_argument("--temperature", type=number(0), default=0.0, help="0 takes the likeliest token")
-    p.add_argument("--top-k", type=at_least(0), default=0, help="sample from the k likeliest tokens; 0: from all")
-    top_p = "sample from the likeliest tokens that together reach this probability"
-    p.add_argument("--top-p", type=number(above=0), default=1.0, help=top_p)
-    penalty = "above 1, tokens that occurred before become less likely; generation_config.json does not set it"
-    p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help=penalty)
-    p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    cache = "size of the KV cache in GiB; prompts that do not fit wait"
-    p.add_argument("--cache-gb", type=number(above=0), default=4.0, help=cache)
-    # machine
-    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
-    p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
-    return p.parse_args()
-
-
 def chat(model: Qwen2, tokenizer: Tokenizer, system: list[dict], settings: dict) -> None:
     """Chats in the terminal. system: a list with the system message, or empty."""
     messages = list(system)
@@ -379,6 +360,7 @@ def chat(model: Qwen2, tokenizer: Tokenizer, system: list[dict], settings: dict)
 
 def main() -> None:
     args = parse_args()
+    choose_device(args)
     ckpt = Checkpoint(args.ckpt)
     model, tokenizer = Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device), Tokenizer(ckpt)
     settings = {name: getattr(args, name) for name in SAMPLING}

@@ -11,6 +11,12 @@ given, else from the first model.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
+from core.files import check_arguments, cli
+from merging.flags import NEEDS_BASE, OPTIONS, SPARSE, parse_args
+
+if __name__ == "__main__":
+    check_arguments(parse_args)  # before torch is loaded, so that --help and wrong flags are answered at once
+
 import argparse
 import json
 import math
@@ -25,10 +31,9 @@ from torch import Tensor
 
 from core.card import model_card
 from core.checkpoint import Checkpoint, write_checkpoint
-from core.files import InputError, cli
-from core.flags import Parser, checkpoint_out
+from core.devices import choose_device
 from merging import engine, methods, search
-from merging.inputs import NEEDS_BASE, OPTIONS, SPARSE, add_method_flags, open_inputs, parse_size
+from merging.inputs import open_inputs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The maths. n models, m elements of a tensor. A delta is a model's tensor minus the base's.
@@ -160,30 +165,11 @@ def merged(
     yield from engine.merge_tensors(plan, dtype, stats, quiet)
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    about = "Merge checkpoints of one architecture into one. `merge.py search` finds the weights."
-    parser = Parser(description=about)
-    add_method_flags(parser, METHODS)
-    # output
-    parser.add_argument("--out", type=checkpoint_out, required=True, metavar="O", help="folder or .pt file to write")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the output")
-    parser.add_argument(
-        "--shard-size",
-        type=parse_size,
-        metavar="SIZE",
-        help="most bytes of one safetensors file, such as 5GB; default: one file for all",
-    )
-    args = parser.parse_args(argv)
-    if args.shard_size and args.out.endswith(".pt"):
-        raise InputError(f"--shard-size: {args.out} is a single file; use a folder as --out")
-    return args
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["search"]:
-        return search.main(argv[1:], METHODS, merged)
     args, start = parse_args(argv), time.time()
+    if args.command == "search":
+        choose_device(args)
+        return search.main(args, merged)
     base, models = open_inputs(args)
     donor, dtype, stats = base or models[0], getattr(torch, args.dtype), engine.Stats()
     specs = {}  # name -> (shape, dtype) of the output

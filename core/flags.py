@@ -1,6 +1,7 @@
 """Command-line flags: a parser that reports errors in one line, and argparse types that check values.
 
-This module does not import torch, so that a script can parse its arguments before torch is loaded.
+At the end are the flags of generate.py. This module does not import torch, so that a script can parse its arguments
+before torch is loaded.
 """
 
 import argparse
@@ -102,3 +103,25 @@ def add_device_flags(p: argparse.ArgumentParser, dtype: str) -> None:
     """Adds --dtype and --device. core.devices.choose_device sets their defaults. dtype: the help text of --dtype."""
     p.add_argument("--dtype", choices=["fp32", "bf16"], help=f"{dtype} (default: bf16 if there is a GPU, else fp32)")
     p.add_argument("--device", type=torch_device, help="torch device (default: cuda if there is a GPU, else cpu)")
+
+
+def parse_generate_args() -> argparse.Namespace:
+    """Parses generate.py's arguments."""
+    p = Parser(description="Batched generation from a checkpoint, or a chat in the terminal.")
+    p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file")
+    p.add_argument("--prompt", nargs="+", help="one or more user messages; without it, a chat in the terminal")
+    p.add_argument("--system", help="system prompt; without it, the template's default")
+    # sampling
+    p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="most tokens of a reply")
+    p.add_argument("--temperature", type=number(0), default=0.0, help="0 takes the likeliest token")
+    p.add_argument("--top-k", type=at_least(0), default=0, help="sample from the k likeliest tokens; 0: from all")
+    top_p = "sample from the likeliest tokens that together reach this probability"
+    p.add_argument("--top-p", type=number(above=0), default=1.0, help=top_p)
+    penalty = "above 1, tokens that occurred before become less likely; generation_config.json does not set it"
+    p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help=penalty)
+    p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    cache = "size of the KV cache in GiB; prompts that do not fit wait"
+    p.add_argument("--cache-gb", type=number(above=0), default=4.0, help=cache)
+    # machine
+    add_device_flags(p, "dtype of weights and computation")
+    return p.parse_args()

@@ -20,8 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NoReturn
 
-from core.distributed import is_main
-from core.files import InputError, atomic_write
+from core.files import InputError, atomic_write, is_main
 
 MAX_RECORD = 64 * 2**20  # largest line (in bytes) or object of an array (in characters)
 CHUNK = 2**20  # bytes of an array read at a time

@@ -14,14 +14,14 @@ from argparse import Namespace
 from core.checkpoint import Checkpoint
 from core.distributed import Ranks
 from core.files import InputError, atomic_write
-from core.flags import Parser, at_least
 from core.outputs import check_folder, claim_folder
 from core.records import write_jsonl
 from core.tokenizer import Tokenizer
 from curation.prompts import fence, parse_object
 from curation.teacher import Teacher, ask_model, open_replies, open_teacher
 from evaluation.benchmarks import load_questions
-from evaluation.replies import Replies, Work, add_reply_flags, checkpoint_names, collect_replies
+from evaluation.flags import checkpoint_names
+from evaluation.replies import Replies, Work, collect_replies
 from evaluation.stats import holm, mean_stderr, paired_comparison
 
 COMPARE = """Task: compare
@@ -115,25 +115,6 @@ def verdict_table(results: dict, first: str) -> str:
 # The command
 
 
-def parse_args(argv: list[str] | None) -> Namespace:
-    p = Parser(prog="eval.py judge", description=__doc__.split("\n\n")[0])
-    p.add_argument("--ckpt", nargs="+", required=True, help="two or more checkpoints; the first is the baseline")
-    # judge
-    p.add_argument(
-        "--teacher",
-        required=True,
-        help="URL of an OpenAI-compatible endpoint (its key in TEACHER_API_KEY), or a checkpoint",
-    )
-    p.add_argument("--teacher-model", help="name of the model at the endpoint")
-    p.add_argument("--concurrency", type=at_least(1), default=16, help="concurrent requests")
-    add_reply_flags(p, out="judge")
-    args = p.parse_args(argv)
-    args.protocol, args.allow_code_execution = "paper", False
-    if len(checkpoint_names(args.ckpt)) < 2:
-        raise InputError("--ckpt: give two or more; the others are compared with the first")
-    return args
-
-
 def ask_preferences(
     args: Namespace, names: list[str], work: Work, replies: Replies, teacher: Teacher
 ) -> dict[tuple, int | None]:
@@ -154,8 +135,8 @@ def ask_preferences(
 FILES = ("replies.jsonl", "checkpoints.json", "judgements.jsonl", "judge.json", "judge.md", "judged.jsonl")
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def main(args: Namespace) -> None:
+    """Runs `eval.py judge`. args: from evaluation.flags.parse_args."""
     names = checkpoint_names(args.ckpt)
     check_folder(args.out, "eval.py", FILES)
     work = {task: load_questions(task, args, judged=True) for task in dict.fromkeys(args.tasks)}

@@ -9,20 +9,18 @@ import glob
 import hashlib
 import json
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 from core.checkpoint import Checkpoint
-from core.devices import DEVICE, DTYPE, DTYPES
+from core.devices import DTYPES
 from core.distributed import ONE_RANK, Ranks, is_main
 from core.files import InputError, atomic_write, code_hash, read_json
-from core.flags import at_least, number, torch_device
 from core.reply_log import ReplyLog
 from core.tokenizer import Tokenizer
-from evaluation.benchmarks import BENCHMARKS
 from evaluation.likelihoods import ask_likelihoods
 from generate import generate_iter
 from model import Qwen2
@@ -151,44 +149,7 @@ def load_replies(args: Namespace, names: list[str], work: Work) -> Replies:
     return found
 
 
-def checkpoint_names(sources: list[str]) -> list[str]:
-    """The last part of each path, without .pt. If two of them are equal, the sources as they were given."""
-    short = [os.path.basename(s.rstrip("/")).removesuffix(".pt") for s in sources]
-    names = short if len(set(short)) == len(sources) else list(sources)
-    if len(set(names)) < len(names):
-        raise InputError(f"--ckpt: {max(names, key=names.count)} is given twice")
-    return names
-
-
 def protocol_name(args: Namespace) -> str:
     """The protocol's name in tables. It includes a repetition penalty, because the paper's protocol has none."""
     penalty = args.repetition_penalty
     return args.protocol if penalty == 1.0 else f"{args.protocol}, repetition penalty {penalty:g}"
-
-
-def add_reply_flags(p: ArgumentParser, out: str | None = None) -> None:
-    """The flags that eval.py and `eval.py judge` share. out: the default of --out."""
-    p.add_argument("--out", required=out is None, default=out, help="folder for replies and results")
-    # questions
-    p.add_argument("--tasks", nargs="+", required=True, help=f"one or several of {', '.join(BENCHMARKS)}")
-    p.add_argument("--data-dir", default="data", help="folder of the benchmark files; missing ones are downloaded")
-    p.add_argument("--limit", type=at_least(1), help="questions per task, spread over its subjects; default: all")
-    # generation
-    p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
-    penalty = "1.0: none, as in the paper. Unlike in transformers, generation_config.json does not set it"
-    p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help=penalty)
-    p.add_argument(
-        "--batch-size",
-        type=at_least(1),
-        default=32,
-        help="questions in flight; in fp32 the replies do not depend on it",
-    )
-    p.add_argument(
-        "--cache-gb",
-        type=number(above=0),
-        default=4.0,
-        help="size of the KV cache in GiB; questions that do not fit wait",
-    )
-    # machine
-    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
-    p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")

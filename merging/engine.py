@@ -17,7 +17,7 @@ from core.checkpoint import Checkpoint, all_finite
 from core.files import InputError
 from core.pages import WINDOW, mapped, page_chunks
 from merging import methods
-from merging.inputs import BREADCRUMBS, DARE, DELLA, ELECTS, RANDOM, SPARSE
+from merging.flags import BREADCRUMBS, DARE, DELLA, ELECTS, RANDOM, SPARSE
 
 
 @dataclass

@@ -1,11 +1,8 @@
-"""The inputs of a merge: its flags, its checkpoints, and the checks that they fit together."""
+"""The inputs of a merge: its checkpoints, and the checks that they fit together."""
 
 import argparse
 import math
-import os
-import re
 import sys
-from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import torch
@@ -13,165 +10,9 @@ import torch
 from core.checkpoint import Checkpoint
 from core.config import parse_config
 from core.files import InputError, same_path
-from core.flags import at_least, number
 from core.outputs import check_inputs
 from core.tokenizer import vocabulary
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Methods and their options
-
-DARE, DELLA, BREADCRUMBS = ("dare_linear", "dare_ties"), ("della_linear", "della"), ("breadcrumbs", "breadcrumbs_ties")
-RANDOM = DARE + DELLA  # masks are drawn at random
-SPARSE = ("ties", *DARE, *BREADCRUMBS, *DELLA)  # keep a share of each delta's elements
-ELECTS = ("ties", "dare_ties", "breadcrumbs_ties", "della")  # elect a sign for each element
-NEEDS_BASE = ("task_arithmetic", *SPARSE, "expo")  # merge deltas
-# flag: (attribute of args, methods it acts on, default: mergekit's; None is resolved by fill_options)
-OPTIONS = {
-    "t":         ("t",         ("slerp",),                              None),
-    "density":   ("density",   SPARSE,                                  [1.0]),
-    "gamma":     ("gamma",     BREADCRUMBS,                             0.01),
-    "epsilon":   ("epsilon",   DELLA,                                   0.15),
-    "lambda":    ("scale",     NEEDS_BASE,                              1.0),
-    "lines":     ("lines",     NEEDS_BASE,                              None),
-    "trim":      ("trim",      ("ties",),                               "tensor"),
-    "sign":      ("sign",      ELECTS,                                  "sum"),
-    "rescale":   ("rescale",   SPARSE,                                  None),
-    "normalize": ("normalize", ("linear", "task_arithmetic", *SPARSE),  None),
-}  # fmt: skip
-
-
-def add_method_flags(parser: argparse.ArgumentParser, methods: Iterable[str]) -> None:
-    """Adds the flags for inputs and method, for merge.py and its search. methods: choices of --method."""
-    add = parser.add_argument
-    # checkpoints
-    add("--models", required=True, nargs="+", metavar="C[:WEIGHT]", help="hub id, folder or .pt; default weight: 1")
-    add("--base", metavar="C", help="checkpoint the models were trained from; optional for linear and slerp")
-    resize = "cut or extend embeddings to the rows of --base, or of the first model; missing rows are copied from it"
-    add("--resize", action="store_true", help=resize)
-    add("--allow-tokenizer-mismatch", action="store_true", help="merge models whose tokenizers have different tokens")
-    # method
-    add("--method", required=True, choices=list(methods), help="how to merge")
-    groups = "PATTERN W W ...: one weight per model for the tensors whose names end in PATTERN, such as "
-    groups += "'layers.[0-7].*' or '*mlp*'; repeatable, the last match wins"
-    add("--weights-for", action="append", nargs="+", metavar="X", help=groups)
-    normalize = "divide by the sum of the weights; default: on for linear, ties, della"
-    add("--normalize", action=argparse.BooleanOptionalAction, help=normalize)
-    t = "slerp: position between the first model, or the base if it is one of the two (0), and the other (1); default: "
-    add("--t", type=number(), metavar="X", help=t + "w2 / (w1 + w2)")
-    add_delta_flags(parser)
-    # arithmetic and machine
-    arithmetic = "float32 as in mergekit; float64 takes twice the time and memory, and slerp is exact at small angles"
-    add("--arithmetic", choices=["float32", "float64"], default="float32", help=arithmetic)
-    add("--seed", type=int, default=0, help="seed of the random masks of dare_* and della*")
-    add("--threads", type=at_least(1), default=torch.get_num_threads(), help="tensors merged at once")
-
-
-def add_delta_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of methods that merge deltas. fill_options() sets their defaults."""
-    add = parser.add_argument
-    # deltas
-    density = "ties, dare_*, breadcrumbs*, della*: share of a delta's elements to keep, one number or one per model"
-    add("--density", type=number(), nargs="+", metavar="X", help=density + "; default: 1")
-    gamma = "breadcrumbs*: share of the elements to drop, the largest ones; default: 0.01"
-    add("--gamma", type=number(0, below=1), metavar="X", help=gamma)
-    epsilon = "della*: keep probabilities range over density ± this; default: 0.15"
-    add("--epsilon", type=number(), metavar="X", help=epsilon)
-    trim = "ties: keep the largest elements of each tensor (mergekit) or of the whole model (the authors' code); "
-    add("--trim", choices=["tensor", "global"], help=trim + "default: tensor")
-    sign = "ties, *_ties, della: elect each sign by the sum of the deltas or by the count of their signs; default: sum"
-    add("--sign", choices=["sum", "count"], help=sign)
-    rescale = "l1: scale the kept elements to the whole delta's L1 norm, as in mergekit (default for dare_*, della*); "
-    rescale += "density: divide each by its keep probability, as in their papers"
-    add("--rescale", choices=["none", "l1", "density"], help=rescale)
-    add("--lambda", dest="scale", type=number(), metavar="X", help="factor on the merged delta; default: 1")
-    lines = "LiNeS: scale the merged delta by ALPHA in the first block, rising linearly to ALPHA + BETA in the last; "
-    lines += "default BETA: 1 - ALPHA. auto: the authors' ALPHA for several models, "
-    lines += "|sum of deltas|_1 / |merged delta|_1 / n"
-    add("--lines", metavar="ALPHA[:BETA]|auto[:BETA]", help=lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Values of flags
-
-
-def parse_finite(text: str, where: str) -> float:
-    """The text as a finite number, or InputError. where: the start of the error line."""
-    try:
-        return number()(text)
-    except (ValueError, argparse.ArgumentTypeError):
-        raise InputError(f"{where}: {text!r} is not a finite number") from None
-
-
-def parse_model(text: str) -> tuple[str, float | None]:
-    """'C' or 'C:WEIGHT' -> (C, weight or None). The path of an existing file may contain colons."""
-    source, colon, weight = text.rpartition(":")
-    if not colon or os.path.exists(text):
-        return text, None
-    if not source:
-        raise InputError(f"--models {text}: write C or C:WEIGHT")
-    return source, parse_finite(weight, f"--models {text}: the weight after the colon")
-
-
-def parse_size(text: str) -> int:
-    """'5GB', '500MB', '1000' -> bytes. GB is 10^9."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.upper())
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
-
-
-def parse_lines(text: str) -> tuple[float | None, float | None]:
-    """'ALPHA[:BETA]' or 'auto[:BETA]' -> (alpha, beta). auto: alpha is None. Default beta: 1 - alpha, or None."""
-    first, colon, second = text.partition(":")
-    alpha = None if first == "auto" else parse_finite(first, f"--lines {text}")
-    if colon:
-        return alpha, parse_finite(second, f"--lines {text}")
-    return alpha, None if alpha is None else 1 - alpha
-
-
-def format_lines(lines: tuple[float | None, float | None]) -> str:
-    """The inverse of parse_lines."""
-    alpha, beta = lines
-    return ("auto" if alpha is None else f"{alpha:g}") + ("" if beta is None else f":{beta:g}")
-
-
-def fill_options(args: argparse.Namespace, n: int) -> list[str]:
-    """Checks the options, sets their defaults and args.densities. n: the number of models. Returns notes."""
-    method, notes = args.method, []
-    for flag, (attribute, scope, default) in OPTIONS.items():
-        if getattr(args, attribute) is None:
-            setattr(args, attribute, default)
-        elif method not in scope:
-            notes.append(f"--{flag} has no effect with --method {method}")
-    fill_densities(args, n)
-    if method in SPARSE and set(args.densities) == {1}:
-        notes.append("--density is 1, so every element is kept (the TIES paper keeps 0.2)")
-    if args.rescale is None:
-        args.rescale = "l1" if method in RANDOM else "none"
-    if args.rescale == "density" and method not in RANDOM:
-        raise InputError(f"--rescale density: {method} keeps no elements at random; use l1")
-    if args.rescale != "none" and args.trim == "global":
-        raise InputError("--rescale: TIES as in its authors' code (--trim global) does not rescale; use --lambda")
-    if args.normalize is None:
-        args.normalize = method in ("linear", "ties", "della")
-    if isinstance(args.lines, str):
-        args.lines = parse_lines(args.lines)
-    return notes
-
-
-def fill_densities(args: argparse.Namespace, n: int) -> None:
-    """Sets args.densities, one for each of the n models, or InputError."""
-    if len(args.density) not in (1, n):
-        raise InputError(f"--density: {len(args.density)} numbers for {n} models; give one, or one per model")
-    args.densities = args.density * (1 if len(args.density) == n else n)
-    for density in args.densities:
-        if not 0 < density <= 1:
-            raise InputError(f"--density {density}: the share of elements kept must be above 0 and at most 1")
-        if args.method in DELLA and density < 1 and not args.epsilon < min(density, 1 - density):
-            raise InputError(
-                f"--epsilon {args.epsilon}: {density} - epsilon and {density} + epsilon must be between 0 and 1"
-            )
-
+from merging.flags import NEEDS_BASE, fill_options, parse_finite, parse_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks that two checkpoints can be merged
@@ -238,8 +79,8 @@ def check_tokenizers(first: Checkpoint, other: Checkpoint, allow_mismatch: bool)
 def open_inputs(args: argparse.Namespace) -> tuple[Checkpoint | None, list[Checkpoint]]:
     """Opens and checks the base (or None) and the models, and completes args.
 
-    Sets args.weights, args.densities and args.weights_for (one number per model, without models that are the base) and
-    args.n_layers.
+    Sets args.weights, args.densities and args.weights_for (one number per model, without models that are the base),
+    args.n_layers and, if it was not given, args.threads.
     """
     n, parsed = len(args.models), [parse_model(text) for text in args.models]
     if args.out:
@@ -269,6 +110,7 @@ def open_inputs(args: argparse.Namespace) -> tuple[Checkpoint | None, list[Check
             examples = "'layers.[0-7].*', '*mlp*', embed_tokens.weight"
             raise InputError(f"--weights-for {pattern}: matches no tensor of {donor.source}; patterns are {examples}")
     args.n_layers = parse_config(donor.config).num_hidden_layers
+    args.threads = args.threads or torch.get_num_threads()
     for text in notes:  # after all checks: an error is printed alone
         print(f"note: {text}", file=sys.stderr)
     return base, models

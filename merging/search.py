@@ -10,11 +10,10 @@ uses it, and the final scores come from it alone.
 
 import argparse
 import json
-import os
 import random
 import shlex
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,16 +22,16 @@ from tqdm import tqdm
 
 from core.checkpoint import Checkpoint
 from core.conversations import sft_conversations
-from core.devices import DEVICE, DTYPE, DTYPES
+from core.devices import DTYPES
 from core.files import InputError, atomic_write
-from core.flags import Parser, at_least, number, torch_device
 from core.outputs import check_file
 from core.records import read_records
 from core.tokenizer import Tokenizer
 from evaluation import benchmarks
 from evaluation.replies import ask_checkpoint
 from evaluation.stats import ratio_stderr
-from merging.inputs import DELLA, OPTIONS, RANDOM, add_method_flags, fill_options, format_lines, open_inputs
+from merging.flags import DELLA, OPTIONS, RANDOM, fill_options, format_lines
+from merging.inputs import open_inputs
 from merging.minimise import RANGES, Point, greedy_soup, minimise
 from model import Qwen2
 from training.examples import encode_chats
@@ -138,64 +137,6 @@ RIGHT = Objective("share right", measure_wrong, -1)
 # The command
 
 
-def parse_args(argv: Sequence[str], methods: Iterable[str]) -> argparse.Namespace:
-    """methods: choices of --method."""
-    parser = Parser(prog="merge.py search", description="Find the weights of a merge that do best on held-out data.")
-    add_method_flags(parser, methods)
-    add_search_flags(parser)
-    args = parser.parse_args(argv)
-    if bool(args.data) == bool(args.tasks):
-        raise InputError("--data or --tasks: give exactly one of them; it scores the merges")
-    if args.greedy and args.method != "linear":
-        raise InputError(f"--greedy: averages models, so --method must be linear, not {args.method}")
-    for name in args.over:
-        if name != "weights" and args.method not in OPTIONS[name][1]:
-            raise InputError(f"--over {name}: has no effect with --method {args.method}")
-    if args.weights_for:
-        raise InputError("--weights-for: the search sets one weight per model; use it with merge.py itself")
-    return args
-
-
-def json_out(text: str) -> str:
-    """An argparse type: a file that can be written. It is checked before the search, whose result would be lost."""
-    parent = os.path.abspath(text)
-    while not os.path.exists(parent := os.path.dirname(parent)):
-        pass
-    if os.path.isdir(text) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text}: cannot be written; give a JSON file in another folder")
-    return text
-
-
-def add_search_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    # search
-    over = ["weights", "density", "lambda", "lines"]
-    add("--over", nargs="+", choices=over, default=["weights"], help="what to search")
-    greedy = "greedy soup: choose the models to average (linear only); the best of all points tried is kept, which may "
-    add("--greedy", action="store_true", help=greedy + "be a fixed pair or the uniform soup")
-    add("--evaluations", type=at_least(3), default=15, help="most points to try; not with --greedy")
-    # data
-    add("--data", nargs="+", metavar="F", help="conversations, as for train_sft.py: minimise the loss on them")
-    add("--tasks", nargs="+", metavar="T", help="tasks of eval.py: maximise the share of right answers")
-    aside = "share of the data set aside for the final scores"
-    add("--aside", type=number(above=0, below=1), default=0.5, metavar="X", help=aside)
-    add("--max-len", type=at_least(2), default=1024, help="tokens; longer examples are cut at the end")
-    add("--data-dir", default="data", help="folder of the tasks' questions")
-    add("--limit", type=at_least(1), help="questions per task; default: all")
-    add("--protocol", choices=["paper", "loglik"], default="paper", help="as in eval.py")
-    add("--allow-code-execution", action="store_true", help="run the code that the merges write, in a sandbox")
-    add("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
-    add("--batch-size", type=at_least(1), default=32, help="questions in flight")
-    # machine
-    micro_tokens = 16384 if DEVICE == "cuda" else 2048
-    add("--micro-tokens", type=at_least(1), default=micro_tokens, help="most tokens of one forward")
-    add("--dtype", choices=DTYPES, default=DTYPE, help="dtype of the forward passes")
-    add("--device", type=torch_device, default=DEVICE, help="torch device")
-    # output
-    out = "JSON file to write: all points and the final scores"
-    add("--out", type=json_out, required=True, metavar="F.json", help=out)
-
-
 def read_items(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list, list]:
     """The encoded examples or the questions: (used by the search, set aside)."""
     if args.data:
@@ -209,9 +150,9 @@ def read_items(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list, li
     return for_search, for_final
 
 
-def main(argv: Sequence[str], methods: Iterable[str], merged: Callable) -> None:
-    """methods: choices of --method. merged: merge.py's function of that name."""
-    args = parse_args(argv, methods)
+def main(args: argparse.Namespace, merged: Callable) -> None:
+    """args: from merging.flags.parse_args. merged: merge.py's function of that name."""
+    args.micro_tokens = args.micro_tokens or (16384 if args.device == "cuda" else 2048)
     check_file(args.out, '"versus_best"')
     base, models = open_inputs(args)
     tokenizer = Tokenizer(base or models[0])

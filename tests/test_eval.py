@@ -16,7 +16,8 @@ from core.checkpoint import Checkpoint
 from core.distributed import Ranks
 from core.tokenizer import Tokenizer
 from evaluation import benchmarks, downloads, replies, rows
-from evaluation.replies import checkpoint_names, collect_replies, question_keys
+from evaluation.flags import checkpoint_names
+from evaluation.replies import collect_replies, question_keys
 from generate import generate_iter
 from model import Qwen2
 

@@ -22,7 +22,7 @@ from core.pages import mapped
 from merge import METHODS, main
 from merging import engine, methods
 from merging.engine import in_order
-from merging.inputs import NEEDS_BASE, SPARSE, format_lines, parse_lines, parse_model, parse_size
+from merging.flags import METHOD_NAMES, SPARSE, format_lines, parse_lines, parse_model, parse_size
 from model import Qwen2
 
 
@@ -367,7 +367,7 @@ def test_the_closing_line_can_be_pasted(faulty, tmp_path, capsys):
 
 
 def test_every_method_has_its_formulas_and_flags():
-    assert {*METHODS} == {"linear", "slerp", *NEEDS_BASE}
+    assert {*METHODS} == {*METHOD_NAMES}
     assert all((sparsify is not None) == (name in SPARSE) for name, (sparsify, _) in METHODS.items())
 
 

@@ -10,7 +10,7 @@ from merge_families import assert_same, load, make_family, numpy_ties, run, save
 from core.files import InputError
 from merging import engine, methods
 from merging.engine import mask_generator
-from merging.inputs import DELLA, ELECTS, NEEDS_BASE, RANDOM, SPARSE
+from merging.flags import DELLA, ELECTS, NEEDS_BASE, RANDOM, SPARSE
 
 
 @pytest.fixture(scope="module")

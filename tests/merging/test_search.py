@@ -11,8 +11,9 @@ from core.checkpoint import Checkpoint
 from core.conversations import sft_conversations
 from core.records import read_records
 from core.tokenizer import Tokenizer
-from merge import METHODS, merged
+from merge import merged
 from merging import minimise, search
+from merging.flags import parse_search_args
 from merging.inputs import open_inputs
 from model import Qwen2
 from training.examples import count_supervised, encode_chats
@@ -244,7 +245,7 @@ def test_only_what_merge_takes_is_tried(models, method, name, given, least):
 
     def taken(value):
         more = [f"{path}:{value}"] if name == "weights" else [path, "--density", str(value)]
-        a = search.parse_args([*argv, *more], METHODS)
+        a = parse_search_args([*argv, *more])
         open_inputs(a)
         return a
 
@@ -303,7 +304,7 @@ def test_the_closing_command_makes_the_best_merge_where_a_weight_is_zero(models,
         if method == "linear"
         else ["--method", method, "--base", str(models / "base"), "--density", "0.5"]
     )
-    a = search.parse_args([*more, "--models", *paths, "--data", "x", "--out", "s.json", "--seed", "4"], METHODS)
+    a = parse_search_args([*more, "--models", *paths, "--data", "x", "--out", "s.json", "--seed", "4"])
     base, opened = open_inputs(a)
     best = search.args_at(a, {"weights": [0.0, 1.0]})
     want = dict(merged(best, base, opened, torch.float32, quiet=True))
@@ -316,6 +317,6 @@ def test_the_closing_command_makes_the_best_merge_where_a_weight_is_zero(models,
         "ties": "--rescale l1 --no-normalize",
         "dare_ties": "--rescale none --normalize",
     }[method]
-    a = search.parse_args([*more, *other.split(), "--models", *paths, "--data", "x", "--out", "s.json"], METHODS)
+    a = parse_search_args([*more, *other.split(), "--models", *paths, "--data", "x", "--out", "s.json"])
     open_inputs(a)
     assert f" {other} " in search.merge_command(a, search.args_at(a, {"weights": [0.0, 1.0]}), opened)

@@ -1,0 +1,103 @@
+"""The flags of eval.py and its commands. Does not import torch, as in core/flags.py."""
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+
+from core.files import InputError
+from core.flags import Parser, add_device_flags, at_least, number
+from evaluation.benchmarks import BENCHMARKS
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """Parses eval.py's arguments. args.command: "compare" or "judge", or "" without a command."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"compare": parse_compare_args, "judge": parse_judge_args}
+    command = argv[0] if argv and argv[0] in commands else ""
+    args = commands[command](argv[1:]) if command else parse_eval_args(argv)
+    args.command = command
+    return args
+
+
+def parse_eval_args(argv: list[str]) -> Namespace:
+    """The arguments of eval.py without a command."""
+    p = Parser(description="Evaluate checkpoints on benchmarks: one table with standard errors and paired tests.")
+    p.add_argument("--ckpt", nargs="+", required=True, help="hub ids, folders or .pt files; the first is the baseline")
+    p.add_argument(
+        "--protocol", choices=["paper", "loglik"], default="paper", help="chat replies, or likelihoods of choices"
+    )
+    p.add_argument(
+        "--allow-code-execution", action="store_true", help="run code that the checkpoints write, in a sandbox"
+    )
+    again = "score the replies in OUT again without loading a checkpoint; give the other flags of that run"
+    p.add_argument("--rescore", action="store_true", help=again)
+    add_reply_flags(p, out="eval")
+    args = p.parse_args(argv)
+    if args.protocol == "loglik" and args.repetition_penalty != 1.0:
+        raise InputError("--repetition-penalty is for replies; --protocol loglik has none, leave it out")
+    return args
+
+
+def parse_compare_args(argv: list[str]) -> Namespace:
+    """The arguments of `eval.py compare`."""
+    about = "Write the questions on which two checkpoints score differently, with both replies."
+    p = Parser(prog="eval.py compare", description=about)
+    p.add_argument("names", nargs=2, help="names of two checkpoints, as in the table")
+    p.add_argument("--out", default="eval", help="folder of an evaluation, with samples.jsonl")
+    return p.parse_args(argv)
+
+
+def parse_judge_args(argv: list[str]) -> Namespace:
+    """The arguments of `eval.py judge`."""
+    p = Parser(prog="eval.py judge", description="Win rates on open questions, judged by a teacher in both orders.")
+    p.add_argument("--ckpt", nargs="+", required=True, help="two or more checkpoints; the first is the baseline")
+    # judge
+    p.add_argument(
+        "--teacher",
+        required=True,
+        help="URL of an OpenAI-compatible endpoint (its key in TEACHER_API_KEY), or a checkpoint",
+    )
+    p.add_argument("--teacher-model", help="name of the model at the endpoint")
+    p.add_argument("--concurrency", type=at_least(1), default=16, help="concurrent requests")
+    add_reply_flags(p, out="judge")
+    args = p.parse_args(argv)
+    args.protocol, args.allow_code_execution = "paper", False
+    if len(checkpoint_names(args.ckpt)) < 2:
+        raise InputError("--ckpt: give two or more; the others are compared with the first")
+    return args
+
+
+def add_reply_flags(p: ArgumentParser, out: str) -> None:
+    """The flags that eval.py and `eval.py judge` share. out: the default of --out."""
+    p.add_argument("--out", default=out, help="folder for replies and results")
+    # questions
+    p.add_argument("--tasks", nargs="+", required=True, help=f"one or several of {', '.join(BENCHMARKS)}")
+    p.add_argument("--data-dir", default="data", help="folder of the benchmark files; missing ones are downloaded")
+    p.add_argument("--limit", type=at_least(1), help="questions per task, spread over its subjects; default: all")
+    # generation
+    p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
+    penalty = "1.0: none, as in the paper. Unlike in transformers, generation_config.json does not set it"
+    p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help=penalty)
+    p.add_argument(
+        "--batch-size",
+        type=at_least(1),
+        default=32,
+        help="questions in flight; in fp32 the replies do not depend on it",
+    )
+    p.add_argument(
+        "--cache-gb",
+        type=number(above=0),
+        default=4.0,
+        help="size of the KV cache in GiB; questions that do not fit wait",
+    )
+    # machine
+    add_device_flags(p, "dtype of weights and computation")
+
+
+def checkpoint_names(sources: list[str]) -> list[str]:
+    """The last part of each path, without .pt. If two of them are equal, the sources as they were given."""
+    short = [os.path.basename(s.rstrip("/")).removesuffix(".pt") for s in sources]
+    names = short if len(set(short)) == len(sources) else list(sources)
+    if len(set(names)) < len(names):
+        raise InputError(f"--ckpt: {max(names, key=names.count)} is given twice")
+    return names
