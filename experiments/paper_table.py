@@ -8,37 +8,43 @@ The learning rates are chosen on the dev split. The paper's own (1e-6 and 5e-8, 
 import argparse
 
 from core.files import cli
-from experiments.steps import choose_lr, evaluate, kto, run_step, sft, study_flags
+from experiments.steps import choose_lr, evaluate, kto, run_step, sft, study_flags, train_chosen
 
 
 def fuse(args: argparse.Namespace) -> None:
-    """The paper's fusions: A (SFT) with B (SFT then KTO). TIES merges SFT and KTO, each from the student."""
-    a, b, kto_alone = (f"{args.out}/{name}" for name in ("sft", "sft-kto", "kto"))
-    linear = ["merge.py", "--method", "linear", "--models"]
-    run_step(args.out, "mean", [*linear, f"{a}:0.5", f"{b}:0.5", "--out", f"{args.out}/mean"])
-    run_step(args.out, "mean-05-95", [*linear, f"{a}:0.05", f"{b}:0.95", "--out", f"{args.out}/mean-05-95"])
-    ties = ["merge.py", "--method", "ties", "--models", a, kto_alone, "--base", args.student, "--density", "0.5"]
-    run_step(args.out, "ties", [*ties, "--out", f"{args.out}/ties"])
-    for name in ("mean", "mean-05-95", "ties"):
+    """The paper's fusions: A (SFT) with B (SFT then KTO)."""
+    for name, weights in (("mean", (0.5, 0.5)), ("mean-05-95", (0.05, 0.95))):
+        models = [f"{args.out}/{arm}:{weight}" for arm, weight in zip(("sft", "sft-kto"), weights)]
+        run_step(args.out, name, ["merge.py", "--method", "linear", "--models", *models, "--out", f"{args.out}/{name}"])
         evaluate(args, name)
+
+
+def merge_by_ties(args: argparse.Namespace) -> None:
+    """TIES merges SFT and KTO, each from the student."""
+    models = [f"{args.out}/sft", f"{args.out}/kto"]
+    command = ["merge.py", "--method", "ties", "--models", *models, "--base", args.student, "--density", "0.5"]
+    run_step(args.out, "ties", [*command, "--out", f"{args.out}/ties"])
+    evaluate(args, "ties")
 
 
 def main() -> None:
     p = study_flags(__doc__)
-    arms = ["base", "sft", "kto", "sft-kto", "fusions", "paper-lr"]
+    arms = ["base", "sft", "kto", "sft-kto", "fusions", "ties", "paper-lr"]
     p.add_argument("--arms", nargs="+", choices=arms, default=arms, help="arms to run, in this order")
     args = p.parse_args()
     for arm in args.arms:
         if arm == "base":
             evaluate(args, "base", ckpt=args.student)
         elif arm in ("sft", "kto"):
-            choose_lr(args, arm)
+            train_chosen(args, arm)
             evaluate(args, arm)
         elif arm == "sft-kto":
             kto(args, "sft-kto", f"{args.out}/sft", choose_lr(args, "kto"), "data/kto.jsonl")
             evaluate(args, "sft-kto")
         elif arm == "fusions":
             fuse(args)
+        elif arm == "ties":
+            merge_by_ties(args)
         else:
             sft(args, "sft-paper-lr", "1e-6", "data/sft.jsonl")
             kto(args, "sft-kto-paper-lr", f"{args.out}/sft-paper-lr", "5e-8", "data/kto.jsonl")

@@ -39,7 +39,7 @@ def run_step(out: str, name: str, command: list[str], hidden: tuple[str, ...] = 
     if stamp.exists() and json.loads(stamp.read_text())["command"] == command:
         print(f"{name}: done before", flush=True)
         return
-    resume = ["--resume"] if command[0].startswith("train_") and Path(out, f"{name}.run", "state.json").exists() else []
+    resume = ["--resume"] if command[0] != "merge.py" and Path(out, f"{name}.run", "state.json").exists() else []
     print(f"{name}: python {' '.join([*command, *resume])}", flush=True)
     start = time.time()
     code = subprocess.run([sys.executable, *command, *hidden, *resume]).returncode
@@ -63,11 +63,19 @@ def make_labels(args: argparse.Namespace, name: str, small: str, more: list[str]
         ], hidden=("--teacher", url))  # fmt: skip
 
 
-def sft(args: argparse.Namespace, name: str, lr: str, data: str, ckpt: str = "") -> None:
-    """Trains the student, or another checkpoint, on a file of OUT by SFT: arm `name`."""
+def sft(
+    args: argparse.Namespace,
+    name: str,
+    lr: str,
+    data: str,
+    ckpt: str = "",
+    script: str = "",
+    more: tuple[str, ...] = (),
+) -> None:
+    """Trains the student, or another checkpoint, on a file of OUT by SFT: arm `name`. script: a module with another loss."""
     run_step(args.out, name, [
-        "train_sft.py", "--ckpt", ckpt or args.student, "--data", f"{args.out}/{data}", "--out", f"{args.out}/{name}", "--lr", lr,
-        "--epochs", str(args.sft_epochs), *training_flags(args),
+        *(["-m", script] if script else ["train_sft.py"]), "--ckpt", ckpt or args.student, "--data", f"{args.out}/{data}",
+        "--out", f"{args.out}/{name}", "--lr", lr, "--epochs", str(args.sft_epochs), *training_flags(args), *more,
     ])  # fmt: skip
 
 
@@ -80,8 +88,9 @@ def kto(args: argparse.Namespace, name: str, ckpt: str, lr: str, data: str, scri
     ])  # fmt: skip
 
 
-def training_flags(args: argparse.Namespace) -> list[str]:
-    batch = ["--batch-size", str(args.batch_size), "--warmup", "5"]
+def training_flags(args: argparse.Namespace, batch_size: int = 0) -> list[str]:
+    """The flags of every training. batch_size: of a loss whose examples are pairs."""
+    batch = ["--batch-size", str(batch_size or args.batch_size), "--warmup", "5"]
     return [*batch, "--seed", str(args.seed), "--dtype", args.dtype, "--save-every", "0"]
 
 
@@ -96,23 +105,36 @@ def evaluate(args: argparse.Namespace, name: str, split: str = "test", ckpt: str
     return cells["ifeval"]["score"]
 
 
+def train_from_student(args: argparse.Namespace, kind: str, lr: str) -> None:
+    """Trains the arm `KIND-LR`. kind: "sft" or "kto"."""
+    if kind == "sft":
+        sft(args, f"sft-{lr}", lr, "data/sft.jsonl")
+    else:
+        kto(args, f"kto-{lr}", args.student, lr, "data/kto.jsonl")
+
+
 def choose_lr(args: argparse.Namespace, kind: str) -> str:
     """The rate of the arm `KIND-LR` that follows most instructions of the dev split, the smaller one on a tie.
 
-    kind: "sft" or "kto", each from the student. OUT/KIND becomes a link to the chosen arm."""
+    Trains these arms. A single rate is chosen untrained."""
     rates = sorted(args.sft_lrs if kind == "sft" else args.kto_lrs, key=float)
+    if len(rates) == 1:
+        return rates[0]
     scores = {}
     for lr in rates:
-        if kind == "sft":
-            sft(args, f"sft-{lr}", lr, "data/sft.jsonl")
-        else:
-            kto(args, f"kto-{lr}", args.student, lr, "data/kto.jsonl")
+        train_from_student(args, kind, lr)
         scores[lr] = evaluate(args, f"{kind}-{lr}", "dev")
     best = max(rates, key=lambda lr: scores[lr])
-    for suffix in ("", ".run"):
-        link = Path(args.out, f"{kind}{suffix}")
-        link.unlink(missing_ok=True)
-        link.symlink_to(f"{kind}-{best}{suffix}")
     with atomic_write(Path(args.out, f"chosen-{kind}.json")) as f:
         json.dump({"lr": best, "dev": scores}, f)
     return best
+
+
+def train_chosen(args: argparse.Namespace, kind: str) -> None:
+    """Trains the arm of the chosen rate. OUT/KIND becomes a link to it."""
+    lr = choose_lr(args, kind)
+    train_from_student(args, kind, lr)
+    for suffix in ("", ".run"):
+        link = Path(args.out, f"{kind}{suffix}")
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"{kind}-{lr}{suffix}")

@@ -27,6 +27,11 @@ NAMES = {
     "kto-desirable": "KTO on desirable examples alone",
     "sft-desirable": "SFT on the same desirable examples",
     "sft-sft": "SFT, then SFT on KTO's desirable examples",
+    "dft": "DFT in place of SFT",
+    "asft": "ASFT in place of SFT",
+    "otr": "OTR in place of SFT",
+    "poft": "PoFT in place of SFT, weighted by the KTO model",
+    "sft-dpo": "SFT, then DPO on KTO's pairs",
 }
 NOT_RUN = {
     "sft-original": "not run: the instructions are made by a program, so nobody wrote an original response",
@@ -85,6 +90,15 @@ PARTS = [
     TableRow("sft-desirable", "kto", "SFT on KTO's desirable examples is worse than KTO", better=False),
     TableRow("sft-sft", "sft-kto", "After SFT, SFT on KTO's desirable examples is worse than KTO", better=False),
 ]
+LOSSES = [
+    TableRow("sft"),
+    *(
+        TableRow(arm, "sft", f"{called} is a better loss than SFT's")
+        for arm, called in (("dft", "DFT"), ("asft", "ASFT"), ("otr", "OTR"), ("poft", "PoFT"))
+    ),
+    TableRow("sft-kto"),
+    TableRow("sft-dpo", "sft-kto", "After SFT, DPO on KTO's pairs is better than KTO"),
+]
 STUDIES = [  # (title, rows of its table, module, what it asks)
     ("The paper's table", PAPER, "paper_table", "What is each part of the paper's recipe worth?"),
     ("KTO on the model's own responses", OWN, "own_responses",
@@ -92,6 +106,8 @@ STUDIES = [  # (title, rows of its table, module, what it asks)
     ("What verification is worth", DATA, "data_steps",
      "The same number of examples, but not the verified ones."),
     ("What KTO's parts are worth", PARTS, "kto_parts", "The KTO arms start from the student as it was. The last arm goes on from the SFT model, as SFT then KTO does."),
+    ("Losses of related papers", LOSSES, "related_losses",
+     "The data, the steps and the learning rates are those of SFT, and of KTO after SFT. Only the loss differs (variants/)."),
 ]  # fmt: skip
 KEPT = ["sft", "kto", "sft-kto", "mean"]
 CALLED = {"sft": "SFT", "kto": "KTO", "sft-kto": "SFT, then KTO,", "mean": "The fusion 0.5 SFT + 0.5 SFT-KTO"}

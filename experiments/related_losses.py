@@ -1,0 +1,51 @@
+"""Study 6, the losses of related papers (variants/) beside SFT and KTO: the same data, steps and learning rate.
+
+    python -m experiments.related_losses --student smollm2-135m-instruct
+
+DFT, ASFT, OTR and PoFT replace SFT. DPO replaces KTO after SFT, on KTO's pairs.
+"""
+
+import json
+from pathlib import Path
+
+from core.files import atomic_write, cli
+from core.records import read_jsonl
+from experiments.steps import choose_lr, evaluate, run_step, sft, study_flags, training_flags
+
+
+def write_pairs(kto: str, path: str) -> None:
+    """Rows of kto.jsonl as DPO's pairs. A desirable row is followed by the undesirable one of the same prompt."""
+    rows = [row for _, row in read_jsonl(kto)]
+    with atomic_write(path) as f:
+        for good, bad in zip(rows[::2], rows[1::2], strict=True):
+            assert good["label"] and not bad["label"] and good["prompt"] == bad["prompt"], good["id"]
+            pair = {"prompt": good["prompt"], "chosen": good["completion"], "rejected": bad["completion"]}
+            f.write(json.dumps(pair) + "\n")
+
+
+def main() -> None:
+    p = study_flags(__doc__)
+    arms = ["dft", "asft", "sft-dpo", "poft", "otr"]
+    p.add_argument("--arms", nargs="+", choices=arms, default=arms, help="arms to run, in this order")
+    args = p.parse_args()
+    out = args.out
+    more = {"poft": ("--others", f"{out}/kto"), "otr": ("--beta", "-0.1")}
+    for name in args.arms:
+        if name == "sft-dpo":
+            pairs = f"{out}/data/pairs.jsonl"
+            if not Path(pairs).exists():
+                write_pairs(f"{out}/data/kto.jsonl", pairs)
+            run_step(out, name, [
+                "-m", "variants.dpo", "--ckpt", f"{out}/sft", "--data", pairs, "--out", f"{out}/{name}",
+                "--lr", choose_lr(args, "kto"), "--beta", str(args.beta),
+                *training_flags(args, args.batch_size // 2),  # two replies a pair
+            ])  # fmt: skip
+        else:
+            lr = choose_lr(args, "sft")
+            sft(args, name, lr, "data/sft.jsonl", script=f"variants.{name}", more=more.get(name, ()))
+        evaluate(args, name)
+    print("next: python -m experiments.side_effects, with the same flags")
+
+
+if __name__ == "__main__":
+    cli(main)
