@@ -1,8 +1,9 @@
 """Collect a study's results in one small JSON file. experiments.report writes docs/REPORT.md from it.
 
-    python -m experiments.collect --out runs/study --into experiments/results/constraints.json
+    python -m experiments.collect --out runs/study --student SmolLM2-135M-Instruct --teacher Qwen2.5-Coder-1.5B-Instruct
 
     {"student", "teacher": names   "commands": {step: command}   "seconds": {step: float}
+     "trained_tokens": {arm: tokens of all steps}
      "chosen": {"sft" or "kto": {"lr", "dev": {lr: score}}}
      "data", "own_data": {"instructions", "sft", "kto", "kto_desirable": counts,   "steps": {step: [in, out]},
               "followed": {writer: [followed, responses that ended]}}   own_data: of study 2
@@ -100,6 +101,7 @@ def collect(out: Path, names: dict[str, str]) -> dict:
         "arms": {},
         "values": {},
         "curves": {},
+        "trained_tokens": {},
     }
     for samples in sorted((out / "eval").glob("*/*/samples.jsonl")):
         split, arm = samples.parts[-3:-1]
@@ -109,8 +111,11 @@ def collect(out: Path, names: dict[str, str]) -> dict:
         arm, task = file.parent.name.rsplit("-", 1)
         result["values"].setdefault(arm, {})[task] = likelihood_score(file.parent, task)
     for log in sorted(out.glob("*.run/log.jsonl")):
+        if log.parent.resolve().stem not in stamps:
+            continue  # not finished
         steps = [row for _, row in read_jsonl(str(log)) if "loss" in row]
         keys = [key for key in CURVES if steps and key in steps[0]]
+        result["trained_tokens"][log.parent.stem] = sum(row["tokens"] for row in steps)
         result["curves"][log.parent.stem] = {key: [round(row[key], 5) for row in steps] for key in keys}
     return result
 
@@ -120,7 +125,7 @@ def main() -> None:
     p.add_argument("--out", default="runs/study", help="folder of the studies")
     p.add_argument("--student", required=True, help="the student's name in the report")
     p.add_argument("--teacher", required=True, help="the teacher's name")
-    p.add_argument("--into", default="experiments/results/constraints.json", help="JSON file to write")
+    p.add_argument("--into", help="JSON file to write (default: experiments/results/STUDENT.json)")
     p.add_argument("--not-run", nargs="+", default=[], metavar="ARM=REASON", help="why an arm has no results")
     args: argparse.Namespace = p.parse_args()
     if not Path(args.out, "steps").is_dir():
@@ -130,9 +135,10 @@ def main() -> None:
     if unknown := [arm for arm, reason in reasons.items() if arm not in NAMES or not reason]:
         raise InputError(f"--not-run {unknown[0]}: is no ARM=REASON; the arms are {', '.join(NAMES)}")
     result = collect(Path(args.out), names) | {"not_run": reasons}
-    with atomic_write(args.into) as f:
+    into = args.into or f"experiments/results/{args.student}.json"
+    with atomic_write(into) as f:
         json.dump(result, f, indent=1)
-    print(f"wrote {args.into}: {len(result['arms'])} arms\nnext: python -m experiments.report")
+    print(f"wrote {into}: {len(result['arms'])} arms\nnext: python -m experiments.report")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How to repeat the studies: their commands, as recorded in the result file, and the time that they took."""
 
 import shlex
+from pathlib import Path
 
 from experiments import tables
 from experiments.steps import study_flags
@@ -29,11 +30,21 @@ def step_module(step: str) -> str:
     return "paper_table"
 
 
+def study_folder(result: dict) -> str:
+    """--out of the studies: the data's folder is in it."""
+    return str(Path(flag(result, "data", "--out", "runs/study/data")).parent)
+
+
 def study_command(result: dict, module: str) -> str:
     """The command of a study, with the flags that differ from the defaults."""
     student = flag(result, "data", "--small", flag(result, "sft-", "--ckpt", result["student"]))
     words = ["python", "-m", f"experiments.{module}", "--student", student]
+    out = study_folder(result)
+    words += ["--out", out] if out != "runs/study" else []
     rates = {kind: sorted(choice["dev"], key=float) for kind, choice in result["chosen"].items()}
+    for kind in {"sft", "kto"} - rates.keys():
+        if lr := flag(result, f"{kind}-", "--lr", ""):
+            rates[kind] = [lr]
     used = {
         "sft_lrs": rates.get("sft"), "kto_lrs": rates.get("kto"), "sft_epochs": flag(result, "sft-", "--epochs", ""),
         "batch_size": flag(result, "sft-", "--batch-size", ""), "beta": flag(result, "kto-", "--beta", ""),
@@ -58,35 +69,41 @@ def with_teacher(command: list[str]) -> list[str]:
     return [*command, "--teacher", "http://127.0.0.1:8000/v1"] if command[0] == "make_data.py" else command
 
 
-def repeat_section(result: dict) -> str:
+def repeat_section(results: list[dict]) -> str:
     """One command a table with its time, and the steps' own commands."""
-    by_module = {}
-    for step in result["commands"]:
-        by_module.setdefault(step_module(step), []).append(step)
-    modules = ["data", *(module for _, _, module, _ in STUDIES), "side_effects"]
-    titles = ["the data", *(str(number) for number in range(1, len(STUDIES) + 2))]
-    lines = []
-    for title, module in zip(titles, modules):
-        steps = by_module.get(module, [])
-        minutes = sum(result["seconds"].get(step, 0) for step in steps) / 60
-        time = f"{minutes:.0f} min" if steps else "not run"
-        lines.append([title, f"`{study_command(result, module)}`", time])
-    steps = [step for module in modules for step in by_module.get(module, [])]
-    commands = "".join(
-        f"python {shlex.join(with_teacher(result['commands'][step]))}  # {step}: {result['seconds'].get(step, 0):.0f} s\n"
-        for step in steps
-    )
+    lines, commands, collected = [], [], []
+    for result, with_all in zip(results, [True, *([False] * len(results))]):
+        by_module = {}
+        for step in result["commands"]:
+            by_module.setdefault(step_module(step), []).append(step)
+        modules = ["data", *(module for _, _, module, _ in STUDIES), "side_effects"]
+        titles = ["the data", *(str(number) for number in range(1, len(STUDIES) + 2))]
+        for title, module in zip(titles, modules):
+            steps = by_module.get(module, [])
+            if steps or with_all:
+                minutes = sum(result["seconds"].get(step, 0) for step in steps) / 60
+                time = f"{minutes:.0f} min" if steps else "not run"
+                lines.append([result["student"], title, f"`{study_command(result, module)}`", time])
+            commands += [
+                f"python {shlex.join(with_teacher(result['commands'][step]))}  # {step}: {result['seconds'].get(step, 0):.0f} s\n"
+                for step in steps
+            ]
+        names = f"--student {shlex.quote(result['student'])} --teacher {shlex.quote(result['teacher'])}"
+        collected.append(f"python -m experiments.collect --out {study_folder(result)} {names}\n")
     return f"""## How to repeat it
 
-{markdown_table(["table", "command", "time"], lines)}
-Times on {CORES} cores that other work shared; of an interrupted step only the last part counts. Then
-`python -m experiments.collect --student {shlex.quote(result["student"])} --teacher {shlex.quote(result["teacher"])}` gathers the numbers, and
-`python -m experiments.report` writes this page.
-
-<details><summary>The {len(steps)} commands that the studies ran</summary>
+{markdown_table(["student", "table", "command", "time"], lines)}
+Times on {CORES} cores that other work shared; of an interrupted step only the last part counts. Then gather the numbers and
+write this page:
 
 ```bash
-{commands}```
+{"".join(collected)}python -m experiments.report
+```
+
+<details><summary>The {len(commands)} commands that the studies ran</summary>
+
+```bash
+{"".join(commands)}```
 
 </details>
 """

@@ -13,12 +13,11 @@ from core.files import InputError, atomic_write, cli, read_json
 from core.flags import Parser
 from core.records import expand
 from experiments import tables
-from experiments.pictures import pictures
+from experiments.pictures import pictures, scores_picture
 from experiments.repeat import CORES, flag, repeat_section
-from experiments.tables import NAMES, STUDIES, markdown_table
+from experiments.tables import NAMES, STUDIES, TableRow, markdown_table
 
-GENERATED, TRAINED = 145, 60  # tokens/s a core of the 0.5B model, measured in bf16 with AMX
-GROUPS = ("commands", "seconds", "chosen", "arms", "values", "curves", "not_run")
+GROUPS = ("commands", "seconds", "trained_tokens", "chosen", "arms", "values", "curves", "not_run")
 NOTHING = "- Nothing.\n"
 HEADINGS = {
     "held": "What held",
@@ -73,21 +72,22 @@ def verdict_cells(result: dict, group: str, path: str) -> list[tuple[str, str, d
     return cells
 
 
-def read_results(paths: list[str]) -> dict:
-    """The content of all result files, joined. A later file adds arms and replaces those of the same name."""
+def read_results(paths: list[str]) -> list[dict]:
+    """-> one result for each pair of student and teacher, the one with most arms first.
+
+    Files of the same pair are joined: a later file adds arms and replaces those of the same name."""
     joined = {}
     for path in paths:
         result = read_json(path)
         check_result(result, path)
-        if joined and (result["student"], result["teacher"]) != (joined["student"], joined["teacher"]):
-            raise InputError(f"{path}: is of another student or teacher than {paths[0]}; report one pair at a time")
+        pair = joined.setdefault((result["student"], result["teacher"]), {})
         for key, value in result.items():
             if isinstance(value, dict):
-                joined.setdefault(key, {}).update(value)
+                pair.setdefault(key, {}).update(value)
             else:
-                joined.setdefault(key, value)
-    check_result(joined, paths[-1])
-    return joined
+                pair.setdefault(key, value)
+        check_result(pair, path)
+    return sorted(joined.values(), key=lambda result: -len(result["arms"]))
 
 
 def split_verdicts(result: dict, split: str) -> dict[str, str]:
@@ -105,24 +105,37 @@ def kept_verdicts(result: dict) -> dict[str, dict[str, str]]:
 # Sections
 
 
-def findings_section(result: dict) -> str:
-    """Every claim that was tested, by what its comparison says. Held and opposite first."""
-    groups = {heading: [] for heading in HEADINGS}
+def tested_claims(result: dict) -> list[tuple[str, TableRow, dict]]:
+    """-> (heading of HEADINGS, row, comparison) of every claim that the result can test."""
     test = split_verdicts(result, "test")
     tested = [("", rows, test) for _, rows, _, _ in STUDIES]
     tested += [(task, tables.kept_rows(task), verdicts) for task, verdicts in kept_verdicts(result).items()]
-    told = set()  # table 2 repeats a comparison of table 1
+    claims, told = [], set()  # table 2 repeats a comparison of table 1
     for task, rows, verdicts in tested:
         for row, comparison in tables.compare(rows, verdicts).items():
             if (task, row.arm, row.baseline) not in told:
-                groups[tables.verdict(row, comparison)].append(f"- {tables.finding(row, comparison)}\n")
+                claims.append((tables.verdict(row, comparison), row, comparison))
                 told.add((task, row.arm, row.baseline))
+    return claims
+
+
+def findings_section(results: list[dict]) -> str:
+    """Every claim that was tested, by what its comparison says. Held and opposite first."""
+    groups = {heading: [] for heading in HEADINGS}
+    summaries = []
+    for result in results:
+        student = f"{result['student']}. " if len(results) > 1 else ""
+        for heading, row, comparison in tested_claims(result):
+            groups[heading].append(f"- {student}{tables.finding(row, comparison)}\n")
+        test = split_verdicts(result, "test")
+        scores = [f"{NAMES[arm]} {tables.score_text(test[arm])}" for arm in ("base", *tables.KEPT) if arm in test]
+        summaries.append(f"- {student}{'; '.join(scores) or 'No arm is evaluated yet'}.\n")
     parts = [f"### {HEADINGS[group]}\n\n{''.join(lines or [NOTHING])}\n" for group, lines in groups.items()]
-    scores = [f"{NAMES[arm]} {tables.score_text(test[arm])}" for arm in ("base", *tables.KEPT) if arm in test]
     return f"""## What was found
 
-Test instructions followed, in percent with a 95 % interval: {"; ".join(scores) or "no arm is evaluated yet"}.
+Test instructions followed, in percent with a 95 % interval:
 
+{"".join(summaries)}
 Differences below are paired, in percentage points, with a 95 % interval. A claim is decided if its p-value, corrected over
 its table (Holm), is below 0.05.
 
@@ -130,13 +143,15 @@ its table (Holm), is below 0.05.
 
 
 def chosen_table(result: dict) -> str:
-    """The dev scores of the learning rates."""
+    """The learning rates, with their dev scores where there was a choice."""
     lines = []
-    for method, choice in sorted(result["chosen"].items(), reverse=True):
-        for lr in sorted(choice["dev"], key=float):
-            only = "the only one tried" if len(choice["dev"]) == 1 else "chosen"
-            mark = only if lr == choice["lr"] else ""
-            lines.append([method.upper(), lr, f"{100 * choice['dev'][lr]:.1f}", mark])
+    for method in ("sft", "kto"):
+        choice = result["chosen"].get(method) or {"lr": flag(result, f"{method}-", "--lr", ""), "dev": {}}
+        tried = sorted(choice["dev"], key=float) or [choice["lr"]]
+        for lr in filter(None, tried):
+            mark = "" if lr != choice["lr"] else "chosen" if len(tried) > 1 else "the only one tried"
+            score = f"{100 * choice['dev'][lr]:.1f}" if lr in choice["dev"] else ""
+            lines.append([method.upper(), lr, score, mark])
     return (
         markdown_table(["method", "learning rate", "dev score, %", ""], lines) if lines else "No rate is chosen yet.\n"
     )
@@ -154,25 +169,38 @@ def data_text(data: dict) -> str:
     )
 
 
-def hours() -> tuple[float, float, float]:
-    """The estimate for the 0.5B model on general data: (hours, million tokens generated, million tokens trained).
+def measured_rates(result: dict) -> tuple[float, float]:
+    """-> (generated tokens a second over the test replies, trained tokens a second), each with all that a command does."""
+    tokens = seconds = 0.0
+    for arm, by in result["arms"].items():
+        if (step := f"eval-test-{arm}") in result["seconds"] and "ifeval" in by.get("test", {}):
+            tokens += sum(by["test"]["ifeval"]["reply_tokens"])
+            seconds += result["seconds"][step]
+    trained = [(n, result["seconds"][arm]) for arm, n in result["trained_tokens"].items() if arm in result["seconds"]]
+    return tokens / max(seconds, 1), sum(n for n, _ in trained) / max(sum(t for _, t in trained), 1)
 
-    1,000 instructions; replies of 250 tokens, sequences of 350. The teacher (1.5B) counts three times. A KTO example costs
-    two SFT examples: its own forward and backward pass, a KL forward pass, and the reference's two. 17 arms are evaluated."""
+
+def full_study_text(result: dict) -> str:
+    """The time of all studies on 1,000 general instructions, from this result's rates.
+
+    Replies have 250 tokens, sequences 350. The teacher (1.5B) counts three times. 17 arms are evaluated."""
+    generated, trained = measured_rates(result)
+    if not generated or not trained:
+        return ""
     replies = 1000 * 250 * (4 + 4 + 3)
     evaluation = 17 * (500 * 250 + 541 * 300 + 164 * 250)  # GSM8K, IFEval, HumanEval; the likelihoods are minutes
-    sft = 6 * 1000 * 2 * 350  # runs, examples, passes, tokens
-    kto = 9 * 2000 * 2 * 350  # runs, examples, SFT examples that one costs, tokens
-    generated, trained = replies + evaluation, sft + kto
-    seconds = generated / (CORES * GENERATED) + trained / (CORES * TRAINED)
-    return seconds / 3600, generated / 1e6, trained / 1e6
+    training = (6 * 1000 * 2 + 9 * 2000) * 350  # 6 runs of SFT, two passes; 9 runs of KTO
+    hours = ((replies + evaluation) / generated + training / trained) / 3600 / CORES
+    return f"""With
+{result["student"]} they would take an estimated {hours:.0f} hours on {CORES} cores: {(replies + evaluation) / 1e6:.1f} million tokens to generate at {generated:.0f} a
+second, {training / 1e6:.1f} million to train on at {trained:.0f} a second, the rates of one core in section {len(STUDIES) + 2}."""
 
 
-def method_section(result: dict) -> str:
-    """The method on a page."""
+def method_section(results: list[dict]) -> str:
+    """The method on a page. Further students: see other_student_section."""
+    result = results[0]
     dev = next(iter(split_verdicts(result, "dev").values()), "")
     test = next(iter(split_verdicts(result, "test").values()), "")
-    total, generated, trained = hours()
     return f"""## Method
 
 - **Models.** Student: {result["student"]}, real weights. Teacher: {result["teacher"]}.
@@ -191,16 +219,15 @@ def method_section(result: dict) -> str:
 Learning rates were chosen on {len(dev) or "the"} dev instructions:
 
 {chosen_table(result)}
-**What differs from the paper.** The student has 135M parameters, not 0.5B. The instructions are of one kind. Nobody wrote
-original responses, so the arm "SFT on original responses" is empty. The 0.5B model with 1,000 or more general instructions,
-GSM8K, HumanEval and C-Eval is not run: an estimated {total:.0f} hours on {CORES} cores ({generated:.1f} million tokens to generate at {GENERATED}
-tokens/s a core, {trained:.1f} million to train on at {TRAINED}, bf16 with AMX).
+**What differs from the paper.** {"Most arms train" if len(results) > 1 else "The arms train"} a student of 135M parameters, not 0.5B. The instructions are of one kind.
+Nobody wrote original responses, so the arm "SFT on original responses" is empty. 1,000 or more general instructions, and
+the benchmarks GSM8K, HumanEval and C-Eval, are not run. {full_study_text(results[1]) if len(results) > 1 else ""}
 
 """
 
 
 def study_sections(result: dict, drawn: dict[str, str], images: str) -> str:
-    """Studies 1 to 4: a table each, and the pictures."""
+    """The studies with a table of test scores, and the pictures."""
     reasons = {**tables.NOT_RUN, **result["not_run"]}
     verdicts = split_verdicts(result, "test")
     n = len(next(iter(verdicts.values()), ""))
@@ -222,7 +249,7 @@ def kept_section(result: dict) -> str:
     """Study 5: what is lost."""
     reasons = {**tables.NOT_RUN, **result["not_run"]}
     parts = [
-        "## 5. What is lost\n\nBenchmarks that no arm was trained for, perplexity, and the form of the replies.\n\n"
+        f"## {len(STUDIES) + 1}. What is lost\n\nBenchmarks that no arm was trained for, perplexity, and the form of the replies.\n\n"
     ]
     for task, verdicts in kept_verdicts(result).items():
         n = len(next(iter(verdicts.values()), ""))
@@ -256,6 +283,24 @@ def reply_table(result: dict) -> str:
     return f"Replies to the test instructions:\n\n{markdown_table(head, lines)}\n{note}\n" if lines else ""
 
 
+def other_student_section(result: dict, number: int, picture: str) -> str:
+    """The paper's table with another student."""
+    verdicts = split_verdicts(result, "test")
+    n = len(next(iter(verdicts.values()), ""))
+    table = tables.comparison_table(
+        tables.PAPER, verdicts, {**tables.NOT_RUN, **result["not_run"]}, f"followed, % of {n or 'n'} [95 %]"
+    )
+    shown = f"![Score by arm, {result['student']}]({picture})\n\n" if picture else ""
+    return f"""## {number}. The paper's table with another student: {result["student"]}
+
+The same instructions and the same teacher's replies. {data_text(result["data"])}.
+SFT: {flag(result, "sft-", "--epochs")} passes. KTO: beta {flag(result, "kto-", "--beta", flag(result, "sft-kto", "--beta"))}. All else is as above.
+
+{chosen_table(result)}
+{table}
+{shown}{reply_table(result)}"""
+
+
 QUESTION = """# What the recipe is worth on real weights
 
 The paper ([arXiv 2411.02939](https://arxiv.org/abs/2411.02939)) claims that data guided by a large model, then SFT, KTO, SFT
@@ -265,14 +310,21 @@ do verification, KTO's parts and the model's own responses add? Here every part 
 """
 
 
-def report(result: dict, images: str) -> tuple[str, dict[str, str]]:
+def report(results: list[dict], images: str) -> tuple[str, dict[str, str]]:
     """-> (the report in markdown, {picture's file name: SVG}). images: the pictures' folder as seen from the report."""
+    result, *others = results
     drawn = pictures(result, split_verdicts(result, "test"))
     sections = [
-        QUESTION, findings_section(result), method_section(result), study_sections(result, drawn, images),
-        kept_section(result), repeat_section(result),
+        QUESTION, findings_section(results), method_section(results), study_sections(result, drawn, images),
+        kept_section(result),
     ]  # fmt: skip
-    return "".join(sections), drawn
+    for number, other in enumerate(others, 2):
+        picture = f"report-scores-{number}.svg"
+        if verdicts := split_verdicts(other, "test"):
+            drawn[picture] = scores_picture(verdicts)
+        where = f"{images}/{picture}" if picture in drawn else ""
+        sections.append(other_student_section(other, len(STUDIES) + number, where))
+    return "".join([*sections, repeat_section(results)]), drawn
 
 
 def main() -> None:
@@ -282,9 +334,9 @@ def main() -> None:
     p.add_argument("--images", default="docs/images", help="folder of its pictures")
     args: argparse.Namespace = p.parse_args()
     paths = expand(args.results)
-    result = read_results(paths)
+    results = read_results(paths)
     try:
-        text, drawn = report(result, os.path.relpath(args.images, os.path.dirname(args.out) or "."))
+        text, drawn = report(results, os.path.relpath(args.images, os.path.dirname(args.out) or "."))
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise InputError(
             f"{', '.join(paths)}: not as experiments.collect writes it ({type(e).__name__}: {e})"

@@ -33,12 +33,15 @@ def study(tmp_path):
         "eval/kept/sft-kto-mmlu",
         "eval/kept/base-perplexity",
         "sft-1e-5.run",
+        "kto.run",
     ):
         (out / name).mkdir(parents=True)
     (out / "sft.run").symlink_to("sft-1e-5.run")
+    write_lines(out / "kto.run/log.jsonl", [{"step": 1, "loss": 3.0, "tokens": 4}])
     (out / "chosen-sft.json").write_text('{"lr": "1e-5", "dev": {"1e-5": 0.3}}')
     command = ["make_data.py", "--small", "/models/s", "--out", f"{out}/data"]
     (out / "steps/data.json").write_text(json.dumps({"command": command, "seconds": 12.5}))
+    (out / "steps/sft-1e-5.json").write_text(json.dumps({"command": ["train_sft.py"], "seconds": 9.0}))
     responses = {"teacher": {"verified": True}, "small": {"verified": False}}
     write_lines(out / "data/6_score.jsonl", [{"responses": responses}, {"responses": {"teacher": {"verified": None}}}])
     write_lines(out / "data/5_respond.jsonl", [{}, {}])
@@ -55,7 +58,11 @@ def study(tmp_path):
     (out / "eval/kept/base-perplexity/results.json").write_text(json.dumps({"x": {"perplexity": cell}}))
     write_lines(
         out / "sft-1e-5.run/log.jsonl",
-        [{"step": 1, "loss": 2.0, "grad_norm": 1.0}, {"eval_loss": 3}, {"step": 2, "loss": 1.5, "grad_norm": 0.5}],
+        [
+            {"step": 1, "loss": 2.0, "grad_norm": 1.0, "tokens": 5},
+            {"eval_loss": 3},
+            {"step": 2, "loss": 1.5, "grad_norm": 0.5, "tokens": 6},
+        ],
     )
     return out
 
@@ -64,8 +71,11 @@ def test_collect(study, tmp_path, run):
     code, _, err = run("experiments.collect", "--out", study, *NAMES, "--into", tmp_path / "r.json")
     assert code == 0, err
     result = json.loads((tmp_path / "r.json").read_text())
-    assert result["student"] == "S" and result["teacher"] == "T" and result["seconds"] == {"data": 12.5}
-    assert result["commands"] == {"data": ["make_data.py", "--small", "s", "--out", "runs/study/data"]}
+    assert (
+        result["student"] == "S" and result["teacher"] == "T" and result["seconds"] == {"data": 12.5, "sft-1e-5": 9.0}
+    )
+    command = ["make_data.py", "--small", "s", "--out", "runs/study/data"]
+    assert result["commands"] == {"data": command, "sft-1e-5": ["train_sft.py"]}
     assert result["chosen"] == {"sft": {"lr": "1e-5", "dev": {"1e-5": 0.3}}}
     assert result["data"] == {
         "instructions": 2, "sft": 1, "kto": 3, "kto_desirable": 2, "steps": {"1_collect": [3, 2]},
@@ -78,8 +88,10 @@ def test_collect(study, tmp_path, run):
         "sft-kto": {"mmlu": {"score": 0.5, "stderr": 0.1, "n": 2, "right": "01", "ece": 0.25}},
         "base": {"perplexity": {"score": 25.0, "stderr": None, "n": 1}},
     }
+    # kto is not finished: it has no step file
     curve = {"loss": [2.0, 1.5], "grad_norm": [1.0, 0.5]}
     assert result["curves"] == {"sft": curve, "sft-1e-5": curve}
+    assert result["trained_tokens"] == {"sft": 11, "sft-1e-5": 11}
 
 
 def test_reasons_of_arms_that_were_not_run(study, tmp_path, run, refused):

@@ -151,15 +151,28 @@ def test_a_result_without_any_arm_or_data(result, save):
     for key in ("commands", "seconds", "chosen", "data", "arms", "values", "curves"):
         result[key] = {}
     text, drawn = report(read_results([save(result)]), "x")
-    assert "no arm is evaluated yet" in text and "not made yet" in text and not drawn
+    assert "No arm is evaluated yet" in text and "not made yet" in text and not drawn
     assert text.count("- Nothing.") == 3
 
 
 def test_files_are_joined(result, save):
     more = copy.deepcopy(result)
     more["arms"] = {"sft-kto": {"test": replies(KTO)}}
-    joined = read_results([save(result), save(more, "more.json")])
+    (joined,) = read_results([save(result), save(more, "more.json")])
     assert sorted(joined["arms"]) == ["base", "kto", "sft", "sft-kto"]
+
+
+def test_another_student_has_its_own_section(result, save):
+    other = copy.deepcopy(result) | {"student": "larger", "trained_tokens": {"sft-1e-5": 4500}, "chosen": {}}
+    del other["arms"]["kto"]
+    other["seconds"]["eval-test-base"] = 50.0
+    text, drawn = report(read_results([save(other, "a.json"), save(result)]), "x")
+    section = text[text.index("The paper's table with another student: larger") : text.index("## How to repeat it")]
+    assert "| KTO |  |  |  |  | not run |" in section and "| SFT | 1e-5 |  | the only one tried |" in section
+    assert "report-scores-2.svg" in section and "report-scores-2.svg" in drawn
+    assert "- larger. SFT on the best verified reply improves the student: +40.0 points" in text
+    # 20 replies of 20 tokens in 50 s; 4,500 tokens in 90 s
+    assert "tokens to generate at 8 a\nsecond, 10.5 million to train on at 50 a second" in text
 
 
 def test_bad_result_files(result, save, refused, tmp_path):
@@ -173,7 +186,6 @@ def test_bad_result_files(result, save, refused, tmp_path):
     call("'right'", save({**result, "arms": {"base": {"test": replies("12")}}}))
     shorter = {**result["arms"], "sft": {"test": replies(SFT[:-2])}}
     call(["sft has 18 verdicts", "base 20"], save({**result, "arms": shorter}))
-    call("another student", save(result), save({**result, "student": "other"}, "b.json"))
     call("r.json: not as", save({**result, "chosen": {"sft": 1}}))
     call("r.json: not as", save({**result, "data": {"sft": 3}}))
     call("r.json: not as", save({**result, "curves": {"kto": {"kl": "x"}}}))
@@ -195,7 +207,7 @@ def test_every_step_belongs_to_one_study():
         "eval-dev-sft-1e-5": "paper_table", "eval-test-base": "paper_table", "mean-05-95": "paper_table", "sft-kto": "paper_table",
         "own-data": "own_responses", "sft-kto-own": "own_responses", "eval-test-sft-kto-own": "own_responses",
         "sft-teacher": "data_steps", "eval-test-sft-random": "data_steps", "kto-no-z0": "kto_parts",
-        "eval-test-sft-desirable": "kto_parts", "mmlu-base": "side_effects", "ifeval-sft-kto": "side_effects",
+        "eval-test-sft-desirable": "kto_parts", "dft": "related_losses", "mmlu-base": "side_effects", "ifeval-sft-kto": "side_effects",
     }  # fmt: skip
     assert {step: step_module(step) for step in expected} == expected
 
