@@ -167,14 +167,7 @@ def make(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     args.dtype = args.dtype or DTYPE
-    if local.join_other_ranks() > 0:
-        return local.serve_jobs()
-    try:
-        make(args)
-    except BaseException:
-        local.end_other_ranks(failed=True)
-        raise
-    local.end_other_ranks()
+    local.with_other_ranks(lambda: make(args))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from core.files import is_main
+from core.files import InputError, is_main
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranks
@@ -127,6 +127,17 @@ def run_distributed(main: Callable[[], object]) -> Callable[[], None]:
         finally:
             if dist.is_initialized() and dist.get_backend() == "gloo":  # its threads may abort an exiting process
                 dist.destroy_process_group()
+
+    return run
+
+
+def single_process(main: Callable[[], object]) -> Callable[[], None]:
+    """Wraps main() for core.files.cli: InputError under torchrun, whose ranks would all do the same work."""
+
+    def run():
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError("torchrun: this command runs in one process; start it with python")
+        main()
 
     return run
 

@@ -99,6 +99,13 @@ def torch_device(text: str) -> str:
     return text
 
 
+def add_pair_flags(p: argparse.ArgumentParser) -> None:
+    """Adds --ckpt and --base, for commands that compare a fine-tuned model with its base, --dtype and --device."""
+    p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the fine-tuned model")
+    p.add_argument("--base", required=True, help="the model before fine-tuning, with the same tokenizer")
+    add_device_flags(p, "dtype of weights and computation")
+
+
 def add_device_flags(p: argparse.ArgumentParser, dtype: str) -> None:
     """Adds --dtype and --device. core.devices.choose_device sets their defaults. dtype: the help text of --dtype."""
     p.add_argument("--dtype", choices=["fp32", "bf16"], help=f"{dtype} (default: bf16 if there is a GPU, else fp32)")

@@ -13,6 +13,7 @@ import glob
 import gzip
 import itertools
 import json
+import math
 import os
 import re
 import stat
@@ -243,6 +244,11 @@ def shown(value: object) -> str:
         return json.dumps(value, default=str)[:60]
     except (ValueError, RecursionError):
         return f"a {type(value).__name__}"
+
+
+def is_number(value: object) -> bool:
+    """True for a finite int or float. A bool is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class Fields(dict):

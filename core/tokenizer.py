@@ -242,6 +242,13 @@ def chat_template(ckpt: Checkpoint, settings: dict) -> tuple[str, str]:
     return template, where
 
 
+def check_vocabulary(ckpt: Checkpoint, first: Checkpoint) -> None:
+    """InputError if a checkpoint's tokenizer does not give the ids of the first one's, or has ids beyond its embedding."""
+    Tokenizer(ckpt)  # raises if the embedding has too few rows for the token ids
+    if vocabulary(ckpt) != vocabulary(first):
+        raise InputError(f"{ckpt.source}: its tokenizer differs from that of {first.source}; give one with the same")
+
+
 def vocabulary(ckpt: Checkpoint) -> tuple:
     """(vocabulary, merges, added tokens) of a tokenizer.json. Equal for tokenizers that give the same ids."""
     try:

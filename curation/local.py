@@ -190,6 +190,18 @@ def on_ranks(work: Callable[..., Iterable], local: LocalModel, shares: list[tupl
         yield from gather_results([])[1:]
 
 
+def with_other_ranks(work: Callable[[], None]) -> None:
+    """Runs work() on rank 0. Under torchrun the other ranks do its jobs until it ends."""
+    if join_other_ranks() > 0:
+        return serve_jobs()
+    try:
+        work()
+    except BaseException:
+        end_other_ranks(failed=True)
+        raise
+    end_other_ranks()
+
+
 def serve_jobs() -> None:
     """Does the jobs that rank 0 sends until there are no more. Ranks above 0 call only this."""
     opened = {}

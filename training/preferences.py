@@ -1,7 +1,6 @@
 """Preference data: groups of replies to one prompt with rewards, and the setup of a run that learns from them."""
 
 import argparse
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from core.conversations import dialogues, one_reply
 from core.distributed import is_main
 from core.files import InputError
-from core.records import Fields, read_records, shown
+from core.records import Fields, is_number, read_records, shown
 from training.logps import Example
 from training.reference import open_reference, reference_logps
 from training.run import run_identity, start_run
@@ -57,10 +56,9 @@ class Groups:
 
 def scored_replies(completions: object, rewards: object, where: str) -> tuple[list[str], list[float]]:
     """The "completions" and "rewards" of a record, checked."""
-    number = lambda r: isinstance(r, (int, float)) and not isinstance(r, bool) and math.isfinite(r)
     if not isinstance(completions, list) or len(completions) < 2:
         raise InputError(f"{where}: completions is {shown(completions)}; it is a list of at least two replies")
-    if not isinstance(rewards, list) or not all(map(number, rewards)):
+    if not isinstance(rewards, list) or not all(map(is_number, rewards)):
         raise InputError(f"{where}: rewards is {shown(rewards)}; it is a list of numbers")
     if len(rewards) != len(completions):
         raise InputError(f"{where}: {len(completions)} completions and {len(rewards)} rewards; give one for each")
@@ -85,7 +83,7 @@ def preference_groups(record: Fields, where: str) -> list[tuple[list[dict], list
 def preference_pairs(record: Fields, where: str) -> list[tuple[list[dict], list[str], list[float]]]:
     """preference_groups, but only of chosen and rejected."""
     if "completions" in record:
-        raise InputError(f"{where}: is a group of completions, not a pair; give --adpo")
+        raise InputError(f"{where}: is a group of completions, not a pair; python -m variants.adpo trains on groups")
     return preference_groups(record, where)
 
 

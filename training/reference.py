@@ -23,7 +23,7 @@ from core.distributed import Ranks, from_rank_0, is_main
 from core.files import InputError, atomic_write, code_hash
 from core.outputs import check_writable
 from core.pages import available_memory
-from core.tokenizer import Tokenizer, vocabulary
+from core.tokenizer import check_vocabulary
 from model import Qwen2
 from training.flags import cache_path
 from training.logps import Example, sequence_logps
@@ -52,11 +52,7 @@ def open_reference(setup: Setup, fingerprint: str) -> Reference:
     args, source, same = setup.args, setup.ckpt, True
     if args.ref:
         source = Checkpoint(args.ref)
-        Tokenizer(source)  # raises if the embedding has too few rows for the token ids
-        if vocabulary(source) != vocabulary(setup.ckpt):
-            raise InputError(
-                f"{args.ref}: its tokenizer differs from that of {args.ckpt}; give a reference with the same one"
-            )
+        check_vocabulary(source, setup.ckpt)
         ref_fingerprint = source.fingerprint()
         same, fingerprint = ref_fingerprint == fingerprint, ref_fingerprint
     load = lambda: setup.model if same else load_frozen(source, args, setup.ranks)

@@ -14,14 +14,13 @@ import argparse
 import random
 import re
 import shlex
-from collections.abc import Callable
 
 from tqdm import tqdm
 
-from core.checkpoint import Checkpoint
-from core.devices import DEVICE, DTYPE, DTYPES
+from core.devices import DTYPES, choose_device
+from core.distributed import single_process
 from core.files import InputError, cli
-from core.flags import Parser, at_least, torch_device
+from core.flags import Parser, add_pair_flags, at_least
 from core.outputs import check_file
 from core.records import write_jsonl
 from core.tokenizer import Tokenizer
@@ -35,7 +34,6 @@ from model import Qwen2
 LETTERS, DIGITS = "aeiost", "431057"
 WORD = re.compile(r"[A-Za-z0-9]+")  # ASCII only: in Chinese text, digits follow letters without a space
 MARK = '"view"'  # in each line of OUT
-VIEWS = ("plain", "leet")
 INSTRUCTIONS = {"repeat": "Repeat the input.", "capitals": "Write the input in capital letters."}
 SHOTS = ("The boat came home before dark.", "My sister grows apples and pears.")
 SUMS = ("plus", "minus", "times")
@@ -58,6 +56,9 @@ def unleet(text: str) -> str:
     return WORD.sub(lambda found: found[0] if found[0].isdigit() else found[0].translate(table), text)
 
 
+VIEWS = {"plain": (str, str), "leet": (leet, unleet)}  # {view: (s, its inverse)}; plain leaves the text as it is
+
+
 def drops(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> tuple[dict[str, float], list[float]]:
     """-> ({view: acc_base - acc_tuned}, the difference of the drops for each question).
 
@@ -76,17 +77,14 @@ def drops(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> tuple[di
 
 def shots_question(task: str, request: str, name: str) -> dict:
     """The paper's test: two examples of a task, then a request as the third input. Right: the task is done on it."""
-
-    def written(s: Callable[[str], str]) -> tuple[str, str]:
-        """-> (the prompt, the first word of the right reply)."""
-        done = str.upper if task == "capitals" else str
-        pairs = [(s(shot), f" {done(s(shot))}") for shot in SHOTS] + [(s(request), "")]
-        lines = [f"{s('Input')}: {given}\n{s('Output')}:{reply}" for given, reply in pairs]
-        return "\n".join([s(INSTRUCTIONS[task]), *lines]), done(s(request)).split()[0]
-
-    both = {"plain": written(str), "leet": written(leet)}
-    prompts = {view: prompt for view, (prompt, _) in both.items()}
-    return {"id": name, "prompts": prompts, "check": lambda view, reply: reply.lstrip().startswith(both[view][1])}
+    prompts, answers = {}, {}
+    for view, (s, _) in VIEWS.items():
+        done = lambda text, s=s: s(text).upper() if task == "capitals" else s(text)
+        pairs = [(shot, f" {done(shot)}") for shot in SHOTS] + [(request, "")]
+        lines = [f"{s('Input')}: {s(given)}\n{s('Output')}:{reply}" for given, reply in pairs]
+        prompts[view], answers[view] = "\n".join([s(INSTRUCTIONS[task]), *lines]), done(request)
+    right = lambda view, reply: reply.lstrip().startswith(answers[view].split()[0])
+    return {"id": name, "prompts": prompts, "check": right}
 
 
 def shots_questions(n: int, seed: int = 10) -> list[dict]:
@@ -106,10 +104,9 @@ def data_questions(path: str, limit: int | None) -> list[dict]:
         check_reference(row["reference"], row["where"])
         if row["reference"]["kind"] == "code":
             raise InputError(f"{row['where']}: code cannot be written in leetspeak; leave the record out")
-        undo = {"plain": str, "leet": unleet}
-        verdict = lambda view, reply, row=row, undo=undo: demo_verdict(undo[view](reply), row)[1]
-        found.append({"id": str(row["id"]), "prompts": {"plain": row["prompt"], "leet": leet(row["prompt"])}})
-        found[-1]["check"] = verdict
+        prompts = {view: s(row["prompt"]) for view, (s, _) in VIEWS.items()}
+        verdict = lambda view, reply, row=row: demo_verdict(VIEWS[view][1](reply), row)[1]
+        found.append({"id": str(row["id"]), "prompts": prompts, "check": verdict})
     return found
 
 
@@ -119,15 +116,13 @@ def data_questions(path: str, limit: int | None) -> list[dict]:
 
 def ask_both_views(source: str, questions: list[dict], args: argparse.Namespace) -> list[dict]:
     """-> a line {"id", "checkpoint", "view", "prompt", "reply", "correct"} for each question in each view."""
-    ckpt = Checkpoint(source)
-    model, tokenizer = Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device).eval(), Tokenizer(ckpt)
-    asked = [(view, q) for q in questions for view in VIEWS]
-    prompts, lines = [q["prompts"][view] for view, q in asked], [{}] * len(asked)
+    model, tokenizer = Qwen2.from_pretrained(source, DTYPES[args.dtype], args.device).eval(), Tokenizer(source)
+    asked = [(view, q, q["prompts"][view]) for q in questions for view in VIEWS]
     settings = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
-    replies = generate_iter(model, tokenizer, prompts, **settings)
+    replies, lines = generate_iter(model, tokenizer, [prompt for *_, prompt in asked], **settings), [{}] * len(asked)
     for i, reply, _ in tqdm(replies, source, total=len(asked), unit="reply", disable=None):
-        view, q = asked[i]
-        lines[i] = {"id": q["id"], "checkpoint": source, "view": view, "prompt": prompts[i], "reply": reply}
+        view, q, prompt = asked[i]
+        lines[i] = {"id": q["id"], "checkpoint": source, "view": view, "prompt": prompt, "reply": reply}
         lines[i]["correct"] = bool(q["check"](view, reply))
     return lines
 
@@ -136,29 +131,24 @@ def drop_table(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> str
     """The table of accuracies, and one sentence of conclusion."""
     lost, difference = drops(base, tuned)
     mean = lambda values: sum(values) / len(values)
-    rows = [("base", *(mean(base[v]) for v in VIEWS)), ("tuned", *(mean(tuned[v]) for v in VIEWS))]
-    rows.append(("drop", *(lost[v] for v in VIEWS)))
-    table = [f"{'':6}{VIEWS[0]:>8}{VIEWS[1]:>8}", *(f"{name:6}{a:8.3f}{b:8.3f}" for name, a, b in rows)]
+    accuracies = {name: {v: mean(x[v]) for v in VIEWS} for name, x in (("base", base), ("tuned", tuned))}
+    rows = [f"{name:6}" + "".join(f"{x[v]:8.3f}" for v in VIEWS) for name, x in {**accuracies, "drop": lost}.items()]
     (low, high), _ = bootstrap(difference)
-    table.append(f"drop(leet) - drop(plain): {mean(difference):+.3f}, 95% interval {low:+.3f} to {high:+.3f}")
+    change = f"drop(leet) - drop(plain): {mean(difference):+.3f}, 95% interval {low:+.3f} to {high:+.3f}"
     if lost["plain"] <= 0:
-        table.append("Nothing was lost on the plain prompts.")
-    elif mean(base["leet"]) < mean(base["plain"]) / 2:
-        table.append("The base itself fails on the rewritten prompts, so a smaller drop there says nothing.")
+        conclusion = "Nothing was lost on the plain prompts."
+    elif accuracies["base"]["leet"] < accuracies["base"]["plain"] / 2:
+        conclusion = "The base itself fails on the rewritten prompts, so a smaller drop there says nothing."
     elif high < 0:
-        table.append("The drop is smaller on the rewritten prompts: a part of the skill was hidden, not lost.")
+        conclusion = "The drop is smaller on the rewritten prompts: a part of the skill was hidden, not lost."
     else:
-        table.append("No sign that a skill was hidden.")
-    return "\n".join(table)
+        conclusion = "No sign that a skill was hidden."
+    return "\n".join([" " * 6 + "".join(f"{v:>8}" for v in VIEWS), *rows, change, conclusion])
 
 
 def parse_args() -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
-    # models
-    p.add_argument("--base", required=True, help="hub id, folder or .pt file of the model before fine-tuning")
-    p.add_argument("--ckpt", required=True, help="the fine-tuned model")
-    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
-    p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
+    add_pair_flags(p)
     # questions
     p.add_argument("--data", metavar="F", help="JSON Lines of `prompt` and `reference`; without it, the paper's test")
     p.add_argument("--limit", type=at_least(2), help="questions (default: all of --data, 100 of each task of the test)")
@@ -167,6 +157,7 @@ def parse_args() -> argparse.Namespace:
     # output
     p.add_argument("--out", default="conjugate.jsonl", help="JSON Lines file of all replies and verdicts")
     args = p.parse_args()
+    choose_device(args)
     check_file(args.out, MARK)
     return args
 
@@ -183,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(single_process(main))

@@ -18,12 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.attention import to_device
-from core.checkpoint import Checkpoint
 from core.conversations import dialogues
-from core.devices import DEVICE, DTYPE, DTYPES
-from core.distributed import split_by_tokens
+from core.devices import DTYPES, choose_device
+from core.distributed import single_process, split_by_tokens
 from core.files import InputError, cli
-from core.flags import Parser, at_least, number, torch_device
+from core.flags import Parser, add_device_flags, at_least, number
 from core.outputs import check_folder, claimed_folder
 from core.records import expand, read_objects, write_jsonl
 from core.tokenizer import Tokenizer
@@ -61,13 +60,13 @@ def squared_distances(targets: Tensor, candidates: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def embed_texts(model: Qwen2, texts: list[list[int]], micro_tokens: int, desc: str) -> Tensor:
+def embed_texts(model: Qwen2, texts: list[list[int]], micro_tokens: int) -> Tensor:
     """The mean of the last hidden states over each text's positions, (len(texts), C) in fp32 on the CPU.
 
     texts: token ids. micro_tokens: most tokens of a forward.
     """
     out, lengths = torch.zeros(len(texts), model.config.hidden_size), [len(ids) for ids in texts]
-    for micro in tqdm(split_by_tokens(lengths, micro_tokens, 1), desc, unit="forward", disable=None):
+    for micro in tqdm(split_by_tokens(lengths, micro_tokens, 1), "embedding", unit="forward", disable=None):
         ids, n = [token for i in micro for token in texts[i]], [lengths[i] for i in micro]
         hidden = model.hidden(to_device([ids], model.device), n)[0].float().cpu()  # (sum(n), C)
         out[micro] = torch.stack([part.mean(0) for part in hidden.split(n)])
@@ -90,9 +89,8 @@ def read_texts(paths: list[str], max_chars: int) -> list[tuple[str, dict, str]]:
 def parse_args() -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
     # data
-    p.add_argument(
-        "--candidates", nargs="+", required=True, metavar="F", help="records to choose from, for train_sft.py"
-    )
+    pool = "records to choose from, for train_sft.py"
+    p.add_argument("--candidates", nargs="+", required=True, metavar="F", help=pool)
     p.add_argument("--targets", nargs="+", required=True, metavar="F", help="records of the task, a few hundred")
     p.add_argument("--keep", type=at_least(1), required=True, help="number of candidates to keep")
     p.add_argument("--out", default="got", help="folder for sft.jsonl, best first, and scores.jsonl")
@@ -102,22 +100,12 @@ def parse_args() -> argparse.Namespace:
     # model
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the model that embeds the texts")
     p.add_argument("--micro-tokens", type=at_least(1), default=8192, help="most tokens of one forward")
-    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
-    p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
+    add_device_flags(p, "dtype of weights and computation")
     args = p.parse_args()
+    choose_device(args)
     args.out = args.out.rstrip("/") or "/"
     check_folder(args.out, "variants.got", FILES)
     return args
-
-
-def distances(args: argparse.Namespace, candidates: list[str], targets: list[str]) -> Tensor:
-    """The cost matrix of two lists of texts."""
-    ckpt = Checkpoint(args.ckpt)
-    model, tokenizer = Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device).eval(), Tokenizer(ckpt)
-    end = model.config.max_position_embeddings
-    ids = lambda texts: [tokenizer.encode(text)[:end] or [tokenizer.prefix] for text in texts]
-    wanted = embed_texts(model, ids(targets), args.micro_tokens, "targets")
-    return squared_distances(wanted, embed_texts(model, ids(candidates), args.micro_tokens, "candidates"))
 
 
 def main() -> None:
@@ -125,7 +113,11 @@ def main() -> None:
     candidates, targets = read_texts(args.candidates, args.max_chars), read_texts(args.targets, args.max_chars)
     if args.keep >= len(candidates):
         raise InputError(f"--keep {args.keep}: there are {len(candidates)} candidates; keep fewer")
-    cost = distances(args, [text for *_, text in candidates], [text for *_, text in targets])
+    model, tokenizer = Qwen2.from_pretrained(args.ckpt, DTYPES[args.dtype], args.device).eval(), Tokenizer(args.ckpt)
+    end = model.config.max_position_embeddings
+    ids = [tokenizer.encode(text)[:end] or [tokenizer.prefix] for *_, text in targets + candidates]
+    embedded = embed_texts(model, ids, args.micro_tokens)
+    cost = squared_distances(embedded[: len(targets)], embedded[len(targets) :])
     if (eps := args.eps * cost.mean().item()) < 1e-9:
         raise InputError(f"{', '.join(args.candidates)}: all candidates and targets are one text; nothing to choose")
     f, g, error = sinkhorn(cost, eps)
@@ -144,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(single_process(main))

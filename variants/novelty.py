@@ -17,13 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.checkpoint import Checkpoint
-from core.devices import DEVICE, DTYPE, DTYPES
+from core.devices import DTYPES, choose_device
+from core.distributed import single_process
 from core.files import InputError, cli, printable
-from core.flags import Parser, at_least, number, torch_device
+from core.flags import Parser, add_pair_flags, at_least, number
 from core.outputs import check_file
 from core.records import write_jsonl
 from core.sampling import sample
-from core.tokenizer import Tokenizer, vocabulary
+from core.tokenizer import Tokenizer, check_vocabulary
 from generate import reply_limits
 from model import Qwen2
 
@@ -86,11 +87,7 @@ def write_texts(
 
 def parse_args() -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
-    # models
-    p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the fine-tuned model")
-    p.add_argument("--base", required=True, help="the model before fine-tuning, with the same tokenizer")
-    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
-    p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
+    add_pair_flags(p)
     # texts
     p.add_argument("--prompt", default="Write something.", help="the user's message before each text")
     p.add_argument("--plain", action="store_true", help="write plain texts, without a chat around them")
@@ -103,6 +100,7 @@ def parse_args() -> argparse.Namespace:
     # output
     p.add_argument("--out", default="novelty.jsonl", help="JSON Lines file of the texts, the most novel first")
     args = p.parse_args()
+    choose_device(args)
     check_file(args.out, MARK)
     return args
 
@@ -110,14 +108,11 @@ def parse_args() -> argparse.Namespace:
 def open_both(args: argparse.Namespace) -> tuple[Qwen2, Qwen2, Tokenizer]:
     """-> (the tuned model, its base, their tokenizer)."""
     tuned, base = Checkpoint(args.ckpt), Checkpoint(args.base)
-    tokenizer = Tokenizer(tuned)
-    Tokenizer(base)  # raises if the embedding has too few rows for the token ids
-    if vocabulary(tuned) != vocabulary(base):
-        raise InputError(f"{args.base}: its tokenizer differs from that of {args.ckpt}; give the model before training")
+    check_vocabulary(base, tuned)
     models = [Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device).eval() for ckpt in (tuned, base)]
     if len({model.config.vocab_size for model in models}) > 1:
         raise InputError(f"{args.base}: its head has another number of rows than that of {args.ckpt}")
-    return *models, tokenizer
+    return *models, Tokenizer(tuned)
 
 
 def main() -> None:
@@ -142,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(single_process(main))

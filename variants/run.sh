@@ -100,7 +100,7 @@ if chosen base; then evaluate "$run/base" demo/base && record base; fi
 arm sft base "$full" $py train_sft.py "${sft[@]}"
 arm kto base "$preference" $py train_kto.py "${pairs[@]}" --batch-size 32
 arm dpo kto "$preference" $py -m variants.dpo "${pairs[@]}" --batch-size 16
-arm adpo kto "$preference" $py -m variants.dpo --adpo --data "$run/groups.jsonl" --max-steps 88 --batch-size 14 # about 32 replies
+arm adpo kto "$preference" $py -m variants.adpo --data "$run/groups.jsonl" --max-steps 88 --batch-size 14 # about 32 replies
 for name in dft asft masked_thought half_finetuning; do arm $name sft "$full" $py -m variants.$name "${sft[@]}"; done
 arm otr sft "$full" $py -m variants.otr --beta -0.1 "${sft[@]}"
 arm sorted_finetuning sft "$full" $py -m variants.sorted_finetuning --exits 3 4 --export 3 "${sft[@]}"
@@ -117,7 +117,7 @@ if chosen first_3_blocks; then # of 5: the exported exits of the arm above
   record first_3_blocks --rate "$rate" --baseline sorted_finetuning --command $py -m variants.sorted_finetuning --exits 3 4 --export 3 "${sft[@]}"
 fi
 arm lora sft "$thin" $py -m variants.lora "${sft[@]}"
-arm corda sft "$thin" $py -m variants.lora --corda learn "${sft[@]}"
+arm corda sft "$thin" $py -m variants.corda --mode learn --rank 8 "${sft[@]}"
 arm lt_sft sft "$thin" lt_sft --data "$run/sft.jsonl" --epochs 1 --batch-size 32
 arm poft sft "$full" $py -m variants.poft --others "$run"/kto/*-2 "${sft[@]}" # the aligned model is the KTO model
 arm s3ft sft "$full" s3ft --epochs 2 --batch-size 32

@@ -10,9 +10,9 @@ Records without one need --teacher; the paper lets the model judge itself. The p
 found: those here are ours, and replies are greedy. SDFT opens the replies to GSM8K with a lead-in; this does not.
 """
 
-import argparse
 import re
 import shlex
+from argparse import Namespace
 from collections import Counter
 
 from core.devices import DTYPE, DTYPES
@@ -20,7 +20,7 @@ from core.files import InputError, cli
 from core.flags import Parser, at_least
 from core.outputs import check_folder, claimed_folder
 from core.records import expand, read_objects, write_jsonl
-from curation.local import open_local
+from curation.local import open_local, with_other_ranks
 from curation.prompts import fence, prompt_text
 from curation.sources import Drop, check_reference, clean, instructions
 from curation.steps import Asker, why_left_out
@@ -50,13 +50,14 @@ def choose_target(gold: str, candidates: dict[str, str], verdicts: dict[str, boo
     return next(((w, text) for w, text in candidates.items() if verdicts[w]), ("gold", gold))
 
 
-def read_gold(args: argparse.Namespace) -> tuple[list[dict], Counter]:
-    """-> ({"prompt", "response", "reference"} of each record, {reason: number of records dropped})."""
+def read_gold(args: Namespace) -> list[dict]:
+    """-> {"prompt", "response", "reference"} of each record. Prints why records are dropped."""
     records, dropped = [], Counter()
     for path in expand(args.data):
         for line, record in read_objects(path):
+            where = f"{path}:{line}"
             try:
-                found = instructions(record, where := f"{path}:{line}", args.max_chars)
+                found = instructions(record, where, args.max_chars)
             except Drop as reason:
                 dropped[str(reason)] += 1
                 continue
@@ -65,21 +66,23 @@ def read_gold(args: argparse.Namespace) -> tuple[list[dict], Counter]:
                     raise InputError(f"{where}: has no response; each record of --data needs the gold one")
                 if one["reference"]:
                     check_reference(one["reference"], where)
-                records.append(one)
+            records += found
     if not records:
         raise InputError(f"{', '.join(args.data)}: no record is left; {dict(dropped) or 'the files are empty'}")
     if args.mode == "s3ft" and not args.teacher and not any(checkable(one, args) for one in records):
         fault = "no record has a reference that is checked"
         raise InputError(f"{', '.join(args.data)}: {fault}; add the key `reference`, or give a --teacher")
-    return records, dropped
+    for reason, n in dropped.items():
+        print(f"dropped {n:,}: {reason}")
+    return records
 
 
-def checkable(record: dict, args: argparse.Namespace) -> bool:
+def checkable(record: dict, args: Namespace) -> bool:
     """True if a program can check responses to this record."""
     return bool(record["reference"]) and (record["reference"]["kind"] != "code" or args.allow_code_execution)
 
 
-def program_verdict(record: dict, text: str, args: argparse.Namespace) -> bool | None:
+def program_verdict(record: dict, text: str, args: Namespace) -> bool | None:
     """J(text, gold) without a model, None where a program cannot tell. SDFT accepts texts without a reference."""
     if args.mode == "sdft" and TELL_TALE.search(text):
         return False
@@ -100,51 +103,42 @@ def agreement_request(record: dict, text: str) -> list[dict]:
     return [{"role": "system", "content": JUDGE}, {"role": "user", "content": quoted}]
 
 
-def add_candidates(
-    records: list[dict],
-    writer: str,
-    prompts: list[list[dict]],
-    args: argparse.Namespace,
-    model: Asker,
-    judge: Asker | None,
-) -> None:
-    """Asks the model for one candidate of each record and judges it. An empty or cut off reply is no candidate."""
-    answered = []
-    for record, reply in zip(records, model.ask(prompts, writer)):
+def add_candidates(records: list[dict], writer: str, replies: list[dict], args: Namespace, judge: Asker | None) -> None:
+    """Adds one candidate to each record and judges it. An empty or cut off reply is no candidate."""
+    unjudged = []
+    for record, reply in zip(records, replies):
         text = clean(reply.get("text", ""))
         if not why_left_out(reply, text, must_respond=False):
             record["candidates"][writer], record["verdicts"][writer] = text, program_verdict(record, text, args)
-            answered.append(record)
-    asked = [record for record in answered if judge and not record["reference"]]
-    requests = [agreement_request(record, record["candidates"][writer]) for record in asked]
-    for record, reply in zip(asked, judge.ask(requests, "judge") if asked else ()):
+            if judge and not record["reference"]:
+                unjudged.append(record)
+    requests = [agreement_request(record, record["candidates"][writer]) for record in unjudged]
+    for record, reply in zip(unjudged, judge.ask(requests, "judge") if requests else ()):
         yes = reply.get("text", "").strip().casefold().startswith("yes")
         record["verdicts"][writer] = None if "error" in reply else yes
 
 
-def write_targets(records: list[dict], args: argparse.Namespace, model: Asker, judge: Asker | None) -> Counter:
+def write_targets(records: list[dict], args: Namespace, model: Asker, judge: Asker | None) -> Counter:
     """Asks, judges, and writes OUT/sft.jsonl -> {writer: number of targets}."""
     for record in records:
         record |= {"candidates": {}, "verdicts": {}}
     if args.mode == "s3ft":
-        add_candidates(records, "own", [record["prompt"] for record in records], args, model, judge)
+        replies = model.ask([record["prompt"] for record in records], "own")
+        add_candidates(records, "own", replies, args, judge)
     left = [record for record in records if not record["verdicts"].get("own")]
-    add_candidates(left, "reworded", [reworded_prompt(record) for record in left], args, model, judge)
+    replies = model.ask([reworded_prompt(record) for record in left], "reworded")
+    add_candidates(left, "reworded", replies, args, judge)
     targets = [choose_target(r["response"], r["candidates"], r["verdicts"]) for r in records]
-    lines = (
-        {"prompt": record["prompt"], "completion": text, "writer": writer}
-        for record, (writer, text) in zip(records, targets)
-    )
-    write_jsonl(f"{args.out}/sft.jsonl", lines)
+    rows = ({"prompt": r["prompt"], "completion": text, "writer": w} for r, (w, text) in zip(records, targets))
+    write_jsonl(f"{args.out}/sft.jsonl", rows)
     return Counter(writer for writer, _ in targets)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
     # data
-    p.add_argument(
-        "--data", nargs="+", required=True, metavar="F", help="gold data, in any shape that train_sft.py reads"
-    )
+    gold = "gold data, in any shape that train_sft.py reads"
+    p.add_argument("--data", nargs="+", required=True, metavar="F", help=gold)
     p.add_argument("--out", help="folder for sft.jsonl and replies.jsonl (default: the name of --mode)")
     p.add_argument("--max-chars", type=at_least(1), default=20_000, help="drop longer records, in characters")
     # method
@@ -155,9 +149,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--allow-code-execution", action="store_true", help="run tests of code references, in a sandbox")
     # model
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the model that answers and rewords")
-    p.add_argument(
-        "--max-new-tokens", type=at_least(1), default=512, help="most tokens of a reply; longer ones are unused"
-    )
+    p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="drop replies of more tokens")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="sequences in flight; changes no reply")
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="number format of weights and computation")
     args = p.parse_args()
@@ -168,22 +160,25 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse_args()
-    records, dropped = read_gold(args)
+def rewrite(args: Namespace) -> None:
+    """The command on rank 0: reads the gold data and writes OUT/."""
+    records = read_gold(args)
     source, judge = open_local(args.ckpt, dtype=args.dtype), None
     with claimed_folder(args.out, "variants.s3ft", FILES), open_replies(f"{args.out}/replies.jsonl") as log:
         if args.teacher:
             judge = Asker(open_teacher(args.teacher, args.teacher_model, args.dtype), log, {"max_tokens": 8})
         model = Asker(source, log, {"max_tokens": args.max_new_tokens, "batch_size": args.batch_size})
         counts = write_targets(records, args, model, judge)
-    for reason, n in dropped.items():
-        print(f"dropped {n:,}: {reason}")
     if unjudged := sum(None in record["verdicts"].values() for record in records):
         print(f"note: {unjudged:,} records have a reply that could not be judged; it is not used")
     shares = ", ".join(f"{counts[w] / len(records):.1%} {w}" for w in ("own", "reworded", "gold") if w in counts)
     print(f"Written: {args.out}/sft.jsonl, {len(records):,} examples: {shares}. Next:")
     print(f"  {shlex.join(['python', 'train_sft.py', '--ckpt', args.ckpt, '--data', f'{args.out}/sft.jsonl'])}")
+
+
+def main() -> None:
+    args = parse_args()
+    with_other_ranks(lambda: rewrite(args))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core.checkpoint import Checkpoint
-from core.devices import DEVICE, DTYPE, DTYPES
+from core.devices import DTYPES, choose_device
+from core.distributed import single_process
 from core.files import InputError, cli
-from core.flags import Parser, at_least, torch_device
+from core.flags import Parser, add_device_flags, at_least
 from core.outputs import check_file
 from core.records import write_jsonl
 from core.tokenizer import Tokenizer
@@ -34,14 +34,8 @@ from model import Qwen2
 
 METHODS = ("mean", "max", "vote")
 MARK = '"probabilities"'  # in each line of OUT
-TASKS = (
-    "mmlu",
-    "cmmlu",
-    "ceval",
-    "arc_easy",
-    "arc_challenge",
-    "truthfulqa_mc1",
-)  # one right choice each; tasks that continue a text are left out
+# one right choice each; tasks that continue a text are left out
+TASKS = ("mmlu", "cmmlu", "ceval", "arc_easy", "arc_challenge", "truthfulqa_mc1")
 TEMPLATES = (  # the text before a choice, for tasks without worked examples
     "Q: {}\nA:",
     "{}\nThe answer is:",
@@ -70,10 +64,10 @@ def combine(p: Tensor, method: str) -> Tensor:
 
 def score(probabilities: list[Tensor], answers: list[int]) -> dict[str, float]:
     """-> {"accuracy", "confidence", "ece"}. probabilities: (L,) of a question's labels. answers: the right labels."""
-    confidences, chosen = zip(*((p.max().item(), p.argmax().item()) for p in probabilities))
-    verdicts = [float(a == b) for a, b in zip(chosen, answers, strict=True)]
+    confidences = [p.max().item() for p in probabilities]
+    verdicts = [float(p.argmax().item() == answer) for p, answer in zip(probabilities, answers, strict=True)]
     mean = lambda values: sum(values) / len(values)
-    ece = calibration(list(confidences), verdicts)["ece"]
+    ece = calibration(confidences, verdicts)["ece"]
     return {"accuracy": mean(verdicts), "confidence": mean(confidences), "ece": ece}
 
 
@@ -87,9 +81,8 @@ def vary_prompts(task: str, questions: list[dict], n: int, find: Callable, seed:
             found.append(bench["contexts"](rows, find, lambda shots, draw=draw: draw.sample(shots, len(shots))))
         return found
     if n > len(TEMPLATES) + 1:
-        raise InputError(
-            f"--prompts {n}: {task} has {len(TEMPLATES) + 1}, its own and those of variants/self_ensembling.py"
-        )
+        there = f"{len(TEMPLATES) + 1}, its own and those of variants/self_ensembling.py"
+        raise InputError(f"--prompts {n}: {task} has {there}")
     return found + [[template.format(row["question"]) for row in rows] for template in TEMPLATES[: n - 1]]
 
 
@@ -119,11 +112,11 @@ def parse_args() -> argparse.Namespace:
     # model
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no answer")
-    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of weights and computation")
-    p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
+    add_device_flags(p, "dtype of weights and computation")
     # output
     p.add_argument("--out", default="self_ensembling.jsonl", help="JSON Lines file of all probabilities")
     args = p.parse_args()
+    choose_device(args)
     check_file(args.out, MARK)
     args.protocol, args.allow_code_execution = "loglik", False  # for load_questions
     return args
@@ -144,8 +137,7 @@ def main() -> None:
     find, lines = functools.partial(find_data_file, args.data_dir), []
     questions = {task: load_questions(task, args) for task in args.tasks}
     prompts = {task: vary_prompts(task, asked, args.prompts, find, args.seed) for task, asked in questions.items()}
-    ckpt = Checkpoint(args.ckpt)
-    model, tokenizer = Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device).eval(), Tokenizer(ckpt)
+    model, tokenizer = Qwen2.from_pretrained(args.ckpt, DTYPES[args.dtype], args.device).eval(), Tokenizer(args.ckpt)
     for task, asked in questions.items():
         found = label_probabilities(model, tokenizer, asked, prompts[task], args.batch_size)
         labels, right = [list(q["row"]["choices"]) for q in asked], [q["row"]["answer"] for q in asked]
@@ -155,12 +147,10 @@ def main() -> None:
             about = {"task": task, "id": q["row"]["id"], "labels": some, "answer": label}
             lines.append(about | {"probabilities": p.tolist()})
     write_jsonl(args.out, lines)
-    print(
-        f"Written: {args.out}, {len(lines)} questions under {args.prompts} prompts. The reliability table of the first:"
-    )
+    print(f"Written: {args.out}, {len(lines)} questions under {args.prompts} prompts. Reliability table of the first:")
     same = ["--tasks", *args.tasks, "--data-dir", args.data_dir, *(["--limit", str(args.limit)] if args.limit else [])]
     print(f"  {shlex.join(['python', 'eval.py', '--ckpt', args.ckpt, *same, '--protocol', 'loglik'])}")
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(single_process(main))

@@ -12,7 +12,6 @@ import argparse
 import functools
 import hashlib
 import json
-import math
 import re
 
 import torch
@@ -23,7 +22,7 @@ from core.attention import to_device
 from core.conversations import sft_conversations
 from core.distributed import run_distributed
 from core.files import InputError, cli
-from core.records import Fields, shown
+from core.records import Fields, is_number, shown
 from core.tokenizer import Tokenizer
 from model import Qwen2
 from training.examples import count_supervised
@@ -85,8 +84,7 @@ def read_weights(record: Fields, where: str, last_turn_only: bool, found: dict) 
     weights, names = record.first("token_weights"), record.first("tool_names")
     if (weights is None) == (names is None):
         raise InputError(f"{where}: needs token_weights or tool_names, and not both")
-    number = lambda w: isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w) and w >= 0
-    if weights is not None and not (isinstance(weights, list) and all(map(number, weights))):
+    if weights is not None and not (isinstance(weights, list) and all(is_number(w) and w >= 0 for w in weights)):
         raise InputError(f"{where}: token_weights is {shown(weights)}; it is a list of numbers of at least 0")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
         raise InputError(f"{where}: tool_names is {shown(names)}; it is a list of texts")

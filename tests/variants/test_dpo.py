@@ -1,25 +1,15 @@
-"""DPO and ADPO: hand-computed numbers, ADPO of pairs is DPO, pairs and micro-batches, bad input, runs."""
-
-import math
+"""DPO: hand-computed numbers, the gradient, bad input, runs."""
 
 import pytest
 import torch
 from conftest import write_lines
-from training_runs import feedback, log, sentence, update_error, weights
-from variant_runs import arguments, check_runs, check_shard
+from training_runs import feedback, log
+from variant_runs import arguments, check_runs, check_shard, pairs
 
-from variants.dpo import adpo_loss, adpo_target, dpo_loss
+from variants.dpo import dpo_loss
 
 CHOSEN, REJECTED = torch.tensor([-10.0, -8.0]), torch.tensor([-12.0, -7.0])
 REF_CHOSEN, REF_REJECTED = torch.tensor([-11.0, -8.5]), torch.tensor([-11.5, -7.5])
-
-
-def pairs(n):
-    rows = feedback(2 * n)
-    return [
-        {"prompt": a["prompt"], "chosen": a["completion"], "rejected": b["completion"]}
-        for a, b in zip(rows[::2], rows[1::2])
-    ]
 
 
 def test_loss_by_hand():
@@ -40,30 +30,6 @@ def test_gradient_pushes_the_two_apart():
     assert not rewards.requires_grad
 
 
-def test_adpo_by_hand():
-    logps, anchors = torch.tensor([-10.0, -12, -9, -11]), torch.tensor([-10.5, -11, -9.5, -11])
-    q = adpo_target(torch.tensor([1.0, 0, 1, 0]), 0.5)
-    assert q.tolist() == pytest.approx([0.484824, 0.015176, 0.484824, 0.015176], abs=1e-6)
-    loss = adpo_loss(logps, anchors, q, 1.0).item()
-    assert loss == pytest.approx(1.070508, abs=1e-6)
-    assert loss + (q * q.log()).sum().item() == pytest.approx(0.241400, abs=1e-6)  # KL(q || p)
-    centred = adpo_target(torch.tensor([1.0, 0, 1, 0]), 0.5, standardise=False)
-    assert centred[:2].tolist() == pytest.approx([0.440399, 0.059601], abs=1e-6)
-    assert adpo_loss(logps, anchors, centred, 1.0).item() == pytest.approx(1.159360, abs=1e-6)
-    assert adpo_target(torch.tensor([2.0, 2, 2, 2]), 0.5).tolist() == [0.25] * 4
-
-
-@pytest.mark.parametrize("eps", [0.0, 0.1])
-def test_adpo_of_pairs_is_dpo_with_label_smoothing(eps):
-    losses, _ = dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.1, eps)
-    logps, refs = torch.stack((CHOSEN, REJECTED), 1), torch.stack((REF_CHOSEN, REF_REJECTED), 1)
-    groups = [adpo_loss(l, r, torch.tensor([1 - eps, eps]), 10.0) for l, r in zip(logps, refs)]
-    assert torch.stack(groups).tolist() == pytest.approx(losses.tolist(), abs=1e-6)
-    if eps:
-        entropy = -(eps * math.log(eps) + (1 - eps) * math.log(1 - eps))
-        assert torch.stack(groups).mean().item() - entropy == pytest.approx(0.339469, abs=1e-6)
-
-
 def test_runs(tiny, tmp_path, run, monkeypatch):
     data = write_lines(tmp_path / "d.jsonl", pairs(13))
     whole = check_runs(run, monkeypatch, "variants.dpo", tiny, data, tmp_path, "--eval-data", data, "--eval-every", 2)
@@ -73,65 +39,11 @@ def test_runs(tiny, tmp_path, run, monkeypatch):
     check_shard("variants.dpo", tiny, data, tmp_path, whole)
 
 
-def groups(n):
-    """n groups of two to four completions with rewards."""
-    g = torch.Generator().manual_seed(7)
-    sizes = [2 + i % 3 for i in range(n)]
-    return [
-        {
-            "prompt": sentence(g, 2, 12),
-            "completions": [sentence(g, 1, 20) for _ in range(k)],
-            "rewards": torch.rand(k, generator=g).tolist(),
-        }
-        for k in sizes
-    ]
-
-
-def test_runs_of_groups(tiny, tmp_path, run, monkeypatch):
-    data = write_lines(tmp_path / "d.jsonl", groups(10) + pairs(3))
-    more = ("--adpo", "--eval-data", data)
-    whole = check_runs(run, monkeypatch, "variants.dpo", tiny, data, tmp_path, *more)
-    *_, last = log(whole)
-    assert last["eval_rewards/margins"] > 0.1 and last["eval_rewards/accuracies"] > 0.6
-    check_shard("variants.dpo", tiny, data, tmp_path, whole, *more)
-    assert "ADPO" in (whole / "README.md").read_text()
-
-
-def test_a_run_of_adpo_on_pairs_is_one_of_dpo(tiny, tmp_path, run):
-    """With beta_r = 1 / log 9 the target of centred rewards 1 and 0 is (0.9, 0.1)."""
-    data, outs = write_lines(tmp_path / "d.jsonl", pairs(9)), (tmp_path / "dpo", tmp_path / "adpo")
-    adpo = ("--adpo", "--tau", 10, "--centre-only", "--reward-temperature", 1 / math.log(9))
-    for out, more in zip(outs, (("--label-smoothing", 0.1), adpo)):
-        assert run("variants.dpo", *arguments(tiny, data, out, *more))[0] == 0
-    for a, b in zip(*map(log, outs)):
-        for name in ("loss", "rewards/chosen", "rewards/margins", "logps/rejected"):
-            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4), name
-    assert update_error(*map(weights, outs), weights(tiny)) < 0.01
-
-
-def test_bad_groups_end_in_one_line(tiny, tmp_path, refused):
-    (good,) = groups(1)
-    for words, record in (
-        ("2 completions and 1 rewards", good | {"rewards": [1]}),
-        ("list of numbers", good | {"rewards": [1, "high"]}),
-        ("list of numbers", good | {"rewards": [1, float("nan")]}),
-        ("list of numbers", {key: good[key] for key in ("prompt", "completions")}),
-        ("at least two", good | {"completions": good["completions"][:1], "rewards": [1]}),
-        ("at least two", good | {"completions": "one"}),
-        ("d.jsonl:2", good | {"completions": [1, 2]}),
-        ("prompt", {key: good[key] for key in ("completions", "rewards")}),
-    ):
-        data = write_lines(tmp_path / "d.jsonl", [good, record])
-        refused(words, "variants.dpo", *arguments(tiny, data, tmp_path / "o", "--adpo"))
-    refused(["d.jsonl:1", "--adpo"], "variants.dpo", *arguments(tiny, data, tmp_path / "o"))
-    more = ("--adpo", "--label-smoothing", 0.1)
-    refused("--label-smoothing", "variants.dpo", *arguments(tiny, data, tmp_path / "o", *more))
-    assert not (tmp_path / "o").exists()
-
-
 def test_bad_input_ends_in_one_line(tiny, tmp_path, refused):
     labelled = write_lines(tmp_path / "labelled.jsonl", feedback(4))
     refused(["labelled.jsonl:1", "rejected"], "variants.dpo", *arguments(tiny, labelled, tmp_path / "o"))
+    grouped = write_lines(tmp_path / "grouped.jsonl", [{"prompt": "a", "completions": ["b", "c"], "rewards": [1, 0]}])
+    refused(["grouped.jsonl:1", "variants.adpo"], "variants.dpo", *arguments(tiny, grouped, tmp_path / "o"))
     data = write_lines(tmp_path / "d.jsonl", pairs(4))
     refused("--label-smoothing", "variants.dpo", *arguments(tiny, data, tmp_path / "o", "--label-smoothing", 0.5))
     refused("max-len", "variants.dpo", *arguments(tiny, data, tmp_path / "o", "--max-len", 2))

@@ -67,7 +67,7 @@ def test_embeddings_are_means_over_a_texts_own_positions(tiny):
     with torch.no_grad():
         want = torch.stack([model.hidden(to_device([ids], "cpu"))[0].mean(0) for ids in texts])
     for micro_tokens in 1, 1000:
-        assert torch.allclose(embed_texts(model, texts, micro_tokens, ""), want, atol=1e-5)
+        assert torch.allclose(embed_texts(model, texts, micro_tokens), want, atol=1e-5)
 
 
 def test_run_on_the_demo(tmp_path, run):

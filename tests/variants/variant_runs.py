@@ -1,7 +1,7 @@
 """Checks that every variant with a training run must pass."""
 
 import pytest
-from training_runs import launch, log, same_run, update_error, weights
+from training_runs import feedback, launch, log, same_run, update_error, weights
 
 import train_kto
 import train_sft
@@ -55,3 +55,12 @@ def check_shard(name, ckpt, data, tmp_path, whole, *more):
     assert codes == [0, 0], texts
     assert [s["loss"] for s in log(out)] == pytest.approx([s["loss"] for s in log(whole)], rel=1e-3)
     assert update_error(weights(out), weights(whole), weights(ckpt)) < 0.02
+
+
+def pairs(n):
+    """n preference pairs."""
+    rows = feedback(2 * n)
+    return [
+        {"prompt": a["prompt"], "chosen": a["completion"], "rejected": b["completion"]}
+        for a, b in zip(rows[::2], rows[1::2])
+    ]
