@@ -17,9 +17,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from core.attention import KVCache, attention, cached_attention, to_device
+from core.attention import KVCache, LayerCache, attention, cached_attention, to_device
 from core.checkpoint import Checkpoint, all_finite, write_checkpoint
 from core.config import Config, parse_config
+from core.distributed import is_sharded
 from core.files import InputError
 from core.head import token_kl, token_logps
 from core.layers import Embedding, Linear, RMSNorm, fused, normed_linears, swiglu_linear
@@ -67,16 +68,15 @@ class Attention(nn.Module):
         norm: nn.Module,
         rope: tuple[Tensor, Tensor],
         lengths: list[int] | None = None,
-        cache: KVCache | None = None,
-        layer: int = 0,
+        cache: LayerCache | None = None,
         at: Tensor | None = None,
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C), or (B, N, C) at the positions `at` (N,). layer: this block's place in the cache."""
+        """x (B, T, C) -> (B, T, C), or (B, N, C) at the positions `at` (N,). cache: this block's part of a KVCache."""
         q, k, v = self.rotated_heads(x, norm, rope)
         if cache is None:
             y = attention(q, k, v, lengths)  # (B, T, Hq, D)
         else:
-            y = cached_attention(q, k, v, cache, layer, lengths)
+            y = cached_attention(q, k, v, cache, lengths)
         if at is not None:
             y = y.index_select(1, at)
         return self.o_proj(y.flatten(-2))
@@ -110,12 +110,11 @@ class Block(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         lengths: list[int] | None = None,
-        cache: KVCache | None = None,
-        layer: int = 0,
+        cache: LayerCache | None = None,
         at: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C), or (B, N, C) at the positions `at` (N,)."""
-        y = self.self_attn(x, self.input_layernorm, rope, lengths, cache, layer, at)
+        y = self.self_attn(x, self.input_layernorm, rope, lengths, cache, at)
         if at is not None:
             x = x.index_select(1, at)
         x = x + y
@@ -127,7 +126,7 @@ class Qwen2(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        fused()  # raises for an unknown value of KERNELS before anything is read
+        fused()  # raises for an unknown value of KERNELS
         self.raw_config, self.config = config, parse_config(config)
         c = self.config
         self.model = nn.ModuleDict(
@@ -139,10 +138,10 @@ class Qwen2(nn.Module):
         )
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
-        # None: compute in the weights' dtype. --dtype bf16 sets bf16 over fp32 weights
-        self.compute_dtype: torch.dtype | None = None
-        # set by training.setup if memory is free: bytes in which the head may keep logits; copies of weights (core.casts)
-        self.spare_bytes, self.casts = 0, []
+        self.compute_dtype: torch.dtype | None = None  # None: the weights' dtype. --dtype bf16: bf16 over fp32 weights
+        # training.setup sets these if memory is free
+        self.spare_bytes = 0  # bytes in which the head may keep its logits (core.head)
+        self.casts: list[tuple[Tensor, Tensor]] = []  # the weights' copies in compute_dtype (core.casts)
 
     def forward(
         self,
@@ -200,21 +199,27 @@ class Qwen2(nn.Module):
         cache: document i continues row i, which grows by lengths[i]. Without lengths, input_ids (rows, 1) has one
         token for every row, at cache.positions (see KVCache).
         at (N,): compute outputs only at these positions -> (B, N, C); the last block skips the rest.
-        head_follows: the head's gradient will reach the same matrix, so a tied embedding's gradient may be sparse.
+        head_follows: the loss also runs the head. The gradient of a tied embedding may then be sparse.
         """
         positions = token_positions(input_ids, lengths, cache)  # (T,), or (rows, 1) in a decoding step
         if cache is not None and lengths is None:
             cache.begin_step()
-        sparse = head_follows and self.config.tie_word_embeddings and self.device.type == "cpu" and fused()
-        x = self.model["embed_tokens"](input_ids, sparse and not hasattr(self, "unshard"))  # never sparse with --shard
+        x = self.model["embed_tokens"](input_ids, sparse=head_follows and self.sparse_gradient_pays())
         x = x.to(self.compute_dtype or x.dtype)  # (B, T, C)
         rope = rope_table(to_device(positions, x.device), self.config, x.dtype)
         last = self.config.num_hidden_layers - 1
         for i, block in enumerate(self.model["layers"]):
-            x = block(x, rope, lengths, cache, i, at if i == last else None)
+            x = block(x, rope, lengths, cache and cache.layer(i), at if i == last else None)
         if cache is not None and lengths is not None:
             cache.lengths[: len(lengths)] = [start + n for start, n in zip(cache.lengths, lengths)]
         return self.model["norm"](x)
+
+    def sparse_gradient_pays(self) -> bool:
+        """True on a CPU with tied weights: the embedding's gradient is then added to the head's, row by row.
+
+        A dense gradient would be a second (V, C) matrix, nearly all zeros. In bf16 that took 7 % of a micro-batch of the 0.5B.
+        """
+        return self.config.tie_word_embeddings and self.device.type == "cpu" and fused() and not is_sharded(self)
 
     def head(self, x: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V)."""

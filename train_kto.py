@@ -103,13 +103,13 @@ def train(run: Run, data: Feedback, held_out: Feedback | None, loss: Callable) -
     loss: kto_loss with its last three arguments bound.
     """
     model, args, device = run.model, run.args, run.ranks.device
-    if run.pending and not end_step(run, with_eval(run, run.pending, held_out, loss)):
+    if run.pending and not end_step(run, with_eval(run, run.pending, held_out, loss)):  # the interrupted one
         return False
     for step in (bar := progress(run, "kto")):
         start = time.time()
         seed_step(run, step)
         indices = data.steps[step]
-        labels = torch.tensor([data.rows[i][2] for i in indices])  # (n,)
+        labels = torch.tensor([data.rows[i].label for i in indices])  # (n,)
         desirable = to_device(labels, device)
 
         # z0 from the KL pairs, without gradient. After a stop signal, replicas skip the rest of this pass
@@ -161,7 +161,7 @@ def with_eval(run: Run, record: dict, held_out: Feedback | None, loss: Callable)
     if logps is None:
         return None
     logps, ref = logps.cpu(), torch.tensor([held_out.ref[pair] for pair in pairs])  # (2n,), the first n matched
-    desirable = torch.tensor([held_out.rows[i][2] for i in indices])
+    desirable = torch.tensor([held_out.rows[i].label for i in indices])
     kl = kl_estimate(logps[n:], ref[n:])
     losses, rewards = loss(logps[:n], ref[:n], kl, desirable)
     metrics = kto_metrics(losses, rewards, logps[:n], desirable, kl)
@@ -195,7 +195,7 @@ def main(
     rows, steps = data.rows, data.steps
     setup.examples, setup.places, setup.steps = rows, data.places, steps
 
-    n, n_d = len(rows), sum(label for _, _, label in rows)
+    n, n_d = len(rows), sum(row.label for row in rows)
     w_d, w_u = label_weights(args, n_d, n - n_d)
     for text in weight_advice(n_d, n - n_d, w_d, w_u) + schedule_advice(args, steps) if is_main() else []:
         print(f"warning: {text}")
@@ -213,7 +213,7 @@ def main(
     identity = run_identity(args, rows, fingerprint) | {"the reference": reference.fingerprint}
     if not before_save:
         warn_of_foreign_weights(setup)
-    lengths = [min(args.max_len, len(prompt) + len(completion)) for prompt, completion, _ in rows]
+    lengths = [min(args.max_len, len(row.prompt) + len(row.completion)) for row in rows]
     prepare_blocks(model, args, ([lengths[i] for i in step] for step in steps), ranks)
     run = start_run(setup, identity)
     loss = functools.partial(loss, beta=args.beta, desirable_weight=w_d, undesirable_weight=w_u)

@@ -6,6 +6,7 @@ Names in shapes: B rows, T tokens, Hq query heads, Hkv key-value heads, D number
 
 import functools
 import inspect
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -178,6 +179,10 @@ class KVCache:
                 x[:, row, :, :n] = x[:, last, :, :n]
             self.lengths[row] = n
 
+    def layer(self, i: int) -> "LayerCache":
+        """The part of block i."""
+        return LayerCache(self, self.k[i], self.v[i])
+
     def begin_step(self) -> None:
         """Prepares the tensors that all layers of a step share: row numbers and the mask (rows, 1, 1, width)."""
         device = self.k.device
@@ -186,21 +191,28 @@ class KVCache:
         self.mask = torch.zeros(unseen.shape, dtype=self.k.dtype, device=device).masked_fill_(unseen, -torch.inf)
 
 
-def cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, lengths: list[int] | None = None
-) -> Tensor:
-    """Adds k and v to a layer of the cache, then attends to each row's keys up to the query's position.
+@dataclass(frozen=True)
+class LayerCache:
+    """One block's part of a KVCache. k, v: (rows, Hkv, max_len, D), views into the cache."""
+
+    cache: KVCache
+    k: Tensor
+    v: Tensor
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, layer: LayerCache, lengths: list[int] | None = None) -> Tensor:
+    """Adds k and v to the block's cache, then attends to each row's keys up to the query's position.
 
     q: (1, T, Hq, D); k, v: (1, T, Hkv, D), packed with lengths -> (1, T, Hq, D). Without lengths one token for every
     row: (rows, 1, H, D).
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
     if lengths is None:
-        return attend_step(q, k, v, cache, layer).transpose(1, 2)
-    starts = cache.lengths[: len(lengths)]
+        return attend_step(q, k, v, layer).transpose(1, 2)
+    starts = layer.cache.lengths[: len(lengths)]
     singles = count_single_tokens(lengths)
-    write_packed(k[0], v[0], cache, layer, starts, lengths, singles)
-    return attend_packed(q, cache, layer, starts, lengths, singles).transpose(1, 2)
+    write_packed(k[0], v[0], layer, starts, lengths, singles)
+    return attend_packed(q, layer, starts, lengths, singles).transpose(1, 2)
 
 
 def count_single_tokens(lengths: list[int]) -> int:
@@ -208,43 +220,44 @@ def count_single_tokens(lengths: list[int]) -> int:
     return next((i for i, n in enumerate(lengths) if n != 1), len(lengths))
 
 
-def write_packed(
-    k: Tensor, v: Tensor, cache: KVCache, layer: int, starts: list[int], lengths: list[int], singles: int
-) -> None:
-    """Writes k, v (Hkv, T, D) to the cache: document i goes to row i, from position starts[i] on."""
+def write_packed(k: Tensor, v: Tensor, layer: LayerCache, starts: list[int], lengths: list[int], singles: int) -> None:
+    """Writes k, v (Hkv, T, D) to the cache: document i goes to row i, from position starts[i] on.
+
+    The first `singles` rows, which add one token each, are written at once.
+    """
     at = torch.arange(singles, device=k.device), slice(None), cached_to_device(tuple(starts[:singles]), k.device)
-    for cached, new in ((cache.k[layer], k), (cache.v[layer], v)):  # (rows, Hkv, max_len, D), (Hkv, T, D)
+    for cached, new in ((layer.k, k), (layer.v, v)):  # (rows, Hkv, max_len, D), (Hkv, T, D)
         cached[at] = new[:, :singles].transpose(0, 1)
         for row, part in enumerate(new[:, singles:].split(lengths[singles:], 1), singles):
             cached[row, :, starts[row] : starts[row] + lengths[row]] = part
 
 
-def attend_packed(q: Tensor, cache: KVCache, layer: int, starts: list[int], lengths: list[int], singles: int) -> Tensor:
+def attend_packed(q: Tensor, layer: LayerCache, starts: list[int], lengths: list[int], singles: int) -> Tensor:
     """Attends from each document's new tokens to its row of the cache, one row at a time. q: (1, Hq, T, D) -> the same.
 
     Fused: the first `singles` rows, which add one token each, share few calls.
     """
     batched = singles if fused() else 0
-    parts = attend_single_tokens(q[0, :, :batched], cache, layer, starts[:batched])
+    parts = attend_single_tokens(q[0, :, :batched], layer, starts[:batched])
     for row, q_i in enumerate(q[:, :, batched:].split(lengths[batched:], 2), batched):
         if lengths[row]:
             end = starts[row] + lengths[row]
-            parts.append(attend(q_i, cache.k[layer, row : row + 1, :, :end], cache.v[layer, row : row + 1, :, :end]))
+            parts.append(attend(q_i, layer.k[row : row + 1, :, :end], layer.v[row : row + 1, :, :end]))
     return torch.cat(parts, dim=2)
 
 
-def attend_single_tokens(q: Tensor, cache: KVCache, layer: int, starts: list[int]) -> list[Tensor]:
+def attend_single_tokens(q: Tensor, layer: LayerCache, starts: list[int]) -> list[Tensor]:
     """A decoding step: the new token of row i, at position starts[i], sees keys 0 .. starts[i] of the row.
 
     q: (Hq, n, D) -> one tensor (1, Hq, rows of the call, D) per call. On a CPU, a call reads every row up to the length
     of its longest one, so a call takes 4 rows. On a GPU, one call takes all rows.
     """
-    (Hq, n, D), Hkv, parts = q.shape, cache.k.shape[2], []
+    (Hq, n, D), Hkv, parts = q.shape, layer.k.shape[1], []
     size = n if q.is_cuda else 4
     for first in range(0, n, size or 1):
         rows = slice(first, min(first + size, n))
         mask = visible_keys(tuple(starts[rows]), q.device)  # (n, 1, 1, Tk)
-        k, v = (x[layer, rows, :, : mask.shape[-1]] for x in (cache.k, cache.v))  # (n, Hkv, Tk, D)
+        k, v = (x[rows, :, : mask.shape[-1]] for x in (layer.k, layer.v))  # (n, Hkv, Tk, D)
         grouped = group_queries(q[:, rows].transpose(0, 1), Hkv)
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
         parts.append(out.reshape(len(mask), Hq, D).transpose(0, 1)[None])
@@ -266,13 +279,14 @@ def visible_keys(starts: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.arange(max(starts) + 1, device=device) <= cached_to_device(starts, device)[:, None, None, None]
 
 
-def attend_step(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int) -> Tensor:
+def attend_step(q: Tensor, k: Tensor, v: Tensor, layer: LayerCache) -> Tensor:
     """One token for every row, at cache.positions. Shapes never change and no tensor value is read by Python.
 
     q: (rows, Hq, 1, D); k, v: (rows, Hkv, 1, D) -> (rows, Hq, 1, D). Call cache.begin_step() before the first layer.
     """
+    cache = layer.cache
     at = cache.row_numbers, slice(None), cache.positions
-    cache.k[layer][at], cache.v[layer][at] = k[:, :, 0], v[:, :, 0]  # (rows, Hkv, D)
-    k, v = (x[layer, :, :, : cache.width] for x in (cache.k, cache.v))  # (rows, Hkv, width, D)
+    layer.k[at], layer.v[at] = k[:, :, 0], v[:, :, 0]  # (rows, Hkv, D)
+    k, v = (x[:, :, : cache.width] for x in (layer.k, layer.v))  # (rows, Hkv, width, D)
     grouped = group_queries(q[:, :, 0], k.shape[1])
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=cache.mask).reshape(q.shape)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch.nn as nn
 from torch import Tensor
 
+from core.distributed import is_sharded
 from core.layers import fused
 
 
@@ -17,12 +18,8 @@ def cast_copies(model: nn.Module, spare_bytes: int) -> list[tuple[Tensor, Tensor
     weights.
     """
     dtype = model.compute_dtype
-    if (
-        dtype in (None, model.head_weight.dtype)
-        or model.device.type != "cpu"
-        or hasattr(model, "unshard")
-        or not fused()
-    ):
+    needs_cast = dtype not in (None, model.head_weight.dtype)
+    if not needs_cast or model.device.type != "cpu" or is_sharded(model) or not fused():
         return []
     matrices = [p for p in model.parameters() if p.ndim > 1]
     if sum(p.numel() for p in matrices) * dtype.itemsize > spare_bytes:

@@ -200,6 +200,8 @@ def rank_micro_batches(
 def overlapped_reduction(model: nn.Module, world: int, size: int = 2**24) -> tuple[Callable, Callable]:
     """Sums the gradients of replicas over the ranks while the step's last backward is still running, as DDP does.
 
+    Unlike DDP, ranks may run different numbers of backwards, or none, and a rank may stop between two of them.
+
     -> (start_sync, wait_sync). start_sync(n): this rank will run n backwards in the step. wait_sync(): waits for the
     sums. Each gradient is a view into one of several flat buffers of about `size` elements. The buffers fill from the
     last layer to the first. A full buffer is sent at once, in the same order on all ranks.

@@ -162,12 +162,14 @@ def check_digits(name: str, token: str) -> str:
     return hashlib.sha256(os.fsencode(f"{name} {token}")).hexdigest()[:8]
 
 
-def lock(fd: int) -> bool:
-    """Locks an open file until it is closed. False if another process has locked it, or the disk has no locks."""
+def lock(fd: int) -> bool | None:
+    """Locks an open file until it is closed. -> False if another process has locked it, None if the disk has no locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 
@@ -186,7 +188,7 @@ def open_temporary(path: str, mode: str) -> IO:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Opens a temporary file for `path` and renames it to `path` at the end. After an error, nothing is left or changed.
+    """Opens a temporary file for `path` and renames it to `path` at the end. An error leaves and changes nothing.
 
     A symbolic link stays, and the file it points to is replaced. Raises InputError if the file cannot be written.
     """

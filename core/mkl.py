@@ -1,4 +1,4 @@
-"""Calls each of MKL's vector functions once, on one thread, before any other code does. core.layers imports this module.
+"""Calls each of MKL's vector functions once, on one thread, before other code does. core.layers imports this module.
 
 MKL chooses the kernel of a vector function at the function's first call in a process. If two threads make that call at
 the same time, as they do for a tensor of more than 2,048 numbers, one of them may run a kernel of four digits instead

@@ -142,7 +142,10 @@ def json_lines(file: BinaryIO, path: str | os.PathLike) -> Iterator[tuple[int, d
 
 
 class ArrayText:
-    """The text of a JSON array, read in chunks. text[at:] is not parsed yet; line: the line number at `at`."""
+    """The text of a JSON array, read in chunks, so that a large file need not fit in memory and errors name a line.
+
+    text[at:] is not parsed yet. line: the line number at `at`.
+    """
 
     def __init__(self, file: BinaryIO, path: str | os.PathLike):
         self.file, self.path = file, path

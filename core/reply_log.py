@@ -12,13 +12,12 @@ hold millions of replies.
 
 import collections.abc
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from core.files import InputError
+from core.files import InputError, lock
 
 
 class ReplyLog(collections.abc.Mapping):
@@ -144,13 +143,9 @@ def open_locked(path: str) -> BinaryIO:
     """Opens a file for appending, unbuffered, and locks it. The system releases the lock when the process ends."""
     while True:
         file = open(path, "a+b", buffering=0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if lock(file.fileno()) is False:
             file.close()
-            raise InputError(f"{path}: another run is using this folder; wait for it or choose another --out") from None
-        except OSError:
-            pass  # this file system has no locks
+            raise InputError(f"{path}: another run is using this folder; wait for it or choose another --out")
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file

@@ -94,7 +94,7 @@ def random_rows(sizes: Sizes, n: int, seed: int = 0) -> list[FeedbackRow]:
     rows = []
     for i, length in enumerate(lengths):
         ids = tuple(rng.integers(0, sizes.shape[5], length).tolist())
-        rows.append((ids[: length // 3], ids[length // 3 :], i % 2 == 0))
+        rows.append(FeedbackRow(ids[: length // 3], ids[length // 3 :], i % 2 == 0))
     return rows
 
 

@@ -112,7 +112,7 @@ def check_steps(bench: Bench, base: Qwen2) -> None:
     """Losses and gradient norms of two SFT and two KTO steps: smaller micro-batches, checkpointing, compiled blocks."""
     s = bench.sizes
     rows = [
-        tuple(tuple(t % base.config.vocab_size for t in part) for part in row[:2]) + row[2:]
+        FeedbackRow(*(tuple(t % base.config.vocab_size for t in part) for part in row[:2]), row.label)
         for row in random_rows(s, 16)
     ]
     longest = max(len(prompt) + len(completion) for prompt, completion, _ in rows)

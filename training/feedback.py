@@ -4,6 +4,7 @@ import argparse
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,7 +15,13 @@ from training.examples import Cuts
 from training.pairing import count_prompt_clashes, epoch_order
 from training.setup import Setup, plan_steps
 
-FeedbackRow = tuple[tuple[int, ...], tuple[int, ...], bool]  # (prompt ids, completion ids, label)
+
+class FeedbackRow(NamedTuple):
+    """One example of KTO, as token ids."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    label: bool  # True: desirable
 
 
 def encode_feedback(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[list[FeedbackRow], list[str], Cuts]:
@@ -25,11 +32,11 @@ def encode_feedback(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[
     """
     rows, places, cuts = [], [], Cuts()
     for where, (messages, completion, label) in records:
-        prompt = tuple(tokenizer.prompt_ids(messages))
-        if len(prompt) < max_len:
-            rows.append((prompt, tuple(tokenizer.completion_ids(completion)), label))
+        row = FeedbackRow(tuple(tokenizer.prompt_ids(messages)), tuple(tokenizer.completion_ids(completion)), label)
+        if len(row.prompt) < max_len:
+            rows.append(row)
             places.append(where)
-            length = len(prompt) + len(rows[-1][1])
+            length = len(row.prompt) + len(row.completion)
             cuts.add(length, length - 2, max_len)  # <|im_end|> comes before the last token, a newline
     if len(rows) < 2:
         files = ", ".join(dict.fromkeys(where.rsplit(":", 1)[0] for where, _ in records))
@@ -42,7 +49,7 @@ def encode_feedback(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[
 
 def pair_sequence(rows: list[FeedbackRow], max_len: int, i: int, j: int) -> tuple[list[int], list[bool]]:
     """The prompt of row i with the completion of row j, cut to max_len tokens -> (ids, supervised)."""
-    ids, start = [*rows[i][0], *rows[j][1]][:max_len], len(rows[i][0])
+    ids, start = [*rows[i].prompt, *rows[j].completion][:max_len], len(rows[i].prompt)
     return ids, [False] * start + [True] * (len(ids) - start)
 
 
@@ -64,7 +71,7 @@ def plan_feedback(
     """Encodes records and draws all steps, which determine all KL pairs. kl_pairs(indices): the KL pairs of a step."""
     args = setup.args
     rows, places, cuts = encode_feedback(records, setup.tokenizer, args.max_len)
-    prompts = [prompt for prompt, _, _ in rows]
+    prompts = [row.prompt for row in rows]
     sizes = (len(rows), 1, None) if held_out else (args.batch_size, args.epochs, args.max_steps)
     order = None if args.no_shuffle else epoch_order(prompts, args.seed)
     steps = plan_steps(len(rows), *sizes, smallest=2, order=order)

@@ -24,10 +24,11 @@ def parse_sft_args(
 ) -> argparse.Namespace:
     """Parses train_sft.py's arguments. add_flags(parser): adds further flags, or changes defaults and description."""
     p = Parser(description="Supervised fine-tuning in plain PyTorch.")
+    # the paper's epochs, batch size and learning rate
     add_training_flags(p, "Qwen/Qwen2-0.5B-Instruct", "data/sft.jsonl", "sft.pt", epochs=3, batch_size=1000, lr=1e-6)
     p.set_defaults(method="supervised fine-tuning")
     p.add_argument("--last-turn-only", action="store_true", help="learn only the last reply of a conversation, not all")
-    if add_flags:  # the defaults above are the paper's
+    if add_flags:
         add_flags(p)
     args = p.parse_args(argv)
     check_default_inputs(args)
@@ -39,9 +40,9 @@ def parse_kto_args(
 ) -> argparse.Namespace:
     """Parses train_kto.py's arguments. add_flags: as in parse_sft_args."""
     p = Parser(description="KTO, alignment from desirable and undesirable completions (arXiv 2402.01306).")
-    add_training_flags(p, "sft.pt", "data/kto.jsonl", None, epochs=1, batch_size=64, lr=1e-6)  # TRL's learning rate
+    # the paper does not give its settings for KTO; the learning rate and beta are TRL's
+    add_training_flags(p, "sft.pt", "data/kto.jsonl", None, epochs=1, batch_size=64, lr=1e-6)
     p.set_defaults(method="KTO (arXiv 2402.01306)")
-    # KTO (the paper does not publish its settings)
     add_reference_flags(p)
     w_d = "w_D, of desirable examples; auto balances the labels"
     p.add_argument("--desirable-weight", type=number_or_auto, default=1.0, help=w_d)
@@ -95,8 +96,10 @@ def add_training_flags(
     when = "torch.compile the blocks; auto: on a CPU, if the run is long enough to repay half a minute of compilation"
     p.add_argument("--compile", nargs="?", choices=["auto", "on", "off"], default="auto", const="on", help=when)
     p.add_argument("--shard", action="store_true", help="split weights and optimizer state over the ranks (FSDP2)")
-    again = "recompute the blocks in the backward to save memory; auto: only if a step would not fit without it, by an "
-    again += "estimate for the fused kernels and this script's own loss (a loss with token_kl takes more)"
+    again = (
+        "recompute the blocks in the backward to save memory; auto: only if a step would not fit otherwise. "
+        "The estimate is for the fused kernels and this script's own loss; a loss with token_kl takes more"
+    )
     ways = ["auto", "on", "off"]
     p.add_argument("--activation-checkpointing", nargs="?", choices=ways, default="auto", const="on", help=again)
     # saving
@@ -113,7 +116,7 @@ def add_reference_flags(p: Parser) -> None:
     """Adds the flags of the methods that compare with a reference model: KTO, DPO."""
     p.add_argument("--ref", help="reference checkpoint; without it, the model before training")
     pull = "strength of the pull towards the reference, per nat"
-    p.add_argument("--beta", type=number(above=0), default=0.1, help=pull)  # TRL's
+    p.add_argument("--beta", type=number(above=0), default=0.1, help=pull)
     cache = "file of reference log-probabilities (default: ref-cache.safetensors beside OUT)"
     p.add_argument("--ref-cache", help=cache)
 

@@ -8,7 +8,6 @@ lock                       locked by the run that is writing here
 """
 
 import argparse
-import fcntl
 import json
 import math
 import os
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from core.checkpoint import Checkpoint, write_checkpoint, write_safetensors
 from core.distributed import Ranks, gathered, is_main, is_sharded, load_into
-from core.files import InputError, atomic_write
+from core.files import InputError, atomic_write, lock
 from core.outputs import check_folder, claim_folder, discard_checkpoint, remove_leftovers
 from model import Qwen2
 
@@ -75,20 +74,9 @@ def numbered(args: argparse.Namespace, pattern: str) -> dict[int, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # One run at a time
 #
-# Rank 0 locks OUT.run/lock (flock). The system releases the lock when the process ends, even if it is killed.
+# Rank 0 locks OUT.run/lock. The system releases the lock when the process ends, even if it is killed.
 
 LOCKS: dict[str, int] = {}  # of this process: path of the lock file -> file descriptor
-
-
-def try_lock(fd: int) -> bool:
-    """Locks an open file. False if another process has locked it. On a disk without locks, always True."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def lock_path(out: str) -> str:
@@ -106,10 +94,10 @@ def check_not_running(out: str) -> None:
     if os.path.isfile(path) and path not in LOCKS:
         try:
             with open(path, "rb") as f:
-                free = try_lock(f.fileno())
+                locked = lock(f.fileno())
         except OSError as e:
             raise InputError(f"{path}: cannot be read: {e.strerror}; give another --out") from None
-        if not free:
+        if locked is False:
             raise second_run_error(out)
 
 
@@ -120,7 +108,7 @@ def take_lock(out: str) -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         while path not in LOCKS:
             fd = os.open(path, os.O_RDWR | os.O_CREAT)
-            if not try_lock(fd):
+            if lock(fd) is False:
                 os.close(fd)
                 raise second_run_error(out)
             if os.path.isfile(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
