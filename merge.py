@@ -142,7 +142,7 @@ METHODS = {
 # The command
 
 
-def merged(
+def merge_checkpoints(
     args: argparse.Namespace,
     base: Checkpoint | None,
     models: list[Checkpoint],
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, start = parse_args(argv), time.time()
     if args.command == "search":
         choose_device(args)
-        return search.main(args, merged)
+        return search.main(args, merge_checkpoints)
     base, models = open_inputs(args)
     donor, dtype, stats = base or models[0], getattr(torch, args.dtype), engine.Stats()
     specs = {}  # name -> (shape, dtype) of the output
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # both are called after the last tensor is written, when the digests are known
     manifest = lambda: json.dumps(make_manifest(args, base, models, stats), indent=2, ensure_ascii=False) + "\n"
     card = lambda: merge_card(args, make_manifest(args, base, models, stats))
-    tensors = merged(args, base, models, dtype, stats)
+    tensors = merge_checkpoints(args, base, models, dtype, stats)
     write_checkpoint(
         args.out, donor.config, donor.files | {"merge.json": manifest}, specs, tensors, args.shard_size, card
     )

@@ -18,7 +18,7 @@ SPARSE = ("ties", *DARE, *BREADCRUMBS, *DELLA)  # keep a share of each delta's e
 ELECTS = ("ties", "dare_ties", "breadcrumbs_ties", "della")  # elect a sign for each element
 NEEDS_BASE = ("task_arithmetic", *SPARSE, "expo")  # merge deltas
 METHOD_NAMES = ("linear", "slerp", *NEEDS_BASE)  # the keys of METHODS in merge.py
-# flag: (attribute of args, methods it acts on, default: mergekit's; None is resolved by fill_options)
+# flag: (attribute of args, methods that use it, mergekit's default). fill_options replaces a default of None
 OPTIONS = {
     "t":         ("t",         ("slerp",),                              None),
     "density":   ("density",   SPARSE,                                  [1.0]),
@@ -44,13 +44,18 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add("--allow-tokenizer-mismatch", action="store_true", help="merge models whose tokenizers have different tokens")
     # method
     add("--method", required=True, choices=METHOD_NAMES, help="how to merge")
-    groups = "PATTERN W W ...: one weight per model for the tensors whose names end in PATTERN, such as "
-    groups += "'layers.[0-7].*' or '*mlp*'; repeatable, the last match wins"
-    add("--weights-for", action="append", nargs="+", metavar="X", help=groups)
+    weights_for = (
+        "PATTERN W W ...: one weight per model, for the tensors whose names end in PATTERN, such as "
+        "'layers.[0-7].*' or '*mlp*'; repeatable, the last match wins"
+    )
+    add("--weights-for", action="append", nargs="+", metavar="X", help=weights_for)
     normalize = "divide by the sum of the weights; default: on for linear, ties, della"
     add("--normalize", action=argparse.BooleanOptionalAction, help=normalize)
-    t = "slerp: position between the first model, or the base if it is one of the two (0), and the other (1); default: "
-    add("--t", type=number(), metavar="X", help=t + "w2 / (w1 + w2)")
+    t = (
+        "slerp: position between the first model (0) and the second (1); if the base is one of the two, 0 is the base; "
+        "default: w2 / (w1 + w2)"
+    )
+    add("--t", type=number(), metavar="X", help=t)
     add_delta_flags(parser)
     # arithmetic and machine
     arithmetic = "float32 as in mergekit; float64 takes twice the time and memory, and slerp is exact at small angles"
@@ -63,23 +68,32 @@ def add_delta_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of methods that merge deltas. fill_options() sets their defaults."""
     add = parser.add_argument
     # deltas
-    density = "ties, dare_*, breadcrumbs*, della*: share of a delta's elements to keep, one number or one per model"
-    add("--density", type=number(), nargs="+", metavar="X", help=density + "; default: 1")
+    density = (
+        "ties, dare_*, breadcrumbs*, della*: share of a delta's elements to keep, one or one per model; default: 1"
+    )
+    add("--density", type=number(), nargs="+", metavar="X", help=density)
     gamma = "breadcrumbs*: share of the elements to drop, the largest ones; default: 0.01"
     add("--gamma", type=number(0, below=1), metavar="X", help=gamma)
-    epsilon = "della*: keep probabilities range over density ± this; default: 0.15"
+    epsilon = "della*: keep probabilities range from density - epsilon to density + epsilon; default: 0.15"
     add("--epsilon", type=number(), metavar="X", help=epsilon)
-    trim = "ties: keep the largest elements of each tensor (mergekit) or of the whole model (the authors' code); "
-    add("--trim", choices=["tensor", "global"], help=trim + "default: tensor")
+    trim = (
+        "ties: keep the largest elements of each tensor, as in mergekit, or of the whole model, as in the authors' "
+        "code; default: tensor"
+    )
+    add("--trim", choices=["tensor", "global"], help=trim)
     sign = "ties, *_ties, della: elect each sign by the sum of the deltas or by the count of their signs; default: sum"
     add("--sign", choices=["sum", "count"], help=sign)
-    rescale = "l1: scale the kept elements to the whole delta's L1 norm, as in mergekit (default for dare_*, della*); "
-    rescale += "density: divide each by its keep probability, as in their papers"
+    rescale = (
+        "l1: scale the kept elements to the whole delta's L1 norm, as in mergekit (default for dare_*, della*); "
+        "density: divide each by its keep probability, as in their papers"
+    )
     add("--rescale", choices=["none", "l1", "density"], help=rescale)
     add("--lambda", dest="scale", type=number(), metavar="X", help="factor on the merged delta; default: 1")
-    lines = "LiNeS: scale the merged delta by ALPHA in the first block, rising linearly to ALPHA + BETA in the last; "
-    lines += "default BETA: 1 - ALPHA. auto: the authors' ALPHA for several models, "
-    lines += "|sum of deltas|_1 / |merged delta|_1 / n"
+    lines = (
+        "LiNeS: scale the merged delta by ALPHA in the first block, rising linearly to ALPHA + BETA in the last; "
+        "default BETA: 1 - ALPHA. auto: the authors' ALPHA for several models, "
+        "|sum of deltas|_1 / |merged delta|_1 / n"
+    )
     add("--lines", metavar="ALPHA[:BETA]|auto[:BETA]", help=lines)
 
 
@@ -134,23 +148,16 @@ def parse_search_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def json_out(text: str) -> str:
-    """An argparse type: a file that can be written. It is checked before the search, whose result would be lost."""
-    parent = os.path.abspath(text)
-    while not os.path.exists(parent := os.path.dirname(parent)):
-        pass
-    if os.path.isdir(text) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text}: cannot be written; give a JSON file in another folder")
-    return text
-
-
 def add_search_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     # search
     over = ["weights", "density", "lambda", "lines"]
     add("--over", nargs="+", choices=over, default=["weights"], help="what to search")
-    greedy = "greedy soup: choose the models to average (linear only); the best of all points tried is kept, which may "
-    add("--greedy", action="store_true", help=greedy + "be a fixed pair or the uniform soup")
+    greedy = (
+        "greedy soup: choose the models to average (linear only); the best of all points tried is kept, which may be "
+        "a fixed pair or the uniform soup"
+    )
+    add("--greedy", action="store_true", help=greedy)
     add("--evaluations", type=at_least(3), default=15, help="most points to try; not with --greedy")
     # data
     add("--data", nargs="+", metavar="F", help="conversations, as for train_sft.py: minimise the loss on them")
@@ -170,7 +177,7 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
     add_device_flags(parser, "dtype of the forward passes")
     # output
     out = "JSON file to write: all points and the final scores"
-    add("--out", type=json_out, required=True, metavar="F.json", help=out)
+    add("--out", required=True, metavar="F.json", help=out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -150,8 +150,8 @@ def read_items(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list, li
     return for_search, for_final
 
 
-def main(args: argparse.Namespace, merged: Callable) -> None:
-    """args: from merging.flags.parse_args. merged: merge.py's function of that name."""
+def main(args: argparse.Namespace, merge_checkpoints: Callable) -> None:
+    """args: from merging.flags.parse_args. merge_checkpoints: the function of merge.py."""
     args.micro_tokens = args.micro_tokens or (16384 if args.device == "cuda" else 2048)
     check_file(args.out, '"versus_best"')
     base, models = open_inputs(args)
@@ -167,7 +167,7 @@ def main(args: argparse.Namespace, merged: Callable) -> None:
 
     def measure(point: Point, records: list) -> tuple[list, list]:
         """Merges at the point. (value, size) of each record, as two lists."""
-        merge_into(model, merged(args_at(args, point), base, models, torch.float32, quiet=True))
+        merge_into(model, merge_checkpoints(args_at(args, point), base, models, torch.float32, quiet=True))
         return objective.measure(args, model, tokenizer, records)
 
     def evaluate(point: Point, label: str) -> float:

@@ -394,14 +394,14 @@ sys.path.insert(0, sys.argv[1])
 import merge
 from core import files
 
-def stopped(*args, real=merge.merged, **more):
+def stopped(*args, real=merge.merge_checkpoints, **more):
     for n, pair in enumerate(real(*args, **more)):
         if n == 3:
             assert len(os.listdir(sys.argv[2])) == 1, "it writes into a temporary folder"
             os.kill(os.getpid(), signal.SIGTERM)
         yield pair
 
-merge.merged = stopped
+merge.merge_checkpoints = stopped
 files.cli(lambda: merge.main(["--method", "linear", "--out", os.path.join(sys.argv[2], "out"), "--models", *sys.argv[3:]]))
 """
 

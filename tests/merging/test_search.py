@@ -11,7 +11,7 @@ from core.checkpoint import Checkpoint
 from core.conversations import sft_conversations
 from core.records import read_records
 from core.tokenizer import Tokenizer
-from merge import merged
+from merge import merge_checkpoints
 from merging import minimise, search
 from merging.flags import parse_search_args
 from merging.inputs import open_inputs
@@ -184,8 +184,8 @@ def test_by_a_task_and_greedily(models, run, tmp_path):
         ("--over density: has no effect", ["--data", "x", "--over", "density"]),
         ("--weights-for", ["--data", "x", "--weights-for", "x", "1", "1"]),
         ("needs 2", ["--data", "ONE"]),
-        ("cannot be written", ["--data", "x", "--out", "FOLDER"]),
-        ("cannot be written", ["--data", "x", "--out", "ONE/s.json"]),
+        ("is not a regular file", ["--data", "x", "--out", "FOLDER"]),
+        ("nothing can be written", ["--data", "x", "--out", "ONE/s.json"]),
     ],
 )
 def test_bad_input(models, refused, tmp_path, words, more):
@@ -270,7 +270,7 @@ def test_only_what_merge_takes_is_tried(models, method, name, given, least):
 )
 def test_nothing_that_was_tried_is_better_than_the_best(models, run, tmp_path, monkeypatch, weights, more, best):
     far = lambda args: abs(args.weights[1] - 0.95) + abs(args.densities[0] - 1)
-    monkeypatch.setattr("merge.merged", lambda args, *more, **settings: args)
+    monkeypatch.setattr("merge.merge_checkpoints", lambda args, *more, **settings: args)
     monkeypatch.setattr(search, "merge_into", lambda model, args: setattr(model, "args", args))
     measure = lambda args, model, tokenizer, examples: ([far(model.args)] * len(examples), [1] * len(examples))
     monkeypatch.setattr(search.LOSS, "measure", measure)
@@ -307,7 +307,7 @@ def test_the_closing_command_makes_the_best_merge_where_a_weight_is_zero(models,
     a = parse_search_args([*more, "--models", *paths, "--data", "x", "--out", "s.json", "--seed", "4"])
     base, opened = open_inputs(a)
     best = search.args_at(a, {"weights": [0.0, 1.0]})
-    want = dict(merged(best, base, opened, torch.float32, quiet=True))
+    want = dict(merge_checkpoints(best, base, opened, torch.float32, quiet=True))
     words = shlex.split(search.merge_command(a, best, opened))[2:]
     assert run("merge", *words[:-1], out)[0] == 0
     assert all(torch.equal(Checkpoint(str(out)).tensor(name), tensor) for name, tensor in want.items())
