@@ -188,7 +188,7 @@ def main(
     ranks = setup_ranks(args)
     records = read_records(args.data, kto_examples)
     eval_records = read_records(args.eval_data, kto_examples) if args.eval_data else []
-    model, tokenizer, ckpt = open_checkpoint(args.ckpt, args, ranks)
+    model, tokenizer, ckpt = open_checkpoint(args, ranks)
     setup = Setup(args, ranks, model, tokenizer, ckpt, [])
     data = plan_feedback(records, args.data, setup, kl_pairs)
     held_out = plan_feedback(eval_records, args.eval_data, setup, kl_pairs, held_out=True) if eval_records else None
@@ -203,10 +203,10 @@ def main(
     fingerprint = ckpt.fingerprint()
     reference = open_reference(setup, fingerprint)
     pairs = {pair for step in steps for pair in all_pairs(step)}
-    data.ref, computed = reference_logps(reference, sorted(pairs), data.sequence, args.micro_tokens, ranks)
+    data.ref, computed = reference_logps(reference, sorted(pairs), data.sequence)
     if held_out:
         held_pairs = all_pairs(held_out.steps[0])
-        held_out.ref, _ = reference_logps(reference, held_pairs, held_out.sequence, args.micro_tokens, ranks)
+        held_out.ref, _ = reference_logps(reference, held_pairs, held_out.sequence)
 
     if prepare:
         prepare(setup)

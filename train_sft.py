@@ -174,7 +174,7 @@ def main(
     last = {"last_turn_only": args.last_turn_only}
     records = read_records(args.data, functools.partial(parse, **last))
     eval_records = read_records(args.eval_data, functools.partial(sft_conversations, **last)) if args.eval_data else []
-    model, tokenizer, ckpt = open_checkpoint(args.ckpt, args, ranks)
+    model, tokenizer, ckpt = open_checkpoint(args, ranks)
     examples, places, cuts = encode_chats(records, tokenizer, args.max_len)
     held_out, *_ = encode_chats(eval_records, tokenizer, args.max_len)
     for files, found in ((args.data, examples), (args.eval_data, held_out)):

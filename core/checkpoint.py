@@ -75,7 +75,7 @@ class Checkpoint:
         self.names = sorted(self._tensors)
 
     def _untie(self) -> None:
-        """Keeps one name of tied weights that were stored under lm_head.weight too, or under it alone.
+        """Gives tied weights the one name model.embed_tokens.weight. A file may have lm_head.weight too, or it alone.
 
         If the two tensors differ, they are not tied, as in transformers 5. (vLLM and transformers 4 drop the head.)
         """

@@ -106,7 +106,7 @@ def read_groups(files: list[str], parse: Callable, setup: Setup) -> Groups:
 def start_preference_run(args: argparse.Namespace, parse: Callable) -> tuple[Run | None, Groups, Groups | None]:
     """Loads model and data, computes the reference log-probabilities. -> (run, or None if finished; data; held-out)."""
     ranks = setup_ranks(args)
-    model, tokenizer, ckpt = open_checkpoint(args.ckpt, args, ranks)
+    model, tokenizer, ckpt = open_checkpoint(args, ranks)
     setup = Setup(args, ranks, model, tokenizer, ckpt, [])
     data = read_groups(args.data, parse, setup)
     held_out = read_groups(args.eval_data, parse, setup) if args.eval_data else None
@@ -119,7 +119,7 @@ def start_preference_run(args: argparse.Namespace, parse: Callable) -> tuple[Run
     reference = open_reference(setup, ckpt.fingerprint())
     for groups in (data, held_out) if held_out else (data,):
         keys = groups.keys(list(range(len(groups.rows))))
-        groups.ref, _ = reference_logps(reference, keys, groups.sequence, args.micro_tokens, ranks)
+        groups.ref, _ = reference_logps(reference, keys, groups.sequence)
     identity = run_identity(args, data.rows, ckpt.fingerprint()) | {"the reference": reference.fingerprint}
     prepare_blocks(model, args, ([data.length(i) for i in step] for step in data.steps), ranks)
     return start_run(setup, identity), data, held_out

@@ -41,6 +41,8 @@ class Reference:
     identity: str  # what its log-probabilities depend on besides the sequence: weights, compute dtype, code
     cache: str  # path of the cache file
     load: Callable[[], Qwen2]  # returns the model. Call it only before the first step: it may be the policy
+    micro_tokens: int  # most tokens of one forward
+    ranks: Ranks
 
 
 def open_reference(setup: Setup, fingerprint: str) -> Reference:
@@ -56,7 +58,8 @@ def open_reference(setup: Setup, fingerprint: str) -> Reference:
         ref_fingerprint = source.fingerprint()
         same, fingerprint = ref_fingerprint == fingerprint, ref_fingerprint
     load = lambda: setup.model if same else load_frozen(source, args, setup.ranks)
-    return Reference(fingerprint, f"{fingerprint} {args.dtype} {code_hash()}", cache_path(args), load)
+    identity = f"{fingerprint} {args.dtype} {code_hash()}"
+    return Reference(fingerprint, identity, cache_path(args), load, args.micro_tokens, setup.ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,9 +98,7 @@ def example_digest(identity: str, example: Example) -> bytes:
 # The pass over all pairs
 
 
-def reference_logps(
-    reference: Reference, pairs: list, example_of: Callable, micro_tokens: int, ranks: Ranks
-) -> tuple[dict, int]:
+def reference_logps(reference: Reference, pairs: list, example_of: Callable) -> tuple[dict, int]:
     """The reference log-probability of every pair, in nats. Computes missing ones and adds them to the cache.
 
     pairs: keys (i, j); i identifies the prompt. example_of(i, j) -> (ids, supervised).
@@ -109,16 +110,17 @@ def reference_logps(
     longest = collections.defaultdict(int)  # {i: length of the longest sequence with prompt i}
     for d, (i, _) in pair_of.items():
         longest[i] = max(longest[i], length[d])
-    # so that sequences in a chunk have similar lengths, and completions of one prompt are neighbours
+    # in this order the sequences of a chunk have similar lengths, and completions of one prompt are neighbours
     order = sorted(pair_of, key=lambda d: (-longest[pair_of[d][0]], pair_of[d]))
     cache = read_ref_cache(reference.cache) if is_main() else {}
-    logps = from_rank_0(torch.tensor([cache.get(d, math.nan) for d in order], device=ranks.device))
+    logps = from_rank_0(torch.tensor([cache.get(d, math.nan) for d in order], device=reference.ranks.device))
     missing = logps.isnan().tolist()
     if any(missing):
         if is_main():  # a complete cache may be read-only
             check_writable(reference.cache, "--ref-cache")
-        chunks = chunks_to_compute([length[d] for d in order], missing, 8 * micro_tokens * ranks.world)
-        compute_chunks(reference, chunks, order, logps, lambda d: example_of(*pair_of[d]), micro_tokens, ranks)
+        chunk_tokens = 8 * reference.micro_tokens * reference.ranks.world
+        chunks = chunks_to_compute([length[d] for d in order], missing, chunk_tokens)
+        compute_chunks(reference, chunks, order, logps, lambda d: example_of(*pair_of[d]))
     values = dict(zip(order, logps.tolist()))
     return {pair: values[d] for pair, d in digests.items()}, sum(missing)
 
@@ -141,8 +143,6 @@ def compute_chunks(
     order: list[bytes],
     logps: Tensor,
     example_of: Callable[[bytes], Example],
-    micro_tokens: int,
-    ranks: Ranks,
 ) -> None:
     """Fills logps (one value per digest in `order`). Saves the cache every minute and at the end."""
     model, saved = reference.load(), time.time()
@@ -160,8 +160,8 @@ def compute_chunks(
         with cast_once(copies):
             for part in chunks:
                 examples = [example_of(order[k]) for k in part]
-                values = sequence_logps(model, examples, micro_tokens, ranks)
-                logps[to_device(torch.tensor(part), ranks.device)] = values
+                values = sequence_logps(model, examples, reference.micro_tokens, reference.ranks)
+                logps[to_device(torch.tensor(part), logps.device)] = values
                 bar.update(len(part))
                 if time.time() - saved > SAVE_CACHE_EVERY:
                     save()

@@ -156,7 +156,7 @@ def load_frozen(ckpt: Checkpoint, args: argparse.Namespace, ranks: Ranks) -> Qwe
     return load_model(ckpt, args, ranks.device).eval().requires_grad_(False)
 
 
-def open_checkpoint(source: str, args: argparse.Namespace, ranks: Ranks) -> tuple[Qwen2, Tokenizer, Checkpoint]:
+def open_checkpoint(args: argparse.Namespace, ranks: Ranks) -> tuple[Qwen2, Tokenizer, Checkpoint]:
     """Opens --ckpt. Lowers args.max_len to the model's number of positions if it is larger."""
     for flag, path in (("ckpt", args.ckpt), ("ref", getattr(args, "ref", None))):
         if path and (
@@ -165,7 +165,7 @@ def open_checkpoint(source: str, args: argparse.Namespace, ranks: Ranks) -> tupl
             where = f"the checkpoint of --{flag}, which is there or in {args.out}.run"
             raise InputError(f"--out {args.out}: the run would overwrite {where}; give another name")
     check_inputs(args.out, [path for path in (args.ckpt, getattr(args, "ref", None)) if path])
-    ckpt = Checkpoint(source)
+    ckpt = Checkpoint(args.ckpt)
     tokenizer, model = Tokenizer(ckpt), load_model(ckpt, args, ranks.device)
     positions = model.config.max_position_embeddings
     if args.max_len > positions:
@@ -226,10 +226,14 @@ def needs_checkpointing(model: Qwen2, args: argparse.Namespace, tokens: int, ran
     A tenth of the free memory is reserved for what the estimate ignores: gaps in the allocator, kernel workspaces.
     spend_spare_memory gets the memory beyond the estimate.
     """
-    shards, on_cpu = ranks.world if is_sharded(model) else 1, model.device.type == "cpu"
-    # on_cpu is fp32_attention: all documents may be short
-    settings = DTYPES[args.dtype].itemsize, shards, model.device.type, args.compile == "on", on_cpu
-    without, with_it = (memory_needed(model.config, tokens, again, *settings) for again in (False, True))
+    settings = {
+        "itemsize": DTYPES[args.dtype].itemsize,
+        "shards": ranks.world if is_sharded(model) else 1,
+        "device_type": model.device.type,
+        "compiled": args.compile == "on",
+        "fp32_attention": model.device.type == "cpu",  # an upper bound: all documents may be short
+    }
+    without, with_it = (memory_needed(model.config, tokens, again, **settings) for again in (False, True))
     loaded = without["state"] // 4  # the weights, already in memory
     free = free_memory(model.device)
     room = loaded + (free * 0.9 if free else math.inf)

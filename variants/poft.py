@@ -53,7 +53,7 @@ def mean_logps(setup: Setup, others: list[str]) -> list[float]:
     for other in others:
         args = argparse.Namespace(**{**vars(setup.args), "ref": other})
         reference = open_reference(replace(setup, args=args), fingerprint)
-        logps, _ = reference_logps(reference, pairs, lambda i, _: setup.examples[i], args.micro_tokens, setup.ranks)
+        logps, _ = reference_logps(reference, pairs, lambda i, _: setup.examples[i])
         totals = [total + logps[pair] for total, pair in zip(totals, pairs)]
     return [t / count_supervised([e]) / len(others) for t, e in zip(totals, setup.examples)]
 
