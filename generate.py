@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from core.attention import KVCache, to_device
+from core.attention import KVCache
 from core.checkpoint import Checkpoint
 from core.conversations import as_messages
 from core.cuda_graph import capture_graph
-from core.devices import DTYPES, choose_device
+from core.devices import DTYPES, choose_device, to_device
 from core.layers import fused
 from core.onednn import onednn_weights
 from core.prefixes import SharedPrefixes

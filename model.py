@@ -17,9 +17,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from core.attention import KVCache, LayerCache, attention, cached_attention, to_device
+from core.attention import KVCache, LayerCache, attention, cached_attention
 from core.checkpoint import Checkpoint, all_finite, write_checkpoint
 from core.config import Config, parse_config
+from core.devices import to_device
 from core.distributed import is_sharded
 from core.files import InputError
 from core.head import token_kl, token_logps

@@ -25,8 +25,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from core.attention import to_device
 from core.conversations import kto_examples
+from core.devices import to_device
 from core.distributed import is_main, is_sharded, run_distributed
 from core.records import read_records
 from training.feedback import Feedback, kto_metrics, label_weights, plan_feedback, weight_advice

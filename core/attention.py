@@ -13,22 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.config import Config
+from core.devices import to_device
 from core.layers import fused
 
 # cuDNN plans every new shape anew, and with packed rows nearly every call has a new shape.
 torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def to_device(x: Tensor | list, device: torch.device | str) -> Tensor:
-    """Copies a list or tensor to the device without waiting for the GPU.
-
-    A copy from pinned memory is asynchronous, so the host packs the next micro-batch while the GPU computes this one.
-    torch.tensor(x, device=...) and indexing with a list would wait for the GPU.
-    """
-    x = torch.as_tensor(x)
-    if x.is_cpu and torch.device(device).type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
 
 
 @functools.lru_cache(maxsize=64)  # all layers of a forward use the same tensor

@@ -1,8 +1,9 @@
-"""The values of --device and --dtype."""
+"""The values of --device and --dtype, and copies to a device."""
 
 import argparse
 
 import torch
+from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the values of --dtype
 DEVICE, DTYPE = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")  # defaults
@@ -11,3 +12,15 @@ DEVICE, DTYPE = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32
 def choose_device(args: argparse.Namespace) -> None:
     """Sets args.device and args.dtype to the defaults where they were not given."""
     args.device, args.dtype = args.device or DEVICE, args.dtype or DTYPE
+
+
+def to_device(x: Tensor | list, device: torch.device | str) -> Tensor:
+    """Copies a list or tensor to the device without waiting for the GPU.
+
+    A copy from pinned memory is asynchronous, so the host packs the next micro-batch while the GPU computes this one.
+    torch.tensor(x, device=...) and indexing with a list would wait for the GPU.
+    """
+    x = torch.as_tensor(x)
+    if x.is_cpu and torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

@@ -16,6 +16,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+GIB = 2**30
+WINDOW = 2**22  # elements of a mapped tensor that are in memory at once while it is read
+
 
 def mapped(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The tensors that are in a memory-mapped file, according to /proc/self/maps (Linux), without small ones.
@@ -32,9 +35,6 @@ def mapped(tensors: Iterable[Tensor]) -> list[Tensor]:
             if end > highest:
                 break
     return [t for t in tensors if any(begin <= t.data_ptr() and t.data_ptr() + t.nbytes <= end for begin, end in files)]
-
-
-WINDOW = 2**22  # elements of a mapped tensor that are in memory at once while it is read
 
 
 def page_chunks(n: int, held: list[Tensor], size: int) -> Iterator[slice]:
@@ -71,9 +71,6 @@ def start_writing(f: BinaryIO) -> None:
         f.flush()
         whole_file, write = ctypes.c_int64(0), 2  # SYNC_FILE_RANGE_WRITE
         ctypes.CDLL(None).sync_file_range(f.fileno(), whole_file, whole_file, write)
-
-
-GIB = 2**30
 
 
 def available_memory() -> int:

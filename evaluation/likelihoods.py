@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from core.attention import to_device
+from core.devices import to_device
 from core.files import InputError
 from core.head import token_logps
 from core.prefixes import common_prefix

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**18  # elements per operation: small enough for the CPU's cache
+SAMPLE = 2**15  # elements that are sorted to guess where the k-th largest is
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Merges
@@ -132,8 +133,6 @@ def l1_scale(magnitudes: Tensor, keep: Tensor) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Selection: the k-th largest of more numbers than fit in memory
-
-SAMPLE = 2**15  # elements that are sorted to guess where the k-th largest is
 
 
 def kth_largest_plain(x: Tensor, k: int) -> float:

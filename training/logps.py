@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from core.attention import to_device
 from core.casts import cast_once
+from core.devices import to_device
 from core.distributed import (
     ONE_RANK,
     STOP,

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core.attention import to_device
 from core.casts import cast_copies, cast_once
 from core.checkpoint import Checkpoint
+from core.devices import to_device
 from core.distributed import Ranks, from_rank_0, is_main
 from core.files import InputError, atomic_write, code_hash
 from core.outputs import check_writable

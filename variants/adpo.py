@@ -12,7 +12,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from core.attention import to_device
+from core.devices import to_device
 from core.distributed import run_distributed
 from core.files import cli
 from core.flags import Parser, number

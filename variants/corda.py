@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import train_sft
-from core.attention import to_device
 from core.conversations import sft_conversations
+from core.devices import to_device
 from core.distributed import is_main, run_distributed
 from core.files import InputError, cli
 from core.flags import at_least

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.attention import to_device
+from core.devices import to_device
 from core.distributed import run_distributed
 from core.files import cli
 from core.flags import Parser, checkpoint_out, number

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core.attention import to_device
 from core.conversations import dialogues
-from core.devices import DTYPES, choose_device
+from core.devices import DTYPES, choose_device, to_device
 from core.distributed import single_process, split_by_tokens
 from core.files import InputError, cli
 from core.flags import Parser, add_device_flags, at_least, number

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_sft
-from core.attention import to_device
+from core.devices import to_device
 from core.distributed import run_distributed
 from core.files import cli
 from model import Qwen2

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import train_sft
-from core.attention import to_device
 from core.conversations import sft_conversations
+from core.devices import to_device
 from core.distributed import run_distributed
 from core.files import InputError, cli
 from core.records import Fields, is_number, shown

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import train_sft
-from core.attention import to_device
+from core.devices import to_device
 from core.distributed import rank_micro_batches, run_distributed, sum_over_ranks
 from core.files import InputError, cli
 from core.flags import at_least, number

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, write_lines
 
-from core.attention import to_device
+from core.devices import to_device
 from model import Qwen2
 from variants import got
 from variants.got import embed_texts, sinkhorn, squared_distances
