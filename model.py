@@ -162,10 +162,9 @@ class Qwen2(nn.Module):
         In training, call the model and not its methods: --shard gathers the weights only inside forward.
         """
         hidden = self.hidden(input_ids, lengths, at=at, head_follows=targets is not None and len(targets) > 0)
-        if at is None:
-            return self.head(hidden)
-        hidden = hidden[0]
-        if targets is None:
+        if at is not None:
+            hidden = hidden[0]  # (N, C)
+        if at is None or targets is None:
             return self.head(hidden)
         logps = token_logps(hidden, self.head_weight, targets, self.spare_bytes)
         if ref is None:
@@ -218,7 +217,8 @@ class Qwen2(nn.Module):
     def sparse_gradient_pays(self) -> bool:
         """True on a CPU with tied weights: the embedding's gradient is then added to the head's, row by row.
 
-        A dense gradient would be a second (V, C) matrix, nearly all zeros. In bf16 that took 7 % of a micro-batch of the 0.5B.
+        A dense gradient would be a second (V, C) matrix, nearly all zeros. In bf16 it took 7 % of a micro-batch of the
+        0.5B.
         """
         return self.config.tie_word_embeddings and self.device.type == "cpu" and fused() and not is_sharded(self)
 

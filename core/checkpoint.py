@@ -239,7 +239,7 @@ def write_checkpoint(
     shard_size: int | None = None,
     card: Text | None = None,
 ) -> None:
-    """Writes a checkpoint whole or not at all: a .pt file if `out` ends in .pt, else a folder for transformers and vLLM.
+    """Writes a checkpoint, whole or not at all: a .pt file if `out` ends in .pt, else a Hugging Face folder.
 
     config: config.json. files: {name: text}; a function instead of a text is called after the last tensor.
     specs: {name: (shape, dtype)}. tensors: (name, tensor) pairs in the order of specs. They are taken one at a time, so

@@ -163,7 +163,7 @@ def check_digits(name: str, token: str) -> str:
 
 
 def lock(fd: int) -> bool | None:
-    """Locks an open file until it is closed. -> False if another process has locked it, None if the disk has no locks."""
+    """Locks an open file until it is closed. -> False if another process holds the lock, None on a disk without locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

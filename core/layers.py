@@ -119,8 +119,8 @@ class RMSNorm(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Fused for training: the hand-written backward saves fewer tensors than autograd. A KTO step on a CPU takes 8 % less time
-# and 24 % less memory (docs/LOG.md, 2026-11-22).
+# Fused for training: the hand-written backward saves fewer tensors than autograd. A KTO step on a CPU takes 8 % less
+# time and 24 % less memory (docs/LOG.md, 2026-11-22).
 
 
 def can_fuse(*modules: nn.Module) -> bool:
