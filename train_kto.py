@@ -10,7 +10,7 @@ log-probabilities are computed once, before the first step, and kept in a file t
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
-from core.files import check_arguments, cli
+from core.files import check_arguments, cli, print0
 from training.flags import parse_kto_args as parse_args
 
 if __name__ == "__main__":
@@ -27,12 +27,13 @@ from torch import Tensor
 
 from core.conversations import kto_examples
 from core.devices import to_device
-from core.distributed import is_main, is_sharded, run_distributed
+from core.distributed import is_sharded, run_distributed
 from core.records import read_records
 from training.feedback import Feedback, kto_metrics, label_weights, plan_feedback, weight_advice
 from training.logps import example_logps, sequence_logps
 from training.reference import open_reference, reference_logps
 from training.run import (
+    Run,
     end_step,
     eval_due,
     eval_logps,
@@ -41,9 +42,8 @@ from training.run import (
     run_identity,
     start_run,
     stop_run,
-    warn_of_foreign_weights,
+    warn_of_added_parameters,
 )
-from training.saves import Run
 from training.setup import Setup, open_checkpoint, prepare_blocks, schedule_advice, setup_ranks
 from training.step import lr_at, micro_batches, optimizer_step, record_skip, seed_step
 
@@ -197,8 +197,8 @@ def main(
 
     n, n_d = len(rows), sum(row.label for row in rows)
     w_d, w_u = label_weights(args, n_d, n - n_d)
-    for text in weight_advice(n_d, n - n_d, w_d, w_u) + schedule_advice(args, steps) if is_main() else []:
-        print(f"warning: {text}")
+    for text in weight_advice(n_d, n - n_d, w_d, w_u) + schedule_advice(args, steps):
+        print0(f"warning: {text}")
 
     fingerprint = ckpt.fingerprint()
     reference = open_reference(setup, fingerprint)
@@ -212,7 +212,7 @@ def main(
         prepare(setup)
     identity = run_identity(args, rows, fingerprint) | {"the reference": reference.fingerprint}
     if not before_save:
-        warn_of_foreign_weights(setup)
+        warn_of_added_parameters(setup)
     lengths = [min(args.max_len, len(row.prompt) + len(row.completion)) for row in rows]
     prepare_blocks(model, args, ([lengths[i] for i in step] for step in steps), ranks)
     run = start_run(setup, identity)

@@ -9,7 +9,7 @@ Data: {"messages": [{"role", "content"}, ...]} lines. Every assistant turn is su
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
-from core.files import InputError, check_arguments, cli
+from core.files import InputError, check_arguments, cli, print0
 from training.flags import parse_sft_args as parse_args
 
 if __name__ == "__main__":
@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from core.conversations import sft_conversations
-from core.distributed import is_main, run_distributed
+from core.distributed import run_distributed
 from core.records import read_records
 from model import Qwen2
 from training.examples import count_supervised, encode_chats
 from training.logps import supervised_logps
 from training.run import (
+    Run,
     end_step,
     eval_due,
     eval_logps,
@@ -39,9 +40,8 @@ from training.run import (
     run_identity,
     start_run,
     stop_run,
-    warn_of_foreign_weights,
+    warn_of_added_parameters,
 )
-from training.saves import Run
 from training.setup import (
     Setup,
     open_checkpoint,
@@ -183,14 +183,14 @@ def main(
     order = None if args.no_shuffle else shuffled_order(len(examples), args.seed)
     steps = plan_steps(len(examples), args.batch_size, args.epochs, args.max_steps, order=order)
     setup = Setup(args, ranks, model, tokenizer, ckpt, examples, places, steps)
-    for text in schedule_advice(args, steps) if is_main() else []:
-        print(f"warning: {text}")
+    for text in schedule_advice(args, steps):
+        print0(f"warning: {text}")
 
     if prepare:
         prepare(setup)
     identity = run_identity(args, examples, ckpt.fingerprint())
     if not before_save:
-        warn_of_foreign_weights(setup)
+        warn_of_added_parameters(setup)
     prepare_blocks(model, args, ([len(examples[i][0]) for i in step] for step in steps), ranks)
     run = start_run(setup, identity)
     if run is None or not train(run, setup, held_out, loss, choose):

@@ -82,6 +82,12 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def print0(text: str) -> None:
+    """Prints a line, on rank 0 only."""
+    if is_main():
+        print(text)
+
+
 def discard_output() -> None:
     """Points stdout and stderr at /dev/null, so that the interpreter's last flush cannot fail."""
     null = os.open(os.devnull, os.O_WRONLY)

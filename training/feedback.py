@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from core.distributed import is_main
-from core.files import InputError
+from core.files import InputError, print0
 from core.tokenizer import Tokenizer
 from training.examples import Cuts
 from training.pairing import count_prompt_clashes, epoch_order
@@ -76,9 +75,9 @@ def plan_feedback(
     order = None if args.no_shuffle else epoch_order(prompts, args.seed)
     steps = plan_steps(len(rows), *sizes, smallest=2, order=order)
     clashes = count_prompt_clashes((pair for step in steps for pair in kl_pairs(step)), prompts)
-    if clashes and is_main():
+    if clashes:
         advice = "; leave --no-shuffle out" * args.no_shuffle
-        print(f"warning: {', '.join(files)}: {clashes} KL pairs share their prompt, so they match{advice}")
+        print0(f"warning: {', '.join(files)}: {clashes} KL pairs share their prompt, so they match{advice}")
     return Feedback(rows, places, cuts, steps, functools.partial(pair_sequence, rows, args.max_len), {})
 
 

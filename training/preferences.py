@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from core.conversations import dialogues, one_reply
-from core.distributed import is_main
-from core.files import InputError
+from core.files import InputError, print0
 from core.records import Fields, is_number, read_records, shown
 from training.logps import Example
 from training.reference import open_reference, reference_logps
-from training.run import run_identity, start_run
-from training.saves import Run
+from training.run import Run, run_identity, start_run
 from training.setup import (
     Setup,
     open_checkpoint,
@@ -114,8 +112,8 @@ def start_preference_run(args: argparse.Namespace, parse: Callable) -> tuple[Run
     order = None if args.no_shuffle else shuffled_order(n, args.seed)
     data.steps = plan_steps(n, args.batch_size, args.epochs, args.max_steps, order=order)
     setup.examples, setup.places, setup.steps = data.rows, data.places, data.steps
-    for text in schedule_advice(args, data.steps) if is_main() else []:
-        print(f"warning: {text}")
+    for text in schedule_advice(args, data.steps):
+        print0(f"warning: {text}")
     reference = open_reference(setup, ckpt.fingerprint())
     for groups in (data, held_out) if held_out else (data,):
         keys = groups.keys(list(range(len(groups.rows))))

@@ -27,7 +27,7 @@ from core.distributed import (
     stop_asked,
     sum_over_ranks,
 )
-from core.files import InputError, atomic_write, code_hash, json_object, read_json
+from core.files import InputError, atomic_write, code_hash, json_object, print0, read_json
 from core.outputs import discard_checkpoint
 from core.tokenizer import Tokenizer
 from model import Qwen2
@@ -132,9 +132,9 @@ def find_save(run: Run) -> None:
             raise InputError(
                 f"{path}: was saved by a run that differs in {', '.join(others)}; undo that or drop --resume"
             )
-        if changed and is_main():
+        if changed:
             since = f"the code has changed since step {state['step']} was saved"
-            print(f"warning: {since}; the remaining steps run the new code")
+            print0(f"warning: {since}; the remaining steps run the new code")
         if not state["finished"]:
             run.done = run.saved = state["step"]
             run.pending = state.get("pending")
@@ -190,13 +190,13 @@ def with_end_token(files: dict[str, str], tokenizer: Tokenizer) -> dict[str, str
     return files | changed
 
 
-def warn_of_foreign_weights(setup: Setup) -> None:
+def warn_of_added_parameters(setup: Setup) -> None:
     """Warns if the model has parameters that no checkpoint of this architecture has."""
-    foreign = [name for name, _ in setup.model.named_parameters() if name not in setup.ckpt.names]
-    if foreign and is_main():
-        more = " and more" * (len(foreign) > 1)
+    added = [name for name, _ in setup.model.named_parameters() if name not in setup.ckpt.names]
+    if added:
+        more = " and more" * (len(added) > 1)
         advice = "fold it into the checkpoint's own weights before the run ends (before_save of main)"
-        print(f"warning: OUT will hold {foreign[0]}{more}, which no script here loads; {advice}")
+        print0(f"warning: OUT will hold {added[0]}{more}, which no script here loads; {advice}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from core.distributed import (
     split_by_tokens,
     sum_over_ranks,
 )
-from core.files import InputError, same_path
+from core.files import InputError, print0, same_path
 from core.outputs import check_inputs
 from core.pages import GIB, free_memory
 from core.tokenizer import Tokenizer
@@ -170,8 +170,7 @@ def open_checkpoint(args: argparse.Namespace, ranks: Ranks) -> tuple[Qwen2, Toke
     positions = model.config.max_position_embeddings
     if args.max_len > positions:
         args.max_len = positions
-        if is_main():
-            print(f"--max-len: the model has {positions} positions; longer examples are cut there")
+        print0(f"--max-len: the model has {positions} positions; longer examples are cut there")
     return model, tokenizer, ckpt
 
 
@@ -202,8 +201,7 @@ def prepare_blocks(model: Qwen2, args: argparse.Namespace, batches: Iterable[lis
         args.compile = "on" if compile_pays(model, batches, ranks) else "off"
         if args.compile == "on":
             model.compile()
-            if is_main():
-                print("compile: on, the planned run is long enough to pay for it; --compile off switches it off")
+            print0("compile: on, the planned run is long enough to pay for it; --compile off switches it off")
     checkpoint_activations(model, args, batches, ranks)
 
 
@@ -239,16 +237,13 @@ def needs_checkpointing(model: Qwen2, args: argparse.Namespace, tokens: int, ran
     room = loaded + (free * 0.9 if free else math.inf)
     short = torch.tensor([float(sum(need.values()) > room) for need in (without, with_it)], device=model.device)
     on, too_large = (sum_over_ranks(short) > 0).tolist()
-    if is_main():
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in without.items())
-        has = f"{(loaded + free) / GIB:.2f} are free" if free else "free memory not known"
-        takes = f"{sum(without.values()) / GIB:.2f} GiB ({parts})"
-        choice = f"on, which takes {sum(with_it.values()) / GIB:.2f}" if on else "off"
-        print(f"memory: a micro-batch of {tokens:,} tokens takes {takes}, {has}: activation checkpointing {choice}")
-        if too_large:
-            print(
-                "warning: still too large; lower --micro-tokens" + ", or --shard over several ranks" * (not args.shard)
-            )
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in without.items())
+    has = f"{(loaded + free) / GIB:.2f} are free" if free else "free memory not known"
+    takes = f"{sum(without.values()) / GIB:.2f} GiB ({parts})"
+    choice = f"on, which takes {sum(with_it.values()) / GIB:.2f}" if on else "off"
+    print0(f"memory: a micro-batch of {tokens:,} tokens takes {takes}, {has}: activation checkpointing {choice}")
+    if too_large:
+        print0("warning: still too large; lower --micro-tokens" + ", or --shard over several ranks" * (not args.shard))
     if free:
         spend_spare_memory(model, int(room - sum((with_it if on else without).values())))
     return on

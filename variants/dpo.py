@@ -20,8 +20,7 @@ from core.flags import Parser, checkpoint_out, number
 from training.flags import add_reference_flags, add_training_flags, check_cache_path, check_default_inputs, kto_out
 from training.logps import example_logps
 from training.preferences import Groups, best_and_worst, preference_metrics, preference_pairs, start_preference_run
-from training.run import end_step, eval_due, eval_logps, finish_run, progress, stop_run
-from training.saves import Run
+from training.run import Run, end_step, eval_due, eval_logps, finish_run, progress, stop_run
 from training.step import lr_at, micro_batches, optimizer_step, record_skip, seed_step
 
 
