@@ -191,10 +191,11 @@ def split_by_tokens(lengths: list[int], micro_tokens: int, world: int) -> list[l
 
 
 def rank_micro_batches(
-    lengths: list[int], micro_tokens: int, rank: int, world: int, equal_counts: bool = False
+    lengths: list[int], micro_tokens: int, ranks: Ranks, equal_counts: bool = False
 ) -> list[list[int]]:
     """This rank's micro-batches of a step. equal_counts: keep empty ones, so that every rank has the same number."""
-    return [micro for micro in split_by_tokens(lengths, micro_tokens, world)[rank::world] if micro or equal_counts]
+    own = split_by_tokens(lengths, micro_tokens, ranks.world)[ranks.rank :: ranks.world]
+    return [micro for micro in own if micro or equal_counts]
 
 
 def overlapped_reduction(model: nn.Module, world: int, size: int = 2**24) -> tuple[Callable, Callable]:

@@ -11,7 +11,7 @@ from training_runs import chats, log, trl_log, update_error, weights
 
 import train_sft
 from core.checkpoint import Checkpoint
-from core.distributed import rank_micro_batches
+from core.distributed import Ranks, rank_micro_batches
 from core.tokenizer import Tokenizer
 from model import Qwen2
 from train_sft import sft_loss
@@ -195,9 +195,9 @@ def test_order_is_drawn_from_the_seed_and_differs_by_epoch():
 def test_shares_of_the_ranks_are_the_whole():
     lengths = [7, 100, 30, 30, 5, 64, 2]
     for world in (1, 2, 3, 8):
-        shares = [rank_micro_batches(lengths, 64, r, world) for r in range(world)]
+        shares = [rank_micro_batches(lengths, 64, Ranks(r, world)) for r in range(world)]
         assert sorted(i for share in shares for b in share for i in b) == list(range(7))
-    two = [sum(lengths[i] for b in rank_micro_batches(lengths, 10**6, r, 2) for i in b) for r in range(2)]
+    two = [sum(lengths[i] for b in rank_micro_batches(lengths, 10**6, Ranks(r, 2)) for i in b) for r in range(2)]
     assert min(two) > 80 and math.isclose(sum(two), sum(lengths))
 
 

@@ -149,7 +149,7 @@ def sequence_logps(
     share = model.device.type == "cpu" and not sharded
     groups, costs = group_by_context(examples, 4 * micro_tokens, share)
     with cast_once(model.casts):
-        for micro in rank_micro_batches(costs, micro_tokens, ranks.rank, ranks.world, sharded):
+        for micro in rank_micro_batches(costs, micro_tokens, ranks, sharded):
             if heed_stop and (stop_asked(model.device) if sharded else STOP["asked"]):  # sharded ranks leave together
                 break
             indices = [i for group in micro for i in groups[group]]

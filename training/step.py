@@ -53,8 +53,8 @@ def micro_batches(run: Run, lengths: list[int]) -> Iterator[list[int]]:
 
     lengths: tokens of each of the step's examples. Ends early after SIGTERM or Ctrl-C.
     """
-    ranks, sharded = run.ranks, is_sharded(run.model)
-    micros = rank_micro_batches(lengths, run.args.micro_tokens, ranks.rank, ranks.world, sharded)
+    sharded = is_sharded(run.model)
+    micros = rank_micro_batches(lengths, run.args.micro_tokens, run.ranks, sharded)
     run.start_sync(len(micros))
     with cast_once(run.model.casts):
         for micro in micros:

@@ -79,7 +79,7 @@ class Sampler:
         head, out = model.head_weight, torch.zeros(len(examples), 1 + ROWS * COLUMNS, device=model.device)
         root, right = head_root(head), head.T @ self.right  # (C, C), (C, 128)
         lengths, ranks = [len(ids) for ids, _ in examples], self.ranks
-        for micro in rank_micro_batches(lengths, self.args.micro_tokens, ranks.rank, ranks.world, False):
+        for micro in rank_micro_batches(lengths, self.args.micro_tokens, ranks):
             ids, sizes, *_ = pack_to_device([examples[i] for i in micro], model.device)
             for i, hidden in zip(micro, model.hidden(ids, sizes)[0].float().split(sizes)):  # (T_i, C)
                 out[i, 0] = utility(hidden @ root)

@@ -32,7 +32,7 @@ import train_sft
 from core import distributed
 from core.checkpoint import Checkpoint
 from core.conversations import sft_conversations
-from core.distributed import overlapped_reduction, rank_micro_batches, split_by_tokens
+from core.distributed import Ranks, overlapped_reduction, rank_micro_batches, split_by_tokens
 from core.records import read_records
 from core.tokenizer import Tokenizer
 from model import Qwen2
@@ -370,7 +370,7 @@ def test_cuts_are_bounded_balanced_and_as_many_for_each_rank():
         assert sorted(i for b in bins for i in b) == list(range(len(lengths))) and len(bins) % world == 0
         assert all(t <= most or len(b) == 1 for t, b in zip(tokens, bins))
         assert max(tokens) - min(tokens) <= max(lengths) and tokens == sorted(tokens, reverse=True)
-        counts = [len(rank_micro_batches(lengths, most, r, world, True)) for r in range(world)]
+        counts = [len(rank_micro_batches(lengths, most, Ranks(r, world), True)) for r in range(world)]
         assert len(set(counts)) == 1 and counts[0] * world == len(bins)
 
 
@@ -454,7 +454,8 @@ def shares_differ(tiny, data, n):
     examples, *_ = encode_chats(read_records([data], sft_conversations), Tokenizer(tiny), 64)
     steps = plan_steps(13, 4, 2, None, order=shuffled_order(13, 0))
     counts = [
-        [len(rank_micro_batches([len(examples[i][0]) for i in step], 60, r, n)) for r in range(n)] for step in steps
+        [len(rank_micro_batches([len(examples[i][0]) for i in step], 60, Ranks(r, n))) for r in range(n)]
+        for step in steps
     ]
     return any(len(set(c)) > 1 for c in counts) and max(map(max, counts)) > 1
 
