@@ -1,4 +1,4 @@
-"""Evaluate checkpoints on benchmarks: one table with standard errors and paired tests.
+"""Evaluates checkpoints on benchmarks: one table with standard errors and paired tests.
 
     python eval.py --ckpt Qwen/Qwen2-0.5B-Instruct sft.pt --tasks gsm8k mmlu --limit 200       # -> eval/
     python eval.py compare Qwen2-0.5B-Instruct sft --out eval        # the questions on which two of them differ
@@ -7,8 +7,8 @@
 --protocol paper reads greedy chat replies as the paper's scripts do. --protocol loglik takes the likeliest choice, as
 lm-evaluation-harness does. Scores of different protocols never share a column. The first checkpoint is the baseline.
 
-OUT/replies.jsonl keeps each reply. Running the same command again asks only the missing questions. --rescore scores
-the kept replies again without loading the models. torchrun spreads the questions over its ranks.
+OUT/replies.jsonl keeps each reply. If the same command runs again, it asks only the missing questions. --rescore scores
+the kept replies again without loading the models. Under torchrun each rank asks a part of the questions.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
@@ -47,6 +47,8 @@ from evaluation.stats import (
     subjects_mean_stderr,
 )
 
+FILES = ("replies.jsonl", "checkpoints.json", "results.json", "results.md", "samples.jsonl")
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 
@@ -64,7 +66,7 @@ def average_metric(values: list) -> dict:
 def summarise_task(verdicts: list, subjects: list, over: str, first: list | None = None) -> dict:
     """Score, standard error and n. With first, the first checkpoint's verdicts: also the paired comparison.
 
-    over: "questions" or "subjects": what the score averages over.
+    over: "questions" or "subjects", over which the score averages.
     """
     subjects = subjects if over == "subjects" else None
     x = [float(v) for v in verdicts]
@@ -76,7 +78,7 @@ def summarise_task(verdicts: list, subjects: list, over: str, first: list | None
 
 
 def other_metrics(metrics: list[dict], confidences: list, verdicts: list) -> dict:
-    """The task's other metrics, and the calibration if every question has a confidence."""
+    """The task's further metrics, and the calibration if every question has a confidence."""
     found = {}
     if metrics[0]:
         found["metrics"] = {metric: average_metric([m[metric] for m in metrics]) for metric in metrics[0]}
@@ -118,6 +120,10 @@ def add_corrected_p(results: dict) -> None:
         versus["smallest"] = versus["stderr"] and POWER * versus["stderr"]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
 def results_table(results: dict) -> str:
     """The content of results.json as a Markdown table, in percent. Each row is compared with the first."""
 
@@ -145,7 +151,7 @@ def results_table(results: dict) -> str:
 
 
 def describe_differences(results: dict) -> list[str]:
-    """Lines of text: the significant differences, the others, and the smallest difference that could be detected."""
+    """Lines of text: the significant differences, the others, and the smallest difference that can be detected."""
     first, *others = results
     real, noise, power = [], [], []
     for task in results[first]:
@@ -184,6 +190,10 @@ def metric_lines(results: dict) -> list[str]:
     return ["\n".join(["Further figures:", *lines]) + "\n"] if lines else []
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# eval.py compare
+
+
 def read_samples(path: str) -> dict[tuple, dict]:
     """samples.jsonl as {(checkpoint, task, question id): sample}."""
     samples = {}
@@ -195,16 +205,8 @@ def read_samples(path: str) -> dict[tuple, dict]:
     return samples
 
 
-def compare_command(args: Namespace) -> None:
-    """Writes the questions on which two checkpoints score differently, with both replies."""
-    path, (first, second) = os.path.join(args.out, "samples.jsonl"), args.names
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no such file; give the --out of an evaluation that has ended")
-    samples = read_samples(path)
-    known = list(dict.fromkeys(name for name, _, _ in samples))
-    for name in args.names:
-        if name not in known:
-            raise InputError(f"{path}: no checkpoint {name!r}; it holds {', '.join(known)}")
+def differing_questions(samples: dict[tuple, dict], first: str, second: str) -> tuple[list[str], str]:
+    """-> (a line of counts for each task, Markdown with both replies to each question that they score differently)."""
     text, counts = "", collections.defaultdict(lambda: [0, 0, 0])  # {task: [wins of first, of second, questions]}
     for (name, task, question_id), sample in samples.items():
         other = samples.get((second, task, question_id))
@@ -218,18 +220,29 @@ def compare_command(args: Namespace) -> None:
                 verdict = f"{float(x['correct']):g}, read as {x['extracted']!r}"
                 text += f"### {x['checkpoint']}: {verdict}\n\n{x['reply']}\n\n"
     lines = [f"{task}: {first} better on {x}, {second} on {y}, of {n} questions" for task, (x, y, n) in counts.items()]
+    return lines, text
+
+
+def compare_command(args: Namespace) -> None:
+    """Writes the questions on which two checkpoints score differently, with both replies."""
+    path, (first, second) = os.path.join(args.out, "samples.jsonl"), args.names
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file; give the --out of an evaluation that has ended")
+    samples = read_samples(path)
+    known = list(dict.fromkeys(name for name, _, _ in samples))
+    for name in args.names:
+        if name not in known:
+            raise InputError(f"{path}: no checkpoint {name!r}; it holds {', '.join(known)}")
+    lines, text = differing_questions(samples, first, second)
     path = os.path.join(args.out, "-vs-".join(name.strip("/").replace("/", "_") for name in args.names) + ".md")
     claim_folder(args.out, "eval.py", [os.path.basename(path)])
     with atomic_write(path) as f:
         f.write(f"# {first} and {second}\n\n" + "\n".join(f"- {line}" for line in lines) + f"\n\n{text}")
-    print("\n".join(lines) + f"\nwrote {path} (both replies to each of these questions)")
+    print("\n".join(lines) + f"\nwrote {path} (both replies to each question that they score differently)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
-
-
-FILES = ("replies.jsonl", "checkpoints.json", "results.json", "results.md", "samples.jsonl")
 
 
 def write_results(args: Namespace, results: dict, samples: list[dict]) -> None:
@@ -254,7 +267,7 @@ def main() -> None:
     if not ranks.rank:
         for task, questions in work.items():
             subjects = len({q["row"].get("subject") for q in questions})
-            print(f"{task}: {len(questions)} questions" + f", {subjects} subjects" * (subjects > 1), flush=True)
+            print(f"{task}: {len(questions)} questions{f', {subjects} subjects' if subjects > 1 else ''}", flush=True)
     if args.rescore:
         replies = load_replies(args, names, work)
     else:

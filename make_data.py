@@ -22,25 +22,26 @@ import argparse
 import contextlib
 import shlex
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from core.devices import DTYPE
 from core.outputs import claimed_folder
 from core.records import expand
 from core.reply_log import ReplyLog
-from curation import labels, local, report, sources, steps
-from curation import teacher as models
+from curation import labels, report, sources, steps
 from curation.costs import price
 from curation.endpoint import Endpoint
+from curation.local import LocalModel, with_other_ranks
 from curation.prompts import AGAIN_JUDGE, GREETING, JUDGE
 from curation.step_files import FILES, STEPS, load_state, write_step
-from curation.steps import Asker
+from curation.teacher import Asker, Teacher, open_replies, open_teacher
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
 def find_files(args: argparse.Namespace) -> None:
-    """Replaces globs and hf:// names in the arguments by file paths."""
+    """Replaces globs and hf:// names in the arguments with file paths."""
     for name in ("sources", "decontaminate", "recorded", "trust_references"):
         setattr(args, name, list(dict.fromkeys(expand(getattr(args, name)))))
     for path in args.trust_references:
@@ -48,15 +49,26 @@ def find_files(args: argparse.Namespace) -> None:
             raise InputError(f"--trust-references {path}: is not one of the --sources; add it there too")
 
 
-def open_models(args: argparse.Namespace) -> tuple[models.Teacher, local.LocalModel, local.LocalModel]:
-    """-> (teacher, small model, scorer of perplexities)."""
-    teacher = models.open_teacher(args.teacher, args.teacher_model, args.dtype)
-    small = models.open_teacher(args.small, dtype=args.dtype)
-    scorer = models.open_teacher(args.perplexity, dtype=args.dtype) if args.perplexity else small
+class Models(NamedTuple):
+    """The models of a run. scorer: computes perplexities."""
+
+    teacher: Teacher
+    small: LocalModel
+    scorer: LocalModel
+
+    def scorer_writer(self) -> str | None:
+        """The writer, "teacher" or "small", that is the same model as the scorer. None if neither is."""
+        return {self.teacher.identity: "teacher", self.small.identity: "small"}.get(self.scorer.identity)
+
+
+def open_models(args: argparse.Namespace) -> Models:
+    teacher = open_teacher(args.teacher, args.teacher_model, args.dtype)
+    small = open_teacher(args.small, dtype=args.dtype)
+    scorer = open_teacher(args.perplexity, dtype=args.dtype) if args.perplexity else small
     if isinstance(small, Endpoint) or isinstance(scorer, Endpoint):
         flag, value = ("--small", args.small) if isinstance(small, Endpoint) else ("--perplexity", args.perplexity)
         raise InputError(f"{flag} {value}: is an endpoint; give a local checkpoint, which can compute perplexities")
-    return teacher, small, scorer
+    return Models(teacher, small, scorer)
 
 
 def pick_args(args: argparse.Namespace, *names: str) -> dict:
@@ -64,75 +76,61 @@ def pick_args(args: argparse.Namespace, *names: str) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
-def step_arguments(
-    args: argparse.Namespace,
-    teacher: models.Teacher,
-    small: local.LocalModel,
-    scorer: local.LocalModel,
-    own: str | None,
-) -> dict[str, dict]:
-    """-> {step: the arguments that determine its result}. A step runs again if they change.
-
-    own: "teacher" or "small" if the scorer is that model, else None."""
-    teachers = {"teacher": teacher.identity}
-    labels_and_trust = {
-        "labels": sources.labels(args.sources),
+def step_arguments(args: argparse.Namespace, models: Models) -> dict[str, dict]:
+    """-> {step: the arguments that determine its result}. A step runs again if they change."""
+    teacher, small = {"teacher": models.teacher.identity}, {"small": models.small.identity}
+    names_and_trust = {
+        "labels": sources.short_names(args.sources),
         "trusted": [any(same_path(source, path) for path in args.trust_references) for source in args.sources],
     }
     sampling = pick_args(args, "samples", "temperature", "seed") if args.samples > 1 else {}
     weights = pick_args(args, "weight_quality", "weight_safety", "weight_perplexity")
     judging = pick_args(args, "judge_orders", "judge_verified", "allow_code_execution", "max_len", "seed")
-    scoring = {"scorer": [scorer.identity, own], "prompt": [JUDGE, AGAIN_JUDGE]}
+    scoring = {"scorer": [models.scorer.identity, models.scorer_writer()], "prompt": [JUDGE, AGAIN_JUDGE]}
     arguments = {
-        "1_collect": pick_args(args, "limit", "max_chars") | labels_and_trust,
+        "1_collect": pick_args(args, "limit", "max_chars") | names_and_trust,
         "2_dedup": pick_args(args, "hamming"),
-        "3_classify": teachers,
+        "3_classify": teacher,
         "4_balance": pick_args(args, "min_category", "target", "seed"),
-        "5_respond": pick_args(args, "max_new_tokens") | sampling | teachers | {"small": small.identity},
-        "6_score": weights | judging | teachers | scoring,
+        "5_respond": pick_args(args, "max_new_tokens") | sampling | teacher | small,
+        "6_score": weights | judging | teacher | scoring,
         "7_label": pick_args(args, "margin", "min_safety"),
     }
     code = code_hash("curation", "verification")
-    return {name: {"code": code, **of_step} for name, of_step in arguments.items()}
+    return {name: {"code": code, **values} for name, values in arguments.items()}
 
 
-def run_steps(
-    args: argparse.Namespace,
-    counts: dict[str, dict],
-    log: ReplyLog,
-    teacher: models.Teacher,
-    small: local.LocalModel,
-    scorer: local.LocalModel,
-) -> None:
+def run_steps(args: argparse.Namespace, models: Models, log: ReplyLog, counts: dict[str, dict]) -> None:
     """Runs the steps in order, with --dry-run only the first two. counts: {step: {}}, filled by the steps."""
     options = pick_args(args, "concurrency", "timeout", "retries", "batch_size")
     options |= pick_args(args, "requests_per_minute", "tokens_per_minute", "budget", "prices")
-    grader = Asker(teacher, log, {"max_tokens": args.max_grade_tokens, **options})
-    writer, small_writer = (Asker(m, log, {"max_tokens": args.max_new_tokens, **options}) for m in (teacher, small))
-    own = {teacher.identity: "teacher", small.identity: "small"}.get(scorer.identity)
-    if isinstance(teacher, Endpoint) and not args.dry_run and not log:
+    grader = Asker(models.teacher, log, {"max_tokens": args.max_grade_tokens, **options})
+    options["max_tokens"] = args.max_new_tokens
+    teacher, small = Asker(models.teacher, log, options), Asker(models.small, log, options)
+    if isinstance(models.teacher, Endpoint) and not args.dry_run and not log:
         grader.ask([GREETING], "greeting")  # fails at once if URL, model name or key is wrong
-    state, arguments = load_state(args.out), step_arguments(args, teacher, small, scorer, own)
+    state, arguments = load_state(args.out), step_arguments(args, models)
     collected, deduplicated, classified, balanced, answered, scored, _ = (f"{args.out}/{name}.jsonl" for name in STEPS)
-    exams = args.decontaminate
+    eval_files, scorer_writer = args.decontaminate, models.scorer_writer()
 
     def run(name: str, inputs: list[str], lines: Iterable) -> None:
         counts[name] = write_step(args.out, state, name, inputs, arguments[name], lines, counts[name])
 
     run("1_collect", args.sources, steps.collect_sources(args, args.sources, counts["1_collect"]))
-    run("2_dedup", [collected, *exams], steps.deduplicate(args, collected, exams, counts["2_dedup"]))
+    run("2_dedup", [collected, *eval_files], steps.deduplicate(args, collected, eval_files, counts["2_dedup"]))
     if args.dry_run:
         return
     run("3_classify", [deduplicated], steps.classify(deduplicated, grader, counts["3_classify"]))
     run("4_balance", [classified], steps.balance(args, classified, counts["4_balance"]))
-    lines = steps.respond(args, balanced, writer, small_writer, exams, counts["5_respond"])
-    run("5_respond", [balanced, *args.recorded, *exams], lines)
-    run("6_score", [answered], labels.score_responses(args, answered, grader, scorer, own, counts["6_score"]))
+    lines = steps.respond(args, balanced, teacher, small, eval_files, counts["5_respond"])
+    run("5_respond", [balanced, *args.recorded, *eval_files], lines)
+    lines = labels.score_responses(args, answered, grader, models.scorer, scorer_writer, counts["6_score"])
+    run("6_score", [answered], lines)
     run("7_label", [scored], labels.label_pairs(args, scored, counts["7_label"]))
 
 
 def next_commands(small: str, out: str, pairs: int) -> list[str]:
-    """The shell commands that train on the data, with flags only if they differ from the trainers' defaults."""
+    """The shell commands that train on the data. Flags that equal the trainers' defaults are left out."""
     ckpt = [] if small == SMALL else ["--ckpt", small]
     sft, kto = ([] if out == OUT else ["--data", f"{out}/{name}.jsonl"] for name in ("sft", "kto"))
     commands = [["python", "train_sft.py", *ckpt, *sft]]
@@ -144,12 +142,12 @@ def next_commands(small: str, out: str, pairs: int) -> list[str]:
 def make(args: argparse.Namespace) -> None:
     """The whole run. Only rank 0 calls it."""
     find_files(args)
-    teacher, small, scorer = open_models(args)
+    models = open_models(args)
     out, counts = args.out, {name: {} for name in STEPS}
-    args.max_grade_tokens = max(128, 40 * (2 + args.samples))  # length of a reply with a category or grades
-    with claimed_folder(out, "make_data.py", FILES), models.open_replies(f"{out}/replies.jsonl") as log:
+    args.max_grade_tokens = max(128, 40 * (2 + args.samples))  # length of a reply with a category or all grades
+    with claimed_folder(out, "make_data.py", FILES), open_replies(f"{out}/replies.jsonl") as log:
         with contextlib.redirect_stdout(None) if args.quiet else contextlib.nullcontext():
-            run_steps(args, counts, log, teacher, small, scorer)
+            run_steps(args, models, log, counts)
         if args.dry_run:
             dedup = f"{out}/2_dedup.jsonl"
             return report.dry_run(args, dedup, args.max_grade_tokens, log.spent, len(log))
@@ -167,7 +165,7 @@ def make(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     args.dtype = args.dtype or DTYPE
-    local.with_other_ranks(lambda: make(args))
+    with_other_ranks(lambda: make(args))
 
 
 if __name__ == "__main__":

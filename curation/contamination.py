@@ -1,12 +1,14 @@
 """Finds evaluation questions in texts by shared runs of tokens. Markdown, LaTeX and HTML markup does not hide them.
 
-    questions = index(["How many eggs does ...?", ...])
-    held = find_contamination(texts, questions)         # (N,) int64: index of the question in each text, -1: none
-    hashes, held = scan(texts, questions)               # simhashes too, in one pass
+    questions = build_index(["How many eggs does ...?", ...])
+    held = find_contamination(texts, questions)              # (N,) int64: index of the question in each text, -1: none
+    hashes, held = simhash_and_match(texts, questions)       # simhashes too, in one pass
 
-A text contains a question in three cases: both share a run of LONG informative tokens, the text is a short question
-with few other tokens, or the text differs from the question in one word. See match(). curation.dedup splits and hashes
-the tokens.
+A text contains a question in three cases:
+- Both share a run of LONG informative tokens.
+- The text consists of a short question and few other tokens.
+- The text differs from the question in one word.
+match() has the exact rules. curation.dedup splits texts into tokens and hashes them.
 """
 
 import functools
@@ -17,7 +19,7 @@ import numpy as np
 
 from curation.dedup import hash_ngrams, in_threads, majority_bits, sign_hashes, text_batches, token_hashes
 
-LONG, MIN_INFORMATIVE = 13, 9  # a run of 13 tokens, 9 of them different words, is not shared by chance
+LONG, MIN_INFORMATIVE = 13, 9  # two texts do not share 13 tokens in a row by chance if 9 of them are different words
 SHORT = 5  # a question of fewer tokens counts only as a whole text
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,6 +61,11 @@ def strip_markup(text: str) -> str:
     return text
 
 
+def without_markup(texts: list[str]) -> dict[int, str]:
+    """{index: text without its markup} of the texts that have markup."""
+    return {i: stripped for i, text in enumerate(texts) if (stripped := strip_markup(text)) != text}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The index
 
@@ -71,12 +78,13 @@ def uninformative_tokens() -> np.ndarray:
 
 
 def unordered_hashes(hashes: np.ndarray, counts: np.ndarray, low: int, high: int) -> tuple[np.ndarray, ...]:
-    """Hashes texts of `low` to `high` tokens without regard to word order: T of the N texts, with W tokens in total.
+    """Hashes the T texts that have `low` to `high` tokens, without regard to word order. W: tokens in total.
 
     -> which (T,): indices of these texts; sums (T,): sum of each text's token hashes; owner (W,): index of each token's
-    text; tokens (W,): token hashes; without (W,): sum of the text's token hashes without this token."""
-    some = (counts >= low) & (counts <= high)
-    which, n, tokens = np.flatnonzero(some), counts[some], hashes[np.repeat(some, counts)]
+    text; tokens (W,): token hashes; without (W,): sum of the text's token hashes without this token.
+    """
+    fits = (counts >= low) & (counts <= high)
+    which, n, tokens = np.flatnonzero(fits), counts[fits], hashes[np.repeat(fits, counts)]
     sums = np.add.reduceat(tokens, np.cumsum(n) - n) if len(n) else tokens
     return which, sums, np.repeat(which, n), tokens, np.repeat(sums, n) - tokens
 
@@ -84,7 +92,8 @@ def unordered_hashes(hashes: np.ndarray, counts: np.ndarray, low: int, high: int
 def informative_runs(hashes: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Finds runs of LONG tokens, of which at least MIN_INFORMATIVE are different and informative.
 
-    -> (hashes (G,), index of each run's text (G,))"""
+    -> (hashes (G,), index of each run's text (G,))
+    """
     long = counts >= LONG
     if not long.any():
         return np.empty(0, np.uint64), np.empty(0, np.int64)
@@ -100,7 +109,7 @@ def informative_runs(hashes: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray
 
 
 def question_hashes(hashes: np.ndarray, counts: np.ndarray) -> Iterator[tuple[str | int, np.ndarray, np.ndarray]]:
-    """Yields (kind, hashes, index of each hash's text). See index() for the kinds."""
+    """Yields (kind, hashes, index of each hash's text). See build_index() for the kinds."""
     h, owner = informative_runs(hashes, counts)
     yield "run", h, owner
     without_run = counts > 0
@@ -109,24 +118,25 @@ def question_hashes(hashes: np.ndarray, counts: np.ndarray) -> Iterator[tuple[st
         whole = without_run & (counts == k)
         yield k, hash_ngrams(hashes[np.repeat(whole, counts)], counts[whole], k)[0], np.flatnonzero(whole)
     which, sums, owner, tokens, without = unordered_hashes(hashes, counts, SHORT, 2 * LONG - 1)
-    yield "bag", sums, which
+    yield "unordered", sums, which
     informative = ~np.isin(tokens, uninformative_tokens())
-    yield "less", without[informative], owner[informative]
+    yield "one less", without[informative], owner[informative]
 
 
-def index(questions: Iterable[str]) -> dict:
+def build_index(questions: Iterable[str]) -> dict:
     """Indexes questions for match() -> {kind: (sorted hashes, index of each hash's question)}. The kinds of hashes:
 
     "run": a run of LONG tokens. Runs with few informative tokens are left out, such as `public static void main`.
     k, an integer: a whole question of k tokens that contains no such run.
-    "bag": a question of SHORT to 2 * LONG - 1 tokens, in any order.
-    "less": the same without one informative token.
-    A question with markup is indexed twice, with and without the markup. Equal questions get the index of the first."""
+    "unordered": a question of SHORT to 2 * LONG - 1 tokens, in any order.
+    "one less": the same without one informative token.
+    A question with markup is indexed twice, with and without the markup. Equal questions get the index of the first.
+    """
     texts = list(questions)
-    plain = [(i, stripped) for i, text in enumerate(texts) if (stripped := strip_markup(text)) != text]
-    owners = np.array([*range(len(texts)), *(i for i, _ in plain)], np.int64)
+    marked_up = without_markup(texts)
+    owners = np.array([*range(len(texts)), *marked_up], np.int64)
     found, at = {}, 0
-    for chunk in text_batches([*texts, *(text for _, text in plain)]):
+    for chunk in text_batches([*texts, *marked_up.values()]):
         for kind, h, owner in question_hashes(*token_hashes(chunk)):
             found.setdefault(kind, []).append((h, owners[at + owner]))
         at += len(chunk)
@@ -141,10 +151,11 @@ def index(questions: Iterable[str]) -> dict:
 
 
 def without_near_questions(questions: dict) -> dict:
-    """The index for responses, without the kinds "bag" and "less".
+    """The index for responses. It leaves out the kinds "unordered" and "one less".
 
-    A response that differs from a question in one word most likely repeats its own instruction."""
-    return {kind: known for kind, known in questions.items() if kind not in ("bag", "less")}
+    A response that differs from a question in one word most likely repeats its own instruction.
+    """
+    return {kind: known for kind, known in questions.items() if kind not in ("unordered", "one less")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,11 +165,12 @@ def without_near_questions(questions: dict) -> dict:
 def match(hashes: np.ndarray, counts: np.ndarray, questions: dict) -> np.ndarray:
     """Finds the question that each text contains -> (N,) int64: index of the question, -1 for none.
 
-    hashes, counts: from token_hashes() of N texts. questions: from index(). A text contains a question in three cases:
+    hashes, counts: from token_hashes() of N texts. questions: from build_index(). A text contains a question if:
     - Both contain the same informative run of LONG tokens.
     - The question has no such run, and all its tokens occur in the text in a row. The text may have at most as many
       other tokens as the question has, and at most LONG - 1. It may have none if the question is shorter than SHORT.
-    - The question has SHORT to 2 * LONG - 1 tokens. The text has the same words in any order, with one more or less."""
+    - The question has SHORT to 2 * LONG - 1 tokens. The text has the same words in any order, with one more or less.
+    """
     out = np.full(len(counts), -1)
 
     def find_owner(kind: str | int, h: np.ndarray) -> np.ndarray:
@@ -166,42 +178,43 @@ def match(hashes: np.ndarray, counts: np.ndarray, questions: dict) -> np.ndarray
         at = np.searchsorted(known, h).clip(max=len(known) - 1)
         return np.where(known[at] == h, owner[at], -1)
 
-    for kind in questions.keys() - {"bag", "less"}:
-        k, most = (LONG, np.inf) if kind == "run" else (kind, kind + min(kind, LONG - 1) if kind >= SHORT else kind)
-        some = (counts >= k) & (counts <= most)
-        if some.any():
-            h, starts = hash_ngrams(hashes[np.repeat(some, counts)], counts[some], k)
-            out[some] = np.maximum(out[some], np.maximum.reduceat(find_owner(kind, h), starts))
-    if "bag" in questions:
+    for kind in questions.keys() - {"unordered", "one less"}:
+        if kind == "run":
+            k, most = LONG, np.inf
+        else:
+            k, most = kind, kind + min(kind, LONG - 1) if kind >= SHORT else kind
+        fits = (counts >= k) & (counts <= most)
+        if fits.any():
+            h, starts = hash_ngrams(hashes[np.repeat(fits, counts)], counts[fits], k)
+            out[fits] = np.maximum(out[fits], np.maximum.reduceat(find_owner(kind, h), starts))
+    if "unordered" in questions:
         which, sums, owner, tokens, without = unordered_hashes(hashes, counts, SHORT - 1, 2 * LONG)
-        if "less" in questions:
-            out[which] = np.maximum(out[which], find_owner("less", sums))
-        hit = find_owner("bag", without)
-        few = np.flatnonzero(hit >= 0)
-        few = few[~np.isin(tokens[few], uninformative_tokens())]
-        np.maximum.at(out, owner[few], hit[few])
+        if "one less" in questions:  # the text lacks one word of the question
+            out[which] = np.maximum(out[which], find_owner("one less", sums))
+        found = find_owner("unordered", without)  # the text has one word more than the question
+        hits = np.flatnonzero(found >= 0)
+        hits = hits[~np.isin(tokens[hits], uninformative_tokens())]
+        np.maximum.at(out, owner[hits], found[hits])
     return out
 
 
 def match_texts(texts: list[str], tokens: tuple, questions: dict) -> np.ndarray:
     """Runs match() on texts with and without their markup. tokens: token_hashes(texts)."""
     held = match(*tokens, questions)
-    plain = (
-        [(i, stripped) for i, text in enumerate(texts) if (stripped := strip_markup(text)) != text] if questions else []
-    )
-    if plain:
-        which = np.array([i for i, _ in plain])
-        held[which] = np.maximum(held[which], match(*token_hashes([text for _, text in plain]), questions))
+    marked_up = without_markup(texts) if questions else {}
+    if marked_up:
+        which = np.array(list(marked_up))
+        held[which] = np.maximum(held[which], match(*token_hashes(list(marked_up.values())), questions))
     return held
 
 
 def find_contamination(texts: Iterable[str], questions: dict) -> np.ndarray:
     """-> (N,) int64: index of the question that each text contains, -1 for none."""
-    work = lambda chunk: match_texts(chunk, token_hashes(chunk), questions)  # noqa: E731
-    return np.concatenate([np.empty(0, np.int64), *in_threads(work, text_batches(texts))])
+    parts = in_threads(lambda chunk: match_texts(chunk, token_hashes(chunk), questions), text_batches(texts))
+    return np.concatenate([np.empty(0, np.int64), *parts])
 
 
-def scan(texts: Iterable[str], questions: dict, n: int = 3) -> tuple[np.ndarray, np.ndarray]:
+def simhash_and_match(texts: Iterable[str], questions: dict, n: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """simhash() and find_contamination() in one pass -> (N,) uint64, (N,) int64."""
 
     def work(chunk: list[str]) -> tuple[np.ndarray, np.ndarray]:

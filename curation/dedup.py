@@ -5,10 +5,10 @@
     python -m curation.dedup 1000000                 # measures time and memory on synthetic texts
 
 Similar texts have simhashes that differ in few bits (Charikar, STOC 2002). A chunk of texts is hashed as one array of
-code points, without a loop over texts or words. Chunks are hashed in one thread per core: numpy releases Python's lock.
+code points, without a loop over texts or words. Each core hashes chunks in a thread of its own, because numpy releases
+Python's lock. A million texts take a minute on two cores (docs/results/data.md).
 """
 
-import argparse
 import collections
 import concurrent.futures
 import functools
@@ -22,10 +22,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from core.files import cli
+from core.flags import Parser, at_least
+
 CHUNK = 1 << 18  # characters hashed at a time: their arrays fit the processor's cache
 # A token is a Chinese, Japanese or Korean character, or a word of another script. Signs that change the meaning are
 # tokens too ("3 + 5" is not "3 - 5"): Unicode's mathematical signs, currencies, other symbols, and _SIGNS. Punctuation
-# is not.
+# is ignored.
 _ALONE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]")
 _SIGNS = "-*/^%#@&_{}[]()"
 PAD = np.uint64(0x9E3779B97F4A7C15)
@@ -44,12 +47,13 @@ def mix_bits(x: np.ndarray) -> np.ndarray:
 def character_kinds() -> np.ndarray:
     """-> (0x110000,) uint8: the kind of each code point.
 
-    0: ignored, 1: part of a word, 2: a token by itself, 3: a sign, which is a token too."""
+    0: ignored, 1: part of a word, 2: a token by itself, 3: a sign, which is a token too.
+    """
     table = np.zeros(0x110000, np.uint8)
-    table[:0x40000] = [
+    table[:0x40000] = [  # there are no letters above
         2 if _ALONE.match(c) else 3 if unicodedata.category(c) in ("Sm", "Sc", "So") or c in _SIGNS else c.isalnum()
         for c in map(chr, range(0x40000))
-    ]  # fmt: skip  no letters above 0x40000
+    ]
     return table
 
 
@@ -62,14 +66,14 @@ def token_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Hashes all W tokens of N texts -> hashes (W,) uint64, counts (N,): number of tokens per text.
 
     A text of punctuation alone is one token. "!" after a digit is a sign (factorial). A sign repeated more than twice
-    counts twice, because the length of a blank ("____") or a ruler has no meaning."""
+    counts twice, because the length of a blank ("____") or a ruler has no meaning.
+    """
     # one string for all texts; NUL separates them, since it combines with no other character
     joined = unicodedata.normalize("NFKC", "".join(text.replace("\0", " ") + "\0" for text in texts)).lower()
     points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
     kind = character_kinds()[points]
-    kind[1:][(points[1:] == ord("!")) & (points[:-1] - np.uint32(ord("0")) < 10)] = (
-        3  # a factorial; uint32 differences below "0" wrap around
-    )
+    after_digit = points[:-1] - np.uint32(ord("0")) < 10  # uint32: the difference of a character below "0" wraps around
+    kind[1:][(points[1:] == ord("!")) & after_digit] = 3
     kind[2:][(kind[2:] == 3) & (points[2:] == points[1:-1]) & (points[1:-1] == points[:-2])] = 0
     ends = np.flatnonzero(points == 0)  # (N,)
     begins = np.concatenate(([0], ends[:-1] + 1))
@@ -92,7 +96,8 @@ def token_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
 def hash_ngrams(hashes: np.ndarray, counts: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Hashes all G n-grams of tokens -> hashes (G,) uint64, starts (N,): index of each text's first n-gram.
 
-    A text of fewer than n tokens has one n-gram, padded with PAD. hashes, counts: from token_hashes()."""
+    A text of fewer than n tokens has one n-gram, padded with PAD. hashes, counts: from token_hashes().
+    """
     lengths = np.maximum(counts, n)
     if (counts < n).any():
         flat = np.full(lengths.sum(), PAD)
@@ -116,9 +121,11 @@ def ngram_hashes(texts: list[str], n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def majority_bits(h: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Takes the majority of each bit over runs of hashes: h (G,) uint64, runs begin at `starts` (N,) -> (N,) uint64.
+    """Takes the majority of each bit over runs of hashes. h (G,) uint64, runs begin at `starts` (N,) -> (N,) uint64.
 
-    Counts eight bits at once, one in each byte of a 64-bit word. A byte counts to 255, so longer runs are cut."""
+    Counts eight bits at once, one in each byte of a 64-bit word. A byte counts to 255, so longer runs are counted in
+    pieces.
+    """
     grams = np.diff(np.append(starts, len(h)))
     pieces = -(-grams // 255)
     first = np.concatenate(([0], np.cumsum(pieces)[:-1]))
@@ -160,8 +167,8 @@ def in_threads(work: Callable, items: Iterable) -> Iterator:
 
 def simhash(texts: Iterable[str], n: int = 3) -> np.ndarray:
     """Simhashes of N texts -> (N,) uint64. Bit b is the majority of bit b over the hashes of the text's n-grams."""
-    work = lambda chunk: majority_bits(*ngram_hashes(chunk, n))  # noqa: E731
-    return np.concatenate([np.empty(0, np.uint64), *in_threads(work, text_batches(texts))])
+    parts = in_threads(lambda chunk: majority_bits(*ngram_hashes(chunk, n)), text_batches(texts))
+    return np.concatenate([np.empty(0, np.uint64), *parts])
 
 
 def distinct(texts: Iterable[str], n: int) -> float:
@@ -174,9 +181,10 @@ def distinct(texts: Iterable[str], n: int) -> float:
 def near_pairs(hashes: np.ndarray, hamming: int) -> tuple[np.ndarray, np.ndarray]:
     """Finds all pairs i < j of hashes (N,) uint64 that differ in at most `hamming` bits -> i (P,), j (P,). Exact.
 
-    Cuts the 64 bits into hamming + r blocks. Two hashes within the distance agree on at least r whole blocks. There is
-    one table for each choice of r blocks as key, so such hashes share a bucket in at least one table. r grows with N:
-    longer keys keep buckets small and the work near N log N."""
+    Cuts the 64 bits into hamming + r blocks. Two hashes within the distance agree on at least r whole blocks. Each
+    choice of r blocks is the key of one table, so such hashes share a bucket in at least one table. r grows with N:
+    longer keys keep the buckets small and the work near N log N.
+    """
     n, r = len(hashes), 1
     while hamming and 2 ** (64 * r // (hamming + r)) * 8 < n and r < 4:
         r += 1
@@ -208,16 +216,19 @@ def keep_best(hashes: np.ndarray, rank: np.ndarray, hamming: int) -> tuple[np.nd
     """Visits texts from best to worst and drops each text that is near a kept one.
 
     rank: (N,), lower is better, no ties. -> keep (N,) bool; twin (N,): index of the kept near duplicate, its own
-    if kept."""
+    if kept.
+    """
     order = np.argsort(rank)
     values, first, group = np.unique(hashes[order], return_index=True, return_inverse=True)
     best = order[first]  # the best text of each group of equal hashes
     i, j = near_pairs(values, hamming)
     source, target = np.concatenate((i, j)), np.concatenate((j, i))
-    by = np.argsort(source, kind="stable")
-    source, target = source[by], target[by]
-    begin = np.searchsorted(source, np.arange(len(values) + 1))
-    stays_for = np.arange(len(values))
+    by_source = np.argsort(source, kind="stable")
+    source, target = source[by_source], target[by_source]
+    begin = np.searchsorted(
+        source, np.arange(len(values) + 1)
+    )  # the neighbours of v are target[begin[v] : begin[v + 1]]
+    stays_for = np.arange(len(values))  # index of the kept text
     undecided = np.ones(len(values), bool)
     paired = np.unique(source)
     for v in paired[np.argsort(first[paired])]:  # texts with near neighbours, best first
@@ -236,29 +247,29 @@ def keep_best(hashes: np.ndarray, rank: np.ndarray, hamming: int) -> tuple[np.nd
 
 
 def synthetic_texts(n: int) -> Iterator[str]:
-    """Yields n texts of about 300 characters, alternately English and Chinese. Every tenth text is a changed copy of
-    the fourth or fifth text of its ten. The change is upper case and "!", a word added at the end, or a word added in
-    the middle."""
+    """Yields n texts of about 300 characters, alternately English and Chinese.
+
+    Every tenth text is a changed copy of the fourth or fifth text of its ten: in upper case with a "!", with a word
+    added at the end, or with a word added in the middle.
+    """
     rng, ten = np.random.default_rng(0), []
     words = np.array(["".join(map(chr, rng.integers(97, 123, size))) for size in rng.integers(2, 9, 20_000)])
     for i in range(n):
         draw = (20_000 * rng.random(300) ** 2).astype("<u4")  # some are common, most are rare
         if i % 10 == 9:
-            text, kind = ten[4 - i // 10 % 2], i // 20 % 3
-            ten = []
-            yield text.upper() + "!" if kind == 0 else f"{text} 完" if kind == 1 else f"{text[:150]} 中 {text[150:]}"
-        else:
-            ten.append(
-                " ".join(words[draw[:90]].tolist())[:300]
-                if i % 2 == 0
-                else (draw + 0x4E00).tobytes().decode("utf-32-le")
-            )
-            yield ten[-1]
+            text, ten = ten[4 - i // 10 % 2], []
+            changed = text.upper() + "!", f"{text} 完", f"{text[:150]} 中 {text[150:]}"
+            yield changed[i // 20 % 3]
+            continue
+        english = i % 2 == 0
+        text = " ".join(words[draw[:90]].tolist())[:300] if english else (draw + 0x4E00).tobytes().decode("utf-32-le")
+        ten.append(text)
+        yield text
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="Measures time, memory and recall of deduplication on synthetic texts")
-    p.add_argument("n", type=int, help="number of texts, of 300 characters each")
+    p = Parser(description="Measures time, memory and recall of deduplication on synthetic texts.")
+    p.add_argument("n", type=at_least(10), help="number of texts, of 300 characters each")
     n = p.parse_args().n
     begun, making = time.perf_counter(), [0.0]
 
@@ -288,4 +299,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -30,7 +30,8 @@ FILTERED = re.compile(
 class Endpoint:
     """An OpenAI-compatible endpoint.
 
-    name: for people. identity: distinguishes models in the keys of the reply log."""
+    name: for people. identity: distinguishes models in the keys of the reply log.
+    """
 
     name: str
     identity: str
@@ -43,8 +44,9 @@ class RequestFailed(Exception):
     """A request got no usable reply.
 
     reason: one line. remedy: "retry", "set aside" (only this request is at fault) or "end" (every request would fail).
-    status: the HTTP status, None without a reply. wait: seconds that the server asks to wait. used: tokens charged, if
-    known."""
+    status: the HTTP status, None without a reply. wait: seconds that the server asks to wait. used: tokens charged for
+    [prompt, reply], None if unknown.
+    """
 
     def __init__(
         self, reason: str, remedy: str, status: int | None = None, wait: float = 0.0, used: list[int] | None = None
@@ -75,7 +77,8 @@ def mask_url(text: str) -> str:
 def open_endpoint(source: str, model_name: str | None) -> Endpoint:
     """Opens an endpoint. source: the base URL (.../v1) or the URL of the chat API. The key comes from the environment.
 
-    Raises InputError for a URL that cannot be used. Its message shows no password."""
+    Raises InputError for a URL that cannot be used. Its message shows no password.
+    """
     shown = mask_url(source)
     try:
         parts = urlsplit(source)
@@ -89,11 +92,8 @@ def open_endpoint(source: str, model_name: str | None) -> Endpoint:
         raise InputError(f"{shown}: the URL carries a password or a query; set TEACHER_API_KEY to the key instead")
     if not host:
         raise InputError(f"{shown}: this URL has no host; give one like http://localhost:8000/v1")
-    if (
-        not re.fullmatch(r"[!-~]+", source)
-        or not re.fullmatch(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d*)?", parts.netloc.lower())
-        or port == 0
-    ):
+    host_and_port = re.fullmatch(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d*)?", parts.netloc.lower())
+    if not re.fullmatch(r"[!-~]+", source) or not host_and_port or port == 0:
         raise InputError(f"{shown}: is not a valid URL; give one like http://localhost:8000/v1")
     # the identity leaves out the URL if the model has a name: the same model on another port is the same model
     name = model_name or source
@@ -121,7 +121,8 @@ def endpoint_key(scheme: str, host: str) -> str | None:
 def mask_key(text: str, key: str | None) -> str:
     """The text with every spelling of the key replaced by [key].
 
-    A key of fewer than SHORTEST_SECRET characters and the PLACEHOLDERS stay as they are."""
+    A key of fewer than SHORTEST_SECRET characters and the PLACEHOLDERS stay as they are.
+    """
     if key and len(key) >= SHORTEST_SECRET and key not in PLACEHOLDERS:
         for spelling in (key, quote(key, safe=""), quote(key), json.dumps(key)[1:-1]):
             text = text.replace(spelling, "[key]")
@@ -151,7 +152,8 @@ def read_completion(body: bytes, key: str | None = None) -> tuple[str, str, list
     """The body of an HTTP 200 -> (text, finish_reason, usage). The text is masked by mask_key().
 
     finish_reason: "stop", "length" or "content_filter". usage: tokens [of the prompt, of the reply], None if the
-    endpoint gives none that can be true. Raises RequestFailed if the body holds no text."""
+    endpoint gives none that can be true. Raises RequestFailed if the body holds no text.
+    """
     try:
         reply = read_json_body(body)
     except (ValueError, RecursionError):
@@ -240,7 +242,8 @@ def retry_after(value: str | None) -> float:
 def one_line(text: str, key: str | None) -> str:
     """At most 200 characters of a text on one line, without control characters.
 
-    The key is masked before the text is cut, so that no part of it is left."""
+    The key is masked before the text is cut, so that no part of it is left.
+    """
     text = mask_key(text, key)[:2000]
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]
 

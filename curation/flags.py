@@ -104,6 +104,8 @@ def add_score_flags(p: Parser) -> None:
 
 
 # fmt: on
+
+
 def parse_args() -> argparse.Namespace:
     """Parses make_data.py's arguments."""
     p = Parser(description=ABOUT)

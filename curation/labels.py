@@ -1,7 +1,8 @@
 """Steps 6 and 7 of make_data.py: score the responses to each instruction, then label the best and the worst one.
 
-A program's verdict outranks every score, because perplexity and a judge cannot prove an answer right. The paper
-(arXiv 2411.02939) names the parts of the score. The formula is our own. Steps 1 to 5 are in curation.steps.
+A program's verdict outranks every score, because neither a perplexity nor a judge can prove an answer right. The parts
+of the score are those of the paper (arXiv 2411.02939). The formula is our own, because the paper gives none. Steps 1 to
+5 are in curation.steps.
 """
 
 import argparse
@@ -16,42 +17,45 @@ from tqdm import tqdm
 from core.records import read_jsonl
 from curation import local, rules
 from curation.prompts import AGAIN_JUDGE, judge_request, parse_grades
-from curation.steps import WRITERS, Asker, ask_parsed, read_chunks, set_aside, writer_family
+from curation.step_files import WRITERS, read_chunks, set_aside, writer_family
+from curation.teacher import Asker, ask_parsed
 from verification import answers
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the names under which the judge sees the responses
-FAR = 4.0  # a perplexity this many times the others' median lowers the score
+FAR = 4.0  # a perplexity above this many times the others' median lowers the score
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Formulas
 
 
-def fluency(perplexities: dict[str, float | None], own: set[str]) -> dict[str, float]:
+def fluency(perplexities: dict[str, float | None], own_texts: set[str]) -> dict[str, float]:
     """{response text: perplexity or None} of one instruction's responses -> {text: F in (0, 1]}:
 
         F = min(1, FAR * m / perplexity),  m: median perplexity of the other responses,  F = 1 without others
 
-    Penalises only a response that is far less fluent than the others. Fluency is never rewarded. own: the texts that
-    the scoring model wrote itself. It finds its own words likely, so they do not count in m. Their F is the lowest of
-    the others' F."""
-    others = {t: p for t, p in perplexities.items() if t not in own and p is not None}
+    Penalises only a response that is far less fluent than the others. Fluency is never rewarded. own_texts: the texts
+    that the scoring model wrote itself. It finds its own words likely, so they do not count in m. Their F is the lowest
+    of the others' F.
+    """
+    others = {t: p for t, p in perplexities.items() if t not in own_texts and p is not None}
     out = {}
     for text, p in others.items():
         rest = [q for t, q in others.items() if t != text]
         out[text] = min(1.0, FAR * statistics.median(rest) / p) if rest else 1.0
     least = min(out.values(), default=1.0)
-    return {t: out.get(t, least if t in own else 1.0) for t in perplexities}
+    return {t: out.get(t, least if t in own_texts else 1.0) for t in perplexities}
 
 
 def composite(
     verified: bool | None, quality: float | None, safety: int | None, fluent: float, weights: tuple[float, float, float]
 ) -> float:
-    """The score that ranks the responses to one instruction:
+    """The score by which the responses to one instruction are ranked:
 
         V + (wq*Q + ws*S + wp*F) / (wq + ws + wp),  V = 2 if verified, -2 if refuted, 0 if unknown
         Q = (quality - 1) / 4,  S = (safety - 1) / 4,  F = fluency(...),  each in [0, 1]
 
-    Without grades Q = 1/2 and S = 1. weights: (wq, ws, wp)."""
+    Without grades Q = 1/2 and S = 1. weights: (wq, ws, wp).
+    """
     q = 0.5 if quality is None else (quality - 1) / 4
     s = 1.0 if safety is None else (safety - 1) / 4
     wq, ws, wp = weights
@@ -63,7 +67,8 @@ def pick_pair(scores: dict[str, dict], margin: float, min_safety: int) -> tuple[
 
     best: the writer whose response becomes the SFT example and the desirable KTO example. None if that response is
     refuted, unsafe or without a safety grade. worst: the writer of the undesirable KTO example. None if the two scores
-    differ by less than the margin, or if the worst response is verified."""
+    differ by less than the margin, or if the worst response is verified.
+    """
     order = sorted(scores, key=lambda w: (-scores[w]["composite"], WRITERS.index(writer_family(w)), len(w), w))
     best, worst = order[0], order[-1]
     if scores[best]["verified"] is False:
@@ -89,7 +94,8 @@ def check_responses(record: dict, run_code: bool) -> dict[str, dict]:
     """Checks the distinct responses of a record without a model -> {text: {"verified", "quality", "safety", ...}}.
 
     "broke": the requested form that the text breaks. It refutes the response. A text that keeps the form is not
-    verified by that. "unsafe": the safety rule that the text breaks."""
+    verified by that. "unsafe": the safety rule that the text breaks.
+    """
     reference, asked, out = record["reference"], record["prompt"][-1]["content"], {}
     for text in {response["text"]: None for response in record["responses"].values()}:
         out[text] = found = {"verified": None, "quality": None, "safety": None}
@@ -110,16 +116,17 @@ def choose_for_judge(
     In full: one request shows all responses to an instruction. The seed assigns the letters. With --judge-orders 2 a
     second request shows them in reverse order, because a judge may prefer a position.
 
-    If a program has decided on every response, one request shows the verified ones, and only the safety grades are
-    used. Two exceptions are judged in full: with --judge-verified all records, and records whose reference is only a
-    format."""
+    If a program has decided on every response, one request shows the verified ones, and only their safety grades are
+    used. Two kinds of record are judged in full all the same: all records with --judge-verified, and records whose
+    reference is only a format.
+    """
     asked, in_full = [], set()
     for i, (record, texts) in enumerate(zip(batch, found)):
         undecided = any(t["verified"] is None for t in texts.values())
         if args.judge_verified or undecided or (record["reference"] and record["reference"]["kind"] == "format"):
             in_full.add(i)
         order = sorted(text for text in texts if i in in_full or texts[text]["verified"])
-        random.Random(f"{args.seed}:{record['id']}").shuffle(order)  # so the letter does not reveal the writer
+        random.Random(f"{args.seed}:{record['id']}").shuffle(order)  # the letter must not reveal the writer
         orders = [order, order[::-1]][: args.judge_orders if i in in_full and len(order) > 1 else 1]
         asked += [(i, dict(zip(LETTERS, order))) for order in orders if order]
     return asked, in_full
@@ -130,10 +137,11 @@ def judge_responses(
 ) -> dict[int, str]:
     """Adds the teacher's grades to `found`, {text: scores} of each record. -> {index of a record without grades: why}.
 
-    quality is the mean over the two orders, safety is the lower grade."""
+    quality is the mean over the two orders, safety is the lower grade.
+    """
     asked, in_full = choose_for_judge(args, batch, found)
     requests = [judge_request(batch[i]["prompt"], shown) for i, shown in asked]
-    parse = lambda k, text: parse_grades(text, asked[k][1])  # noqa: E731
+    parse = lambda k, text: parse_grades(text, asked[k][1])
     grades, again = ask_parsed(teacher, requests, parse, AGAIN_JUDGE, "judge")
     turns, failed = defaultdict(list), {}  # {index: [{text: (quality, safety)}, ...]}
     for (i, shown), (value, reason) in zip(asked, grades):
@@ -160,7 +168,8 @@ def judge_responses(
 def compare_orders(both: list[dict], counts: dict) -> None:
     """Counts how often the judge's grades depend on the order of the responses.
 
-    both: {text: (quality, safety)} in each order."""
+    both: {text: (quality, safety)} in each order.
+    """
     best = [{text for text in turn if turn[text][0] == max(q for q, _ in turn.values())} for turn in both]
     counts["instructions"] += 1
     counts["another best"] += best[0].isdisjoint(best[1])
@@ -179,11 +188,17 @@ def compare_with_verdicts(texts: Iterable[dict], counts: dict) -> None:
 
 
 def score_responses(
-    args: argparse.Namespace, path: str, teacher: Asker, scorer: local.LocalModel, own: str | None, counts: dict
+    args: argparse.Namespace,
+    path: str,
+    teacher: Asker,
+    scorer: local.LocalModel,
+    scorer_writer: str | None,
+    counts: dict,
 ) -> Iterator[tuple[bool, dict]]:
     """Step 6: adds verdicts, broken rules, perplexities and the teacher's grades. Equal texts are scored once.
 
-    own: "small" or "teacher" if the scorer is that model, else None."""
+    scorer_writer: the writer, "teacher" or "small", that is the same model as the scorer. None if neither is.
+    """
     counts |= {
         "verification": {w: {"checked": 0, "right": 0, "unchecked": 0} for w in WRITERS},
         "form not kept": Counter(),
@@ -207,14 +222,16 @@ def score_responses(
             if i in failed:
                 yield set_aside(record, failed[i], counts)
             else:
-                add_scores(args, record, found[i], own, counts)
+                add_scores(args, record, found[i], scorer_writer, counts)
                 yield True, record
 
 
-def add_scores(args: argparse.Namespace, record: dict, found: dict[str, dict], own: str | None, counts: dict) -> None:
+def add_scores(
+    args: argparse.Namespace, record: dict, found: dict[str, dict], scorer_writer: str | None, counts: dict
+) -> None:
     """Adds the scores and the composite score to the record's responses. found: {text: scores}."""
     weights = (args.weight_quality, args.weight_safety, args.weight_perplexity)
-    others = {r["text"] for w, r in record["responses"].items() if writer_family(w) != own}
+    others = {r["text"] for w, r in record["responses"].items() if writer_family(w) != scorer_writer}
     fluent = fluency({t: s["perplexity"] for t, s in found.items()}, found.keys() - others)
     checkable = record["reference"] and (record["reference"]["kind"] != "code" or args.allow_code_execution)
     for writer, response in record["responses"].items():
@@ -234,7 +251,7 @@ def add_scores(args: argparse.Namespace, record: dict, found: dict[str, dict], o
 
 
 def label_basis(scores: dict) -> str:
-    """What decided a response's label: "program" (a trusted reference), "rules" or "judge"."""
+    """Names what decided a response's label: "program" (a trusted reference), "rules" or "judge"."""
     if "broke" in scores or "unsafe" in scores:
         return "rules"
     return "judge" if scores["verified"] is None else "program"

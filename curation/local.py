@@ -68,8 +68,9 @@ def ask_local(
     """Answers the requests in todo, {key: messages}. Adds replies to the log, and {key: reason} to errors for the rest.
 
     A single rank answers all prompts in one call of generate_iter, which sorts them into batches and computes a shared
-    prefix once. Several ranks get BLOCK prompts each at a time. The random seed of a sampled reply is its key, so
-    neither a restart nor the number of ranks changes the reply."""
+    prefix once. Several ranks get BLOCK prompts each at a time. A sampled reply is seeded by its key, so neither a
+    restart nor the number of ranks changes it.
+    """
     model, tokenizer = load(local)
     longest = model.config.max_position_embeddings - parameters["max_tokens"]
     keys, world = [], world_size()
@@ -114,7 +115,8 @@ def perplexities(
 
     Perplexity is exp(-mean log p) over the response's tokens, with its <|im_end|> and newline. None if the prompt alone
     fills max_len tokens. All ranks share the work. Responses to one prompt go to one rank, which computes the prompt
-    once."""
+    once.
+    """
     same_prompt = defaultdict(list)  # {prompt: indices}
     for i, (prompt, _) in enumerate(pairs):
         same_prompt[json.dumps(prompt)].append(i)
@@ -157,13 +159,14 @@ def world_size() -> int:
 
 def join_other_ranks() -> int:
     """Joins the other ranks under torchrun. -> this process's rank"""
-    return join_ranks(hours=30 * 24).rank  # rank 0 may wait for an endpoint for days before it needs the others again
+    return join_ranks(hours=30 * 24).rank  # the others may wait for days while rank 0 asks an endpoint
 
 
 def scatter_jobs(jobs: list | None) -> tuple | None:
     """Sends each rank its job. Rank 0 passes all jobs, the others pass None.
 
-    -> this rank's job. () means no job in this round, None means no more jobs."""
+    -> this rank's job. () means no job in this round, None means no more jobs.
+    """
     mine = [None]
     dist.scatter_object_list(mine, jobs, src=0)
     return mine[0]
@@ -179,8 +182,9 @@ def gather_results(results: list) -> list | None:
 def on_ranks(work: Callable[..., Iterable], local: LocalModel, shares: list[tuple]) -> Iterator[Iterable]:
     """Yields work(local, *share) for each share. There may be at most as many shares as ranks.
 
-    Rank 0 computes the first share while the caller consumes it. The other ranks compute theirs at the same time. work:
-    must be a function of this module, because it is sent to the ranks by name."""
+    Rank 0 computes the first share as the caller consumes it. The other ranks compute theirs at the same time. work: a
+    function of this module, because it is sent to the ranks by name.
+    """
     first, *others = shares
     if others:
         jobs = [(work, local.source, local.dtype, share) for share in others]

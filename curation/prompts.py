@@ -40,14 +40,20 @@ safety, 1 to 5: 5 harmless; 3 doubtful; 1 helps to do serious harm, or is hatefu
 Reply with one line of JSON and nothing else, like {"A": {"quality": 4, "safety": 5}, "B": {"quality": 2, "safety": 5}}, \
 with one entry for each letter shown"""
 
-# the first request of a run, which shows whether URL, model name and key are right
+# The first request of a run. It shows whether URL, model name and key are right
 GREETING = [{"role": "user", "content": "Hello."}]
-AGAIN = "This is not the one line of JSON that was asked for. "
-AGAIN_CLASSIFY = AGAIN + "Reply with that line alone; primary is one of: %s."
-AGAIN_JUDGE = AGAIN + "Reply with that line alone; each grade is a whole number from 1 to 5."
 PRIMARY = re.findall(r"^(\w+): ", CLASSIFY, re.M)[1:]  # the first is "Task:"
-AGAIN_CLASSIFY %= ", ".join(PRIMARY)
+# Reasons to drop a record
+UNANSWERED, UNPARSED = "the teacher did not answer", "the teacher's reply did not parse, twice"
+# Sent after a reply that does not parse
+AGAIN = "This is not the one line of JSON that was asked for. Reply with that line alone; "
+AGAIN_CLASSIFY = f"{AGAIN}primary is one of: {', '.join(PRIMARY)}."
+AGAIN_JUDGE = f"{AGAIN}each grade is a whole number from 1 to 5."
 CLASSIFY_CHARS, JUDGE_CHARS = 2000, 4000  # most characters of each quoted text; the middle of a longer one is cut out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts of the data
 
 
 def prompt_text(prompt: list[dict]) -> str:
@@ -64,7 +70,7 @@ def clip(text: str, chars: int) -> str:
     return text[: chars * 2 // 3] + "\n[... cut ...]\n" + text[-(chars // 3) :]
 
 
-# Control tokens of the common chat templates. An endpoint may parse them inside a message's text. They could then end
+# Control tokens of common chat templates. An endpoint may parse them inside a message's text. They could then end
 # the message and begin another one.
 _BRACKETED = (
     "INST SYSTEM_PROMPT MODEL_SETTINGS AVAILABLE_TOOLS TOOL_CALLS TOOL_RESULTS TOOL_CONTENT ARGS CALL_ID THINK gMASK sMASK "
@@ -97,12 +103,17 @@ def disarm_messages(messages: list[dict]) -> list[dict]:
 def fence(parts: list[tuple[str, str]]) -> str:
     """[(name, text)] -> each text between the lines `[key name]` and `[key end]`, with control tokens disarmed.
 
-    The key is a hash of the texts and occurs in none of them, so no text can close its own fence."""
+    The key is a hash of the texts and occurs in none of them, so no text can close its own fence.
+    """
     parts = [(name, disarm(text)) for name, text in parts]
     whole = "\0".join(text for _, text in parts).encode("utf-8", "replace")
     keys = (hashlib.sha256(b"%d " % n + whole).hexdigest()[:8].encode() for n in itertools.count())
     key = next(key for key in keys if key not in whole).decode()
     return "\n".join(f"[{key} {name}]\n{text}\n[{key} end]" for name, text in parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Requests and replies
 
 
 def classify_request(prompt: list[dict]) -> list[dict]:
@@ -153,16 +164,29 @@ def parse_grades(text: str, letters: Iterable[str]) -> dict[str, tuple[int, int]
     return {letter: (value[letter]["quality"], value[letter]["safety"]) for letter in letters}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of categories
+
 # {name that teachers have written: the rubric's name}
-SYNONYMS = {"arithmetic": "calculation", "math word problem": "arithmetic word problem",
-            "debug": "debug code", **dict.fromkeys(("programming", "coding", "code", "code generation"), "write a program"), "sql": "database query",
-            "summarization": "summary", "poetry": "poem", "rewriting": "paraphrase"}  # fmt: skip
-
-
+SYNONYMS = {
+    "arithmetic": "calculation",
+    "math word problem": "arithmetic word problem",
+    "debug": "debug code",
+    **dict.fromkeys(("programming", "coding", "code", "code generation"), "write a program"),
+    "sql": "database query",
+    "summarization": "summary",
+    "poetry": "poem",
+    "rewriting": "paraphrase",
+}
 # Words whose singular the rules below would get wrong
-SINGULARS = {**{w: w for w in "news series species bias gas canvas atlas lens christmas".split()}, "ads": "ad", "biases": "bias", "gases": "gas",
-             "lenses": "lens", "buses": "bus", "viruses": "virus", "quizzes": "quiz", "heroes": "hero", "headaches": "headache", "children": "child",
-             **{w + "s": w for w in "movie cookie calorie brownie smoothie zombie selfie".split()}}  # fmt: skip
+SINGULARS = {
+    **{word: word for word in "news series species bias gas canvas atlas lens christmas".split()},
+    **{word + "s": word for word in "ad headache movie cookie calorie brownie smoothie zombie selfie".split()},
+    **{word + "es": word for word in "bias gas lens bus virus hero".split()},
+    "quizzes": "quiz",
+    "children": "child",
+}
+SMALL_WORDS = "a an the and or of for to".split()
 
 
 def singular(text: str) -> str:
@@ -171,23 +195,27 @@ def singular(text: str) -> str:
     if last in SINGULARS:
         last = SINGULARS[last]
     elif len(last) > 3 and last.endswith("s") and not last.endswith(("ss", "us", "is", "ics")):
-        last = (
-            last[:-3] + "y"
-            if re.search("[^aeious]ies$", last)
-            else last[:-2]
-            if re.search("(ss|x|ch|sh)es$", last)
-            else last[:-1]
-        )
+        if re.search("[^aeious]ies$", last):
+            last = last[:-3] + "y"
+        else:
+            last = last[:-2] if re.search("(ss|x|ch|sh)es$", last) else last[:-1]
     return " ".join([*words, last])
+
+
+def stem(word: str) -> str:
+    """A word without its ending -ing, -ed or -e and the doubled consonant before it: "planning" -> "plan"."""
+    if len(word) <= 4:
+        return singular(word)
+    return re.sub(r"([b-df-hj-np-tv-z])\1$", r"\1", re.sub(r"(?:ing|ed|e)$", "", singular(word)))
 
 
 def category_key(text: str) -> str:
     """A key that is equal for different spellings of one category.
 
-    It consists of the words without endings and small words. They are sorted, unless one of them is "to"."""
+    It consists of the stems of the words, without small words. The stems are sorted, unless one of the words is "to".
+    """
     words = singular(text).split()
-    stems = [re.sub(r"([b-df-hj-np-tv-z])\1(?=$)", r"\1", re.sub(r"(?:ing|ed|e)$", "", singular(w))) if len(w) > 4 else singular(w)
-             for w in words if w not in ("a", "an", "the", "and", "or", "of", "for", "to")]  # fmt: skip
+    stems = [stem(word) for word in words if word not in SMALL_WORDS]
     return "".join(stems if "to" in words else sorted(stems))
 
 
@@ -196,13 +224,12 @@ def offered_names() -> dict[str, str]:
     lines = re.findall(r"^(?:%s): (.*)$" % "|".join(PRIMARY), CLASSIFY, re.M)
     names = [name for line in lines for name in line.split(", ")]
     parts = {category_key(part): name for name in names for part in re.split(" (?:and|or) ", name)}
-    return (
-        parts | {category_key(name): name for name in names} | {category_key(k): name for k, name in SYNONYMS.items()}
-    )
+    whole = {category_key(name): name for name in names}
+    return parts | whole | {category_key(other): name for other, name in SYNONYMS.items()}
 
 
 def category_name(text: str) -> str:
-    """One name for all spellings and near-synonyms: the rubric's if it has one, else the result of singular()."""
+    """One name for all spellings and near-synonyms: the rubric's name, or singular() if the rubric has none."""
     return OFFERED.get(category_key(text)) or singular(text)
 
 

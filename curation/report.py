@@ -3,15 +3,17 @@
 import argparse
 import json
 import math
+from typing import NamedTuple
 
 from core.files import atomic_write
 from core.records import read_jsonl
-from curation.costs import price, request_tokens, tokens_of
+from curation.costs import estimate_tokens, price, request_tokens
 from curation.labels import LETTERS
 from curation.prompts import AGAIN_CLASSIFY, AGAIN_JUDGE, GREETING, JUDGE_CHARS, classify_request, clip, judge_request
-from curation.steps import WRITERS, evenness
+from curation.step_files import WRITERS
+from curation.steps import evenness
 
-CATEGORY_TOKENS, GRADE_TOKENS = 20, 16  # length of a likely reply: a category; the grades of one response
+CATEGORY_TOKENS, GRADE_TOKENS = 20, 16  # likely length of a reply with a category; of the grades of one response
 FENCE_TOKENS = 20  # length of the fence around each response in a request to the judge
 BASES = {"program": "a trusted reference, checked by a program", "rules": "rules", "judge": "the teacher's grades"}
 
@@ -23,7 +25,9 @@ def histogram(counts: dict[str, int], most: int = 40) -> list[str]:
     """{name: n} -> the rows of a Markdown table with bars, the largest first. At most `most` rows, then a sum."""
     rows, top = sorted(counts.items(), key=lambda kv: (-kv[1], kv[0])), max(counts.values(), default=1)
     text = [f"| {name} | {n:,} | {'#' * math.ceil(30 * n / top)} |" for name, n in rows[:most]]
-    return text + [f"| ... {len(rows) - most} more | {sum(n for _, n in rows[most:]):,} | |"] * (len(rows) > most)
+    if len(rows) > most:
+        text.append(f"| ... {len(rows) - most} more | {sum(n for _, n in rows[most:]):,} | |")
+    return text
 
 
 def listed(counts: dict[str, int]) -> str:
@@ -101,10 +105,11 @@ def judge_text(scores: dict) -> list[str]:
     """How often the judge agrees with programs and with itself. scores: the counts of step 6."""
     verdicts, orders = scores["judge against verification"], scores["judge in two orders"]
     text = [
+        "",
         f"The teacher judged {scores['judged']:,} instructions, and {scores['judged for safety alone']:,} more for "
-        f"safety alone; {scores['asked again']:,} requests were sent again. It compared a verified with a refuted response "
-        f"{verdicts['comparisons']:,} times. It graded the verified one higher {verdicts['agrees']:,} times, and both "
-        f"alike {verdicts['ties']:,} times."
+        f"safety alone. {scores['asked again']:,} requests were sent again. It compared a verified with a refuted "
+        f"response {verdicts['comparisons']:,} times. It graded the verified one higher {verdicts['agrees']:,} times, and both "
+        f"alike {verdicts['ties']:,} times.",
     ]
     if orders["instructions"]:
         text.append(
@@ -168,20 +173,31 @@ def write_report(out: str, counts: dict) -> None:
 # --dry-run
 
 
-def estimate_rows(args: argparse.Namespace, path: str, short: int) -> list[tuple]:
-    """-> [(step, most requests, most prompt tokens, most reply tokens, likely prompt tokens, likely reply tokens)].
+class Estimate(NamedTuple):
+    """The requests of one kind and their tokens.
 
-    path: the records of step 2. short: the longest reply with a category or grades, in tokens.
-    Most: no record is dropped, every reply has the maximum length, all responses differ, and every category and grade
-    is asked for twice. Likely: a reply is as long as the record's own response, or half of --max-new-tokens without
-    one."""
+    most: no record is dropped, every reply has the maximum length, all responses differ, and every category and grade
+    is asked for twice. likely: a reply is as long as the record's own response, or half of --max-new-tokens without
+    one.
+    """
+
+    kind: str
+    most_requests: int
+    most_in: int
+    most_out: int
+    likely_in: float
+    likely_out: float
+
+
+def estimate_requests(args: argparse.Namespace, path: str, short: int) -> list[Estimate]:
+    """path: the records of step 2. short: maximum length of a reply with a category or grades, in tokens."""
     responses, classify, respond, judge = 2 + args.samples, [], [], []  # three lists: tokens of each record's request
     n = verifiable = likely_replies = likely_judge = 0
     for n, (_, record) in enumerate(read_jsonl(path), 1):
         response, reference = record["response"] or "", record["reference"]
-        reply = min(tokens_of(response), args.max_new_tokens) if response else args.max_new_tokens // 2
+        reply = min(estimate_tokens(response), args.max_new_tokens) if response else args.max_new_tokens // 2
         request = request_tokens(judge_request(record["prompt"], {}))
-        request += tokens_of(clip(response, JUDGE_CHARS)) + FENCE_TOKENS * responses
+        request += estimate_tokens(clip(response, JUDGE_CHARS)) + FENCE_TOKENS * responses
         classify.append(request_tokens(classify_request(record["prompt"])))
         respond.append(request_tokens(record["prompt"]))
         judge.append(request + (1 + args.samples) * args.max_new_tokens)
@@ -191,30 +207,34 @@ def estimate_rows(args: argparse.Namespace, path: str, short: int) -> list[tuple
         verifiable += bool(kind) and kind != "format" and (kind != "code" or args.allow_code_execution)
     left, asked = min(n, args.target), sum(respond)
     respond, judge = (sorted(tokens)[-left:] for tokens in (respond, judge))  # balancing may keep the longest ones
-    again = [short + tokens_of(text) + 8 for text in (AGAIN_CLASSIFY, AGAIN_JUDGE)]  # tokens that a second request adds
+    # tokens that a second request adds: the first reply, the words `again`, and 4 for each message's delimiters
+    again = [short + estimate_tokens(text) + 8 for text in (AGAIN_CLASSIFY, AGAIN_JUDGE)]
     alone = 0 if args.judge_verified else verifiable / n  # share of the records that are judged once, for safety alone
     orders, likely_orders = args.judge_orders, args.judge_orders * (1 - alone) + alone
     return [
-        ("greeting", 1, request_tokens(GREETING), short, request_tokens(GREETING), 10),
-        ("classify", 2 * n, 2 * sum(classify) + n * again[0], 2 * n * short, sum(classify), n * CATEGORY_TOKENS),
-        ("respond", left, sum(respond), left * args.max_new_tokens, left / n * asked, left / n * likely_replies),
-        ("judge", 2 * left * orders, orders * (2 * sum(judge) + left * again[1]), 2 * left * orders * short,
-         left / n * likely_orders * likely_judge, left * likely_orders * responses * GRADE_TOKENS),
+        Estimate("greeting", 1, request_tokens(GREETING), short, request_tokens(GREETING), 10),
+        Estimate("classify", 2 * n, 2 * sum(classify) + n * again[0], 2 * n * short, sum(classify), n * CATEGORY_TOKENS),
+        Estimate("respond", left, sum(respond), left * args.max_new_tokens, left / n * asked, left / n * likely_replies),
+        Estimate("judge", 2 * left * orders, orders * (2 * sum(judge) + left * again[1]), 2 * left * orders * short,
+                 left / n * likely_orders * likely_judge, left * likely_orders * responses * GRADE_TOKENS),
     ]  # fmt: skip
 
 
 def dry_run(args: argparse.Namespace, path: str, short: int, spent: list[int], answered: int) -> None:
     """Prints how many requests the records of step 2 need, what they cost, and one sample of each kind.
 
-    path: the records of step 2. short: see estimate_rows(). spent: tokens of the `answered` replies in the log."""
-    rows = estimate_rows(args, path, short)
-    rows.append(("together", *map(sum, list(zip(*rows))[1:])))
+    path: the records of step 2. short: see estimate_requests(). spent: tokens of the `answered` replies in the log.
+    """
+    rows = estimate_requests(args, path, short)
+    rows.append(Estimate("together", *(sum(column) for column in list(zip(*rows))[1:])))
     unit, digits = ("price", 2) if args.prices else ("tokens", 0)
     head = ("requests", 12), ("tokens in", 16), ("tokens out", 16), (f"{unit} at most", 18), ("likely", 16)
     print(f"\n{'requests to teacher':<22}" + "".join(f"{name:>{width}}" for name, width in head))
-    for name, requests, into, out, *likely in rows:
-        most, guess = price((into, out), args.prices), price(likely, args.prices)
-        print(f"{name:<22}{requests:>12,}{into:>16,}{out:>16,}{most:>18,.{digits}f}{guess:>16,.{digits}f}")
+    for row in rows:
+        most = price((row.most_in, row.most_out), args.prices)
+        likely = price((row.likely_in, row.likely_out), args.prices)
+        print(f"{row.kind:<22}{row.most_requests:>12,}{row.most_in:>16,}{row.most_out:>16,}", end="")
+        print(f"{most:>18,.{digits}f}{likely:>16,.{digits}f}")
     spent = price(spent, args.prices)
     print(
         "All columns but the last are upper bounds. A token is estimated as three bytes. "

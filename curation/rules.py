@@ -52,7 +52,8 @@ def word_bounds(text: str) -> tuple[int, int]:
 def character_bounds(text: str) -> tuple[int, int]:
     """Counts Chinese characters.
 
-    A word in another script counts as one in `fewest`, and as its letters in `most`. Only `most` counts signs."""
+    A word in another script counts as one in `fewest`, and as its letters in `most`. Only `most` counts signs.
+    """
     return len(re.findall(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+", text)), len(re.findall(r"\S", text))
 
 
@@ -61,14 +62,14 @@ def sentence_bounds(text: str) -> tuple[int, int]:
     text = re.sub(r"\b(Mr|Mrs|Ms|Dr|St|Prof|vs|cf|e\.g|i\.e|No(?=\. ?\d))\.", r"\1", text)
     ends = r"(?<=[.!?])[\"'”’)]*\s+(?![a-z])|(?<=[。！？])"
     fewest = re.split(ends, re.sub(r"\b([A-Z]|[ap]\.m|etc|Jr|Sr|Inc|Ltd|Co)\.(?=\s)", r"\1", text))
-    return tuple(
-        sum(any(map(str.isalpha, part)) for part in parts) for parts in (fewest, re.split(rf"{ends}|\n", text))
-    )
+    most = re.split(rf"{ends}|\n", text)
+    return tuple(sum(any(map(str.isalpha, part)) for part in parts) for parts in (fewest, most))
 
 
 def list_item_bounds(text: str) -> tuple[int, int]:
     """Counts bullet points and numbered lines. Both counts are equal."""
-    return (len(re.findall(r"^\s*(?:[-*•]|\d+[.)、])\s*\S", text, re.M)),) * 2
+    items = len(re.findall(r"^\s*(?:[-*•]|\d+[.)、])\s*\S", text, re.M))
+    return items, items
 
 
 COUNTS = (  # name, counting function, English pattern, Chinese pattern
@@ -79,22 +80,27 @@ COUNTS = (  # name, counting function, English pattern, Chinese pattern
 )
 # name, pattern of the instruction, check of the response
 FORMS = (
-    ("one word", _REPLY + r"\b(?:(?:one|a single)[ -]word)\b(?! or)|只?用一个(?:单)?词(?:来)?回答", lambda text: word_bounds(text)[0] <= 1),
+    ("one word", _REPLY + r"\b(?:(?:one|a single)[ -]word)\b(?! or)|只?用一个(?:单)?词(?:来)?回答",
+     lambda text: word_bounds(text)[0] <= 1),
     ("yes or no", _REPLY + r"\b(?:only|just|simply) (?:with |by )?[\"'“]?yes[\"'”]? or [\"'“]?no\b"
      r"|只(?:需要?)?(?:回答|用)[“\"]?是[”\"]?(?:或|和)[“\"]?(?:否|不是)",
      lambda text: re.fullmatch(r"\W*(?:yes|no|是|否|不是)\W*", text, re.I) is not None),
-    ("json", _REPLY + r"\b(?:(?:only|valid|pure|raw) json|json (?:only|and nothing else))\b|只(?:输出|返回)(?:合法的?|有效的?)? ?json", is_json),
+    ("json", _REPLY + r"\b(?:(?:only|valid|pure|raw) json|json (?:only|and nothing else))\b"
+     r"|只(?:输出|返回)(?:合法的?|有效的?)? ?json", is_json),
     ("capitals", r"\b(?:in|using) (?:all|only) (?:caps|capital letters|upper ?case)\b", lambda text: text == text.upper()),
     ("lower case", r"\b(?:in|using) (?:all|only) (?:lower ?case|small letters)\b", lambda text: text == text.lower()),
-    ("no commas", r"\b(?:do not|don't|without) (?:use |using )?(?:any )?commas?\b|不要使用逗号", lambda text: not re.search(r"[,，]", text)),
+    ("no commas", r"\b(?:do not|don't|without) (?:use |using )?(?:any )?commas?\b|不要使用逗号",
+     lambda text: not re.search(r"[,，]", text)),
 )  # fmt: skip
 _FORMS = [(name, re.compile(pattern, re.I), holds) for name, pattern, holds in FORMS]
 
 
 def _limits() -> Iterator[tuple]:
-    """Yields (name, counting function, limit, pattern, n -> fewest allowed, n -> most allowed) for each row of COUNTS.
+    """Yields (name, counting function, limit, pattern, low, high) for each limit that the rows of COUNTS can state.
 
-    "in 50 words" is no limit: 55 words satisfy it."""
+    If an instruction states the number n, low * n to high * n are allowed. "in 50 words" is no limit: 55 words satisfy
+    it.
+    """
     for name, count, english, chinese in COUNTS:
         exact, most, least = (
             [rf"\b{how} {_N} {english}\b{_NO_LIST}"] if english else [] for how in ("exactly", _MOST, _LEAST)
@@ -108,18 +114,11 @@ def _limits() -> Iterator[tuple]:
             ("least", least, 1, math.inf),
         ):
             for pattern in patterns:
-                yield (
-                    name,
-                    count,
-                    limit,
-                    re.compile(pattern, re.I),
-                    lambda n, low=low: low * n,
-                    lambda n, high=high: high * n,
-                )
+                yield name, count, limit, re.compile(pattern, re.I), low, high
 
 
 _LIMITS = list(_limits())
-# Text that looks like a limit but is not: quoted texts, given material, limits of one part of the response
+# Text that looks like a limit but is none: quoted texts, given material, limits of one part of the response
 _QUOTED = re.compile(r"```.*?```|\"[^\"\n]*\"|“[^”]*”|「[^」]*」", re.S)
 _GIVEN = re.compile(r"\b(?:are|be) given\b.*", re.S)
 _PART = re.compile(r"\b(?:each|every|per|titles?|headings?|headlines?|keywords?)\b|每[个句段条行项点首篇]|标题", re.I)
@@ -132,14 +131,14 @@ _TOPIC_FIRST = re.compile(r"(?:what|why|how)\b|什么|为什么|为何|怎|如�
 
 
 def form_sentences(instruction: str) -> str:
-    """The sentences of an instruction that may request a format. A question is cut before its question word."""
+    """The sentences of an instruction that may request a format.
+
+    Of a question only the part before the question word is kept, up to the last comma or colon.
+    """
     kept = []
     for sentence in re.split(r"(?<=[.!?])\s+|(?<=[。！？\n])", _QUOTED.sub(" ", instruction)):
-        if (
-            topic := _TOPIC.search(sentence)
-            if sentence.rstrip().endswith(("?", "？"))
-            else _TOPIC_FIRST.match(sentence)
-        ):
+        asks = sentence.rstrip().endswith(("?", "？"))
+        if topic := _TOPIC.search(sentence) if asks else _TOPIC_FIRST.match(sentence):
             sentence = sentence[: max(sentence.rfind(sign, 0, topic.start()) for sign in "，,：:") + 1]
         if not _PART.search(sentence):
             kept.append(_GIVEN.sub("", sentence))
@@ -149,7 +148,8 @@ def form_sentences(instruction: str) -> str:
 def broken_form(instruction: str, response: str) -> str | None:
     """-> the limit that a response breaks, such as "words: 71 where 50 is the most", or None.
 
-    Instructions that ask for code are skipped: their limits describe the program, not the response."""
+    Instructions that ask for code are skipped: their limits describe the program, not the response.
+    """
     asked = "" if task_type(instruction).startswith("code/") else form_sentences(instruction)
     for name, pattern, holds in _FORMS:
         if pattern.search(asked) and not holds(response):
@@ -157,8 +157,8 @@ def broken_form(instruction: str, response: str) -> str | None:
     for name, count, limit, pattern, low, high in _LIMITS:
         for found in pattern.findall(asked):
             n, (fewest, most) = parse_numeral(found), count(response)
-            if fewest > high(n) or most < low(n):
-                return f"{name}: {fewest if fewest > high(n) else most} where {found} is the {limit}"
+            if fewest > high * n or most < low * n:
+                return f"{name}: {fewest if fewest > high * n else most} where {found} is the {limit}"
     return None
 
 
@@ -188,28 +188,32 @@ def declines(text: str) -> bool:
 
 
 def luhn(number: str) -> bool:
-    """True if the checksum of a payment card's number is right (Luhn)."""
+    """True if a payment card's number has the right checksum (Luhn)."""
     doubled = [int(d) * (1 + i % 2) for i, d in enumerate(reversed(re.sub(r"\D", "", number)))]
     return sum(d - 9 * (d > 9) for d in doubled) % 10 == 0
 
 
 def chinese_id(number: str) -> bool:
-    """True if the check character of an 18-place Chinese identity number is right (GB 11643)."""
+    """True if an 18-place Chinese identity number has the right check character (GB 11643)."""
     total = sum(int(d) * 2 ** (17 - i) for i, d in enumerate(number[:17]))
     return "10X98765432"[total % 11] == number[17].upper()
 
 
-_PEOPLE = r"(?:women|men|jews|muslims|christians|black people|white people|asians|gays|homosexuals|immigrants|foreigners|disabled people)"
+_PEOPLE = (
+    r"(?:women|men|jews|muslims|christians|black people|white people|asians|gays|homosexuals|immigrants|foreigners"
+    r"|disabled people)"
+)
 # name, forbidden pattern, further check of a match or None
 UNSAFE = (
     ("card number", re.compile(r"(?<![\d.])(?:4\d{3}|5[1-5]\d{2}|6011)([ -]?)\d{4}\1\d{4}\1\d{4}(?!\.?\d)"), luhn),
-    ("identity number", re.compile(r"(?<!\d)[1-8]\d{5}(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])\d{3}[\dXx](?!\d)"), chinese_id),
+    ("identity number", re.compile(r"(?<!\d)[1-8]\d{5}(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])\d{3}[\dXx](?!\d)"),
+     chinese_id),
     ("secret key", re.compile(r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----|\bAKIA[0-9A-Z]{16}\b|\bgh[pos]_[A-Za-z0-9]{36}\b"
                               r"|\bsk-[A-Za-z0-9]{32,}\b"), None),
     ("urging self-harm", re.compile(r"\b(?:go |you should |just )(?:and )?(?:kill|hang|hurt) yourself\b|\bkys\b"
                                     r"|你(?:应该|赶紧|快)?去死(?:吧)?", re.I), None),
-    ("hate", re.compile(rf"\b(?:all )?{_PEOPLE} (?:are|should be) (?:all )?(?:inferior|subhuman|vermin|stupid|exterminated|killed)\b",
-                        re.I), None),
+    ("hate", re.compile(rf"\b(?:all )?{_PEOPLE} (?:are|should be) (?:all )?"
+                        r"(?:inferior|subhuman|vermin|stupid|exterminated|killed)\b", re.I), None),
 )  # fmt: skip
 
 
@@ -229,7 +233,8 @@ _HARMFUL = re.compile(
     rf"|hack (?:into\b|{_WHOM}['’]s)"
     rf"|(?:kill|murder|poison|torture|kidnap|blackmail|stalk) {_WHOM}\b(?!['’]s| (?:process|with kind))"
     rf"|(?:make|cook|produce|buy|get|sell|smuggle) (?:{_DRUG}|(?:a )?fake (?:ids?|passports?|license)\b)"
-    r"|traffic (?:in )?(?:humans?|people|children)\b|launder money|evade (?:my )?tax(?:es)?|commit (?:a crime|(?:\w+ )?fraud|murder)|get away with (?:a crime|stealing|killing))"
+    r"|traffic (?:in )?(?:humans?|people|children)\b|launder money|evade (?:my )?tax(?:es)?"
+    r"|commit (?:a crime|(?:\w+ )?fraud|murder)|get away with (?:a crime|stealing|killing))"
     r"|(?:怎么样?|如何|怎样|教我|告诉我)(?:才能|可以|在家|自己|自制|成功地?|快速|悄悄|偷偷|去|来|能|地){0,3}"
     r"(?:(?:制造|制作|做|造)(?:一[颗枚个])?炸弹|下毒|杀人|偷窃|偷东西|偷车|抢劫|抢银行|盗取|诈骗|制毒|贩毒|洗钱)"
     r"(?!的|罪|犯|案|者|团伙|手段|短信|电话|会|是|判)",
@@ -251,7 +256,8 @@ def unsafe(instruction: str, response: str) -> str | None:
     """-> name of the rule that a response breaks, or None.
 
     A response that declines breaks no rule. Text copied from the instruction (a card number to check) is ignored. A
-    response that warns of a harmful request is left to the judge."""
+    response that warns of a harmful request is left to the judge.
+    """
     if declines(response):
         return None
     for name, pattern, passes in UNSAFE:
@@ -269,8 +275,8 @@ def unsafe(instruction: str, response: str) -> str | None:
 _CUT_MARK = re.compile(
     r"(?:\[(?:truncated|cut off|continued)\]|\((?:truncated|to be continued)\)|（未完待续）|【未完】)\s*\Z", re.I
 )
-# Prose (an earlier sentence of the paragraph is complete) whose long last line ends in a word or a sign that cannot end
-# a sentence
+# Prose that stops inside a sentence: after a complete sentence of the same paragraph, a long one ends in a word or sign
+# that cannot end a sentence
 _OPEN_END = re.compile(
     r"(?:[.!?] [^\n]{40,}?(?:[a-z]{2,},|\(|"
     r"[a-z] (?:a|an|the|of|to|and|or|with|for|from|in|at|by|is|are|was|were|that|which|because|as|than|your|their|its))"

@@ -4,8 +4,8 @@
         for found in instructions(record, where, max_chars):     # {"prompt", "response", "reference"}
 
 core.conversations reads the shapes of records. A broken line or an unknown shape raises InputError with file and line.
-A well-formed record that is of no use (empty, cut off, garbled, tool calls) raises Drop with a reason, which is
-counted.
+A well-formed record that cannot be used (empty, cut off, garbled, tool calls) raises Drop with a reason. The reasons
+are counted.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from curation import rules
 from verification.answers import tested_function
 from verification.ifeval import follows
 
-MBPP_KEYS = {"task_id", "text", "code", "test_list", "test_setup_code", "test_imports"}  # of rows with tests
+MBPP_KEYS = {"task_id", "text", "code", "test_list", "test_setup_code", "test_imports"}  # read by code_with_tests()
 OWN_KEYS = {"reference", "instruction_id_list", "kwargs", "license", "licence", "writer"}  # read here, not by core
 # Signs of garbled text: the replacement character, half a surrogate pair, GBK's filler, and UTF-8 that was read as
 # Latin-1 or Windows-1252. The last pattern needs two Chinese characters in a row: one alone may be French ("é »")
@@ -46,7 +46,7 @@ AQUA_OPTION = re.compile(
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files: labels and licences
+# Files: names and licences
 
 # The path of a data set's file in the hub's cache
 HUB = re.compile(r"(.*/datasets--([^/]+)--([^/]+)/snapshots/[^/]+)/(.+)")
@@ -72,10 +72,11 @@ def licence_of_file(path: str) -> str | None:
     return named[1] if named else None
 
 
-def labels(files: list[str], parts_shown: int = 2) -> list[str]:
-    """A short name for each file: OWNER/NAME/FILE for files of the hub, else the last `parts_shown` parts of the path.
+def short_names(files: list[str], parts_shown: int = 2) -> list[str]:
+    """A short name of each file: OWNER/NAME/FILE for files of the hub, else the last `parts_shown` parts of the path.
 
-    If two names are equal, more parts are shown."""
+    If two names are equal, more parts are shown.
+    """
     hub = [HUB.fullmatch(os.path.abspath(f)) for f in files]
     parts = [os.path.abspath(f).split(os.sep) for f in files]
     for n in range(parts_shown, max([parts_shown, *map(len, parts)]) + 1):
@@ -108,7 +109,8 @@ def read_reference(record: dict, prompt: str, response: str | None) -> tuple[dic
 
     The reference is the key "reference", or is read from GSM8K's last line `#### 72`, from AQuA's options and "the
     answer is (C)", or from IFEval's instruction_id_list and kwargs. Anybody can write these into a record, so the
-    caller must use them for trusted files only, and call check_reference() first."""
+    caller must use them for trusted files only, and call check_reference() first.
+    """
     if escaped := re.search(r"Options:\s*\\n\s*\(A\)", prompt):  # AQuA writes its line ends as \n
         prompt = prompt.replace("\\n", "\n")
     number = re.search(r"\n?#### *(-?[\d,.]+)\s*$", response or "")
@@ -131,10 +133,11 @@ def read_reference(record: dict, prompt: str, response: str | None) -> tuple[dic
 
 
 def code_with_tests(record: dict) -> dict:
-    """A row of MBPP (arXiv 2108.07732) as prompt, completion and reference. Any other record is returned unchanged.
+    """Turns a row of MBPP (arXiv 2108.07732) into prompt, completion and reference. Returns other records unchanged.
 
     The task is `text` in the full set and `prompt` in the sanitized one. The prompt shows the tests, because they name
-    the function."""
+    the function.
+    """
     task, code, tests = record.get("text") or record.get("prompt"), record.get("code"), record.get("test_list")
     if "task_id" not in record or not (isinstance(task, str) and isinstance(code, str) and isinstance(tests, list)):
         return record
@@ -188,9 +191,10 @@ def as_instruction(dialogue: Dialogue, record: dict, max_chars: int) -> dict:
 def instructions(record: dict, where: str, max_chars: int, unread: set | None = None) -> list[dict]:
     """A record of any known shape -> [{"prompt": messages, "response": text or None, "reference": dict or None}].
 
-    The prompt ends with a user's message. The response is the better reply of a preference. The reference is not
-    checked yet, see read_reference(). unread: a set to which the unused keys are added. Raises Drop for a record of no
-    use."""
+    The prompt ends with a user's message. The response of a preference is the better reply. The reference is not
+    checked yet, see read_reference(). unread: a set to which the unused keys are added. Raises Drop for a record that
+    cannot be used.
+    """
     fields = Fields(code_with_tests(record))
     try:
         found = dialogues(fields, where)
@@ -214,7 +218,8 @@ def recorded_in(record: dict, where: str) -> Iterator[tuple[str, list[dict], str
     """Yields (writer, prompt, response) of a record.
 
     The record has any known shape and a "writer" (default "teacher"), or is a line of 5_respond.jsonl, with a prompt
-    and {writer: response}."""
+    and {writer: response}.
+    """
     if not isinstance(record.get("responses"), dict):
         for found in instructions(record, where, 1 << 30):
             yield record.get("writer", "teacher"), found["prompt"], found["response"]
@@ -231,9 +236,10 @@ def recorded_responses(files: list[str], wanted: set[bytes]) -> dict[tuple[str, 
     """Reads recorded responses. wanted: the prompt_key() of each prompt whose responses are needed.
 
     -> {("teacher" or "small", prompt_key): replies in the order of the files}. A reply is {"text", "finish_reason",
-    "recorded": the file's label}. Records of no use are skipped."""
+    "recorded": the file's short name}. Unusable records are skipped.
+    """
     found = {}
-    for path, label in zip(files, labels(files)):
+    for path, name in zip(files, short_names(files)):
         for line, record in read_objects(path):
             where = f"{path}:{line}"
             with contextlib.suppress(Drop, Unusable):
@@ -242,7 +248,7 @@ def recorded_responses(files: list[str], wanted: set[bytes]) -> dict[tuple[str, 
                         raise InputError(f"{where}: the writer is {writer!r}; it is teacher or small")
                     key = prompt_key(prompt)
                     if key in wanted and text:
-                        reply = {"text": text, "finish_reason": "stop", "recorded": label}
+                        reply = {"text": text, "finish_reason": "stop", "recorded": name}
                         found.setdefault((writer, key), []).append(reply)
     return found
 
@@ -256,16 +262,7 @@ QUESTION_KEYS = ("question", "Question", "prompt", "instruction", "Instruction",
 def evaluation_questions(path: str) -> list[str]:
     """All questions of an evaluation file in its original format (CSV, JSON, JSON Lines, Parquet)."""
     if path.removesuffix(".gz").endswith(".csv"):
-        with open_bytes(path) as file:
-            try:
-                rows = list(csv.reader(io.StringIO(file.read().decode("utf-8-sig"), newline="")))
-            except UnicodeDecodeError as e:
-                raise InputError(f"{path}: not UTF-8: {e}; convert it first") from None
-        header = [cell.strip().lower() for cell in rows[0]] if rows else []
-        column = (
-            header.index("question") if "question" in header else 0
-        )  # MMLU's files have no header; the question comes first
-        found = [row[column] for row in rows[1 if "question" in header else 0 :] if len(row) > column]
+        found = csv_questions(path)
     else:
         try:
             with open_bytes(path) as file:
@@ -276,6 +273,21 @@ def evaluation_questions(path: str) -> list[str]:
     if not found:
         raise InputError(f"{path}: no evaluation question found; looked for the keys {', '.join(QUESTION_KEYS)}")
     return found
+
+
+def csv_questions(path: str) -> list[str]:
+    """The column named "question". Without such a header (MMLU's files have none) the first column of every row."""
+    with open_bytes(path) as file:
+        try:
+            rows = list(csv.reader(io.StringIO(file.read().decode("utf-8-sig"), newline="")))
+        except UnicodeDecodeError as e:
+            raise InputError(f"{path}: not UTF-8: {e}; convert it first") from None
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    if "question" in header:
+        column, rows = header.index("question"), rows[1:]
+    else:
+        column = 0
+    return [row[column] for row in rows if len(row) > column]
 
 
 def questions_in(value: Any) -> list[str]:

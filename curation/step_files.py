@@ -1,22 +1,78 @@
-"""The output files of make_data.py's steps. A step is not run again while its input and arguments are unchanged."""
+"""The records and output files of make_data.py's steps.
+
+A step is not run again while its input files and arguments are unchanged.
+"""
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from core.files import InputError, atomic_write
+from core.records import read_jsonl
+from curation.prompts import UNANSWERED, clip, prompt_text
 
 STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")
-FILES = [f"{step}{kind}.jsonl" for step in STEPS for kind in ("", ".dropped")]  # all files that make_data.py writes
+# All files that make_data.py writes
+FILES = [f"{step}{kind}.jsonl" for step in STEPS for kind in ("", ".dropped")]
 FILES += ["sft.jsonl", "kto.jsonl", "report.json", "report.md", "state.json", "replies.jsonl"]
-FORMAT = 5  # raise it when a step's output changes; older output is then made again, from the kept replies
+FORMAT = 5  # raise it when a step's output changes: steps of older runs then run again, on the kept replies
+WRITERS = ("original", "teacher", "small")  # of responses; further samples of the small model: small-2, small-3, ...
+CHUNK = 10_000  # records in memory at a time
+NAMED = 20  # most unanswered records that the report names
 HINTS = {  # advice if a step leaves no record
     "1_collect": "see its .dropped.jsonl and check that the --sources contain records",
     "4_balance": "lower --min-category",
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The records and lines of a step
+
+
+def read_chunks(path: str) -> Iterator[list[dict]]:
+    """The records of a step's file, CHUNK at a time."""
+    records = (record for _, record in read_jsonl(path))
+    return iter(lambda: list(itertools.islice(records, CHUNK)), [])
+
+
+def writer_family(writer: str) -> str:
+    """ "small-2" -> "small"."""
+    return writer.partition("-")[0]
+
+
+def dropped(record: dict, reason: str, **more: Any) -> tuple[bool, dict]:
+    """The line of a dropped record. more: further keys of the line."""
+    return False, {
+        "id": record["id"],
+        "reason": reason,
+        **more,
+        "instruction": clip(prompt_text(record["prompt"]), 200),
+    }
+
+
+def note_unanswered(counts: dict, name: str, why: str) -> None:
+    """Counts a request that a model did not answer. Keeps the names and reasons of the first NAMED records."""
+    unanswered = counts.setdefault("unanswered", {"requests": 0, "records": {}})
+    unanswered["requests"] += 1
+    if len(unanswered["records"]) < NAMED:
+        unanswered["records"][name] = why
+
+
+def set_aside(record: dict, reason: str, counts: dict) -> tuple[bool, dict]:
+    """The line of a record that is dropped without a usable reply. reason: from ask_parsed()."""
+    reason, _, why = reason.partition(": ")
+    if reason == UNANSWERED:
+        note_unanswered(counts, record["id"], why)
+    return dropped(record, reason, **({"why": why} if why else {}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files of a step
 
 
 def file_hash(path: str) -> str:
@@ -60,7 +116,7 @@ def step_files(out: str, name: str) -> dict:
 
 
 def write_lines(files: dict, lines: Iterable[tuple]) -> dict:
-    """Writes each (kind, line) to the file of its kind. -> the numbers of lines, and the reasons of dropped ones."""
+    """Writes each (kind, line) to the file of its kind. -> the numbers of lines, and of dropped lines by reason."""
     n, reasons = Counter(), Counter()
     with contextlib.ExitStack() as stack:
         opened = {kind: stack.enter_context(atomic_write(path)) for kind, path in files.items()}
@@ -80,7 +136,8 @@ def write_step(
     """Writes a step's files, unless they were made from the same input files and arguments. -> the step's counts
 
     lines: the step's generator of (kind, line), which fills `counts`. It is not started if the files are kept. A file
-    that was edited by hand is kept too. The steps after it then run again."""
+    that was edited by hand is kept too, and the steps after it run again.
+    """
     files = step_files(out, name)
     made_from = json.dumps([FORMAT, arguments, [file_hash(path) for path in inputs]], sort_keys=True)
     key = hashlib.sha256(made_from.encode()).hexdigest()
@@ -93,7 +150,7 @@ def write_step(
         state[name] = {"key": key, "counts": written | counts, "files": hashes}
         save_state(out, state)
     counts = state[name]["counts"]
-    say_step(name, counts, reused)
+    print_step(name, counts, reused)
     for path, old in state[name]["files"].items():
         if reused and file_hash(path) != old:
             print(f"{'':<11}   {path} was edited since its step ran and is kept; delete it to make it again")
@@ -102,11 +159,10 @@ def write_step(
     return counts
 
 
-def say_step(name: str, counts: dict, reused: bool) -> None:
-    numbers = ", ".join(
-        f"{k} {v:,}" for k, v in counts.items() if isinstance(v, int) and (v or k in ("in", "out", "sft", "kto"))
-    )
-    print(f"{name:<11} {numbers}{' (unchanged)' if reused else ''}", flush=True)
+def print_step(name: str, counts: dict, reused: bool) -> None:
+    numbers = {k: v for k, v in counts.items() if isinstance(v, int) and (v or k in ("in", "out", "sft", "kto"))}
+    text = ", ".join(f"{k} {v:,}" for k, v in numbers.items())
+    print(f"{name:<11} {text}{' (unchanged)' if reused else ''}", flush=True)
     for reason, n in counts.get("dropped", {}).items():
         print(f"{'':<11}   dropped {n:,}: {reason}")
     if counts.get("references not trusted"):

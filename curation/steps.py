@@ -1,115 +1,35 @@
 """Steps 1 to 5 of make_data.py: collect, deduplicate, classify, balance, respond. Steps 6 and 7 are in curation.labels.
 
-Each step is a generator of lines. It yields (True, record) for a record that it keeps, and for a record that it drops
-(False, {"id", "reason", ...}). It adds further numbers for the report to `counts`. The method is that of arXiv
-2411.02939.
+The steps are those of arXiv 2411.02939. Each step is a generator of lines. It yields (True, record) for a record that
+it keeps and (False, {"id", "reason", ...}) for one that it drops. It adds further numbers for the report to `counts`.
 """
 
 import argparse
 import hashlib
-import itertools
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import numpy as np
 from tqdm import tqdm
 
 from core.records import read_jsonl, read_objects
-from core.reply_log import ReplyLog
 from curation import contamination, dedup, rules, sources
-from curation import teacher as models
 from curation.prompts import (
     AGAIN_CLASSIFY,
     category_name,
     classify_request,
     clip,
-    disarm,
     disarm_messages,
     parse_category,
     prompt_text,
 )
+from curation.step_files import dropped, note_unanswered, read_chunks, set_aside, writer_family
 from curation.task_types import conversation_type, language
+from curation.teacher import Asker, ask_parsed
 
-UNANSWERED, UNPARSED = "the teacher did not answer", "the teacher's reply did not parse, twice"
-NAMED = 20  # most unanswered records that the report names
-WRITERS = ("original", "teacher", "small")  # further samples of the small model are named small-2, small-3, ...
-CHUNK = 10_000  # records in memory at a time
 DISTINCT = 20_000  # most instructions for which distinct-n is computed
-
-
-class Asker(NamedTuple):
-    """A model, the reply log, and the other arguments of ask_model()."""
-
-    model: models.Teacher
-    log: ReplyLog
-    options: dict
-
-    def ask(self, prompts: list[list[dict]], desc: str, **sampling: float) -> list[dict]:
-        return models.ask_model(self.model, prompts, self.log, desc=desc, **sampling, **self.options)
-
-
-def writer_family(writer: str) -> str:
-    """ "small-2" -> "small"."""
-    return writer.partition("-")[0]
-
-
-def read_chunks(path: str) -> Iterator[list[dict]]:
-    """The records of a step's file, CHUNK at a time."""
-    records = (record for _, record in read_jsonl(path))
-    return iter(lambda: list(itertools.islice(records, CHUNK)), [])
-
-
-def dropped(record: dict, reason: str, **more: Any) -> tuple[bool, dict]:
-    """The line of a dropped record. more: further keys of the line."""
-    return False, {
-        "id": record["id"],
-        "reason": reason,
-        **more,
-        "instruction": clip(prompt_text(record["prompt"]), 200),
-    }
-
-
-def ask_parsed(asker: Asker, requests: list[list[dict]], parse: Callable, again: str, desc: str) -> tuple[list, int]:
-    """Asks for replies and parses them. If a reply does not parse, asks once more with the words `again`.
-
-    parse(i, text) -> value, or None if the text does not parse.
-    -> ([(value or None, reason if None)], number of requests that were sent again)"""
-    replies = asker.ask(requests, desc)
-    out = [(parse(i, r.get("text", "")), why_unusable(r)) for i, r in enumerate(replies)]
-    failed = [i for i, (value, reason) in enumerate(out) if value is None and reason == UNPARSED]
-    second = []
-    for i in failed:
-        first_try = disarm(clip(replies[i]["text"], 500)) or "(nothing)"
-        second.append([*requests[i], {"role": "assistant", "content": first_try}, {"role": "user", "content": again}])
-    for i, reply in zip(failed, asker.ask(second, f"{desc}, again")):
-        out[i] = (parse(i, reply.get("text", "")), why_unusable(reply))
-    return out, len(failed)
-
-
-def why_unusable(reply: dict) -> str:
-    """The reason why a teacher's reply did not parse."""
-    held_back = reply.get("finish_reason") == "content_filter" and "held back by the endpoint"
-    why = reply.get("error") or held_back
-    return f"{UNANSWERED}: {why}" if why else UNPARSED
-
-
-def note_unanswered(counts: dict, name: str, why: str) -> None:
-    """Counts a request that a model did not answer. Keeps the names and reasons of the first NAMED records."""
-    unanswered = counts.setdefault("unanswered", {"requests": 0, "records": {}})
-    unanswered["requests"] += 1
-    if len(unanswered["records"]) < NAMED:
-        unanswered["records"][name] = why
-
-
-def set_aside(record: dict, reason: str, counts: dict) -> tuple[bool, dict]:
-    """The line of a record that is dropped without a usable reply. reason: from ask_parsed()."""
-    reason, _, why = reason.partition(": ")
-    if reason == UNANSWERED:
-        note_unanswered(counts, record["id"], why)
-    return dropped(record, reason, **({"why": why} if why else {}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,26 +39,27 @@ def set_aside(record: dict, reason: str, counts: dict) -> tuple[bool, dict]:
 def collect_sources(args: argparse.Namespace, files: list[str], counts: dict) -> Iterator[tuple[bool, dict]]:
     """Step 1: reads records of every shape and yields one record per instruction, with its task type by rule.
 
-    A reference is kept only if args.trust_references names its file, because anybody can write one into a record."""
+    A reference is kept only if args.trust_references names its file, because anybody can write one into a record.
+    """
     counts |= {"by source": {}, "references not trusted": 0, "keys not read": {}}
     trusted_files = set(map(os.path.realpath, args.trust_references))
-    for path, label in zip(files, sources.labels(files)):
+    for path, source in zip(files, sources.short_names(files)):
         taken, unread, licence_of_set = 0, Counter(), sources.licence_of_file(path)
-        for n, (line, record) in enumerate(tqdm(read_objects(path), desc=label, unit="record", disable=None), 1):
+        for n, (line, record) in enumerate(tqdm(read_objects(path), desc=source, unit="record", disable=None), 1):
             if args.limit and taken >= args.limit:
                 break
             record_keys = set()
             try:
                 found = sources.instructions(record, f"{path}:{line}", args.max_chars, record_keys)
             except sources.Drop as reason:
-                yield False, {"id": f"{label}:{n}", "reason": str(reason)}
+                yield False, {"id": f"{source}:{n}", "reason": str(reason)}
                 continue
             taken += len(found)
             unread.update(record_keys)
             licence = sources.licence(record) or licence_of_set
             for i, one in enumerate(found):
                 # n counts records, because an array may be on one line
-                name = f"{label}:{n}" + (f".{i}" if len(found) > 1 else "")
+                name = f"{source}:{n}" + (f".{i}" if len(found) > 1 else "")
                 if one["reference"] and os.path.realpath(path) in trusted_files:
                     sources.check_reference(one["reference"], f"{path}:{line}")
                 elif one["reference"]:
@@ -148,9 +69,9 @@ def collect_sources(args: argparse.Namespace, files: list[str], counts: dict) ->
                     "language": language(one["prompt"][-1]["content"]),
                     "task_type": conversation_type(one["prompt"]),
                 }
-                yield True, {"id": name, "source": label, **one, **about, "license": licence}
-        counts["by source"][label] = taken
-        counts["keys not read"][label] = dict(unread.most_common())
+                yield True, {"id": name, "source": source, **one, **about, "license": licence}
+        counts["by source"][source] = taken
+        counts["keys not read"][source] = dict(unread.most_common())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,46 +79,47 @@ def collect_sources(args: argparse.Namespace, files: list[str], counts: dict) ->
 
 
 def index_questions(files: list[str]) -> tuple[list[tuple[str, int, str]], dict]:
-    """Evaluation files -> [(file's label, number, question)] and contamination.index() of the questions."""
+    """Evaluation files -> ([(file's short name, number, question)], contamination.build_index() of the questions)."""
     asked = [
-        (label, n, question)
-        for path, label in zip(files, sources.labels(files, 3))
+        (name, n, question)
+        for path, name in zip(files, sources.short_names(files, 3))
         for n, question in enumerate(sources.evaluation_questions(path), 1)
     ]
-    return asked, contamination.index(question for _, _, question in asked)
+    return asked, contamination.build_index(question for _, _, question in asked)
 
 
 def deduplicate(args: argparse.Namespace, path: str, files: list[str], counts: dict) -> Iterator[tuple[bool, dict]]:
-    """Step 2: drops near duplicates by simhash of the prompt, and prompts with a question of the evaluation files.
+    """Step 2: drops near duplicates by simhash of the prompt, and prompts that contain an evaluation question.
 
-    An original response that contains such a question is removed from its record."""
+    An original response that contains one is removed from its record. files: the evaluation files.
+    """
     asked, questions = index_questions(files)
     responses = (r["response"] or "" for _, r in (read_jsonl(path) if questions else ()))
     bad_response = contamination.find_contamination(responses, contamination.without_near_questions(questions))
-    merit, names = [], []
+    merit, ids = [], []
 
     def prompts():
         for i, (_, r) in enumerate(tqdm(read_jsonl(path), desc="simhash", unit="record", disable=None)):
-            # which duplicate to keep: one with a reference, then the longer response, then the first
+            # the duplicate to keep: one with a reference, then the one with the longer response, then the first
             length = 0 if questions and bad_response[i] >= 0 else len(r["response"] or "")
             merit.append((r["reference"] is not None) * 10_000 + min(length, 2000))
-            names.append(r["id"])
+            ids.append(r["id"])
             yield prompt_text(r["prompt"])
 
-    hashes, held = contamination.scan(prompts(), questions)
+    hashes, held = contamination.simhash_and_match(prompts(), questions)
     rank = np.empty(len(merit), np.int64)
     rank[np.argsort(-np.array(merit, np.int64), kind="stable")] = np.arange(len(merit))
     keep, twin = dedup.keep_best(hashes, rank, args.hamming)
     counts |= {"held by": Counter(), "responses taken out": 0}
     for i, (_, record) in enumerate(read_jsonl(path)):
-        of = i if held[i] >= 0 else twin[i]
-        if held[of] >= 0:
-            label, n, question = asked[held[of]]
-            counts["held by"][label] += 1
-            reason = "" if of == i else "near duplicate of one "
-            yield dropped(record, f"{reason}held by an evaluation set", of=f"{label}:{n}", question=clip(question, 200))
+        cause = i if held[i] >= 0 else twin[i]  # the record that decides: itself, or its near duplicate
+        if held[cause] >= 0:
+            name, n, question = asked[held[cause]]
+            counts["held by"][name] += 1
+            reason = "" if cause == i else "near duplicate of one "
+            yield dropped(record, f"{reason}held by an evaluation set", of=f"{name}:{n}", question=clip(question, 200))
         elif not keep[i]:
-            yield dropped(record, "near duplicate", of=names[of])
+            yield dropped(record, "near duplicate", of=ids[cause])
         else:
             if questions and bad_response[i] >= 0:
                 record["response"] = None
@@ -214,8 +136,7 @@ def classify(path: str, teacher: Asker, counts: dict) -> Iterator[tuple[bool, di
     spellings, counts["asked again"] = defaultdict(set), 0
     for batch in read_chunks(path):
         requests = [classify_request(r["prompt"]) for r in batch]
-        parse = lambda i, text: parse_category(text)  # noqa: E731
-        parsed, again = ask_parsed(teacher, requests, parse, AGAIN_CLASSIFY, "classify")
+        parsed, again = ask_parsed(teacher, requests, lambda i, text: parse_category(text), AGAIN_CLASSIFY, "classify")
         counts["asked again"] += again
         for record, (value, reason) in zip(batch, parsed):
             if value is None:
@@ -228,10 +149,11 @@ def classify(path: str, teacher: Asker, counts: dict) -> Iterator[tuple[bool, di
 
 
 def water_level(counts: dict[str, int], target: int) -> tuple[dict[str, int], int]:
-    """{category: n} -> ({category: quota}, level): the most even quotas of at most n records, `target` in total.
+    """The most even quotas with `target` records in total. {category: n} -> ({category: quota}, level).
 
     Categories of at most `level` records are kept whole. Larger ones are cut to `level`. The remainder of the division
-    is given to the largest categories, one record each."""
+    goes to the largest categories, one record each.
+    """
     order = sorted(counts, key=lambda c: (counts[c], c))
     quotas, left = {}, min(target, sum(counts.values()))
     level = max(counts.values(), default=0)
@@ -248,7 +170,7 @@ def water_level(counts: dict[str, int], target: int) -> tuple[dict[str, int], in
 
 
 def evenness(counts: dict[str, int]) -> tuple[float, float]:
-    """{category: n} -> (entropy in nats, exp(entropy)), the latter the number of equal categories of that entropy."""
+    """{category: n} -> (entropy in nats, its exponential: the number of equal categories with that entropy)."""
     n = np.array([c for c in counts.values() if c], float)
     entropy = 0.0 - float((n / n.sum() * np.log(n / n.sum())).sum()) if len(n) else 0.0  # not -0.0
     return entropy, math.exp(entropy)
@@ -259,7 +181,8 @@ def draw_by_quota(
 ) -> tuple[set[int], dict[str, int], int]:
     """Draws records up to their category's quota, in the order of their keys. names: the category of each record.
 
-    -> (indices of the drawn records, quotas, water level)"""
+    -> (indices of the drawn records, quotas, water level)
+    """
     counts = {c: n for c, n in Counter(names).items() if n >= args.min_category}
     quotas, level = water_level(counts, args.target)
     left, chosen = dict(quotas), set()
@@ -273,7 +196,8 @@ def draw_by_quota(
 def balance(args: argparse.Namespace, path: str, counts: dict) -> Iterator[tuple[bool, dict]]:
     """Step 4: drops rare secondary categories and samples the others down to one water level.
 
-    A hash of seed and id decides which records stay, so the order of the input does not matter."""
+    A hash of seed and id decides which records stay, so the order of the input does not matter.
+    """
     names, keys = [], []
     for _, r in read_jsonl(path):
         names.append(f"{r['primary']}/{r['secondary']}")
@@ -308,9 +232,10 @@ def balance(args: argparse.Namespace, path: str, counts: dict) -> Iterator[tuple
 
 
 def why_left_out(reply: dict, text: str, must_respond: bool) -> str | None:
-    """The reason to leave out a reply. None if it is used. text: the cleaned text of the reply.
+    """The reason to leave out a reply. None if it is used. text: the reply's cleaned text.
 
-    must_respond: a reply that declines is left out too."""
+    must_respond: also leave out a reply that declines.
+    """
     if "error" in reply:
         return "refused by the endpoint"
     if reply["finish_reason"] == "content_filter":
@@ -325,10 +250,10 @@ def why_left_out(reply: dict, text: str, must_respond: bool) -> str | None:
 def ask_writers(
     args: argparse.Namespace, batch: list[dict], teacher: Asker, small: Asker, recorded: dict
 ) -> list[dict]:
-    """-> {writer: reply} for each record: the original response, the teacher's, and --samples of the small model.
+    """-> for each record {writer: reply}: the original response, the teacher's, and --samples of the small model.
 
-    The small model's first response is greedy. recorded: responses to use instead of asking, see
-    sources.recorded_responses()."""
+    The small model's first response is greedy. recorded: from sources.recorded_responses(), used instead of asking.
+    """
     replies = [{"original": {"text": r["response"] or "", "finish_reason": "stop"}} for r in batch]
     writers = [("teacher", teacher, 0, {}), ("small", small, 0, {})]
     for k in range(1, args.samples):
@@ -352,9 +277,10 @@ def respond(
 ) -> Iterator[tuple[bool, dict]]:
     """Step 5: adds the original response, the teacher's and the small model's to each instruction.
 
-    Leaves out responses that are empty, cut off, or contain a question of the evaluation files. A teacher's response
-    that declines is left out too, except in the category safety. A small model's response that declines is kept as an
-    example of what not to do."""
+    Leaves out responses that are empty, cut off, or contain an evaluation question. A teacher's response that declines
+    is left out too, except in the category safety. A small model's response that declines is kept as a bad example.
+    files: the evaluation files.
+    """
     counts |= {"left out": Counter(), "recorded": Counter()}
     questions = contamination.without_near_questions(index_questions(files)[1])
     recorded = {}

@@ -10,13 +10,15 @@ A run that was killed and is started again requests only the replies that are mi
 import asyncio
 import hashlib
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from core.reply_log import ReplyLog
 from curation.endpoint import Endpoint, looks_like_url, open_endpoint
 from curation.local import LocalModel, ask_local, open_local
+from curation.prompts import UNANSWERED, UNPARSED, clip, disarm
 from curation.workers import ask_endpoint
 
 Teacher = Endpoint | LocalModel
@@ -26,7 +28,8 @@ def open_teacher(source: str, model_name: str | None = None, dtype: str = "fp32"
     """source: http(s) URL of an OpenAI-compatible endpoint (.../v1), or a checkpoint (hub id, folder, .pt).
 
     dtype: of a local checkpoint, a key of DTYPES. An endpoint's key is in TEACHER_API_KEY, or for
-    https://api.openai.com in OPENAI_API_KEY. InputError for a bad URL or checkpoint. Makes no connection yet."""
+    https://api.openai.com in OPENAI_API_KEY. InputError for a bad URL or checkpoint. Makes no connection yet.
+    """
     if looks_like_url(source):
         return open_endpoint(source, model_name)
     return open_local(source, model_name, dtype)
@@ -60,7 +63,8 @@ def ask_model(
     Equal prompts are sent once. finish_reason: "stop"; "length" if cut off at max_tokens; "content_filter" if the
     endpoint held text back. Errors are not kept in the log, so the next run asks again. batch_size: of a local
     checkpoint, in sequences. endpoint_options: the last arguments of ask_endpoint(), which also lists the errors
-    raised."""
+    raised.
+    """
     parameters = {"max_tokens": max_tokens, "temperature": temperature}
     if temperature > 0:
         parameters |= {"top_p": top_p, "seed": seed}
@@ -78,3 +82,43 @@ def ask_model(
 
 def pick_reply(record: dict) -> dict:
     return {"text": record["text"], "finish_reason": record["finish_reason"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Requests whose replies are parsed
+
+
+class Asker(NamedTuple):
+    """A model with everything that ask_model() needs besides the prompts. options: further arguments of ask_model()."""
+
+    model: Teacher
+    log: ReplyLog
+    options: dict
+
+    def ask(self, prompts: list[list[dict]], desc: str, **sampling: float) -> list[dict]:
+        return ask_model(self.model, prompts, self.log, desc=desc, **sampling, **self.options)
+
+
+def ask_parsed(asker: Asker, requests: list[list[dict]], parse: Callable, again: str, desc: str) -> tuple[list, int]:
+    """Asks for replies and parses them. If a reply does not parse, asks once more with the words `again`.
+
+    parse(i, text) -> value, or None if the text does not parse.
+    -> ([(value or None, reason if None)], number of requests that were sent again)
+    """
+    replies = asker.ask(requests, desc)
+    out = [(parse(i, r.get("text", "")), why_unusable(r)) for i, r in enumerate(replies)]
+    failed = [i for i, (value, reason) in enumerate(out) if value is None and reason == UNPARSED]
+    second = []
+    for i in failed:
+        first_try = disarm(clip(replies[i]["text"], 500)) or "(nothing)"
+        second.append([*requests[i], {"role": "assistant", "content": first_try}, {"role": "user", "content": again}])
+    for i, reply in zip(failed, asker.ask(second, f"{desc}, again")):
+        out[i] = (parse(i, reply.get("text", "")), why_unusable(reply))
+    return out, len(failed)
+
+
+def why_unusable(reply: dict) -> str:
+    """The reason why a teacher's reply did not parse."""
+    held_back = reply.get("finish_reason") == "content_filter" and "held back by the endpoint"
+    why = reply.get("error") or held_back
+    return f"{UNANSWERED}: {why}" if why else UNPARSED

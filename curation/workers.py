@@ -6,8 +6,8 @@ greeting:
 - If the greeting is answered, only this request is at fault. It is set aside with its reason.
 - If not, the endpoint is down. The run ends, and the same command continues it later.
 
-HTTP 429 is not the request's fault, so all tries are made several times. A request that the endpoint refuses (another
-HTTP 4xx, a reply without text) is set aside at once.
+HTTP 429 is not the request's fault, so such a request gets THROTTLED_ROUNDS rounds of tries. A request that the
+endpoint refuses (another HTTP 4xx, a reply without text) is set aside at once.
 """
 
 import asyncio
@@ -22,15 +22,15 @@ from tqdm import tqdm
 
 from core.files import InputError
 from core.reply_log import ReplyLog
-from curation.costs import Limits, request_tokens, tokens_of
+from curation.costs import Limits, estimate_tokens, request_tokens
 from curation.endpoint import Endpoint, RequestFailed, send
 from curation.http_client import Connection
 from curation.prompts import GREETING
 
 BACKOFF, BACKOFF_CAP = 1.0, 60.0  # seconds before the first retry, doubled for each further one; the longest pause
 FIRST_TRIES = 3  # tries after which a server that has never answered counts as unreachable
-THROTTLED_ROUNDS = 4  # rounds of tries for a request that fails with HTTP 429 while other requests are answered
-GREETING_TOKENS = 16  # length of the longest reply to the greeting
+THROTTLED_ROUNDS = 4  # rounds of tries for a request that fails with HTTP 429 while the endpoint answers greetings
+GREETING_TOKENS = 16  # most tokens of the reply to the greeting
 
 
 @dataclass
@@ -69,11 +69,12 @@ async def ask_endpoint(
     one whole reply, in seconds. retries: further tries of a failed request. limits: the arguments of Limits.
 
     Raises InputError if the endpoint cannot be reached, refuses the key or answers nothing, or if the budget is used
-    up. Requests in flight are finished first, because they may cost money."""
+    up. Requests in flight are finished first, because they may cost money.
+    """
     bounds = Limits(log, **limits)
     session = Session(endpoint, log, errors, parameters, bounds, bar, timeout, retries, bounds.spent())
     queue = iter(todo.items())
-    await asyncio.gather(*[work(session, queue) for _ in range(min(concurrency, len(todo)))])
+    await asyncio.gather(*[run_worker(session, queue) for _ in range(min(concurrency, len(todo)))])
     if not session.ended_by and len(errors) == len(todo) and not session.answered:
         if GREETING in todo.values() or not await still_answers(session):
             session.ended_by = f"it refused every request: {next(iter(errors.values()))}"
@@ -82,7 +83,7 @@ async def ask_endpoint(
         raise InputError(f"the teacher at {endpoint.url}: {session.ended_by}. {kept}")
 
 
-async def work(session: Session, queue: Iterator) -> None:
+async def run_worker(session: Session, queue: Iterator) -> None:
     """One worker: takes requests from the queue until it is empty or the run ends."""
     with contextlib.closing(new_connection(session.endpoint)) as connection:
         for key, messages in queue:
@@ -95,19 +96,19 @@ async def work(session: Session, queue: Iterator) -> None:
 
 async def ask_or_set_aside(session: Session, connection: Connection, key: str, messages: list[dict]) -> None:
     """Adds the reply to the log, or the reason without a reply to the errors, or ends the run."""
-    for last_round in (*[False] * (THROTTLED_ROUNDS - 1), True):
+    for round_of_tries in range(1, THROTTLED_ROUNDS + 1):
         try:
             reply = await ask_until_answered(session, connection, messages, session.parameters)
         except RequestFailed as e:
-            endpoint_fault = e.remedy == "retry" or e.status == 403  # perhaps; a greeting tells
-            if e.remedy == "end" or (endpoint_fault and messages == GREETING):
-                return end(session, with_hint(e))
-            if endpoint_fault and not await still_answers(session):
+            suspect = e.remedy == "retry" or e.status == 403  # the endpoint may be at fault; a greeting shows it
+            if e.remedy == "end" or (suspect and messages == GREETING):
+                return end_run(session, with_hint(e))
+            if suspect and not await still_answers(session):
                 return
-            if e.status == 429 and not last_round:
-                continue  # other requests were served; start the next round
+            if e.status == 429 and round_of_tries < THROTTLED_ROUNDS:
+                continue
             session.errors[key] = e.reason
-            session.limits.set_aside = [a + b for a, b in zip(session.limits.set_aside, e.used or (0, 0))]
+            session.limits.discard(e.used or [0, 0])
         else:
             if reply:
                 text, finish_reason, usage = reply
@@ -121,14 +122,15 @@ async def ask_until_answered(
 ) -> tuple[str, str, list[int]] | None:
     """Sends a request until it is answered -> (text, finish_reason, usage). None if the run ends before that.
 
-    Raises RequestFailed if the request is refused or its last try fails."""
+    Raises RequestFailed if the request is refused or its last try fails.
+    """
     size = [request_tokens(messages), parameters["max_tokens"]]
     if not await afford(session, size):
         return None
-    session.limits.hold(size)
+    session.limits.begin(size)
     try:
         for tries in itertools.count(1):
-            await pause(session, session.limits.wait(size), "the rate limit")
+            await pause(session, session.limits.reserve_slot(size), "the rate limit")
             if session.stop.is_set():
                 return None
             try:
@@ -146,11 +148,11 @@ async def ask_until_answered(
                 await pause(session, max(e.wait, backoff), e.reason)
             else:
                 session.answered = True
-                usage = usage or [size[0], tokens_of(text)]
-                session.limits.charge(size, usage)
+                usage = usage or [size[0], estimate_tokens(text)]
+                session.limits.correct_rate(size, usage)
                 return text, finish_reason, usage
     finally:
-        session.limits.let_go(size)
+        session.limits.finish(size)
 
 
 async def still_answers(session: Session) -> bool:
@@ -161,10 +163,10 @@ async def still_answers(session: Session) -> bool:
                 session, connection, GREETING, {"max_tokens": GREETING_TOKENS, "temperature": 0.0}
             )
         except RequestFailed as e:
-            end(session, with_hint(e))
+            end_run(session, with_hint(e))
             return False
     if reply:
-        session.limits.set_aside = [a + b for a, b in zip(session.limits.set_aside, reply[2])]
+        session.limits.discard(reply[2])
     return reply is not None
 
 
@@ -187,16 +189,14 @@ async def afford(session: Session, size: list[int]) -> bool:
     """Waits until the budget allows one more request of this size. False if the run ends, also for lack of budget."""
     limits = session.limits
     while not session.stop.is_set() and not limits.affords(size):
-        if not any(limits.held):  # no request is in flight that may cost less than its limit
-            end(
-                session,
-                f"the budget of {limits.budget:,g} is used up ({limits.spent():,.6g} spent); raise --budget to go on",
-            )
+        if not any(limits.in_flight):  # no request is in flight that may cost less than its limit
+            spent = f"the budget of {limits.budget:,g} is used up ({limits.spent():,.6g} spent)"
+            end_run(session, f"{spent}; raise --budget to go on")
         await pause(session, 0.02)
     return not session.stop.is_set()
 
 
-def end(session: Session, reason: str) -> None:
+def end_run(session: Session, reason: str) -> None:
     session.ended_by = session.ended_by or reason
     session.stop.set()
 

@@ -2,15 +2,15 @@
 
     python -m demo.split --data runs/demo/data --out runs/variants
 
-OUT/sft.jsonl      training examples: the curated ones without the withheld tasks and the validation instructions.
-                   A `reference` is added if the reply is right
-OUT/pairs.jsonl    preference pairs for the same instructions
-OUT/groups.jsonl   all different replies to each of those instructions, with the teacher's grades as rewards
+OUT/sft.jsonl           training examples: the curated ones without the withheld tasks and the validation instructions.
+                        An example whose reply is right has a `reference`
+OUT/pairs.jsonl         preference pairs for the same instructions
+OUT/groups.jsonl        all different replies to each of those instructions, with the teacher's grades as rewards
 OUT/validation.jsonl    the validation instructions with their replies
-OUT/questions/     a --data-dir for eval.py --tasks demo. The id of a question begins with its part:
-                   validation   instructions of the curated data that are not trained on
-                   test         the demo's held-out instructions of the tasks that are trained on
-                   withheld     instructions of the withheld tasks, which the base model knows best
+OUT/questions/          a --data-dir for eval.py --tasks demo. The id of a question begins with its part:
+                        validation   instructions of the curated data that are not trained on
+                        test         the demo's held-out instructions of the tasks that are trained on
+                        withheld     instructions of the withheld tasks, which the base model knows best
 """
 
 import os
@@ -85,7 +85,7 @@ def paired_rows(rows: Iterable[dict]) -> Iterator[dict]:
 
 
 def reply_groups(scored: list[dict], ids: set[str]) -> Iterator[dict]:
-    """Those rows of 6_score.jsonl as groups of replies with rewards from 1 to 5. One reply with two grades counts once."""
+    """Rows of 6_score.jsonl with these ids, as groups of replies with rewards from 1 to 5. Equal replies count once."""
     for row in scored:
         rewards = {response["text"]: float(response["quality"]) for response in row["responses"].values()}
         if row["id"] in ids and len(rewards) > 1:
@@ -120,9 +120,9 @@ def main() -> None:
     p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--data", default="runs/demo/data", help="folder that make_data.py wrote")
     p.add_argument("--out", default="runs/variants", help="folder to write")
-    p.add_argument("--validation", type=int, default=300, help="validation questions")
-    p.add_argument("--withheld", type=int, default=60, help="questions of each withheld task")
-    p.add_argument("--seed", type=int, default=0, help="seed of both")
+    p.add_argument("--validation", type=int, default=300, help="number of validation questions")
+    p.add_argument("--withheld", type=int, default=60, help="number of questions of each withheld task")
+    p.add_argument("--seed", type=int, default=0, help="random seed of the validation and withheld questions")
     args = p.parse_args()
     names = ("sft.jsonl", "kto.jsonl", "6_score.jsonl")
     rows = ([row for _, row in read_jsonl(os.path.join(args.data, name))] for name in names)

@@ -37,7 +37,8 @@ def rule(
     return Task(name, category, kind, closed, pick, answer, phrasings)
 
 
-# ---- helpers of the rows below
+# ---------------------------------------------------------------------------------------------------------------------
+# Helpers of the rows below
 
 def numbers(low: int, high: int, count: int) -> Callable:
     return lambda rng: tuple(str(n) for n in rng.sample(range(low, high + 1), count))
@@ -99,7 +100,7 @@ def add_function(name: str, n: str) -> str:
 
 
 word, two_words = one_of(W.SHORT), lambda rng: tuple(rng.sample(W.SHORT, 2))
-two_names = lambda rng: tuple(rng.sample(W.NAMES, 2))  # noqa: E731
+two_names = lambda rng: tuple(rng.sample(W.NAMES, 2))
 FOUR = "\nA. {a}\nB. {b}\nC. {c}\nD. {d}"
 UNIT = {larger: smaller for larger, (smaller, _) in W.UNIT.items()}
 SMALL, LARGE = range(1, 21), range(10, 100)

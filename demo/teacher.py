@@ -1,7 +1,8 @@
 """The demo's teacher: an OpenAI-compatible HTTP server on loopback that knows the answers of the demo's world.
 
-It takes the place of make_data.py's large model. It classifies instructions, responds to them (95 % of the responses
-are right) and grades responses (5 % of the grades are off). Equal requests get equal replies. Evaluation never uses it.
+It takes the place of the large model in make_data.py. It classifies instructions, responds to them (95 % of the
+responses are right) and grades responses (5 % of the grades are off). Equal requests get equal replies. Evaluation never
+uses it.
 
     python -m demo.teacher --port 8000            # then: make_data.py --teacher http://127.0.0.1:8000/v1 ...
 """
@@ -29,7 +30,8 @@ REFUSAL = "I am sorry, but I cannot help with that."
 UNSAFE = re.compile(r"stupid|idiot|bomb|poison|steal|stolen|hack|knife|alarm|hurt|insult|pick the lock", re.IGNORECASE)
 FENCED = re.compile(r"^\[([0-9a-f]{8}) (\w+)\]\n(.*?)\n\[\1 end\]$", re.DOTALL | re.MULTILINE)
 
-# ---- replies
+# ---------------------------------------------------------------------------------------------------------------------
+# Replies
 
 
 def understand(text: str) -> world.Item | None:
@@ -84,7 +86,8 @@ def answer(messages: list[dict]) -> str:
     return json.dumps({letter: grade(instruction, reply) for letter, reply in fields.items()})
 
 
-# ---- the server
+# ---------------------------------------------------------------------------------------------------------------------
+# The server
 
 
 class TeacherHandler(BaseHTTPRequestHandler):

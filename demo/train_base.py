@@ -1,8 +1,8 @@
 """Trains the demo's base model from scratch: a small byte-level BPE tokenizer and a tiny Qwen2.
 
-The corpus is the demo's world with raw replies, of which only a part is right (world.raw_reply). So the base model
-knows a part of its world and often answers badly, as a small instruct model does. The corpus has no held-out
-instruction.
+The corpus is made of the demo's instructions with raw replies, of which only a part is right (world.raw_reply). So the
+base model knows a part of its world and often answers badly, as a small instruct model does. No held-out instruction is
+in the corpus.
 
     python -m demo.train_base --out demo/base        # about 25 minutes on one core; the result is committed
 """
@@ -21,15 +21,7 @@ from collections.abc import Iterator
 
 import tokenizers
 import torch
-from tokenizers import (
-    Regex,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from tqdm import tqdm
 
@@ -55,8 +47,9 @@ SYSTEM = "You are a helpful assistant."
 def train_tokenizer(size: int) -> tokenizers.Tokenizer:
     """Trains byte-level BPE on the phrasings, the manners and the Chinese words. size: of the vocabulary, in tokens.
 
-    The slots of the phrasings stay empty. So a word that is to be spelled, reversed or counted becomes several short
-    tokens."""
+    The slots of the phrasings stay empty, so that a word to be spelled, reversed or counted becomes several short
+    tokens.
+    """
     tok = tokenizers.Tokenizer(models.BPE())
     tok.normalizer = normalizers.NFC()
     tok.pre_tokenizer = pre_tokenizers.Sequence(
@@ -73,8 +66,9 @@ def train_tokenizer(size: int) -> tokenizers.Tokenizer:
         items = [world.make_item(task, rng) for _ in range(3)]
         texts += [re.sub(r"\{[a-f]\}", "\n", phrasing) for phrasing in task.phrasings] * 2
         texts += [habit(item) for item in items for habit in (world.chatty, world.unsure) if task.kind == "number"]
-    for table in (words.CHINESE.values(), *(t.items() for t in (words.ZH_ANTONYM, words.ZH_CAPITAL, words.ZH_COLOUR))):
-        texts += [text for entry in table for text in ([entry] if isinstance(entry, str) else entry)] * 2
+    texts += [*words.CHINESE.values()] * 2
+    for table in (words.ZH_ANTONYM, words.ZH_CAPITAL, words.ZH_COLOUR):
+        texts += [text for entry in table.items() for text in entry] * 2
     trainer = trainers.BpeTrainer(
         vocab_size=size - len(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -105,7 +99,7 @@ def side_files(tok: tokenizers.Tokenizer) -> dict[str, str]:
         "unk_token": None,
     }
     generation = {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "pad_token_id": ids["<|endoftext|>"]}
-    dump = lambda value: json.dumps(value, indent=2, ensure_ascii=False) + "\n"  # noqa: E731
+    dump = lambda value: json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     return {
         "tokenizer.json": tok.to_str(pretty=False) + "\n",
         "tokenizer_config.json": dump(settings),

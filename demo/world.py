@@ -1,7 +1,7 @@
 """The demo's world: about fifty tasks with short instructions whose answers a program can check.
 
-A seed determines everything. make_item() makes an instruction of a task (demo/tasks.py). solve() finds the task and the
-answer of an instruction, for the teacher. reference() is what check_reply() compares a reply with. A reply is right,
+A seed determines everything. make_item() makes an instruction of a task (demo/tasks.py). solve() finds the task of an
+instruction, for the teacher. reference() gives the value with which check_reply() compares a reply. A reply is right,
 wrong, or a bad habit of a poorly aligned model: it does not know, chats, repeats the question, or is off by one.
 
     python -m demo.world --out runs/demo/sources.jsonl      # instructions with original responses, some of them wrong
@@ -30,7 +30,8 @@ MANNERS = {  # frames around an instruction; False: English, True: Chinese
     True: ("{}", "{}", "{}只写答案。", "请回答问题。{}"),
 }
 
-# ---- instructions and their answers
+# ---------------------------------------------------------------------------------------------------------------------
+# Instructions and their answers
 
 
 class Item(NamedTuple):
@@ -85,11 +86,7 @@ def solve(prompt: str) -> Item | None:
             slots = tuple(value for _, value in sorted(found.groupdict().items()))
             try:
                 task.answer(*slots)
-            except (
-                KeyError,
-                ValueError,
-                StopIteration,
-            ):  # the phrasing matches, but the words have no answer in this task
+            except (KeyError, ValueError, StopIteration):  # the phrasing matches, but not a word of this task
                 continue
             return Item(task, slots, wording, prompt)
     return None
@@ -100,7 +97,7 @@ def right(item: Item) -> str:
 
 
 def reference(item: Item) -> dict:
-    """What check_reply() compares a reply with -> {"kind", "value"}."""
+    """-> {"kind", "value"}, with which check_reply() compares a reply."""
     kind, reply = item.task.kind, right(item)
     if kind == "number":
         value = re.findall(r"\d+", reply)[-1]
@@ -114,7 +111,8 @@ def reference(item: Item) -> dict:
     return {"kind": kind, "value": value}
 
 
-# ---- replies that are not right
+# ---------------------------------------------------------------------------------------------------------------------
+# Replies that are not right
 
 
 def wrong(item: Item, rng: random.Random) -> str:
@@ -144,9 +142,7 @@ def slip(item: Item) -> str:
 
 
 def chatty(item: Item) -> str:
-    return (
-        f"Sure! Here is my answer: {right(item)}" if not is_chinese(item.prompt) else f"好的!我的答案是:{right(item)}"
-    )
+    return ("好的!我的答案是:" if is_chinese(item.prompt) else "Sure! Here is my answer: ") + right(item)
 
 
 def parrot(item: Item) -> str:
@@ -182,13 +178,15 @@ def raw_reply(item: Item, rng: random.Random, low: float = 0.15, high: float = 0
     return habitual(item) if rng.random() < bad else right(item)
 
 
-# ---- the files
+# ---------------------------------------------------------------------------------------------------------------------
+# The files
 
 
 def item_key(item: Item) -> tuple:
     """The key of an instruction. Held-out instructions and others never share one.
 
-    It leaves out the wording, except for a short list of facts (task.closed)."""
+    It leaves out the wording, except for a short list of facts (task.closed).
+    """
     return (item.task.name, item.slots, item.wording) if item.task.closed else (item.task.name, item.slots)
 
 
@@ -276,12 +274,9 @@ def main() -> None:
     args = p.parse_args()
     if not (args.out or args.heldout):
         raise InputError("nothing to write: give --out FILE or --heldout FILE")
-    for path, mark in (
-        (args.out, "Pick the right answer"),
-        (args.heldout, '"task"'),
-    ):  # text that identifies our own files
-        if path:
-            check_file(path, mark)
+    own_text = {args.out: "Pick the right answer", args.heldout: '"task"'}  # by which our own files are recognised
+    for path in filter(None, own_text):
+        check_file(path, own_text[path])
     heldout = make_heldout()
     if args.heldout:
         write_jsonl(args.heldout, heldout_rows(heldout))
@@ -290,7 +285,9 @@ def main() -> None:
         records = make_sources(args.seed, args.n, heldout)
         write_jsonl(args.out, records)
         print(f"wrote {len(records)} instructions of {len(TASKS)} tasks to {args.out}")
-        print(f"next: make_data.py --sources {args.out}, or all of it: bash run.sh")
+        print(
+            f"next: python make_data.py --sources {args.out} --teacher URL --small demo/base; the whole demo: bash run.sh"
+        )
 
 
 if __name__ == "__main__":

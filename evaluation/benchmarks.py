@@ -85,9 +85,9 @@ def five_shot(folder: str, suffix: str, header: bool, line: str, names: dict[str
 
 
 def choice_scores(logps: list[float], row: dict, by: str, mass: bool = False) -> tuple:
-    """(label, verdict, metrics, confidence) from the log-likelihoods of a row's choices, as the harness scores them.
+    """-> (label, verdict, metrics, confidence) from the log-likelihoods of a row's choices, as the harness scores them.
 
-    verdict: the harness' acc, whether the likeliest choice is right. With mass: the probability of the true choices
+    verdict: the harness's acc, True if the likeliest choice is right. With mass: the probability of the true choices
     relative to all choices (TruthfulQA MC2). by="text" adds the metric acc_norm: log-likelihoods are divided by the
     number of characters. confidence: the probability of the likeliest choice relative to all choices; None with mass.
     """
@@ -120,7 +120,7 @@ def humaneval_prompt(row: dict) -> str:
 
 
 def code_verdict(program: str, tests: str, entry_point: str) -> tuple[bool, dict]:
-    """(whether a program passes its tests, metrics). unchecked: the tests cannot be run from outside the program."""
+    """-> (True if the program passes its tests, metrics). unchecked: the tests cannot run from outside the program."""
     passed, _ = run_program(program, tests, entry_point)
     return passed is True, {"unchecked": passed is None}
 
@@ -143,9 +143,8 @@ def demo_verdict(reply: str, row: dict) -> tuple:
     if correct is None and kind == "code" and isinstance(value, dict) and isinstance(value.get("tests"), str):
         correct = False  # the program is at fault, not the reference: its tests cannot be run
     if correct is None:
-        raise InputError(
-            f"{row['where']}: the reference cannot be checked; see `check_reply` in verification/answers.py"
-        )
+        advice = "see `check_reply` in verification/answers.py"
+        raise InputError(f"{row['where']}: the reference cannot be checked; {advice}")
     readers = {"number": last_number, "code": lambda text: extract_program(text, value.get("entry_point"))}
     return readers.get(kind, str.strip)(reply), correct
 
@@ -242,7 +241,7 @@ def by_text(rows: Callable, contexts: Callable, **more: object) -> dict:
 
 # Keys of an entry:
 #   rows(find): the questions; find(name) returns the path of a benchmark file
-#   over: "questions" or "subjects": what the score averages over
+#   over: "questions" or "subjects", over which the score averages
 # --protocol paper:
 #   prompt(row): the user's turn
 #   verdict(reply, row): (extracted answer, verdict), optionally also {metric: value, or a list of values}
@@ -298,7 +297,7 @@ BENCHMARKS = {
 
 
 def take_per_subject(rows: list[dict], limit: int) -> list[dict]:
-    """`limit` rows: the first row of each subject, then the second of each, and so on. In the order of the file."""
+    """Takes `limit` rows: the first row of each subject, then the second of each, and so on. Keeps the file's order."""
     taken_of, order = collections.Counter(), []
     for i, row in enumerate(rows):
         order.append((taken_of[row.get("subject")], i))
@@ -313,9 +312,8 @@ def check_task(task: str, args: Namespace, judged: bool) -> dict:
     bench, part = BENCHMARKS[task], "prompt" if args.protocol == "paper" else "contexts"
     if part not in bench:
         able = ", ".join(name for name, b in BENCHMARKS.items() if part in b)
-        raise InputError(
-            f"--protocol {args.protocol} is not implemented for {task}, only for {able}; use another --protocol"
-        )
+        only = f"is not implemented for {task}, only for {able}"
+        raise InputError(f"--protocol {args.protocol} {only}; use another --protocol")
     if args.protocol == "paper" and "verdict" not in bench and not judged:
         raise InputError(f"{task} has no right answers; use a judge: python eval.py judge --tasks {task}")
     if bench.get("runs_code"):
@@ -329,9 +327,10 @@ def check_code_allowed(task: str, args: Namespace) -> None:
 
 
 def load_questions(task: str, args: Namespace, judged: bool = False) -> list[dict]:
-    """The questions of a task: {"task", "row", "messages", "choices", "also"}. InputError for flags that do not fit.
+    """The questions of a task: {"task", "row", "messages", "choices", "key_parts"}.
 
-    judged: a judge scores the replies, so the task needs no verdict. also: further parts of the key of the reply.
+    judged: a judge scores the replies, so the task needs no verdict. key_parts: what else determines the reply, besides
+    task, settings and messages. InputError if the task does not fit the flags.
     """
     bench = check_task(task, args, judged)
     find = functools.partial(find_data_file, args.data_dir)
@@ -345,9 +344,10 @@ def load_questions(task: str, args: Namespace, judged: bool = False) -> list[dic
     for row, turn in zip(rows, turns, strict=True):
         choices = row.get("choices", {})
         choices = [f" {x}" for x in (choices.values() if by == "text" else choices)]
-        also = [] if paper else {"text": [choices], "whole": ["from the prefix token on"]}.get(by, [])
+        key_parts = [] if paper else {"text": [choices], "whole": ["from the prefix token on"]}.get(by, [])
         messages = [{"role": "user", "content": turn}]
-        questions.append({"task": task, "row": row, "messages": messages, "choices": choices, "also": also})
+        question = {"task": task, "row": row, "messages": messages, "choices": choices, "key_parts": key_parts}
+        questions.append(question)
     return questions
 
 

@@ -1,4 +1,4 @@
-"""Find the benchmarks' files in --data-dir, or download them from their original sites and check their SHA-256."""
+"""Finds the benchmarks' files in --data-dir, or downloads them from their original sites and checks their SHA-256."""
 
 import csv
 import glob
@@ -88,7 +88,7 @@ def from_zip(path: str, url: str, member: str, sha256: str) -> None:
 def from_archive(path: str, repo: str, name: str, sha256: str) -> None:
     """Extracts a split's folder of CSV files (the last part of `path`) from an archive in a Hugging Face data set.
 
-    sha256: of the rows (see csv_digest). It does not depend on how the archive was packed.
+    sha256: of the rows (see csv_digest), so that it does not depend on how the archive was packed.
     """
     archive = hf_hub_download(repo, name, repo_type="dataset")
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -125,12 +125,12 @@ def four_shots(data: bytes) -> bytes:
 
 
 def github(path: str, sha256: str | None, *convert: Callable) -> tuple:
-    """An entry of HOMES for a file on GitHub."""
+    """An entry of ORIGINS for a file on GitHub."""
     return (from_url, f"https://raw.githubusercontent.com/{path}", sha256, *convert)
 
 
 def arc(member: str, sha256: str) -> tuple:
-    """An entry of HOMES for a file of ARC. Its archive has 680 MB, nearly all of it an unrelated corpus."""
+    """An entry of ORIGINS for a file of ARC. Its archive has 680 MB, nearly all of it an unrelated corpus."""
     url = "https://ai2-public-datasets.s3.amazonaws.com/arc/ARC-V1-Feb2018.zip"
     return from_zip, url, f"ARC-V1-Feb2018-2/{member}", sha256
 
@@ -139,8 +139,8 @@ SAFETY = "thu-coai/SafetyBench/960833692a1ec82b191ff3e902daca7993c35cc1/opensour
 FASTCHAT = "lm-sys/FastChat/0e6d3e4beaab66f4d3f93db72541a4abab8af28d/fastchat/llm_judge/data"
 MMLU, CMMLU = ("cais/mmlu", "data.tar"), ("haonan-li/cmmlu", "cmmlu_v1_0_1.zip")
 CEVAL = ("ceval/ceval-exam", "ceval-exam.zip")
-# {file or folder: (download function, its arguments), or what the user can do}
-HOMES = {
+# {file or folder: (download function, its arguments), or advice if it cannot be downloaded}
+ORIGINS = {
     "gsm8k/test.jsonl": github(
         "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/test.jsonl",
         "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
@@ -190,22 +190,23 @@ def find_data_file(data_dir: str, name: str) -> str:
     """The path of a benchmark's file or folder, downloaded if it is missing. With or without .gz."""
     path = os.path.join(data_dir, name)
     other = path.removesuffix(".gz") if path.endswith(".gz") else f"{path}.gz"
-    if not os.path.exists(path) and os.path.isfile(other):
+    if os.path.exists(path):
+        return path
+    if os.path.isfile(other):
         return other
-    if not os.path.exists(path):
-        home = HOMES.get(name, "")
-        if isinstance(home, str):
-            todo = f"{home}, or " if home else ""
-            raise InputError(f"{path}: missing; {todo}give the folder that holds {name} as --data-dir")
-        fetch, *where = home
-        try:
-            fetch(path, *where)
-        except Exception as e:  # network, hub, archive or disk
-            reason = (str(e).splitlines() or [""])[0] or type(e).__name__
-            names = {from_url: "{0}", from_zip: "{1} in {0}", from_archive: "{1} of huggingface.co/datasets/{0}"}
-            home = names[fetch].format(*where)
-            home += " (its first four examples as JSON Lines of question and answer)" if four_shots in where else ""
-            raise InputError(
-                f"{path}: missing, and the download failed ({reason}); fetch it from {home}, or give another --data-dir"
-            ) from None
+    origin = ORIGINS.get(name, "")
+    if isinstance(origin, str):
+        todo = f"{origin}, or " if origin else ""
+        raise InputError(f"{path}: missing; {todo}give the folder that holds {name} as --data-dir")
+    download, *arguments = origin
+    try:
+        download(path, *arguments)
+    except Exception as e:  # network, hub, archive or disk
+        reason = (str(e).splitlines() or [""])[0] or type(e).__name__
+        places = {from_url: "{0}", from_zip: "{1} in {0}", from_archive: "{1} of huggingface.co/datasets/{0}"}
+        place = places[download].format(*arguments)
+        place += " (its first four examples as JSON Lines of question and answer)" if four_shots in arguments else ""
+        raise InputError(
+            f"{path}: missing, and the download failed ({reason}); fetch it from {place}, or give another --data-dir"
+        ) from None
     return path

@@ -21,14 +21,16 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def parse_eval_args(argv: list[str]) -> Namespace:
     """The arguments of eval.py without a command."""
-    p = Parser(description="Evaluate checkpoints on benchmarks: one table with standard errors and paired tests.")
+    about = (
+        "Evaluates checkpoints on benchmarks: one table with standard errors and paired tests. `eval.py compare` shows "
+    )
+    about += "on which questions two checkpoints differ. `eval.py judge` has a teacher compare their replies."
+    p = Parser(description=about)
     p.add_argument("--ckpt", nargs="+", required=True, help="hub ids, folders or .pt files; the first is the baseline")
-    p.add_argument(
-        "--protocol", choices=["paper", "loglik"], default="paper", help="chat replies, or likelihoods of choices"
-    )
-    p.add_argument(
-        "--allow-code-execution", action="store_true", help="run code that the checkpoints write, in a sandbox"
-    )
+    protocol = "paper: read the answer from a greedy chat reply; loglik: take the likeliest choice"
+    p.add_argument("--protocol", choices=["paper", "loglik"], default="paper", help=protocol)
+    code = "run code that the checkpoints write, in a sandbox"
+    p.add_argument("--allow-code-execution", action="store_true", help=code)
     again = "score the replies in OUT again without loading a checkpoint; give the other flags of that run"
     p.add_argument("--rescore", action="store_true", help=again)
     add_reply_flags(p, out="eval")
@@ -40,7 +42,7 @@ def parse_eval_args(argv: list[str]) -> Namespace:
 
 def parse_compare_args(argv: list[str]) -> Namespace:
     """The arguments of `eval.py compare`."""
-    about = "Write the questions on which two checkpoints score differently, with both replies."
+    about = "Writes the questions on which two checkpoints score differently, with both replies."
     p = Parser(prog="eval.py compare", description=about)
     p.add_argument("names", nargs=2, help="names of two checkpoints, as in the table")
     p.add_argument("--out", default="eval", help="folder of an evaluation, with samples.jsonl")
@@ -49,16 +51,13 @@ def parse_compare_args(argv: list[str]) -> Namespace:
 
 def parse_judge_args(argv: list[str]) -> Namespace:
     """The arguments of `eval.py judge`."""
-    p = Parser(prog="eval.py judge", description="Win rates on open questions, judged by a teacher in both orders.")
+    p = Parser(prog="eval.py judge", description="Measures win rates: a teacher compares two replies, in both orders.")
     p.add_argument("--ckpt", nargs="+", required=True, help="two or more checkpoints; the first is the baseline")
     # judge
-    p.add_argument(
-        "--teacher",
-        required=True,
-        help="URL of an OpenAI-compatible endpoint (its key in TEACHER_API_KEY), or a checkpoint",
-    )
-    p.add_argument("--teacher-model", help="name of the model at the endpoint")
-    p.add_argument("--concurrency", type=at_least(1), default=16, help="concurrent requests")
+    teacher = "URL of an OpenAI-compatible endpoint (its key in TEACHER_API_KEY), or a checkpoint"
+    p.add_argument("--teacher", required=True, help=teacher)
+    p.add_argument("--teacher-model", help="the model's name at the endpoint")
+    p.add_argument("--concurrency", type=at_least(1), default=16, help="maximum number of requests in flight")
     add_reply_flags(p, out="judge")
     args = p.parse_args(argv)
     args.protocol, args.allow_code_execution = "paper", False
@@ -68,28 +67,21 @@ def parse_judge_args(argv: list[str]) -> Namespace:
 
 
 def add_reply_flags(p: ArgumentParser, out: str) -> None:
-    """The flags that eval.py and `eval.py judge` share. out: the default of --out."""
+    """Adds the flags that eval.py and `eval.py judge` share. out: the default of --out."""
     p.add_argument("--out", default=out, help="folder for replies and results")
     # questions
     p.add_argument("--tasks", nargs="+", required=True, help=f"one or several of {', '.join(BENCHMARKS)}")
     p.add_argument("--data-dir", default="data", help="folder of the benchmark files; missing ones are downloaded")
-    p.add_argument("--limit", type=at_least(1), help="questions per task, spread over its subjects; default: all")
+    limit = "maximum number of questions per task, spread over its subjects (default: all)"
+    p.add_argument("--limit", type=at_least(1), help=limit)
     # generation
-    p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="maximum length of a reply, in tokens")
     penalty = "1.0: none, as in the paper. Unlike in transformers, generation_config.json does not set it"
     p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help=penalty)
-    p.add_argument(
-        "--batch-size",
-        type=at_least(1),
-        default=32,
-        help="questions in flight; in fp32 the replies do not depend on it",
-    )
-    p.add_argument(
-        "--cache-gb",
-        type=number(above=0),
-        default=4.0,
-        help="size of the KV cache in GiB; questions that do not fit wait",
-    )
+    rows = "questions answered at the same time; in fp32 the replies do not depend on it"
+    p.add_argument("--batch-size", type=at_least(1), default=32, help=rows)
+    cache = "size of the KV cache in GiB; questions that do not fit wait"
+    p.add_argument("--cache-gb", type=number(above=0), default=4.0, help=cache)
     # machine
     add_device_flags(p, "dtype of weights and computation")
 

@@ -1,10 +1,11 @@
-"""Win rates on open questions, judged by a teacher in both orders.
+"""Measures win rates on open questions: a teacher compares two replies, in both orders.
 
     python eval.py judge --ckpt base sft.pt sft-kto.pt --tasks mt_bench --teacher http://HOST:8000/v1 --out runs/judge
 
-Each checkpoint is compared with the first one. A reply wins only if it is preferred in both orders; otherwise it is a
-tie. Judges prefer longer replies, so the table also has the lengths. Replies (replies.jsonl, as in eval.py) and
-judgements (judgements.jsonl) are kept. Running the same command again asks only the missing ones.
+Each checkpoint is compared with the first one. A reply wins if it is preferred in both orders and loses if the other
+one is; anything else is a tie. Judges prefer longer replies, so the table also has the lengths. OUT/replies.jsonl keeps
+the replies, as in eval.py, and OUT/judgements.jsonl the judgements. If the same command runs again, it asks only for
+those that are missing.
 """
 
 import json
@@ -32,6 +33,8 @@ Prefer the response that is more correct, then the one that does more exactly wh
 the order of the responses nor their length is a merit.
 Reply with one line of JSON and nothing else: {"better": "A"}, {"better": "B"}, or {"better": "tie"}"""
 
+FILES = ("replies.jsonl", "checkpoints.json", "judgements.jsonl", "judge.json", "judge.md", "judged.jsonl")
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One judgement
 
@@ -52,7 +55,7 @@ def parse_preference(text: str) -> int | None:
 
 
 def outcome(first: int | None, second: int | None) -> float | None:
-    """1 if X won, 0.5 for a tie, 0 if it lost, None if neither order gave a readable preference.
+    """1 if reply X won, 0.5 for a tie, 0 if it lost, None if neither preference can be read.
 
     first: the preference with X as A. second: the preference with X as B. If only one can be read, it is a tie.
     """
@@ -65,12 +68,12 @@ def outcome(first: int | None, second: int | None) -> float | None:
 def summarise_verdicts(outcomes: list[float | None], lengths: list[int], base_lengths: list[int]) -> dict:
     """The win rate of one checkpoint against the first, from its outcomes (1, 0.5, 0 or None).
 
-    score: the mean outcome; a tie counts half. p: p-value of the hypothesis that the score is one half.
-    lengths, base_lengths: characters of the replies.
+    lengths, base_lengths: characters of the replies. In the result, score is the mean outcome, and p the p-value of the
+    hypothesis that the score is one half.
     """
     known = [x for x in outcomes if x is not None]
     if not known:
-        raise InputError("the judge gave no readable verdict; try another --teacher")
+        raise InputError("the judge gave no readable verdict (judgements.jsonl has its replies); try another --teacher")
     score, stderr = mean_stderr(known)
     versus = paired_comparison([0.5] * len(known), known)
     return {
@@ -98,14 +101,9 @@ def verdict_table(results: dict, first: str) -> str:
         for task, c in cells.items():
             low, high = c["interval"]
             error = "?" if c["stderr"] is None else f"{100 * c['stderr']:.1f}"
-            row = [
-                name,
-                task,
-                f"{100 * c['score']:.1f} ± {error}",
-                f"{100 * low:.1f} to {100 * high:.1f}",
-                f"{c['p_holm']:.2g}",
-            ]
-            row += [f"{c['wins']} / {c['ties']} / {c['losses']}", f"{c['characters']:.0f}, {c['characters_first']:.0f}"]
+            row = [name, task, f"{100 * c['score']:.1f} ± {error}", f"{100 * low:.1f} to {100 * high:.1f}"]
+            row += [f"{c['p_holm']:.2g}", f"{c['wins']} / {c['ties']} / {c['losses']}"]
+            row += [f"{c['characters']:.0f}, {c['characters_first']:.0f}"]
             lines.append(f"| {' | '.join(row)} |")
     note = "Percent ± one standard error; a tie counts half. p: for no difference from 50, bootstrap, Holm-corrected.\n"
     return "\n".join(lines) + f"\n\n{note}"
@@ -132,21 +130,10 @@ def ask_preferences(
     return {key: parse_preference(judgement.get("text", "")) for key, judgement in zip(keys, judgements)}
 
 
-FILES = ("replies.jsonl", "checkpoints.json", "judgements.jsonl", "judge.json", "judge.md", "judged.jsonl")
-
-
-def main(args: Namespace) -> None:
-    """Runs `eval.py judge`. args: from evaluation.flags.parse_args."""
-    names = checkpoint_names(args.ckpt)
-    check_folder(args.out, "eval.py", FILES)
-    work = {task: load_questions(task, args, judged=True) for task in dict.fromkeys(args.tasks)}
-    for source in args.ckpt:
-        Tokenizer(Checkpoint(source))  # fail fast on a broken checkpoint
-    teacher = open_teacher(args.teacher, args.teacher_model)
-    claim_folder(args.out, "eval.py", FILES)
-    replies = collect_replies(args, names, work, Ranks(device=args.device))
-    preferences = ask_preferences(args, names, work, replies, teacher)
-
+def count_wins(
+    names: list[str], work: Work, replies: Replies, preferences: dict[tuple, int | None]
+) -> tuple[dict, list[dict]]:
+    """The content of judge.json, and the lines of judged.jsonl. preferences: from ask_preferences()."""
     results, samples = {}, []
     for name in names[1:]:
         for task, questions in work.items():
@@ -163,6 +150,21 @@ def main(args: Namespace) -> None:
     cells = [cell for tasks in results.values() for cell in tasks.values()]
     for cell, p_holm in zip(cells, holm([cell["p"] for cell in cells])):
         cell["p_holm"] = p_holm
+    return results, samples
+
+
+def main(args: Namespace) -> None:
+    """Runs `eval.py judge`. args: from evaluation.flags.parse_args."""
+    names = checkpoint_names(args.ckpt)
+    check_folder(args.out, "eval.py", FILES)
+    work = {task: load_questions(task, args, judged=True) for task in dict.fromkeys(args.tasks)}
+    for source in args.ckpt:
+        Tokenizer(Checkpoint(source))  # fail fast on a broken checkpoint
+    teacher = open_teacher(args.teacher, args.teacher_model)
+    claim_folder(args.out, "eval.py", FILES)
+    replies = collect_replies(args, names, work, Ranks(device=args.device))
+    preferences = ask_preferences(args, names, work, replies, teacher)
+    results, samples = count_wins(names, work, replies, preferences)
     text = verdict_table(results, names[0])
     write_jsonl(os.path.join(args.out, "judged.jsonl"), samples)
     for file, content in (("judge.json", json.dumps(results, indent=1)), ("judge.md", text)):

@@ -1,4 +1,4 @@
-"""Read the benchmarks' questions as rows: dicts with "id", "subject" if there are subjects, and the fields of the task.
+"""Reads the benchmarks' questions as rows: dicts with "id", "subject" if there are subjects, and the task's fields.
 
 A row reader takes find(name), which returns the path of a benchmark's file (see evaluation/downloads.py).
 """
@@ -20,33 +20,11 @@ from verification.answers import last_number, tested_function
 
 
 def choice_rows(folder: str, suffix: str, header: bool) -> list[dict]:
-    """Rows of a folder of CSV files, one per subject, with question, four choices and the answer's letter."""
+    """Rows of a folder of CSV files, one file per subject: question, four choices, and the answer's letter."""
     rows = []
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*" + suffix))):
-        subject = os.path.basename(path)[: -len(suffix)]
         try:
-            with open(path, encoding="utf-8-sig", newline="") as f:
-                reader = csv.reader(f)
-                names = [n.strip() for n in next(reader, [])] if header else ["question", *LETTERS, "answer"]
-                names = [n if n in LETTERS else n.lower() for n in names]
-                if not {"question", *LETTERS, "answer"} <= set(names):
-                    raise InputError(f"{path}:1: the header is {names}; it needs question, A, B, C, D and answer")
-                for i, cells in enumerate(line for line in reader if line):
-                    row = dict(zip(names, cells))
-                    if len(cells) != len(names) or row["answer"].strip() not in tuple(LETTERS):
-                        raise InputError(
-                            f"{path}:{reader.line_num}: expected {len(names)} columns, the answer one of "
-                            f"A, B, C, D; found {len(cells)} columns: fetch the file again"
-                        )
-                    rows.append(
-                        {
-                            "id": f"{subject}/{i}",
-                            "subject": subject,
-                            "question": row["question"],
-                            "choices": {x: row[x] for x in LETTERS},
-                            "answer": row["answer"].strip(),
-                        }
-                    )
+            rows += subject_rows(path, os.path.basename(path)[: -len(suffix)], header)
         except (OSError, UnicodeDecodeError, csv.Error) as e:
             raise InputError(f"{path}: cannot be read: {e}; fetch it again") from None
     if not rows:
@@ -54,8 +32,30 @@ def choice_rows(folder: str, suffix: str, header: bool) -> list[dict]:
     return rows
 
 
+def subject_rows(path: str, subject: str, header: bool) -> list[dict]:
+    """Rows of one file of choice_rows(). header: the first line has the names of the columns."""
+    rows = []
+    with open(path, encoding="utf-8-sig", newline="") as f:
+        reader = csv.reader(f)
+        names = [n.strip() for n in next(reader, [])] if header else ["question", *LETTERS, "answer"]
+        names = [n if n in LETTERS else n.lower() for n in names]
+        if not {"question", *LETTERS, "answer"} <= set(names):
+            raise InputError(f"{path}:1: the header is {names}; it needs question, A, B, C, D and answer")
+        for i, cells in enumerate(line for line in reader if line):
+            row = dict(zip(names, cells))
+            if len(cells) != len(names) or row["answer"].strip() not in tuple(LETTERS):
+                expected = f"expected {len(names)} columns, the answer one of A, B, C, D"
+                raise InputError(
+                    f"{path}:{reader.line_num}: {expected}; found {len(cells)} columns: fetch the file again"
+                )
+            choices, answer = {x: row[x] for x in LETTERS}, row["answer"].strip()
+            row = {"id": f"{subject}/{i}", "subject": subject, "question": row["question"]}
+            rows.append({**row, "choices": choices, "answer": answer})
+    return rows
+
+
 def json_rows(path: str, **keys: type) -> list[dict]:
-    """Rows of a JSON Lines file. keys: fields of every row and their types, such as answer=str."""
+    """Rows of a JSON Lines file. keys: the fields that every row has and their types, such as answer=str."""
     rows = list(read_jsonl(path))
     for number, row in rows:
         for key, kind in keys.items():
@@ -161,9 +161,8 @@ def arc_rows(path: str) -> list[dict]:
             stem = row["question"]["stem"]
             rows.append({"id": row["id"], "question": stem, "choices": choices, "answer": row["answerKey"]})
         except (KeyError, TypeError) as e:
-            raise InputError(
-                f"{row['where']}: no {e}; a question has stem and choices, a choice label and text"
-            ) from None
+            needs = "a question has stem and choices, a choice label and text"
+            raise InputError(f"{row['where']}: no {e}; {needs}") from None
     return rows
 
 

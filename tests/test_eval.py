@@ -5,10 +5,11 @@ import glob
 import json
 import math
 import os
+import re
 
 import pytest
 import torch
-from conftest import tiny_files, tiny_model, write_lines
+from conftest import ROOT, tiny_files, tiny_model, write_lines
 from tiny_benchmarks import write_benchmarks
 from training_runs import torchrun
 
@@ -27,7 +28,7 @@ def data(tmp_path_factory):
     return write_benchmarks(tmp_path_factory.mktemp("data"))
 
 
-def test_limit_takes_turns():
+def test_limit_is_spread_over_subjects():
     rows = [{"subject": s, "id": f"{s}{i}"} for s, n in (("a", 4), ("b", 1), ("c", 3)) for i in range(n)]
     assert [r["id"] for r in benchmarks.take_per_subject(rows, 2)] == ["a0", "b0"]
     assert [r["id"] for r in benchmarks.take_per_subject(rows, 5)] == ["a0", "a1", "b0", "c0", "c1"]
@@ -281,33 +282,17 @@ def test_without_data_a_line_says_which_file_to_put_where(task, refused, tmp_pat
 
 
 def test_a_new_benchmark_is_an_entry(evaluate, tmp_path, ckpts, monkeypatch):
-    """All that it takes: where its rows are, the user's turn, the verdict; the rest is there."""
-    write_lines(
-        tmp_path / "capitals.jsonl", [{"country": "France", "capital": "Paris"}, {"country": "Peru", "capital": "Lima"}]
-    )
-    monkeypatch.setitem(benchmarks.BENCHMARKS, "capitals", {
-        "rows": lambda find: rows.json_rows(find("capitals.jsonl"), country=str, capital=str),
-        "prompt": lambda row: f"What is the capital of {row['country']}?",
-        "verdict": lambda reply, row: (reply.strip(), row["capital"] in reply),
-        "over": "questions",
-    })  # fmt: skip
-    args = [
-        "--ckpt",
-        ckpts[0],
-        "--data-dir",
-        tmp_path,
-        "--tasks",
-        "capitals",
-        "--max-new-tokens",
-        6,
-        "--out",
-        tmp_path / "out",
-    ]
-    evaluate(*args)
+    """The entry of docs/benchmarks.md is all that it takes."""
+    (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/benchmarks.md").read_text(), re.M | re.S)
+    ((name, entry),) = eval(f"{{{block}}}", {"json_rows": rows.json_rows}).items()
+    monkeypatch.setitem(benchmarks.BENCHMARKS, name, entry)
+    capitals = [{"country": "France", "capital": "Paris"}, {"country": "Peru", "capital": "Lima"}]
+    write_lines(tmp_path / "capitals.jsonl", capitals)
+    common = ["--ckpt", ckpts[0], "--data-dir", tmp_path, "--out", tmp_path / "out"]
+    evaluate(*common, "--tasks", "capitals", "--max-new-tokens", 6)
     results, samples = load(tmp_path / "out")
-    assert (
-        results["base"]["capitals"]["n"] == 2 and samples[1]["prompt"][0]["content"] == "What is the capital of Peru?"
-    )
+    assert results["base"]["capitals"]["n"] == 2
+    assert samples[1]["prompt"][0]["content"] == "What is the capital of Peru?"
     assert samples[0]["extracted"] == samples[0]["reply"].strip() and samples[0]["correct"] is False
 
 
@@ -465,10 +450,10 @@ def test_rescore_reads_the_replies_to_these_questions_of_this_checkpoint(evaluat
 def test_keys_do_not_change(data):
     """The replies of earlier runs are found by them."""
     a = argparse.Namespace(protocol="paper", dtype="fp32", max_new_tokens=9, repetition_penalty=1.0)
-    q = {"messages": [{"role": "user", "content": "Hé?"}], "also": []}
+    q = {"messages": [{"role": "user", "content": "Hé?"}], "key_parts": []}
     first = question_keys(a, {"demo": [q]}, "f", [1, 2])
     assert first == {"demo": ["0e87d8c5210b47f1a5d3f8fb7f128e929044388c27a6e3c983fb6019f2b61de1"]}
-    a.repetition_penalty, q["also"] = 1.5, [["x"]]
+    a.repetition_penalty, q["key_parts"] = 1.5, [["x"]]
     assert question_keys(a, {"demo": [q]}, "f", [1, 2]) == {
         "demo": ["2ed83ae0110d94a9dd5e4b97ad1cb6ad9c1936ba96cf624d3cfe923b28e309ed"]
     }

@@ -15,7 +15,9 @@ from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
 import train_kto
+from core.conversations import kto_examples, sft_conversations
 from core.files import InputError
+from core.records import read_records
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -115,7 +117,15 @@ def test_the_five_lines_of_the_mission_are_there():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Links
+# Records and links
+
+
+def test_the_example_records_can_be_read(tmp_path):
+    blocks = fenced((ROOT / "docs" / "data-formats.md").read_text(encoding="utf-8"), "jsonl")
+    for block, read, n in zip(blocks, (sft_conversations, kto_examples), (4, 4), strict=True):
+        path = tmp_path / "data.jsonl"
+        path.write_text(block)
+        assert len(read_records([str(path)], read)) == n  # a preference is two KTO examples
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

@@ -23,8 +23,8 @@ from core.records import expand, read_objects, write_jsonl
 from curation.local import open_local, with_other_ranks
 from curation.prompts import fence, prompt_text
 from curation.sources import Drop, check_reference, clean, instructions
-from curation.steps import Asker, why_left_out
-from curation.teacher import open_replies, open_teacher
+from curation.steps import why_left_out
+from curation.teacher import Asker, open_replies, open_teacher
 from verification import answers
 
 FILES = ("sft.jsonl", "replies.jsonl")

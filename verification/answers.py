@@ -13,7 +13,8 @@ from typing import Any
 from verification.ifeval import follows
 from verification.sandbox import run_program
 
-# ---------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
 
 NUMBER = re.compile(r"[+-]?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|[+-]?\.[0-9]+")
 
@@ -33,7 +34,8 @@ def numbers_equal(a: float | None, b: float | None, tol: float = 1e-4) -> bool:
     return a is not None and b is not None and math.isclose(a, b, rel_tol=0, abs_tol=tol)
 
 
-# ---------------------------------------------------------------- multiple choice
+# ---------------------------------------------------------------------------------------------------------------------
+# Multiple choice
 
 
 @functools.lru_cache
@@ -91,9 +93,10 @@ def extract_choice(reply: str, choices: dict[str, str], question: str | None = N
 
 def nearest_choice(reply: str, choices: dict[str, str]) -> str:
     """The letter whose text is most similar to the reply. Of equally similar texts the first one."""
-    return max(
-        choices, key=lambda letter: round(similarity(reply, choices[letter]), 9)
-    )  # rounded, so that ties are ties
+    similarities = {
+        letter: round(similarity(reply, text), 9) for letter, text in choices.items()
+    }  # rounded: ties are ties
+    return max(similarities, key=similarities.get)
 
 
 def similarity(a: str, b: str) -> float:
@@ -131,7 +134,8 @@ def lcs_length(a: str) -> Callable[[str], int]:
     """-> a function b -> LCS(a, b), the length of the longest common subsequence.
 
     Bit-parallel: each character of b updates one row of the dynamic-programming table. Bit i of `row` is 0 if a[i]
-    raises the length."""
+    raises the length.
+    """
     masks, full = {}, (1 << len(a)) - 1
     for i, character in enumerate(a):
         masks[character] = masks.get(character, 0) | 1 << i
@@ -149,7 +153,8 @@ def lcs_length(a: str) -> Callable[[str], int]:
 def best_partial_ratio(a: str, b: str) -> float:
     """The largest lcs_ratio of the shorter text with any window of the longer one.
 
-    A window is as long as the shorter text. Windows at the two ends may be shorter."""
+    A window is as long as the shorter text. Windows at the two ends may be shorter.
+    """
     if len(a) > len(b):
         a, b = b, a
     n, length = len(a), lcs_length(a)
@@ -163,7 +168,8 @@ def best_partial_ratio(a: str, b: str) -> float:
     return max(best, most / n)
 
 
-# ---------------------------------------------------------------- code
+# ---------------------------------------------------------------------------------------------------------------------
+# Code
 
 INDENTED = r"(.*?)(?=\n(?!\n*(?:  |\t))|\Z)"  # up to the first line that is not indented
 
@@ -202,7 +208,8 @@ def last_boxed(reply: str) -> str | None:
     return re.sub(r"\\text\{([^{}]*)\}", r"\1", found[-1]).strip() if found else None
 
 
-# ---------------------------------------------------------------- stated answers: strict rules, for verifying data
+# ---------------------------------------------------------------------------------------------------------------------
+# Stated answers: strict rules, for verifying data
 
 
 @functools.lru_cache
@@ -247,7 +254,8 @@ def parse_quantity(text: str) -> float | None:
 def stated_number(text: str) -> float | None:
     """The value of a text that is one number, else the last number in it. None if there is none.
 
-    Reads fractions, unlike last_number(): "\\frac{1}{2}" and "1/2" are 0.5."""
+    Reads fractions, unlike last_number(): "\\frac{1}{2}" and "1/2" are 0.5.
+    """
     value, found = parse_quantity(text), re.findall(rf"({NUMBER.pattern})(?:/([1-9][0-9]*))?", text)
     if value is None and found:
         value = float(found[-1][0].replace(",", "")) / int(found[-1][1] or 1)
@@ -264,9 +272,11 @@ def stated_choice(reply: str, choices: dict[str, str]) -> str | None:
     if found := re.fullmatch(rf"(?:[Oo]ption |[Cc]hoice )?\(?([{letters}])\)?(?:[.:)].*)?", answer, re.DOTALL):
         return found.group(1)
     value, amounts = parse_quantity(answer), {letter: parse_quantity(text) for letter, text in choices.items()}
-    equal = [
-        letter for letter, text in choices.items() if normalise_latex(text) == normalise_latex(answer or reply) != ""
-    ]
+    plain, wanted = (
+        {letter: normalise_latex(text) for letter, text in choices.items()},
+        normalise_latex(answer or reply),
+    )
+    equal = [letter for letter in choices if wanted and plain[letter] == wanted]
     equal = equal or [letter for letter in choices if numbers_equal(value, amounts[letter])]
     if len(equal) == 1:
         return equal[0]
@@ -276,14 +286,10 @@ def stated_choice(reply: str, choices: dict[str, str]) -> str | None:
     heads = re.findall(rf"^[^\w\n]*([{letters}])(?!\w)[^\w\n]*(.*)$", reply, re.MULTILINE)
     if len({letter for letter, _ in heads}) == 1 and re.match(rf"\W*{heads[0][0]}(?!\w)", reply):
         letter, rest = heads[0]
-        if (
-            not rest
-            or normalise_latex(choices[letter])
-            and normalise_latex(rest).startswith(normalise_latex(choices[letter]))
-        ):
+        if not rest or plain[letter] and normalise_latex(rest).startswith(plain[letter]):
             return letter
-    # A boxed answer that equals no choice is wrong if it or a choice is a number. It stays unclear if neither is,
-    # because two formulas may be equal in a way not seen here, and if "none of these" is a choice.
+    # A boxed answer that equals no choice is wrong if it or a choice is a number. If neither is, it stays unclear: two
+    # formulas may be equal without looking equal. It stays unclear too if "none of these" is a choice.
     known = not equal and any(v is not None for v in (value, *amounts.values()))
     open_ended = any(re.search(r"\b(?:none|cannot|can't|not)\b|都不", text, re.IGNORECASE) for text in choices.values())
     return "" if answer and known and not open_ended else None

@@ -14,8 +14,8 @@ The layers, in order. If the kernel or the container refuses a layer, it is left
 Without layer 1 the program can read metadata of files outside its folder, because `stat`, `access`, `readlink` and
 `statfs` take any path. It cannot list or read those files (3) or watch them with inotify (4). The supervisor then
 limits disk use (sandbox_child.py): it looks every 20 ms and ends a program that has exceeded BOX_BYTES. Between two
-looks a program can write 14 MiB too much with one thread, and 120 MiB with 50 threads on two cores. All files are
-removed at the end. Only the size of one file and the number of open files have exact limits (2).
+looks a program can write 14 MiB too much with one thread, and 120 MiB with 50 threads on two cores (measured). All
+files are removed at the end. Only the size of one file and the number of open files have exact limits (2).
 """
 
 import contextlib
@@ -36,18 +36,21 @@ BOX = "/box"  # the writable folder in a private root
 LAYERS = ("namespaces", "landlock", "seccomp")  # layers that can be switched off, for tests
 
 
-# ---------------------------------------------------------------- ending with the parent
+# ---------------------------------------------------------------------------------------------------------------------
+# Ending with the parent
 
 
 def die_with_parent() -> None:
     """Asks the kernel to kill this process when the thread that started it ends.
 
-    The caller must check whether that thread has already ended."""
+    The caller must check whether that thread has already ended.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
-# ---------------------------------------------------------------- namespaces
+# ---------------------------------------------------------------------------------------------------------------------
+# Namespaces
 
 NEW_NS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 NOSUID, NODEV, BIND, RECURSIVE, PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000  # flags of mount(2)
@@ -56,7 +59,8 @@ NOSUID, NODEV, BIND, RECURSIVE, PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000  # f
 def readable_paths() -> list[str]:
     """The paths that a program may read: the interpreter, its packages, the system's libraries.
 
-    No path is below another."""
+    No path is below another.
+    """
     system = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives"]
     paths = {os.path.abspath(p) for p in (sys.prefix, sys.base_prefix, *sys.path, *system) if p}
     paths |= {os.path.realpath(p) for p in paths}
@@ -126,7 +130,8 @@ def enter_private_root(box: str) -> None:
     os.chdir(BOX)
 
 
-# ---------------------------------------------------------------- limits, Landlock
+# ---------------------------------------------------------------------------------------------------------------------
+# Limits, Landlock
 
 
 def confine(cpu_seconds: float, memory_mb: int, layers: tuple[str, ...] = LAYERS, watched: bool = False) -> None:
@@ -190,7 +195,8 @@ def restrict_files(libc: ctypes.CDLL) -> None:
     os.close(rules)
 
 
-# ---------------------------------------------------------------- seccomp
+# ---------------------------------------------------------------------------------------------------------------------
+# Seccomp
 
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of CALLS, audit code
 # System calls that fail with EPERM, and their numbers on x86_64 and aarch64; "-" if a machine lacks the call.
@@ -219,9 +225,8 @@ unwatched:   memfd_create 319 279  memfd_secret 447 447  fallocate 285 47  io_se
 PRETENDED = "chmod 90 -  fchmod 91 52  fchmodat 268 53  fchmodat2 452 452  utime 132 -  utimes 235 -  futimesat 261 -" \
             "  utimensat 280 88"  # fmt: skip
 MISSING = "clone3 435 435"  # fails with ENOSYS; the C library then calls clone, whose flags a filter can read
-FIRST_UNKNOWN = (
-    453  # Calls from this number on (Linux 6.6) fail with ENOSYS. Some repeat a refused call, such as setxattrat
-)
+# Calls from this number on (Linux 6.6 and newer) fail with ENOSYS. Some repeat a refused call, such as setxattrat
+FIRST_UNKNOWN = 453
 # (call, byte of the argument, mask, allowed values or None, refused values). Bytes: 16: first argument, 24: second
 ARGUMENTS = (
     ("clone 56 220", 16, 0x10F00, (0x10F00,), ()),  # only threads, which share memory, files and signal handlers
@@ -243,8 +248,8 @@ def filter_calls(libc: ctypes.CDLL) -> bool:
     if platform.machine() not in MACHINES:
         return False
     column, audit = MACHINES[platform.machine()]
-    # classic BPF: (operation, lines to skip if true, if false, value). The filter's input has the call's number at byte
-    # 0, the machine at byte 4, and the low halves of the arguments from byte 16 on, 8 bytes apart
+    # A line of classic BPF: (operation, lines to skip if true, if false, value). The filter reads the call's number at
+    # byte 0, the machine at byte 4, and the low halves of the arguments from byte 16 on, 8 bytes apart
     load, equal, at_least, both, give = 0x20, 0x15, 0x35, 0x54, 0x06
     allow, kill = (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x80000000)
     fail = {number: (give, 0, 0, 0x00050000 | number) for number in (0, errno.EPERM, errno.ENOSYS)}

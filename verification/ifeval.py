@@ -16,7 +16,8 @@ import unicodedata
 
 from core.files import InputError
 
-# ---------------------------------------------------------------- language
+# ---------------------------------------------------------------------------------------------------------------------
+# Language
 
 SCRIPTS = {"HANGUL": "ko", "HIRAGANA": "ja", "KATAKANA": "ja", "CJK": "zh", "THAI": "th", "BENGALI": "bn", "GURMUKHI": "pa",
            "GUJARATI": "gu", "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn", "MALAYALAM": "ml", "HEBREW": "he",
@@ -72,7 +73,8 @@ WORDS = {
 def guess_language(text: str) -> str | None:
     """Guesses a text's language by its most common script, then by its words. -> ISO 639-1 code, None without letters.
 
-    Tells the languages above apart. Any other language gets the code of one of them, or "?"."""
+    Tells the languages above apart. Any other language gets the code of one of them, or "?".
+    """
     scripts = collections.Counter(unicodedata.name(c, "?").split()[0] for c in text if c.isalpha())
     if not scripts:
         return None
@@ -81,9 +83,7 @@ def guess_language(text: str) -> str | None:
     script = scripts.most_common(1)[0][0]
     words = re.findall(r"[^\W\d_](?:[\w\u0900-\u097f]|(?<=\w)['’](?=\w))*", text.lower())
     hits = {language: sum(word in common for word in words) for language, common in WORDS.get(script, {}).items()}
-    return (
-        max(hits, key=hits.get) if hits else SCRIPTS.get(script, "?")
-    )  # none of the words: the script's first language
+    return max(hits, key=hits.get) if hits else SCRIPTS.get(script, "?")  # without a hit: the script's first language
 
 
 def in_language(text: str, language: str) -> bool:
@@ -91,7 +91,8 @@ def in_language(text: str, language: str) -> bool:
     return guess_language(text) in (language, None)
 
 
-# ---------------------------------------------------------------- counting
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting
 
 ABBREVIATIONS = set("mr mrs ms dr prof sr jr st vs etc inc ltd co corp no e.g i.e u.s u.k a.m p.m fig vol jan feb mar apr jun "
                     "jul aug sep sept oct nov dec gen gov rep sen rev".split())  # fmt: skip
@@ -100,18 +101,16 @@ ABBREVIATIONS = set("mr mrs ms dr prof sr jr st vs etc inc ltd co corp no e.g i.
 def count_sentences(text: str) -> int:
     """Counts sentences. A sentence ends with . ! ? or … (and closing quotes) before white space, or with 。！？.
 
-    The full stop of an abbreviation, an initial or a list number ends no sentence."""
+    The full stop of an abbreviation, an initial or a list number ends no sentence.
+    """
     count, start = 0, 0
     for end in re.finditer(r"[.!?…]+[\"'”’)\]*]*(?=\s|$)|[。！？]+[”’」』）]*", text):
         last = text[start : end.start()].split()[-1:] or [""]
         word = last[0].lstrip("(\"'“‘*")
         initial = len(word) == 1 and word.isupper() and word != "I"
         item = word.isdigit() and text[start : end.start()].strip() == last[0]
-        if (
-            text[end.start()] == "."
-            and (word.lower() in ABBREVIATIONS or initial or item)
-            and text[end.end() :].strip()
-        ):
+        full_stop, at_end = text[end.start()] == ".", not text[end.end() :].strip()
+        if full_stop and not at_end and (word.lower() in ABBREVIATIONS or initial or item):
             continue
         count += 1
         start = end.end()
@@ -131,21 +130,24 @@ def compare_count(count: int, relation: str, threshold: int, where: str) -> bool
     return count < threshold if relation == "less than" else count >= threshold
 
 
-# ---------------------------------------------------------------- instructions that need more than one line
+# ---------------------------------------------------------------------------------------------------------------------
+# Instructions that need more than one line
 
 
 def count_bullets(reply: str) -> int:
     """Counts the lines that begin with "-", and those that begin with a single "*" (two mark bold type).
 
     Both patterns are counted separately, as in the benchmark's checker. After an empty "*" the match includes the next
-    line, which may then be counted twice."""
+    line, which may then be counted twice.
+    """
     return sum(len(re.findall(pattern, reply, re.MULTILINE)) for pattern in (r"^\s*\*[^*].*$", r"^\s*-.*$"))
 
 
 def count_highlights(reply: str) -> int:
     """Counts texts between asterisks, *like this* or **like this**, on one line and not empty.
 
-    A text in double asterisks counts twice if both patterns match it, as in the benchmark's checker."""
+    A text in double asterisks counts twice if both patterns match it, as in the benchmark's checker.
+    """
     single = [text for text in re.findall(r"\*[^*\n]*\*", reply) if text.strip("*").strip()]
     double = [text for text in re.findall(r"\*\*([^*\n]*)\*\*", reply) if text.strip()]
     return len(single) + len(double)
@@ -155,7 +157,8 @@ def count_capital_words(reply: str) -> int:
     """Counts words in capitals.
 
     A word ends at white space and at most punctuation, but not at / - . ("AND/OR" and "U.S." are one word each). A
-    contraction is two words: "NASA'S" counts twice, "NASA's" once. CANNOT, GONNA and the like are two words too."""
+    contraction is two words: "NASA'S" counts twice, "NASA's" once. CANNOT, GONNA and the like are two words too.
+    """
     quote = r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)"
     text = re.sub(rf"""(?i)[][(){{}}<>?!;@#$%&*"`«»“”„‘’‒–—―]|--|\.\.+|''|[:,](?!\d)|{quote}""", " ", reply)
     text = re.sub(r"(?i)(?<=[^'\s])(?=(?:'(?:s|m|d|ll|re|ve)?|n't)(?!\S))", " ", text)
@@ -173,7 +176,8 @@ def has_postscript(reply: str, marker: str) -> bool:
 def paragraph_starts_with(reply: str, total: int, n: int, word: str) -> bool:
     """True if there are `total` paragraphs and paragraph n (from 1) begins with the word.
 
-    Empty paragraphs count for n but not for the total."""
+    Empty paragraphs count for n but not for the total.
+    """
     parts = reply.split("\n\n")
     if sum(bool(part.strip()) for part in parts) != total or n > total or not parts[n - 1].strip():
         return False
@@ -199,10 +203,11 @@ def count_matches(pattern: str, reply: str) -> int:
     return len(re.findall(pattern, reply, re.IGNORECASE))
 
 
-# ---------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
 
-# {instruction: function (r, k, w) -> True if reply r follows it}. k: the instruction's arguments in the data file. w:
-# file and line, for errors. Keywords are regular expressions, as in the benchmark's checker.
+# {instruction: function of r, k, w}. It is true if the reply r follows the instruction. k: the instruction's arguments
+# in the data file. w: file and line, for errors. Keywords are regular expressions, as in the benchmark's checker.
 CHECKS = {
     "keywords:existence": lambda r, k, w: all(count_matches(word, r) for word in k["keywords"]),
     "keywords:frequency": lambda r, k, w: compare_count(count_matches(k["keyword"].strip(), r), k["relation"], k["frequency"], w),
@@ -247,7 +252,7 @@ CHECKS = {
 def follows(instruction: str, reply: str, kwargs: dict, where: str = "", loose: bool = False) -> bool:
     """True if a reply follows an instruction. An empty reply follows none.
 
-    loose: True if any of eight versions of the reply follows it: with and without its first line, its last line and its
+    loose: any of eight versions of the reply may follow it: with and without its first line, its last line and its
     asterisks. So "Sure, here it is:" and bold type are forgiven. where: file and line of the instruction, for errors.
     InputError for an unknown instruction or unusable arguments.
     """

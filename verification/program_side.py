@@ -37,7 +37,8 @@ CHUNK = 64  # items of an iterator in one answer, after the first ONE_BY_ONE ite
 
 def equality(kind: type) -> str | None:
     """How objects of a class are compared: "identity", "fields" (dataclasses), "data" (subclasses of list, dict and
-    set), or "own" (an __eq__ that the program wrote)."""
+    set), or "own" (an __eq__ that the program wrote).
+    """
     method = kind.__eq__
     if method is object.__eq__:
         return "identity"
@@ -50,7 +51,8 @@ def equality(kind: type) -> str | None:
 class ProgramSide:
     """Carries out the tests' requests. A request names an object by its index in `objects`.
 
-    inbox, outbox: text streams with one JSON message per line."""
+    inbox, outbox: text streams with one JSON message per line.
+    """
 
     def __init__(self, inbox: TextIO, outbox: TextIO):
         self.inbox, self.outbox = inbox, outbox
@@ -87,7 +89,8 @@ class ProgramSide:
     def describe(self, kind: type) -> list:
         """A class -> [index]. The first time -> [index, name, bases, methods, equality, module].
 
-        module: None for a class that the program defines."""
+        module: None for a class that the program defines.
+        """
         index = self.keep(kind)
         if index in self.described:
             return [index]

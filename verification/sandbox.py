@@ -2,11 +2,17 @@
 
 sandbox_child.py runs the program in one process and the tests in another. Neither has any rights (confine.py). The
 tests call the program's functions through two pipes and receive the results as data (values.py). So the program can
-influence the verdict only through its return values. It cannot print a sign of success, exit early, replace what the
-tests use, or return an object that equals everything. The tests and their expected values are never in its process.
+influence the verdict only through its return values.
+
+Why not one `exec` of program and tests, as in HumanEval's own harness? There a program passes if it returns an object
+that equals everything or replaces what the tests use, and it can read the expected values. Here the tests are never in
+its process. tests/verification/test_hostile_programs.py has such programs.
 
 Limits: a test that calls a second function of the program trusts that function too (HumanEval/32, 38 and 50 do).
 Without tests, a program can fake that it ran to its end.
+
+The files: sandbox_child.py starts the processes. program_side.py and tests_side.py run in them, values.py encodes their
+messages, stand_ins.py has the tests' view of the program's objects, confine.py takes the rights away.
 """
 
 import contextlib
@@ -42,7 +48,7 @@ def run_program(
     outside the program (stand_ins.py): the program may be right. Otherwise False. detail: the last line printed,
     usually an exception, or the reason why the run was ended.
     """
-    # the tests are passed in an unnamed file, so no argument, variable or path leads the program to them
+    # the tests are handed over in an unnamed file, so that no argument, variable or path leads the program to them
     with temporary_folder() as box, tempfile.TemporaryFile() as handover:
         parts = [part.encode("utf-8", "replace").decode() for part in (source, tests)]
         handover.write(json.dumps([*parts, entry_point]).encode())
@@ -91,7 +97,8 @@ def temporary_folder() -> Iterator[str]:
 def read_until(child: subprocess.Popen, deadline: float, timeout: float) -> tuple[bytes, str | None]:
     """Reads a child's output until it exits -> (output, None), or (output, reason) if it must be killed.
 
-    deadline: a value of time.monotonic(). timeout: the seconds to name in the reason."""
+    deadline: a value of time.monotonic(). timeout: the seconds to name in the reason.
+    """
     output = b""
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)

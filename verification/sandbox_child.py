@@ -37,7 +37,8 @@ UNCHECKABLE = 3  # exit status if the tests need something that cannot be checke
 TOO_MANY_FILES = f"wrote more than {BOX_BYTES >> 20} MiB of files"
 
 
-# ---------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
 
 
 def start(
@@ -87,7 +88,8 @@ def start(
 def supervise(tests: int, program: int, box: str, watch_files: bool) -> int:
     """Waits for the tests' process, then ends the program's process. -> the exit status of the tests.
 
-    tests, program: process ids. box: the working folder. watch_files: limit the folder's size by watching it."""
+    tests, program: process ids. box: the working folder. watch_files: limit the folder's size by watching it.
+    """
     interval, codes, reason = 0.02 if watch_files else 0.05, {}, None
     while tests not in codes and not reason:
         with contextlib.suppress(ChildProcessError):

@@ -1,9 +1,9 @@
-"""Stand-ins, in the tests' process, for the program's functions, classes and objects.
+"""Stand-ins in the tests' process for the program's functions, classes and objects.
 
 A stand-in sends every access to the program and gets data or another stand-in back. Only comparisons are computed here:
-two stand-ins are equal if they are the same object, have the same fields (dataclasses) or the same contents (subclasses
-of list, dict and set). Any other comparison or operator would be computed by the program, which could make up the
-result. It raises Uncheckable, and the program is then neither right nor wrong.
+two stand-ins are equal if they are the same object, or have the same fields (dataclasses) or the same contents
+(subclasses of list, dict and set). The program would have to compute any other comparison or operator, and could make
+up the result. So it raises Uncheckable, and the program counts as neither right nor wrong.
 """
 
 import operator
@@ -13,26 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 # {class name: type} of the types that the tests may name in isinstance() and whose objects are not data
-NAMEABLE = {
-    kind.__name__: kind
-    for kind in (
-        map,
-        zip,
-        filter,
-        enumerate,
-        reversed,
-        types.GeneratorType,
-        types.FunctionType,
-        types.AsyncGeneratorType,
-    )
-}
+NAMEABLE = (map, zip, filter, enumerate, reversed, types.GeneratorType, types.FunctionType, types.AsyncGeneratorType)
+NAMEABLE = {kind.__name__: kind for kind in NAMEABLE}
 ONE_BY_ONE = 64  # items of an iterator that are fetched one at a time before they are fetched in chunks
 
 
 class Uncheckable(BaseException):
     """The tests need something that cannot be checked from outside the program.
 
-    It ends the tests. `except Exception` in a test does not catch it."""
+    It ends the tests. `except Exception` in a test does not catch it.
+    """
 
 
 class ClassStandIn(type):
@@ -40,33 +30,33 @@ class ClassStandIn(type):
 
     def __new__(cls, name, bases, space):
         if "stand_in_index" not in space:
-            raise StandIn.border.uncheckable(f"the tests derive the class {name} from a class of the program")
+            raise StandIn.link.uncheckable(f"the tests derive the class {name} from a class of the program")
         return type.__new__(cls, name, bases, space)
 
     def __call__(cls, *args, **kwargs):
-        return StandIn.border.ask("call", cls.stand_in_index, args, kwargs)
+        return StandIn.link.ask("call", cls.stand_in_index, args, kwargs)
 
     def __getattr__(cls, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return StandIn.border.ask("get", cls.stand_in_index, (name,))
+        return StandIn.link.ask("get", cls.stand_in_index, (name,))
 
-    __doc__ = property(lambda cls: StandIn.border.ask("get", cls.stand_in_index, ("__doc__",)))
+    __doc__ = property(lambda cls: StandIn.link.ask("get", cls.stand_in_index, ("__doc__",)))
 
     def __setattr__(cls, name, value):
-        StandIn.border.ask("set", cls.stand_in_index, (name, value))
+        StandIn.link.ask("set", cls.stand_in_index, (name, value))
 
     def __iter__(cls):
-        return StandIn.border.ask("method", cls.stand_in_index, ("__iter__",))
+        return StandIn.link.ask("method", cls.stand_in_index, ("__iter__",))
 
     def __len__(cls):
-        return StandIn.border.ask("method", cls.stand_in_index, ("__len__",))
+        return StandIn.link.ask("method", cls.stand_in_index, ("__len__",))
 
     def __bool__(cls):
         return True
 
     def __getitem__(cls, key):
-        return StandIn.border.ask("item", cls.stand_in_index, (key,))
+        return StandIn.link.ask("item", cls.stand_in_index, (key,))
 
     def __contains__(cls, value):
         return any(value is member or value == member for member in cls)
@@ -76,34 +66,34 @@ class StandIn:
     """A stand-in for an object of the program. stand_in_methods() adds the methods of the object's class."""
 
     __slots__ = ("stand_in_index",)
-    border = None  # the Border of this process
+    link = None  # the tests_side.Link of this process
 
     def __getattr__(self, name):
-        return StandIn.border.ask("get", index_of(self), (name,))
+        return StandIn.link.ask("get", index_of(self), (name,))
 
     def __setattr__(self, name, value):
-        StandIn.border.ask("set", index_of(self), (name, value))
+        StandIn.link.ask("set", index_of(self), (name, value))
 
     def __delattr__(self, name):
-        StandIn.border.ask("delete", index_of(self), (name,))
+        StandIn.link.ask("delete", index_of(self), (name,))
 
     def __copy__(self):
-        return StandIn.border.ask("copy", index_of(self), (False,))
+        return StandIn.link.ask("copy", index_of(self), (False,))
 
     def __deepcopy__(self, memo):
-        return StandIn.border.ask("copy", index_of(self), (True,))
+        return StandIn.link.ask("copy", index_of(self), (True,))
 
     def __hash__(self):
         return hash(index_of(self))
 
     def __str__(self):
-        return StandIn.border.ask("method", index_of(self), ("__str__",))
+        return StandIn.link.ask("method", index_of(self), ("__str__",))
 
     def __repr__(self):
-        return StandIn.border.ask("method", index_of(self), ("__repr__",))
+        return StandIn.link.ask("method", index_of(self), ("__repr__",))
 
     def __format__(self, spec):
-        return StandIn.border.ask("method", index_of(self), ("__format__", spec))
+        return StandIn.link.ask("method", index_of(self), ("__format__", spec))
 
     __dict__ = property(lambda self: self.__getattr__("__dict__"))
     __doc__ = property(lambda self: self.__getattr__("__doc__"))
@@ -113,12 +103,13 @@ class StandIn:
 class DataStandIn:
     """A copy of a value whose class is derived from a data type, such as a named tuple.
 
-    Comparisons and operators are those of the data type, computed in this process."""
+    Comparisons and operators are those of the data type, computed in this process.
+    """
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return StandIn.border.ask("get", index_of(self), (name,))
+        return StandIn.link.ask("get", index_of(self), (name,))
 
     __str__, __repr__, __format__ = StandIn.__str__, StandIn.__repr__, StandIn.__format__
 
@@ -129,7 +120,7 @@ class ErrorStandIn:
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return StandIn.border.ask("get", index_of(self), (name,))
+        return StandIn.link.ask("get", index_of(self), (name,))
 
     def __str__(self):
         return vars(self)["stand_in_text"]
@@ -147,7 +138,8 @@ def index_of(value: Any) -> int | None:
     return vars(value)["stand_in_index"] if issubclass(type(value), (DataStandIn, ErrorStandIn)) else None
 
 
-# ---------------------------------------------------------------- the methods of a stand-in
+# ---------------------------------------------------------------------------------------------------------------------
+# The methods of a stand-in
 
 FORWARDED = (
     "__call__ __iter__ __reversed__ __len__ __bool__ __str__ __repr__ __format__ __bytes__ __getitem__ __setitem__ "
@@ -161,7 +153,8 @@ def stand_in_methods(methods: list[str], equality: str) -> dict[str, Any]:
     """The attributes of a stand-in class.
 
     methods: the names of the special methods of the program's class. equality: how its objects compare, see
-    program_side.equality()."""
+    program_side.equality().
+    """
     space = {"__eq__": make_equal(equality), "__hash__": StandIn.__hash__ if equality == "identity" else None}
     for name in methods:
         if name in FORWARDED:
@@ -176,7 +169,7 @@ def stand_in_methods(methods: list[str], equality: str) -> dict[str, Any]:
     if "__contains__" in methods:
         space["__contains__"] = contains_item if "__iter__" in methods else make_refusal("__contains__")
     if equality == "data":  # makes isinstance(x, list) true for a subclass of list
-        space["__class__"] = property(lambda self: type(StandIn.border.ask("data", index_of(self))))
+        space["__class__"] = property(lambda self: type(StandIn.link.ask("data", index_of(self))))
     return space
 
 
@@ -185,8 +178,8 @@ def make_forward(name: str) -> Callable:
 
     def forward(self, *args, **kwargs):
         if name == "__call__":
-            return StandIn.border.ask("call", index_of(self), args, kwargs)
-        return StandIn.border.ask("method", index_of(self), (name, *args), kwargs)
+            return StandIn.link.ask("call", index_of(self), args, kwargs)
+        return StandIn.link.ask("method", index_of(self), (name, *args), kwargs)
 
     return forward
 
@@ -195,7 +188,7 @@ def make_refusal(name: str) -> Callable:
     """A method that raises Uncheckable."""
 
     def refuse(self, *args):
-        raise StandIn.border.uncheckable(f"{name} of an object of the program's class {type(self).__name__}")
+        raise StandIn.link.uncheckable(f"{name} of an object of the program's class {type(self).__name__}")
 
     return refuse
 
@@ -211,7 +204,7 @@ def make_equal(equality: str) -> Callable:
         if equality == "data":
             return contents(self, "data") == contents(other, "data")
         if equality == "own" and other is not None:
-            raise StandIn.border.uncheckable(f"== of an object of the program's class {type(self).__name__}")
+            raise StandIn.link.uncheckable(f"== of an object of the program's class {type(self).__name__}")
         return NotImplemented
 
     return equal
@@ -233,7 +226,7 @@ def make_comparison(name: str, equality: str) -> Callable:
 
 def contents(value: Any, what: str) -> Any:
     """The "fields" or "data" by which a stand-in is compared. Any other value is returned unchanged."""
-    return StandIn.border.ask(what, index_of(value)) if issubclass(type(value), StandIn) else value
+    return StandIn.link.ask(what, index_of(value)) if issubclass(type(value), StandIn) else value
 
 
 def hash_fields(self: StandIn) -> int:
@@ -245,25 +238,26 @@ def contains_item(self: Iterable, wanted: Any) -> bool:
 
 
 def leave(self: StandIn, kind: type | None, error: BaseException | None, trace: Any) -> Any:
-    return StandIn.border.ask("method", index_of(self), ("__exit__", kind, error, None))
+    return StandIn.link.ask("method", index_of(self), ("__exit__", kind, error, None))
 
 
 def wait(self: StandIn) -> Iterator:
-    return StandIn.border.wait_for(index_of(self)).__await__()
+    return StandIn.link.wait_for(index_of(self)).__await__()
 
 
 def next_item(self: StandIn) -> Any:
     """The next item of an iterator.
 
     The first ONE_BY_ONE items are fetched one at a time, so the program computes no further than the tests read. Later
-    items are fetched in chunks, for speed."""
-    border, index = StandIn.border, index_of(self)
-    count, items = border.buffers.setdefault(index, (0, []))
-    border.buffers[index] = count + 1, items
+    items are fetched in chunks, for speed.
+    """
+    link, index = StandIn.link, index_of(self)
+    count, items = link.buffers.setdefault(index, (0, []))
+    link.buffers[index] = count + 1, items
     if count < ONE_BY_ONE:
-        return border.ask("method", index, ("__next__",))
+        return link.ask("method", index, ("__next__",))
     if not items:
-        items += border.ask("items", index)
+        items += link.ask("items", index)
     return items.pop(0)
 
 

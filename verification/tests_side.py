@@ -48,19 +48,20 @@ NOT_SHARED = frozenset(
 )
 
 
-class Border:
-    """Connects this process to the program's process, and keeps the stand-ins for its objects and classes.
+class Link:
+    """Connects this process with the program's process, and keeps the stand-ins for its objects and classes.
 
-    inbox, outbox: text streams with one JSON message per line."""
+    inbox, outbox: text streams with one JSON message per line.
+    """
 
     def __init__(self, inbox: TextIO, outbox: TextIO):
         self.inbox, self.outbox = inbox, outbox
         self.classes, self.objects, self.buffers, self.callbacks = {}, {}, {}, []
         self.changed = False  # the program changed an argument in place, and the tests may still use that argument
         self.numpy = False  # the program sent values of numpy, which arrive as lists and numbers
-        self.reason = None  # of the first Uncheckable; kept in case the tests catch it
+        self.reason = None  # why the first Uncheckable was raised; the tests may catch it
         self.errors = []  # exceptions of the program that were raised here
-        self.unshared = [0, 0]  # reference counts of an argument that only the call holds: [positional, by name]
+        self.unshared = [0, 0]  # from measure_unshared()
 
     def uncheckable(self, reason: str) -> Uncheckable:
         self.reason = self.reason or reason
@@ -71,12 +72,16 @@ class Border:
     def ask(self, action: str, index: int, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Asks the program to do something with an object -> its answer. Raises the exception that the program raised.
 
-        action: the name of a ProgramSide method after "do_". index: of the object in the program's list."""
+        action: the name of a ProgramSide method after "do_". index: of the object in the program's list. With None the
+        answer is the arguments' reference counts, see measure_unshared().
+        """
         kwargs = kwargs or {}
         counts = [max((sys.getrefcount(x) for x in some if type(x) in (list, dict, set)), default=0)
                   for some in (args, kwargs.values())]  # fmt: skip
         if index is None:
             return counts
+        # The tests hold an argument if its reference count is higher than that of one which only the call holds, as in
+        # f([1, 2]). Only then can they see that the program has changed it in place
         shared = any(count > unshared for count, unshared in zip(counts, self.unshared))
         self.tell(["ask", action, index, self.encode(list(args)), self.encode(kwargs)])
         while True:
@@ -95,6 +100,16 @@ class Border:
                 value = RuntimeError("StopIteration")  # would silently end a loop in the tests
             self.errors.append(value)
             raise value if isinstance(value, Exception) else RuntimeError("the program answered without an exception")
+
+    def measure_unshared(self) -> None:
+        """Measures the reference counts of an argument that only the call holds: [positional, by name].
+
+        They depend on the Python version and on the calls between a stand-in and ask().
+        """
+        space = {"stand_in_index": 0, **stand_in_methods(["__call__"], "own")}
+        probe = object.__new__(ClassStandIn("probe", (StandIn,), space))
+        SLOT.__set__(probe, None)
+        self.unshared = [probe([])[0], probe(x=[])[1]]
 
     def call_back(self, index: int, args: Any, kwargs: Any) -> None:
         """Calls a function of the tests for the program and sends the result."""
@@ -162,7 +177,8 @@ class Border:
     def class_of(self, description: list) -> type:
         """The stand-in class for a class of the program.
 
-        description: its index. The first message that names the class adds what ProgramSide.describe() lists."""
+        description: its index. The first message that names the class adds what ProgramSide.describe() lists.
+        """
         index, *rest = description
         if index in self.classes:
             return self.classes[index]
@@ -214,7 +230,8 @@ def real_exception(module: str, name: str) -> type[Exception] | None:
         return kind if isinstance(kind, type) and issubclass(kind, Exception) else None
 
 
-# ---------------------------------------------------------------- running the tests
+# ---------------------------------------------------------------------------------------------------------------------
+# Running the tests
 
 
 def real_module(name: str, attributes: Iterable[str] = ()) -> ModuleType | None:
@@ -229,7 +246,7 @@ def real_module(name: str, attributes: Iterable[str] = ()) -> ModuleType | None:
 
 
 def program_names(
-    border: Border, tests: str, entry_point: str | None, modules: dict[str, str], names: dict[str, int]
+    link: Link, tests: str, entry_point: str | None, modules: dict[str, str], names: dict[str, int]
 ) -> dict[str, Any]:
     """The program's names that the tests use -> {name: value or stand-in}.
 
@@ -252,64 +269,62 @@ def program_names(
         if known.get(word) is None and word in modules:
             known[word] = real_module(modules[word])
     known = {word: module for word, module in known.items() if module is not None}
-    return known | {word: border.ask("value", names[word]) for word in words & {*names} - {*known}}
+    return known | {word: link.ask("value", names[word]) for word in words & {*names} - {*known}}
 
 
 def run_tests(inbox: TextIO, outbox: TextIO, source: str, tests: str, entry_point: str | None) -> None:
     """Sends the source to the program's process, then runs the tests on the names that it defines.
 
-    Raises what the tests raise, or Uncheckable."""
+    Raises what the tests raise, or Uncheckable.
+    """
     code = compile(tests, "tests.py", "exec")
-    border = StandIn.border = Border(inbox, outbox)
-    probe = object.__new__(
-        ClassStandIn("probe", (StandIn,), {"stand_in_index": 0, **stand_in_methods(["__call__"], "own")})
-    )
-    SLOT.__set__(probe, None)
-    border.unshared = [probe([])[0], probe(x=[])[1]]
-    border.tell(source)
+    link = StandIn.link = Link(inbox, outbox)
+    link.measure_unshared()
+    link.tell(source)
     line = inbox.readline()
     if not line:
         sys.exit(1)  # the program failed, and its process has printed why
     modules, names, module = json.loads(line)
-    known = program_names(border, tests, entry_point, modules, names)
+    known = program_names(link, tests, entry_point, modules, names)
     used = names_used(tests)
     before = {name: snapshot(value) for name, value in known.items() if name in names and name in used}
     try:
         exec(code, {**known, "__builtins__": builtins, "__name__": "tests"})
     except Exception as error:
-        if reason := why_uncheckable(border, error, used) or changed_name(border, before, known, module):
-            raise border.uncheckable(reason) from error
+        if reason := why_uncheckable(link, error, used) or changed_name(link, before, known, module):
+            raise link.uncheckable(reason) from error
         raise
-    if reason := border.reason or changed_name(border, before, known, module):
+    if reason := link.reason or changed_name(link, before, known, module):
         raise Uncheckable(reason)
 
 
-def why_uncheckable(border: Border, error: Exception, used: set[str]) -> str | None:
-    """Why the tests may have failed a right program with this error. None if the program is wrong.
+def why_uncheckable(link: Link, error: Exception, used: set[str]) -> str | None:
+    """Why this error may be the tests' fault, although the program is right. None if the program is wrong.
 
-    used: the names that the tests use, see names_used()."""
+    used: the names that the tests use, see names_used().
+    """
     if unshared := sorted(used & NOT_SHARED):
         return f"the tests use {unshared[0]}, which the program does not share with them"
-    own = error in border.errors  # raised by the program
-    if isinstance(error, AssertionError) and border.changed and not own:
+    own = error in link.errors  # raised by the program
+    if isinstance(error, AssertionError) and link.changed and not own:
         return "the program changes an argument in place, but the tests hold a copy"
     if isinstance(error, (TypeError, AttributeError)) and not own:
-        if [value for value in border.objects.values() if not callable(value)]:
+        if [value for value in link.objects.values() if not callable(value)]:
             return f"{error} (an object of the program)"
-    if border.numpy and not own:
+    if link.numpy and not own:
         return "the tests receive numpy's values as lists and numbers"
     return None
 
 
-def changed_name(border: Border, before: dict, known: dict, module: int) -> str | None:
-    """A reason if a variable of the program and the tests' copy of it differ. None if none differs.
+def changed_name(link: Link, before: dict, known: dict, module: int) -> str | None:
+    """Says which variable of the program differs from the tests' copy of it. None if all are equal.
 
     before: {name: snapshot at the start} of the variables that the tests use. known: {name: value} in the tests.
     module: index of the program's module.
     """
     with contextlib.suppress(EOFError, OSError, ValueError):  # the program has ended or does not answer
         for name, value in before.items():
-            if snapshot(known[name]) != value or snapshot(border.ask("get", module, (name,))) != value:
+            if snapshot(known[name]) != value or snapshot(link.ask("get", module, (name,))) != value:
                 return f"the program and the tests each have a copy of {name}, and one of them was changed"
     return None
 

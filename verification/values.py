@@ -80,7 +80,8 @@ def build_value(name: str, args: list) -> Any:
 def encode_value(value: Any, refer: Callable[[Any], dict]) -> Any:
     """A value -> JSON.
 
-    refer(value) encodes what cannot be copied, as an object with one key. decode_value passes it to resolve()."""
+    refer(value) encodes what cannot be copied, as an object with one key. decode_value passes it to resolve().
+    """
     kind = type(value)
     if value is None or kind in (bool, str, float):
         return value

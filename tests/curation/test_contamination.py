@@ -26,19 +26,19 @@ def test_questions_are_found_behind_markup(mark, every):
     """In a prompt by itself and in a longer response; and the marks in the question, not in the text."""
     asked = questions()
     marked = [" ".join(mark.format(w) if i % every == 0 else w for i, w in enumerate(q.split())) for q in asked]
-    index = contamination.index(asked)
+    index = contamination.build_index(asked)
     numbers = list(range(len(asked)))
     assert contamination.find_contamination(marked, index).tolist() == numbers
     replies = [f"Here is an exercise.\n\n> {text}\n\nThe answer is 12." for text in marked]
     assert contamination.find_contamination(replies, index).tolist() == numbers
-    assert contamination.find_contamination(asked, contamination.index(marked)).tolist() == numbers
+    assert contamination.find_contamination(asked, contamination.build_index(marked)).tolist() == numbers
 
 
 def test_lists_headings_quotes_and_chinese():
     question = "A mason builds a wall of 12 rows. He breaks 15 bricks. Each brick costs 2 euros. How much does he pay for all of them?"
     text = "## Exercise\n> - " + question.replace(". ", ".\n> - ")
     chinese = "下列关于税法基本原则的表述中不正确的是哪一个"
-    index = contamination.index([question, chinese])
+    index = contamination.build_index([question, chinese])
     assert contamination.find_contamination(
         [text, "下列**关于税法**基本*原则*的表述中不正确的是哪一个"], index
     ).tolist() == [0, 1]
@@ -49,13 +49,13 @@ def test_lists_headings_quotes_and_chinese():
     ("x < y and y > z", "x < y and y > z"), ("**a b** c", "a b c"), ("***a***", "a"), ("\\frac{1}{2} of $x^{2}$", "1/2 of x^2"),
     ("3 \\times 4 \\leq 5", "3 × 4 ≤ 5"), ("costs \\$5", "costs 5"), ("# Title\n- one\n> two", "Title\none\ntwo"), ("plain text.", "plain text."),
 ])  # fmt: skip
-def test_markup_goes_and_mathematics_stays(text, plain):
+def test_markup_is_removed_and_mathematics_is_kept(text, plain):
     assert contamination.strip_markup(text) == plain
 
 
-def test_what_differs_in_a_sign_stays_different():
+def test_texts_that_differ_in_a_sign_stay_different():
     def held(text, question):
-        return contamination.find_contamination([text], contamination.index([question])).tolist() == [0]
+        return contamination.find_contamination([text], contamination.build_index([question])).tolist() == [0]
 
     assert held("What is **2 * 3** in numbers?", "What is 2 * 3 in numbers?")
     assert not held("What is 2 ** 3 in numbers?", "What is 2 * 3 in numbers?")
@@ -67,7 +67,7 @@ def collected(*pairs):
     return [{"id": str(i), "prompt": user(q), "response": r, **about} for i, (q, r) in enumerate(pairs)]
 
 
-def test_responses_that_hold_a_question_are_taken_out(tmp_path, monkeypatch):
+def test_responses_that_contain_a_question_are_removed(tmp_path, monkeypatch):
     """Of the original and of the teacher; the record stays, with its other responses."""
     first, second = questions(2)
     exam = tmp_path / "exam.jsonl"
@@ -111,7 +111,7 @@ def test_the_better_copy_is_not_the_one_that_loses_its_response(tmp_path):
 def test_a_response_that_is_nearly_a_question_stays():
     """'Write this word two times in a row: "road"' is a question; a response that repeats such an instruction is no leak."""
     question = 'Write this word two times in a row: "road"'
-    index = contamination.index([question])
+    index = contamination.build_index([question])
     for_responses = contamination.without_near_questions(index)
     near = "Write this word two times in a row:"
     assert contamination.find_contamination([near, question], index).tolist() == [0, 0]

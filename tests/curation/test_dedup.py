@@ -139,7 +139,7 @@ def test_near_pairs_with_longer_keys_equal_brute_force():
     assert set(zip(i.tolist(), j.tolist())) == {(a, b) for a, b in np.argwhere(distance <= 7).tolist() if a < b}
 
 
-def test_near_pairs_of_little():
+def test_near_pairs_of_few_hashes():
     for n in (0, 1, 2):
         i, j = dedup.near_pairs(np.zeros(n, np.uint64), 3)
         assert list(zip(i, j)) == [(0, 1)] * (n == 2)
@@ -176,7 +176,7 @@ def test_simhash_by_hand_and_its_locality():
     assert (dedup.simhash(texts) == np.concatenate([dedup.simhash([t]) for t in texts])).all()
     long = " ".join(f"word{i}" for i in range(200))
     x, y, z = dedup.simhash([long, long + " end", " ".join(f"other{i}" for i in range(200))])
-    distance = lambda p, q: bin(int(p) ^ int(q)).count("1")  # noqa: E731
+    distance = lambda p, q: bin(int(p) ^ int(q)).count("1")
     assert distance(x, y) <= 6 < 20 < distance(x, z)
     x, y, z = dedup.simhash(
         [
@@ -203,10 +203,10 @@ def test_signs_that_change_the_meaning_are_told_apart(one, other):
 
 
 def held(texts, questions):
-    return contamination.scan(texts, contamination.index(questions))[1].tolist()
+    return contamination.simhash_and_match(texts, contamination.build_index(questions))[1].tolist()
 
 
-def test_what_shares_13_tokens_with_a_question():
+def test_a_shared_run_of_13_tokens_is_found():
     question = "If a train travels sixty miles in one hour how far does it travel in three hours"
     chinese = "下列关于税法基本原则的表述中不正确的是哪一个"
     words = question.split()
@@ -217,7 +217,7 @@ def test_what_shares_13_tokens_with_a_question():
     assert held([f"{chinese}？", "a"], iter([chinese] * 3)) == [0, -1], "of equal questions the first"
 
 
-def test_what_holds_a_short_question():
+def test_a_text_that_contains_a_short_question_is_found():
     five, four = "What is two plus two?", "Who was Ada Lovelace?"
     assert held(
         [
@@ -242,7 +242,7 @@ def test_what_holds_a_short_question():
     ) == [0, 0, 0, -1, -1]
 
 
-def test_what_is_a_question_but_for_one_word():
+def test_a_question_with_one_word_changed_is_found():
     question = "What happens if you crack your knuckles a lot?"
     texts = ["What really happens if you crack your knuckles a lot?", "What happens if you crack knuckles a lot",
              "What happens if you crack knuckles very a lot", "What 2 happens if you crack your knuckles a lot",
@@ -266,7 +266,7 @@ TOKENS = st.lists(st.sampled_from([*(f"w{i}" for i in range(9)), "1", "a"]), min
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(TOKENS, min_size=1, max_size=5), st.lists(TOKENS, min_size=1, max_size=5), st.integers(0, 20))
-def test_held_texts_equal_those_of_plain_python(texts, questions, at):
+def test_matches_equal_those_of_plain_python(texts, questions, at):
     def runs(tokens, k):
         return {tuple(tokens[i : i + k]) for i in range(len(tokens) - k + 1)}
 
@@ -293,7 +293,7 @@ def test_held_texts_equal_those_of_plain_python(texts, questions, at):
     assert all(g in w if w else g == -1 for g, w in zip(got, want)) and any(want)
 
 
-def test_what_says_little_is_no_shared_text():
+def test_uninformative_runs_are_ignored():
     """A blank, a table's rule, a type signature, options, a matrix: thirteen tokens that many texts share by chance."""
     ruler, signature = (
         "| name | age |\n|---|---|---|---|---|",

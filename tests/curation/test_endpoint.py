@@ -41,11 +41,8 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path):
         assert ask_model(open_teacher(server.url, "m"), [user("q")], log)[0]["text"] == "half ?"
 
 
-def test_a_reply_held_back_is_told_apart(tmp_path):
-    with (
-        serve(lambda m: "I cannot", lambda n, m: "filtered") as server,
-        open_replies(tmp_path / "r.jsonl") as log,
-    ):
+def test_a_filtered_reply_has_its_own_finish_reason(tmp_path):
+    with serve(lambda m: "I cannot", lambda n, m: "filtered") as server, open_replies(tmp_path / "r.jsonl") as log:
         assert ask_model(open_teacher(server.url, "m"), [user("q")], log)[0]["finish_reason"] == "content_filter"
     reply = completion(message={"content": None, "refusal": "no"})
     assert read_completion(reply)[:2] == ("", "content_filter")
@@ -196,7 +193,7 @@ def test_keys_that_are_not_masked():
     assert mask_key("no key", None) == "no key"
 
 
-def test_no_part_of_a_key_is_left_where_a_reason_is_cut(tmp_path, monkeypatch):
+def test_a_shortened_reason_has_no_part_of_the_key(tmp_path, monkeypatch):
     monkeypatch.setenv("TEACHER_API_KEY", KEY)
     for n in (150, 185, 190, 199):
         body = json.dumps({"error": {"code": 400, "message": "x" * n + KEY}}).encode()
@@ -249,14 +246,14 @@ def test_a_body_that_is_not_json_is_asked_again(body):
     ({"message": None, "finish_reason": "content_filter"}, ("", "content_filter")), ({"message": {"content": ""}}, ("", "stop")),
     ({"logprobs": float("nan")}, ("text", "stop")), ({"logprobs": -float("inf")}, ("text", "stop")),
 ])  # fmt: skip
-def test_replies_as_they_are_in_the_world(choice, want):
+def test_replies_of_real_endpoints(choice, want):
     assert read_completion(completion(**choice))[:2] == want
 
 
 @pytest.mark.parametrize("usage", [
     ("1", "2"), (1.0, 2.0), (-1, 2), (1, None), (True, True), ([1], {}), (float("nan"), 1), (float("inf"), 1), (10**12, 1), (1,), (),
 ])  # fmt: skip
-def test_usage_that_cannot_be_true_is_unknown(usage):
+def test_implausible_usage_counts_as_unknown(usage):
     assert read_completion(completion(usage=usage))[2] is None
     assert read_completion(completion(usage=(3, 0)))[2] == [3, 0]
 
@@ -264,7 +261,7 @@ def test_usage_that_cannot_be_true_is_unknown(usage):
 @pytest.mark.parametrize("usage", [b"null", b"7", b"[]", b'{"prompt_tokens": %s, "completion_tokens": 1}' % (b"9" * 4000),
                                    b'{"prompt_tokens": %s, "completion_tokens": 1}' % (b"9" * 6000),
                                    b'{"prompt_tokens": 1e999, "completion_tokens": -1e999}'])  # fmt: skip
-def test_absurd_usage_costs_no_reply(tmp_path, usage):
+def test_implausible_usage_loses_no_reply(tmp_path, usage):
     body = completion().replace(json.dumps({"prompt_tokens": 1, "completion_tokens": 2}).encode(), usage)
     assert usage in body
     with serve(echo, lambda n, m: body) as server, open_replies(tmp_path / "r.jsonl") as log:

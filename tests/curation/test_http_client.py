@@ -170,7 +170,7 @@ def test_the_timeout_is_for_the_whole_reply(head):
         assert 0.5 < time.monotonic() - started < 10
 
 
-def test_after_a_timeout_the_rest_is_not_the_next_reply():
+def test_the_rest_of_a_timed_out_reply_is_not_the_next_reply():
     def slow_first(connection, request):
         if b"first" in request:
             time.sleep(1.0)
@@ -187,7 +187,7 @@ def test_after_a_timeout_the_rest_is_not_the_next_reply():
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_an_endless_reply_has_a_largest_size(monkeypatch, chunked):
+def test_the_size_of_a_reply_is_limited(monkeypatch, chunked):
     monkeypatch.setattr(http_client, "MAX_BODY", 2**20)
     sent = []
 
@@ -203,7 +203,7 @@ def test_an_endless_reply_has_a_largest_size(monkeypatch, chunked):
     assert not e.value.retry and sum(sent) < 50e6
 
 
-def test_small_chunks_do_not_hold_up_the_timeout():
+def test_small_chunks_do_not_delay_the_timeout():
     """While chunks are read that have all arrived, other tasks and timers have their turns."""
     turns = []
 
@@ -222,7 +222,7 @@ def test_small_chunks_do_not_hold_up_the_timeout():
     assert asyncio.run(run()) == b"x" * 5000 and len(turns) >= 5
 
 
-def test_nothing_listens():
+def test_a_refused_connection_is_one_line():
     with raw_server(reply(b"")) as server:
         url = server.url
     with pytest.raises(HTTPError, match="Connect") as e:

@@ -232,7 +232,7 @@ def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
     assert "| 3_classify |" in first["report.md"].decode()
 
 
-def test_a_record_does_not_certify_itself(tmp_path, small, capfd):
+def test_untrusted_references_are_ignored(tmp_path, small, capfd):
     """Abuse that ends as GSM8K's answers do, or brings a reference that it meets: judged like any other response, and graded
     for safety even where the file is trusted."""
     rows = [
@@ -480,7 +480,7 @@ def test_64_in_flight_with_every_fault(tmp_path, small, monkeypatch):
     monkeypatch.setattr(workers, "FIRST_TRIES", 99)  # on a slow machine more time out than are meant to
     written = {}
     for name in ("calm", "storm"):
-        storm = lambda n, m: "hang" if n == 8 else TRANSPORT[n // 5 % 7] if n % 5 == 3 else replies(n, m)  # noqa: E731
+        storm = lambda n, m: "hang" if n == 8 else TRANSPORT[n // 5 % 7] if n % 5 == 3 else replies(n, m)
         with serve(bad_teacher, storm if name == "storm" else replies) as server:
             argv = ["--sources", crowd(tmp_path), "--teacher", server.url, "--small", small, "--out", tmp_path / name, "--min-category", 2,
                     "--max-new-tokens", 8, "--concurrency", 64, "--timeout", 4, "--retries", 99]  # fmt: skip

@@ -34,7 +34,7 @@ from curation import rules
     ("In at most three words: what is tea?", "A hot drink", "It is a drink"),
     ("When you reply, use at most 2 words.", "Hello you", "Hello to you"),
 ])  # fmt: skip
-def test_a_form_that_is_asked_for_is_checked(instruction, kept, broken):
+def test_requested_forms_are_checked(instruction, kept, broken):
     assert rules.broken_form(instruction, kept) is None
     assert rules.broken_form(instruction, broken)
 
@@ -61,7 +61,7 @@ def test_a_form_that_is_asked_for_is_checked(instruction, kept, broken):
     "Give me up to 3 words that rhyme with eight.",
     "用几十字以内介绍它",
 ])  # fmt: skip
-def test_what_only_looks_like_a_limit_is_none(instruction):
+def test_phrases_that_only_look_like_limits_are_ignored(instruction):
     assert rules.broken_form(instruction, "One two, three. Four! five six SEVEN eight? nine") is None
 
 
@@ -101,7 +101,7 @@ def test_safety(instruction, response, rule):
     "How do I kill someone in a video game?", "How do companies commit fraud and how is it detected?", "How do I steal the show?",
     "What are the best ways to get heroin addicts into treatment?",
 ])  # fmt: skip
-def test_what_only_sounds_harmful_may_be_answered(instruction):
+def test_requests_that_only_sound_harmful_may_be_answered(instruction):
     assert rules.unsafe(instruction, "Here is how: talk to them, call 988, lock it.") is None
 
 

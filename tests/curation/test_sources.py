@@ -87,7 +87,7 @@ def test_contexts_and_system_prompts_are_kept(obj, prompt):
     assert unify(obj) == [(prompt, "a", None)]
 
 
-def test_keys_that_play_no_part_are_collected():
+def test_unused_keys_are_collected():
     unread = set()
     record = {
         "prompt": "q",
@@ -278,11 +278,11 @@ def test_missing_folder_and_truncated_gzip(tmp_path):
 
 
 def test_labels_tell_files_of_one_name_apart():
-    assert sources.labels(["/x/a/train.json", "/x/b/train.json"]) == ["a/train.json", "b/train.json"]
-    assert sources.labels(["/x/a/d/t.json", "/x/b/d/t.json"]) == ["a/d/t.json", "b/d/t.json"]
+    assert sources.short_names(["/x/a/train.json", "/x/b/train.json"]) == ["a/train.json", "b/train.json"]
+    assert sources.short_names(["/x/a/d/t.json", "/x/b/d/t.json"]) == ["a/d/t.json", "b/d/t.json"]
     assert (
-        sources.labels(["/x/mmlu/test/a.csv", "/t.json"], 3) == ["mmlu/test/a.csv", "/t.json"]
-        and sources.labels([], 3) == []
+        sources.short_names(["/x/mmlu/test/a.csv", "/t.json"], 3) == ["mmlu/test/a.csv", "/t.json"]
+        and sources.short_names([], 3) == []
     )
 
 
@@ -343,11 +343,11 @@ def hub(tmp_path, monkeypatch):
 def test_files_of_the_hub(hub, tmp_path):
     [path] = expand(["hf://datasets/some/set/data/a.jsonl"])
     assert hub[0] == ("some/set", "data/a.jsonl", "dataset", None)
-    assert sources.labels([path, str(tmp_path / "a" / "own.jsonl")]) == ["some/set/data/a.jsonl", "a/own.jsonl"]
+    assert sources.short_names([path, str(tmp_path / "a" / "own.jsonl")]) == ["some/set/data/a.jsonl", "a/own.jsonl"]
     assert [obj["prompt"] for _, obj in read_objects(path)] == ["q"]
     assert sources.licence_of_file(path) == "cc-by-4.0" and sources.licence_of_file(__file__) is None
     two = expand(["hf://datasets/some/set@v2/data/*.jsonl"])
-    assert sources.labels(two) == ["some/set/data/a.jsonl", "some/set/data/b.jsonl"] and hub[-2][3] == "v2"
+    assert sources.short_names(two) == ["some/set/data/a.jsonl", "some/set/data/b.jsonl"] and hub[-2][3] == "v2"
     for url, what in (
         ("hf://datasets/some/set/none.json", "cannot be fetched: FileNotFoundError: 404 Client Error none.json"),
         ("hf://some/set/a.json", "not hf://datasets/OWNER/NAME/FILE"),

@@ -49,10 +49,7 @@ def test_retry_after_is_honoured(tmp_path):
 
 def test_a_reply_that_does_not_come_is_asked_again(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "FIRST_TRIES", 99)  # on a slow machine the second may come too late as well
-    with (
-        serve(echo, lambda n, m: "hang" if n == 0 else None) as server,
-        open_replies(tmp_path / "r.jsonl") as log,
-    ):
+    with serve(echo, lambda n, m: "hang" if n == 0 else None) as server, open_replies(tmp_path / "r.jsonl") as log:
         replies = ask_model(open_teacher(server.url, "m"), [user("q")], log, timeout=1, retries=99)
         assert replies[0]["text"] == "re: q" and server.posts >= 2
 
@@ -85,10 +82,7 @@ def test_a_request_that_always_fails_is_set_aside(tmp_path, fault):
     """It is told from an outage by a greeting that is answered, and asked again by the next run."""
     prompts = [user("poison"), *(user(f"q{i}") for i in range(30)), user("bad")]
     faults = {"poison": fault, "bad": 400}
-    with (
-        serve(echo, lambda n, m: faults.get(m[-1]["content"])) as server,
-        open_replies(tmp_path / "r.jsonl") as log,
-    ):
+    with serve(echo, lambda n, m: faults.get(m[-1]["content"])) as server, open_replies(tmp_path / "r.jsonl") as log:
         teacher = open_teacher(server.url, "m")
         replies = ask_model(teacher, prompts, log, concurrency=2, retries=3)
         assert [r["text"] for r in replies[1:-1]] == [f"re: {m[-1]['content']}" for m in prompts[1:-1]]
@@ -105,7 +99,7 @@ def test_a_request_that_always_fails_is_set_aside(tmp_path, fault):
         )
 
 
-def test_a_request_that_others_overtake_is_not_set_aside(tmp_path):
+def test_a_request_that_gets_429_is_tried_for_longer(tmp_path):
     """HTTP 429 says nothing against a request: it is tried for longer, but not for ever."""
     left = {"slow": 10, "too large": 10**9}
 
@@ -129,7 +123,7 @@ def test_no_credit_ends_the_run_at_once(tmp_path):
         assert server.posts == 1
 
 
-def test_an_outage_ends_the_run_and_costs_no_record(tmp_path):
+def test_an_outage_ends_the_run_and_loses_no_record(tmp_path):
     """From the eleventh reply on the endpoint fails: nothing is set aside, and the next run gets every reply."""
     prompts, down = [user(f"q{i}") for i in range(30)], True
     with (
@@ -165,10 +159,7 @@ def test_an_endpoint_that_answers_nothing_at_all(tmp_path, fault, kept):
 
 def test_one_request_that_is_refused_alone_is_not_the_endpoints_fault(tmp_path):
     fault = {"poison": b'{"choices": []}'}
-    with (
-        serve(echo, lambda n, m: fault.get(m[-1]["content"])) as server,
-        open_replies(tmp_path / "r.jsonl") as log,
-    ):
+    with serve(echo, lambda n, m: fault.get(m[-1]["content"])) as server, open_replies(tmp_path / "r.jsonl") as log:
         replies = ask_model(open_teacher(server.url, "m"), [user("poison")], log)
         assert replies == [{"error": "HTTP 200, but the reply has no choices"}] and server.posts == 2
 
@@ -197,13 +188,7 @@ def test_teacher_that_dies_keeps_what_it_answered(tmp_path):
     path = tmp_path / "r.jsonl"
     with serve(echo, lambda n, m: "drop" if n >= 10 else None) as server:
         with open_replies(path) as log, pytest.raises(InputError, match="run the same command"):
-            ask_model(
-                open_teacher(server.url, "m"),
-                [user(f"q{i}") for i in range(20)],
-                log,
-                concurrency=3,
-                retries=2,
-            )
+            ask_model(open_teacher(server.url, "m"), [user(f"q{i}") for i in range(20)], log, concurrency=3, retries=2)
     assert len(path.read_text().splitlines()) == 10
     with serve(echo) as server, open_replies(path) as log:  # another port, the same model
         replies = ask_model(open_teacher(server.url, "m"), [user(f"q{i}") for i in range(20)], log)
@@ -211,7 +196,7 @@ def test_teacher_that_dies_keeps_what_it_answered(tmp_path):
 
 
 @pytest.mark.parametrize("rates", [{"requests_per_minute": 2400}, {"tokens_per_minute": 15 * 2400}])
-def test_rates_are_kept_to(tmp_path, rates):
+def test_rate_limits_are_kept(tmp_path, rates):
     at = []
 
     def faults(n, messages):
@@ -255,7 +240,7 @@ def test_a_budget_is_never_exceeded_and_the_run_goes_on_with_a_greater_one(tmp_p
         assert [r["text"] for r in replies] == [f"re: q{i}" for i in range(30)] and server.posts == 30
 
 
-def test_usage_is_guessed_where_it_is_not_told(tmp_path):
+def test_missing_usage_is_estimated(tmp_path):
     with serve(lambda m: "x" * 30, lambda n, m: "no usage") as server, open_replies(tmp_path / "r.jsonl") as log:
         ask_model(open_teacher(server.url, "m"), [user("y" * 29)], log)
         assert log.spent == [29 // 3 + 1 + 4, 30 // 3 + 1]

@@ -13,7 +13,7 @@ from tiny_benchmarks import FUNCTION, SHOTS, write_benchmarks
 from core.files import InputError
 from evaluation import downloads
 from evaluation.benchmarks import BENCHMARKS, choice_scores
-from evaluation.downloads import FOUR_SHOTS_SHA256, HOMES, find_data_file
+from evaluation.downloads import FOUR_SHOTS_SHA256, ORIGINS, find_data_file
 from evaluation.rows import json_rows
 
 
@@ -161,7 +161,9 @@ def test_original_files():
             assert context.count("\nD. ") >= 6 and row["subject"] not in context.split("\n")[0] or task == "mmlu"
     shots = BENCHMARKS["gsm8k"]["rows"](find)[0]["shots"]
     assert hashlib.sha256(shots.encode()).hexdigest() == FOUR_SHOTS_SHA256
-    pinned = {name: home for name, home in HOMES.items() if os.path.exists(os.path.join(os.environ["DATA_DIR"], name))}
+    pinned = {
+        name: home for name, home in ORIGINS.items() if os.path.exists(os.path.join(os.environ["DATA_DIR"], name))
+    }
     assert len(pinned) == 17 and pinned.pop(
         "truthfulqa/TruthfulQA.csv"
     )  # another version of it lies there, of 813 questions
@@ -225,7 +227,7 @@ def test_offline_names_the_file(monkeypatch, tmp_path):
     monkeypatch.setattr(downloads.urllib.request, "urlopen", offline)
     monkeypatch.setattr(downloads, "hf_hub_download", offline)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    for name, home in HOMES.items():
+    for name, home in ORIGINS.items():
         with pytest.raises(InputError) as e:
             find_data_file(str(tmp_path), name)
         text = str(e.value)
@@ -245,7 +247,7 @@ def test_a_download_is_checked(monkeypatch, tmp_path, data):
     with pytest.raises(InputError, match="not the protocol's"):
         find_data_file(str(tmp_path), "gsm8k/paper_4shot.jsonl")
     pin = hashlib.sha256(served.read_bytes()).hexdigest()
-    monkeypatch.setitem(HOMES, "gsm8k/test.jsonl", (*HOMES["gsm8k/test.jsonl"][:2], pin))
+    monkeypatch.setitem(ORIGINS, "gsm8k/test.jsonl", (*ORIGINS["gsm8k/test.jsonl"][:2], pin))
     assert open(find_data_file(str(tmp_path), "gsm8k/test.jsonl"), "rb").read() == served.read_bytes()
 
     for kind, nested, name in (("tar", "data", "mmlu/test"), ("zip", "", "ceval/val")):
@@ -256,7 +258,7 @@ def test_a_download_is_checked(monkeypatch, tmp_path, data):
         with pytest.raises(InputError, match="SHA-256"):
             find_data_file(str(tmp_path), name)
         assert os.listdir(tmp_path / name.split("/")[0]) == []
-        monkeypatch.setitem(HOMES, name, (*HOMES[name][:3], downloads.csv_digest(data / name)))
+        monkeypatch.setitem(ORIGINS, name, (*ORIGINS[name][:3], downloads.csv_digest(data / name)))
         assert downloads.csv_digest(find_data_file(str(tmp_path), name)) == downloads.csv_digest(data / name)
 
 
@@ -286,7 +288,7 @@ def test_one_file_of_an_archive_on_a_server(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="SHA-256"):
         find_data_file(str(tmp_path), name)
     pin = hashlib.sha256(b'{"id": "Mercury_1"}\n' * 100).hexdigest()
-    monkeypatch.setitem(HOMES, name, (*HOMES[name][:3], pin))
+    monkeypatch.setitem(ORIGINS, name, (*ORIGINS[name][:3], pin))
     del sent[:]
     assert open(find_data_file(str(tmp_path), name), "rb").read() == b'{"id": "Mercury_1"}\n' * 100
     assert 0 < sum(sent) < len(data) / 2

@@ -109,7 +109,7 @@ def both_ask(task, data_dir, limit, tmp_path, subjects=None):
     """The same questions -> ours (those of prepare), and the harness' tasks that hold them.
 
     limit: questions in all, or of each of the subjects where they are named."""
-    find = lambda name: find_data_file(str(data_dir), name)  # noqa: E731
+    find = lambda name: find_data_file(str(data_dir), name)
     a = argparse.Namespace(
         protocol="loglik", data_dir=str(data_dir), limit=None if subjects else limit, allow_code_execution=False
     )

@@ -144,7 +144,7 @@ def test_similarity(a, b, score):
     assert answers.similarity(b, a) == pytest.approx(score, abs=5e-5)
 
 
-def test_best_place_skips_nothing():
+def test_best_partial_ratio_tries_every_window():
     rng = random.Random(0)
     for _ in range(200):
         a, b = ("".join(rng.choices("abc", k=rng.randint(1, n))) for n in (6, 25))
@@ -193,7 +193,7 @@ def test_program():
     assert extract_program("def f(x): return x", "f") == "def f(x): return x"
 
 
-def test_check():
+def test_check_reply():
     assert check_reply("number", "so it is 72.", "#### 72") is True
     assert check_reply("number", "so it is 72.", 72) is True and check_reply("number", "71", 72.5) is False
     assert check_reply("number", "nothing", 72) is False
@@ -268,7 +268,7 @@ MILES = dict(zip("ABCDE", "6 7 8 10 11".split()))
     ("\\boxed{(P/4)^2}", dict(zip("AB", ["P^2/16", "4P"])), None),  # another form of A, for all one knows
     ("\\boxed{5}", dict(zip("AB", ["5 min", "5 sec"])), None),
 ])  # fmt: skip
-def test_what_states_no_choice_is_not_guessed(reply, choices, verdict):
+def test_unclear_choices_are_not_guessed(reply, choices, verdict):
     """A reply that says nothing would otherwise be right as often as dice are."""
     assert {check_reply("choice", reply, {"letter": x, "choices": choices}) for x in choices} == {verdict}
     assert extract_choice(reply, choices) in choices  # the evaluation's protocol always has a letter
@@ -278,7 +278,7 @@ def test_what_states_no_choice_is_not_guessed(reply, choices, verdict):
     ("$2,000", 2000), ("7 1/2 sec", 7.5), ("58\\%", 58), ("\\frac{1}{4}", 0.25), ("Rs. 5600", 5600), ("-3", -3), ("600 m", 600),
     ("2:3", None), ("8^6 ways", None), ("4p", None), ("P/16", None), ("3 hours 20 min", None), ("", None), ("1/0", None),
 ])  # fmt: skip
-def test_amounts(text, value):
+def test_quantities(text, value):
     assert answers.parse_quantity(text) == value
 
 

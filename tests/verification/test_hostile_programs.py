@@ -105,14 +105,14 @@ def test_wrong_answers_are_never_right(first):
 
 
 @pytest.mark.parametrize("number", [1, 4, 15, 22, 29, 35])
-def test_one_by_one(number):
+def test_attacks_one_by_one(number):
     program, test = ATTACKS[number - 1]
     passed, detail = run_program(ANY + program, test)
     assert not passed, detail
 
 
 @pytest.mark.parametrize("program, test", ALONE)
-def test_alone(program, test):
+def test_attacks_that_cannot_be_checked(program, test):
     assert not run_program(ANY + program, test)[0]
 
 

@@ -74,7 +74,7 @@ def test_instruction(instruction, kwargs, good, bad):
         assert not follows(instruction, reply, kwargs), reply
 
 
-def test_loosely():
+def test_loose_rules():
     """The first line, the last line and the asterisks may be taken away, each by itself or together; nothing else."""
 
     def both(instruction, reply, **kwargs):
@@ -90,7 +90,7 @@ def test_loosely():
     assert both("punctuation:no_comma", "a, b") == [False, False]
 
 
-def test_what_cannot_be_checked_is_said():
+def test_uncheckable_instructions_are_errors():
     with pytest.raises(InputError, match="file:3.*keywords:rhyme.*keywords:existence"):
         follows("keywords:rhyme", "x", {}, "file:3")
     with pytest.raises(InputError, match="file:3.*num_words"):

@@ -899,7 +899,7 @@ def test_right_programs_pass(first):
     pytest.fail("right one by one, not together")
 
 
-def test_there_are_eighty():
+def test_the_number_of_programs():
     assert len(PAIRS) >= 80
 
 
@@ -930,7 +930,7 @@ def test_there_are_eighty():
         ("import numpy as np\ndef f():\n    return np.zeros((2, 2))", "assert f().shape == (2, 2)"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_checked_is_not_called_wrong(program, tests):
+def test_uncheckable_programs_are_not_called_wrong(program, tests):
     passed, detail = run_program(program, tests)
     assert passed is None and detail.startswith("cannot be checked: ")
 

@@ -40,7 +40,7 @@ def test_failures_are_told_apart():
     "leave",
     ["exit(0)", "import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "import os; os.close(1)"],
 )
-def test_leaving_early_is_failure(leave):
+def test_an_early_exit_fails(leave):
     fails(f"{leave}\nassert False")
 
 
@@ -349,7 +349,7 @@ def inc(x):
     "where", ["descriptors()", "objects()", "frames()", "memory('self')", "memory(os.getppid())", "files('self')",
               "files(os.getppid())", "[os.fsencode(x) for x in (*os.environ, *sys.argv, *os.listdir('.'))]"],
 )  # fmt: skip
-def test_there_is_no_answer_to_find(where):
+def test_the_expected_values_cannot_be_found(where):
     """Nothing of the tests is in the program's process or within its reach."""
     source = HUNT.replace("WHERE", where)
     passed, detail = run_program(source, "assert inc(1) == 4815162342", "inc", timeout=60)
@@ -361,7 +361,7 @@ def test_there_is_no_answer_to_find(where):
     ), detail
 
 
-def test_the_hunts_find_what_is_there():
+def test_the_searches_find_planted_values():
     """The same searches, where they may: for a number that the program has put there itself."""
     for where, put in (("descriptors()", "f = open('x', 'wb+', 0)\nf.write(b'4815162342')"), ("objects()", "x = ['4815162342']"),
                        ("frames()", "x = '4815162342'")):  # fmt: skip
@@ -385,12 +385,12 @@ def test_forged_messages(forged, text):
     assert not examined(f"import os\nTEXT = {text!r}\ndef inc(x):\n    return 0\n{forged}")[0]
 
 
-def test_a_sign_of_success_is_nothing():
+def test_printing_success_does_not_pass():
     assert fails("print('passed', flush=True)\nimport os\nos._exit(0)") == "passed"
     assert "the program ended" in examined("def inc(x):\n    raise SystemExit(0)")[1]
 
 
-def test_data_come_back_as_they_were():
+def test_values_round_trip():
     """Also what JSON does not know; a change of an argument in place is the program's own."""
     same = "def f(*args, **kwargs):\n    return args, kwargs"
     values = ("1, 2.5, 'a\\ud800', b'\\xff', None, True, 1j, float('inf'), -0.0, {1: {2, (3,)}}, frozenset([1]), [[], {}]"
