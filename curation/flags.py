@@ -45,7 +45,7 @@ def add_model_flags(p: Parser) -> None:
     add("--recorded", nargs="+", default=[], metavar="F",
         help="files of responses to use instead of asking a model: records of any shape of --sources, with \"writer\": "
         "\"teacher\" (the default) or \"small\"")
-    add("--perplexity", metavar="C", help="checkpoint that computes perplexities; default: the small model")
+    add("--perplexity", metavar="C", help="checkpoint that computes perplexities (default: the small model)")
     add("--dtype", choices=["fp32", "bf16"],
         help="number format of local checkpoints (default: bf16 if there is a GPU, else fp32)")
     add("--max-new-tokens", type=at_least(1), default=512,

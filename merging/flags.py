@@ -37,7 +37,8 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags for inputs and method, for merge.py and its search."""
     add = parser.add_argument
     # checkpoints
-    add("--models", required=True, nargs="+", metavar="C[:WEIGHT]", help="hub id, folder or .pt; default weight: 1")
+    models = "checkpoints to merge: hub id, folder or .pt file, each with a weight (default: 1)"
+    add("--models", required=True, nargs="+", metavar="C[:WEIGHT]", help=models)
     add("--base", metavar="C", help="checkpoint the models were trained from; optional for linear and slerp")
     resize = "cut or extend embeddings to the rows of --base, or of the first model; missing rows are copied from it"
     add("--resize", action="store_true", help=resize)
@@ -49,11 +50,11 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
         "'layers.[0-7].*' or '*mlp*'; repeatable, the last match wins"
     )
     add("--weights-for", action="append", nargs="+", metavar="X", help=weights_for)
-    normalize = "divide by the sum of the weights; default: on for linear, ties, della"
+    normalize = "divide by the sum of the weights (default: on for linear, ties, della)"
     add("--normalize", action=argparse.BooleanOptionalAction, help=normalize)
     t = (
-        "slerp: position between the first model (0) and the second (1); if the base is one of the two, 0 is the base; "
-        "default: w2 / (w1 + w2)"
+        "slerp: position between the first model (0) and the second (1); if the base is one of the two, 0 is the base "
+        "(default: w2 / (w1 + w2))"
     )
     add("--t", type=number(), metavar="X", help=t)
     add_delta_flags(parser)
@@ -61,34 +62,32 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     arithmetic = "float32 as in mergekit; float64 takes twice the time and memory, and slerp is exact at small angles"
     add("--arithmetic", choices=["float32", "float64"], default="float32", help=arithmetic)
     add("--seed", type=int, default=0, help="seed of the random masks of dare_* and della*")
-    add("--threads", type=at_least(1), help="tensors merged at once; default: as many as torch uses")
+    add("--threads", type=at_least(1), help="tensors merged at once (default: as many as torch uses)")
 
 
 def add_delta_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of methods that merge deltas. fill_options() sets their defaults."""
     add = parser.add_argument
     # deltas
-    density = (
-        "ties, dare_*, breadcrumbs*, della*: share of a delta's elements to keep, one or one per model; default: 1"
-    )
+    density = "ties, dare_*, breadcrumbs*, della*: share of a delta to keep, one number or one per model (default: 1)"
     add("--density", type=number(), nargs="+", metavar="X", help=density)
-    gamma = "breadcrumbs*: share of the elements to drop, the largest ones; default: 0.01"
+    gamma = "breadcrumbs*: share of the elements to drop, the largest ones (default: 0.01)"
     add("--gamma", type=number(0, below=1), metavar="X", help=gamma)
-    epsilon = "della*: keep probabilities range from density - epsilon to density + epsilon; default: 0.15"
+    epsilon = "della*: keep probabilities range from density - epsilon to density + epsilon (default: 0.15)"
     add("--epsilon", type=number(), metavar="X", help=epsilon)
     trim = (
         "ties: keep the largest elements of each tensor, as in mergekit, or of the whole model, as in the authors' "
-        "code; default: tensor"
+        "code (default: tensor)"
     )
     add("--trim", choices=["tensor", "global"], help=trim)
-    sign = "ties, *_ties, della: elect each sign by the sum of the deltas or by the count of their signs; default: sum"
+    sign = "ties, *_ties, della: elect each sign by the sum of the deltas or by the count of their signs (default: sum)"
     add("--sign", choices=["sum", "count"], help=sign)
     rescale = (
         "l1: scale the kept elements to the whole delta's L1 norm, as in mergekit (default for dare_*, della*); "
         "density: divide each by its keep probability, as in their papers"
     )
     add("--rescale", choices=["none", "l1", "density"], help=rescale)
-    add("--lambda", dest="scale", type=number(), metavar="X", help="factor on the merged delta; default: 1")
+    add("--lambda", dest="scale", type=number(), metavar="X", help="factor on the merged delta (default: 1)")
     lines = (
         "LiNeS: scale the merged delta by ALPHA in the first block, rising linearly to ALPHA + BETA in the last; "
         "default BETA: 1 - ALPHA. auto: the authors' ALPHA for several models, "
@@ -117,12 +116,14 @@ def parse_merge_args(argv: Sequence[str]) -> argparse.Namespace:
     add_method_flags(parser)
     # output
     parser.add_argument("--out", type=checkpoint_out, required=True, metavar="O", help="folder or .pt file to write")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the output")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="dtype of the output"
+    )
     parser.add_argument(
         "--shard-size",
         type=parse_size,
         metavar="SIZE",
-        help="most bytes of one safetensors file, such as 5GB; default: one file for all",
+        help="most bytes of one safetensors file, such as 5GB (default: one file for all)",
     )
     args = parser.parse_args(argv)
     if args.shard_size and args.out.endswith(".pt"):
@@ -166,7 +167,7 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
     add("--aside", type=number(above=0, below=1), default=0.5, metavar="X", help=aside)
     add("--max-len", type=at_least(2), default=1024, help="tokens; longer examples are cut at the end")
     add("--data-dir", default="data", help="folder of the tasks' questions")
-    add("--limit", type=at_least(1), help="questions per task; default: all")
+    add("--limit", type=at_least(1), help="questions per task (default: all)")
     add("--protocol", choices=["paper", "loglik"], default="paper", help="as in eval.py")
     add("--allow-code-execution", action="store_true", help="run the code that the merges write, in a sandbox")
     add("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")

@@ -7,6 +7,7 @@ the sparsified deltas). Shapes: n models, m elements of a tensor. deltas: (n, m)
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -141,6 +142,42 @@ def kth_largest_plain(x: Tensor, k: int) -> float:
     return float(np.partition(x.numpy(), i)[i])
 
 
+@dataclass
+class Search:
+    """The search for the k-th largest of one model's magnitudes. It is strictly between low and high until found."""
+
+    k: int
+    inside: int  # magnitudes between low and high
+    above: int = 0  # magnitudes >= high
+    low: float = -1.0
+    high: float = math.inf
+    found: float | None = None
+
+    def bracket(self, sample: Tensor) -> tuple[float, float]:
+        """Two values that almost surely enclose the k-th largest. sample: some of the magnitudes inside.
+
+        They are six standard deviations of its rank in the sample apart from it.
+        """
+        size, share = len(sample), (self.k - self.above) / self.inside  # share: how far down it is
+        rank, slack = share * size, 6 * math.sqrt(size * share * (1 - share)) + 6
+        order = sample.sort(descending=True).values
+        first, last = math.floor(rank - slack), math.ceil(rank + slack)
+        return (order[last].item() if last < size else self.low), (order[first].item() if first >= 0 else self.high)
+
+    def narrow(self, low: float, high: float, counts: Sequence[tuple[int, int, int, Tensor]]) -> None:
+        """Finds the k-th largest, or narrows the range that it is in. counts: count_in_bracket of every chunk."""
+        above, from_high, from_low = (sum(chunk[j] for chunk in counts) for j in range(3))
+        if self.k <= above:  # the sample misled: search above the bracket
+            self.low, self.inside = high, above - self.above
+        elif self.k <= from_high:
+            self.found = high
+        elif self.k > from_low and low > self.low:  # the sample misled: search below the bracket
+            self.high, self.inside, self.above = low, self.above + self.inside - from_low, from_low
+        else:
+            between, rank = torch.cat([chunk[3] for chunk in counts]), self.k - from_high
+            self.found = kth_largest_plain(between, rank) if rank <= len(between) else low
+
+
 def kth_largest(scan: Callable[..., Iterable], ks: Sequence[int], m: int) -> list[float]:
     """The k-th largest magnitude (k >= 1) of each of n models, exactly, in two scans; more only if the sample misleads.
 
@@ -150,45 +187,16 @@ def kth_largest(scan: Callable[..., Iterable], ks: Sequence[int], m: int) -> lis
     The first scan takes a sample, which gives two values that almost surely enclose the k-th largest. The second counts
     the elements above and at these values, and collects the few in between.
     """
-    n, stride = len(ks), max(1, m // SAMPLE)
-    ends = [(-1.0, math.inf)] * n  # the k-th largest of each model is between these
-    above_ends, inside = [0] * n, [m] * n  # elements at or above the upper end; elements between the ends
-    found: list[float | None] = [None] * n
-    while None in found:
-        samples = scan(lambda chunk: [x[(x > low) & (x < high)] for x, (low, high) in zip(chunk, ends)], stride)
-        samples = [torch.cat(parts) for parts in zip(*samples)]
-        shares = [(k - out) / size for k, out, size in zip(ks, above_ends, inside)]
-        brackets = [bracket(*each) for each in zip(samples, shares, ends)]
-        counts = scan(lambda chunk: [count_in_bracket(x, *each) for x, each in zip(chunk, brackets)], 1)
-        for i, parts in enumerate(zip(*counts)):
-            (low, high), k = brackets[i], ks[i]
-            above, from_high, from_low = (sum(part[j] for part in parts) for j in range(3))
-            if found[i] is not None:
-                continue
-            if k <= above:  # the sample misled: search above the bracket
-                ends[i], inside[i] = (high, ends[i][1]), above - above_ends[i]
-            elif k <= from_high:
-                found[i] = high
-            elif k > from_low and low > ends[i][0]:  # search below the bracket
-                inside[i], above_ends[i] = above_ends[i] + inside[i] - from_low, from_low
-                ends[i] = (ends[i][0], low)
-            else:
-                between = torch.cat([part[3] for part in parts])
-                found[i] = kth_largest_plain(between, k - from_high) if k - from_high <= len(between) else low
+    searches, stride = [Search(k, inside=m) for k in ks], max(1, m // SAMPLE)
+    while any(search.found is None for search in searches):
+        samples = scan(lambda chunk: [x[(x > s.low) & (x < s.high)] for x, s in zip(chunk, searches)], stride)
+        brackets = [s.bracket(torch.cat(parts)) for s, parts in zip(searches, zip(*samples))]
+        counts = scan(lambda chunk: [count_in_bracket(x, *ends) for x, ends in zip(chunk, brackets)], 1)
+        for search, ends, parts in zip(searches, brackets, zip(*counts)):
+            if search.found is None:
+                search.narrow(*ends, parts)
         stride = max(1, stride // 16)  # a narrower range needs a denser sample
-    return found
-
-
-def bracket(sample: Tensor, share: float, ends: tuple[float, float]) -> tuple[float, float]:
-    """Two values that almost surely enclose the element at this share of the way down from the largest.
-
-    They are six standard deviations of the rank apart from it. ends: used if the sample does not reach that far.
-    """
-    size = len(sample)
-    rank, slack = share * size, 6 * math.sqrt(size * share * (1 - share)) + 6
-    order = sample.sort(descending=True).values
-    first, last = math.floor(rank - slack), math.ceil(rank + slack)
-    return (order[last].item() if last < size else ends[0]), (order[first].item() if first >= 0 else ends[1])
+    return [search.found for search in searches]
 
 
 def count_in_bracket(x: Tensor, low: float, high: float) -> tuple[int, int, int, Tensor]:

@@ -179,13 +179,13 @@ def add_speed_flags(p: Parser) -> None:
     # training and generation
     p.add_argument("--data", help="JSON Lines: SFT or KTO examples; for generate, lines with a prompt (a message list)")
     p.add_argument(
-        "--limit", type=at_least(1), help="lines of --data to use; default: 32, in training steps x batch size"
+        "--limit", type=at_least(1), help="lines of --data to use (default: 32, in training steps x batch size)"
     )
     p.add_argument("--steps", type=at_least(1), default=4, help="optimizer steps")
     p.add_argument("--batch-size", type=at_least(1), default=8, help="examples per step; generate: rows in flight")
     p.add_argument("--peer-batch", type=at_least(1), default=8, help="examples per forward in TRL")
-    p.add_argument("--micro-tokens", type=at_least(1), help="most tokens per forward of ours; default: as in training")
-    p.add_argument("--compile", choices=["auto", "on", "off"], help="--compile of ours; default: as in training")
+    p.add_argument("--micro-tokens", type=at_least(1), help="most tokens per forward of ours (default: as in training)")
+    p.add_argument("--compile", choices=["auto", "on", "off"], help="--compile of ours (default: as in training)")
     p.add_argument("--max-len", type=at_least(2), default=1024, help="most tokens of an example")
     p.add_argument("--max-new-tokens", type=at_least(1), default=128, help="most tokens of a reply")
     # merging
@@ -195,7 +195,7 @@ def add_speed_flags(p: Parser) -> None:
     # machine
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of computation; merge: of the output")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
-    p.add_argument("--scratch", help="folder for temporary files; default: the system's")
+    p.add_argument("--scratch", help="folder for temporary files (default: the system's)")
     p.add_argument("--out", help="JSON file to write: settings and all measurements")
     p.add_argument("--side", help=argparse.SUPPRESS)
 

@@ -105,7 +105,7 @@ def parse_args() -> argparse.Namespace:
     # questions
     p.add_argument("--tasks", nargs="+", required=True, choices=TASKS, help="benchmarks of docs/benchmarks.md")
     p.add_argument("--data-dir", default="data", help="folder of the benchmark files; missing ones are downloaded")
-    p.add_argument("--limit", type=at_least(1), help="questions per task, in turn from its subjects; default: all")
+    p.add_argument("--limit", type=at_least(1), help="questions per task, in turn from its subjects (default: all)")
     # method
     p.add_argument("--prompts", type=at_least(2), default=4, help="number of prompts; the time grows with it")
     p.add_argument("--seed", type=int, default=0, help="seed of the orders of worked examples")
