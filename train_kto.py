@@ -141,8 +141,8 @@ def train(run: Run, data: Feedback, held_out: Feedback | None, loss: Callable) -
         tokens = sum(len(ids) for ids, _ in matched + mismatched)
         record |= {"tokens": tokens, "tokens_per_second": tokens / (time.time() - start)}
         if result.status == "skip":
-            pairs, places = all_pairs(indices), data.places
-            names = [places[i] + f" with the completion of {places[j]}" * (i != j) for i, j in pairs]
+            pairs = all_pairs(indices)
+            names = [data.pair_name(*pair) for pair in pairs]
             known = [k for k, pair in enumerate(pairs) if not math.isfinite(data.ref[pair])]
             record |= record_skip(run, step + 1, matched + mismatched, names, known)
         if not end_step(run, with_eval(run, record, held_out, loss)):

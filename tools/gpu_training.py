@@ -182,14 +182,13 @@ def train_kto_steps(
 ) -> tuple[float, list[dict]]:
     """Runs the reference pass and KTO on the rows -> (seconds of the pass, the log's records)."""
     run = new_run(bench, "kto", model, rows, steps, **flags)
-    sequence = functools.partial(pair_sequence, rows, bench.sizes.max_len)
+    data = Feedback(rows, [f"row {i}" for i in range(len(rows))], Cuts(), steps, bench.sizes.max_len)
     pairs = sorted({pair for step in steps for pair in train_kto.all_pairs(step)})
     cache = f"{run.args.out}.safetensors"
     reference = Reference("random", run.args.out, cache, lambda: model, run.args.micro_tokens, run.ranks)
     start = time.perf_counter()
-    ref, _ = reference_logps(reference, pairs, sequence)
+    data.ref, _ = reference_logps(reference, pairs, data.sequence)
     seconds = time.perf_counter() - start
-    data = Feedback(rows, [f"row {i}" for i in range(len(rows))], Cuts(), steps, sequence, ref)
     loss = functools.partial(train_kto.kto_loss, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0)
     train_kto.train(run, data, None, loss)
     return seconds, step_records(run)

@@ -1,9 +1,8 @@
 """KTO's data: encoding, the plan of all steps and pairs, label weights, and metrics for the log."""
 
 import argparse
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -60,8 +59,16 @@ class Feedback:
     places: list[str]  # "file:line" of each row
     cuts: Cuts
     steps: list[list[int]]  # the rows of each step
-    sequence: Callable  # (i, j) -> (ids, supervised): prompt i with completion j
-    ref: dict  # {(i, j): reference log-probability in nats}, filled in before the first step
+    max_len: int
+    ref: dict = field(default_factory=dict)  # {(i, j): reference log-probability in nats}, known before the first step
+
+    def sequence(self, i: int, j: int) -> tuple[list[int], list[bool]]:
+        """Prompt i with completion j -> (ids, supervised)."""
+        return pair_sequence(self.rows, self.max_len, i, j)
+
+    def pair_name(self, i: int, j: int) -> str:
+        """Where prompt i is, and completion j if it belongs to another row."""
+        return self.places[i] if i == j else f"{self.places[i]} with the completion of {self.places[j]}"
 
 
 def plan_feedback(
@@ -78,7 +85,7 @@ def plan_feedback(
     if clashes:
         advice = "; leave --no-shuffle out" * args.no_shuffle
         print0(f"warning: {', '.join(files)}: {clashes} KL pairs share their prompt, so they match{advice}")
-    return Feedback(rows, places, cuts, steps, functools.partial(pair_sequence, rows, args.max_len), {})
+    return Feedback(rows, places, cuts, steps, args.max_len)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
