@@ -48,7 +48,7 @@ class Settings:
     seed: int | Sequence[int] = 0  # for all prompts, or one for each
     batch_size: int = 32  # rows in flight, fewer if cache_gb is too small for them
     cache_gb: float = 4.0  # size of the KV cache in GiB
-    prefill_tokens: int = 4096  # most prompt tokens in one forward; further prompts start in the next step
+    prefill_tokens: int = 4096  # maximum prompt tokens in one forward; further prompts start in the next step
     steps_per_sync: int | None = None  # decoding steps per copy of the tokens to the host. None: 16 on a GPU, else 1
 
     def __post_init__(self):
@@ -74,7 +74,7 @@ class Row:
     """A prompt in flight. Row r of the batch is row r of the KV cache."""
 
     index: int  # of the prompt
-    limit: int  # most tokens of the reply
+    limit: int  # maximum length of the reply
     pending: list[int]  # tokens that the model reads in the next step: the prompt, later the last token
     generator: torch.Generator
     reply: list[int] = field(default_factory=list)
@@ -121,7 +121,7 @@ class WaitingPrompts:
     """All prompts, and the ones that have not started yet."""
 
     prompts: list[list[int]]
-    limits: list[int]  # most tokens of each reply
+    limits: list[int]  # maximum length of each reply
     prefixes: SharedPrefixes
     order: list[int]  # indices of the prompts that have not started yet, in starting order
 
@@ -276,7 +276,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list
 
 
 def reply_limits(prompts: list[list[int]], positions: int, max_new_tokens: int) -> list[int]:
-    """The most tokens of each reply. InputError if a prompt fills all of the model's positions."""
+    """The maximum length of each reply. InputError if a prompt fills all of the model's positions."""
     for i, prompt in enumerate(prompts):
         if len(prompt) >= positions:
             fault = f"prompt {i} takes {len(prompt)} tokens; the model ends at {positions}"

@@ -243,8 +243,8 @@ def write_checkpoint(
 
     config: config.json. files: {name: text}; a function instead of a text is called after the last tensor.
     specs: {name: (shape, dtype)}. tensors: (name, tensor) pairs in the order of specs. They are taken one at a time, so
-    writing a folder never holds the model in memory. shard_size: most bytes of a safetensors file; a larger tensor gets
-    its own. None: one file. card: text of README.md in a folder; a README.md of the user's is kept instead.
+    writing a folder never holds the model in memory. shard_size: maximum bytes of a safetensors file; a larger
+    tensor gets its own. None: one file. card: text of README.md in a folder; a README.md of the user's is kept instead.
     """
     call = lambda text: text() if callable(text) else text
     dtypes = {str(dtype).removeprefix("torch.") for _, dtype in specs.values() if dtype.is_floating_point}

@@ -16,8 +16,8 @@ from typing import IO
 
 from core.interrupt import ROOT, exit_silently
 
-MAX_TEXT = 2**28  # most bytes of a text file; ten times the largest published tokenizer.json
-MAX_ERROR = 2000  # most characters of an error line
+MAX_TEXT = 2**28  # maximum bytes of a text file; ten times the largest published tokenizer.json
+MAX_ERROR = 2000  # maximum characters of an error line
 
 
 class InputError(Exception):

@@ -119,7 +119,7 @@ def parse_generate_args() -> argparse.Namespace:
     p.add_argument("--prompt", nargs="+", help="one or more user messages; without it, a chat in the terminal")
     p.add_argument("--system", help="system prompt; without it, the template's default")
     # sampling
-    p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="most tokens of a reply")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="maximum length of a reply, in tokens")
     p.add_argument("--temperature", type=number(0), default=0.0, help="0 takes the likeliest token")
     p.add_argument("--top-k", type=at_least(0), default=0, help="sample from the k likeliest tokens; 0: from all")
     top_p = "sample from the likeliest tokens that together reach this probability"

@@ -123,7 +123,7 @@ def parse_merge_args(argv: Sequence[str]) -> argparse.Namespace:
         "--shard-size",
         type=parse_size,
         metavar="SIZE",
-        help="most bytes of one safetensors file, such as 5GB (default: one file for all)",
+        help="maximum size of a safetensors file, such as 5GB (default: one file for all)",
     )
     args = parser.parse_args(argv)
     if args.shard_size and args.out.endswith(".pt"):
@@ -159,7 +159,7 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
         "a fixed pair or the uniform soup"
     )
     add("--greedy", action="store_true", help=greedy)
-    add("--evaluations", type=at_least(3), default=15, help="most points to try; not with --greedy")
+    add("--evaluations", type=at_least(3), default=15, help="maximum number of points to try; not with --greedy")
     # data
     add("--data", nargs="+", metavar="F", help="conversations, as for train_sft.py: minimise the loss on them")
     add("--tasks", nargs="+", metavar="T", help="tasks of eval.py: maximise the share of right answers")
@@ -170,10 +170,10 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=at_least(1), help="questions per task (default: all)")
     add("--protocol", choices=["paper", "loglik"], default="paper", help="as in eval.py")
     add("--allow-code-execution", action="store_true", help="run the code that the merges write, in a sandbox")
-    add("--max-new-tokens", type=at_least(1), default=1000, help="most tokens of a reply")
+    add("--max-new-tokens", type=at_least(1), default=1000, help="maximum length of a reply, in tokens")
     add("--batch-size", type=at_least(1), default=32, help="questions in flight")
     # machine
-    most = "most tokens of one forward (default: 16384 on a GPU, else 2048)"
+    most = "maximum tokens of one forward (default: 16384 on a GPU, else 2048)"
     add("--micro-tokens", type=at_least(1), help=most)
     add_device_flags(parser, "dtype of the forward passes")
     # output

@@ -80,8 +80,8 @@ def minimise(
 ) -> Point:
     """Searches along each direction in turn until a round does not help or the budget is spent. -> the best point.
 
-    evaluate(point, label): the value to minimise. known(point): already evaluated, costs no budget. budget: the most
-    points to evaluate. ranges: as RANGES.
+    evaluate(point, label): the value to minimise. budget: maximum number of points to evaluate. known(point): already
+    evaluated, so it costs no budget. ranges: as RANGES.
     """
     spent, value, rounds = int(not known(point)), evaluate(point, "start"), 0
     while True:

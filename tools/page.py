@@ -35,7 +35,7 @@ STEP_NAMES = dict(
         "collect deduplicate classify balance respond score label".split(),
     )
 )
-MAX_STEPS = 500  # most points of a line; longer logs are thinned
+MAX_STEPS = 500  # maximum points of a line; longer logs are thinned
 MAX_BYTES = 3 * 10**6  # of the page
 BUTTONS = '<button class="back">back</button><button class="next">next</button><span class="count"></span>'
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from core.files import InputError
 
-MAX_TEXT = 1500  # most characters of one text on the page
-MAX_QUESTIONS = 400  # most questions on the page
+MAX_TEXT = 1500  # maximum characters of one text on the page
+MAX_QUESTIONS = 400  # maximum questions on the page
 
 
 @dataclass

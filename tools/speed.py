@@ -184,10 +184,12 @@ def add_speed_flags(p: Parser) -> None:
     p.add_argument("--steps", type=at_least(1), default=4, help="optimizer steps")
     p.add_argument("--batch-size", type=at_least(1), default=8, help="examples per step; generate: rows in flight")
     p.add_argument("--peer-batch", type=at_least(1), default=8, help="examples per forward in TRL")
-    p.add_argument("--micro-tokens", type=at_least(1), help="most tokens per forward of ours (default: as in training)")
+    p.add_argument(
+        "--micro-tokens", type=at_least(1), help="maximum tokens of one forward of ours (default: as in training)"
+    )
     p.add_argument("--compile", choices=["auto", "on", "off"], help="--compile of ours (default: as in training)")
-    p.add_argument("--max-len", type=at_least(2), default=1024, help="most tokens of an example")
-    p.add_argument("--max-new-tokens", type=at_least(1), default=128, help="most tokens of a reply")
+    p.add_argument("--max-len", type=at_least(2), default=1024, help="maximum length of an example, in tokens")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=128, help="maximum length of a reply, in tokens")
     # merging
     p.add_argument("--base", help="base model of the merge")
     p.add_argument("--synthetic", metavar="FOLDER", help="merge 7B checkpoints, written there first (15 GB) if missing")

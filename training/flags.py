@@ -69,9 +69,8 @@ def add_training_flags(
     # data
     p.add_argument("--data", nargs="+", default=[data], help=f"data files to train on (default: {data})")
     p.add_argument("--eval-data", nargs="+", help="held-out data files, evaluated in training")
-    p.add_argument(
-        "--max-len", type=at_least(2), default=1024, help="most tokens of an example; longer ones are cut at the end"
-    )
+    max_len = "maximum length of an example, in tokens; longer ones are cut at the end"
+    p.add_argument("--max-len", type=at_least(2), default=1024, help=max_len)
     p.add_argument("--no-shuffle", action="store_true", help="keep the order of the files in every epoch")
     p.add_argument("--seed", type=int, default=0, help="seed of the data order and of torch's random numbers")
     # optimisation
@@ -90,8 +89,8 @@ def add_training_flags(
     skips = "stop with an error after this many steps in a row with a loss or gradient that is not finite"
     p.add_argument("--max-skips", type=at_least(1), default=3, help=skips)
     # machine
-    most = "maximum tokens of one forward (default: 16384 if there is a GPU, else 1024)"
-    p.add_argument("--micro-tokens", type=at_least(1), help=most)
+    micro_tokens = "maximum tokens of one forward (default: 16384 if there is a GPU, else 1024)"
+    p.add_argument("--micro-tokens", type=at_least(1), help=micro_tokens)
     add_device_flags(p, "compute dtype; the weights stay fp32")
     when = "torch.compile the blocks; auto: on a CPU, if the run is long enough to repay half a minute of compilation"
     p.add_argument("--compile", nargs="?", choices=["auto", "on", "off"], default="auto", const="on", help=when)

@@ -41,7 +41,7 @@ class Reference:
     identity: str  # what its log-probabilities depend on besides the sequence: weights, compute dtype, code
     cache: str  # path of the cache file
     load: Callable[[], Qwen2]  # returns the model. Call it only before the first step: it may be the policy
-    micro_tokens: int  # most tokens of one forward
+    micro_tokens: int  # maximum tokens of one forward
     ranks: Ranks
 
 

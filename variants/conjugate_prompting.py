@@ -152,7 +152,7 @@ def parse_args() -> argparse.Namespace:
     # questions
     p.add_argument("--data", metavar="F", help="JSON Lines of `prompt` and `reference`; without it, the paper's test")
     p.add_argument("--limit", type=at_least(2), help="questions (default: all of --data, 100 of each task of the test)")
-    p.add_argument("--max-new-tokens", type=at_least(1), default=32, help="most tokens of a reply")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=32, help="maximum length of a reply, in tokens")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no reply")
     # output
     p.add_argument("--out", default="conjugate.jsonl", help="JSON Lines file of all replies and verdicts")

@@ -62,7 +62,7 @@ def squared_distances(targets: Tensor, candidates: Tensor) -> Tensor:
 def embed_texts(model: Qwen2, texts: list[list[int]], micro_tokens: int) -> Tensor:
     """The mean of the last hidden states over each text's positions, (len(texts), C) in fp32 on the CPU.
 
-    texts: token ids. micro_tokens: most tokens of a forward.
+    texts: token ids. micro_tokens: maximum tokens of one forward.
     """
     out, lengths = torch.zeros(len(texts), model.config.hidden_size), [len(ids) for ids in texts]
     for micro in tqdm(split_by_tokens(lengths, micro_tokens, 1), "embedding", unit="forward", disable=None):
@@ -98,7 +98,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--max-chars", type=at_least(1), default=1000, help="length at which a text is cut, in characters")
     # model
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the model that embeds the texts")
-    p.add_argument("--micro-tokens", type=at_least(1), default=8192, help="most tokens of one forward")
+    p.add_argument("--micro-tokens", type=at_least(1), default=8192, help="maximum tokens of one forward")
     add_device_flags(p, "dtype of weights and computation")
     args = p.parse_args()
     choose_device(args)

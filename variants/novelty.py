@@ -64,7 +64,7 @@ def write_texts(
 ) -> list[tuple[list[int], float]]:
     """Writes a text for each row of uniform -> [(token ids, novelty)].
 
-    prompt: token ids before the text. uniform: (rows, most tokens of a text), random numbers in [0, 1). novelty: the
+    prompt: token ids before the text. uniform: (rows, maximum length of a text), random numbers in [0, 1). novelty: the
     sum over the text and its end token of log p_ft - log p_pt, in nats.
     """
     rows, limit = uniform.shape
@@ -92,7 +92,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--prompt", default="Write something.", help="the user's message before each text")
     p.add_argument("--plain", action="store_true", help="write plain texts, without a chat around them")
     p.add_argument("--samples", type=at_least(1), default=100, help="number of texts")
-    p.add_argument("--max-new-tokens", type=at_least(1), default=64, help="most tokens of a text")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=64, help="maximum length of a text, in tokens")
     p.add_argument("--alpha", type=number(above=0, below=1), default=0.1, help="least p_ft of a token / largest p_ft")
     p.add_argument("--temperature", type=number(0), default=1.0, help="of the scores; 0 takes the best token")
     p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
