@@ -105,22 +105,22 @@ def trim_global(plan: engine.Plan) -> None:
 
     That sign is the majority of all elected signs. On a tie it is negative, as in the authors' code.
     """
-    args, total = plan.args, 0
     size = sum(math.prod(plan.reference.shape(name)) for name in plan.reference.names)
-    ranks = [trim_rank(size, density) for density in args.densities]
-    values = methods.kth_largest(engine.scan_magnitudes(plan), [k or 1 for k in ranks], size)
-    plan.thresholds = [0.0 if k is None else value for k, value in zip(ranks, values)]
-    least = torch.tensor(plan.thresholds, dtype=plan.arithmetic)[:, None]
+    ks = [trim_rank(size, density) for density in plan.args.densities]
+    values = methods.kth_largest(engine.scan_magnitudes(plan), [k or 1 for k in ks], size)
+    plan.thresholds = [0.0 if k is None else value for k, value in zip(ks, values)]  # None: keep everything
+    thresholds = torch.tensor(plan.thresholds, dtype=plan.arithmetic)[:, None]  # (n, 1)
 
-    def votes(name: str) -> int:
-        tensor, weights = engine.read_tensor(plan, name), plan.weights(name)[:, None]
-        chunks = (tensor.deltas(part, plan.arithmetic) for part in tensor.chunks())
-        kept = (deltas.mul_((deltas.abs() >= least) * weights) for deltas in chunks)
-        return sum(int(elect_sign(deltas, args.sign, zero_sign=0).sum(dtype=torch.float64)) for deltas in kept)
+    def sum_of_signs(name: str) -> int:
+        tensor, weights, total = engine.read_tensor(plan, name), plan.weights(name)[:, None], 0
+        for part in tensor.chunks():
+            deltas = tensor.deltas(part, plan.arithmetic)  # (n, size of part)
+            deltas *= (deltas.abs() >= thresholds) * weights  # trims and weights
+            total += int(elect_sign(deltas, plan.args.sign, zero_sign=0).sum(dtype=torch.float64))
+        return total
 
-    for _, count in engine.each_tensor(plan, votes, "majority sign"):
-        total += count
-    plan.zero_sign = 1 if total > 0 else -1
+    majority = sum(total for _, total in engine.each_tensor(plan, sum_of_signs, "majority sign"))
+    plan.zero_sign = 1 if majority > 0 else -1
 
 
 # --method: (sparsify: which elements of a delta to keep, combine: merges the models' tensors or deltas)
