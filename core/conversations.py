@@ -265,8 +265,9 @@ def sft_conversations(record: dict, where: str, last_turn_only: bool = False) ->
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             raise InputError(f"{where}: no assistant message, so nothing to train on")
-        for i in turns[:-1] if last_turn_only or not dialogue.all_turns else []:
-            messages[i] = messages[i] | {"weight": 0}
+        if last_turn_only or not dialogue.all_turns:
+            for i in turns[:-1]:
+                messages[i] = messages[i] | {"weight": 0}
         found.append(messages)
     return found
 

@@ -186,7 +186,9 @@ def remove_leftovers(folder: str, name: str | None = None) -> None:
     A leftover has a name made by temporary_path(), and no process holds its lock. A user's files inside a leftover
     folder move to the folder that the leftover was made for.
     """
-    for entry in os.listdir(folder) if os.path.isdir(folder) else []:
+    if not os.path.isdir(folder):
+        return
+    for entry in os.listdir(folder):
         found = parse_temporary(entry)
         if not found or name not in (None, found["name"]):
             continue

@@ -214,8 +214,9 @@ def checkpoint_activations(model: Qwen2, args: argparse.Namespace, batches: list
             sum(lengths[i] for i in split_by_tokens(lengths, args.micro_tokens, ranks.world)[0]) for lengths in some
         )
         on = needs_checkpointing(model, args, largest, ranks)
-    for block in model.model["layers"] if on else []:
-        recompute(block)
+    if on:
+        for block in model.model["layers"]:
+            recompute(block)
 
 
 def needs_checkpointing(model: Qwen2, args: argparse.Namespace, tokens: int, ranks: Ranks) -> bool:

@@ -121,8 +121,11 @@ def find_nonfinite_examples(run: Run, examples: list) -> list[int]:
     """Indices of examples with a log-probability that is not finite. If there are none, the same for the gradient."""
     logps = sequence_logps(run.model, examples, run.args.micro_tokens, run.ranks)
     bad = [i for i, finite in enumerate(logps.isfinite().tolist()) if not finite]
-    for i in range(len(examples)) if not bad else []:  # rare; every rank runs all examples, so all agree
-        example_logps(run.model, [examples[i]]).sum().backward()
-        bad += [] if clip_gradients(run.model, 0).isfinite() else [i]
+    if bad:
+        return bad
+    for i, example in enumerate(examples):  # rare; every rank runs all examples, so all agree
+        example_logps(run.model, [example]).sum().backward()
+        if not clip_gradients(run.model, 0).isfinite():
+            bad.append(i)
         clear_gradients(run)
     return bad
