@@ -41,6 +41,11 @@ class Dialogue(NamedTuple):
     all_turns: bool = False
 
 
+def as_fields(record: dict) -> Fields:
+    """The record as Fields, which remember the keys that were not read."""
+    return record if isinstance(record, Fields) else Fields(record)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Messages
 
@@ -212,37 +217,47 @@ def preference_dialogue(
     return Dialogue(prompt, one_reply(chosen, where), rejected)
 
 
+def one_dialogue(fields: Fields, where: str) -> Dialogue:
+    """The conversation of a record: a preference, a list of turns, or one exchange."""
+    turns = fields.first("messages", "conversations", "conversation")
+    prompt = single_prompt(fields, where) if turns is None else as_messages(turns, where, unread=fields.unread)
+    if "chosen" in fields and "rejected" in fields or "chosen_messages" in fields and "rejected_messages" in fields:
+        chosen, rejected = fields.first("chosen", "chosen_messages"), fields.first("rejected", "rejected_messages")
+        return preference_dialogue(prompt, chosen, rejected, fields, where)
+    if turns is not None:
+        is_reply = prompt[-1]["role"] == "assistant"
+        return Dialogue(prompt[:-1] if is_reply else prompt, prompt[-1] if is_reply else None, all_turns=True)
+    if prompt is not None:
+        reply, rejected = (v if v is None else as_messages(v, where, "assistant") for v in single_reply(fields, where))
+        return Dialogue(prompt, reply and one_reply(reply, where), rejected, "history" in fields)
+    keys = ", ".join(shown(key)[1:-1] for key in sorted(fields)[:20]) or "none that is not null"
+    raise InputError(
+        f"{where}: no known shape, the keys are {keys}; expected messages, conversations, instruction and output, "
+        "prompt and completion, question and answer, or prompt, chosen and rejected"
+    )
+
+
+def instance_dialogues(fields: Fields, where: str) -> list[Dialogue]:
+    """The conversations of a record of self-instruct: one for each of its `instances`."""
+    instances = fields.first("instances")
+    whole = {key: value for key, value in fields.items() if key != "instances"}
+    fields.unread -= {"instruction"}
+    if not instances or not all(isinstance(one, dict) for one in instances):
+        raise InputError(f"{where}: instances is {shown(instances)}; it is a list of objects with input and output")
+    return [dialogue for one in instances for dialogue in dialogues({**whole, **one}, where)]
+
+
 def dialogues(record: dict, where: str) -> list[Dialogue]:
     """The conversations of a record of any known shape: one, or one for each of self-instruct's `instances`.
 
     record: a dict, or Fields, whose `unread` then has the keys that were not used. where: "file:line", for errors.
     """
-    fields = record if isinstance(record, Fields) else Fields(record)
+    fields = as_fields(record)
     if fields.first("tools", "functions") not in (None, "", "[]", []):
         raise Unusable(where, "tool use", "offers tools, which are not supported")
-    if "instruction" in fields and isinstance(instances := fields.first("instances"), list):
-        whole = {key: value for key, value in fields.items() if key != "instances"}
-        fields.unread -= {"instruction"}
-        if not instances or not all(isinstance(one, dict) for one in instances):
-            raise InputError(f"{where}: instances is {shown(instances)}; it is a list of objects with input and output")
-        return [dialogue for one in instances for dialogue in dialogues({**whole, **one}, where)]
-    turns = fields.first("messages", "conversations", "conversation")
-    prompt = single_prompt(fields, where) if turns is None else as_messages(turns, where, unread=fields.unread)
-    if "chosen" in fields and "rejected" in fields or "chosen_messages" in fields and "rejected_messages" in fields:
-        chosen, rejected = fields.first("chosen", "chosen_messages"), fields.first("rejected", "rejected_messages")
-        found = preference_dialogue(prompt, chosen, rejected, fields, where)
-    elif turns is not None:
-        is_reply = prompt[-1]["role"] == "assistant"
-        found = Dialogue(prompt[:-1] if is_reply else prompt, prompt[-1] if is_reply else None, all_turns=True)
-    elif prompt is not None:
-        reply, rejected = (v if v is None else as_messages(v, where, "assistant") for v in single_reply(fields, where))
-        found = Dialogue(prompt, reply and one_reply(reply, where), rejected, "history" in fields)
-    else:
-        keys = ", ".join(shown(key)[1:-1] for key in sorted(fields)[:20]) or "none that is not null"
-        raise InputError(
-            f"{where}: no known shape, the keys are {keys}; expected messages, conversations, instruction and output, "
-            "prompt and completion, question and answer, or prompt, chosen and rejected"
-        )
+    if "instruction" in fields and isinstance(fields.get("instances"), list):
+        return instance_dialogues(fields, where)
+    found = one_dialogue(fields, where)
     return [found._replace(prompt=with_system(found.prompt, fields, where))]
 
 
@@ -258,7 +273,7 @@ def sft_conversations(record: dict, where: str, last_turn_only: bool = False) ->
     - prompt and completion: the completion.
     - chosen and rejected: the chosen reply.
     """
-    fields, found = record if isinstance(record, Fields) else Fields(record), []
+    fields, found = as_fields(record), []
     for dialogue in dialogues(fields, where):
         fields.unread |= {"rejected"} if dialogue.rejected else set()
         messages = dialogue.prompt + [dialogue.reply] * (dialogue.reply is not None)
@@ -277,8 +292,7 @@ def kto_examples(record: dict, where: str) -> list[tuple[list[dict], str, bool]]
 
     A reply with a label gives one example. A preference gives two: chosen with true, then rejected with false.
     """
-    fields = record if isinstance(record, Fields) else Fields(record)
-    examples = []
+    fields, examples = as_fields(record), []
     for prompt, reply, rejected, _ in dialogues(fields, where):
         if reply is None or not prompt:
             raise InputError(f"{where}: has no {'completion' if prompt else 'prompt'}; a KTO example needs both")
