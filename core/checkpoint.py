@@ -1,8 +1,10 @@
 """Reads and writes checkpoints.
 
-ckpt = Checkpoint("Qwen/Qwen2-0.5B-Instruct")     # a hub id, a Hugging Face folder or a .pt file
-ckpt.names, ckpt.shape(name), ckpt.tensor(name)   # one tensor at a time
-write_checkpoint(out, config, files, specs, tensors)
+    ckpt = Checkpoint("Qwen/Qwen2-0.5B-Instruct")     # a hub id, a Hugging Face folder or a .pt file
+    ckpt.names, ckpt.shape(name), ckpt.tensor(name)   # one tensor at a time
+    write_checkpoint(out, config, files, specs, tensors)
+
+Reading takes one tensor at a time, and so does writing a folder: neither holds the whole model in memory.
 """
 
 import contextlib

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from core.checkpoint import Checkpoint
+from core.checkpoint import EMBEDDING, HEAD, Checkpoint
 from core.config import parse_config
 from core.files import InputError, same_path
 from core.outputs import check_inputs
@@ -38,11 +38,11 @@ def check_same_tensors(first: Checkpoint, other: Checkpoint, resize: bool) -> li
     for name in sorted({*first.names, *other.names}):
         for has, lacks in ((first, other), (other, first)):
             if name not in lacks.names:
-                hint = "tie or untie both heads" if name == "lm_head.weight" else "merge models of one architecture"
+                hint = "tie or untie both heads" if name == HEAD else "merge models of one architecture"
                 raise InputError(f"{lacks.source}: has no tensor {name}, but {has.source} has; {hint}")
         expected, found = first.shape(name), other.shape(name)
         if expected != found:
-            rows_only = name in ("model.embed_tokens.weight", "lm_head.weight") and expected[1:] == found[1:]
+            rows_only = name in (EMBEDDING, HEAD) and expected[1:] == found[1:]
             if not (rows_only and resize):
                 hint = f"--resize gives all of them {expected[0]} rows" if rows_only else "they cannot be merged"
                 raise InputError(f"{other.source}: {name} is {found}, but {expected} in {first.source}; {hint}")

@@ -1,10 +1,12 @@
 """The files in OUT.run/ from which a run resumes, and the lock that refuses a second run.
 
-args.json, log.jsonl
-step-N                     complete checkpoint after step N (step-N.pt if OUT is a .pt)
-optimizer-N.safetensors    optimizer moments and model buffers after step N
-state.json                 the step to resume from. It is written last: until then the previous save is valid
-lock                       locked by the run that is writing here
+    args.json, log.jsonl
+    step-N                     complete checkpoint after step N (step-N.pt if OUT is a .pt)
+    optimizer-N.safetensors    optimizer moments and model buffers after step N
+    state.json                 the step to resume from
+    lock                       locked by the run that is writing here
+
+state.json is written last. Until then, the previous save is valid.
 """
 
 import argparse
