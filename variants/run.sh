@@ -121,6 +121,30 @@ arm corda sft "$thin" $py -m variants.corda --mode learn --rank 8 "${sft[@]}"
 arm lt_sft sft "$thin" lt_sft --data "$run/sft.jsonl" --epochs 1 --batch-size 32
 arm poft sft "$full" $py -m variants.poft --others "$run"/kto/*-2 "${sft[@]}" # the aligned model is the KTO model
 arm s3ft sft "$full" s3ft --epochs 2 --batch-size 32
+if chosen token_weights && [[ ! -f $run/weighted.jsonl ]]; then
+  # The demo calls no tools. The paper's rule is applied to the answers of a task in place of the names of tools: the
+  # tokens at which two answers part get the weight.
+  $py - "$run" <<'END'
+import collections
+import sys
+
+from core.records import read_jsonl, write_jsonl
+from core.tokenizer import Tokenizer
+from variants.token_weights import key_tokens, rule_weights
+
+tokenizer, rows = Tokenizer("demo/base"), [row for _, row in read_jsonl(f"{sys.argv[1]}/sft.jsonl")]
+answers = collections.defaultdict(dict)  # {task: {answer: token ids}}
+for row in rows:
+    row["answer"] = row["messages"][-1]["content"]
+    answers[row["category"]][row["answer"]] = tokenizer.encode(row["answer"])
+for row in rows:
+    others = dict(answers[row["category"]])
+    key = key_tokens(others.pop(row["answer"]), list(others.values()))
+    row["token_weights"] = rule_weights(len(tokenizer.completion_ids(row.pop("answer"))), key, closing=set())
+write_jsonl(f"{sys.argv[1]}/weighted.jsonl", rows)
+END
+fi
+arm token_weights sft "$full" $py -m variants.token_weights --data "$run/weighted.jsonl" --epochs 2 --batch-size 32
 arm uds sft "$full" $py -m variants.uds --share 0.5 --data "$run/sft.jsonl" --epochs 4 --batch-size 64
 [[ -f $run/half.jsonl ]] || head -n 862 "$run/sft.jsonl" >"$run/half.jsonl" # the files are in random order
 arm random_half sft "$full" $py train_sft.py --data "$run/half.jsonl" --epochs 4 --batch-size 32
