@@ -125,11 +125,11 @@ def launch(script, args, output, ranks=1, prepare=None):
 
 
 def torchrun(ranks, script, *args):
+    """Runs a script, such as eval.py, or a module, such as variants.s3ft. -> what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(ROOT / script), *map(str, args)], capture_output=True, text=True, env=environment, timeout=300
-    )
+    command += [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -93,7 +93,7 @@ def test_run_on_the_demo(tmp_path, run):
     assert "python train_sft.py --ckpt" in printed and str(out / "sft.jsonl") in printed
 
 
-def test_refusals(tiny, tmp_path, refused):
+def test_refusals(tiny, tmp_path, refused, monkeypatch):
     pool = write_lines(tmp_path / "pool.jsonl", [{"prompt": "a", "completion": x} for x in "bc"])
     same = write_lines(tmp_path / "same.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
     aim, none = write_lines(tmp_path / "aim.jsonl", [{"prompt": "a"}]), write_lines(tmp_path / "none.jsonl", [])
@@ -110,4 +110,6 @@ def test_refusals(tiny, tmp_path, refused):
     refused("odd.jsonl:2", *call(pool, odd))
     refused("one text", *call(same, same))
     refused("nowhere", *call(pool, aim, ckpt=tmp_path / "nowhere"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("one process", *call(pool, aim))
     assert not Path(tmp_path / "o").exists()

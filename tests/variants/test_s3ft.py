@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_lines
+from training_runs import torchrun
 
 from variants import s3ft
 from variants.s3ft import TELL_TALE, choose_target
@@ -107,12 +108,17 @@ def test_code_is_checked_only_if_allowed(tiny, tmp_path, run, monkeypatch):
         assert lines(tmp_path / "o/sft.jsonl")[1]["writer"] == writer
 
 
-def test_run_on_the_demo(tmp_path, run):
+@pytest.fixture
+def data(tmp_path):
+    """24 of the demo's instructions with their right answers."""
     rows = [json.loads(line) for line in (Path(DEMO).parent / "heldout.jsonl").read_text().splitlines()]
     records = [
         {"prompt": r["prompt"], "completion": r["reference"]["value"], "reference": r["reference"]} for r in rows
     ]
-    data = write_lines(tmp_path / "d.jsonl", [r for r in records if isinstance(r["completion"], str)][:24])
+    return write_lines(tmp_path / "d.jsonl", [r for r in records if isinstance(r["completion"], str)][:24])
+
+
+def test_run_on_the_demo(data, tmp_path, run):
     out = str(tmp_path / "o")
     call = ("variants.s3ft", "--ckpt", DEMO, "--data", data, "--out", out, "--max-new-tokens", 24)
     code, _, err = run(*call)
@@ -125,6 +131,14 @@ def test_run_on_the_demo(tmp_path, run):
     assert Path(out, "replies.jsonl").read_bytes() == kept, "no reply is asked for twice"
     sft = ("--ckpt", DEMO, "--data", f"{out}/sft.jsonl", "--out", tmp_path / "ckpt", "--max-steps", 1)
     assert run("train_sft", *sft)[0] == 0
+
+
+def test_two_ranks_write_what_one_process_writes(data, tmp_path, run):
+    call = ("--ckpt", DEMO, "--data", data, "--max-new-tokens", 24)
+    assert run("variants.s3ft", *call, "--out", tmp_path / "one")[0] == 0
+    printed = torchrun(2, "variants.s3ft", *call, "--out", tmp_path / "two")
+    assert printed.count("Written: ") == 1
+    assert lines(tmp_path / "two/sft.jsonl") == lines(tmp_path / "one/sft.jsonl")
 
 
 def test_refusals(tiny, tmp_path, refused):
