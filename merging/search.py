@@ -14,7 +14,7 @@ import random
 import shlex
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -133,6 +133,40 @@ LOSS = Objective("loss per token", measure_loss, 1)
 RIGHT = Objective("share right", measure_wrong, -1)
 
 
+@dataclass
+class Trials:
+    """The points that a search has tried."""
+
+    args: argparse.Namespace
+    model: Qwen2  # receives the merged weights
+    tokenizer: Tokenizer
+    merged: Callable[[Point], Iterable]  # the merged tensors at a point, as (name, tensor)
+    objective: Objective
+    records: list  # those for the search
+    scores: dict[str, dict] = field(default_factory=dict)  # {point_key(point): the point, its score and stderr}
+
+    def measure(self, point: Point, records: list) -> tuple[list, list]:
+        """Merges at the point. -> (value of each record, size of each record)."""
+        merge_into(self.model, self.merged(point))
+        return self.objective.measure(self.args, self.model, self.tokenizer, records)
+
+    def known(self, point: Point) -> bool:
+        return point_key(point) in self.scores
+
+    def evaluate(self, point: Point, label: str) -> float:
+        """The value to minimise. Prints a line for a new point."""
+        key = point_key(point)
+        if key not in self.scores:
+            self.scores[key] = {**point, **self.objective.scored(*self.measure(point, self.records))}
+            tqdm.write(f"{label:24s} {point_line(self.scores[key], self.objective)}")
+        return self.scores[key]["score"] * self.objective.sign
+
+    def best_weights(self) -> Point:
+        """The weights of the best point."""
+        best = min(self.scores.values(), key=lambda tried: tried["score"] * self.objective.sign)
+        return {"weights": best["weights"]}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -159,46 +193,40 @@ def main(args: argparse.Namespace, merge_checkpoints: Callable) -> None:
     model = Qwen2.from_pretrained(base or models[0], torch.float32, args.device)
     model.compute_dtype = DTYPES[args.dtype]
     for_search, for_final = read_items(args, tokenizer)
-    n, started, objective = len(models), time.time(), LOSS if args.data else RIGHT
-    ranges, scores = valid_ranges(args, n), {}
+    n, started, objective, ranges = (
+        len(models),
+        time.time(),
+        LOSS if args.data else RIGHT,
+        valid_ranges(args, len(models)),
+    )
     print(
         f"{len(for_search)} records for the search, {len(for_final)} set aside; {objective.name} ± one standard error"
     )
-
-    def measure(point: Point, records: list) -> tuple[list, list]:
-        """Merges at the point. (value, size) of each record, as two lists."""
-        merge_into(model, merge_checkpoints(args_at(args, point), base, models, torch.float32, quiet=True))
-        return objective.measure(args, model, tokenizer, records)
-
-    def evaluate(point: Point, label: str) -> float:
-        if point_key(point) not in scores:
-            scores[point_key(point)] = {**point, **objective.scored(*measure(point, for_search))}
-            tqdm.write(f"{label:24s} {point_line(scores[point_key(point)], objective)}")
-        return scores[point_key(point)]["score"] * objective.sign
-
+    merged = lambda point: merge_checkpoints(args_at(args, point), base, models, torch.float32, quiet=True)
+    trials = Trials(args, model, tokenizer, merged, objective, for_search)
     start, fixed = start_points(args, n)
-    best = min([*fixed, start], key=lambda point: evaluate(point, "fixed"))
+    best = min([*fixed, start], key=lambda point: trials.evaluate(point, "fixed"))
     if args.greedy:
-        fixed.append(greedy_soup(evaluate, n))
-        best = min(({"weights": tried["weights"]} for tried in scores.values()), key=lambda point: evaluate(point, ""))
+        fixed.append(greedy_soup(trials.evaluate, n))
+        best = trials.best_weights()
     else:
-        known = lambda point: point_key(point) in scores
-        best = minimise(evaluate, known, best, args.over, n, args.evaluations - len(scores), ranges)
+        budget = args.evaluations - len(trials.scores)
+        best = minimise(trials.evaluate, trials.known, best, args.over, n, budget, ranges)
     points = list({point_key(point): point for point in [best, *fixed]}.values())
-    final = final_scores(points, [measure(point, for_final) for point in points], objective)
+    final = final_scores(points, [trials.measure(point, for_final) for point in points], objective)
     record = {
         "method": args.method,
         "models": [m.source for m in models],
         "base": base.source if base else None,
         "by": args.data or args.tasks,
         "what": objective.name,
-        "points": list(scores.values()),
+        "points": list(trials.scores.values()),
         "best": best,
         "final": final,
     }
     with atomic_write(args.out) as f:
         json.dump(record, f, indent=1)
-    print_report(args, final, objective, f"{len(scores)} points in {time.time() - started:.0f} s")
+    print_report(args, final, objective, f"{len(trials.scores)} points in {time.time() - started:.0f} s")
     print(f"next:  {merge_command(args, args_at(args, best), models)}")
 
 
