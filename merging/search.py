@@ -193,15 +193,10 @@ def main(args: argparse.Namespace, merge_checkpoints: Callable) -> None:
     model = Qwen2.from_pretrained(base or models[0], torch.float32, args.device)
     model.compute_dtype = DTYPES[args.dtype]
     for_search, for_final = read_items(args, tokenizer)
-    n, started, objective, ranges = (
-        len(models),
-        time.time(),
-        LOSS if args.data else RIGHT,
-        valid_ranges(args, len(models)),
-    )
-    print(
-        f"{len(for_search)} records for the search, {len(for_final)} set aside; {objective.name} ± one standard error"
-    )
+    n, started, objective = len(models), time.time(), LOSS if args.data else RIGHT
+    ranges = valid_ranges(args, n)
+    split = f"{len(for_search)} records for the search, {len(for_final)} set aside"
+    print(f"{split}; {objective.name} ± one standard error")
     merged = lambda point: merge_checkpoints(args_at(args, point), base, models, torch.float32, quiet=True)
     trials = Trials(args, model, tokenizer, merged, objective, for_search)
     start, fixed = start_points(args, n)
