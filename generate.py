@@ -62,7 +62,7 @@ class Settings:
 
     def row_seed(self, i: int) -> int:
         """The seed of prompt i."""
-        return self.seed * 1_000_003 + i if isinstance(self.seed, int) else self.seed[i]
+        return (self.seed * 1_000_003 + i) % 2**63 if isinstance(self.seed, int) else self.seed[i]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,8 +247,8 @@ def generate_steps(
         return
     limits = reply_limits(prompts, model.config.max_position_embeddings, settings.max_new_tokens)
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
-    fitting = int(settings.cache_gb * 2**30 / model.new_cache(1, longest, "meta").bytes)
-    batch = new_batch(model, settings, max(1, min(settings.batch_size, len(prompts), fitting)), longest)
+    fitting = settings.cache_gb * 2**30 / model.new_cache(1, longest, "meta").bytes
+    batch = new_batch(model, settings, max(1, int(min(settings.batch_size, len(prompts), fitting))), longest)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))  # similar lengths share a batch
     waiting = WaitingPrompts(prompts, limits, SharedPrefixes(model, prompts), order)
     with onednn_weights(model) if len(prompts) > 1 else contextlib.nullcontext():

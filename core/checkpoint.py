@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from core.config import parse_config, rope_settings
-from core.files import InputError, atomic_write, check_regular, read_json, read_text, warn_once
+from core.files import ESCAPE, InputError, atomic_write, check_regular, read_json, read_text, warn_once
 from core.outputs import (
     CARD,
     INDEX,
@@ -62,12 +62,12 @@ class Checkpoint:
 
     def __init__(self, source: str | os.PathLike):
         self.source = str(source)
+        check_regular(self.source)
         if os.path.isdir(self.source):
             self._open_folder(self.source)
         elif os.path.isfile(self.source):
             self._open_pt(self.source)
         else:
-            check_regular(self.source)
             self._open_folder(download(self.source))
         self._tensors = {key: place for key, place in self._tensors.items() if not key.endswith("rotary_emb.inv_freq")}
         if "embed_tokens.weight" in self._tensors:  # saved as Qwen2Model, without a head
@@ -93,13 +93,15 @@ class Checkpoint:
         if not os.path.exists(config) and os.path.exists(os.path.join(path, "adapter_config.json")):
             raise InputError(f"{path}: is an adapter (LoRA) without config.json; fold it into its base model first")
         self.config = read_json(config)
-        present = [name for name in SIDE_FILES if os.path.exists(os.path.join(path, name))]
+        present = [
+            name for name in SIDE_FILES if os.path.lexists(os.path.join(path, name))
+        ]  # a broken link is an error
         self.files = {name: read_text(os.path.join(path, name)) for name in present}
         self._tensors, listed = {}, {}
         index = os.path.join(path, INDEX)
-        if os.path.exists(os.path.join(path, "model.safetensors")):  # has precedence over an index, as in transformers
+        if os.path.lexists(os.path.join(path, "model.safetensors")):  # has precedence over an index, as in transformers
             shards = ["model.safetensors"]
-        elif os.path.exists(index):
+        elif os.path.lexists(index):
             listed = read_index(index)
             shards = sorted(set(listed.values()))
         else:
@@ -275,7 +277,7 @@ def write_checkpoint(
                     write_safetensors(f, shard, itertools.islice(tensors, len(shard)))
             for name, text in texts.items():
                 with create_file(os.path.join(folder, name)) as f:
-                    f.write(call(text).encode())
+                    f.write(call(text).encode(errors=ESCAPE))
             if card:
                 write_card(folder, call(card))
         except OSError as e:

@@ -18,6 +18,7 @@ from core.interrupt import ROOT, exit_silently
 
 MAX_TEXT = 2**28  # maximum bytes of a text file; ten times the largest published tokenizer.json
 MAX_ERROR = 2000  # maximum characters of an error line
+ESCAPE = "backslashreplace"  # half a surrogate pair, as in a file name that is not UTF-8, is written as JSON\'s escape
 
 
 class InputError(Exception):
@@ -33,10 +34,10 @@ def printable(text: str) -> str:
 
 def cli(main: Callable[[], object]) -> None:
     """Runs a script's main(). Exit codes: 2 for bad input, 130 for Ctrl-C, 141 for a closed stdout, 143 for SIGTERM."""
-    if threading.current_thread() is threading.main_thread():
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    silent = is_main_thread and signal.getsignal(signal.SIGINT) is exit_silently  # see core/interrupt.py
+    if is_main_thread:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files are removed
-        if signal.getsignal(signal.SIGINT) is exit_silently:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # a terminal that shows ASCII only gets escapes, not a UnicodeEncodeError
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")
@@ -44,6 +45,8 @@ def cli(main: Callable[[], object]) -> None:
         sys.stdin.reconfigure(errors="replace")
     try:
         try:
+            if silent:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             main()
         finally:
             if sys.stdout and not sys.stdout.closed:
@@ -57,6 +60,9 @@ def cli(main: Callable[[], object]) -> None:
         sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        if silent:  # while the interpreter exits, which takes a moment with torch
+            signal.signal(signal.SIGINT, exit_silently)
 
 
 @functools.cache
@@ -101,8 +107,20 @@ def discard_output() -> None:
 # Reading
 
 
+def check_utf8(path: str | os.PathLike) -> None:
+    """InputError for a name that is not UTF-8: safetensors and torch cannot open it."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: the name is not UTF-8; rename it") from None
+
+
 def check_regular(path: str | os.PathLike) -> None:
-    """InputError for a FIFO, device or socket, which could block for ever. A missing file is left to open()."""
+    """InputError for a name that is not UTF-8, and for a FIFO, device or socket, which could block for ever.
+
+    A missing file is left to open().
+    """
+    check_utf8(path)
     with contextlib.suppress(OSError, ValueError):
         if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
             raise InputError(f"{path}: is a pipe, device or socket; give a regular file")
@@ -182,7 +200,8 @@ def lock(fd: int) -> bool | None:
 def open_temporary(path: str, mode: str) -> IO:
     """A new, locked temporary file for `path`, with the permissions of `path` if it exists, else those of the umask."""
     while True:
-        f = open(temporary_path(path), mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": ESCAPE}
+        f = open(temporary_path(path), mode.replace("w", "x"), **text)
         lock(f.fileno())
         if os.fstat(f.fileno()).st_nlink:  # else another run removed it as a leftover before it was locked
             break

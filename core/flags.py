@@ -65,9 +65,16 @@ def number(low: float = -math.inf, above: float = -math.inf, below: float = math
     return number
 
 
+def out_path(text: str) -> str:
+    """An argparse type: the name of an output, without a trailing slash: OUT.run is beside OUT."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text.rstrip("/") or "/"
+
+
 def checkpoint_out(text: str) -> str:
-    """An argparse type: a path where a checkpoint can be written. Drops a trailing slash: OUT.run is beside OUT."""
-    out = text.rstrip("/") or "/"
+    """An argparse type: out_path() where a checkpoint can be written."""
+    out = out_path(text)
     if is_main():  # only rank 0 writes; other nodes may not share its disk
         check_out(out)
     return out
@@ -125,7 +132,7 @@ def parse_generate_args() -> argparse.Namespace:
     top_p = "sample from the likeliest tokens that together reach this probability"
     p.add_argument("--top-p", type=number(above=0), default=1.0, help=top_p)
     penalty = "above 1, tokens that occurred before become less likely; generation_config.json does not set it"
-    p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help=penalty)
+    p.add_argument("--repetition-penalty", type=number(0.01, below=100), default=1.0, help=penalty)
     p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     cache = "size of the KV cache in GiB; prompts that do not fit wait"
     p.add_argument("--cache-gb", type=number(above=0), default=4.0, help=cache)

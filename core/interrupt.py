@@ -1,6 +1,6 @@
-"""Ends a script silently on Ctrl-C while it is still importing torch. Scripts import this module first.
+"""Ends a script silently on Ctrl-C while it imports torch, and while it exits. Scripts import this module first.
 
-cli() restores Python's own handler. Has no effect if the running script is not part of this project.
+cli() sets Python's own handler while main() runs. Has no effect if the running script is not part of this project.
 """
 
 import os

@@ -16,7 +16,17 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 
-from core.files import TEMPORARY, InputError, atomic_write, check_digits, lock, same_path, temporary_path
+from core.files import (
+    ESCAPE,
+    TEMPORARY,
+    InputError,
+    atomic_write,
+    check_digits,
+    check_utf8,
+    lock,
+    same_path,
+    temporary_path,
+)
 
 MANIFEST = ".written.json"
 CARD = "README.md"
@@ -68,9 +78,9 @@ def foreign_entries(folder: str, writer: str) -> list[str]:
 
 def write_card(folder: str, text: str) -> None:
     """Writes the model card of a new checkpoint folder, after its SHA-256 is in the manifest."""
-    write_manifest(folder, read_manifest(folder) | {"card": hashlib.sha256(text.encode()).hexdigest()})
+    write_manifest(folder, read_manifest(folder) | {"card": hashlib.sha256(text.encode(errors=ESCAPE)).hexdigest()})
     with open(os.path.join(folder, CARD), "xb") as f:
-        f.write(text.encode())
+        f.write(text.encode(errors=ESCAPE))
         os.fsync(f.fileno())
 
 
@@ -85,13 +95,17 @@ def is_inside(path: str, folder: str) -> bool:
 
 
 def check_writable(path: str, flag: str = "--out") -> None:
-    """InputError, naming the flag, unless a file can be created beside `path` or in its nearest existing parent."""
+    """InputError, naming the flag, unless a file can be created beside `path` or in its nearest existing parent.
+
+    The temporary name is longer than the name itself, and must not be too long for the file system either.
+    """
+    check_utf8(path)
     parent = os.path.dirname(os.path.realpath(path))
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)
     try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
+        with tempfile.TemporaryFile(dir=parent), contextlib.suppress(FileNotFoundError):
+            os.stat(os.path.join(parent, os.path.basename(temporary_path(os.path.realpath(path)))))
     except OSError as e:
         raise InputError(f"{path}: nothing can be written in {parent} ({e.strerror}); give another {flag}") from None
 

@@ -10,7 +10,7 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int
     temperature 0 takes the likeliest token. top_k keeps the k likeliest tokens (0: all). top_p then keeps the fewest of
     these that together reach probability p (nucleus sampling, arXiv 1904.09751). transformers uses the same order.
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # 0, or so small that the division may overflow
         return logits.argmax(-1)
     logits, order = logits / temperature, None
     if top_k or top_p < 1:  # only these need the vocabulary sorted

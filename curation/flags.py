@@ -3,7 +3,7 @@
 import argparse
 
 from core.files import InputError
-from core.flags import Parser, at_least, number
+from core.flags import Parser, at_least, number, out_path
 from core.outputs import check_folder
 from curation.step_files import FILES
 
@@ -24,7 +24,7 @@ def add_data_flags(p: Parser) -> None:
         "can write them")
     add("--decontaminate", nargs="+", default=[], metavar="F",
         help="evaluation files; prompts and responses that contain one of their questions are dropped")
-    add("--out", default=OUT, help="folder for all files of the run")
+    add("--out", type=out_path, default=OUT, help="folder for all files of the run")
     add("--quiet", action="store_true", help="print only the closing summary, not what each step keeps and drops")
     add("--limit", type=at_least(0), default=0,
         help="maximum number of instructions per source, from its beginning; 0: all")
@@ -119,7 +119,6 @@ def parse_args() -> argparse.Namespace:
         raise InputError("--price-in and --price-out go together")
     if not args.weight_quality + args.weight_safety + args.weight_perplexity:
         raise InputError("--weight-quality, --weight-safety and --weight-perplexity: at least one must be above 0")
-    args.out = args.out.rstrip("/") or "/"
     check_folder(args.out, "make_data.py", FILES)
     args.prices = (args.price_in, args.price_out) if args.price_in is not None else None
     return args

@@ -144,7 +144,7 @@ async def ask_until_answered(
                 if tries > session.retries or unreachable:
                     e.reason = f"no answer after {tries} {'tries' if tries > 1 else 'try'} (last: {e.reason})"
                     raise
-                backoff = min(BACKOFF_CAP, BACKOFF * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
+                backoff = min(BACKOFF_CAP, BACKOFF * 2 ** min(tries - 1, 10)) * random.uniform(0.5, 1.0)
                 await pause(session, max(e.wait, backoff), e.reason)
             else:
                 session.answered = True

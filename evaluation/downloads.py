@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import tarfile
 import tempfile
 import urllib.request
 import zipfile
@@ -16,6 +17,7 @@ from typing import IO
 from huggingface_hub import hf_hub_download
 
 from core.files import InputError, atomic_write
+from core.outputs import atomic_folder, remove_leftovers
 
 LETTERS = "ABCD"
 FOUR_SHOTS_SHA256 = "25974f0a5d980c8e6b432422e959cb3293b6d715a99a90d1a4c8ab1ae207c54f"  # of the rendered examples
@@ -91,14 +93,19 @@ def from_archive(path: str, repo: str, name: str, sha256: str) -> None:
     sha256: of the rows (see csv_digest), so that it does not depend on how the archive was packed.
     """
     archive = hf_hub_download(repo, name, repo_type="dataset")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-        shutil.unpack_archive(archive, folder)
+    # files stay inside the folder; Python 3.10.11 and older cannot check this for tar
+    safe = {"filter": "data"} if hasattr(tarfile, "data_filter") and tarfile.is_tarfile(archive) else {}
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.unpack_archive(archive, folder, **safe)
         found = glob.glob(os.path.join(folder, "**", os.path.basename(path)), recursive=True)
         split = next(f for f in sorted(found) if "__MACOSX" not in f)
         if csv_digest(split) != sha256:
             raise ValueError("the rows' SHA-256 is not the expected one")
-        os.rename(split, path)  # the split appears whole
+        files = {os.path.basename(file): file for file in glob.glob(os.path.join(glob.escape(split), "*.csv"))}
+        remove_leftovers(os.path.dirname(path), os.path.basename(path))
+        with atomic_folder(path, files) as new:
+            for file, source in files.items():
+                shutil.copyfile(source, os.path.join(new, file))
 
 
 def csv_digest(folder: str) -> str:

@@ -5,7 +5,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 
 from core.files import InputError
-from core.flags import Parser, add_device_flags, at_least, number
+from core.flags import Parser, add_device_flags, at_least, number, out_path
 from evaluation.benchmarks import BENCHMARKS
 
 
@@ -45,7 +45,7 @@ def parse_compare_args(argv: list[str]) -> Namespace:
     about = "Writes the questions on which two checkpoints score differently, with both replies."
     p = Parser(prog="eval.py compare", description=about)
     p.add_argument("names", nargs=2, help="names of two checkpoints, as in the table")
-    p.add_argument("--out", default="eval", help="folder of an evaluation, with samples.jsonl")
+    p.add_argument("--out", type=out_path, default="eval", help="folder of an evaluation, with samples.jsonl")
     return p.parse_args(argv)
 
 
@@ -68,7 +68,7 @@ def parse_judge_args(argv: list[str]) -> Namespace:
 
 def add_reply_flags(p: ArgumentParser, out: str) -> None:
     """Adds the flags that eval.py and `eval.py judge` share. out: the default of --out."""
-    p.add_argument("--out", default=out, help="folder for replies and results")
+    p.add_argument("--out", type=out_path, default=out, help="folder for replies and results")
     # questions
     p.add_argument("--tasks", nargs="+", required=True, help=f"one or several of {', '.join(BENCHMARKS)}")
     p.add_argument("--data-dir", default="data", help="folder of the benchmark files; missing ones are downloaded")
@@ -77,7 +77,7 @@ def add_reply_flags(p: ArgumentParser, out: str) -> None:
     # generation
     p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="maximum length of a reply, in tokens")
     penalty = "1.0: none, as in the paper. Unlike in transformers, generation_config.json does not set it"
-    p.add_argument("--repetition-penalty", type=number(above=0), default=1.0, help=penalty)
+    p.add_argument("--repetition-penalty", type=number(0.01, below=100), default=1.0, help=penalty)
     rows = "questions answered at the same time; in fp32 the replies do not depend on it"
     p.add_argument("--batch-size", type=at_least(1), default=32, help=rows)
     cache = "size of the KV cache in GiB; questions that do not fit wait"

@@ -21,7 +21,7 @@ from core.conversations import dialogues
 from core.devices import DTYPES, choose_device, to_device
 from core.distributed import single_process, split_by_tokens
 from core.files import InputError, cli
-from core.flags import Parser, add_device_flags, at_least, number
+from core.flags import Parser, add_device_flags, at_least, number, out_path
 from core.outputs import check_folder, claimed_folder
 from core.records import expand, read_objects, write_jsonl
 from core.tokenizer import Tokenizer
@@ -92,7 +92,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--candidates", nargs="+", required=True, metavar="F", help=pool)
     p.add_argument("--targets", nargs="+", required=True, metavar="F", help="records of the task, a few hundred")
     p.add_argument("--keep", type=at_least(1), required=True, help="number of candidates to keep")
-    p.add_argument("--out", default="got", help="folder for sft.jsonl, best first, and scores.jsonl")
+    p.add_argument("--out", type=out_path, default="got", help="folder for sft.jsonl, best first, and scores.jsonl")
     # method
     p.add_argument("--eps", type=number(above=0), default=0.05, help="entropic regularisation / mean cost")
     p.add_argument("--max-chars", type=at_least(1), default=1000, help="length at which a text is cut, in characters")
@@ -102,7 +102,6 @@ def parse_args() -> argparse.Namespace:
     add_device_flags(p, "dtype of weights and computation")
     args = p.parse_args()
     choose_device(args)
-    args.out = args.out.rstrip("/") or "/"
     check_folder(args.out, "variants.got", FILES)
     return args
 

@@ -17,7 +17,7 @@ from collections import Counter
 
 from core.devices import DTYPE, DTYPES
 from core.files import InputError, cli
-from core.flags import Parser, at_least
+from core.flags import Parser, at_least, out_path
 from core.outputs import check_folder, claimed_folder
 from core.records import expand, read_objects, write_jsonl
 from curation.local import open_local, with_other_ranks
@@ -139,7 +139,7 @@ def parse_args() -> Namespace:
     # data
     gold = "gold data, in any shape that train_sft.py reads"
     p.add_argument("--data", nargs="+", required=True, metavar="F", help=gold)
-    p.add_argument("--out", help="folder for sft.jsonl and replies.jsonl (default: the name of --mode)")
+    p.add_argument("--out", type=out_path, help="folder for sft.jsonl and replies.jsonl (default: the name of --mode)")
     p.add_argument("--max-chars", type=at_least(1), default=20_000, help="drop longer records, in characters")
     # method
     p.add_argument("--mode", choices=("s3ft", "sdft"), default="s3ft", help="sdft: always reword, never answer unaided")
@@ -155,7 +155,7 @@ def parse_args() -> Namespace:
     args = p.parse_args()
     if args.teacher and args.mode == "sdft":
         raise InputError("--teacher: self-data distillation has no judge; leave it out, or take --mode s3ft")
-    args.out = (args.out or args.mode).rstrip("/") or "/"
+    args.out = args.out or args.mode
     check_folder(args.out, "variants.s3ft", FILES)
     return args
 

@@ -321,6 +321,34 @@ def test_one_file_counts_beside_an_index(tmp_path):
     torch.testing.assert_close(new(IDS), transformers_logits(tmp_path / "c"), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "model.safetensors.index.json", "model.safetensors"])
+def test_a_broken_link_is_no_missing_file(tiny, tmp_path, name):
+    """As in a hub's cache whose blob was deleted."""
+    shutil.copytree(tiny, tmp_path / "c")
+    (tmp_path / "c" / "model.safetensors").rename(tmp_path / "c" / "x.safetensors")
+    (tmp_path / "c" / name).unlink(missing_ok=True)
+    (tmp_path / "c" / name).symlink_to("gone")
+    with pytest.raises(InputError, match=f"c/{name}: (cannot be read|missing or corrupt)"):
+        Checkpoint(tmp_path / "c")
+
+
+def test_a_name_that_is_not_utf8_is_refused(tiny, tmp_path):
+    bad = os.fsdecode(os.fsencode(tmp_path) + b"/b\xff")
+    shutil.copytree(tiny, bad)
+    Qwen2.from_pretrained(tiny).save(f"{tmp_path}/x.pt", {})
+    os.rename(f"{tmp_path}/x.pt", f"{bad}.pt")
+    for name in (bad, f"{bad}.pt"):
+        with pytest.raises(InputError, match="the name is not UTF-8; rename it"):
+            Checkpoint(name)
+        with pytest.raises(InputError, match="the name is not UTF-8; rename it"):
+            check_out(f"{name}-2")
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index/config.json").write_text("{}")
+    (tmp_path / "index/model.safetensors.index.json").write_text('{"weight_map": {"a": "\\ud800.safetensors"}}')
+    with pytest.raises(InputError, match="the name is not UTF-8; rename it"):
+        Checkpoint(tmp_path / "index")
+
+
 @pytest.mark.parametrize(
     "name", ["../x.safetensors", "/etc/x.safetensors", "a/x.safetensors", "", ".", "x.bin", "x\0.safetensors"]
 )

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import stat
@@ -9,11 +10,13 @@ import pytest
 from conftest import ROOT
 
 from core.files import InputError, atomic_write, cli, json_object, printable, read_json, temporary_path
+from core.interrupt import exit_silently
 from core.outputs import (
     MANIFEST,
     check_file,
     check_folder,
     check_inputs,
+    check_writable,
     claim_folder,
     claimed_folder,
     exchange,
@@ -42,6 +45,25 @@ def test_a_written_file_has_the_mode_of_the_umask_or_of_the_file_before(tmp_path
         assert mode(tmp_path / "a") == 0o600 and (tmp_path / "a").read_text() == "b"
     finally:
         os.umask(before)
+
+
+def test_half_a_surrogate_pair_is_written_as_an_escape(tmp_path):
+    """File names that are not UTF-8, and JSON's lone \\ud83d, come up in reports and logs."""
+    with atomic_write(tmp_path / "a") as f:
+        json.dump({"\ud83d": os.fsdecode(b"\xff"), "é": 1}, f, ensure_ascii=False)
+    assert read_json(tmp_path / "a") == {"\ud83d": "\udcff", "é": 1}
+    assert "é" in (tmp_path / "a").read_text()
+
+
+def test_a_name_without_room_for_the_temporary_name_is_refused(tmp_path):
+    check_writable(str(tmp_path / ("a" * 230)))
+    with atomic_write(tmp_path / ("a" * 230)) as f:
+        f.write("x")
+    with pytest.raises(InputError, match="File name too long"):
+        check_writable(str(tmp_path / ("a" * 240)))
+    with pytest.raises(InputError, match="File name too long"):
+        check_writable(str(tmp_path / "new" / ("a" * 240)))
+    assert len(names(tmp_path)) == 1
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -171,6 +193,20 @@ def test_an_error_is_one_printable_line(capsys):
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and err.startswith("error: a\\nb\\x1b[31m\\u202eccc") and err.count("\n") == 1
     assert len(err) < 3000 and printable("grün ±") == "grün ±"
+
+
+def test_ctrl_c_is_silent_while_the_interpreter_exits():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    during = []
+    try:
+        signal.signal(signal.SIGINT, exit_silently)
+        cli(lambda: during.append(signal.getsignal(signal.SIGINT)))
+        with pytest.raises(SystemExit):
+            cli(lambda: (_ for _ in ()).throw(InputError("x")))
+        assert during == [signal.default_int_handler] and signal.getsignal(signal.SIGINT) is exit_silently
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 SCRIPT = "import sys; sys.path.insert(0, sys.argv[1]); from core.files import cli; cli(lambda: {})"

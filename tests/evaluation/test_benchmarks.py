@@ -6,13 +6,14 @@ import io
 import json
 import math
 import os
+from argparse import Namespace
 
 import pytest
 from tiny_benchmarks import FUNCTION, SHOTS, write_benchmarks
 
 from core.files import InputError
 from evaluation import downloads
-from evaluation.benchmarks import BENCHMARKS, choice_scores
+from evaluation.benchmarks import BENCHMARKS, choice_scores, load_questions
 from evaluation.downloads import FOUR_SHOTS_SHA256, ORIGINS, find_data_file
 from evaluation.rows import json_rows
 
@@ -217,6 +218,15 @@ def test_broken_data(tmp_path, data, file, content, says):
     assert str(e.value).startswith(str(tmp_path)) and "\n" not in str(e.value)
 
 
+def test_half_a_surrogate_pair_in_a_question_is_refused(tmp_path):
+    (tmp_path / "demo").mkdir()
+    row = {"id": "a", "prompt": "\ud83d?", "reference": {"kind": "number", "value": 4}}
+    (tmp_path / "demo/heldout.jsonl").write_text(json.dumps(row))
+    args = Namespace(data_dir=str(tmp_path), limit=None, protocol="paper", allow_code_execution=False)
+    with pytest.raises(InputError, match="heldout.jsonl:1: question a holds half of a surrogate pair"):
+        load_questions("demo", args)
+
+
 # ---------------------------------------------------------------- downloads
 
 
@@ -257,9 +267,15 @@ def test_a_download_is_checked(monkeypatch, tmp_path, data):
         monkeypatch.setattr(downloads, "hf_hub_download", lambda repo, file, repo_type, archive=archive: archive)
         with pytest.raises(InputError, match="SHA-256"):
             find_data_file(str(tmp_path), name)
-        assert os.listdir(tmp_path / name.split("/")[0]) == []
+        assert not os.path.exists(tmp_path / name.split("/")[0])
         monkeypatch.setitem(ORIGINS, name, (*ORIGINS[name][:3], downloads.csv_digest(data / name)))
+        if (child := os.fork()) == 0:  # killed while it writes the split
+            monkeypatch.setattr(downloads.shutil, "copyfile", lambda *_: os._exit(9))
+            find_data_file(str(tmp_path), name)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        assert len(os.listdir(tmp_path / name.split("/")[0])) == 1
         assert downloads.csv_digest(find_data_file(str(tmp_path), name)) == downloads.csv_digest(data / name)
+        assert os.listdir(tmp_path / name.split("/")[0]) == [os.path.basename(name)]
 
 
 def test_one_file_of_an_archive_on_a_server(monkeypatch, tmp_path):
