@@ -5,7 +5,7 @@ import json
 import math
 from typing import NamedTuple
 
-from core.files import atomic_write
+from core.files import atomic_write, printable
 from core.records import read_jsonl
 from curation.costs import estimate_tokens, price, request_tokens
 from curation.labels import LETTERS
@@ -249,5 +249,5 @@ def dry_run(args: argparse.Namespace, path: str, short: int, spent: list[int], a
     for name, messages in {**requests, "judge": judge_request(record["prompt"], dict(zip(LETTERS, shown)))}.items():
         print(f"\n---- a request to {name}")
         for m in messages:
-            print(f"[{m['role']}]\n{m['content']}")
+            print(f"[{m['role']}]", *map(printable, m["content"].split("\n")), sep="\n")
     print("\nNothing was sent. Leave out --dry-run to start the run.")

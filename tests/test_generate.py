@@ -55,6 +55,12 @@ def by_transformers(path, tokenizer, prompts, n, penalty=1.0):
     return replies
 
 
+def test_extreme_settings_are_no_overflow(loaded):
+    settings = {"max_new_tokens": 2, "temperature": 1.0, "seed": 10**30, "cache_gb": 1e308, "batch_size": 10**400}
+    assert generate(*loaded, PROMPTS[:2], **settings) == generate(*loaded, PROMPTS[:2], **settings)
+    assert Settings(seed=7).row_seed(3) == 7_000_024 and 0 <= Settings(seed=-1).row_seed(0) < 2**63
+
+
 @pytest.mark.usefixtures("kernels")
 def test_greedy_equals_transformers(lively, loaded):
     model, tok = loaded

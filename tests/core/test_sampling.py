@@ -15,6 +15,7 @@ def test_sampling_follows_the_distribution():
     torch.testing.assert_close(nucleus, torch.tensor([0, 0.5 / 0.85, 0, 0.35 / 0.85]), atol=2e-4, rtol=0)
     both = sample(logits, uniform, top_k=2, top_p=0.55).bincount(minlength=4) / 10000  # of the two 0.5 has 0.59 already
     torch.testing.assert_close(both, torch.tensor([0, 1.0, 0, 0]), atol=2e-4, rtol=0)
+    assert sample(logits, uniform, temperature=1e-300).unique().tolist() == [1]
     cold = sample(logits, uniform, temperature=0.5).bincount(minlength=4) / 10000
     squares = torch.tensor([0.1, 0.5, 0.05, 0.35]) ** 2
     torch.testing.assert_close(cold, squares / squares.sum(), atol=2e-4, rtol=0)
