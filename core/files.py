@@ -171,7 +171,7 @@ def same_path(a: str | os.PathLike, b: str | os.PathLike) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing. A file is written under a temporary name and renamed when it is complete. The writer holds a lock on it. A
-# temporary file without a lock was left by a killed process, and core/outputs.py removes it.
+# temporary file without a lock was left by a killed process. The next write of the same file removes it.
 
 TEMPORARY = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)(?P<token>[0-9a-f]{8})(?P<check>[0-9a-f]{8})", re.DOTALL)
 
@@ -186,10 +186,19 @@ def check_digits(name: str, token: str) -> str:
     return hashlib.sha256(os.fsencode(f"{name} {token}")).hexdigest()[:8]
 
 
-def lock(fd: int) -> bool | None:
-    """Locks an open file until it is closed. -> False if another process holds the lock, None on a disk without locks."""
+def parse_temporary(entry: str) -> re.Match | None:
+    """The parts of a name made by temporary_path(); None for any other name."""
+    found = TEMPORARY.fullmatch(entry)
+    return found if found and check_digits(found["name"], found["token"]) == found["check"] else None
+
+
+def lock(fd: int, wait: bool = False) -> bool | None:
+    """Locks an open file until it is closed. -> False if another process holds the lock, None on a disk without locks.
+
+    wait: waits for the other process instead.
+    """
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -197,12 +206,41 @@ def lock(fd: int) -> bool | None:
     return True
 
 
-def open_temporary(path: str, mode: str) -> IO:
-    """A new, locked temporary file for `path`, with the permissions of `path` if it exists, else those of the umask."""
+def dead_temporaries(folder: str, name: str | None) -> Iterator[tuple[str, re.Match]]:
+    """Yields (path, parts of its name) of the temporary files and folders of `name` whose writing process is gone.
+
+    name: None for all names. Each is locked until the next one is asked for. Empty if there is no such folder.
+    """
+    if not os.path.isdir(folder):
+        return
+    for entry in os.listdir(folder):
+        found = parse_temporary(entry)
+        if not found or name not in (None, found["name"]):
+            continue
+        path = os.path.join(folder, entry)
+        with contextlib.suppress(OSError):
+            flags = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR
+            fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if lock(fd):
+                    yield path, found
+            finally:
+                os.close(fd)
+
+
+def remove_dead_files(path: str) -> None:
+    """Removes the temporary files for `path` of killed processes."""
+    for dead, _ in dead_temporaries(os.path.dirname(path), os.path.basename(path)):
+        with contextlib.suppress(OSError):  # a folder is left to core/outputs.py
+            os.remove(dead)
+
+
+def open_temporary(temporary: str, path: str, mode: str) -> IO:
+    """A new, locked file `temporary`, with the permissions of `path` if it exists, else those of the umask."""
     while True:
         text = {} if "b" in mode else {"encoding": "utf-8", "errors": ESCAPE}
-        f = open(temporary_path(path), mode.replace("w", "x"), **text)
-        lock(f.fileno())
+        f = open(temporary, mode.replace("w", "x"), **text)
+        lock(f.fileno(), wait=True)
         if os.fstat(f.fileno()).st_nlink:  # else another run removed it as a leftover before it was locked
             break
         f.close()
@@ -218,22 +256,22 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     A symbolic link stays, and the file it points to is replaced. Raises InputError if the file cannot be written.
     """
     path = os.path.realpath(path)
-    f = None
+    temporary = temporary_path(path)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open_temporary(path, mode) as f:
+        remove_dead_files(path)
+        with open_temporary(temporary, path, mode) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-            os.replace(f.name, path)
+            os.replace(temporary, path)
     except BrokenPipeError:
         raise
     except OSError as e:
         raise InputError(f"{path}: cannot be written: {e.strerror or e}") from None
     finally:
-        if f:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                os.remove(f.name)
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
 def append(f: IO, data: str | bytes) -> None:

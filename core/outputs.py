@@ -9,7 +9,6 @@ import ctypes
 import hashlib
 import json
 import os
-import re
 import shutil
 import stat
 import sys
@@ -18,12 +17,12 @@ from collections.abc import Iterable, Iterator
 
 from core.files import (
     ESCAPE,
-    TEMPORARY,
     InputError,
     atomic_write,
-    check_digits,
     check_utf8,
+    dead_temporaries,
     lock,
+    parse_temporary,
     same_path,
     temporary_path,
 )
@@ -188,33 +187,15 @@ def claimed_folder(folder: str, writer: str, names: Iterable[str]) -> Iterator[N
 # Leftovers of killed runs
 
 
-def parse_temporary(entry: str) -> re.Match | None:
-    """The parts of a name made by temporary_path(); None for any other name."""
-    found = TEMPORARY.fullmatch(entry)
-    return found if found and check_digits(found["name"], found["token"]) == found["check"] else None
-
-
 def remove_leftovers(folder: str, name: str | None = None) -> None:
     """Removes the temporary files of `name` (None: of all names) in `folder` whose writing process is gone.
 
     A leftover has a name made by temporary_path(), and no process holds its lock. A user's files inside a leftover
     folder move to the folder that the leftover was made for.
     """
-    if not os.path.isdir(folder):
-        return
-    for entry in os.listdir(folder):
-        found = parse_temporary(entry)
-        if not found or name not in (None, found["name"]):
-            continue
-        path, target = os.path.join(folder, entry), os.path.join(folder, found["name"])
+    for path, found in dead_temporaries(folder, name):
         with contextlib.suppress(OSError):
-            flags = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR
-            fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-            try:
-                if lock(fd):
-                    remove_leftover(path, target, found["kind"])
-            finally:
-                os.close(fd)
+            remove_leftover(path, os.path.join(folder, found["name"]), found["kind"])
 
 
 def remove_leftover(path: str, target: str, kind: str) -> None:
@@ -241,9 +222,10 @@ def remove_written(folder: str) -> None:
     for name in written_files(folder, "checkpoint"):
         with contextlib.suppress(OSError):
             os.remove(os.path.join(folder, name))
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # there is no manifest if the run was killed before it was written
         if not foreign_entries(folder, "checkpoint"):
             os.remove(os.path.join(folder, MANIFEST))
+    with contextlib.suppress(OSError):
         os.rmdir(folder)
 
 
@@ -272,11 +254,11 @@ def atomic_folder(out: str, names: Iterable[str]) -> Iterator[str]:
     The user's files in `out` stay as they are. After an error, nothing is left or changed.
     """
     out = os.path.realpath(out)
-    temporary, fd = None, None
+    temporary, fd = temporary_path(out), None
     try:
         try:
             os.makedirs(os.path.dirname(out), exist_ok=True)
-            temporary, fd = make_temporary_folder(out)
+            fd = make_locked_folder(temporary)
             write_manifest(temporary, {"files": dict.fromkeys(names, "checkpoint"), "card": None})
         except OSError as e:
             raise InputError(f"{out}: cannot be written: {e.strerror}") from None
@@ -286,21 +268,21 @@ def atomic_folder(out: str, names: Iterable[str]) -> Iterator[str]:
         except OSError as e:
             raise InputError(f"{out}: cannot be replaced: {e.strerror}; give another --out") from None
     finally:
-        if temporary and os.path.isdir(temporary):
+        if os.path.isdir(temporary):
             remove_leftover(temporary, out, "tmp")
         if fd is not None:
             os.close(fd)
 
 
-def make_temporary_folder(out: str) -> tuple[str, int]:
-    """A new folder beside `out` and its locked file descriptor."""
+def make_locked_folder(path: str) -> int:
+    """Makes a folder and locks it. -> its file descriptor."""
     while True:
-        os.mkdir(temporary := temporary_path(out))
+        os.mkdir(path)
         with contextlib.suppress(FileNotFoundError):  # another run removed it as a leftover before it was locked
-            fd = os.open(temporary, os.O_RDONLY)
-            lock(fd)
-            if os.path.isdir(temporary):
-                return temporary, fd
+            fd = os.open(path, os.O_RDONLY)
+            lock(fd, wait=True)
+            if os.path.isdir(path):
+                return fd
             os.close(fd)
 
 

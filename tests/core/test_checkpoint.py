@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import ROOT, tiny_config, tiny_files, tiny_model
+from training_runs import trap
 
 from core import outputs
 from core.checkpoint import Checkpoint, write_checkpoint
@@ -525,7 +527,7 @@ write_checkpoint(sys.argv[3], tiny_config(), tiny_files(), specs, tensors())
 
 
 @pytest.mark.parametrize("out", ["out", "out.pt"])
-@pytest.mark.parametrize("where", ["tensors", "replace_folder", "move_foreign", "remove_written"])
+@pytest.mark.parametrize("where", ["write_manifest", "tensors", "replace_folder", "move_foreign", "remove_written"])
 def test_a_killed_writer_leaves_a_whole_checkpoint_and_the_next_one_clears_up(tmp_path, out, where):
     if out == "out.pt" and where != "tensors":
         pytest.skip("a file is replaced by one rename")
@@ -540,3 +542,28 @@ def test_a_killed_writer_leaves_a_whole_checkpoint_and_the_next_one_clears_up(tm
     save_tiny(tmp_path / out, seed=1)
     assert os.listdir(tmp_path) == [out] and torch.equal(Qwen2.from_pretrained(tmp_path / out)(IDS), tiny_model(1)(IDS))
     assert out == "out.pt" or foreign.read_text() == "mine"
+
+
+@pytest.mark.parametrize("out", ["out", "out.pt"])
+def test_an_interrupt_at_any_line_leaves_a_whole_checkpoint(tmp_path, out):
+    """Ctrl-C before every 13th line that runs. The next save clears up what an interrupted clean-up left."""
+
+    def save(value):
+        tensors = [("a", torch.full((2,), value))]
+        write_checkpoint(str(tmp_path / out), tiny_config(), {}, {"a": ((2,), torch.float32)}, tensors)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    save(0.0)
+    for n in itertools.count(1, 13):
+        before = Checkpoint(tmp_path / out).tensor("a").tolist()
+        trap(None, n, interrupt)
+        try:
+            save(float(n))
+            break
+        except KeyboardInterrupt:
+            assert Checkpoint(tmp_path / out).tensor("a").tolist() in (before, [n, n])
+        finally:
+            sys.settrace(None)
+    assert n > 50 and os.listdir(tmp_path) == [out] and Checkpoint(tmp_path / out).tensor("a").tolist() == [n, n]

@@ -102,6 +102,21 @@ def test_only_leftovers_of_dead_writers_are_removed(tmp_path):
     assert names(tmp_path) == sorted(["a", *map(os.path.basename, similar)])
 
 
+def test_a_write_clears_what_a_killed_one_left(tmp_path):
+    if (child := os.fork()) == 0:
+        with atomic_write(tmp_path / "a") as f:
+            f.write("half")
+            f.flush()
+            os._exit(9)
+    os.waitpid(child, 0)
+    assert len(names(tmp_path)) == 1
+    with atomic_write(tmp_path / "a") as alive:
+        with atomic_write(tmp_path / "a") as f:  # does not remove that of a live process
+            f.write("first")
+        alive.write("second")
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "second"
+
+
 def test_a_folder_is_claimed_file_by_file(tmp_path):
     out = tmp_path / "out"
     claim_folder(str(out), "eval.py", ["results.json"])
@@ -237,10 +252,14 @@ def test_ctrl_c_during_imports_is_silent(script, tmp_path):
     """A torch that never finishes loading stands in for the slow one."""
     (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\nwhile True: time.sleep(0.01)\n")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    # these two parse their arguments before they load torch
-    arguments = ["--ckpt", ROOT / "demo" / "base", "--data", __file__] if script.startswith("train_") else []
+    arguments = {  # all scripts parse them before they load torch
+        "merge.py": ["--method", "linear", "--models", "a", "--out", "b"],
+        "make_data.py": ["--sources", "a", "--teacher", "b", "--small", "c"],
+        "eval.py": ["--ckpt", "a", "--tasks", "gsm8k"],
+        "generate.py": ["--ckpt", "a"],
+    }.get(script, ["--ckpt", "a", "--data", "b"])
     done = subprocess.Popen(
-        [sys.executable, ROOT / script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
+        [sys.executable, ROOT / script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, cwd=tmp_path,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert done.stdout.readline() == b"loading\n"
