@@ -219,7 +219,7 @@ def download(repo: str) -> str:
     """Downloads configuration, tokenizer and safetensors of a hub id. -> the local folder."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         hint = "give a folder, a .pt file or a hub id such as Qwen/Qwen2-0.5B-Instruct"
-        raise InputError(f"{repo}: no such checkpoint; {hint}")
+        raise InputError(f"{repo or 'an empty name'}: no such checkpoint; {hint}")
     from huggingface_hub import snapshot_download
 
     try:

@@ -42,7 +42,7 @@ def expand(patterns: Iterable[str]) -> list[str]:
         else:
             found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not found:
-            raise InputError(f"{pattern}: no such file")
+            raise InputError(f"{pattern or 'an empty name'}: no such file")
         for path in found:
             if os.path.isdir(path):
                 raise InputError(f"{path}: a folder; name its files, e.g. '{os.path.join(path, '*.json*')}'")

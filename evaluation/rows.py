@@ -61,6 +61,9 @@ def json_rows(path: str, **keys: type) -> list[dict]:
         for key, kind in keys.items():
             if not isinstance(row.get(key), kind):
                 raise InputError(f"{path}:{number}: {key!r} is missing or of a wrong type; a row has {', '.join(keys)}")
+        for key in ("id", "subject"):
+            if isinstance(row.get(key), list | dict) and key not in keys:
+                raise InputError(f"{path}:{number}: {key!r} is a {type(row[key]).__name__}, not a text or a number")
     if not rows:
         raise InputError(f"{path}: no rows")
     return [{"id": f"{i}", **row, "where": f"{path}:{n}"} for i, (n, row) in enumerate(rows)]

@@ -1,6 +1,7 @@
 """The flags of merge.py and its search. Does not import torch, as in core/flags.py."""
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -206,9 +207,10 @@ def parse_model(text: str) -> tuple[str, float | None]:
 def parse_size(text: str) -> int:
     """'5GB', '500MB', '1000' -> bytes. GB is 10^9."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.upper())
-    if not match or not float(match[1]):
+    size = float(match[1]) * 1000 ** " KMGT".index(match[2] or " ") if match else 0.0
+    if not 1 <= size < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+    return int(size)
 
 
 def parse_lines(text: str) -> tuple[float | None, float | None]:

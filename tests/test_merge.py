@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import weakref
+from argparse import ArgumentTypeError
 
 import numpy as np
 import pytest
@@ -266,6 +267,9 @@ def test_parse_model(tmp_path, monkeypatch):
 
 def test_parse_sizes_and_lines():
     assert [parse_size(text) for text in ("5GB", "1.5m", "1000", "2 KB")] == [5 * 10**9, 1_500_000, 1000, 2000]
+    for text in ("", "0", "0.0001", "1e400", "9" * 400 + "TB", "-5GB"):
+        with pytest.raises(ArgumentTypeError):
+            parse_size(text)
     lines = {"0.25": (0.25, 0.75), "0.2:0.6": (0.2, 0.6), "auto": (None, None), "auto:0.5": (None, 0.5)}
     for text, parsed in lines.items():
         assert parse_lines(text) == parsed == parse_lines(format_lines(parsed))

@@ -192,6 +192,8 @@ def test_canonical_solutions_pass():
         ("gsm8k/test.jsonl", '{"question": "q"}', "test.jsonl:1: 'answer'"),
         ("gsm8k/test.jsonl", '{"question": "q", "answer": "none"}', "test.jsonl:1"),
         ("gsm8k/test.jsonl", "", "no rows"),
+        ("gsm8k/test.jsonl", '{"question": "q", "answer": "1", "id": [1]}', "test.jsonl:1: 'id' is a list"),
+        ("gsm8k/test.jsonl", '{"question": "q", "answer": "1", "subject": {}}', "test.jsonl:1: 'subject' is a dict"),
         ("mmlu/test/art_test.csv", "q,1,2,3,4,A\nq,1,2,3,A\n", "art_test.csv:2"),
         ("mmlu/test/art_test.csv", "q,1,2,3,4,E\n", "art_test.csv:1"),
         ("mmlu/test/art.csv", "q,1,2,3,4,A\n", "no rows"),
