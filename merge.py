@@ -65,7 +65,7 @@ def trim_rank(size: int, density: float) -> int | None:
     """TIES step 1 as in the authors' code: keep |delta| >= its (d - int(d K))-th smallest value over the whole model.
 
     size: d, the number of elements of the model. density: K. Returns the rank of that value, counted from the largest:
-    int(d K) + 1. That many elements are kept, and all that equal the smallest of them. None: everything is kept.
+    int(d K) + 1. Elements equal to that value are kept too, so there may be more. None: everything is kept.
     """
     kept = int(size * density)
     return kept + 1 if kept < size else None

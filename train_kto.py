@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 8 train_kto.py ...                      # the same steps on 8 ranks
     torchrun --nproc-per-node 8 train_kto.py ... --shard              # a model too large for one rank
 
-Data: {"prompt", "completion", "label"} lines. The reference is the model before training, or that of --ref. Its
-log-probabilities are computed once, before the first step, and kept in a file that later runs share.
+Data: {"prompt", "completion", "label"} lines. The reference is the model of --ref, or else the model
+before training. Its log-probabilities are computed once, before the first step, and cached in a file for later runs.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
@@ -189,7 +189,7 @@ def main(
     records = read_records(args.data, kto_examples)
     eval_records = read_records(args.eval_data, kto_examples) if args.eval_data else []
     model, tokenizer, ckpt = open_checkpoint(args, ranks)
-    setup = Setup(args, ranks, model, tokenizer, ckpt, [])
+    setup = Setup(args, ranks, model, tokenizer, ckpt)
     data = plan_feedback(records, args.data, setup, kl_pairs)
     held_out = plan_feedback(eval_records, args.eval_data, setup, kl_pairs, held_out=True) if eval_records else None
     rows, steps = data.rows, data.steps

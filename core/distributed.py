@@ -132,7 +132,7 @@ def run_distributed(main: Callable[[], object]) -> Callable[[], None]:
 
 
 def single_process(main: Callable[[], object]) -> Callable[[], None]:
-    """Wraps main() for core.files.cli: InputError under torchrun, whose ranks would all do the same work."""
+    """Wraps main() for core.files.cli: InputError under torchrun, because every rank would do the same work."""
 
     def run():
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -154,7 +154,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def from_rank_0(x: Tensor) -> Tensor:
-    """Overwrites the tensor with that of rank 0, in place."""
+    """Overwrites the tensor with rank 0's, in place."""
     if dist.is_initialized():
         dist.broadcast(x, 0)
     return x
@@ -258,7 +258,7 @@ def is_sharded(model: nn.Module) -> bool:
 def shard(model: nn.Module, device: str, dtype: torch.dtype) -> None:
     """Splits parameters, gradients and optimizer state over the ranks with FSDP2, block by block.
 
-    Weights are gathered only while they are used: those of the blocks in the compute dtype, embedding and head in fp32.
+    Weights are gathered only while they are used: the blocks' in the compute dtype, embedding and head in fp32.
     If embedding and head are one matrix, its two gradients are added in fp32.
     """
     from torch.distributed.device_mesh import init_device_mesh

@@ -236,7 +236,7 @@ def remove_dead_files(path: str) -> None:
 
 
 def open_temporary(temporary: str, path: str, mode: str) -> IO:
-    """A new, locked file `temporary`, with the permissions of `path` if it exists, else those of the umask."""
+    """A new, locked file `temporary`, with the permissions of `path` if it exists, else the umask's."""
     while True:
         text = {} if "b" in mode else {"encoding": "utf-8", "errors": ESCAPE}
         f = open(temporary, mode.replace("w", "x"), **text)

@@ -157,7 +157,7 @@ def merged_deltas(plan: Plan, tensor: TensorInputs) -> Callable[[slice, Tensor],
 def make_tensor_merge(plan: Plan, tensor: TensorInputs) -> Callable[[slice, list[Tensor], Tensor], Tensor]:
     """Computes everything that needs the whole tensor (masks, factors). Returns merge(part, pieces, reference) -> (c,).
 
-    pieces: the models' elements of that part, n tensors (c,). reference: those of the reference, (c,).
+    pieces: the models' elements of that part, n tensors (c,). reference: the reference's, (c,).
     """
     args, weights = plan.args, plan.weights(tensor.name)
     if args.method == "linear":

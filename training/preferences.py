@@ -105,7 +105,7 @@ def start_preference_run(args: argparse.Namespace, parse: Callable) -> tuple[Run
     """Loads model and data, computes the reference log-probabilities. -> (run, or None if finished; data; held-out)."""
     ranks = setup_ranks(args)
     model, tokenizer, ckpt = open_checkpoint(args, ranks)
-    setup = Setup(args, ranks, model, tokenizer, ckpt, [])
+    setup = Setup(args, ranks, model, tokenizer, ckpt)
     data = read_groups(args.data, parse, setup)
     held_out = read_groups(args.eval_data, parse, setup) if args.eval_data else None
     n = len(data.rows)

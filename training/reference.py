@@ -46,7 +46,7 @@ class Reference:
 
 
 def open_reference(setup: Setup, fingerprint: str) -> Reference:
-    """The reference: the model of --ref, or that of --ckpt without --ref. fingerprint: that of --ckpt.
+    """The reference model: --ref, or else --ckpt. fingerprint: of --ckpt.
 
     If the reference equals --ckpt, no second model is loaded: the untrained policy computes the log-probabilities. A
     loss that needs the reference model during training must load a copy with training.setup.load_frozen.

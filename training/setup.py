@@ -128,7 +128,7 @@ class Setup:
     model: Qwen2
     tokenizer: Tokenizer
     ckpt: Checkpoint  # the checkpoint of --ckpt, open
-    examples: list  # SFT: (ids, supervised); KTO: (prompt ids, completion ids, label)
+    examples: list = field(default_factory=list)  # SFT: (ids, supervised); KTO: (prompt ids, completion ids, label)
     places: list = field(default_factory=list)  # "file:line" of each example
     steps: list = field(default_factory=list)  # plan_steps: the indices of each step's examples
 
