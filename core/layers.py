@@ -17,6 +17,11 @@ from core.files import InputError
 
 KERNELS = os.environ.get("KERNELS", "fused")
 
+# In bf16 on a CPU, oneDNN and torch keep a kernel for each shape of a matmul, up to 1,024. Every micro-batch has another
+# number of tokens, so the memory of a 0.5B run grew by 0.5 GB a step (docs/LOG.md). A micro-batch needs about 30 kernels.
+for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(variable, "64")  # both are read at the first matmul
+
 
 def fused() -> bool:
     """True if the fused operations are on. InputError if KERNELS is neither "fused" nor "plain"."""
