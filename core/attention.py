@@ -78,7 +78,7 @@ def repeat_pays(k: Tensor) -> bool:
     The backward gives each thread whole key-value heads. If the threads do not divide their number, some threads idle.
     Repeating the heads is cheaper than that only in long documents: 56 instead of 76 ms (docs/LOG.md, 2026-11-22).
     """
-    return k.requires_grad and k.shape[2] > 256 and k.shape[1] % torch.get_num_threads() != 0
+    return k.is_cpu and k.requires_grad and k.shape[2] > 256 and k.shape[1] % torch.get_num_threads() != 0
 
 
 def fp32_pays(k: Tensor) -> bool:
@@ -87,14 +87,18 @@ def fp32_pays(k: Tensor) -> bool:
 
 
 def has_varlen_kernel(q: Tensor) -> bool:
-    """True on GPUs from Ampere (compute capability 8.0) on, in 16-bit dtypes."""
-    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+    """True on GPUs from Ampere (compute capability 8.0) on, in 16-bit dtypes. q: (..., D)."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] % 8 or q.shape[-1] > 256:
         return False
     return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], key_lengths: list[int] | None = None
+) -> Tensor:
     """attend_documents with torch's variable-length kernel. q: (T, Hq, D); k, v: (T, Hkv, D) -> (T, Hq, D).
+
+    key_lengths: the keys of each document if it has more keys than queries. Its last query sees all of them.
 
     window_size (-1, 0) means causal: any number of keys back, none ahead. From torch 2.12 on, grouped queries need
     enable_gqa; before, they were always allowed.
@@ -102,9 +106,10 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Ten
     from torch.nn.attention.varlen import varlen_attn
 
     options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    ends, longest = document_ends(tuple(lengths), q.device), max(lengths)
+    counts = lengths, lengths if key_lengths is None else key_lengths
+    ends = [document_ends(tuple(n), q.device) for n in counts]
     q, k, v = (x.contiguous() for x in (q, k, v))
-    return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), **options)
+    return varlen_attn(q, k, v, *ends, *map(max, counts), window_size=(-1, 0), **options)
 
 
 @functools.lru_cache(maxsize=4)  # all layers of a forward use the same tensor
@@ -195,37 +200,42 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, layer: LayerCache, lengths
     q: (1, T, Hq, D); k, v: (1, T, Hkv, D), packed with lengths -> (1, T, Hq, D). Without lengths one token for every
     row: (rows, 1, H, D).
     """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
     if lengths is None:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (rows, H, 1, D)
         return attend_step(q, k, v, layer).transpose(1, 2)
     starts = layer.cache.lengths[: len(lengths)]
-    singles = count_single_tokens(lengths)
-    write_packed(k[0], v[0], layer, starts, lengths, singles)
-    return attend_packed(q, layer, starts, lengths, singles).transpose(1, 2)
+    rows, positions = cache_places(tuple(starts), tuple(lengths), k.device)
+    layer.k[rows, :, positions], layer.v[rows, :, positions] = k[0], v[0]  # (T, Hkv, D)
+    if has_varlen_kernel(q) and fused():
+        return attend_packed_at_once(q[0], layer, starts, lengths)[None]
+    return attend_packed(q.transpose(1, 2), layer, starts, lengths).transpose(1, 2)
 
 
-def count_single_tokens(lengths: list[int]) -> int:
-    """The number of leading documents that add one token. generate() puts decoding rows before new prompts."""
-    return next((i for i, n in enumerate(lengths) if n != 1), len(lengths))
+@functools.lru_cache(maxsize=4)  # all layers of a forward use the same tensors
+def cache_places(starts: tuple[int, ...], lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The row and the position in the cache of each token of a packed row: (T,), (T,).
 
-
-def write_packed(k: Tensor, v: Tensor, layer: LayerCache, starts: list[int], lengths: list[int], singles: int) -> None:
-    """Writes k, v (Hkv, T, D) to the cache: document i goes to row i, from position starts[i] on.
-
-    The first `singles` rows, which add one token each, are written at once.
+    Document i adds lengths[i] tokens to row i, from position starts[i] on.
     """
-    at = torch.arange(singles, device=k.device), slice(None), cached_to_device(tuple(starts[:singles]), k.device)
-    for cached, new in ((layer.k, k), (layer.v, v)):  # (rows, Hkv, max_len, D), (Hkv, T, D)
-        cached[at] = new[:, :singles].transpose(0, 1)
-        for row, part in enumerate(new[:, singles:].split(lengths[singles:], 1), singles):
-            cached[row, :, starts[row] : starts[row] + lengths[row]] = part
+    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths)])
+    return to_device(rows, device), to_device(positions, device)
 
 
-def attend_packed(q: Tensor, layer: LayerCache, starts: list[int], lengths: list[int], singles: int) -> Tensor:
+def attend_packed_at_once(q: Tensor, layer: LayerCache, starts: list[int], lengths: list[int]) -> Tensor:
+    """attend_packed with torch's variable-length kernel, on a copy of the keys and values. q: (T, Hq, D) -> the same."""
+    ends = [start + n for start, n in zip(starts, lengths)]
+    rows, positions = cache_places((0,) * len(ends), tuple(ends), q.device)
+    k, v = (x[rows, :, positions] for x in (layer.k, layer.v))  # (sum(ends), Hkv, D)
+    return varlen_attention(q, k, v, lengths, ends)
+
+
+def attend_packed(q: Tensor, layer: LayerCache, starts: list[int], lengths: list[int]) -> Tensor:
     """Attends from each document's new tokens to its row of the cache, one row at a time. q: (1, Hq, T, D) -> the same.
 
-    Fused: the first `singles` rows, which add one token each, share few calls.
+    Fused: the leading rows that add one token each share few calls. generate() puts decoding rows before new prompts.
     """
+    singles = next((i for i, n in enumerate(lengths) if n != 1), len(lengths))
     batched = singles if fused() else 0
     parts = attend_single_tokens(q[0, :, :batched], layer, starts[:batched])
     for row, q_i in enumerate(q[:, :, batched:].split(lengths[batched:], 2), batched):

@@ -10,8 +10,9 @@ DEVICE, DTYPE = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32
 
 
 def choose_device(args: argparse.Namespace) -> None:
-    """Sets args.device and args.dtype to the defaults where they were not given."""
-    args.device, args.dtype = args.device or DEVICE, args.dtype or DTYPE
+    """Sets args.device and args.dtype to the defaults where they were not given: bf16 on a GPU, fp32 on a CPU."""
+    args.device = args.device or DEVICE
+    args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
 
 
 def to_device(x: Tensor | list, device: torch.device | str) -> Tensor:

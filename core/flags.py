@@ -115,7 +115,7 @@ def add_pair_flags(p: argparse.ArgumentParser) -> None:
 
 def add_device_flags(p: argparse.ArgumentParser, dtype: str) -> None:
     """Adds --dtype and --device. core.devices.choose_device sets their defaults. dtype: the help text of --dtype."""
-    p.add_argument("--dtype", choices=["fp32", "bf16"], help=f"{dtype} (default: bf16 if there is a GPU, else fp32)")
+    p.add_argument("--dtype", choices=["fp32", "bf16"], help=f"{dtype} (default: bf16 on a GPU, else fp32)")
     p.add_argument("--device", type=torch_device, help="torch device (default: cuda if there is a GPU, else cpu)")
 
 

@@ -13,10 +13,10 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int
     if temperature < 1e-6:  # 0, or so small that the division may overflow
         return logits.argmax(-1)
     logits, order = logits / temperature, None
-    if top_k or top_p < 1:  # only these need the vocabulary sorted
-        logits, order = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
     if top_k:
-        logits, order = logits[:, :top_k], order[:, :top_k]
+        logits, order = logits.topk(min(top_k, logits.shape[1]), dim=-1)  # (B, k), from large to small
+    elif top_p < 1:
+        logits, order = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
     p = logits.softmax(-1)
     if top_p < 1:
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # drop a token if the likelier ones reach top_p

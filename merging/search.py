@@ -186,7 +186,7 @@ def read_items(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list, li
 
 def main(args: argparse.Namespace, merge_checkpoints: Callable) -> None:
     """args: from merging.flags.parse_args. merge_checkpoints: the function of merge.py."""
-    args.micro_tokens = args.micro_tokens or (16384 if args.device == "cuda" else 2048)
+    args.micro_tokens = args.micro_tokens or (2048 if args.device == "cpu" else 16384)
     check_file(args.out, '"versus_best"')
     base, models = open_inputs(args)
     tokenizer = Tokenizer(base or models[0])

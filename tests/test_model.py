@@ -183,14 +183,18 @@ def test_real_checkpoint_equals_transformers():
         assert relative(model(ids), hf(ids).logits) < 1e-5
 
 
-def plain_varlen(q, k, v, ends, lengths_of_k, max_q, max_k, causal, gqa):
-    assert torch.equal(ends, lengths_of_k) and ends.dtype == torch.int32 and max_q == max_k == int(ends.diff().max())
-    assert gqa or q.shape[1] == k.shape[1]
-    parts = [x.tensor_split(ends[1:-1].tolist()) for x in (q, k, v)]
-    out = [
-        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in p), is_causal=causal, enable_gqa=True)
-        for p in zip(*parts)
-    ]
+def plain_varlen(q, k, v, ends_q, ends_k, max_q, max_k, causal, gqa):
+    """As the kernel does, the last query of a document is aligned with its last key."""
+    for x, ends, longest in ((q, ends_q, max_q), (k, ends_k, max_k), (v, ends_k, max_k)):
+        assert ends.dtype == torch.int32 and ends[-1] == len(x) and longest == int(ends.diff().max())
+        assert x.is_contiguous()
+    assert causal and (gqa or q.shape[1] == k.shape[1])
+    out = []
+    for i in range(len(ends_q) - 1):
+        parts = [x[ends[i] : ends[i + 1]].transpose(0, 1) for x, ends in ((q, ends_q), (k, ends_k), (v, ends_k))]
+        Tq, Tk = parts[0].shape[1], parts[1].shape[1]
+        mask = torch.ones(Tq, Tk, dtype=torch.bool).tril(Tk - Tq)
+        out.append(F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True))
     return torch.cat(out, dim=1).transpose(0, 1)
 
 
@@ -212,6 +216,26 @@ def test_varlen_attention_under_each_signature(monkeypatch, kernel):
     q, k, v = (torch.randn(1, 11, heads, 8, generator=g) for heads in (4, 2, 2))
     got = varlen_attention(q[0], k[0], v[0], lengths)
     torch.testing.assert_close(got[None], attend_documents(q, k, v, lengths))
+
+
+@pytest.mark.parametrize("kernel", [varlen_2_11, varlen_2_13])
+def test_a_packed_step_with_the_varlen_kernel(monkeypatch, kernel):
+    """Prompts with and without a cached prefix beside rows that decode: all documents in one call of the kernel."""
+    model, lengths = tiny_model(), [1, 1, 5, 3]
+    ids = torch.randint(0, 512, (1, 30), generator=torch.Generator().manual_seed(1))
+
+    def step():
+        cache = model.new_cache(5, 16)
+        model.hidden(ids[:, :20], [7, 6, 3, 4], cache)
+        cache.lengths[3] = 0  # a new prompt in a row that was used before
+        with torch.no_grad():
+            return model.hidden(ids[:, 20:], lengths, cache), cache
+
+    (want, plain), _ = step(), monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    monkeypatch.setattr("core.attention.has_varlen_kernel", lambda q: True)
+    got, cache = step()
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(cache.k, plain.k)
 
 
 def grads(function, *inputs):

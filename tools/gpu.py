@@ -87,9 +87,12 @@ def describe_machine(args: argparse.Namespace) -> None:
     if args.device != "cpu":
         found = torch.cuda.get_device_properties(args.device)
         card = f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
-    git = subprocess.run(["git", "log", "-1", "--format=%h"], cwd=ROOT, capture_output=True, text=True)
+    commit = ""
+    with contextlib.suppress(OSError):  # git is not installed
+        git = subprocess.run(["git", "log", "-1", "--format=%h"], cwd=ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip()
     versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}"
-    facts = {"card": card, "versions": versions, "commit": git.stdout.strip() or "unknown"}
+    facts = {"card": card, "versions": versions, "commit": commit or "unknown"}
     facts["command"] = "python -m tools.gpu " + " ".join(sys.argv[1:])
     for what, value in facts.items():
         append_row(args.out, part="setup", what=what, value=value)

@@ -58,6 +58,7 @@ def correctness(bench: Bench) -> None:
     shape = bench.sizes.shape if bench.sizes == SMALL else CHECKED
     base = random_model(bench, raw_config(*shape), torch.float32)
     check_against_cpu(bench, base)
+    check_cache(bench, base)
     check_generation(bench, base)
     check_steps(bench, base)
 
@@ -92,6 +93,26 @@ def check_against_cpu(bench: Bench, base: Qwen2) -> None:
 def flat(outputs: tuple[Tensor, Tensor, list[Tensor]]) -> list[Tensor]:
     logits, logps, gradients = outputs
     return [logits, logps, *gradients]
+
+
+def check_cache(bench: Bench, base: Qwen2) -> None:
+    """Hidden states of completions whose prompts are in a KV cache, against whole sequences in one forward."""
+    rows = random_rows(bench.sizes, 6)
+    ids = lambda parts: torch.tensor([[token % base.config.vocab_size for part in parts for token in part]])
+    prompts, completions, wholes = (
+        [part(row) for row in rows] for part in (lambda r: r[0], lambda r: r[1], lambda r: r[0] + r[1])
+    )
+    learnt = torch.cat([torch.arange(len(p) + len(c)) >= len(p) for p, c, _ in rows]).to(bench.device)
+    for name, dtype in DTYPES.items():
+        model = copy.deepcopy(base)
+        model.compute_dtype = dtype
+        with torch.no_grad():
+            cache = model.new_cache(len(rows), max(map(len, wholes)))
+            model.hidden(ids(prompts).to(bench.device), list(map(len, prompts)), cache)
+            got = model.hidden(ids(completions).to(bench.device), list(map(len, completions)), cache)[0]
+            want = model.hidden(ids(wholes).to(bench.device), list(map(len, wholes)))[0][learnt]
+        bound = 0.03 if name == "bf16" else 1e-4
+        check(bench, f"hidden states after a cached prompt, {name}", relative(got, want.cpu()), bound)
 
 
 def check_generation(bench: Bench, base: Qwen2) -> None:

@@ -10,7 +10,8 @@ from core.outputs import check_writable
 
 # Tensor sizes differ between micro-batches, and this lets freed memory be reused for other sizes. Set here because the
 # training scripts import this module before torch, which may read the variable only once.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the variable's older name
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 WRITTEN_BY = {  # default inputs, and the command that writes each
     "data/sft.jsonl": "python make_data.py",
@@ -89,7 +90,7 @@ def add_training_flags(
     skips = "stop with an error after this many steps in a row with a loss or gradient that is not finite"
     p.add_argument("--max-skips", type=at_least(1), default=3, help=skips)
     # machine
-    micro_tokens = "maximum tokens of one forward (default: 16384 if there is a GPU, else 1024)"
+    micro_tokens = "maximum tokens of one forward (default: 16384 on a GPU, else 1024)"
     p.add_argument("--micro-tokens", type=at_least(1), help=micro_tokens)
     add_device_flags(p, "compute dtype; the weights stay fp32")
     when = "torch.compile the blocks; auto: on a CPU, if the run is long enough to repay half a minute of compilation"

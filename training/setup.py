@@ -16,7 +16,7 @@ import torch.utils.checkpoint
 
 from core.casts import cast_copies
 from core.checkpoint import Checkpoint
-from core.devices import DEVICE, DTYPES, choose_device
+from core.devices import DTYPES, choose_device
 from core.distributed import (
     STOP,
     Ranks,
@@ -47,7 +47,7 @@ def setup_ranks(args: argparse.Namespace) -> Ranks:
     InputError if another run is writing to the same --out.
     """
     choose_device(args)
-    args.micro_tokens = args.micro_tokens or (16384 if DEVICE == "cuda" else 1024)
+    args.micro_tokens = args.micro_tokens or (1024 if args.device == "cpu" else 16384)
     if args.tensorboard:
         require_tensorboard()
     if is_main():

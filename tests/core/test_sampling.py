@@ -21,6 +21,23 @@ def test_sampling_follows_the_distribution():
     torch.testing.assert_close(cold, squares / squares.sum(), atol=2e-4, rtol=0)
 
 
+def test_top_k_beyond_the_vocabulary_keeps_all_of_it():
+    logits, uniform = torch.randn(50, 7), torch.rand(50)
+    assert torch.equal(sample(logits, uniform, top_k=7), sample(logits, uniform, top_k=8))
+
+
+def test_top_k_and_top_p_follow_the_order_of_a_full_sort():
+    g = torch.Generator().manual_seed(0)
+    logits, uniform = torch.randn(200, 40, generator=g), torch.rand(200, generator=g)
+    ordered, order = logits.sort(-1, descending=True)
+    for k, p in ((5, 1.0), (12, 0.7), (0, 0.7)):
+        share = ordered[:, : k or 40].softmax(-1)
+        share = torch.where(share.cumsum(-1) - share >= p, 0.0, share)
+        want = (share.cumsum(-1) / share.sum(-1, keepdim=True) <= uniform[:, None]).sum(-1)
+        got = sample(logits, uniform, top_k=k, top_p=p)
+        assert torch.equal(got, order.gather(1, want[:, None])[:, 0])
+
+
 def test_repetition_penalty_is_that_of_transformers():
     logits, texts = torch.randn(3, 50), [[1, 4, 4, 9], [0], list(range(50))]
     seen = torch.tensor([ids + ids[:1] * (50 - len(ids)) for ids in texts])

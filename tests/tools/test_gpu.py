@@ -39,7 +39,7 @@ def test_correctness_holds_on_a_cpu_and_notices_a_wrong_model(tmp_path, monkeypa
     b = bench(tmp_path)
     gpu_training.correctness(b)
     found = results(b)
-    assert len(found) == 16 and all(value.startswith("ok") for value in found.values()), found
+    assert len(found) == 18 and all(value.startswith("ok") for value in found.values()), found
     monkeypatch.setattr(gpu_training, "recompute", lambda block: block.mlp.down_proj.weight.data.mul_(2))
     gpu_training.check_steps(b, tiny_model(vocab_size=1024))
     wrong = {what for what, value in results(b).items() if value.startswith("WRONG")}
