@@ -46,13 +46,14 @@ def dpo_loss(
 
 
 def group_losses(loss: Callable, logps: Tensor, data: Groups, indices: list[int]) -> tuple[Tensor, Tensor]:
-    """The losses (n,) of these groups and the (5, n) numbers of preference_metrics. logps: of all their replies in order.
+    """-> the losses (n,) of these groups of replies, and the (5, n) numbers of preference_metrics.
 
-    loss(logps, ref_logps, rewards) -> (losses, implicit rewards): both (replies,) and the groups' lists of rewards in.
+    logps: (m,) of all their replies in order. loss(logps, ref_logps, rewards) -> (losses (n,), implicit rewards (m,)).
+    Its rewards are those of the data, one list for each group.
     """
     ref = to_device(torch.tensor([data.ref[key] for key in data.keys(indices)]), logps.device)
     rewards = [data.rows[i][2] for i in indices]
-    losses, implicit = loss(logps, ref, rewards)  # (n,), (replies,)
+    losses, implicit = loss(logps, ref, rewards)  # (n,), (m,)
     best, worst = (to_device(places, logps.device) for places in best_and_worst(rewards))
     return losses, torch.stack((losses, implicit[best], implicit[worst], logps[best], logps[worst])).detach()
 
@@ -116,7 +117,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def train_on_groups(args: argparse.Namespace, name: str, parse: Callable, loss: Callable) -> None:
-    """A whole run. name: the word for the default --out. parse: preference_pairs or preference_groups."""
+    """A whole run. name: for the default --out. parse: preference_pairs or preference_groups. loss: see group_losses."""
     args.out = args.out or checkpoint_out(kto_out(args.ckpt, name))
     check_default_inputs(args)
     check_cache_path(args)
