@@ -35,9 +35,11 @@ PLAIN = {
 CHUNK = 64  # items of an iterator in one answer, after the first ONE_BY_ONE items (stand_ins.py)
 
 
-def equality(kind: type) -> str | None:
-    """How objects of a class are compared: "identity", "fields" (dataclasses), "data" (subclasses of list, dict and
-    set), or "own" (an __eq__ that the program wrote).
+def equality(kind: type) -> str:
+    """Names how objects of a class are compared.
+
+    "identity", "fields" (dataclasses), "data" (subclasses of list, dict and set), or "own" (an __eq__ that the program
+    wrote).
     """
     method = kind.__eq__
     if method is object.__eq__:
@@ -56,11 +58,15 @@ class ProgramSide:
 
     def __init__(self, inbox: TextIO, outbox: TextIO):
         self.inbox, self.outbox = inbox, outbox
-        self.objects, self.indexes, self.late_errors = [], {}, {}
-        self.described, self.untold = set(), set()  # indexes of classes: already sent; in the current message
-        self.turn, self.depth = threading.RLock(), 0  # a program's threads may call functions of the tests
+        self.objects = []  # all objects that the tests know
+        self.indexes = {}  # {id of an object: its index in objects}
+        self.late_errors = {}  # {index of an iterator: the error that follows the items already sent}
+        self.described = set()  # indexes of the classes that the tests know
+        self.untold = set()  # those of them that are described in the message not yet sent
+        self.turn = threading.RLock()  # the program's threads may call functions of the tests
+        self.depth = 0  # number of requests in progress
 
-    # -------- from here to the tests
+    # From here to the tests
 
     def keep(self, value: Any) -> int:
         """Adds an object to `objects`, unless it is there already. -> its index."""
@@ -73,6 +79,7 @@ class ProgramSide:
         return encode_value(value, self.refer)
 
     def refer(self, value: Any) -> dict:
+        """Encodes a value that encode_value() cannot copy."""
         kind = type(value)
         if issubclass(kind, type):
             return {"class": self.describe(value)}
@@ -113,12 +120,13 @@ class ProgramSide:
         kind = {"type": name} if name else {"class": self.describe(type(error))}
         return [kind, self.encode(list(args)), str(error), self.keep(error), self.encode(attributes)]
 
-    # -------- from the tests to here
+    # From the tests to here
 
     def decode(self, packed: Any) -> Any:
         return decode_value(packed, self.resolve)
 
     def resolve(self, kind: str, body: Any) -> Any:
+        """Decodes {kind: body}, which Link.refer() has encoded."""
         if kind == "object":
             return self.objects[body]
         if kind == "named":  # a function or class of the standard library
@@ -160,6 +168,7 @@ class ProgramSide:
             raise EOFError("the tests ended")
 
     def tell(self, message: list) -> None:
+        """Sends a message."""
         self.untold.clear()
         self.outbox.write(json.dumps(message) + "\n")
         self.outbox.flush()

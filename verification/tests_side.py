@@ -56,7 +56,9 @@ class Link:
 
     def __init__(self, inbox: TextIO, outbox: TextIO):
         self.inbox, self.outbox = inbox, outbox
-        self.classes, self.objects, self.buffers, self.callbacks = {}, {}, {}, []
+        self.classes, self.objects = {}, {}  # {index: stand-in} of the program's classes and objects
+        self.buffers = {}  # {index of an iterator: (items read, items fetched ahead)}
+        self.callbacks = []  # functions of the tests that the program may call
         self.changed = False  # the program changed an argument in place, and the tests may still use that argument
         self.numpy = False  # the program sent values of numpy, which arrive as lists and numbers
         self.reason = None  # why the first Uncheckable was raised; the tests may catch it
@@ -67,7 +69,7 @@ class Link:
         self.reason = self.reason or reason
         return Uncheckable(reason)
 
-    # -------- from here to the program
+    # From here to the program
 
     def ask(self, action: str, index: int, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Asks the program to do something with an object -> its answer. Raises the exception that the program raised.
@@ -127,6 +129,7 @@ class Link:
         return encode_value(value, self.refer)
 
     def refer(self, value: Any) -> dict:
+        """Encodes a value that encode_value() cannot copy. Raises Uncheckable if the program cannot use it either."""
         if (index := index_of(value)) is not None:
             return {"object": index}
         module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
@@ -142,12 +145,13 @@ class Link:
             return {"callback": [len(self.callbacks) - 1, getattr(value, "__name__", "function")]}
         raise self.uncheckable(f"the tests pass an object of {type(value)}, which cannot be copied")
 
-    # -------- from the program to here
+    # From the program to here
 
     def decode(self, packed: Any) -> Any:
         return decode_value(packed, self.resolve)
 
     def resolve(self, kind: str, body: Any) -> Any:
+        """Decodes {kind: body}, which ProgramSide.refer() has encoded."""
         if kind == "class":
             return self.class_of(body)
         if kind == "error":

@@ -2,6 +2,15 @@
 
 Values of Python's own types (numbers, texts, containers, dates, paths and the like) are copied with their exact type.
 Functions, objects and classes of the program are sent as references, see program_side.py and stand_ins.py.
+
+The messages, one a line:
+    tests -> program    the program's source
+    program -> tests    [{name: module}, {name: index of the object}, index of the program's module]
+    tests -> program    ["ask", action, index, arguments, keyword arguments]: do something with an object
+    program -> tests    ["value" or "error", result, whether an argument was changed in place]
+    program -> tests    before it answers, any number of ["ask", index, arguments, keyword arguments]: call a function of
+                        the tests
+    tests -> program    ["value" or "error", result] of that call
 """
 
 import builtins
