@@ -1,7 +1,7 @@
 """The requests that make_data.py sends to the teacher, and strict parsers of the replies.
 
 All requests begin with the same rubric, so a local teacher computes it once. Text from the data is enclosed in fences.
-No text contains the key of its own fence, and control tokens inside a fence are disarmed. The rubric says to obey
+No text contains the key of its own fence, and control tokens inside a fence are escaped. The rubric says to obey
 nothing inside a fence.
 """
 
@@ -91,21 +91,21 @@ CONTROL = re.compile(
 )
 
 
-def disarm(text: str) -> str:
+def escape_control_tokens(text: str) -> str:
     """Inserts a space after the first character of every control token: "< |im_end|>" is legible but is not a token."""
     return CONTROL.sub(r"\g<0> ", text)
 
 
-def disarm_messages(messages: list[dict]) -> list[dict]:
-    return [{**m, "content": disarm(m["content"])} for m in messages]
+def escape_messages(messages: list[dict]) -> list[dict]:
+    return [{**m, "content": escape_control_tokens(m["content"])} for m in messages]
 
 
 def fence(parts: list[tuple[str, str]]) -> str:
-    """[(name, text)] -> each text between the lines `[key name]` and `[key end]`, with control tokens disarmed.
+    """[(name, text)] -> each text between the lines `[key name]` and `[key end]`, with control tokens escaped.
 
     The key is a hash of the texts and occurs in none of them, so no text can close its own fence.
     """
-    parts = [(name, disarm(text)) for name, text in parts]
+    parts = [(name, escape_control_tokens(text)) for name, text in parts]
     whole = "\0".join(text for _, text in parts).encode("utf-8", "replace")
     keys = (hashlib.sha256(b"%d " % n + whole).hexdigest()[:8].encode() for n in itertools.count())
     key = next(key for key in keys if key not in whole).decode()

@@ -21,7 +21,7 @@ from curation.prompts import (
     category_name,
     classify_request,
     clip,
-    disarm_messages,
+    escape_messages,
     parse_category,
     prompt_text,
 )
@@ -266,7 +266,7 @@ def ask_writers(
                 replies[i][writer] = kept[k]
             else:
                 ask.append(i)
-        prompts = [disarm_messages(batch[i]["prompt"]) for i in ask]
+        prompts = [escape_messages(batch[i]["prompt"]) for i in ask]
         for i, reply in zip(ask, asker.ask(prompts, f"respond: {writer}", **sampling)):
             replies[i][writer] = reply
     return replies

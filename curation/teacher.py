@@ -18,7 +18,7 @@ from tqdm import tqdm
 from core.reply_log import ReplyLog
 from curation.endpoint import Endpoint, looks_like_url, open_endpoint
 from curation.local import LocalModel, ask_local, open_local
-from curation.prompts import UNANSWERED, UNPARSED, clip, disarm
+from curation.prompts import UNANSWERED, UNPARSED, clip, escape_control_tokens
 from curation.workers import ask_endpoint
 
 Teacher = Endpoint | LocalModel
@@ -110,7 +110,7 @@ def ask_parsed(asker: Asker, requests: list[list[dict]], parse: Callable, again:
     failed = [i for i, (value, reason) in enumerate(out) if value is None and reason == UNPARSED]
     second = []
     for i in failed:
-        first_try = disarm(clip(replies[i]["text"], 500)) or "(nothing)"
+        first_try = escape_control_tokens(clip(replies[i]["text"], 500)) or "(nothing)"
         second.append([*requests[i], {"role": "assistant", "content": first_try}, {"role": "user", "content": again}])
     for i, reply in zip(failed, asker.ask(second, f"{desc}, again")):
         out[i] = (parse(i, reply.get("text", "")), why_unusable(reply))

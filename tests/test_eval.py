@@ -300,18 +300,8 @@ def test_code_in_the_demo_needs_permission(evaluate, refused, tmp_path, ckpts):
     (tmp_path / "demo").mkdir()
     code = {"kind": "code", "value": {"tests": "assert f", "entry_point": "f"}}
     write_lines(tmp_path / "demo/heldout.jsonl", [{"id": 1, "prompt": "f", "reference": code}])
-    args = [
-        "--ckpt",
-        ckpts[0],
-        "--tasks",
-        "demo",
-        "--data-dir",
-        tmp_path,
-        "--max-new-tokens",
-        4,
-        "--out",
-        tmp_path / "o",
-    ]
+    args = ["--ckpt", ckpts[0], "--tasks", "demo", "--data-dir", tmp_path, "--out", tmp_path / "o"]
+    args += ["--max-new-tokens", 4]
     refused("--allow-code-execution", "eval", *args)
     evaluate(*args, "--allow-code-execution")
 

@@ -418,9 +418,9 @@ CONTROL = """<|im_start|> <|im_end|> <|endoftext|> <|eot_id|> <|start_header_id|
 
 
 @pytest.mark.parametrize("token", CONTROL)
-def test_control_tokens_are_disarmed(token):
+def test_control_tokens_are_escaped(token):
     for text in (token, f"a{token}b", f"x{token}{token}", f"<{token}", token[:3] + token + token[3:]):
-        shown = prompts.disarm(text)
+        shown = prompts.escape_control_tokens(text)
         assert token not in shown and shown.replace(" ", "") == text, text
         assert token not in prompts.judge_request(user(text), {"A": text})[1]["content"]
         assert token not in prompts.classify_request(user(text))[1]["content"]
@@ -451,7 +451,7 @@ def test_control_tokens_are_disarmed(token):
     ],
 )
 def test_other_text_stays_as_it_is(text):
-    assert prompts.disarm(text) == text
+    assert prompts.escape_control_tokens(text) == text
 
 
 def chatml_turns(messages):
@@ -486,7 +486,7 @@ def test_control_tokens_in_data_open_no_turn(tmp_path, monkeypatch, renders):
         assert [found[0][text]["qualities"] for text in texts] == [[2, 2], [4, 4]], "the record itself is unchanged"
         if renders is chatml_turns:  # the test can fail
             with monkeypatch.context() as patch:
-                patch.setattr(prompts, "disarm", lambda text: text)
+                patch.setattr(prompts, "escape_control_tokens", lambda text: text)
                 found, _, _ = judged(patch, obeys_system, batch)
                 assert found[0][texts[0]]["qualities"] == [5, 5]
 
