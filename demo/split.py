@@ -23,7 +23,7 @@ from core.outputs import claim_folder
 from core.records import read_jsonl, write_jsonl
 from demo import world
 from demo.tasks import TASKS
-from demo.teacher import understand
+from demo.teacher import parse_loosely
 from verification.answers import check_reply
 
 # Tasks of which the base model answers 8 to 12 of the 12 held-out instructions
@@ -42,7 +42,7 @@ def question(part: str, i: int, item: world.Item) -> dict:
 
 def validation_items(rows: list[dict], n: int, seed: int) -> list[world.Item]:
     """n instructions of the rows whose reply can be checked without running code, drawn from the seed."""
-    items = [understand(user_text(row)) for row in rows]
+    items = [parse_loosely(user_text(row)) for row in rows]
     items = [item for item in items if item and item.task.kind != "code" and item.task.name not in WITHHELD]
     if len(items) < n:
         raise InputError(f"--validation {n}: the data hold {len(items)} instructions that can be checked")
@@ -63,7 +63,7 @@ def withheld_items(per_task: int, seed: int) -> list[world.Item]:
 
 def with_reference(row: dict) -> dict:
     """The row with a reference, by which a program can check replies. Unchanged if the row's own reply is wrong."""
-    item = understand(user_text(row))
+    item = parse_loosely(user_text(row))
     reference = world.reference(item) if item and item.task.kind != "code" else None
     if reference and check_reply(reference["kind"], row["messages"][-1]["content"], reference["value"]):
         return row | {"reference": reference}
@@ -100,7 +100,7 @@ def divide(
     kept_back = {item.prompt for item in validation}
 
     def part_of(row: dict) -> str:
-        item = understand(user_text(row))
+        item = parse_loosely(user_text(row))
         if item and item.prompt in kept_back:
             return "validation"
         return "withheld" if item and item.task.name in WITHHELD else "train"

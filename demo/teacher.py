@@ -34,14 +34,14 @@ FENCED = re.compile(r"^\[([0-9a-f]{8}) (\w+)\]\n(.*?)\n\[\1 end\]$", re.DOTALL |
 # Replies
 
 
-def understand(text: str) -> world.Item | None:
+def parse_loosely(text: str) -> world.Item | None:
     """Parses an instruction, ignoring extra spaces and exclamation marks. None if the world has no such task."""
-    return world.solve(re.sub(r" +", " ", text).strip().rstrip("!"))
+    return world.parse_prompt(re.sub(r" +", " ", text).strip().rstrip("!"))
 
 
 def respond_to(text: str) -> str:
     """The response to one user message. It depends on the text alone, as in greedy decoding."""
-    item = understand(text)
+    item = parse_loosely(text)
     if item is None:
         return REFUSAL if UNSAFE.search(text) else "I am not sure what you mean. Could you say it in another way?"
     if world.hash_share("teacher", text) < ERRORS:
@@ -51,7 +51,7 @@ def respond_to(text: str) -> str:
 
 def category_of(text: str) -> dict[str, str]:
     """The category of an instruction -> {"primary", "secondary"}."""
-    item = understand(text)
+    item = parse_loosely(text)
     if item is None:
         unsafe = UNSAFE.search(text)
         return {"primary": "safety" if unsafe else "other", "secondary": "unsafe request" if unsafe else "unclear"}
@@ -60,7 +60,7 @@ def category_of(text: str) -> dict[str, str]:
 
 def grade(text: str, reply: str) -> dict[str, int]:
     """The grades of a response -> {"quality", "safety"}, each from 1 to 5."""
-    item, safety = understand(text), 1 if UNSAFE.search(reply) else 5
+    item, safety = parse_loosely(text), 1 if UNSAFE.search(reply) else 5
     if item is None:
         return {"quality": 4 if reply == REFUSAL else 2 if safety == 5 else 1, "safety": safety}
     if reply.strip() == world.right(item):

@@ -1,6 +1,6 @@
 """The demo's world: about fifty tasks with short instructions whose answers a program can check.
 
-A seed determines everything. make_item() makes an instruction of a task (demo/tasks.py). solve() finds the task of an
+A seed determines everything. make_item() makes an instruction of a task (demo/tasks.py). parse_prompt() finds the task of an
 instruction, for the teacher. reference() gives the value with which check_reply() compares a reply. A reply is right,
 wrong, or a bad habit of a poorly aligned model: it does not know, chats, repeats the question, or is off by one.
 
@@ -78,7 +78,7 @@ def phrasing_patterns() -> list[tuple[Task, int, re.Pattern]]:
 PATTERNS = phrasing_patterns()
 
 
-def solve(prompt: str) -> Item | None:
+def parse_prompt(prompt: str) -> Item | None:
     """Parses a prompt. None if it is not an instruction of this world."""
     for task, wording, pattern in PATTERNS:
         found = pattern.fullmatch(prompt.strip())

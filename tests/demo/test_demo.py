@@ -49,7 +49,7 @@ def test_an_instruction_reads_back_and_its_answer_checks(task):
     rng = random.Random(7)
     for _ in range(6 if task.kind == "code" else 60):
         item = world.make_item(task, rng)
-        back = world.solve(item.prompt)
+        back = world.parse_prompt(item.prompt)
         assert back is not None and back.task.name == task.name and world.right(back) == world.right(item), item.prompt
         reference = world.reference(item)
         assert check_reply(reference["kind"], world.right(item), reference["value"]) is True, item.prompt
@@ -82,8 +82,8 @@ def test_hand_computed_answers():
         "Round 47 to the nearest ten.": "50",
         "Find the odd one out.\nA. dog\nB. cat\nC. piano\nD. lion": "C. piano",
     }.items():
-        assert world.right(world.solve(prompt)) == answer
-    assert world.solve("What is the capital of Atlantis?") is None
+        assert world.right(world.parse_prompt(prompt)) == answer
+    assert world.parse_prompt("What is the capital of Atlantis?") is None
 
 
 def test_the_same_seed_makes_the_same_world(sources):
@@ -100,7 +100,9 @@ def test_the_committed_heldout_set_is_what_the_world_makes():
     for row in rows:
         assert set(row) == {"id", "task", "prompt", "reference"}
         assert (
-            check_reply(row["reference"]["kind"], world.right(world.solve(row["prompt"])), row["reference"]["value"])
+            check_reply(
+                row["reference"]["kind"], world.right(world.parse_prompt(row["prompt"])), row["reference"]["value"]
+            )
             is True
         )
 
@@ -112,7 +114,7 @@ def test_nothing_held_out_is_in_the_sources_or_the_corpus(sources):
     corpus = [next(stream) for _ in range(20000)]
     for items in (
         corpus,
-        [item for record in sources if (item := world.solve(" ".join(prompt_of(record).split(" "))))],
+        [item for record in sources if (item := world.parse_prompt(" ".join(prompt_of(record).split(" "))))],
     ):
         assert len(items) > 500
         assert not texts & {" ".join(item.prompt.split()).casefold() for item in items}
@@ -128,7 +130,7 @@ def test_the_sources_are_as_flawed_as_they_claim(sources):
     assert formats == {("completion", "prompt"), ("messages",), ("input", "instruction", "output")}
     verdicts = []
     for record in sources:
-        item, turns = world.solve(prompt_of(record)), sft_conversations(record, "here")[0]
+        item, turns = world.parse_prompt(prompt_of(record)), sft_conversations(record, "here")[0]
         if item is not None and item.task.kind != "code":
             verdicts.append(check_reply(item.task.kind, turns[-1]["content"], world.reference(item)["value"]))
     assert 0.5 < sum(verdicts) / len(verdicts) < 0.75
@@ -136,7 +138,7 @@ def test_the_sources_are_as_flawed_as_they_claim(sources):
     plain = [re.sub(r"[\s!]+", " ", prompt_of(record)).strip() for record in sources]
     assert len(plain) - len(set(plain)) >= 600 // 25 - 3  # near-duplicates
     for task in RARE:
-        rare = {prompt_of(r) for r in sources if (found := world.solve(prompt_of(r))) and found.task is task}
+        rare = {prompt_of(r) for r in sources if (found := world.parse_prompt(prompt_of(r))) and found.task is task}
         assert 1 <= len(rare) < 10
     assert any(not sft_conversations(record, "here")[0][-1]["content"] for record in sources)
 

@@ -13,7 +13,7 @@ def curated(n=900):
     for i, source in enumerate(world.make_sources(3, n, world.make_heldout())):
         text = source.get("instruction") or source.get("prompt") or source["messages"][0]["content"]
         text += "\n" * bool(source.get("input")) + source.get("input", "")
-        item = teacher.understand(text)
+        item = teacher.parse_loosely(text)
         if item is None:
             continue
         prompt, row = [{"role": "user", "content": text}], {"id": f"f:{i}"}
@@ -43,7 +43,7 @@ def divided():
 
 
 def items(rows):
-    return [teacher.understand(split.user_text(row)) for row in rows]
+    return [teacher.parse_loosely(split.user_text(row)) for row in rows]
 
 
 def test_no_instruction_is_in_two_parts(divided):
@@ -72,8 +72,8 @@ def test_the_validation_file_holds_the_validation_questions(divided):
 
 def test_only_right_replies_have_a_reference(divided):
     for row in divided[0]["sft.jsonl"]:
-        right = row["messages"][-1]["content"] == world.right(teacher.understand(split.user_text(row)))
-        code = teacher.understand(split.user_text(row)).task.kind == "code"
+        right = row["messages"][-1]["content"] == world.right(teacher.parse_loosely(split.user_text(row)))
+        code = teacher.parse_loosely(split.user_text(row)).task.kind == "code"
         assert ("reference" in row) == (right and not code), row
 
 
