@@ -2,7 +2,7 @@
 
 Its own task files are used; only where their data come from is replaced, by the tiny files of tiny_benchmarks.py. With
 REAL_CKPT and DATA_DIR the same questions of the original files are asked on a real checkpoint; as a command,
-python tests/test_harness.py --ckpt C --data-dir D, it measures which of the two is faster on the same questions of MMLU.
+python tests/parity/test_harness.py --ckpt C --data-dir D, it measures which of the two is faster on the same questions of MMLU.
 """
 
 import argparse
@@ -34,7 +34,7 @@ FILES = {"mmlu": ("mmlu/dev", "_dev.csv", False), "cmmlu": ("cmmlu/dev", ".csv",
 
 
 def their_doc(task, row):
-    """A row as the harness' data set has it."""
+    """A row as the harness's data set has it."""
     texts = list(row["choices"].values())
     if task == "mmlu":
         return {"question": row["question"], "choices": texts, "answer": "ABCD".index(row["answer"])}
