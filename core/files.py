@@ -18,7 +18,7 @@ from core.interrupt import ROOT, exit_silently
 
 MAX_TEXT = 2**28  # maximum bytes of a text file; ten times the largest published tokenizer.json
 MAX_ERROR = 2000  # maximum characters of an error line
-ESCAPE = "backslashreplace"  # half a surrogate pair, as in a file name that is not UTF-8, is written as JSON\'s escape
+ESCAPE = "backslashreplace"  # writes half of a surrogate pair, as in a file name that is not UTF-8, as an escape
 
 
 class InputError(Exception):
