@@ -17,7 +17,7 @@ from core.checkpoint import Checkpoint, all_finite
 from core.files import InputError
 from core.pages import WINDOW, mapped, page_chunks
 from merging import methods
-from merging.flags import BREADCRUMBS, DARE, DELLA, ELECTS, RANDOM, SPARSE
+from merging.flags import BREADCRUMBS, DELLA, ELECTS, RANDOM, SPARSE
 
 
 @dataclass
@@ -106,49 +106,40 @@ def mask_generator(seed: int, name: str, i: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def sparse_masks(plan: Plan, tensor: TensorInputs) -> list[tuple[Tensor | None, float]]:
-    """For each model: (mask (m,) of the elements to keep, or None for all; factor on the kept elements).
-
-    With --rescale density, DELLA's masks hold the divisors of the delta instead.
-    """
-    args, masks = plan.args, []
-    if args.method not in SPARSE or plan.thresholds:
-        return [(None, 1.0)] * len(tensor.models)
-    for i, density in enumerate(args.densities):
-        if density >= 1:
-            masks.append((None, 1.0))
-            continue
-        options = {}
-        if args.method in RANDOM:
-            options["generator"] = mask_generator(args.seed, tensor.name, i)
-        if args.method in BREADCRUMBS:
-            options["gamma"] = args.gamma
-        if args.method in DELLA:
-            options |= {"epsilon": args.epsilon, "probabilities": args.rescale == "density"}
-        magnitudes = magnitudes_of(tensor, i, plan.arithmetic)
-        mask = plan.sparsify(magnitudes, density, **options).view(-1)
-        scale = 1.0
-        if args.rescale == "l1":
-            scale = methods.l1_scale(magnitudes.view(-1), mask)
-        elif args.rescale == "density" and args.method in DARE:
-            scale = 1 / density
-        masks.append((mask, scale))
-    return masks
+def make_sparsifier(plan: Plan, tensor: TensorInputs, i: int) -> Callable[[slice, Tensor], Tensor]:
+    """Chooses the elements of model i's delta to keep. Returns sparsify(part, delta), which works in place."""
+    args, density, options = plan.args, plan.args.densities[i], {}
+    if plan.thresholds:
+        return lambda part, delta: delta.masked_fill_(delta.abs() < plan.thresholds[i], 0)
+    if args.method not in SPARSE or density >= 1:
+        return lambda part, delta: delta
+    if args.method in RANDOM:
+        options["generator"] = mask_generator(args.seed, tensor.name, i)
+    if args.method in BREADCRUMBS:
+        options["gamma"] = args.gamma
+    if args.method in DELLA:
+        options |= {"epsilon": args.epsilon, "probabilities": args.rescale == "density"}
+    magnitudes = magnitudes_of(tensor, i, plan.arithmetic)
+    mask = plan.sparsify(magnitudes, density, **options).view(-1)
+    if args.method in DELLA and args.rescale == "density":
+        return lambda part, delta: delta.div_(mask[part])  # probabilities, infinite for dropped elements
+    scale = 1.0
+    if args.rescale == "l1":
+        scale = methods.l1_scale(magnitudes.view(-1), mask)
+    elif args.rescale == "density":  # DARE
+        scale = 1 / density
+    return lambda part, delta: delta.mul_(mask[part]).mul_(scale)
 
 
 def merged_deltas(plan: Plan, tensor: TensorInputs) -> Callable[[slice, Tensor], Tensor]:
-    """Computes the masks of a tensor. Returns merge(part, deltas (n, c)) -> (c,), which sparsifies and combines."""
-    masks, weights, args = sparse_masks(plan, tensor), plan.weights(tensor.name), plan.args
+    """Returns merge(part, deltas (n, c)) -> (c,), which sparsifies and combines the deltas of a part of the tensor."""
+    sparsifiers = [make_sparsifier(plan, tensor, i) for i in range(len(tensor.models))]
+    weights, args = plan.weights(tensor.name), plan.args
     elects = {"sign": args.sign, "zero_sign": plan.zero_sign} if args.method in ELECTS else {}
 
     def merge(part: slice, deltas: Tensor) -> Tensor:
-        for i, (delta, (mask, scale)) in enumerate(zip(deltas, masks)):
-            if plan.thresholds:
-                delta.masked_fill_(delta.abs() < plan.thresholds[i], 0)
-            elif mask is not None and mask.is_floating_point():
-                delta.div_(mask[part])
-            elif mask is not None:
-                delta.mul_(mask[part]).mul_(scale)
+        for sparsify, delta in zip(sparsifiers, deltas):
+            sparsify(part, delta)
         return plan.combine(deltas, weights, normalize=args.normalize, **elects)
 
     return merge
