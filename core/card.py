@@ -21,8 +21,11 @@ def dataset_id(source: str) -> str | None:
 
 def base_license(folder: str) -> str | None:
     """The license in the front matter of a local base model's README.md."""
+    path = os.path.join(folder, "README.md")
+    if not os.path.isfile(path):  # a pipe would block
+        return None
     try:
-        with open(os.path.join(folder, "README.md"), encoding="utf-8") as f:
+        with open(path, encoding="utf-8") as f:
             text = f.read(10_000)
     except (OSError, UnicodeDecodeError):
         return None

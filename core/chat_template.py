@@ -107,6 +107,8 @@ def render_probes(template: str, special_tokens: str) -> list[str] | str:
         return json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         return f"it runs for more than {WALL_SECONDS} seconds"
+    except OSError as e:
+        return f"no process can be started for it: {e.strerror}"
     except ValueError:
         last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2][:150]
         limits = f"it runs for more than {CPU_SECONDS} seconds or takes more than {MEMORY >> 20} MiB"

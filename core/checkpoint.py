@@ -105,11 +105,9 @@ class Checkpoint:
             listed = read_index(index)
             shards = sorted(set(listed.values()))
         else:
-            shards = sorted(n for n in os.listdir(path) if n.endswith(".safetensors"))
+            shards = [name for name in file_names(path) if name.endswith(".safetensors")]
         if not shards:
-            others = [
-                n for n in sorted(os.listdir(path)) if n.endswith((".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"))
-            ]
+            others = [n for n in file_names(path) if n.endswith((".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"))]
             only = f", only {others[0]}" if others else ""
             raise InputError(
                 f"{path}: no *.safetensors file{only}; convert the weights with transformers' save_pretrained"
@@ -201,13 +199,23 @@ def read_index(path: str) -> dict[str, str]:
     return listed
 
 
+def file_names(folder: str) -> list[str]:
+    """The names in a folder, sorted."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as e:
+        raise InputError(f"{folder}: cannot be listed: {e.strerror}") from None
+
+
 def open_safetensors(path: str) -> safe_open:
     """The open safetensors file; its tensors are read later, one at a time."""
     check_regular(path)
     try:
+        open(path, "rb").close()  # safe_open gives a wrong reason for a folder, and for a file that must not be read
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
-        raise InputError(f"{path}: missing or corrupt ({e}); download it again") from None
+        reason = getattr(e, "strerror", None) or e
+        raise InputError(f"{path}: missing or corrupt ({reason}); download it again") from None
 
 
 def all_finite(t: Tensor) -> bool:
@@ -275,6 +283,8 @@ def write_checkpoint(
             for name, shard in shards.items():
                 with create_file(os.path.join(folder, name)) as f:
                     write_safetensors(f, shard, itertools.islice(tensors, len(shard)))
+            for name, _ in tensors:  # also ends a generator here, where Ctrl-C is handled
+                raise ValueError(f"{name} is not in specs")
             for name, text in texts.items():
                 with create_file(os.path.join(folder, name)) as f:
                     f.write(call(text).encode(errors=ESCAPE))

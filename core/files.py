@@ -115,6 +115,14 @@ def check_utf8(path: str | os.PathLike) -> None:
         raise InputError(f"{path}: the name is not UTF-8; rename it") from None
 
 
+def check_unicode(text: str, where: str) -> None:
+    """InputError for half of a surrogate pair, such as JSON's lone \\ud83d: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where} holds half of a surrogate pair; correct it") from None
+
+
 def check_regular(path: str | os.PathLike) -> None:
     """InputError for a name that is not UTF-8, and for a FIFO, device or socket, which could block for ever.
 

@@ -23,6 +23,7 @@ from core.files import (
     dead_temporaries,
     lock,
     parse_temporary,
+    read_json,
     same_path,
     temporary_path,
 )
@@ -44,12 +45,11 @@ SIDE_FILES = (
 def read_manifest(folder: str) -> dict:
     """The manifest of a folder; an empty one if there is none, or if this project did not write it."""
     try:
-        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as f:
-            manifest = json.load(f)
+        manifest = read_json(os.path.join(folder, MANIFEST))
         names = manifest["files"]
         if all(os.path.basename(name) == name and isinstance(writer, str) for name, writer in names.items()):
             return {"files": names, "card": manifest.get("card")}
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (InputError, KeyError, TypeError, AttributeError):
         pass
     return {"files": {}, "card": None}
 
@@ -63,9 +63,11 @@ def written_files(folder: str, writer: str) -> set[str]:
     """The names of the files in a folder that `writer` wrote, without a model card that the user has edited."""
     manifest = read_manifest(folder)
     names = {name for name, by in manifest["files"].items() if by == writer}
-    with contextlib.suppress(OSError), open(os.path.join(folder, CARD), "rb") as f:
-        if hashlib.sha256(f.read()).hexdigest() != manifest["card"]:
-            names.discard(CARD)
+    card = os.path.join(folder, CARD)
+    if os.path.isfile(card):  # a pipe would block
+        with contextlib.suppress(OSError), open(card, "rb") as f:
+            if hashlib.sha256(f.read()).hexdigest() != manifest["card"]:
+                names.discard(CARD)
     return names
 
 

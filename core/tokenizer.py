@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import PreTokenizer
 
 from core.chat_template import default_system
 from core.checkpoint import Checkpoint
-from core.files import InputError, json_object
+from core.files import InputError, check_unicode, json_object
 
 SPECIAL_NAMES = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 
@@ -127,6 +127,7 @@ def special_token_texts(settings: dict, where: str) -> dict[str, str]:
             )
         if text:
             texts[name] = text
+            check_unicode(text, f"{where}: {name}")
     return texts
 
 

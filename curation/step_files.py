@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from core.files import InputError, atomic_write
+from core.files import InputError, atomic_write, check_regular
 from core.records import read_jsonl
 from curation.prompts import UNANSWERED, clip, prompt_text
 
@@ -77,6 +77,7 @@ def set_aside(record: dict, reason: str, counts: dict) -> tuple[bool, dict]:
 
 def file_hash(path: str) -> str:
     h = hashlib.sha256()
+    check_regular(path)
     try:
         with open(path, "rb") as f:
             while block := f.read(1 << 20):
@@ -89,6 +90,7 @@ def file_hash(path: str) -> str:
 def load_state(out: str) -> dict:
     """{step: {"key", "counts", "files"}} of the finished steps in `out`."""
     path = f"{out}/state.json"
+    check_regular(path)
     try:
         with open(path, encoding="utf-8") as f:
             state = json.load(f)

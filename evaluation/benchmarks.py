@@ -7,12 +7,11 @@ scores a reply, and an entry. --protocol loglik needs rows with "choices" {label
 
 import collections
 import functools
-import json
 import math
 from argparse import Namespace
 from collections.abc import Callable
 
-from core.files import InputError
+from core.files import InputError, check_unicode
 from evaluation.downloads import find_data_file
 from evaluation.rows import (
     arc_rows,
@@ -327,16 +326,6 @@ def check_code_allowed(task: str, args: Namespace) -> None:
         raise InputError(f"{task} runs programs that the checkpoints write; allow it with --allow-code-execution")
 
 
-def check_unicode(task: str, row: dict, texts: list) -> None:
-    """InputError for half of a surrogate pair, such as a lone \\ud83d in a JSON file: no tokenizer takes it."""
-    try:
-        json.dumps(texts, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{row.get('where', f'--tasks {task}')}: question {row['id']} holds half of a surrogate pair; correct it"
-        ) from None
-
-
 def load_questions(task: str, args: Namespace, judged: bool = False) -> list[dict]:
     """The questions of a task: {"task", "row", "messages", "choices", "key_parts"}.
 
@@ -357,7 +346,7 @@ def load_questions(task: str, args: Namespace, judged: bool = False) -> list[dic
         choices = [f" {x}" for x in (choices.values() if by == "text" else choices)]
         key_parts = [] if paper else {"text": [choices], "whole": ["from the prefix token on"]}.get(by, [])
         messages = [{"role": "user", "content": turn}]
-        check_unicode(task, row, [turn, choices])
+        check_unicode("".join([turn, *choices]), f"{row.get('where', f'--tasks {task}')}: question {row['id']}")
         question = {"task": task, "row": row, "messages": messages, "choices": choices, "key_parts": key_parts}
         questions.append(question)
     return questions

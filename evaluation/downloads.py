@@ -16,7 +16,7 @@ from typing import IO
 
 from huggingface_hub import hf_hub_download
 
-from core.files import InputError, atomic_write
+from core.files import InputError, atomic_write, check_regular
 from core.outputs import atomic_folder, remove_leftovers
 
 LETTERS = "ABCD"
@@ -198,6 +198,7 @@ def find_data_file(data_dir: str, name: str) -> str:
     path = os.path.join(data_dir, name)
     other = path.removesuffix(".gz") if path.endswith(".gz") else f"{path}.gz"
     if os.path.exists(path):
+        check_regular(path)
         return path
     if os.path.isfile(other):
         return other

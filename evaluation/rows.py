@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable
 
-from core.files import InputError
+from core.files import InputError, check_regular
 from core.records import read_jsonl
 from evaluation.downloads import LETTERS, render_shots
 from verification.answers import last_number, tested_function
@@ -35,6 +35,7 @@ def choice_rows(folder: str, suffix: str, header: bool) -> list[dict]:
 def subject_rows(path: str, subject: str, header: bool) -> list[dict]:
     """Rows of one file of choice_rows(). header: the first line has the names of the columns."""
     rows = []
+    check_regular(path)
     with open(path, encoding="utf-8-sig", newline="") as f:
         reader = csv.reader(f)
         names = [n.strip() for n in next(reader, [])] if header else ["question", *LETTERS, "answer"]
@@ -127,7 +128,7 @@ def safety_rows(find: Callable) -> list[dict]:
             }
             for row in rows
         ]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, IndexError) as e:
         raise InputError(f"{questions}: cannot be read together with {answers}: {e!r}; fetch both again") from None
 
 
@@ -188,6 +189,7 @@ def text_rows(find: Callable) -> list[dict]:
     """One row for each file of perplexity/*.txt."""
     folder, rows = find("perplexity"), []
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.txt"))):
+        check_regular(path)
         try:
             with open(path, encoding="utf-8") as f:
                 rows.append({"id": os.path.basename(path), "text": f.read()})

@@ -99,6 +99,7 @@ def test_truncated_safetensors_and_missing_shards(tiny, tmp_path):
     [
         ("tokenizer_config.json", "{oops", "tokenizer_config.json"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json: holds a JSON list"),
+        ("tokenizer_config.json", '{"eos_token": "\\ud83d"}', "tokenizer_config.json: eos_token holds half of a"),
         ("generation_config.json", "{oops", "generation_config.json"),
         ("generation_config.json", b"\xff\xfe", "generation_config.json"),
         ("generation_config.json", '{"eos_token_id": "x"}', "generation_config.json: eos_token_id is 'x'"),
@@ -232,6 +233,9 @@ def test_a_tensor_is_let_go_before_the_next_is_taken(tmp_path):
             write_checkpoint(
                 str(tmp_path / "w"), tiny_config(), {}, {n: ((5,), torch.float32) for n in "ab"}, iter(wrong)
             )
+    extra = ((n, torch.ones(5)) for n in "ab")
+    with pytest.raises(ValueError, match="b is not in specs"):
+        write_checkpoint(str(tmp_path / "w"), tiny_config(), {}, {"a": ((5,), torch.float32)}, extra)
     assert os.listdir(tmp_path) == ["out"]
 
 

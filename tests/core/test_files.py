@@ -9,6 +9,7 @@ import time
 import pytest
 from conftest import ROOT
 
+from core.card import base_license
 from core.files import InputError, atomic_write, cli, json_object, printable, read_json, temporary_path
 from core.interrupt import exit_silently
 from core.outputs import (
@@ -21,8 +22,11 @@ from core.outputs import (
     claimed_folder,
     exchange,
     is_inside,
+    read_manifest,
     remove_leftovers,
+    written_files,
 )
+from curation.step_files import load_state
 
 
 def mode(path):
@@ -179,6 +183,16 @@ def test_exchange(tmp_path):
     if exchange(str(tmp_path / "a"), str(tmp_path / "b")):
         assert names(tmp_path / "a") == ["b"] and names(tmp_path / "b") == ["a"]
     assert not exchange(str(tmp_path / "a"), str(tmp_path / "none")) and names(tmp_path) == ["a", "b"]
+
+
+def test_a_pipe_in_a_folder_blocks_nothing(tmp_path):
+    for name in (MANIFEST, "README.md"):
+        os.mkfifo(tmp_path / name)
+    assert read_manifest(str(tmp_path)) == {"files": {}, "card": None}
+    assert written_files(str(tmp_path), "checkpoint") == set() and base_license(str(tmp_path)) is None
+    os.mkfifo(tmp_path / "state.json")
+    with pytest.raises(InputError, match="state.json: is a pipe"):
+        load_state(str(tmp_path))
 
 
 def test_pipes_and_large_and_deep_files_are_one_line(tmp_path, monkeypatch):
