@@ -103,7 +103,7 @@ def train(run: Run, data: Feedback, held_out: Feedback | None, loss: Callable) -
     loss: kto_loss with its last three arguments bound.
     """
     model, args, device = run.model, run.args, run.ranks.device
-    if run.pending and not end_step(run, with_eval(run, run.pending, held_out, loss)):  # the interrupted one
+    if run.pending and not end_step(run, with_eval(run, run.pending, held_out, loss)):  # an interrupted evaluation
         return False
     for step in (bar := progress(run, "kto")):
         start = time.time()
