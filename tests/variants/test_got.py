@@ -9,6 +9,8 @@ import torch
 from conftest import ROOT, write_lines
 
 from core.devices import to_device
+from core.distributed import single_process
+from core.files import InputError
 from model import Qwen2
 from variants import got
 from variants.got import embed_texts, sinkhorn, squared_distances
@@ -93,7 +95,13 @@ def test_run_on_the_demo(tmp_path, run):
     assert "python train_sft.py --ckpt" in printed and str(out / "sft.jsonl") in printed
 
 
-def test_refusals(tiny, tmp_path, refused, monkeypatch):
+def test_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="one process"):
+        single_process(got.main)()
+
+
+def test_refusals(tiny, tmp_path, refused):
     pool = write_lines(tmp_path / "pool.jsonl", [{"prompt": "a", "completion": x} for x in "bc"])
     same = write_lines(tmp_path / "same.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
     aim, none = write_lines(tmp_path / "aim.jsonl", [{"prompt": "a"}]), write_lines(tmp_path / "none.jsonl", [])
@@ -110,6 +118,4 @@ def test_refusals(tiny, tmp_path, refused, monkeypatch):
     refused("odd.jsonl:2", *call(pool, odd))
     refused("one text", *call(same, same))
     refused("nowhere", *call(pool, aim, ckpt=tmp_path / "nowhere"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused("one process", *call(pool, aim))
     assert not Path(tmp_path / "o").exists()
