@@ -50,6 +50,9 @@ SAFETENSORS_DTYPES = {
 }
 
 
+READABLE = {*SAFETENSORS_DTYPES, torch.float8_e4m3fn, torch.float8_e5m2}
+
+
 class Checkpoint:
     """A checkpoint opened for reading, one tensor at a time.
 
@@ -133,7 +136,7 @@ class Checkpoint:
             self.files = {name: text for name, text in content["files"].items() if name in SIDE_FILES}
             kinds = {type(self.config) is dict, *(isinstance(t, Tensor) for t in weights.values())}
             kinds |= {isinstance(text, str) for text in [*self.files.values(), *weights]}
-            if kinds != {True}:
+            if kinds != {True} or not all(map(is_plain, weights.values())):
                 raise TypeError
             self._tensors = {name: (t, name) for name, t in weights.items()}
         except pickle.UnpicklingError:
@@ -144,7 +147,8 @@ class Checkpoint:
         except OSError as e:
             raise InputError(f"{path}: cannot be read: {e.strerror}") from None
         except (KeyError, TypeError, IndexError, AttributeError):
-            raise InputError(f"{path}: a .pt checkpoint of this project has the keys config, files, weights") from None
+            keys = "a .pt checkpoint of this project has the keys config, files, weights; the weights are whole tensors"
+            raise InputError(f"{path}: {keys}") from None
 
     def tensor(self, name: str) -> Tensor:
         """The tensor in its stored dtype, on the CPU. It is read from disk now."""
@@ -157,12 +161,15 @@ class Checkpoint:
         return tuple(f.shape if isinstance(f, Tensor) else f.get_slice(key).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """The tensor's stored dtype, from the file's header."""
+        """The tensor's stored dtype, from the file's header. InputError for one of which nothing can be computed."""
         f, key = self._tensors[name]
-        if isinstance(f, Tensor):
-            return f.dtype
-        code = f.get_slice(key).get_dtype()
-        return next((d for d, c in SAFETENSORS_DTYPES.items() if c == code), None) or self.tensor(name).dtype
+        code = None if isinstance(f, Tensor) else f.get_slice(key).get_dtype()
+        dtype = next((d for d, c in SAFETENSORS_DTYPES.items() if c == code), None) or self.tensor(name).dtype
+        if dtype not in READABLE:
+            raise InputError(
+                f"{self.source}: {name} is stored as {dtype}, which is not supported; convert it to float32"
+            )
+        return dtype
 
     def digest(self, name: str) -> str:
         """SHA-256 of a tensor's bytes, in hexadecimal."""
@@ -218,8 +225,15 @@ def open_safetensors(path: str) -> safe_open:
         raise InputError(f"{path}: missing or corrupt ({reason}); download it again") from None
 
 
+def is_plain(t: Tensor) -> bool:
+    """True if the file holds every element of a tensor. A view may repeat one element a billion times."""
+    whole = t.layout is torch.strided and t.device.type == "cpu" and t.is_contiguous()
+    return whole and not (t.is_quantized or t.is_conj() or t.is_neg())
+
+
 def all_finite(t: Tensor) -> bool:
     """True if a tensor of floats, of any shape, has no NaN and no infinity."""
+    t = t.float() if t.dtype.itemsize == 1 else t  # float8 has no sum
     return bool(t.sum().isfinite()) or bool(t.isfinite().all())  # the sum is faster but may overflow
 
 

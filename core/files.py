@@ -44,9 +44,20 @@ def cli(main: Callable[[], object]) -> None:
     with contextlib.suppress(AttributeError, ValueError):  # bytes that are not UTF-8 in a chat's input
         sys.stdin.reconfigure(errors="replace")
     try:
+        if silent:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        run_main(main)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if silent:  # while the interpreter exits, which takes a moment with torch
+            signal.signal(signal.SIGINT, exit_silently)
+
+
+def run_main(main: Callable[[], object]) -> None:
+    """cli() without its handling of signals."""
+    try:
         try:
-            if silent:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
             main()
         finally:
             if sys.stdout and not sys.stdout.closed:
@@ -58,11 +69,6 @@ def cli(main: Callable[[], object]) -> None:
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         discard_output()
         sys.exit(141)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if silent:  # while the interpreter exits, which takes a moment with torch
-            signal.signal(signal.SIGINT, exit_silently)
 
 
 @functools.cache

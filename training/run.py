@@ -36,6 +36,7 @@ from training.logps import sequence_logps
 from training.saves import (
     CHECKPOINTS,
     Run,
+    claim_save,
     numbered,
     prune,
     release_lock,
@@ -250,6 +251,7 @@ def end_step(run: Run, record: dict | None) -> bool:
     if due(step, run.total, args.save_every):
         save_run(run, step)
     elif best:
+        claim_save(run, step)
         save_model(run, step_path(args, step))
         if is_main():
             prune(run, step)
@@ -320,7 +322,7 @@ def finish_run(run: Run, facts: list[str], following: list[list[str]]) -> None:
             print(line)
         if run.skips:
             print(f"{len(run.skips)} steps skipped, their loss or gradient was not finite; see 'offending' in the log")
-        if run.best[1] in numbered(run.args, CHECKPOINTS):
+        if run.best[1] in numbered(run.args.out, CHECKPOINTS):
             print(f"lowest eval_loss, not the last: {run.best[0]:.4g}, {step_path(run.args, run.best[1])}")
         print(f"{run.total} steps in {time.time() - run.started:.0f} s")
         print(f"wrote {out} (checkpoint, fp32) and {out}.run/log.jsonl")

@@ -25,7 +25,15 @@ from torch import Tensor
 from core.checkpoint import Checkpoint, write_checkpoint, write_safetensors
 from core.distributed import Ranks, gathered, is_main, is_sharded, load_into
 from core.files import InputError, atomic_write, lock
-from core.outputs import check_folder, claim_folder, discard_checkpoint, remove_leftovers
+from core.outputs import (
+    check_folder,
+    claim_folder,
+    discard_checkpoint,
+    read_manifest,
+    remove_leftovers,
+    write_manifest,
+    written_files,
+)
 from model import Qwen2
 
 
@@ -66,9 +74,13 @@ def step_path(args: argparse.Namespace, step: int) -> str:
     return run_file(args, f"step-{step}" + (".pt" if args.out.endswith(".pt") else ""))
 
 
-def numbered(args: argparse.Namespace, pattern: str) -> dict[int, str]:
+def moments_path(args: argparse.Namespace, step: int) -> str:
+    return run_file(args, f"optimizer-{step}.safetensors")
+
+
+def numbered(out: str, pattern: str) -> dict[int, str]:
     """{step: path} of the files in OUT.run/ whose names match the pattern."""
-    folder = f"{args.out}.run"
+    folder = f"{out}.run"
     found = (re.fullmatch(pattern, name) for name in (os.listdir(folder) if os.path.isdir(folder) else []))
     return {int(match[1]): os.path.join(folder, match[0]) for match in found if match}
 
@@ -92,6 +104,10 @@ def second_run_error(out: str) -> InputError:
 def check_not_running(out: str) -> None:
     """InputError if another run is writing to OUT, or a file in OUT.run/ is not from a run. Changes nothing on disk."""
     check_folder(f"{out}.run", "training", OWN_FILES)
+    own = written_files(f"{out}.run", "training")
+    for path in (*numbered(out, CHECKPOINTS).values(), *numbered(out, MOMENTS).values()):
+        if os.path.basename(path) not in own:  # pruning would remove it
+            raise InputError(f"{path}: was not written by training; move it, or give another --out")
     path = lock_path(out)
     if os.path.isfile(path) and path not in LOCKS:
         try:
@@ -153,6 +169,13 @@ def save_model(run: Run, out: str, card: str | None = None) -> None:
     write_gathered(run, weights, lambda pairs: write_checkpoint(out, config, run.files, specs, pairs, card=card))
 
 
+def claim_save(run: Run, step: int) -> None:
+    """Records that the files of a save are ours, before they are written: only such files are ever removed."""
+    if is_main():
+        names = map(os.path.basename, (step_path(run.args, step), moments_path(run.args, step)))
+        claim_folder(f"{run.args.out}.run", "training", [*OWN_FILES, *names])
+
+
 def save_run(run: Run, step: int, pending: dict | None = None) -> None:
     """Writes step-N and the files for --resume, then removes saves beyond --keep. pending: see Run."""
     names = {p: name for name, p in run.model.named_parameters()}
@@ -160,10 +183,11 @@ def save_run(run: Run, step: int, pending: dict | None = None) -> None:
     tensors |= {f"buffer/{name}": t for name, t in run.model.named_buffers()}
 
     def write_moments(pairs):
-        with atomic_write(run_file(run.args, f"optimizer-{step}.safetensors"), "wb") as f:
+        with atomic_write(moments_path(run.args, step), "wb") as f:
             write_safetensors(f, tensor_specs(tensors), pairs)
 
     try:
+        claim_save(run, step)
         save_model(run, step_path(run.args, step))
         write_gathered(run, tensors, write_moments)
         write_state(run, step, pending=pending)
@@ -186,7 +210,7 @@ def write_state(run: Run, step: int, finished: bool = False, pending: dict | Non
 def restore(run: Run) -> None:
     """Loads weights, moments and buffers of the save after step run.done."""
     weights = Checkpoint(step_path(run.args, run.done))
-    path = run_file(run.args, f"optimizer-{run.done}.safetensors")
+    path = moments_path(run.args, run.done)
     try:
         moments = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
@@ -228,9 +252,16 @@ def tidy(run: Run) -> None:
 
 def prune(run: Run, step: int) -> None:
     """Removes saves in OUT.run/, except the last --keep up to `step`, the best one, and the one to resume from."""
-    earlier = sorted(s for s in numbered(run.args, CHECKPOINTS) if s <= step and s < run.total)  # the last step is OUT
+    earlier = sorted(
+        s for s in numbered(run.args.out, CHECKPOINTS) if s <= step and s < run.total
+    )  # the last step is OUT
     newest = earlier[-run.args.keep :]
     for pattern, wanted in (CHECKPOINTS, {*newest, run.best[1], run.saved}), (MOMENTS, {run.saved}):
-        for number, path in numbered(run.args, pattern).items():
+        for number, path in numbered(run.args.out, pattern).items():
             if number not in wanted:
                 discard_checkpoint(path)
+    folder = f"{run.args.out}.run"
+    manifest = read_manifest(folder)
+    left = {name: by for name, by in manifest["files"].items() if name in (*OWN_FILES, *os.listdir(folder))}
+    if left != manifest["files"]:
+        write_manifest(folder, manifest | {"files": left})

@@ -14,7 +14,7 @@ from conftest import ROOT, tiny_config, tiny_files, tiny_model
 from training_runs import trap
 
 from core import outputs
-from core.checkpoint import Checkpoint, write_checkpoint
+from core.checkpoint import Checkpoint, all_finite, write_checkpoint
 from core.files import InputError
 from core.flags import check_out
 from core.outputs import MANIFEST
@@ -128,6 +128,38 @@ def test_a_pt_file_of_other_things_is_refused(tmp_path):
         torch.save(content, tmp_path / f"{i}.pt")
         with pytest.raises(InputError, match=f"{i}.pt: a .pt checkpoint of this project has the keys"):
             Checkpoint(tmp_path / f"{i}.pt")
+
+
+@pytest.mark.parametrize(
+    "t",
+    [
+        torch.ones(1).expand(2**40),
+        torch.ones(64)[::2],
+        torch.ones(32).to_sparse(),
+        torch.ones(32, device="meta"),
+        torch.ones(32)._neg_view(),
+    ],
+    ids=["expanded", "strided", "sparse", "meta", "negative"],
+)
+def test_a_pt_file_of_views_is_refused(tmp_path, t):
+    """A file of some bytes may claim a tensor of terabytes."""
+    torch.save({"config": {}, "files": {}, "weights": {"a": t}}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="x.pt: .* the weights are whole tensors"):
+        Checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("code, shape", [("C64", [8]), ("U16", [32]), ("F4", [128]), ("F8_E8M0", [64])])
+def test_dtypes_without_arithmetic_are_refused(tmp_path, code, shape):
+    head = json.dumps({"a": {"dtype": code, "shape": shape, "data_offsets": [0, 64]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(64))
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    with pytest.raises(InputError, match="a is stored as torch.*, which is not supported"):
+        Checkpoint(tmp_path).dtype("a")
+
+
+def test_finiteness_of_all_dtypes():
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        assert all_finite(torch.ones(3).to(dtype)) and not all_finite(torch.tensor([1.0, torch.nan]).to(dtype))
 
 
 class Payload:

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import types
@@ -33,6 +34,7 @@ from core import distributed
 from core.checkpoint import Checkpoint
 from core.conversations import sft_conversations
 from core.distributed import Ranks, overlapped_reduction, rank_micro_batches, split_by_tokens
+from core.outputs import read_manifest
 from core.records import read_records
 from core.tokenizer import Tokenizer
 from model import Qwen2
@@ -262,6 +264,24 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(tiny, kto_data, tmp_path):
     assert "lock" not in listing(stopped)
     finish("train_kto", arguments, tmp_path)
     same_run(whole, stopped)
+
+
+def test_saves_of_the_user_are_never_removed(tiny, sft_data, tmp_path, run, refused):
+    """Files in OUT.run/ with the names of saves, that no run wrote there."""
+    out = tmp_path / "o.pt"
+    arguments = command(tiny, sft_data, out, "--epochs", 1, "--save-every", 1, "--keep", 1)
+    for name in ("step-1.pt", "step-7", "optimizer-3.safetensors"):
+        os.makedirs(f"{out}.run/{name}") if name == "step-7" else write_lines(f"{out}.run/{name}", ["mine"])
+        refused([f"{name}: was not written by training"], "train_sft", *arguments)
+        assert os.listdir(f"{out}.run") == [name]
+        shutil.rmtree(f"{out}.run")
+        os.makedirs(f"{out}.run")
+    assert run("train_sft", *arguments)[0] == 0 and len(listing(out)) == 4  # one of them is the newest save
+    saves = {name for name in read_manifest(f"{out}.run")["files"] if name.startswith(("step", "optimizer"))}
+    assert len(saves) == 1 and saves < {*listing(out)}
+    assert run("train_sft", *arguments)[0] == 0  # its own saves are no obstacle
+    write_lines(f"{out}.run/step-0.pt", ["mine"])
+    refused(["step-0.pt: was not written by training"], "train_sft", *arguments)
 
 
 def test_a_second_run_in_one_out_is_refused(tiny, sft_data, tmp_path, run, refused, monkeypatch):
