@@ -271,11 +271,11 @@ def test_saves_of_the_user_are_never_removed(tiny, sft_data, tmp_path, run, refu
     out = tmp_path / "o.pt"
     arguments = command(tiny, sft_data, out, "--epochs", 1, "--save-every", 1, "--keep", 1)
     for name in ("step-1.pt", "step-7", "optimizer-3.safetensors"):
+        os.makedirs(f"{out}.run")
         os.makedirs(f"{out}.run/{name}") if name == "step-7" else write_lines(f"{out}.run/{name}", ["mine"])
         refused([f"{name}: was not written by training"], "train_sft", *arguments)
         assert os.listdir(f"{out}.run") == [name]
         shutil.rmtree(f"{out}.run")
-        os.makedirs(f"{out}.run")
     assert run("train_sft", *arguments)[0] == 0 and len(listing(out)) == 4  # one of them is the newest save
     saves = {name for name in read_manifest(f"{out}.run")["files"] if name.startswith(("step", "optimizer"))}
     assert len(saves) == 1 and saves < {*listing(out)}
