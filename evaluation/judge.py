@@ -105,7 +105,7 @@ def verdict_table(results: dict, first: str) -> str:
             row += [f"{c['p_holm']:.2g}", f"{c['wins']} / {c['ties']} / {c['losses']}"]
             row += [f"{c['characters']:.0f}, {c['characters_first']:.0f}"]
             lines.append(f"| {' | '.join(row)} |")
-    note = "Percent ± one standard error; a tie counts half. p: for no difference from 50, bootstrap, Holm-corrected.\n"
+    note = "Percent ± one standard error; a tie counts half. p: bootstrap test against 50 %, Holm-corrected.\n"
     return "\n".join(lines) + f"\n\n{note}"
 
 
