@@ -47,8 +47,8 @@ def main() -> None:
             merge_by_ties(args)
         else:
             sft(args, "sft-paper-lr", "1e-6", "data/sft.jsonl")
-            kto(args, "sft-kto-paper-lr", f"{args.out}/sft-paper-lr", "5e-8", "data/kto.jsonl")
             evaluate(args, "sft-paper-lr")
+            kto(args, "sft-kto-paper-lr", f"{args.out}/sft-paper-lr", "5e-8", "data/kto.jsonl")
             evaluate(args, "sft-kto-paper-lr")
     print("next: python -m experiments.own_responses, with the same flags")
 
