@@ -206,20 +206,29 @@ def read_samples(path: str) -> dict[tuple, dict]:
 
 
 def differing_questions(samples: dict[tuple, dict], first: str, second: str) -> tuple[list[str], str]:
-    """-> (a line of counts for each task, Markdown with both replies to each question that they score differently)."""
-    text, counts = "", collections.defaultdict(lambda: [0, 0, 0])  # {task: [wins of first, of second, questions]}
+    """-> (a line for each task, Markdown with both replies to each question that they score differently).
+
+    A line has the counts, the mean difference and its p-value, over questions (McNemar's exact test for 0/1 scores).
+    """
+    text, scores = "", collections.defaultdict(list)  # {task: [(score of first, score of second)]}
     for (name, task, question_id), sample in samples.items():
         other = samples.get((second, task, question_id))
         if name != first or other is None:
             continue
-        counts[task][2] += 1
+        scores[task].append((sample["correct"], other["correct"]))
         if sample["correct"] != other["correct"]:
-            counts[task][sample["correct"] < other["correct"]] += 1
             text += f"## {task} {question_id}\n\n{sample['prompt'][-1]['content']}\n\n"
             for x in (sample, other):
                 verdict = f"{float(x['correct']):g}, read as {x['extracted']!r}"
                 text += f"### {x['checkpoint']}: {verdict}\n\n{x['reply']}\n\n"
-    lines = [f"{task}: {first} better on {x}, {second} on {y}, of {n} questions" for task, (x, y, n) in counts.items()]
+    lines = []
+    for task, pairs in scores.items():
+        wins = sum(x > y for x, y in pairs), sum(x < y for x, y in pairs)
+        found = paired_comparison(*map(list, zip(*pairs)))
+        lines.append(
+            f"{task}: {first} better on {wins[0]}, {second} on {wins[1]}, of {len(pairs)} questions: "
+            f"{100 * found['difference']:+.1f} points, p = {found['p']:.2g} ({found['test']})"
+        )
     return lines, text
 
 

@@ -459,7 +459,7 @@ def test_compare_two(run, refused, tmp_path):
     lines += [sample("org/b", "t", i, i in (0, 3), f"{i} of b") for i in range(4)]
     write_lines(tmp_path / "samples.jsonl", lines)
     code, out, _ = run("eval", "compare", "a", "org/b", "--out", tmp_path)
-    assert code == 0 and "t: a better on 2, org/b on 1, of 4 questions" in out
+    assert code == 0 and "t: a better on 2, org/b on 1, of 4 questions: -25.0 points, p = 1 (McNemar)" in out
     text = (tmp_path / "a-vs-org_b.md").read_text()
     assert [f"Question {i}" in text for i in range(4)] == [False, True, True, True]
     assert "### a: 1, read as '1'\n\n1 of a\n\n### org/b: 0, read as '1'\n\n1 of b" in text
