@@ -75,7 +75,10 @@ def read_replies(out: str) -> dict[str, dict]:
 def known_checkpoints(out: str) -> dict[str, dict]:
     """OUT/checkpoints.json: {checkpoint as it was given: {"fingerprint", "stop_ids"}}."""
     path = os.path.join(out, CHECKPOINTS)
-    return read_json(path) if os.path.exists(path) else {}
+    known = read_json(path) if os.path.exists(path) else {}
+    if not all(isinstance(entry, dict) and {*entry} == {"fingerprint", "stop_ids"} for entry in known.values()):
+        raise InputError(f"{path}: not a list of evaluated checkpoints; delete it (the replies are kept)")
+    return known
 
 
 def remember_checkpoint(out: str, source: str, known: dict) -> None:

@@ -35,9 +35,9 @@ def kept_lines(run: Run) -> list[str]:
     last = run.done - (run.pending is not None)
     if not os.path.isfile(path):
         raise InputError(f"{path}: missing, so the saved run is incomplete; drop --resume to start again")
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
-            with contextlib.suppress(ValueError):  # a full disk may have truncated the last line
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a full disk may have truncated the last line
                 record = json.loads(line)
                 if record["step"] <= last:
                     lines.append(line.strip() + "\n")

@@ -75,7 +75,9 @@ def read_ref_cache(path: str) -> dict[bytes, float]:
     try:
         content = safetensors.torch.load_file(path)
         keys, values = content["keys"].numpy().tobytes(), content["logps"].tolist()
-    except (safetensors.SafetensorError, KeyError, OSError) as e:
+        if content["keys"].dtype != torch.uint8 or content["keys"].shape != (len(values), 32):
+            raise KeyError("keys of 32 bytes")
+    except (safetensors.SafetensorError, KeyError, TypeError, OSError) as e:
         raise InputError(f"{path}: not a cache of reference log-probabilities ({e}); remove it") from None
     return {keys[32 * i : 32 * i + 32]: v for i, v in enumerate(values)}
 

@@ -128,6 +128,9 @@ def find_save(run: Run) -> None:
     path = run_file(run.args, "state.json")
     if run.args.resume and os.path.isfile(path):
         state = read_json(path)
+        kinds = {"identity": dict, "step": int, "finished": bool, "pending": dict | None}
+        if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+            raise InputError(f"{path}: is not the state of a run; drop --resume to start again")
         changed = {k for k in run.identity if state["identity"].get(k) != run.identity[k]}
         if others := sorted(changed - {CODE}):
             raise InputError(

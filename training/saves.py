@@ -225,8 +225,10 @@ def restore(run: Run) -> None:
     for name, p in parameters.items():
         load_into(p, weights.tensor(name))
     for key in moments.keys():
-        kind, name = key.split("/")
-        whole = moments.get_tensor(key)
+        kind, _, name = key.partition("/")
+        whole, target = moments.get_tensor(key), (buffers if kind == "buffer" else parameters).get(name)
+        if target is None or whole.ndim and whole.shape != target.shape:
+            raise InputError(f"{path}: {key} does not fit the model; drop --resume to start again")
         if kind == "buffer":
             load_into(buffers[name], whole)
             continue

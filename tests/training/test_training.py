@@ -14,6 +14,7 @@ import sys
 import types
 
 import pytest
+import safetensors.torch
 import torch
 import torch.utils.checkpoint
 from conftest import tiny_files, tiny_model, write_lines
@@ -34,7 +35,7 @@ from core import distributed
 from core.checkpoint import Checkpoint
 from core.conversations import sft_conversations
 from core.distributed import Ranks, overlapped_reduction, rank_micro_batches, split_by_tokens
-from core.outputs import read_manifest
+from core.outputs import claim_folder, read_manifest
 from core.records import read_records
 from core.tokenizer import Tokenizer
 from model import Qwen2
@@ -282,6 +283,24 @@ def test_saves_of_the_user_are_never_removed(tiny, sft_data, tmp_path, run, refu
     assert run("train_sft", *arguments)[0] == 0  # its own saves are no obstacle
     write_lines(f"{out}.run/step-0.pt", ["mine"])
     refused(["step-0.pt: was not written by training"], "train_sft", *arguments)
+
+
+def test_a_damaged_save_is_one_line(tiny, sft_data, tmp_path, run, refused):
+    out = tmp_path / "o"
+    arguments = command(tiny, sft_data, out, "--epochs", 1, "--save-every", 1, "--resume")
+    state, moments = tmp_path / "o.run/state.json", tmp_path / "o.run/optimizer-3.safetensors"
+    assert run("train_sft", *arguments)[0] == 0
+    whole = json.loads(state.read_text())
+    for damage in ({"step": "1"}, {"identity": 5}, {"finished": None}, {"pending": []}):
+        state.write_text(json.dumps(whole | damage))
+        refused(["state.json: is not the state of a run"], "train_sft", *arguments)
+    state.write_text(json.dumps(whole | {"step": 3, "finished": False}))
+    claim_folder(f"{out}.run", "training", ["optimizer-3.safetensors"])
+    for key, size in (("exp_avg/x", 1), ("exp_avg", 1), ("exp_avg/model.norm.weight", 5), ("buffer/x", 1)):
+        safetensors.torch.save_file({key: torch.ones(size)}, moments)
+        refused([f"optimizer-3.safetensors: {key} does not fit"], "train_sft", *arguments)
+    moments.write_bytes(b"junk")
+    refused(["optimizer-3.safetensors: missing or corrupt"], "train_sft", *arguments)
 
 
 def test_a_second_run_in_one_out_is_refused(tiny, sft_data, tmp_path, run, refused, monkeypatch):
