@@ -211,7 +211,8 @@ def generation(bench: Bench) -> None:
         limit = rows * bandwidth / (weights + cache)
         name = f"generation, {rows} rows" if rows > 1 else "generation, 1 row"
         bench.report(name, made / seconds, "tokens/s", "prompts and graph capture included")
-        bench.report(f"{name}, share of the bandwidth's limit", 100 * made / seconds / limit, "%")
+        note = "the limit: each step reads the weights and the KV cache once"
+        bench.report(f"{name}, share of the bandwidth's limit", 100 * made / seconds / limit, "%", note)
         bench.report(f"{name}, peak memory", peak_gib(bench.device), "GiB")
 
 
