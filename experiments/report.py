@@ -120,22 +120,25 @@ def tested_claims(result: dict) -> list[tuple[str, TableRow, dict]]:
 
 
 def findings_section(results: list[dict]) -> str:
-    """Every claim that was tested, by what its comparison says. Held and opposite first."""
-    groups = {heading: [] for heading in HEADINGS}
-    summaries = []
+    """Every claim that was tested, by what its comparisons say. Held and opposite first."""
+    groups = {heading: {} for heading in HEADINGS}  # {heading: {claim: [what was measured, for each student]}}
+    arms = ["base", *tables.KEPT]
+    lines = []
     for result in results:
-        student = f"{result['student']}. " if len(results) > 1 else ""
+        student = f"{result['student']} " if len(results) > 1 else ""
         for heading, row, comparison in tested_claims(result):
-            groups[heading].append(f"- {student}{tables.finding(row, comparison)}\n")
+            groups[heading].setdefault(row.claim, []).append(student + tables.measured_text(row, comparison))
         test = split_verdicts(result, "test")
-        scores = [f"{NAMES[arm]} {tables.score_text(test[arm])}" for arm in ("base", *tables.KEPT) if arm in test]
-        summaries.append(f"- {student}{'; '.join(scores) or 'No arm is evaluated yet'}.\n")
-    parts = [f"### {HEADINGS[group]}\n\n{''.join(lines or [NOTHING])}\n" for group, lines in groups.items()]
+        lines.append([result["student"], *(tables.score_text(test[arm]) if arm in test else "" for arm in arms)])
+    parts = []
+    for heading, claims in groups.items():
+        found = "".join(f"- {claim}: {'. '.join(measured)}.\n" for claim, measured in claims.items())
+        parts.append(f"### {HEADINGS[heading]}\n\n{found or NOTHING}\n")
     return f"""## What was found
 
 Test instructions followed, in percent with a 95 % interval:
 
-{"".join(summaries)}
+{markdown_table(["student", *(NAMES[arm] for arm in arms)], lines)}
 Differences below are paired, in percentage points, with a 95 % interval. A claim is decided if its p-value, corrected over
 its table (Holm), is below 0.05.
 

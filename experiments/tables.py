@@ -199,12 +199,12 @@ def verdict(row: TableRow, result: dict) -> str:
     return "held" if (result["difference"] > 0) == row.better else "opposite"
 
 
-def finding(row: TableRow, result: dict) -> str:
-    """A claim with its numbers, in one sentence."""
+def measured_text(row: TableRow, result: dict) -> str:
+    """What was measured about a row's claim: difference, interval, p; if undecided, what could have been shown."""
     low, high = result["interval"]
-    text = f"{row.claim}: {points(result['difference'])} points [{points(low)}, {points(high)}]"
     p = p_text(result["p_holm"])
-    text += f", p (Holm) {p if p.startswith('<') else '= ' + p}"
+    text = f"{points(result['difference'])} points [{points(low)}, {points(high)}], p (Holm) "
+    text += p if p.startswith("<") else f"= {p}"
     if verdict(row, result) == "undecided":
         text += f"; {result['n']} questions can show {100 * result['smallest']:.1f} points"
-    return text + "."
+    return text

@@ -11,7 +11,7 @@ from experiments import tables
 from experiments.pictures import running_mean
 from experiments.repeat import step_module, study_command
 from experiments.report import read_results, report
-from experiments.tables import TableRow, compare, finding, interval, points, verdict
+from experiments.tables import TableRow, compare, interval, measured_text, points, verdict
 
 RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
 
@@ -23,6 +23,15 @@ def test_the_committed_report_follows_from_the_committed_results():
     for name, picture in drawn.items():
         assert (ROOT / "docs/images" / name).read_text(encoding="utf-8") == picture
     assert sorted(p.name for p in (ROOT / "docs/images").glob("report-*.svg")) == sorted(drawn)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_scores_of_the_readme_are_those_of_the_results(path):
+    result = json.loads(path.read_text())
+    arms = ("base", "sft", "kto", "sft-kto", "mean", "mean-05-95")
+    verdicts = [result["arms"].get(arm, {}).get("test", {}).get("ifeval", {}).get("right", "") for arm in arms]
+    cells = [f"{100 * right.count('1') / len(right):.1f}" if right else "" for right in verdicts]
+    assert f"| {' | '.join([result['student'], *cells])} |" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 BASE = "1" * 4 + "0" * 16  # 20 %
@@ -96,12 +105,12 @@ def test_equal_arms_can_show_six_questions():
 def test_sentences_and_numbers():
     (row, held), (other, _) = list(compare(ROWS, {"base": BASE, "sft": SFT, "kto": KTO}).items())
     exact = {**held, "interval": (0.2, 0.6)}
-    assert finding(row, exact) == "SFT helps: +40.0 points [+20.0, +60.0], p (Holm) = 0.016."
-    assert finding(row, {**exact, "p_holm": 0.0001}) == "SFT helps: +40.0 points [+20.0, +60.0], p (Holm) < 0.001."
+    assert measured_text(row, exact) == "+40.0 points [+20.0, +60.0], p (Holm) = 0.016"
+    assert measured_text(row, {**exact, "p_holm": 0.0001}) == "+40.0 points [+20.0, +60.0], p (Holm) < 0.001"
     unknown = {**exact, "difference": -0.0001, "interval": (-0.1, 0.1), "p_holm": 0.7, "smallest": 0.314}
     assert (
-        finding(other, unknown)
-        == "KTO hurts: +0.0 points [-10.0, +10.0], p (Holm) = 0.70; 20 questions can show 31.4 points."
+        measured_text(other, unknown)
+        == "+0.0 points [-10.0, +10.0], p (Holm) = 0.70; 20 questions can show 31.4 points"
     )
     assert points(-0.0004) == "+0.0" and points(-0.0006) == "-0.1"
     # 4 of 20: standard error sqrt(0.2 * 0.8 / 19)
@@ -151,7 +160,7 @@ def test_a_result_without_any_arm_or_data(result, save):
     for key in ("commands", "seconds", "chosen", "data", "arms", "values", "curves"):
         result[key] = {}
     text, drawn = report(read_results([save(result)]), "x")
-    assert "No arm is evaluated yet" in text and "not made yet" in text and not drawn
+    assert "not made yet" in text and not drawn
     assert text.count("- Nothing.") == 3
 
 
@@ -170,7 +179,9 @@ def test_another_student_has_its_own_section(result, save):
     section = text[text.index("The paper's table with another student: larger") : text.index("## How to repeat it")]
     assert "| KTO |  |  |  |  | not run |" in section and "| SFT | 1e-5 |  | the only one tried |" in section
     assert "report-scores-2.svg" in section and "report-scores-2.svg" in drawn
-    assert "- larger. SFT on the best verified reply improves the student: +40.0 points" in text
+    assert "- SFT on the best verified reply improves the student: small +40.0 points" in text
+    assert "p (Holm) = 0.016. larger +40.0 points" in text  # 2 / 2^8, twice for the two claims about the first student
+    assert "| larger | 20.0 [2.0, 38.0] | 60.0 [" in text
     # 20 replies of 20 tokens in 50 s; 4,500 tokens in 90 s
     assert "tokens to generate at 8 a\nsecond, 10.5 million to train on at 50 a second" in text
 
