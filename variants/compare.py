@@ -149,7 +149,7 @@ def compared(results: dict[str, dict]) -> dict[str, dict]:
         for name, result in results.items()
         if result["baseline"] in results
     }
-    arms = [name for name in found if results[name]["baseline"] in PLAIN]
+    arms = [name for name in found if name not in PLAIN and results[name]["baseline"] in PLAIN]
     for part in ("test", "kept"):
         for name, p in zip(arms, holm([found[name][part]["p"] for name in arms])):
             found[name][part]["p_holm"] = p
@@ -197,7 +197,7 @@ def table(results: dict[str, dict]) -> str:
 
 def findings(results: dict[str, dict]) -> str:
     """What differs from its baseline by more than noise, and what brought nothing, as Markdown bullets."""
-    changes = {name: c for name, c in compared(results).items() if results[name]["baseline"] in PLAIN}
+    changes = {name: c for name, c in compared(results).items() if "p_holm" in c["test"]}
 
     def those(part: str, sign: int) -> set[str]:
         return {n for n, c in changes.items() if c[part]["p_holm"] < 0.05 and sign * c[part]["difference"] > 0}
