@@ -217,7 +217,7 @@ def cache_places(starts: tuple[int, ...], lengths: tuple[int, ...], device: torc
 
     Document i adds lengths[i] tokens to row i, from position starts[i] on.
     """
-    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths), output_size=sum(lengths))
     positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths)])
     return to_device(rows, device), to_device(positions, device)
 
