@@ -57,6 +57,7 @@ PAPER = [
     TableRow("sft", "base", "SFT on the best verified reply improves the student"),
     TableRow("kto", "base", "KTO alone improves the student"),
     TableRow("sft-kto", "sft", "KTO after SFT improves on SFT"),
+    TableRow("sft-kto", "kto", "SFT before KTO improves on KTO alone"),
     TableRow("mean", "sft", "The fusion 0.5 SFT + 0.5 SFT-KTO improves on SFT"),
     TableRow("mean-05-95", "sft", "The fusion 0.05 SFT + 0.95 SFT-KTO improves on SFT"),
     TableRow("ties", "sft", "TIES of SFT and KTO improves on SFT"),
