@@ -8,6 +8,7 @@
 # After a failure or Ctrl-C, run the same command again: finished steps are not repeated.
 #
 # Flags. In brackets: the demo's defaults. A real run takes the scripts' defaults, the paper's where it gives any.
+# For a few hundred examples a larger rate of SFT works better: docs/REPORT.md, section 7.
 #   run            --ckpt C [demo/base]  --out DIR [runs/demo; runs/NAME-OF-CKPT]
 #   data           --sources F...  --teacher URL|C  --teacher-model NAME  --small C (default: --ckpt)  --target N [2400]
 #                  --trust-references F...  --decontaminate F...  --concurrency N  --data-max-new-tokens N [48]

@@ -63,6 +63,7 @@ PAPER = [
     TableRow("ties", "sft", "TIES of SFT and KTO improves on SFT"),
     TableRow("searched", "sft"),
     TableRow("sft-paper-lr", "base", "SFT at the paper's rate of 1e-6 improves the student"),
+    TableRow("sft-paper-lr", "sft", "SFT at the paper's rate is worse than SFT at the larger rate", better=False),
     TableRow("sft-kto-paper-lr", "base", "SFT at 1e-6, then KTO at 5e-8, improves the student"),
 ]
 OWN = [

@@ -78,7 +78,12 @@ def add_training_flags(
     p.add_argument("--epochs", type=at_least(1), default=epochs, help="passes over the data")
     p.add_argument("--max-steps", type=at_least(1), help="optimizer steps; overrides --epochs")
     p.add_argument("--batch-size", type=at_least(1), default=batch_size, help="examples per step, all ranks together")
-    p.add_argument("--lr", type=number(0), default=lr, help="peak learning rate")
+    p.add_argument(
+        "--lr",
+        type=number(0),
+        default=lr,
+        help="peak learning rate; for a few hundred examples a larger one, see docs/REPORT.md",
+    )
     schedules = ["cosine", "linear", "constant"]
     p.add_argument("--schedule", choices=schedules, default="cosine", help="learning-rate schedule")
     p.add_argument("--warmup", type=at_least(0), default=10, help="steps in which the learning rate rises from 0")
