@@ -6,13 +6,21 @@ import torch
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the values of --dtype
-DEVICE, DTYPE = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")  # defaults
+
+
+def default_dtype(device: str) -> str:
+    """fp32 on a CPU, bf16 on a GPU."""
+    return "fp32" if device == "cpu" else "bf16"
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # default
+DTYPE = default_dtype(DEVICE)
 
 
 def choose_device(args: argparse.Namespace) -> None:
-    """Sets args.device and args.dtype to the defaults where they were not given: bf16 on a GPU, fp32 on a CPU."""
+    """Sets args.device and args.dtype to the defaults where they were not given."""
     args.device = args.device or DEVICE
-    args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
+    args.dtype = args.dtype or default_dtype(args.device)
 
 
 def to_device(x: Tensor | list, device: torch.device | str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Collect a study's results in one small JSON file. experiments.report writes docs/REPORT.md from it.
+"""Collects a study's results in one small JSON file. experiments.report writes docs/REPORT.md from it.
 
     python -m experiments.collect --out runs/study --student SmolLM2-135M-Instruct --teacher Qwen2.5-Coder-1.5B-Instruct
 
@@ -84,8 +84,9 @@ def likelihood_score(folder: Path, task: str) -> dict:
 
 
 def portable_command(command: list[str], out: Path) -> list[str]:
-    """A command with runs/study for the study's folder, and no other folder's absolute path."""
-    command = [word.replace(str(out), "runs/study") for word in command]
+    """A command without absolute paths: runs/NAME for a study's folder out of the way, names for all others."""
+    if out.is_absolute():
+        command = [word.replace(str(out), f"runs/{out.name}") for word in command]
     return [Path(word).name if word.startswith("/") else word for word in command]
 
 

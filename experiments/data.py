@@ -1,4 +1,4 @@
-"""Make the studies' data: instructions, the teacher's replies, the student's, labels by program.
+"""Makes the studies' data: instructions, the teacher's replies, the student's, labels by program.
 
     python -m experiments.data --student smollm2-135m-instruct --teacher qwen1.5b
 

@@ -1,4 +1,4 @@
-"""Write instructions with program-checked constraints, in IFEval's format: three files for training, dev and test.
+"""Writes instructions with program-checked constraints, in IFEval's format: three files for training, dev and test.
 
     python -m experiments.instructions --out runs/study/instructions
 

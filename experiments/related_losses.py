@@ -1,4 +1,4 @@
-"""Study 6, the losses of related papers (variants/) beside SFT and KTO: the same data, steps and learning rate.
+"""Study 5, the losses of related papers (variants/) beside SFT and KTO: the same data, steps and learning rate.
 
     python -m experiments.related_losses --student smollm2-135m-instruct
 
@@ -10,16 +10,14 @@ from pathlib import Path
 
 from core.files import atomic_write, cli
 from core.records import read_jsonl
+from demo.split import paired_rows
 from experiments.steps import choose_lr, evaluate, run_step, sft, study_flags, training_flags
 
 
 def write_pairs(kto: str, path: str) -> None:
-    """Rows of kto.jsonl as DPO's pairs. A desirable row is followed by the undesirable one of the same prompt."""
-    rows = [row for _, row in read_jsonl(kto)]
+    """The pairs of kto.jsonl, as variants.dpo reads them."""
     with atomic_write(path) as f:
-        for good, bad in zip(rows[::2], rows[1::2], strict=True):
-            assert good["label"] and not bad["label"] and good["prompt"] == bad["prompt"], good["id"]
-            pair = {"prompt": good["prompt"], "chosen": good["completion"], "rejected": bad["completion"]}
+        for pair in paired_rows(row for _, row in read_jsonl(kto)):
             f.write(json.dumps(pair) + "\n")
 
 

@@ -72,15 +72,17 @@ def with_teacher(command: list[str]) -> list[str]:
 def repeat_section(results: list[dict]) -> str:
     """One command a table with its time, and the steps' own commands."""
     lines, commands, collected = [], [], []
-    for result, with_all in zip(results, [True, *([False] * len(results))]):
+    for i, result in enumerate(results):
         by_module = {}
         for step in result["commands"]:
             by_module.setdefault(step_module(step), []).append(step)
         modules = ["data", *(module for _, _, module, _ in STUDIES), "side_effects"]
-        titles = ["the data", *(str(number) for number in range(1, len(STUDIES) + 2))]
+        titles = ["the data", *map(str, range(1, len(modules)))]
+        if i:  # only the paper's table, in a section of its own
+            titles[1] = str(len(modules) - 1 + i)
         for title, module in zip(titles, modules):
             steps = by_module.get(module, [])
-            if steps or with_all:
+            if steps or not i:
                 minutes = sum(result["seconds"].get(step, 0) for step in steps) / 60
                 time = f"{minutes:.0f} min" if steps else "not run"
                 lines.append([result["student"], title, f"`{study_command(result, module)}`", time])
@@ -92,7 +94,7 @@ def repeat_section(results: list[dict]) -> str:
         collected.append(f"python -m experiments.collect --out {study_folder(result)} {names}\n")
     return f"""## How to repeat it
 
-{markdown_table(["student", "table", "command", "time"], lines)}
+{markdown_table(["student", "section", "command", "time"], lines)}
 Times on {CORES} cores that other work shared; of an interrupted step only the last part counts. Then gather the numbers and
 write this page:
 

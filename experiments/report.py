@@ -1,4 +1,4 @@
-"""Write docs/REPORT.md and its pictures from the studies' result files alone.
+"""Writes docs/REPORT.md and its pictures from the studies' result files alone.
 
     python -m experiments.report
 
@@ -249,7 +249,7 @@ def study_sections(result: dict, drawn: dict[str, str], images: str) -> str:
 
 
 def kept_section(result: dict) -> str:
-    """Study 5: what is lost."""
+    """Study 6: what is lost."""
     reasons = {**tables.NOT_RUN, **result["not_run"]}
     parts = [
         f"## {len(STUDIES) + 1}. What is lost\n\nBenchmarks that no arm was trained for, perplexity, and the form of the replies.\n\n"

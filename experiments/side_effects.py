@@ -1,4 +1,4 @@
-"""Study 5, what is lost: MMLU and perplexity of plain text by likelihood, and IFEval itself, for the main arms.
+"""Study 6, what is lost: MMLU and perplexity of plain text by likelihood, and IFEval itself, for the main arms.
 
 python -m experiments.side_effects --student smollm2-135m-instruct --data-dir data
 """
@@ -18,29 +18,15 @@ def main() -> None:
     args = p.parse_args()
     for task in args.tasks:
         for arm in args.arms:
-            common = [
-                "eval.py", "--ckpt", args.student if arm == "base" else f"{args.out}/{arm}", "--tasks", task,
-                "--data-dir", args.data_dir, "--dtype", args.dtype,
-            ]  # fmt: skip
+            ckpt = args.student if arm == "base" else f"{args.out}/{arm}"
             if task == "ifeval":
-                more = [
-                    "--max-new-tokens",
-                    str(args.max_new_tokens),
-                    "--batch-size",
-                    "64",
-                    "--out",
-                    f"{args.out}/eval/ifeval/{arm}",
-                ]
+                out = f"{args.out}/eval/ifeval/{arm}"
+                more = ["--max-new-tokens", str(args.max_new_tokens), "--batch-size", "64", "--out", out]
             else:
-                more = [
-                    "--protocol",
-                    "loglik",
-                    "--limit",
-                    str(args.limit),
-                    "--out",
-                    f"{args.out}/eval/kept/{arm}-{task}",
-                ]
-            run_step(args.out, f"{task}-{arm}", [*common, *more])
+                out = f"{args.out}/eval/kept/{arm}-{task}"
+                more = ["--protocol", "loglik", "--limit", str(args.limit), "--out", out]
+            common = ["--tasks", task, "--data-dir", args.data_dir, "--dtype", args.dtype]
+            run_step(args.out, f"{task}-{arm}", ["eval.py", "--ckpt", ckpt, *common, *more])
     print("next: python -m experiments.collect --help")
 
 

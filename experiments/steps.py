@@ -1,4 +1,4 @@
-"""Run the project's own commands as the steps of a study. Finished steps are skipped; interrupted ones continue."""
+"""Runs the project's own commands as the steps of a study. Finished steps are skipped; interrupted ones continue."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ def study_flags(description: str) -> Parser:
     add = p.add_argument
     # where
     add("--out", default="runs/study", help="folder of all studies: data, checkpoints, replies")
-    add("--student", required=True, help="checkpoint to train, directory")
+    add("--student", required=True, help="checkpoint to train")
     # training
     add("--sft-lrs", nargs="+", default=["1e-5", "5e-5"], help="learning rates of SFT to choose from")
     add("--kto-lrs", nargs="+", default=["2e-6", "1e-5"], help="learning rates of KTO to choose from")
@@ -27,8 +27,8 @@ def study_flags(description: str) -> Parser:
     add("--beta", type=number(above=0), default=0.1, help="KTO's beta, per nat")
     add("--seed", type=int, default=0, help="random seed of training and sampling")
     # data and evaluation
-    add("--reply-tokens", type=at_least(1), default=100, help="most tokens of a reply to learn from")
-    add("--max-new-tokens", type=at_least(1), default=160, help="most tokens of an evaluated reply")
+    add("--reply-tokens", type=at_least(1), default=100, help="maximum tokens of a reply to learn from")
+    add("--max-new-tokens", type=at_least(1), default=160, help="maximum tokens of an evaluated reply")
     add("--dtype", choices=("fp32", "bf16"), default="bf16", help="compute dtype")
     return p
 

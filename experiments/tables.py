@@ -116,7 +116,7 @@ CALLED = {"sft": "SFT", "kto": "KTO", "sft-kto": "SFT, then KTO,", "mean": "The 
 
 
 def kept_rows(task: str) -> list[TableRow]:
-    """Study 5: has an arm become worse at a task that it was not trained for?"""
+    """Study 6: has an arm become worse at a task that it was not trained for?"""
     claims = [TableRow(arm, "base", f"{CALLED[arm]} lowers the score of {task}", better=False) for arm in KEPT]
     return [TableRow("base"), *claims]
 

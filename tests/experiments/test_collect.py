@@ -1,6 +1,7 @@
 """experiments.collect on a small folder of a study, and the studies' command lines."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import write_lines
@@ -121,5 +122,8 @@ def test_looping():
 
 
 def test_portable_command(tmp_path):
-    command = ["eval.py", f"{tmp_path}/sft", "/models/base", "--n", "5", "runs/x"]
-    assert portable_command(command, tmp_path) == ["eval.py", "runs/study/sft", "base", "--n", "5", "runs/x"]
+    out = tmp_path / "study"
+    command = ["eval.py", f"{out}/sft", "/models/base", "--n", "5", "runs/x"]
+    assert portable_command(command, out) == ["eval.py", "runs/study/sft", "base", "--n", "5", "runs/x"]
+    command = ["eval.py", "runs/study-0.5b/sft"]
+    assert portable_command(command, Path("runs/study-0.5b")) == command  # a folder of the reader's own
