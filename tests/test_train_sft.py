@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import real, tiny_files, tiny_model, write_lines
-from training_runs import chats, log, trl_log, update_error, weights
+from conftest import tiny_files, tiny_model, write_lines
+from training_runs import chats, flags, log, several_turns, update_error, weights
 
 import train_sft
 from core.checkpoint import Checkpoint
@@ -24,11 +24,6 @@ from training.step import lr_at
 @pytest.fixture
 def data(tmp_path):
     return write_lines(tmp_path / "sft.jsonl", chats(13))
-
-
-def flags(tiny, data, out, *more):
-    settings = ("--batch-size", 4, "--lr", 1e-3, "--max-len", 64, "--warmup", 0, "--epochs", 2)
-    return ("--ckpt", tiny, "--data", data, "--out", out, *settings, *more)
 
 
 def test_loss_is_cross_entropy_per_supervised_token_of_the_step(tiny):
@@ -58,47 +53,6 @@ def test_learning_rates_equal_transformers(schedule):
         theirs.step()
 
 
-def compare_with_trl(model_dir, lr, tmp_path, run):
-    records = chats(16)
-    data = write_lines(tmp_path / "sft.jsonl", records)
-    theirs = trl_log("sft", model_dir, records, tmp_path / "trl", max_steps=4, learning_rate=lr)
-    more = ("--max-steps", 4, "--schedule", "constant", "--no-shuffle", "--lr", lr)
-    assert run("train_sft", *flags(model_dir, data, tmp_path / "ours", *more))[0] == 0
-    ours = log(tmp_path / "ours")
-    assert len(theirs) == len(ours) == 4
-    for a, b in zip(theirs, ours):
-        for key in ("loss", "grad_norm"):
-            assert float(a[key]) == pytest.approx(b[key], rel=2e-5)
-    base = weights(model_dir)
-    assert update_error(weights(tmp_path / "trl"), weights(tmp_path / "ours"), base) < 1e-3
-
-
-@pytest.mark.usefixtures("kernels")
-def test_four_steps_equal_trl(tiny, tmp_path, run):
-    compare_with_trl(tiny, 1e-3, tmp_path, run)
-
-
-def several_turns(n):
-    """n records {"messages"} of two exchanges."""
-    return [{"messages": a["messages"] + b["messages"]} for a, b in zip(chats(n), chats(n, seed=1))]
-
-
-def test_prompts_of_several_turns_equal_trl(tiny, tmp_path, run):
-    """The completion alone is learnt, so messages with --last-turn-only or with a weight of 0 make the same run."""
-    records = several_turns(8)
-    theirs = trl_log("sft", tiny, records, tmp_path / "trl", max_steps=2)
-    unlearnt = [[m | {"weight": int(i == 3)} if i % 2 else m for i, m in enumerate(r["messages"])] for r in records]
-    for name, rows, more in [
-        ("pairs", [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in records], ()),
-        ("last", records, ("--last-turn-only",)),
-        ("weights", [{"messages": messages} for messages in unlearnt], ()),
-    ]:
-        data, more = write_lines(tmp_path / f"{name}.jsonl", rows), (*more, "--schedule", "constant", "--no-shuffle")
-        assert run("train_sft", *flags(tiny, data, tmp_path / name, *more, "--max-steps", 2))[0] == 0
-        for a, b in zip(theirs, log(tmp_path / name), strict=True):
-            assert float(a["loss"]) == pytest.approx(b["loss"], rel=2e-5)
-
-
 def test_every_assistants_turn_of_messages_is_learnt(tiny, tmp_path, run):
     data = write_lines(tmp_path / "sft.jsonl", several_turns(4))
     assert run("train_sft", *flags(tiny, data, tmp_path / "out", "--max-steps", 1, "--max-len", 1024))[0] == 0
@@ -108,11 +62,6 @@ def test_every_assistants_turn_of_messages_is_learnt(tiny, tmp_path, run):
     assert count_supervised(examples) == sum(map(len, replies))
     expected = -example_logps(m, examples).sum().item() / sum(map(len, replies))
     assert log(tmp_path / "out")[0]["loss"] == pytest.approx(expected, rel=1e-5)
-
-
-@real
-def test_four_steps_of_a_real_checkpoint_equal_trl(tmp_path, run):
-    compare_with_trl(os.environ["REAL_CKPT"], 1e-5, tmp_path, run)
 
 
 def test_the_model_that_a_run_starts_from_is_not_written_over(tiny, data, tmp_path, refused):

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 
 from core.checkpoint import Checkpoint
+from model import Qwen2
 
 WORDS = "The capital of France is Paris . What 2 + 2 = 4 hello world def add return lazy dog fox jumps".split()
 
@@ -170,3 +171,24 @@ def trl_log(kind, model_dir, records, out, **settings):
     trainer.train()
     trainer.model.save_pretrained(out)
     return [s for s in trainer.state.log_history if "loss" in s]
+
+
+def flags(tiny, data, out, *more):
+    settings = ("--batch-size", 4, "--lr", 1e-3, "--max-len", 64, "--warmup", 0, "--epochs", 2)
+    return ("--ckpt", tiny, "--data", data, "--out", out, *settings, *more)
+
+
+def several_turns(n):
+    """n records {"messages"} of two exchanges."""
+    return [{"messages": a["messages"] + b["messages"]} for a, b in zip(chats(n), chats(n, seed=1))]
+
+
+def perturbed(source, scale, out):
+    """A reference that is not the policy, so that rewards and KL are not all zero at the first step."""
+    ckpt, g = Checkpoint(source), torch.Generator().manual_seed(7)
+    m = Qwen2.from_pretrained(ckpt)
+    with torch.no_grad():
+        for p in m.parameters():
+            p += scale * p.std() * torch.randn(p.shape, generator=g)
+    m.save(out, ckpt.files)
+    return out

@@ -1,0 +1,102 @@
+"""SFT and KTO against TRL 1.16: losses, gradient norms, logged values and weights of the first steps."""
+
+import os
+
+import pytest
+from conftest import real, write_lines
+from training_runs import chats, feedback, flags, log, perturbed, several_turns, trl_log, update_error, weights
+
+
+@pytest.fixture(scope="module")
+def worse(tiny, tmp_path_factory):
+    return perturbed(tiny, 0.05, str(tmp_path_factory.mktemp("ref") / "worse"))
+
+
+def compare_sft(model_dir, lr, tmp_path, run):
+    records = chats(16)
+    data = write_lines(tmp_path / "sft.jsonl", records)
+    theirs = trl_log("sft", model_dir, records, tmp_path / "trl", max_steps=4, learning_rate=lr)
+    more = ("--max-steps", 4, "--schedule", "constant", "--no-shuffle", "--lr", lr)
+    assert run("train_sft", *flags(model_dir, data, tmp_path / "ours", *more))[0] == 0
+    ours = log(tmp_path / "ours")
+    assert len(theirs) == len(ours) == 4
+    for a, b in zip(theirs, ours):
+        for key in ("loss", "grad_norm"):
+            assert float(a[key]) == pytest.approx(b[key], rel=2e-5)
+    base = weights(model_dir)
+    assert update_error(weights(tmp_path / "trl"), weights(tmp_path / "ours"), base) < 1e-3
+
+
+@pytest.mark.usefixtures("kernels")
+def test_four_steps_of_sft(tiny, tmp_path, run):
+    compare_sft(tiny, 1e-3, tmp_path, run)
+
+
+def test_sft_on_prompts_of_several_turns(tiny, tmp_path, run):
+    """The completion alone is learnt, so messages with --last-turn-only or with a weight of 0 make the same run."""
+    records = several_turns(8)
+    theirs = trl_log("sft", tiny, records, tmp_path / "trl", max_steps=2)
+    unlearnt = [[m | {"weight": int(i == 3)} if i % 2 else m for i, m in enumerate(r["messages"])] for r in records]
+    for name, rows, more in [
+        ("pairs", [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in records], ()),
+        ("last", records, ("--last-turn-only",)),
+        ("weights", [{"messages": messages} for messages in unlearnt], ()),
+    ]:
+        data, more = write_lines(tmp_path / f"{name}.jsonl", rows), (*more, "--schedule", "constant", "--no-shuffle")
+        assert run("train_sft", *flags(tiny, data, tmp_path / name, *more, "--max-steps", 2))[0] == 0
+        for a, b in zip(theirs, log(tmp_path / name), strict=True):
+            assert float(a["loss"]) == pytest.approx(b["loss"], rel=2e-5)
+
+
+@real
+def test_sft_of_a_real_checkpoint(tmp_path, run):
+    compare_sft(os.environ["REAL_CKPT"], 1e-5, tmp_path, run)
+
+
+def compare_kto(model_dir, ref, lr, tmp_path, run, records=None):
+    records = records or feedback(16, seed=3)
+    data = write_lines(tmp_path / "kto.jsonl", records)
+    theirs = trl_log("kto", model_dir, records, tmp_path / "trl", max_steps=4, ref=ref, beta=0.1, learning_rate=lr)
+    more = ("--ref", ref, "--max-steps", 4, "--schedule", "constant", "--no-shuffle", "--lr", lr)
+    assert run("train_kto", *flags(model_dir, data, tmp_path / "ours", *more))[0] == 0
+    ours = log(tmp_path / "ours")
+    assert len(theirs) == len(ours) == 4
+    assert max(s["kl"] for s in ours) > 0.01  # the estimate is at work
+    for a, b in zip(theirs, ours):
+        for key in (
+            "loss",
+            "kl",
+            "grad_norm",
+            *(f"{x}/{y}" for x in ("rewards", "logps") for y in ("chosen", "rejected")),
+            "rewards/margins",
+        ):
+            if key not in a:  # a batch of one label
+                assert b[key] is None, key
+            else:
+                assert float(a[key]) == pytest.approx(b[key], rel=1e-4, abs=2e-5), key
+    base = weights(model_dir)
+    assert update_error(weights(tmp_path / "trl"), weights(tmp_path / "ours"), base) < 1e-3
+
+
+@pytest.mark.usefixtures("kernels")
+def test_four_steps_of_kto(tiny, worse, tmp_path, run):
+    compare_kto(tiny, worse, 1e-3, tmp_path, run)
+
+
+@pytest.mark.parametrize("shape", ["prompt, chosen, rejected", "whole conversations"])
+def test_kto_on_preferences(shape, tiny, worse, tmp_path, run):
+    labelled = feedback(16, seed=3)
+    pairs = [
+        {"prompt": good["prompt"], "chosen": good["completion"], "rejected": bad["completion"]}
+        for good, bad in zip(labelled[::2], labelled[1::2])
+    ]
+    if shape == "whole conversations":
+        start = [{"role": "system", "content": "Be brief."}]
+        pairs = [{key: start + r["prompt"] + r[key] for key in ("chosen", "rejected")} for r in pairs]
+    compare_kto(tiny, worse, 1e-3, tmp_path, run, pairs)
+
+
+@real
+def test_kto_of_a_real_checkpoint(tmp_path, run):
+    path = os.environ["REAL_CKPT"]
+    compare_kto(path, perturbed(path, 0.03, str(tmp_path / "worse")), 1e-5, tmp_path, run)
