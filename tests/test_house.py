@@ -36,6 +36,11 @@ def imported_rooms(path):
         yield from (module.split(".")[0] for module in modules if module.split(".")[0] in RANK)
 
 
+def test_no_two_test_files_share_a_name():
+    names = [path.name for path in (ROOT / "tests").glob("**/*.py")]  # pytest imports them by name alone
+    assert len(names) == len(set(names))
+
+
 def test_seven_scripts_at_the_top():
     assert sorted(p.stem for p in ROOT.glob("*.py")) == sorted(["model", "generate", *SCRIPTS])
 
