@@ -60,12 +60,12 @@ def parse_kto_args(
 
 
 def add_training_flags(
-    p: Parser, ckpt: str, data: str, out: str | None, epochs: int, batch_size: int, lr: float
+    p: Parser, ckpt: str, data: str, out: str | None, epochs: int, batch_size: int, lr: float, method: str = "kto"
 ) -> None:
-    """Adds the flags. The other arguments are the script's defaults. out=None: named after --ckpt (see kto_out)."""
+    """Adds the flags. The other arguments are the script's defaults. out=None: kto_out(--ckpt, method)."""
     # checkpoints
     p.add_argument("--ckpt", default=ckpt, help="model to start from: hub id, folder or .pt file")
-    note = "" if out else " (default: --ckpt with -kto in its name)"
+    note = "" if out else f" (default: --ckpt with -{method} in its name)"
     p.add_argument("--out", type=checkpoint_out, default=out, help=f"checkpoint to write: folder or .pt file{note}")
     # data
     p.add_argument("--data", nargs="+", default=[data], help=f"data files to train on (default: {data})")

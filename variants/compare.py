@@ -86,10 +86,10 @@ def cpu_seconds(path: str) -> float:
         return sum(map(float, f.read().split()))
 
 
-def lines_of_code(name: str, command: list[str]) -> int | None:
-    """The lines of the variant's file. None for the plain scripts."""
-    found = re.search(r"variants\.(\w+)", " ".join(command))
-    path = os.path.join(ROOT, "variants", f"{found[1] if found else name}.py")
+def lines_of_code(arm: str, command: str) -> int | None:
+    """The lines of the variant's file as it is now. None for the plain scripts."""
+    found = re.search(r"variants\.(\w+)", command)
+    path = os.path.join(ROOT, "variants", f"{found[1] if found else arm}.py")
     if not os.path.exists(path):
         return None
     with open(path, encoding="utf-8") as f:
@@ -108,7 +108,6 @@ def record(args: Namespace) -> None:
         }
         files = [os.path.join(args.folder, f"{args.rate}-{seed}.seconds") for seed in range(3)]
         result["cpu_seconds"] = [round(cpu_seconds(path), 1) for path in files]
-        result["lines"] = lines_of_code(name, args.command)
     result |= {part: [run[part] for run in runs] for part in PARTS}
     os.makedirs(args.out, exist_ok=True)
     with atomic_write(os.path.join(args.out, f"{name}.json")) as f:
@@ -183,7 +182,7 @@ def table(results: dict[str, dict]) -> str:
         seconds = result.get("cpu_seconds")
         cells += [
             f"{sum(seconds) / len(seconds):.0f}" if seconds else "",
-            str(result.get("lines") or ""),
+            str(lines_of_code(name, result["command"]) or ""),
             result["rate"],
         ]
         rows.append(f"| {' | '.join(cells)} |\n")

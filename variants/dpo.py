@@ -108,7 +108,7 @@ def with_eval(run: Run, record: dict, held_out: Groups | None, loss: Callable) -
 
 def parse_args() -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
-    add_training_flags(p, "sft.pt", "data/pairs.jsonl", None, epochs=1, batch_size=64, lr=1e-6)  # TRL's learning rate
+    add_training_flags(p, "sft.pt", "data/pairs.jsonl", None, epochs=1, batch_size=64, lr=1e-6, method="dpo")
     p.set_defaults(method="DPO (arXiv 2305.18290)")
     add_reference_flags(p)
     smoothing = "probability that a pair is in the wrong order"

@@ -9,6 +9,7 @@ from test_dpo import CHOSEN, REF_CHOSEN, REF_REJECTED, REJECTED
 from training_runs import log, sentence, update_error, weights
 from variant_runs import arguments, check_runs, check_shard, pairs
 
+from variants import adpo, dpo
 from variants.adpo import adpo_loss, adpo_target
 from variants.dpo import dpo_loss
 
@@ -64,13 +65,21 @@ def test_runs_of_groups(tiny, tmp_path, run, monkeypatch):
 def test_a_run_of_adpo_on_pairs_is_one_of_dpo(tiny, tmp_path, run):
     """With beta_r = 1 / log 9 the target of centred rewards 1 and 0 is (0.9, 0.1)."""
     data, outs = write_lines(tmp_path / "d.jsonl", pairs(9)), (tmp_path / "dpo", tmp_path / "adpo")
-    adpo = ("--tau", 10, "--centre-only", "--reward-temperature", 1 / math.log(9))
-    for name, out, more in zip(("dpo", "adpo"), outs, (("--label-smoothing", 0.1), adpo)):
+    flags = ("--tau", 10, "--centre-only", "--reward-temperature", 1 / math.log(9))
+    for name, out, more in zip(("dpo", "adpo"), outs, (("--label-smoothing", 0.1), flags)):
         assert run(f"variants.{name}", *arguments(tiny, data, out, *more))[0] == 0
     for a, b in zip(*map(log, outs)):
         for name in ("loss", "rewards/chosen", "rewards/margins", "logps/rejected"):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4), name
     assert update_error(*map(weights, outs), weights(tiny)) < 0.01
+
+
+@pytest.mark.parametrize("name", ["dpo", "adpo"])
+def test_the_help_names_the_default_out(name, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with pytest.raises(SystemExit):
+        {"dpo": dpo, "adpo": adpo}[name].parse_args()
+    assert f"--ckpt with -{name} in its name" in " ".join(capsys.readouterr().out.split())
 
 
 def test_bad_groups_end_in_one_line(tiny, tmp_path, refused):
