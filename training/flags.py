@@ -51,11 +51,9 @@ def parse_kto_args(
     if add_flags:
         add_flags(p)
     args = p.parse_args(argv)
-    args.out = args.out or checkpoint_out(kto_out(args.ckpt))
     if args.batch_size < 2:
         raise InputError("--batch-size 1: a KL pair takes two examples; give at least 2")
-    check_default_inputs(args)
-    check_cache_path(args)
+    complete_reference_args(args, "kto")
     return args
 
 
@@ -124,6 +122,13 @@ def add_reference_flags(p: Parser) -> None:
     p.add_argument("--beta", type=number(above=0), default=0.1, help=pull)
     cache = "file of reference log-probabilities (default: ref-cache.safetensors beside OUT)"
     p.add_argument("--ref-cache", help=cache)
+
+
+def complete_reference_args(args: argparse.Namespace, method: str) -> None:
+    """Sets the default --out, see kto_out, and checks the inputs with default names and --ref-cache."""
+    args.out = args.out or checkpoint_out(kto_out(args.ckpt, method))
+    check_default_inputs(args)
+    check_cache_path(args)
 
 
 def number_or_auto(text: str) -> float | str:

@@ -1,6 +1,7 @@
-"""Preference data: groups of replies to one prompt with rewards, and the setup of a run that learns from them."""
+"""Preference data, groups of replies to one prompt with rewards, and the loop that learns from them: DPO, ADPO."""
 
 import argparse
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -8,11 +9,23 @@ import torch
 from torch import Tensor
 
 from core.conversations import dialogues, one_reply
+from core.devices import to_device
 from core.files import InputError, print0
 from core.records import Fields, is_number, read_records, shown
-from training.logps import Example
+from training.flags import complete_reference_args
+from training.logps import Example, example_logps
 from training.reference import open_reference, reference_logps
-from training.run import Run, run_identity, start_run
+from training.run import (
+    Run,
+    end_step,
+    eval_due,
+    eval_logps,
+    finish_run,
+    progress,
+    run_identity,
+    start_run,
+    stop_run,
+)
 from training.setup import (
     Setup,
     open_checkpoint,
@@ -22,6 +35,7 @@ from training.setup import (
     setup_ranks,
     shuffled_order,
 )
+from training.step import lr_at, micro_batches, optimizer_step, record_skip, seed_step
 
 
 @dataclass
@@ -139,3 +153,77 @@ def best_and_worst(rewards: list[list[float]]) -> tuple[Tensor, Tensor]:
     starts = [sum(map(len, rewards[:i])) for i in range(len(rewards))]
     places = lambda pick: torch.tensor([s + r.index(pick(r)) for s, r in zip(starts, rewards)], dtype=torch.long)
     return places(max), places(min)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def group_losses(loss: Callable, logps: Tensor, data: Groups, indices: list[int]) -> tuple[Tensor, Tensor]:
+    """-> the losses (n,) of these groups of replies, and the (5, n) numbers of preference_metrics.
+
+    logps: (m,) of all their replies in order. loss(logps, ref_logps, rewards) -> (losses (n,), implicit rewards (m,)).
+    Its rewards are those of the data, one list for each group.
+    """
+    ref = to_device(torch.tensor([data.ref[key] for key in data.keys(indices)]), logps.device)
+    rewards = [data.rows[i][2] for i in indices]
+    losses, implicit = loss(logps, ref, rewards)  # (n,), (m,)
+    best, worst = (to_device(places, logps.device) for places in best_and_worst(rewards))
+    return losses, torch.stack((losses, implicit[best], implicit[worst], logps[best], logps[worst])).detach()
+
+
+def train_preferences(run: Run, data: Groups, held_out: Groups | None, loss: Callable) -> bool:
+    """Runs all remaining steps. -> True, or False if SIGTERM or Ctrl-C stopped the run (it is then already saved).
+
+    A group is never divided between micro-batches.
+    """
+    model, args, device = run.model, run.args, run.ranks.device
+    if run.pending and not end_step(run, eval_preferences(run, run.pending, held_out, loss)):
+        return False
+    for step in (bar := progress(run, "preferences")):
+        start = time.time()
+        seed_step(run, step)
+        indices = data.steps[step]
+        lengths = [data.length(i) for i in indices]
+        step_stats = torch.zeros(5, len(indices), device=device)
+        for micro in micro_batches(run, lengths):
+            some = [indices[k] for k in micro]
+            losses, stats = group_losses(loss, example_logps(model, data.sequences(some)), data, some)
+            (losses.sum() / len(indices)).backward()
+            step_stats[:, to_device(torch.tensor(micro, dtype=torch.long), device)] = stats
+        lr = lr_at(step, run.total, args.lr, args.warmup, args.schedule)
+        result = optimizer_step(run, lr, step_stats)
+        if result.status == "stop":
+            stop_run(run, step)
+            return False
+
+        record = {"step": step + 1, "lr": lr, "grad_norm": result.grad_norm} | preference_metrics(result.stats)
+        record |= {"tokens": sum(lengths), "tokens_per_second": sum(lengths) / (time.time() - start)}
+        if result.status == "skip":
+            places = [data.places[i] for i, _ in data.keys(indices)]
+            record |= record_skip(run, step + 1, data.sequences(indices), places)
+        if not end_step(run, eval_preferences(run, record, held_out, loss)):
+            return False
+        bar.set_postfix(loss=f"{record['loss']:.4f}")
+    return True
+
+
+def eval_preferences(run: Run, record: dict, held_out: Groups | None, loss: Callable) -> dict | None:
+    """Adds the held-out metrics to the step's log record if an evaluation is due. None if the run was stopped in it."""
+    if not held_out or not eval_due(run, record):
+        return record
+    every = list(range(len(held_out.rows)))
+    logps = eval_logps(run, record, held_out.sequences(every))
+    if logps is None:
+        return None
+    _, stats = group_losses(loss, logps.cpu(), held_out, every)
+    return record | {f"eval_{name}": value for name, value in preference_metrics(stats).items()}
+
+
+def train_on_groups(args: argparse.Namespace, name: str, parse: Callable, loss: Callable) -> None:
+    """A whole run. name: added to --ckpt in the default --out. parse: see read_groups. loss: see group_losses."""
+    complete_reference_args(args, name)
+    run, data, held_out = start_preference_run(args, parse)
+    if run and train_preferences(run, data, held_out, loss):
+        follow = ["python", "eval.py", "--ckpt", args.ckpt, args.out, "--tasks", "gsm8k"]
+        finish_run(run, [f"{len(data.rows)} prompts with their replies"], [follow])

@@ -17,8 +17,7 @@ from core.distributed import run_distributed
 from core.files import cli
 from core.flags import Parser, number
 from training.flags import add_training_flags
-from training.preferences import preference_groups
-from variants.dpo import train_on_groups
+from training.preferences import preference_groups, train_on_groups
 
 
 def adpo_loss(logps: Tensor, anchors: Tensor, target: Tensor, tau: float) -> Tensor:

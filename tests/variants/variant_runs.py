@@ -6,7 +6,7 @@ from training_runs import feedback, launch, log, same_run, update_error, weights
 import train_kto
 import train_sft
 from core.distributed import STOP
-from variants import dpo
+from training import preferences
 
 COMMON = ("--batch-size", 4, "--lr", 1e-3, "--max-len", 64, "--warmup", 0, "--max-steps", 4)
 
@@ -39,7 +39,7 @@ def check_runs(run, monkeypatch, name, ckpt, data, tmp_path, *more, before=()):
 
 def stop_in_step(monkeypatch, last):
     """As if SIGTERM came in step `last`, from 0."""
-    for script in (train_sft, train_kto, dpo):
+    for script in (train_sft, train_kto, preferences):
 
         def seed_step(run, step, plain=script.seed_step):
             plain(run, step)
