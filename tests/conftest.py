@@ -21,6 +21,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from core import layers  # noqa: E402
 from core.chat_template import CHATML_DEFAULT_SYSTEM  # noqa: E402
+from core.tokenizer import Tokenizer  # noqa: E402
 from model import Qwen2  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
@@ -85,6 +86,28 @@ def tiny(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def lively(tmp_path_factory):
+    """A tiny checkpoint whose head is not tied: a tied random model says its last token again and again."""
+    out = str(tmp_path_factory.mktemp("lively") / "model")
+    tiny_model(tie_word_embeddings=False, initializer_range=0.3).save(out, tiny_files())
+    return out
+
+
+@pytest.fixture(scope="module")
+def loaded(lively):
+    """The model and the tokenizer of that checkpoint."""
+    return Qwen2.from_pretrained(lively), Tokenizer(lively)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """A folder of checkpoints base, a, b and c of one architecture."""
+    from merge_families import make_family
+
+    return make_family(tmp_path_factory.mktemp("family"))
+
+
 @pytest.fixture(params=["fused", "plain"])
 def kernels(request, monkeypatch):
     """Runs a test twice: with the fused operations, and as under KERNELS=plain."""
@@ -130,4 +153,15 @@ def write_lines(path, records):
     return str(path)
 
 
+def user(text):
+    """The messages of a prompt of one turn."""
+    return [{"role": "user", "content": text}]
+
+
+def relative(a, b):
+    """The largest difference of two tensors over the largest value of the second."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+PROMPTS = [user(t[:n]) for t in TEXT for n in (3, 11, 29)]
 real = pytest.mark.skipif("REAL_CKPT" not in os.environ, reason="REAL_CKPT names no directory of a real checkpoint")

@@ -1,12 +1,9 @@
 import dataclasses
-import os
-import re
 import types
 
 import pytest
 import torch
-import transformers
-from conftest import TEXT, real, tiny_files, tiny_model
+from conftest import PROMPTS, TEXT, tiny_model, user
 
 import generate as generate_module
 from core.files import InputError
@@ -18,55 +15,10 @@ from generate import Settings, decoding_step, generate, generate_iter, generate_
 from model import Qwen2
 
 
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-PROMPTS = [user(t[:n]) for t in TEXT for n in (3, 11, 29)]
-
-
-@pytest.fixture(scope="module")
-def lively(tmp_path_factory):
-    """A tiny checkpoint whose head is not tied: a tied random model says its last token again and again."""
-    out = str(tmp_path_factory.mktemp("lively") / "model")
-    tiny_model(tie_word_embeddings=False, initializer_range=0.3).save(out, tiny_files())
-    return out
-
-
-@pytest.fixture(scope="module")
-def loaded(lively):
-    return Qwen2.from_pretrained(lively), Tokenizer(lively)
-
-
-def by_transformers(path, tokenizer, prompts, n, penalty=1.0):
-    hf = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    replies = []
-    for p in prompts:
-        ids = torch.tensor([tokenizer.prompt_ids(p)])
-        settings = transformers.GenerationConfig(
-            max_new_tokens=n,
-            do_sample=False,
-            repetition_penalty=penalty,
-            eos_token_id=sorted(tokenizer.stop_ids),
-            pad_token_id=0,
-        )
-        out = hf.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)[0, ids.shape[1] :]
-        replies.append(tokenizer.decode(out.tolist()))
-    return replies
-
-
 def test_extreme_settings_are_no_overflow(loaded):
     settings = {"max_new_tokens": 2, "temperature": 1.0, "seed": 10**30, "cache_gb": 1e308, "batch_size": 10**400}
     assert generate(*loaded, PROMPTS[:2], **settings) == generate(*loaded, PROMPTS[:2], **settings)
     assert Settings(seed=7).row_seed(3) == 7_000_024 and 0 <= Settings(seed=-1).row_seed(0) < 2**63
-
-
-@pytest.mark.usefixtures("kernels")
-def test_greedy_equals_transformers(lively, loaded):
-    model, tok = loaded
-    replies = generate(model, tok, PROMPTS, max_new_tokens=20)
-    assert replies == by_transformers(lively, tok, PROMPTS, 20)
-    assert len(set(replies)) > 6  # the random model does not say one thing only
 
 
 @pytest.mark.usefixtures("kernels")
@@ -174,14 +126,6 @@ def test_without_private_operators_of_onednn_replies_are_the_same(loaded, monkey
     monkeypatch.setattr(torch.ops, "mkldnn", left)
     assert not has_onednn_kernels(tiny_model().to(torch.bfloat16))
     assert generate(model, tok, PROMPTS, max_new_tokens=8) == want
-
-
-@pytest.mark.usefixtures("kernels")
-def test_repetition_penalty_in_a_reply(lively, loaded):
-    model, tok = loaded
-    plain, penalised = (generate(model, tok, PROMPTS, max_new_tokens=12, repetition_penalty=p) for p in (1.0, 1.1))
-    assert plain == generate(model, tok, PROMPTS, max_new_tokens=12) != penalised
-    assert penalised == by_transformers(lively, tok, PROMPTS, 12, penalty=1.1)
 
 
 def test_several_steps_per_sync_change_no_reply(loaded, monkeypatch):
@@ -302,21 +246,3 @@ def test_chat_in_the_terminal(tiny, run, monkeypatch):
 def test_untied_and_bf16(tmp_path, loaded):
     model = tiny_model(tie_word_embeddings=False).to(torch.bfloat16)
     assert len(generate(model, loaded[1], PROMPTS[:3], max_new_tokens=4)) == 3
-
-
-QUESTIONS = """What is the capital of France? 写一首关于春天的短诗。 Name three animals. 2+2? 用一句话解释什么是重力。 How do I boil an egg?
-Translate "good morning" into French. 水的化学式是什么？ List two prime numbers. 中国的首都在哪里？ Why is the sky blue? 请把"谢谢"译成英语。 What comes after Monday?
-推荐一本小说。 Write a haiku about the sea. 一年有几个月？"""
-
-
-@real
-def test_real_checkpoint_equals_transformers():
-    """Token by token at batch 1 and 64, English and Chinese, of different lengths."""
-    path = os.environ["REAL_CKPT"]
-    model, tok = Qwen2.from_pretrained(path), Tokenizer(path)
-    prompts = [user(text) for text in re.split("(?<=[.?。？]) |\n", QUESTIONS)]
-    assert len(prompts) == 16
-    want = by_transformers(path, tok, prompts, 16)
-    assert generate(model, tok, prompts * 4, max_new_tokens=16, batch_size=64) == want * 4
-    assert generate(model, tok, prompts, max_new_tokens=16, batch_size=1) == want
-    assert generate(model, tok, prompts, max_new_tokens=16, steps_per_sync=8) == want

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from merge_families import FILES, TIED, UNTIED, assert_same, load, make_family, numpy_ties, run, save
+from merge_families import FILES, TIED, UNTIED, assert_same, load, numpy_ties, run, save
 
 from core import pages
 from core.checkpoint import Checkpoint
@@ -24,13 +24,6 @@ from merge import METHODS, main
 from merging import engine, methods
 from merging.engine import in_order
 from merging.flags import METHOD_NAMES, SPARSE, format_lines, parse_lines, parse_model, parse_size
-from model import Qwen2
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    return make_family(tmp_path_factory.mktemp("family"))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
@@ -54,17 +47,6 @@ def test_pt_in_and_out_equals_directories(family, tmp_path):
     assert sums[0] == sums[1] == [Checkpoint(p).fingerprint() for p in (*models, base)]
     assert records[0]["method"] == "ties" and records[0]["normalize"] is True
     assert [m["density"] for m in records[0]["models"]] == [0.4, 0.4] and "gamma" not in records[0]
-
-
-def test_the_result_is_a_model(family, tmp_path, capsys):
-    run(tmp_path / "out", "linear", [f"{family / 'a'}:0.05", f"{family / 'b'}:0.95"])
-    printed = capsys.readouterr().out
-    assert str(tmp_path / "out") in printed and "python eval.py --ckpt" in printed and "linear" in printed
-    ids = torch.arange(7)[None]
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    with torch.no_grad():
-        torch.testing.assert_close(Qwen2.from_pretrained(tmp_path / "out")(ids), theirs(ids).logits)
 
 
 def test_half_precision_is_read_in_fp32_and_rounded_once(tmp_path):

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-import transformers
 from conftest import tiny_files, tiny_model, write_lines
 from training_runs import chats, flags, log, several_turns, update_error, weights
 
@@ -18,7 +17,6 @@ from train_sft import sft_loss
 from training.examples import count_supervised
 from training.logps import example_logps, supervised_logps
 from training.setup import plan_steps, shuffled_order
-from training.step import lr_at
 
 
 @pytest.fixture
@@ -40,17 +38,6 @@ def test_loss_is_cross_entropy_per_supervised_token_of_the_step(tiny):
     parts = [sft_loss(supervised_logps(m, part)[0], n).item() for part in (examples[:2], examples[2:])]
     assert sum(parts) == pytest.approx(total / n, rel=1e-5)
     assert -example_logps(m, examples).sum().item() == pytest.approx(total, rel=1e-5)
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_learning_rates_equal_transformers(schedule):
-    name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
-    theirs = transformers.get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=17)
-    for step in range(17):
-        assert lr_at(step, 17, 0.5, 3, schedule) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
-        optimizer.step()
-        theirs.step()
 
 
 def test_every_assistants_turn_of_messages_is_learnt(tiny, tmp_path, run):

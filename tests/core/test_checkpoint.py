@@ -7,9 +7,8 @@ import sys
 import weakref
 
 import pytest
-import safetensors.torch
 import torch
-import transformers
+from checkpoint_files import IDS, save_weights, weights
 from conftest import ROOT, tiny_config, tiny_files, tiny_model
 from training_runs import trap
 
@@ -35,22 +34,6 @@ def test_round_trips_are_exact(tmp_path):
     half = Checkpoint(tmp_path / "half.pt")
     assert half.dtype("model.norm.weight") == torch.bfloat16 and half.config["torch_dtype"] == "bfloat16"
     assert half.fingerprint() != Checkpoint(tmp_path / "dir").fingerprint()
-
-
-def test_directory_loads_in_transformers_with_tokenizer_and_generation_config(tiny):
-    tok = transformers.PreTrainedTokenizerFast.from_pretrained(tiny)
-    messages = [{"role": "user", "content": "Hello"}]
-    assert "You are a helpful assistant." in tok.apply_chat_template(messages, tokenize=False)
-    assert transformers.GenerationConfig.from_pretrained(tiny).eos_token_id == [2, 0]
-
-
-def test_reads_what_transformers_writes_sharded(tiny, tmp_path):
-    hf = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    hf.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    ids = torch.randint(0, 512, (1, 9))
-    ours, theirs = Qwen2.from_pretrained(tmp_path / "shards")(ids), hf(ids).logits
-    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
 def test_a_tied_head_that_equals_the_embedding_is_dropped(tmp_path):
@@ -275,88 +258,12 @@ def test_a_tensor_is_let_go_before_the_next_is_taken(tmp_path):
 # Checkpoints as other programs write them
 
 
-def save_weights(path, tensors, config=None, file="model.safetensors"):
-    """A folder with config.json and these tensors in `file`."""
-    path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps(config or tiny_config()))
-    safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, path / file, metadata={"format": "pt"})
-
-
-def weights(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
-
-
-IDS = torch.randint(0, 512, (1, 9), generator=torch.Generator().manual_seed(5))
-
-
-def transformers_logits(path):
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(IDS).logits
-
-
-@pytest.mark.parametrize("kind", ["lm_head alone", "without model.", "old buffers", "tie not said"])
-def test_tensor_names_as_in_transformers(tmp_path, kind):
-    tied = kind != "tie not said"
-    model = tiny_model(tie_word_embeddings=tied)
-    tensors, config = weights(model), tiny_config(tie_word_embeddings=tied)
-    if kind == "lm_head alone":
-        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
-    elif kind == "without model.":
-        tensors = {n.removeprefix("model."): t for n, t in tensors.items()}
-    elif kind == "old buffers":
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    else:
-        del config["tie_word_embeddings"]
-    save_weights(tmp_path / "c", tensors, config)
-    ours = Qwen2.from_pretrained(tmp_path / "c")(IDS)
-    assert torch.equal(ours, model(IDS))
-    torch.testing.assert_close(ours, transformers_logits(tmp_path / "c"), atol=1e-5, rtol=1e-4)
-    assert Checkpoint(tmp_path / "c").names == sorted(weights(model))
-
-
-@pytest.mark.parametrize("folder", [True, False])
-def test_a_head_that_differs_from_its_tied_embedding_is_used_as_in_transformers(folder, tmp_path, capsys):
-    model = tiny_model(tie_word_embeddings=False)
-    save_weights(tmp_path / "c", weights(model), tiny_config(tie_word_embeddings=True))
-    ours = Qwen2.from_pretrained(tmp_path / "c")
-    warning = f"{tmp_path}/c: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight"
-    assert capsys.readouterr().err == f"warning: {warning}; both are used\n"
-    assert torch.equal(ours(IDS), model(IDS))
-    torch.testing.assert_close(ours(IDS), transformers_logits(tmp_path / "c"), atol=1e-5, rtol=1e-4)
-    capsys.readouterr()  # of transformers
-    copy = tmp_path / ("copy" if folder else "copy.pt")
-    ours.save(str(copy), {})
-    assert Checkpoint(copy).config["tie_word_embeddings"] is False and "lm_head.weight" in Checkpoint(copy).names
-    assert torch.equal(Qwen2.from_pretrained(copy)(IDS), model(IDS)) and capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
-@pytest.mark.parametrize("factor", [1, 1.0])
-def test_linear_rope_scaling_by_1_is_no_scaling_as_in_transformers(key, factor, tmp_path):
-    model = tiny_model()
-    rope = {"type" if key == "rope_scaling" else "rope_type": "linear", "factor": factor}
-    save_weights(tmp_path / "c", weights(model), tiny_config(**{key: rope}))
-    ours = Qwen2.from_pretrained(tmp_path / "c")(IDS)
-    assert torch.equal(ours, model(IDS))
-    torch.testing.assert_close(ours, transformers_logits(tmp_path / "c"), atol=1e-5, rtol=1e-4)
-
-
 def test_an_untied_model_without_embedding_is_refused(tmp_path):
     tensors = weights(tiny_model(tie_word_embeddings=False))
     del tensors["model.embed_tokens.weight"]
     save_weights(tmp_path / "c", tensors, tiny_config(tie_word_embeddings=False))
     with pytest.raises(InputError, match="missing model.embed_tokens.weight"):
         Qwen2.from_pretrained(tmp_path / "c")
-
-
-def test_one_file_counts_beside_an_index(tmp_path):
-    old, new = tiny_model(1), tiny_model(2)
-    state = weights(old)
-    specs = {n: (tuple(t.shape), t.dtype) for n, t in state.items()}
-    write_checkpoint(str(tmp_path / "c"), tiny_config(), {}, specs, state.items(), shard_size=50_000)
-    assert torch.equal(Qwen2.from_pretrained(tmp_path / "c")(IDS), old(IDS))
-    save_weights(tmp_path / "c", weights(new))
-    assert torch.equal(Qwen2.from_pretrained(tmp_path / "c")(IDS), new(IDS))
-    torch.testing.assert_close(new(IDS), transformers_logits(tmp_path / "c"), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "model.safetensors.index.json", "model.safetensors"])

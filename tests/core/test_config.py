@@ -1,7 +1,4 @@
-import json
-
 import pytest
-import transformers
 from conftest import tiny_config
 
 from core.config import parse_config
@@ -39,25 +36,6 @@ def test_rope_theta_as_transformers_5_writes_it():
     config = tiny_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     del config["rope_theta"]
     assert parse_config(config).rope_theta == 5e5
-
-
-@pytest.mark.parametrize(
-    "changes, theta",
-    [
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),  # beside the old rope_theta of 10000
-        ({"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),
-        ({"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 7.0}}, 10000.0),  # the older key is read first
-        ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}, "layer_types": ["full_attention"] * 2}, 5e5),
-        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 3e4}, 3e4),
-        ({"rope_parameters": None, "rope_scaling": None}, 10000.0),
-    ],
-)  # fmt: skip
-def test_rope_theta_is_that_of_transformers(changes, theta, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config(**changes)))
-    theirs = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
-    assert (
-        parse_config(tiny_config(**changes)).rope_theta == theirs.get("full_attention", theirs)["rope_theta"] == theta
-    )
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from conftest import write_lines
 
 from core import records
-from core.conversations import kto_examples, sft_conversations
+from core.conversations import sft_conversations
 from core.files import InputError
 from core.records import expand, read_jsonl, read_objects, read_records
 
@@ -177,14 +177,3 @@ def test_keys_that_were_not_read_are_said(tmp_path, capsys):
     assert capsys.readouterr().out == f"note: {odd}: keys not read, and in how many records: a\\nb \\ud800 (1)\n"
     read_records([write_lines(tmp_path / "e.jsonl", ROWS)], sft_conversations)
     assert capsys.readouterr().out == ""
-
-
-def test_pairs_come_in_the_order_of_trl(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    trl = pytest.importorskip("trl")
-    rows = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(1003)]
-    expected = trl.unpair_preference_dataset(datasets.Dataset.from_list(rows))
-    found = [example for _, example in read_records([write_lines(tmp_path / "d.jsonl", rows)], kto_examples)]
-    assert [(prompt[0]["content"], *rest) for prompt, *rest in found] == [
-        (r["prompt"], r["completion"], r["label"]) for r in expected
-    ]

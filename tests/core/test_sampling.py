@@ -1,7 +1,6 @@
 import torch
-import transformers
 
-from core.sampling import penalise, sample
+from core.sampling import sample
 
 
 def test_sampling_follows_the_distribution():
@@ -36,12 +35,3 @@ def test_top_k_and_top_p_follow_the_order_of_a_full_sort():
         want = (share.cumsum(-1) / share.sum(-1, keepdim=True) <= uniform[:, None]).sum(-1)
         got = sample(logits, uniform, top_k=k, top_p=p)
         assert torch.equal(got, order.gather(1, want[:, None])[:, 0])
-
-
-def test_repetition_penalty_is_that_of_transformers():
-    logits, texts = torch.randn(3, 50), [[1, 4, 4, 9], [0], list(range(50))]
-    seen = torch.tensor([ids + ids[:1] * (50 - len(ids)) for ids in texts])
-    for got, row, ids in zip(penalise(logits.clone(), seen, 1.3), logits, texts):
-        assert torch.equal(
-            got, transformers.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([ids]), row[None].clone())[0]
-        )

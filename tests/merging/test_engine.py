@@ -5,18 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from merge_families import assert_same, load, make_family, numpy_ties, run, save
+from merge_families import assert_same, load, numpy_ties, run, save
 
 from core.files import InputError
 from merging import engine, methods
 from merging.engine import mask_generator
 from merging.flags import DELLA, ELECTS, NEEDS_BASE, RANDOM, SPARSE
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    return make_family(tmp_path_factory.mktemp("family"))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # DARE and DELLA as in their papers

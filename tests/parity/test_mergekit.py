@@ -2,16 +2,11 @@
 
 import pytest
 import torch
-from merge_families import assert_same, load, make_family, run
+from merge_families import assert_same, load, run
 
 import merge
 from merging import methods
 from merging.engine import mask_generator
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    return make_family(tmp_path_factory.mktemp("family"))
 
 
 def generator(seed=0):

@@ -6,6 +6,9 @@ import pytest
 from conftest import real, write_lines
 from training_runs import chats, feedback, flags, log, perturbed, several_turns, trl_log, update_error, weights
 
+from core.conversations import kto_examples
+from core.records import read_records
+
 
 @pytest.fixture(scope="module")
 def worse(tiny, tmp_path_factory):
@@ -100,3 +103,14 @@ def test_kto_on_preferences(shape, tiny, worse, tmp_path, run):
 def test_kto_of_a_real_checkpoint(tmp_path, run):
     path = os.environ["REAL_CKPT"]
     compare_kto(path, perturbed(path, 0.03, str(tmp_path / "worse")), 1e-5, tmp_path, run)
+
+
+def test_pairs_come_in_the_order_of_trl(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    trl = pytest.importorskip("trl")
+    rows = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(1003)]
+    expected = trl.unpair_preference_dataset(datasets.Dataset.from_list(rows))
+    found = [example for _, example in read_records([write_lines(tmp_path / "d.jsonl", rows)], kto_examples)]
+    assert [(prompt[0]["content"], *rest) for prompt, *rest in found] == [
+        (r["prompt"], r["completion"], r["label"]) for r in expected
+    ]
