@@ -21,7 +21,7 @@ def step_module(step: str) -> str:
     arm = step.removeprefix("eval-test-")
     if step in ("instructions", "teacher", "data"):
         return "data"
-    if step.startswith(("mmlu-", "perplexity-", "ifeval-")):
+    if step.partition("-")[0] in (*tables.BENCHMARKS, "perplexity"):
         return "side_effects"
     in_paper = {row.arm for row in tables.PAPER}
     for _, rows, module, _ in STUDIES[1:]:
@@ -59,7 +59,7 @@ def study_command(result: dict, module: str) -> str:
     if module == "data":
         words += ["--teacher", flag(result, "teacher", "--ckpt", result["teacher"])]
     if module == "side_effects":
-        tasks = [task for task in ("mmlu", "perplexity", "ifeval") if f"{task}-base" in result["commands"]]
+        tasks = [task for task in (*tables.BENCHMARKS, "perplexity") if f"{task}-base" in result["commands"]]
         words += ["--tasks", *tasks] if tasks else []
     return shlex.join(words)
 

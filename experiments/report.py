@@ -15,10 +15,11 @@ from core.records import expand
 from experiments import tables
 from experiments.pictures import pictures, scores_picture
 from experiments.repeat import CORES, flag, repeat_section
-from experiments.tables import NAMES, STUDIES, TableRow, markdown_table
+from experiments.tables import NAMES, STUDIES, TableRow, markdown_table, p_text, points
 
 GROUPS = ("commands", "seconds", "trained_tokens", "chosen", "arms", "values", "curves", "not_run")
 NOTHING = "- Nothing.\n"
+NOT_YET = "No benchmark is run yet.\n\n"
 HEADINGS = {
     "held": "What held",
     "opposite": "What did not hold: the opposite was measured",
@@ -90,15 +91,18 @@ def read_results(paths: list[str]) -> list[dict]:
     return sorted(joined.values(), key=lambda result: -len(result["arms"]))
 
 
-def split_verdicts(result: dict, split: str) -> dict[str, str]:
-    """{arm: verdicts} of a split: "test", "dev", or "ifeval", the benchmark itself."""
-    return {arm: by[split]["ifeval"]["right"] for arm, by in result["arms"].items() if "ifeval" in by.get(split, {})}
+def split_verdicts(result: dict, split: str, task: str = "ifeval") -> dict[str, str]:
+    """{arm: verdicts} of a split: "test", "dev", or a benchmark itself."""
+    return {arm: by[split][task]["right"] for arm, by in result["arms"].items() if task in by.get(split, {})}
 
 
 def kept_verdicts(result: dict) -> dict[str, dict[str, str]]:
-    """{task: {arm: verdicts}} of the benchmarks that no arm was trained for."""
-    mmlu = {arm: by["mmlu"]["right"] for arm, by in result["values"].items() if "right" in by.get("mmlu", {})}
-    return {"MMLU": mmlu, "IFEval": split_verdicts(result, "ifeval")}
+    """{benchmark: {arm: verdicts}} of the benchmarks that no arm was trained for."""
+    found = {}
+    for task, name in tables.BENCHMARKS.items():
+        values = {arm: by[task]["right"] for arm, by in result["values"].items() if "right" in by.get(task, {})}
+        found[name] = values or split_verdicts(result, task, task)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,8 +227,8 @@ Learning rates were chosen on {len(dev) or "the"} dev instructions:
 
 {chosen_table(result)}
 **What differs from the paper.** {"Most arms train" if len(results) > 1 else "The arms train"} a student of 135M parameters, not 0.5B. The instructions are of one kind.
-Nobody wrote original responses, so the arm "SFT on original responses" is empty. 1,000 or more general instructions, and
-the benchmarks GSM8K, HumanEval and C-Eval, are not run. {full_study_text(results[1]) if len(results) > 1 else ""}
+Nobody wrote original responses, so the arm "SFT on original responses" is empty. 1,000 or more general instructions,
+and all arms on all benchmarks, are not run. {full_study_text(results[1]) if len(results) > 1 else ""}
 
 """
 
@@ -250,24 +254,47 @@ def study_sections(result: dict, drawn: dict[str, str], images: str) -> str:
 
 def kept_section(result: dict) -> str:
     """Study 6: what is lost."""
-    reasons = {**tables.NOT_RUN, **result["not_run"]}
-    parts = [
-        f"## {len(STUDIES) + 1}. What is lost\n\nBenchmarks that no arm was trained for, perplexity, and the form of the replies.\n\n"
-    ]
-    for task, verdicts in kept_verdicts(result).items():
-        n = len(next(iter(verdicts.values()), ""))
-        how = "by likelihood" if task == "MMLU" else "the benchmark itself"
-        table = tables.comparison_table(tables.kept_rows(task), verdicts, reasons, f"right, % of {n or 'n'} [95 %]")
-        parts.append(f"{task}, {how}:\n\n{table}\n")
+    return f"""## {len(STUDIES) + 1}. What is lost
+
+{kept_tables(result) or NOT_YET}{reply_table(result)}"""
+
+
+def kept_tables(result: dict) -> str:
+    """Benchmarks that no arm was trained for, and perplexity. Empty without results of either."""
+    if not result["values"] and not any(kept_verdicts(result).values()):
+        return ""
+    arms = ["base", *tables.KEPT]
     lines = []
-    for arm in ["base", *tables.KEPT]:
+    for task, verdicts in kept_verdicts(result).items():
+        if verdicts:
+            found = {row.arm: some for row, some in tables.compare(tables.kept_rows(task), verdicts).items()}
+            cells = [kept_cell(verdicts.get(arm, ""), found.get(arm)) for arm in arms]
+            lines.append([task, str(len(next(iter(verdicts.values())))), *cells])
+    benchmarks = markdown_table(["benchmark", "questions", *(NAMES[arm] for arm in arms)], lines)
+    lines = []
+    for arm in arms:
         values = result["values"].get(arm, {})
         perplexity, ece = values.get("perplexity", {}).get("score"), values.get("mmlu", {}).get("ece")
         cells = ["not run" if x is None else f"{x:.{digits}f}" for x, digits in ((perplexity, 2), (ece, 3))]
         lines.append([NAMES[arm], *cells])
     head = ["arm", "perplexity of a token of plain text", "calibration error of MMLU (ECE)"]
-    parts.append(f"{markdown_table(head, lines)}\n")
-    return "".join(parts) + reply_table(result)
+    return f"""Benchmarks that no arm was trained for: right answers in percent, with the difference to the student as it was in points,
+its 95 % interval, and p, corrected over the row (Holm). MMLU and C-Eval are scored by likelihood, the others by greedy
+replies. "Not run": there was no time.
+
+{benchmarks}
+{markdown_table(head, lines)}
+"""
+
+
+def kept_cell(verdicts: str, comparison: dict | None) -> str:
+    """An arm's score, and its difference to the student as it was."""
+    if not verdicts or not comparison:
+        return tables.score_text(verdicts) if verdicts else "not run"
+    low, high = (points(x) for x in comparison["interval"])
+    score = 100 * verdicts.count("1") / len(verdicts)
+    p = p_text(comparison["p_holm"])
+    return f"{score:.1f} ({points(comparison['difference'])} [{low}, {high}], p {p if p[0] == '<' else f'= {p}'})"
 
 
 def reply_table(result: dict) -> str:
@@ -301,7 +328,7 @@ SFT: {flag(result, "sft-", "--epochs")} passes. KTO: beta {flag(result, "kto-", 
 
 {chosen_table(result)}
 {table}
-{shown}{reply_table(result)}"""
+{shown}{kept_tables(result)}{reply_table(result)}"""
 
 
 QUESTION = """# What the recipe is worth on real weights

@@ -112,6 +112,7 @@ STUDIES = [  # (title, rows of its table, module, what it asks)
      "The data, the steps and the learning rates are those of SFT, and of KTO after SFT. Only the loss differs (variants/)."),
 ]  # fmt: skip
 KEPT = ["sft", "kto", "sft-kto", "mean"]
+BENCHMARKS = {"mmlu": "MMLU", "ceval": "C-Eval", "gsm8k": "GSM8K", "humaneval": "HumanEval", "ifeval": "IFEval"}
 CALLED = {"sft": "SFT", "kto": "KTO", "sft-kto": "SFT, then KTO,", "mean": "The fusion 0.5 SFT + 0.5 SFT-KTO"}
 
 

@@ -145,6 +145,22 @@ def test_the_report_of_a_small_result(result, save):
         ElementTree.fromstring(picture)
 
 
+def test_benchmarks_that_no_arm_was_trained_for(result, save):
+    result["values"]["sft"] = {"ceval": {"score": 0.6, "stderr": 0.1, "n": 20, "right": SFT, "ece": 0.5}}
+    result["values"]["base"]["ceval"] = {"score": 0.2, "stderr": 0.1, "n": 20, "right": BASE, "ece": 0.5}
+    for arm, right in (("base", SFT), ("kto", BASE)):
+        cell = {"right": right, "reply_tokens": [1] * 20, "cut_off": 0, "looping": 0}
+        result["arms"][arm]["gsm8k"] = {"gsm8k": cell}
+    text, _ = report(read_results([save(result)]), "x")
+    table = text[text.index("6. What is lost") : text.index("Replies to the test instructions")]
+    assert "| MMLU | 20 | 20.0 [2.0, 38.0] | not run | not run | not run | not run |" in table
+    assert "| C-Eval | 20 | 20.0 [2.0, 38.0] | 60.0 (+40.0 [+20.0, +60.0], p = 0.008) | not run |" in table  # 2 / 2^8
+    assert "| GSM8K | 20 | 60.0 [38.0, 82.0] | not run | 20.0 (-40.0 [-60.0, -20.0], p = 0.008) | not run |" in table
+    assert "HumanEval" not in table and "| KTO | not run | not run |" in table
+    held = text[text.index("### What held") : text.index("### What did not hold")]
+    assert "- KTO lowers the score of GSM8K: -40.0 points" in held
+
+
 def test_reasons_of_the_result_file_and_a_missing_baseline(result, save):
     del result["arms"]["base"]
     result["not_run"] = {"ties": "not run: no time", "sft-original": "not run: none"}
