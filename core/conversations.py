@@ -10,10 +10,8 @@ from typing import NamedTuple
 from core.files import InputError
 from core.records import Fields, shown
 
-ROLES = {
-    "system": "system", "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
-}  # fmt: skip
+ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt"), "assistant")
 TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
 TOOL_PARTS = {"tool_use", "tool_call", "tool_result", "function_call"}
 WEIGHTS = ("weight", "loss", "loss_weight", "train")  # OpenAI, ms-swift, LLaMA-Factory, axolotl

@@ -25,8 +25,8 @@ SHORT = 5  # a question of fewer tokens counts only as a whole text
 # ---------------------------------------------------------------------------------------------------------------------
 # Markup
 
-_SYMBOLS = {"times": "×", "div": "÷", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠", "neq": "≠", "pm": "±", "circ": "°",
-            "pi": "π", "infty": "∞", "sqrt": "√", "cdot": "·", "dots": "...", "ldots": "..."}  # fmt: skip
+_SYMBOLS = {"times": "×", "div": "÷", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠", "neq": "≠", "pm": "±"}
+_SYMBOLS |= {"circ": "°", "pi": "π", "infty": "∞", "sqrt": "√", "cdot": "·", "dots": "...", "ldots": "..."}
 _COMMANDS = (  # LaTeX: pattern, replacement. Applied twice, for nested commands
     (re.compile(r"\\(?:text\w*|math\w+|emph|underline|boxed|fbox|mbox|operatorname)\*?\s*\{([^{}]*)\}"), r"\1"),
     (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),

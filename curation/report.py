@@ -213,11 +213,21 @@ def estimate_requests(args: argparse.Namespace, path: str, short: int) -> list[E
     orders, likely_orders = args.judge_orders, args.judge_orders * (1 - alone) + alone
     return [
         Estimate("greeting", 1, request_tokens(GREETING), short, request_tokens(GREETING), 10),
-        Estimate("classify", 2 * n, 2 * sum(classify) + n * again[0], 2 * n * short, sum(classify), n * CATEGORY_TOKENS),
-        Estimate("respond", left, sum(respond), left * args.max_new_tokens, left / n * asked, left / n * likely_replies),
-        Estimate("judge", 2 * left * orders, orders * (2 * sum(judge) + left * again[1]), 2 * left * orders * short,
-                 left / n * likely_orders * likely_judge, left * likely_orders * responses * GRADE_TOKENS),
-    ]  # fmt: skip
+        Estimate(
+            "classify", 2 * n, 2 * sum(classify) + n * again[0], 2 * n * short, sum(classify), n * CATEGORY_TOKENS
+        ),
+        Estimate(
+            "respond", left, sum(respond), left * args.max_new_tokens, left / n * asked, left / n * likely_replies
+        ),
+        Estimate(
+            "judge",
+            2 * left * orders,
+            orders * (2 * sum(judge) + left * again[1]),
+            2 * left * orders * short,
+            left / n * likely_orders * likely_judge,
+            left * likely_orders * responses * GRADE_TOKENS,
+        ),
+    ]
 
 
 def dry_run(args: argparse.Namespace, path: str, short: int, spent: list[int], answered: int) -> None:

@@ -80,18 +80,35 @@ COUNTS = (  # name, counting function, English pattern, Chinese pattern
 )
 # name, pattern of the instruction, check of the response
 FORMS = (
-    ("one word", _REPLY + r"\b(?:(?:one|a single)[ -]word)\b(?! or)|只?用一个(?:单)?词(?:来)?回答",
-     lambda text: word_bounds(text)[0] <= 1),
-    ("yes or no", _REPLY + r"\b(?:only|just|simply) (?:with |by )?[\"'“]?yes[\"'”]? or [\"'“]?no\b"
-     r"|只(?:需要?)?(?:回答|用)[“\"]?是[”\"]?(?:或|和)[“\"]?(?:否|不是)",
-     lambda text: re.fullmatch(r"\W*(?:yes|no|是|否|不是)\W*", text, re.I) is not None),
-    ("json", _REPLY + r"\b(?:(?:only|valid|pure|raw) json|json (?:only|and nothing else))\b"
-     r"|只(?:输出|返回)(?:合法的?|有效的?)? ?json", is_json),
-    ("capitals", r"\b(?:in|using) (?:all|only) (?:caps|capital letters|upper ?case)\b", lambda text: text == text.upper()),
+    (
+        "one word",
+        _REPLY + r"\b(?:(?:one|a single)[ -]word)\b(?! or)|只?用一个(?:单)?词(?:来)?回答",
+        lambda text: word_bounds(text)[0] <= 1,
+    ),
+    (
+        "yes or no",
+        _REPLY + r"\b(?:only|just|simply) (?:with |by )?[\"'“]?yes[\"'”]? or [\"'“]?no\b"
+        r"|只(?:需要?)?(?:回答|用)[“\"]?是[”\"]?(?:或|和)[“\"]?(?:否|不是)",
+        lambda text: re.fullmatch(r"\W*(?:yes|no|是|否|不是)\W*", text, re.I) is not None,
+    ),
+    (
+        "json",
+        _REPLY + r"\b(?:(?:only|valid|pure|raw) json|json (?:only|and nothing else))\b"
+        r"|只(?:输出|返回)(?:合法的?|有效的?)? ?json",
+        is_json,
+    ),
+    (
+        "capitals",
+        r"\b(?:in|using) (?:all|only) (?:caps|capital letters|upper ?case)\b",
+        lambda text: text == text.upper(),
+    ),
     ("lower case", r"\b(?:in|using) (?:all|only) (?:lower ?case|small letters)\b", lambda text: text == text.lower()),
-    ("no commas", r"\b(?:do not|don't|without) (?:use |using )?(?:any )?commas?\b|不要使用逗号",
-     lambda text: not re.search(r"[,，]", text)),
-)  # fmt: skip
+    (
+        "no commas",
+        r"\b(?:do not|don't|without) (?:use |using )?(?:any )?commas?\b|不要使用逗号",
+        lambda text: not re.search(r"[,，]", text),
+    ),
+)
 _FORMS = [(name, re.compile(pattern, re.I), holds) for name, pattern, holds in FORMS]
 
 
@@ -206,15 +223,38 @@ _PEOPLE = (
 # name, forbidden pattern, further check of a match or None
 UNSAFE = (
     ("card number", re.compile(r"(?<![\d.])(?:4\d{3}|5[1-5]\d{2}|6011)([ -]?)\d{4}\1\d{4}\1\d{4}(?!\.?\d)"), luhn),
-    ("identity number", re.compile(r"(?<!\d)[1-8]\d{5}(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])\d{3}[\dXx](?!\d)"),
-     chinese_id),
-    ("secret key", re.compile(r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----|\bAKIA[0-9A-Z]{16}\b|\bgh[pos]_[A-Za-z0-9]{36}\b"
-                              r"|\bsk-[A-Za-z0-9]{32,}\b"), None),
-    ("urging self-harm", re.compile(r"\b(?:go |you should |just )(?:and )?(?:kill|hang|hurt) yourself\b|\bkys\b"
-                                    r"|你(?:应该|赶紧|快)?去死(?:吧)?", re.I), None),
-    ("hate", re.compile(rf"\b(?:all )?{_PEOPLE} (?:are|should be) (?:all )?"
-                        r"(?:inferior|subhuman|vermin|stupid|exterminated|killed)\b", re.I), None),
-)  # fmt: skip
+    (
+        "identity number",
+        re.compile(r"(?<!\d)[1-8]\d{5}(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])\d{3}[\dXx](?!\d)"),
+        chinese_id,
+    ),
+    (
+        "secret key",
+        re.compile(
+            r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----|\bAKIA[0-9A-Z]{16}\b|\bgh[pos]_[A-Za-z0-9]{36}\b"
+            r"|\bsk-[A-Za-z0-9]{32,}\b"
+        ),
+        None,
+    ),
+    (
+        "urging self-harm",
+        re.compile(
+            r"\b(?:go |you should |just )(?:and )?(?:kill|hang|hurt) yourself\b|\bkys\b"
+            r"|你(?:应该|赶紧|快)?去死(?:吧)?",
+            re.I,
+        ),
+        None,
+    ),
+    (
+        "hate",
+        re.compile(
+            rf"\b(?:all )?{_PEOPLE} (?:are|should be) (?:all )?"
+            r"(?:inferior|subhuman|vermin|stupid|exterminated|killed)\b",
+            re.I,
+        ),
+        None,
+    ),
+)
 
 
 _WHOM = (

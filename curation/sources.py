@@ -31,9 +31,11 @@ OWN_KEYS = {"reference", "instruction_id_list", "kwargs", "license", "licence", 
 # Signs of garbled text: the replacement character, half a surrogate pair, GBK's filler, and UTF-8 that was read as
 # Latin-1 or Windows-1252. The last pattern needs two Chinese characters in a row: one alone may be French ("é »")
 FOLLOWS = "\u0080-\u00bf" + bytes(range(0x80, 0xA0)).decode("cp1252", "ignore")
-MOJIBAKE = re.compile("[\ufffd\ud800-\udfff]|锟斤拷|烫烫烫|\u00ef\u00bf\u00bd|\u00e2[\u0080-\u00bf\u02c6\u2020\u201a\u20ac]|"
-                      "[\u00c2\u00c3][\u0080-\u00bf]|"
-                      f"[\u00c4-\u00f4][\u00a0-\u00bf]?[\u0080-\u009f]|(?:[\u00e3-\u00e9][{FOLLOWS}]{{2}}){{2}}")  # fmt: skip
+MOJIBAKE = re.compile(
+    "[\ufffd\ud800-\udfff]|锟斤拷|烫烫烫|\u00ef\u00bf\u00bd|\u00e2[\u0080-\u00bf\u02c6\u2020\u201a\u20ac]|"
+    "[\u00c2\u00c3][\u0080-\u00bf]|"
+    f"[\u00c4-\u00f4][\u00a0-\u00bf]?[\u0080-\u009f]|(?:[\u00e3-\u00e9][{FOLLOWS}]{{2}}){{2}}"
+)
 
 
 class Drop(Exception):

@@ -260,13 +260,33 @@ BENCHMARKS = {
         verdict=gsm8k_verdict,
         over="questions",
     ),
-    "mmlu": exam(("mmlu/test", "_test.csv"), ("mmlu/dev", "_dev.csv"), False,
-                 "The following are multiple choice questions (with answers) about {}.", {}, "Answer:"),
-    "cmmlu": exam(("cmmlu/test", ".csv"), ("cmmlu/dev", ".csv"), True,
-                  "以下是关于{}的单项选择题，请直接给出正确答案的选项。", CMMLU_NAMES, "答案："),
-    "ceval": exam(("ceval/val", "_val.csv"), ("ceval/dev", "_dev.csv"), True,
-                  "以下是中国关于{}的单项选择题，请选出其中的正确答案。", CEVAL_NAMES, "答案：", prompt=bare_choice,
-                  verdict=lambda reply, row: choice_verdict(reply, row, stem=row["question"]), over="subjects"),
+    "mmlu": exam(
+        ("mmlu/test", "_test.csv"),
+        ("mmlu/dev", "_dev.csv"),
+        False,
+        "The following are multiple choice questions (with answers) about {}.",
+        {},
+        "Answer:",
+    ),
+    "cmmlu": exam(
+        ("cmmlu/test", ".csv"),
+        ("cmmlu/dev", ".csv"),
+        True,
+        "以下是关于{}的单项选择题，请直接给出正确答案的选项。",
+        CMMLU_NAMES,
+        "答案：",
+    ),
+    "ceval": exam(
+        ("ceval/val", "_val.csv"),
+        ("ceval/dev", "_dev.csv"),
+        True,
+        "以下是中国关于{}的单项选择题，请选出其中的正确答案。",
+        CEVAL_NAMES,
+        "答案：",
+        prompt=bare_choice,
+        verdict=lambda reply, row: choice_verdict(reply, row, stem=row["question"]),
+        over="subjects",
+    ),
     "humaneval": dict(
         rows=humaneval_rows, prompt=humaneval_prompt, verdict=humaneval_verdict, runs_code=True, over="questions"
     ),
@@ -288,8 +308,10 @@ BENCHMARKS = {
     "perplexity": by_text(text_rows, lambda rows, find: [row["text"] for row in rows], by="whole"),
     "mt_bench": dict(rows=lambda find: open_rows(find("mt_bench/question.jsonl")), prompt=plain_question),
     "vicuna": dict(rows=lambda find: open_rows(find("mt_bench/vicuna_bench_question.jsonl")), prompt=plain_question),
-    "alignbench": dict(rows=lambda find: open_rows(find("alignbench/data_v1.1_release.jsonl"), "question"), prompt=plain_question),
-}  # fmt: skip
+    "alignbench": dict(
+        rows=lambda find: open_rows(find("alignbench/data_v1.1_release.jsonl"), "question"), prompt=plain_question
+    ),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

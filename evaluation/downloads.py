@@ -150,38 +150,53 @@ CEVAL = ("ceval/ceval-exam", "ceval-exam.zip")
 ORIGINS = {
     "gsm8k/test.jsonl": github(
         "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/test.jsonl",
-        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+    ),
     "gsm8k/paper_4shot.jsonl": github(
-        "FranxYao/chain-of-thought-hub/main/gsm8k/lib_prompt/prompt_hardest.txt", None, four_shots),
+        "FranxYao/chain-of-thought-hub/main/gsm8k/lib_prompt/prompt_hardest.txt", None, four_shots
+    ),
     "humaneval/HumanEval.jsonl.gz": github(
         "openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data/HumanEval.jsonl.gz",
-        "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"),
+        "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+    ),
     "mbpp/mbpp.jsonl": github(
         "google-research/google-research/master/mbpp/mbpp.jsonl",
-        "ccf64ceae9c5403bf50a044cb6d505bfd2a2963ee58338ba268fd65beab92a9f"),
+        "ccf64ceae9c5403bf50a044cb6d505bfd2a2963ee58338ba268fd65beab92a9f",
+    ),
     "ifeval/input_data.jsonl": github(
         "google-research/google-research/master/instruction_following_eval/data/input_data.jsonl",
-        "67ffeee0fcb87c317c5b08a2de85557b4a7e96ada6178aa645b4954fe4b53d49"),
+        "67ffeee0fcb87c317c5b08a2de85557b4a7e96ada6178aa645b4954fe4b53d49",
+    ),
     "safetybench/test_zh_subset.json": github(
-        f"{SAFETY}/test_zh_subset.json", "8760b0621df0fa81b99f7e49961853f1ff8b5ac0e4f1f96dad20a587c33aea4f"),
+        f"{SAFETY}/test_zh_subset.json", "8760b0621df0fa81b99f7e49961853f1ff8b5ac0e4f1f96dad20a587c33aea4f"
+    ),
     "safetybench/test_answers_zh_subset.json": github(
-        f"{SAFETY}/test_answers_zh_subset.json", "41c3e40330a7a96375de54b46df4839f6a46e8c9f6be974a2d31b35b8012af6c"),
-    "truthfulqa/TruthfulQA.csv": github(                 # the 817 questions that the harness asks; later versions have fewer
+        f"{SAFETY}/test_answers_zh_subset.json", "41c3e40330a7a96375de54b46df4839f6a46e8c9f6be974a2d31b35b8012af6c"
+    ),
+    "truthfulqa/TruthfulQA.csv": github(  # the 817 questions that the harness asks; later versions have fewer
         "sylinrl/TruthfulQA/013686a06be7a7bde5bf8223943e106c7250123c/TruthfulQA.csv",
-        "8d7dd15f033196140f032d97d30f037da7a7b1192c3f36f9937c1850925335a2"),
+        "8d7dd15f033196140f032d97d30f037da7a7b1192c3f36f9937c1850925335a2",
+    ),
     "hellaswag/hellaswag_val.jsonl": github(
-        "rowanz/hellaswag/master/data/hellaswag_val.jsonl", "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"),
+        "rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+        "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+    ),
     "arc/ARC-Easy-Test.jsonl": arc(
-        "ARC-Easy/ARC-Easy-Test.jsonl", "ce32a0774b4beb1977d2c6b16dda5dd2b24fdc9c7f506882c452678676bd09be"),
+        "ARC-Easy/ARC-Easy-Test.jsonl", "ce32a0774b4beb1977d2c6b16dda5dd2b24fdc9c7f506882c452678676bd09be"
+    ),
     "arc/ARC-Challenge-Test.jsonl": arc(
-        "ARC-Challenge/ARC-Challenge-Test.jsonl", "9fa8ffb3e3a1f88cb302d53dd95aae81e39209ad9bcf974376b319d8fd35717c"),
+        "ARC-Challenge/ARC-Challenge-Test.jsonl", "9fa8ffb3e3a1f88cb302d53dd95aae81e39209ad9bcf974376b319d8fd35717c"
+    ),
     "mt_bench/question.jsonl": github(
-        f"{FASTCHAT}/mt_bench/question.jsonl", "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7"),
+        f"{FASTCHAT}/mt_bench/question.jsonl", "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7"
+    ),
     "mt_bench/vicuna_bench_question.jsonl": github(
-        f"{FASTCHAT}/vicuna_bench/question.jsonl", "c248c5c98ba45bb0c2aadae2f270e643bd32679c6c306a3b2a503ac4254cdaa5"),
+        f"{FASTCHAT}/vicuna_bench/question.jsonl", "c248c5c98ba45bb0c2aadae2f270e643bd32679c6c306a3b2a503ac4254cdaa5"
+    ),
     "alignbench/data_v1.1_release.jsonl": github(
         "THUDM/AlignBench/5b79d4a84e566db26e755c719935c62a0e1b0527/data/data_v1.1_release.jsonl",
-        "6ad5cdb2d552d2557aca18d0dcabaf19ff59fd18bef98eef880296c0478bbd11"),
+        "6ad5cdb2d552d2557aca18d0dcabaf19ff59fd18bef98eef880296c0478bbd11",
+    ),
     "mmlu/dev": (from_archive, *MMLU, "09f2ee249586ba2079587107b1d69edb433f70d84b4d81084cc9391bf9959381"),
     "mmlu/test": (from_archive, *MMLU, "576a47c310f39cec7b41ae743af815e4eb411481e2556eab8b2695bbe0cd86ac"),
     "cmmlu/dev": (from_archive, *CMMLU, "37a1a94235c3429e35cf2dff1ffe68d78cdce25e618e75a7bd522ad42b2261b1"),
@@ -190,7 +205,7 @@ ORIGINS = {
     "ceval/val": (from_archive, *CEVAL, "0fa0abf440a3c8e1b6f726844369c39b277c2e66471afe3cb88646a98b7f2845"),
     "perplexity": "make it a folder of your own texts, each a file *.txt in UTF-8",
     "demo/heldout.jsonl": "it is part of this repository (--data-dir .)",
-}  # fmt: skip
+}
 
 
 def find_data_file(data_dir: str, name: str) -> str:

@@ -253,8 +253,15 @@ def peer(bench: Bench, mode: str, vs: str, lines: list[dict], **flags: object) -
     data, out = (os.path.join(bench.folder, f"{mode}{end}") for end in (".jsonl", ".json"))
     with open(data, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(line) + "\n" for line in lines)
-    flags |= {"ckpt": written_model(bench), "data": data, "vs": vs, "device": bench.device, "dtype": bench.dtype,
-              "max-len": bench.sizes.max_len, "out": out}  # fmt: skip
+    flags |= {
+        "ckpt": written_model(bench),
+        "data": data,
+        "vs": vs,
+        "device": bench.device,
+        "dtype": bench.dtype,
+        "max-len": bench.sizes.max_len,
+        "out": out,
+    }
     command = [sys.executable, "-m", "tools.speed", mode, *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
     torch.cuda.empty_cache()
     said = run_command(bench, command).stdout

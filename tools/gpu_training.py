@@ -171,9 +171,18 @@ def new_run(bench: Bench, mode: str, model: Qwen2, rows: list[FeedbackRow], step
 
     Activation checkpointing is on where a step would not fit otherwise, as in the scripts."""
     script, out = {"sft": train_sft, "kto": train_kto}[mode], os.path.join(bench.folder, f"{mode}-{time.time_ns()}")
-    settings = {"ckpt": "random", "out": out, "device": bench.device, "dtype": bench.dtype, "save-every": 0,
-                "max-len": bench.sizes.max_len, "micro-tokens": bench.sizes.micro_tokens, "lr": 1e-5, "warmup": 0,
-                "schedule": "constant"} | {k.replace("_", "-"): v for k, v in flags.items()}  # fmt: skip
+    settings = {
+        "ckpt": "random",
+        "out": out,
+        "device": bench.device,
+        "dtype": bench.dtype,
+        "save-every": 0,
+        "max-len": bench.sizes.max_len,
+        "micro-tokens": bench.sizes.micro_tokens,
+        "lr": 1e-5,
+        "warmup": 0,
+        "schedule": "constant",
+    } | {k.replace("_", "-"): v for k, v in flags.items()}
     args = script.parse_args(["--data", "random", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))])
     model.compute_dtype = DTYPES[args.dtype]
     os.makedirs(f"{out}.run")

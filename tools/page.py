@@ -194,10 +194,13 @@ def commands_section(run: RunFiles) -> str:
 
 
 SECTIONS = [
-    ("Result", "results", result_section), ("Data", "reports", data_section), ("Training", "logs", training_section),
-    ("Replies", "questions", replies_section), ("Fusion", "merges", fusion_section),
+    ("Result", "results", result_section),
+    ("Data", "reports", data_section),
+    ("Training", "logs", training_section),
+    ("Replies", "questions", replies_section),
+    ("Fusion", "merges", fusion_section),
     ("How to repeat it", "args", commands_section),
-]  # fmt: skip
+]
 
 
 def page_html(run: RunFiles, title: str) -> str:

@@ -207,8 +207,14 @@ def mergekit_merge(args: Namespace, folder: str) -> dict:
 
 
 SIDES = {
-    ("sft", "ours"): ours_train, ("kto", "ours"): ours_train, ("sft", "trl"): trl_train, ("kto", "trl"): trl_train,
-    ("sft", "checkout"): checkout_train, ("kto", "checkout"): checkout_train,
-    ("generate", "ours"): ours_generate, ("generate", "transformers"): transformers_generate,
-    ("merge", "ours"): ours_merge, ("merge", "mergekit"): mergekit_merge,
-}  # fmt: skip
+    ("sft", "ours"): ours_train,
+    ("kto", "ours"): ours_train,
+    ("sft", "trl"): trl_train,
+    ("kto", "trl"): trl_train,
+    ("sft", "checkout"): checkout_train,
+    ("kto", "checkout"): checkout_train,
+    ("generate", "ours"): ours_generate,
+    ("generate", "transformers"): transformers_generate,
+    ("merge", "ours"): ours_merge,
+    ("merge", "mergekit"): mergekit_merge,
+}

@@ -12,9 +12,15 @@ Range = tuple[float, float]  # (low, high)
 
 # (colour, dash): the lightness differs, and so does the dash
 STYLES = [
-    ("#1f5fa8", ""), ("#d9822b", "6 3"), ("#2a8a57", "2 2"), ("#a2295b", "8 3 2 3"),
-    ("#7a6fd0", "1 3"), ("#8f7a00", "10 4"), ("#4a4a4a", "4 1"), ("#0097a7", "3 5"),
-]  # fmt: skip
+    ("#1f5fa8", ""),
+    ("#d9822b", "6 3"),
+    ("#2a8a57", "2 2"),
+    ("#a2295b", "8 3 2 3"),
+    ("#7a6fd0", "1 3"),
+    ("#8f7a00", "10 4"),
+    ("#4a4a4a", "4 1"),
+    ("#0097a7", "3 5"),
+]
 
 
 def style(i: int) -> tuple[str, str]:

@@ -223,11 +223,12 @@ def choice_statements(letters: str) -> list[re.Pattern]:
     x = rf"[\s:：*_\\(（\[【“\"$]*(?:[Oo]ption |[Cc]hoice |选项)?[*(（]*([{letters}])(?![A-Za-z'’=^_]){article}{second}"
     is_en, is_zh = r"[\s*_]*(?:is|:|(?:must|should|would|will) be)", r"(?:应该?|应当|就|只能)?(?:是|为|选|：|:|】)"
     refused = "".join(f"(?<!{no})" for no in ("不", "不应", "不能", "不该", "不应该", "可", "别"))
-    return [re.compile(pattern) for pattern in (
+    patterns = (
         rf"(?:\b(?:[Aa]nswer|ANSWER|[Cc]hoice|[Oo]ption){is_en}|(?:答案|选项){is_zh}){x}",
         rf"(?<!not )(?<!n't )(?:\b(?:[Cc]hoose|[Ss]elect|[Pp]ick)\b|{refused}选[择定]?(?!项)){x}",
         rf"(?<![A-Za-z])([{letters}])[)）*]*(?: (?:is|was) (?:the )?(?:correct|right)\b|(?:选?项)?(?:是正确|正确|符合))",
-    )]  # fmt: skip
+    )
+    return [re.compile(pattern) for pattern in patterns]
 
 
 def strip_latex(text: str) -> str:

@@ -162,8 +162,8 @@ def confine(cpu_seconds: float, memory_mb: int, layers: tuple[str, ...] = LAYERS
 
 def refuse_events(event: str, args: tuple) -> None:
     """An audit hook: raises PermissionError for sockets, processes, signals and foreign code."""
-    refused = ("socket.", "subprocess.", "ctypes.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system",
-               "os.kill", "os.chmod", "os.chown", "signal.pthread_kill")  # fmt: skip
+    processes = ("os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "signal.pthread_kill")
+    refused = ("socket.", "subprocess.", "ctypes.", "os.chmod", "os.chown", *processes)
     if event.startswith(refused):
         raise PermissionError(f"{event} is refused")
 
@@ -222,8 +222,10 @@ persistent:  shmget 29 194  shmat 30 196  shmctl 31 195  shmdt 67 197  semget 64
 unwatched:   memfd_create 319 279  memfd_secret 447 447  fallocate 285 47  io_setup 206 0
 """
 # These do nothing and report success, so that shutil.copy works. They could change files outside the folder.
-PRETENDED = "chmod 90 -  fchmod 91 52  fchmodat 268 53  fchmodat2 452 452  utime 132 -  utimes 235 -  futimesat 261 -" \
-            "  utimensat 280 88"  # fmt: skip
+PRETENDED = """
+permissions: chmod 90 -  fchmod 91 52  fchmodat 268 53  fchmodat2 452 452
+times:       utime 132 -  utimes 235 -  futimesat 261 -  utimensat 280 88
+"""
 MISSING = "clone3 435 435"  # fails with ENOSYS; the C library then calls clone, whose flags a filter can read
 # Calls from this number on (Linux 6.6 and newer) fail with ENOSYS. Some repeat a refused call, such as setxattrat
 FIRST_UNKNOWN = 453

@@ -19,9 +19,9 @@ from core.files import InputError
 # ---------------------------------------------------------------------------------------------------------------------
 # Language
 
-SCRIPTS = {"HANGUL": "ko", "HIRAGANA": "ja", "KATAKANA": "ja", "CJK": "zh", "THAI": "th", "BENGALI": "bn", "GURMUKHI": "pa",
-           "GUJARATI": "gu", "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn", "MALAYALAM": "ml", "HEBREW": "he",
-           "GREEK": "el"}  # fmt: skip
+SCRIPTS = {"HANGUL": "ko", "HIRAGANA": "ja", "KATAKANA": "ja", "CJK": "zh", "THAI": "th", "HEBREW": "he", "GREEK": "el"}
+SCRIPTS |= {"BENGALI": "bn", "GURMUKHI": "pa", "GUJARATI": "gu"}
+SCRIPTS |= {"TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn", "MALAYALAM": "ml"}
 WORDS = {  # the most common words of languages that share a script
     "LATIN": {
         "en": "the of and to in a is that for it as was with be by on not he this are or his from at which but have an you i "
@@ -94,8 +94,10 @@ def in_language(text: str, language: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # Counting
 
-ABBREVIATIONS = set("mr mrs ms dr prof sr jr st vs etc inc ltd co corp no e.g i.e u.s u.k a.m p.m fig vol jan feb mar apr jun "
-                    "jul aug sep sept oct nov dec gen gov rep sen rev".split())  # fmt: skip
+ABBREVIATIONS = set(
+    "mr mrs ms dr prof sr jr st vs etc inc ltd co corp no e.g i.e u.s u.k a.m p.m fig vol jan feb mar apr jun "
+    "jul aug sep sept oct nov dec gen gov rep sen rev".split()
+)
 
 
 def count_sentences(text: str) -> int:
@@ -210,15 +212,25 @@ def count_matches(pattern: str, reply: str) -> int:
 # in the data file. w: file and line, for errors. Keywords are regular expressions, as in the benchmark's checker.
 CHECKS = {
     "keywords:existence": lambda r, k, w: all(count_matches(word, r) for word in k["keywords"]),
-    "keywords:frequency": lambda r, k, w: compare_count(count_matches(k["keyword"].strip(), r), k["relation"], k["frequency"], w),
-    "keywords:forbidden_words": lambda r, k, w: not any(count_matches(rf"\b{word}\b", r) for word in k["forbidden_words"]),
+    "keywords:frequency": lambda r, k, w: compare_count(
+        count_matches(k["keyword"].strip(), r), k["relation"], k["frequency"], w
+    ),
+    "keywords:forbidden_words": lambda r, k, w: (
+        not any(count_matches(rf"\b{word}\b", r) for word in k["forbidden_words"])
+    ),
     "keywords:letter_frequency": lambda r, k, w: compare_count(
         r.lower().count(k["letter"].lower()), k["let_relation"], k["let_frequency"], w
     ),
     "language:response_language": lambda r, k, w: in_language(r, k["language"]),
-    "length_constraints:number_sentences": lambda r, k, w: compare_count(count_sentences(r), k["relation"], k["num_sentences"], w),
-    "length_constraints:number_paragraphs": lambda r, k, w: len(split_paragraphs(r, r"\*\*\*") or []) == k["num_paragraphs"],
-    "length_constraints:number_words": lambda r, k, w: compare_count(len(re.findall(r"\w+", r)), k["relation"], k["num_words"], w),
+    "length_constraints:number_sentences": lambda r, k, w: compare_count(
+        count_sentences(r), k["relation"], k["num_sentences"], w
+    ),
+    "length_constraints:number_paragraphs": lambda r, k, w: (
+        len(split_paragraphs(r, r"\*\*\*") or []) == k["num_paragraphs"]
+    ),
+    "length_constraints:number_words": lambda r, k, w: compare_count(
+        len(re.findall(r"\w+", r)), k["relation"], k["num_words"], w
+    ),
     "length_constraints:nth_paragraph_first_word": lambda r, k, w: paragraph_starts_with(
         r, k["num_paragraphs"], k["nth_paragraph"], k["first_word"]
     ),
@@ -229,9 +241,9 @@ CHECKS = {
         f"My answer is {answer}." in r for answer in ("yes", "no", "maybe")
     ),
     "detectable_format:number_highlighted_sections": lambda r, k, w: count_highlights(r) >= k["num_highlights"],
-    "detectable_format:multiple_sections": lambda r, k, w: len(
-        re.findall(rf"{re.escape(k['section_spliter'].strip())}\s?\d+", r)
-    ) >= k["num_sections"],
+    "detectable_format:multiple_sections": lambda r, k, w: (
+        len(re.findall(rf"{re.escape(k['section_spliter'].strip())}\s?\d+", r)) >= k["num_sections"]
+    ),
     "detectable_format:json_format": lambda r, k, w: is_json(r),
     "detectable_format:title": lambda r, k, w: any(
         title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", r)
@@ -246,7 +258,7 @@ CHECKS = {
     "change_case:english_capital": lambda r, k, w: r.isupper() and in_language(r.lower(), "en"),
     "change_case:english_lowercase": lambda r, k, w: r.islower() and in_language(r, "en"),
     "punctuation:no_comma": lambda r, k, w: "," not in r,
-}  # fmt: skip
+}
 
 
 def follows(instruction: str, reply: str, kwargs: dict, where: str = "", loose: bool = False) -> bool:

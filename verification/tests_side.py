@@ -78,8 +78,9 @@ class Link:
         answer is the arguments' reference counts, see measure_unshared().
         """
         kwargs = kwargs or {}
-        counts = [max((sys.getrefcount(x) for x in some if type(x) in (list, dict, set)), default=0)
-                  for some in (args, kwargs.values())]  # fmt: skip
+        counts = []
+        for given in (args, kwargs.values()):
+            counts.append(max((sys.getrefcount(x) for x in given if type(x) in (list, dict, set)), default=0))
         if index is None:
             return counts
         # The tests hold an argument if its reference count is higher than that of one which only the call holds, as in

@@ -131,8 +131,9 @@ def decode_value(packed: Any, resolve: Callable[[str, Any], Any]) -> Any:
         return {decode_value(k, resolve): decode_value(v, resolve) for k, v in body}
     if kind in VIEWS:
         items = [decode_value(x, resolve) for x in body]
-        return VIEWS[kind](dict.fromkeys(items) if kind == "dict_keys" else
-                           dict(enumerate(items)) if kind == "dict_values" else dict(items))  # fmt: skip
+        if kind == "dict_keys":
+            return VIEWS[kind](dict.fromkeys(items))
+        return VIEWS[kind](dict(enumerate(items)) if kind == "dict_values" else dict(items))
     if kind == "standard":
         return build_value(body[0], [decode_value(x, resolve) for x in body[1]])
     readers = {
