@@ -25,7 +25,7 @@ from curation.prompts import fence, prompt_text
 from curation.sources import Drop, check_reference, clean, instructions
 from curation.steps import why_left_out
 from curation.teacher import Asker, open_replies, open_teacher
-from verification import answers
+from verification.answers import check_reply, checkable
 
 FILES = ("sft.jsonl", "replies.jsonl")
 REWORD = """{prompt}
@@ -52,12 +52,11 @@ def choose_target(gold: str, candidates: dict[str, str], verdicts: dict[str, boo
 
 def read_gold(args: Namespace) -> list[dict]:
     """-> {"prompt", "response", "reference"} of each record. Prints why records are dropped."""
-    records, dropped = [], Counter()
+    records, dropped, files = [], Counter(), ", ".join(args.data)
     for path in expand(args.data):
         for line, record in read_objects(path):
-            where = f"{path}:{line}"
             try:
-                found = instructions(record, where, args.max_chars)
+                found = instructions(record, where := f"{path}:{line}", args.max_chars)
             except Drop as reason:
                 dropped[str(reason)] += 1
                 continue
@@ -68,45 +67,41 @@ def read_gold(args: Namespace) -> list[dict]:
                     check_reference(one["reference"], where)
             records += found
     if not records:
-        raise InputError(f"{', '.join(args.data)}: no record is left; {dict(dropped) or 'the files are empty'}")
-    if args.mode == "s3ft" and not args.teacher and not any(checkable(one, args) for one in records):
-        fault = "no record has a reference that is checked"
-        raise InputError(f"{', '.join(args.data)}: {fault}; add the key `reference`, or give a --teacher")
+        raise InputError(f"{files}: no record is left; {dict(dropped) or 'the files are empty'}")
+    checked = any(checkable(one["reference"], args.allow_code_execution) for one in records)
+    if args.mode == "s3ft" and not args.teacher and not checked:
+        raise InputError(f"{files}: no reference can be checked; add the key `reference`, or give a --teacher")
     for reason, n in dropped.items():
         print(f"dropped {n:,}: {reason}")
     return records
 
 
-def checkable(record: dict, args: Namespace) -> bool:
-    """True if a program can check responses to this record."""
-    return bool(record["reference"]) and (record["reference"]["kind"] != "code" or args.allow_code_execution)
-
-
 def program_verdict(record: dict, text: str, args: Namespace) -> bool | None:
     """J(text, gold) without a model, None where a program cannot tell. SDFT accepts texts without a reference."""
+    reference = record["reference"]
     if args.mode == "sdft" and TELL_TALE.search(text):
         return False
-    if checkable(record, args):
-        return answers.check_reply(record["reference"]["kind"], text, record["reference"]["value"])
-    return True if args.mode == "sdft" and not record["reference"] else None
+    if checkable(reference, args.allow_code_execution):
+        return check_reply(reference["kind"], text, reference["value"])
+    return True if args.mode == "sdft" and not reference else None
 
 
 def reworded_prompt(record: dict) -> list[dict]:
     *before, last = record["prompt"]
-    text = REWORD.format(prompt=last["content"], gold=record["response"])
-    return [*before, {"role": "user", "content": text}]
+    return [*before, {"role": "user", "content": REWORD.format(prompt=last["content"], gold=record["response"])}]
 
 
 def agreement_request(record: dict, text: str) -> list[dict]:
-    question = prompt_text(record["prompt"])
-    quoted = fence([("question", question), ("right answer", record["response"]), ("given answer", text)])
-    return [{"role": "system", "content": JUDGE}, {"role": "user", "content": quoted}]
+    parts = [("question", prompt_text(record["prompt"])), ("right answer", record["response"]), ("given answer", text)]
+    return [{"role": "system", "content": JUDGE}, {"role": "user", "content": fence(parts)}]
 
 
-def add_candidates(records: list[dict], writer: str, replies: list[dict], args: Namespace, judge: Asker | None) -> None:
-    """Adds one candidate to each record and judges it. An empty or cut off reply is no candidate."""
+def add_candidates(records: list[dict], writer: str, args: Namespace, model: Asker, judge: Asker | None) -> None:
+    """Asks for a candidate of each record that has no right one yet, and judges it. Leaves out empty or cut replies."""
+    left = [record for record in records if not any(record["verdicts"].values())]
+    replies = model.ask([record["prompt"] if writer == "own" else reworded_prompt(record) for record in left], writer)
     unjudged = []
-    for record, reply in zip(records, replies):
+    for record, reply in zip(left, replies):
         text = clean(reply.get("text", ""))
         if not why_left_out(reply, text, must_respond=False):
             record["candidates"][writer], record["verdicts"][writer] = text, program_verdict(record, text, args)
@@ -116,22 +111,6 @@ def add_candidates(records: list[dict], writer: str, replies: list[dict], args: 
     for record, reply in zip(unjudged, judge.ask(requests, "judge") if requests else ()):
         yes = reply.get("text", "").strip().casefold().startswith("yes")
         record["verdicts"][writer] = None if "error" in reply else yes
-
-
-def write_targets(records: list[dict], args: Namespace, model: Asker, judge: Asker | None) -> Counter:
-    """Asks, judges, and writes OUT/sft.jsonl -> {writer: number of targets}."""
-    for record in records:
-        record |= {"candidates": {}, "verdicts": {}}
-    if args.mode == "s3ft":
-        replies = model.ask([record["prompt"] for record in records], "own")
-        add_candidates(records, "own", replies, args, judge)
-    left = [record for record in records if not record["verdicts"].get("own")]
-    replies = model.ask([reworded_prompt(record) for record in left], "reworded")
-    add_candidates(left, "reworded", replies, args, judge)
-    targets = [choose_target(r["response"], r["candidates"], r["verdicts"]) for r in records]
-    rows = ({"prompt": r["prompt"], "completion": text, "writer": w} for r, (w, text) in zip(records, targets))
-    write_jsonl(f"{args.out}/sft.jsonl", rows)
-    return Counter(writer for writer, _ in targets)
 
 
 def parse_args() -> Namespace:
@@ -162,15 +141,20 @@ def parse_args() -> Namespace:
 
 def rewrite(args: Namespace) -> None:
     """The command on rank 0: reads the gold data and writes OUT/."""
-    records = read_gold(args)
+    records = [one | {"candidates": {}, "verdicts": {}} for one in read_gold(args)]
     source, judge = open_local(args.ckpt, dtype=args.dtype), None
     with claimed_folder(args.out, "variants.s3ft", FILES), open_replies(f"{args.out}/replies.jsonl") as log:
         if args.teacher:
             judge = Asker(open_teacher(args.teacher, args.teacher_model, args.dtype), log, {"max_tokens": 8})
         model = Asker(source, log, {"max_tokens": args.max_new_tokens, "batch_size": args.batch_size})
-        counts = write_targets(records, args, model, judge)
+        for writer in ("own", "reworded") if args.mode == "s3ft" else ("reworded",):
+            add_candidates(records, writer, args, model, judge)
+        targets = [choose_target(one["response"], one["candidates"], one["verdicts"]) for one in records]
+        rows = ({"prompt": one["prompt"], "completion": t, "writer": w} for one, (w, t) in zip(records, targets))
+        write_jsonl(f"{args.out}/sft.jsonl", rows)
     if unjudged := sum(None in record["verdicts"].values() for record in records):
         print(f"note: {unjudged:,} records have a reply that could not be judged; it is not used")
+    counts = Counter(writer for writer, _ in targets)
     shares = ", ".join(f"{counts[w] / len(records):.1%} {w}" for w in ("own", "reworded", "gold") if w in counts)
     print(f"Written: {args.out}/sft.jsonl, {len(records):,} examples: {shares}. Next:")
     print(f"  {shlex.join(['python', 'train_sft.py', '--ckpt', args.ckpt, '--data', f'{args.out}/sft.jsonl'])}")

@@ -296,6 +296,11 @@ def stated_choice(reply: str, choices: dict[str, str]) -> str | None:
     return "" if answer and known and not open_ended else None
 
 
+def checkable(reference: dict | None, run_code: bool) -> bool:
+    """True if check_reply() may check replies against this reference. run_code: it may run the programs in them."""
+    return bool(reference) and (reference["kind"] != "code" or run_code)
+
+
 def check_reply(kind: str, reply: str, reference: Any) -> bool | None:
     """True if a reply gives the reference's answer, False if it does not, None if that cannot be checked.
 
