@@ -88,7 +88,7 @@ def disjoint_merge(deltas: Tensor, weights: Tensor, elected: Tensor, normalize: 
     agree = (deltas * elected).clamp_(min=0)  # |delta| where the signs agree, else 0; faster than masks
     total = agree.sum(0).mul_(elected)
     if normalize:
-        share = (agree.sign_() * weights[:, None]).sum(0)
+        share = agree.sign_().mul_(weights[:, None]).sum(0)
         # with positive weights, share = 0 implies total = 0, so a tiny divisor will do; with mixed signs it does not
         total /= share.add_(1e-37) if (weights > 0).all() else torch.where(share == 0, 1.0, share)
     return total
