@@ -6,6 +6,8 @@ The learning rates are chosen on the dev split. The paper's own (1e-6 and 5e-8, 
 """
 
 import argparse
+import json
+from pathlib import Path
 
 from core.files import cli
 from experiments.steps import choose_lr, evaluate, kto, run_step, sft, study_flags, train_chosen
@@ -19,6 +21,20 @@ def fuse(args: argparse.Namespace) -> None:
         evaluate(args, name)
 
 
+def fuse_at_searched_weight(args: argparse.Namespace) -> None:
+    """The linear fusion of A and B that follows most instructions of the dev split, of eight."""
+    models, found = [f"{args.out}/{arm}" for arm in ("sft", "sft-kto")], f"{args.out}/search.json"
+    generation = ["--max-new-tokens", str(args.max_new_tokens), "--batch-size", "64", "--dtype", args.dtype]
+    command = ["merge.py", "search", "--method", "linear", "--models", *models, "--tasks", "ifeval"]
+    command += ["--data-dir", f"{args.out}/instructions/dev", "--aside", "0.1", "--evaluations", "8"]
+    run_step(args.out, "search", [*command, *generation, "--out", found])
+    weights = json.loads(Path(found).read_text())["best"]["weights"]
+    weighted = [f"{model}:{weight:.4g}" for model, weight in zip(models, weights)]
+    out = f"{args.out}/searched"
+    run_step(args.out, "searched", ["merge.py", "--method", "linear", "--models", *weighted, "--out", out])
+    evaluate(args, "searched")
+
+
 def merge_by_ties(args: argparse.Namespace) -> None:
     """TIES merges SFT and KTO, each from the student."""
     models = [f"{args.out}/sft", f"{args.out}/kto"]
@@ -29,7 +45,7 @@ def merge_by_ties(args: argparse.Namespace) -> None:
 
 def main() -> None:
     p = study_flags(__doc__)
-    arms = ["base", "sft", "kto", "sft-kto", "fusions", "ties", "paper-lr"]
+    arms = ["base", "sft", "kto", "sft-kto", "fusions", "ties", "searched", "paper-lr"]
     p.add_argument("--arms", nargs="+", choices=arms, default=arms, help="arms to run, in this order")
     args = p.parse_args()
     for arm in args.arms:
@@ -45,6 +61,8 @@ def main() -> None:
             fuse(args)
         elif arm == "ties":
             merge_by_ties(args)
+        elif arm == "searched":
+            fuse_at_searched_weight(args)
         else:
             sft(args, "sft-paper-lr", "1e-6", "data/sft.jsonl")
             evaluate(args, "sft-paper-lr")

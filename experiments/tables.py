@@ -35,7 +35,6 @@ NAMES = {
 }
 NOT_RUN = {
     "sft-original": "not run: the instructions are made by a program, so nobody wrote an original response",
-    "searched": "not run: `merge.py search` scores each weight on the dev split, for which no time was left",
     "sft-deduplicated": "not run: no two instructions are equal, so there is nothing to drop",
     "sft-balanced": "not run: the instructions are drawn evenly over their forms, so there is nothing to balance",
 }
@@ -61,7 +60,7 @@ PAPER = [
     TableRow("mean", "sft", "The fusion 0.5 SFT + 0.5 SFT-KTO improves on SFT"),
     TableRow("mean-05-95", "sft", "The fusion 0.05 SFT + 0.95 SFT-KTO improves on SFT"),
     TableRow("ties", "sft", "TIES of SFT and KTO improves on SFT"),
-    TableRow("searched", "sft"),
+    TableRow("searched", "sft-kto", "A fusion at the weight that is best on the dev split improves on KTO after SFT"),
     TableRow("sft-paper-lr", "base", "SFT at the paper's rate of 1e-6 improves the student"),
     TableRow("sft-paper-lr", "sft", "SFT at the paper's rate is worse than SFT at the larger rate", better=False),
     TableRow("sft-kto-paper-lr", "base", "SFT at 1e-6, then KTO at 5e-8, improves the student"),
