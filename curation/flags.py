@@ -10,48 +10,92 @@ from curation.step_files import FILES
 ABOUT = "Makes alignment data from open instructions with the help of a large model: sft.jsonl and kto.jsonl."
 OUT, SMALL = "data", "Qwen/Qwen2-0.5B-Instruct"  # the defaults of train_sft.py and train_kto.py
 
-# fmt: off
-
 
 def add_data_flags(p: Parser) -> None:
     add = p.add_argument
-    add("--sources", nargs="+", required=True, metavar="F",
+    add(
+        "--sources",
+        nargs="+",
+        required=True,
+        metavar="F",
         help="files of instructions: JSON Lines, JSON arrays or Parquet, plain or .gz; globs; "
-        "hf://datasets/OWNER/NAME[@REVISION]/FILE")
-    add("--trust-references", nargs="+", default=[], metavar="F",
+        "hf://datasets/OWNER/NAME[@REVISION]/FILE",
+    )
+    add(
+        "--trust-references",
+        nargs="+",
+        default=[],
+        metavar="F",
         help="the --sources whose references may verify responses: a key `reference`, GSM8K's `#### 72`, AQuA's "
         "options, IFEval's instruction_id_list, MBPP's test_list. References in other files are ignored, because anybody "
-        "can write them")
-    add("--decontaminate", nargs="+", default=[], metavar="F",
-        help="evaluation files; prompts and responses that contain one of their questions are dropped")
+        "can write them",
+    )
+    add(
+        "--decontaminate",
+        nargs="+",
+        default=[],
+        metavar="F",
+        help="evaluation files; prompts and responses that contain one of their questions are dropped",
+    )
     add("--out", type=out_path, default=OUT, help="folder for all files of the run")
     add("--quiet", action="store_true", help="print only the closing summary, not what each step keeps and drops")
-    add("--limit", type=at_least(0), default=0,
-        help="maximum number of instructions per source, from its beginning; 0: all")
-    add("--max-chars", type=at_least(1), default=20_000,
-        help="maximum length of prompt and response together, in characters; longer records are dropped")
+    add(
+        "--limit",
+        type=at_least(0),
+        default=0,
+        help="maximum number of instructions per source, from its beginning; 0: all",
+    )
+    add(
+        "--max-chars",
+        type=at_least(1),
+        default=20_000,
+        help="maximum length of prompt and response together, in characters; longer records are dropped",
+    )
 
 
 def add_model_flags(p: Parser) -> None:
     add = p.add_argument
-    add("--teacher", required=True,
+    add(
+        "--teacher",
+        required=True,
         help="URL of an OpenAI-compatible endpoint (.../v1), or a checkpoint. The endpoint receives the key in "
-        "TEACHER_API_KEY. The key in OPENAI_API_KEY is sent only to https://api.openai.com")
+        "TEACHER_API_KEY. The key in OPENAI_API_KEY is sent only to https://api.openai.com",
+    )
     add("--teacher-model", help="the model's name at the endpoint")
     add("--small", required=True, help="checkpoint of the small model, which writes responses too")
-    add("--samples", type=at_least(1, high=16), default=1,
-        help="number of responses by the small model, 1 to 16; the first is greedy, the others are sampled")
+    add(
+        "--samples",
+        type=at_least(1, high=16),
+        default=1,
+        help="number of responses by the small model, 1 to 16; the first is greedy, the others are sampled",
+    )
     add("--temperature", type=number(above=0), default=0.8, help="sampling temperature of the small model, above 0")
-    add("--recorded", nargs="+", default=[], metavar="F",
-        help="files of responses to use instead of asking a model: records of any shape of --sources, with \"writer\": "
-        "\"teacher\" (the default) or \"small\"")
+    add(
+        "--recorded",
+        nargs="+",
+        default=[],
+        metavar="F",
+        help='files of responses to use instead of asking a model: records of any shape of --sources, with "writer": '
+        '"teacher" (the default) or "small"',
+    )
     add("--perplexity", metavar="C", help="checkpoint that computes perplexities (default: the small model)")
-    add("--dtype", choices=["fp32", "bf16"],
-        help="number format of local checkpoints (default: bf16 if there is a GPU, else fp32)")
-    add("--max-new-tokens", type=at_least(1), default=512,
-        help="maximum length of a response, in tokens; longer responses are left out")
-    add("--max-len", type=at_least(1), default=2048,
-        help="maximum length of prompt and response for a perplexity, in tokens; the rest is cut off")
+    add(
+        "--dtype",
+        choices=["fp32", "bf16"],
+        help="number format of local checkpoints (default: bf16 if there is a GPU, else fp32)",
+    )
+    add(
+        "--max-new-tokens",
+        type=at_least(1),
+        default=512,
+        help="maximum length of a response, in tokens; longer responses are left out",
+    )
+    add(
+        "--max-len",
+        type=at_least(1),
+        default=2048,
+        help="maximum length of prompt and response for a perplexity, in tokens; the rest is cut off",
+    )
     add("--batch-size", type=at_least(1), default=32, help="batch size of local checkpoints, in sequences")
     add("--micro-tokens", type=at_least(1), default=8192, help="size of one forward pass for perplexities, in tokens")
 
@@ -60,50 +104,94 @@ def add_endpoint_flags(p: Parser) -> None:
     add = p.add_argument
     add("--concurrency", type=at_least(1), default=16, help="maximum number of requests in flight")
     add("--timeout", type=number(above=0), default=120.0, help="time limit of one whole reply, in seconds")
-    add("--retries", type=at_least(0), default=8,
+    add(
+        "--retries",
+        type=at_least(0),
+        default=8,
         help="maximum number of retries of a failed request, with growing pauses. A request that fails every time is "
-        "set aside and listed in the report")
+        "set aside and listed in the report",
+    )
     add("--requests-per-minute", type=number(0), default=0, help="maximum rate of requests, per minute; 0: no limit")
-    add("--tokens-per-minute", type=number(0), default=0,
-        help="maximum rate of prompt and reply tokens, per minute; 0: no limit")
-    add("--budget", type=number(0), default=0,
+    add(
+        "--tokens-per-minute",
+        type=number(0),
+        default=0,
+        help="maximum rate of prompt and reply tokens, per minute; 0: no limit",
+    )
+    add(
+        "--budget",
+        type=number(0),
+        default=0,
         help="maximum cost of all replies in --out, in tokens, or in currency if prices are given. The run stops "
-        "before it exceeds this; 0: no limit")
+        "before it exceeds this; 0: no limit",
+    )
     add("--price-in", type=number(0), help="price of a million prompt tokens")
     add("--price-out", type=number(0), help="price of a million reply tokens")
-    add("--dry-run", action="store_true",
-        help="run the first two steps, then show counts, sample requests and the likely cost; send no request")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="run the first two steps, then show counts, sample requests and the likely cost; send no request",
+    )
 
 
 def add_selection_flags(p: Parser) -> None:
     add = p.add_argument
-    add("--hamming", type=at_least(0, high=16), default=3,
-        help="maximum distance between simhashes of near duplicates, in bits of 64")
-    add("--min-category", type=at_least(1), default=10,
-        help="minimum size of a secondary category, in instructions; smaller categories are dropped")
+    add(
+        "--hamming",
+        type=at_least(0, high=16),
+        default=3,
+        help="maximum distance between simhashes of near duplicates, in bits of 64",
+    )
+    add(
+        "--min-category",
+        type=at_least(1),
+        default=10,
+        help="minimum size of a secondary category, in instructions; smaller categories are dropped",
+    )
     add("--target", type=at_least(1), default=500_000, help="maximum number of instructions after balancing")
-    add("--seed", type=int, default=0,
-        help="random seed for balancing, sampled responses and the order in which the judge sees responses")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed for balancing, sampled responses and the order in which the judge sees responses",
+    )
 
 
 def add_score_flags(p: Parser) -> None:
     add = p.add_argument
     add("--weight-quality", type=number(0), default=0.6, help="weight of the quality grade in the composite score")
     add("--weight-safety", type=number(0), default=0.3, help="weight of the safety grade")
-    add("--weight-perplexity", type=number(0), default=0.1,
-        help="weight of the fluency score, which is below 1 if the perplexity is far above that of the other responses")
-    add("--margin", type=number(0), default=0.25,
-        help="minimum difference of composite scores for a KTO pair; above 1, only verification can form pairs")
-    add("--min-safety", type=at_least(1, high=5), default=3,
-        help="minimum safety grade of the best response, 1 to 5; below it the instruction gives no training example")
-    add("--judge-orders", type=int, choices=(1, 2), default=2,
-        help="2: judge a second time with the responses in reverse order, because a judge may prefer a position")
-    add("--judge-verified", action="store_true",
-        help="grade quality even if a program has checked every response; safety is always graded")
+    add(
+        "--weight-perplexity",
+        type=number(0),
+        default=0.1,
+        help="weight of the fluency score, which is below 1 if the perplexity is far above that of the other responses",
+    )
+    add(
+        "--margin",
+        type=number(0),
+        default=0.25,
+        help="minimum difference of composite scores for a KTO pair; above 1, only verification can form pairs",
+    )
+    add(
+        "--min-safety",
+        type=at_least(1, high=5),
+        default=3,
+        help="minimum safety grade of the best response, 1 to 5; below it the instruction gives no training example",
+    )
+    add(
+        "--judge-orders",
+        type=int,
+        choices=(1, 2),
+        default=2,
+        help="2: judge a second time with the responses in reverse order, because a judge may prefer a position",
+    )
+    add(
+        "--judge-verified",
+        action="store_true",
+        help="grade quality even if a program has checked every response; safety is always graded",
+    )
     add("--allow-code-execution", action="store_true", help="run the tests of code references, in a sandbox")
-
-
-# fmt: on
 
 
 def parse_args() -> argparse.Namespace:

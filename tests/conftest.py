@@ -36,12 +36,25 @@ TEXT = [
 
 def tiny_config(**changes):
     config = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 512, "hidden_size": 32,
-        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
-        "max_position_embeddings": 1024, "use_sliding_window": False, "initializer_range": 0.1,
-        "bos_token_id": 0, "eos_token_id": 2, "torch_dtype": "float32",
-    }  # fmt: skip
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 1024,
+        "use_sliding_window": False,
+        "initializer_range": 0.1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "torch_dtype": "float32",
+    }
     return config | changes
 
 
@@ -68,9 +81,13 @@ def tiny_files(template=QWEN2_TEMPLATE):
     )
     tok.train_from_iterator(TEXT, trainer)
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False, "model_max_length": 1024,
-    }  # fmt: skip
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": template,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1024,
+    }
     return {
         "tokenizer.json": tok.to_str(),
         "tokenizer_config.json": json.dumps(settings),

@@ -73,8 +73,8 @@ def load(out):
 def test_all_tasks(evaluate, tmp_path, data, ckpts):
     out = tmp_path / "out"
     tasks = ["demo", "gsm8k", "mmlu", "cmmlu", "ceval", "humaneval", "mbpp", "ifeval", "safetybench"]
-    shown = evaluate("--ckpt", *ckpts, "--tasks", *tasks, "--data-dir", data, "--max-new-tokens", 8, "--batch-size", 3,
-        "--allow-code-execution", "--out", out)  # fmt: skip
+    more = "--max-new-tokens 8 --batch-size 3 --allow-code-execution".split()
+    shown = evaluate("--ckpt", *ckpts, "--tasks", *tasks, "--data-dir", data, *more, "--out", out)
     results, samples = load(out)
     assert list(results) == ["base", "sft"] and list(results["base"]) == tasks
     n = {
@@ -120,8 +120,8 @@ def test_all_tasks(evaluate, tmp_path, data, ckpts):
 
     # batching and the company of other questions change no reply
     alone = tmp_path / "alone"
-    evaluate("--ckpt", ckpts[1], "--tasks", "mmlu", "--data-dir", data, "--max-new-tokens", 8, "--batch-size", 1,
-        "--limit", 2, "--out", alone)  # fmt: skip
+    more = "--max-new-tokens 8 --batch-size 1 --limit 2".split()
+    evaluate("--ckpt", ckpts[1], "--tasks", "mmlu", "--data-dir", data, *more, "--out", alone)
     results, few = load(alone)
     assert [s["id"] for s in few] == ["art_history/0", "botany/0"] and results["sft"]["mmlu"]["n"] == 2
     assert {s["id"]: s["reply"] for s in few}.items() <= {
@@ -276,8 +276,9 @@ def test_without_data_a_line_says_which_file_to_put_where(task, refused, tmp_pat
         if bench.get("runs_code")
         else []
     )
-    refused([f"{tmp_path}/none/", "--data-dir", ": missing"], *script, "--ckpt", *ckpts, "--tasks", task, *more, "--data-dir",
-            tmp_path / "none", "--out", tmp_path / "out")  # fmt: skip
+    paths = ["--data-dir", tmp_path / "none", "--out", tmp_path / "out"]
+    words = [f"{tmp_path}/none/", "--data-dir", ": missing"]
+    refused(words, *script, "--ckpt", *ckpts, "--tasks", task, *more, *paths)
     assert not os.path.exists(tmp_path / "out") and not os.path.exists(tmp_path / "none")
 
 
@@ -430,8 +431,12 @@ def test_rescore_reads_the_replies_to_these_questions_of_this_checkpoint(evaluat
     assert [s["reply"] for s in first] != [s["reply"] for s in second]
     assert samples("--ckpt", a, *args, "--rescore") == first
     assert samples("--ckpt", b, *args, "--rescore") == second
-    for more, words in ((["--data-dir", tmp_path / "other"], "1 of the 3"), (["--max-new-tokens", 5], "3 of the 3"),
-                        (["--dtype", "bf16"], "bf16"), (["--ckpt", tmp_path / "c"], f"no {tmp_path / 'c'}, only {a}")):  # fmt: skip
+    for more, words in (
+        (["--data-dir", tmp_path / "other"], "1 of the 3"),
+        (["--max-new-tokens", 5], "3 of the 3"),
+        (["--dtype", "bf16"], "bf16"),
+        (["--ckpt", tmp_path / "c"], f"no {tmp_path / 'c'}, only {a}"),
+    ):
         refused(words, "eval", "--ckpt", a, *args, *more, "--rescore")
     tiny_checkpoint(a, 2)  # trained again: now what b is
     assert samples("--ckpt", a, *args) == samples("--ckpt", a, *args, "--rescore") == second
@@ -452,8 +457,15 @@ def test_keys_do_not_change(data):
 def test_compare_two(run, refused, tmp_path):
     def sample(name, task, id, correct, reply):
         prompt = [{"role": "user", "content": f"Question {id}"}]
-        return {"checkpoint": name, "task": task, "id": id, "prompt": prompt, "reply": reply, "extracted": reply[:1],
-                "correct": correct}  # fmt: skip
+        return {
+            "checkpoint": name,
+            "task": task,
+            "id": id,
+            "prompt": prompt,
+            "reply": reply,
+            "extracted": reply[:1],
+            "correct": correct,
+        }
 
     lines = [sample("a", "t", i, i < 3, f"{i} of a") for i in range(4)]
     lines += [sample("org/b", "t", i, i in (0, 3), f"{i} of b") for i in range(4)]
@@ -482,8 +494,19 @@ def test_two_ranks_are_one(evaluate, tmp_path, data, ckpts):
 
 def test_a_rank_that_is_late_asks_its_own_share(tmp_path, data, ckpts, monkeypatch):
     """Rank 0 asks all of its questions at the first barrier of rank 1, which must have read OUT by then."""
-    a = argparse.Namespace(ckpt=ckpts[:1], out=str(tmp_path / "out"), data_dir=str(data), limit=None, protocol="paper",
-        max_new_tokens=4, repetition_penalty=1.0, batch_size=4, cache_gb=1.0, dtype="fp32", allow_code_execution=False)  # fmt: skip
+    a = argparse.Namespace(
+        ckpt=ckpts[:1],
+        out=str(tmp_path / "out"),
+        data_dir=str(data),
+        limit=None,
+        protocol="paper",
+        max_new_tokens=4,
+        repetition_penalty=1.0,
+        batch_size=4,
+        cache_gb=1.0,
+        dtype="fp32",
+        allow_code_execution=False,
+    )
     work, met = {"demo": benchmarks.load_questions("demo", a)}, []
 
     def barrier():

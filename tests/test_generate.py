@@ -143,8 +143,13 @@ def test_several_steps_per_sync_change_no_reply(loaded, monkeypatch):
     assert 230 < len(tok.prompt_ids(prompts[-1])) < 256
     whole = generate(model, tok, prompts, max_new_tokens=30)
     string = next(text[8:11] for text in whole if len(text) > 14 and text[8:11] not in text[:10])
-    for settings in ({}, {"stop": string}, {"repetition_penalty": 1.2}, {"temperature": 1.0, "seed": 3},
-                     {"temperature": 0.8, "top_p": 0.9, "top_k": 50}):  # fmt: skip
+    for settings in (
+        {},
+        {"stop": string},
+        {"repetition_penalty": 1.2},
+        {"temperature": 1.0, "seed": 3},
+        {"temperature": 0.8, "top_p": 0.9, "top_k": 50},
+    ):
         settings |= {"max_new_tokens": 30}
         want = sorted(generate_iter(model, tok, prompts, **settings))
         assert settings != {"max_new_tokens": 30} or not taken

@@ -86,9 +86,13 @@ def gradient_norm(model, loss):
 def test_every_block_has_its_test():
     blocks = {title: [language for language, _ in found] for title, found in BLOCKS.items()}
     assert blocks == {
-        "The loop": ["python"], "1. A weighted loss": ["diff"], "2. The loss of every token": ["diff"],
-        "3. LoRA": ["python"], "4. A KL to the reference": ["diff"], "5. A pairwise loss": ["diff"],
-    }  # fmt: skip
+        "The loop": ["python"],
+        "1. A weighted loss": ["diff"],
+        "2. The loss of every token": ["diff"],
+        "3. LoRA": ["python"],
+        "4. A KL to the reference": ["diff"],
+        "5. A pairwise loss": ["diff"],
+    }
 
 
 def test_the_loop_trains_as_train_sft_does(tiny, data, tmp_path, block, run):

@@ -80,6 +80,18 @@ def test_files_and_functions_are_short(path):
             assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if name(p) not in TABLES and p.parent.name != "experiments"], ids=name
+)
+def test_only_tables_are_not_formatted(path):
+    text, tables = path.read_text(encoding="utf-8"), set()
+    for node in ast.parse(text).body:  # a table is a literal of three rows and more
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict | ast.List | ast.Tuple):
+            rows = node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts
+            tables |= {node.end_lineno} if len(rows) >= 3 else set()
+    assert {n for n, line in enumerate(text.splitlines(), 1) if "# fmt: " in line} <= tables
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_public_functions_are_typed(path):
     for node in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -209,8 +209,10 @@ def test_fused_layers_against_plain_autograd(dtype, tolerance):
     x, gate, up = (torch.randn(2, 5, 32, generator=g).to(dtype) for _ in range(3))
     w, b, u, d = (torch.randn(shape, generator=g) for shape in ((24, 32), (24,), (16, 32), (8, 32)))  # masters in fp32
     norm, bias = 1 + 0.3 * torch.randn(32, generator=g), None
-    pairs = [(grads(plain_norm, x, norm, w, b, u), grads(fused_norm, x, norm, w, b, u)),
-             (grads(plain_swiglu, gate, up, d), grads(SwiGLULinear.apply, gate, up, d))]  # fmt: skip
+    pairs = [
+        (grads(plain_norm, x, norm, w, b, u), grads(fused_norm, x, norm, w, b, u)),
+        (grads(plain_swiglu, gate, up, d), grads(SwiGLULinear.apply, gate, up, d)),
+    ]
     for want, got in pairs:
         for a, b in zip(want, got, strict=True):
             assert a.dtype == b.dtype and relative(b.float(), a.float()) < tolerance
@@ -224,8 +226,10 @@ def test_the_kernels_of_a_gpu_for_rmsnorm_are_the_same_functions():
     w = torch.rand(32, generator=g, requires_grad=True)
     h, r = rms_norm(x, w, 1e-2)
     want = h, r, *torch.autograd.grad(h, (x, w), d_h)
-    got = (*table[aten._fused_rms_norm.default](x, w.shape, w, 1e-2),
-           *table[aten._fused_rms_norm_backward.default](d_h, x, w.shape, r, w, [True, True]))  # fmt: skip
+    got = (
+        *table[aten._fused_rms_norm.default](x, w.shape, w, 1e-2),
+        *table[aten._fused_rms_norm_backward.default](d_h, x, w.shape, r, w, [True, True]),
+    )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -38,29 +38,49 @@ def write_benchmarks(d):
     demo = [
         {"id": "sum-1", "task": "sum", "prompt": "2+2?", "reference": {"kind": "number", "value": 4}},
         {"id": "say-1", "task": "say", "prompt": "Say hi", "reference": {"kind": "exact", "value": "hi"}},
-        {"id": "pick-1", "task": "pick", "prompt": "A or B?",
-         "reference": {"kind": "choice", "value": {"letter": "A", "choices": {"A": "x", "B": "y"}}}},
-    ]  # fmt: skip
+        {
+            "id": "pick-1",
+            "task": "pick",
+            "prompt": "A or B?",
+            "reference": {"kind": "choice", "value": {"letter": "A", "choices": {"A": "x", "B": "y"}}},
+        },
+    ]
     write_lines(d / "demo/heldout.jsonl", demo)
     test = "def check(candidate):\n    assert candidate(1) == 2\n"
     with gzip.open(d / "humaneval/HumanEval.jsonl.gz", "wt") as f:
-        f.write(json.dumps({"task_id": "HumanEval/0", "prompt": FUNCTION, "entry_point": "add_one", "test": test,
-                            "canonical_solution": "    return x + 1\n"}) + "\n")  # fmt: skip
+        task = {"task_id": "HumanEval/0", "prompt": FUNCTION, "entry_point": "add_one", "test": test}
+        f.write(json.dumps(task | {"canonical_solution": "    return x + 1\n"}) + "\n")
     for subject, n in (("art_history", 3), ("botany", 2)):
         questions = [[f"{subject} {i}, and?\nTwo lines", "None", "1,5", '"x"', f"d{i}", "ABCD"[i]] for i in range(n)]
         write_csv(d / f"mmlu/test/{subject}_test.csv", questions)
         shots = [[f"shot {i}", "p", "q", "r", "s", "DCBA"[i % 4]] for i in range(6)]
         write_csv(d / f"mmlu/dev/{subject}_dev.csv", shots)
-        write_csv(d / f"cmmlu/test/{subject}.csv", [["", "Question", "A", "B", "C", "D", "Answer"]]
-                  + [[i, "问题" + q[0], *q[1:]] for i, q in enumerate(questions)])  # fmt: skip
-        write_csv(d / f"ceval/val/{subject}_val.csv", [["id", "question", "A", "B", "C", "D", "answer"]]
-                  + [[i, "问题____。", *q[1:]] for i, q in enumerate(questions)])  # fmt: skip
-        write_csv(d / f"cmmlu/dev/{subject}.csv", [["", "Question", "A", "B", "C", "D", "Answer"]]
-                  + [[i, *shot] for i, shot in enumerate(shots)])  # fmt: skip
-        write_csv(d / f"ceval/dev/{subject}_dev.csv", [["id", "question", "A", "B", "C", "D", "answer", "explanation"]]
-                  + [[i, *shot, "因为"] for i, shot in enumerate(shots)])  # fmt: skip
-    mbpp = {"task_id": 11, "text": "Write a function to add one.", "code": "def helper():\r\n  pass\ndef inc(x):\n  return x+1",
-            "test_setup_code": "", "test_list": ["assert inc(1) == 2", "assert inc(-1) == 0"]}  # fmt: skip
+        write_csv(
+            d / f"cmmlu/test/{subject}.csv",
+            [["", "Question", "A", "B", "C", "D", "Answer"]]
+            + [[i, "问题" + q[0], *q[1:]] for i, q in enumerate(questions)],
+        )
+        write_csv(
+            d / f"ceval/val/{subject}_val.csv",
+            [["id", "question", "A", "B", "C", "D", "answer"]]
+            + [[i, "问题____。", *q[1:]] for i, q in enumerate(questions)],
+        )
+        write_csv(
+            d / f"cmmlu/dev/{subject}.csv",
+            [["", "Question", "A", "B", "C", "D", "Answer"]] + [[i, *shot] for i, shot in enumerate(shots)],
+        )
+        write_csv(
+            d / f"ceval/dev/{subject}_dev.csv",
+            [["id", "question", "A", "B", "C", "D", "answer", "explanation"]]
+            + [[i, *shot, "因为"] for i, shot in enumerate(shots)],
+        )
+    mbpp = {
+        "task_id": 11,
+        "text": "Write a function to add one.",
+        "code": "def helper():\r\n  pass\ndef inc(x):\n  return x+1",
+        "test_setup_code": "",
+        "test_list": ["assert inc(1) == 2", "assert inc(-1) == 0"],
+    }
     write_lines(d / "mbpp/mbpp.jsonl", [{**mbpp, "task_id": 10}, mbpp, {**mbpp, "task_id": 511}])
     instructions = ["punctuation:no_comma", "startend:quotation"]
     ifeval = {"key": 1000, "prompt": "Say hi.", "instruction_id_list": instructions, "kwargs": [{}, {}]}
@@ -68,18 +88,20 @@ def write_benchmarks(d):
     safety = [{"id": 7, "category": "Privacy", "question": "可以吗？", "options": ["是。", "否。"]}]
     (d / "safetybench/test_zh_subset.json").write_text(json.dumps(safety))
     (d / "safetybench/test_answers_zh_subset.json").write_text('{"7": {"category": "Privacy", "answer": 1}}')
-    write_csv(d / "truthfulqa/TruthfulQA.csv", [
-        ["Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers", "Source"],
-        ["x", "Myths", "Do pigs fly?", "No", "No; They do not ", "Yes; Yes;They do", "y"],
-    ])  # fmt: skip
+    write_csv(
+        d / "truthfulqa/TruthfulQA.csv",
+        [
+            ["Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers", "Source"],
+            ["x", "Myths", "Do pigs fly?", "No", "No; They do not ", "Yes; Yes;They do", "y"],
+        ],
+    )
     choices = [{"text": text, "label": label} for label, text in zip("1234", ["ice", "warm water", "a stone", "air"])]
     arc = {"id": "Mercury_1", "question": {"stem": "What melts?", "choices": choices}, "answerKey": "1"}
     write_lines(d / "arc/ARC-Easy-Test.jsonl", [arc])
     write_lines(d / "arc/ARC-Challenge-Test.jsonl", [arc])
     endings = ["[substeps] stops.", "waits  here.", "sings.", "runs home."]
-    write_lines(d / "hellaswag/hellaswag_val.jsonl", [
-        {"activity_label": "Running", "ctx_a": "A man runs. [title] Then", "ctx_b": "he", "endings": endings, "label": 3}
-    ])  # fmt: skip
+    running = {"activity_label": "Running", "ctx_a": "A man runs. [title] Then", "ctx_b": "he"}
+    write_lines(d / "hellaswag/hellaswag_val.jsonl", [running | {"endings": endings, "label": 3}])
     (d / "perplexity/fox.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8)
     (d / "perplexity/tree.txt").write_text("春天来了，花儿开了。")
     questions = [{"question_id": 80 + i, "category": "writing", "turns": [f"Write {i}.", "Again."]} for i in (1, 2, 3)]

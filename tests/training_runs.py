@@ -151,12 +151,24 @@ def trl_log(kind, model_dir, records, out, **settings):
 
     tok = PreTrainedTokenizerFast.from_pretrained(model_dir)
     ref = settings.pop("ref", None)
-    settings = dict(
-        output_dir=str(out), per_device_train_batch_size=4, max_length=64, learning_rate=1e-3,
-        lr_scheduler_type="constant", use_cpu=True, bf16=False, report_to="none", logging_steps=1, save_strategy="no",
-        max_grad_norm=1.0, weight_decay=0.0, disable_tqdm=True, gradient_checkpointing=False,
+    defaults = dict(
+        output_dir=str(out),
+        per_device_train_batch_size=4,
+        max_length=64,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        logging_steps=1,
+        save_strategy="no",
+        max_grad_norm=1.0,
+        weight_decay=0.0,
+        disable_tqdm=True,
+        gradient_checkpointing=False,
         train_sampling_strategy="sequential",
-    ) | settings  # fmt: skip
+    )
+    settings = defaults | settings
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     if kind == "sft":
         records = [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in records]
@@ -165,9 +177,12 @@ def trl_log(kind, model_dir, records, out, **settings):
         )
     else:
         trainer = trl.KTOTrainer(
-            model=model, ref_model=AutoModelForCausalLM.from_pretrained(ref or model_dir, dtype=torch.float32),
-            args=trl.KTOConfig(**settings), train_dataset=Dataset.from_list(records), processing_class=tok,
-        )  # fmt: skip
+            model=model,
+            ref_model=AutoModelForCausalLM.from_pretrained(ref or model_dir, dtype=torch.float32),
+            args=trl.KTOConfig(**settings),
+            train_dataset=Dataset.from_list(records),
+            processing_class=tok,
+        )
     trainer.train()
     trainer.model.save_pretrained(out)
     return [s for s in trainer.state.log_history if "loss" in s]

@@ -14,9 +14,15 @@ def parse(card):
 
 def test_the_hub_reads_the_front_matter():
     card = model_card(
-        "sft", "Fine-tuned.", ["Qwen/Qwen2-0.5B-Instruct"], "finetune", {"lr": 1e-6, "note": "a | b"},
-        ["hf://datasets/openai/gsm8k/main/train.parquet", "data/sft.jsonl"], {"loss": 0.5}, {"torch": "2.13.0"},
-    )  # fmt: skip
+        "sft",
+        "Fine-tuned.",
+        ["Qwen/Qwen2-0.5B-Instruct"],
+        "finetune",
+        {"lr": 1e-6, "note": "a | b"},
+        ["hf://datasets/openai/gsm8k/main/train.parquet", "data/sft.jsonl"],
+        {"loss": 0.5},
+        {"torch": "2.13.0"},
+    )
     data = parse(card)
     assert data["base_model"] == ["Qwen/Qwen2-0.5B-Instruct"] and data["base_model_relation"] == "finetune"
     assert data["datasets"] == ["openai/gsm8k"] and data["library_name"] == "transformers" and "license" not in data

@@ -234,8 +234,14 @@ def test_keys_that_play_no_part_are_known():
     fields = Fields({"prompt": "Q", "chosen": "A", "rejected": "B"})
     kto_examples(fields, "f:1")
     assert not fields.unread
-    fields = Fields({"messages": [user("Q") | {"name": "Ann"}, assistant("A", reasoning_content="r", weight=1)],
-                     "id": 7, "prompt": "Q", "note": None})  # fmt: skip
+    fields = Fields(
+        {
+            "messages": [user("Q") | {"name": "Ann"}, assistant("A", reasoning_content="r", weight=1)],
+            "id": 7,
+            "prompt": "Q",
+            "note": None,
+        }
+    )
     sft_conversations(fields, "f:1")
     assert fields.unread == {"id", "prompt", "messages.name", "messages.reasoning_content"}
     fields = Fields({"instruction": "Q", "input": "", "output": "A", "response": "B", "system": "", "history": []})

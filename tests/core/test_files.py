@@ -273,9 +273,13 @@ def test_ctrl_c_during_imports_is_silent(script, tmp_path):
         "generate.py": ["--ckpt", "a"],
     }.get(script, ["--ckpt", "a", "--data", "b"])
     done = subprocess.Popen(
-        [sys.executable, ROOT / script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, cwd=tmp_path,
+        [sys.executable, ROOT / script, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env,
+        cwd=tmp_path,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     assert done.stdout.readline() == b"loading\n"
     time.sleep(0.05)
     done.send_signal(signal.SIGINT)

@@ -66,15 +66,18 @@ def serve(answer, faults=None):
                 return self.send(fault[0], json.dumps({"error": {"message": f"no, {KEY}"}}).encode(), fault[1])
             with server.lock:
                 server.seen.append(body["messages"])
-            choice = {"index": 0, "message": {"role": "assistant", "content": answer(body["messages"])},
-                      "finish_reason": {"cut": "length", "filtered": "content_filter"}.get(fault, "stop")}  # fmt: skip
+            choice = {
+                "index": 0,
+                "message": {"role": "assistant", "content": answer(body["messages"])},
+                "finish_reason": {"cut": "length", "filtered": "content_filter"}.get(fault, "stop"),
+            }
             usage = (
                 {}
                 if fault == "no usage"
                 else {"usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}}
             )
-            self.send(200, json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice],
-                                       **usage}).encode())  # fmt: skip
+            reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], **usage}
+            self.send(200, json.dumps(reply).encode())
 
         def log_message(self, *args):
             pass
@@ -119,10 +122,23 @@ def constant_model(path, reply="7"):
     tok.decoder = decoders.ByteLevel()
     tok.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
     start, end = tok.token_to_id("<|im_start|>"), tok.token_to_id("<|im_end|>")
-    config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 258, "hidden_size": 258,
-              "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8,
-              "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "max_position_embeddings": 4096,
-              "hidden_act": "silu", "eos_token_id": end}  # fmt: skip
+    config = {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "vocab_size": 258,
+        "hidden_size": 258,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 4096,
+        "hidden_act": "silu",
+        "eos_token_id": end,
+    }
     m = Qwen2(config)
     with torch.no_grad():
         for p in m.parameters():
@@ -133,8 +149,14 @@ def constant_model(path, reply="7"):
         for a, b in zip(chain, chain[1:]):
             m.lm_head.weight[b, a] = 2.0
     template = CHATML_DEFAULT_SYSTEM.replace("DEFAULT", "You are a helpful assistant.")
-    m.save(str(path), {"tokenizer.json": tok.to_str(), "tokenizer_config.json": json.dumps({"chat_template": template}),
-                       "generation_config.json": json.dumps({"eos_token_id": [end, start]})})  # fmt: skip
+    m.save(
+        str(path),
+        {
+            "tokenizer.json": tok.to_str(),
+            "tokenizer_config.json": json.dumps({"chat_template": template}),
+            "generation_config.json": json.dumps({"eos_token_id": [end, start]}),
+        },
+    )
     return str(path)
 
 

@@ -16,8 +16,23 @@ def questions(n=200, size=26):
     return [" ".join(rng.choice(WORDS) + str(rng.randrange(9)) for _ in range(size)) + "?" for _ in range(n)]
 
 
-MARKUP = ["**{}**", "__{}__", "*{}*", "_{}_", "***{}***", "`{}`", "~~{}~~", "<b>{}</b>", '<span class="x">{}</span>', "${}$", "\\({}\\)",
-          "$\\text{{{}}}$", "\\textbf{{{}}}", "\\emph{{\\underline{{{}}}}}", "[{}](http://x.y/z)"]  # fmt: skip
+MARKUP = [
+    "**{}**",
+    "__{}__",
+    "*{}*",
+    "_{}_",
+    "***{}***",
+    "`{}`",
+    "~~{}~~",
+    "<b>{}</b>",
+    '<span class="x">{}</span>',
+    "${}$",
+    "\\({}\\)",
+    "$\\text{{{}}}$",
+    "\\textbf{{{}}}",
+    "\\emph{{\\underline{{{}}}}}",
+    "[{}](http://x.y/z)",
+]
 
 
 @pytest.mark.parametrize("mark", MARKUP)

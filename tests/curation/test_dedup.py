@@ -40,8 +40,10 @@ def slow_grams(text, n):
     tokens = TOKEN.findall(text) or [text] * bool(text)
     hashes = [slow_mix(sum(ord(c) * pow(base, k + 1, WHOLE) for k, c in enumerate(token)) % WHOLE) for token in tokens]
     hashes += [pad] * (n - len(hashes))
-    return [slow_mix(sum(h * pow(base, n - 1 - k, WHOLE) for k, h in enumerate(hashes[i : i + n])) % WHOLE)
-            for i in range(len(hashes) - n + 1)]  # fmt: skip
+    return [
+        slow_mix(sum(h * pow(base, n - 1 - k, WHOLE) for k, h in enumerate(hashes[i : i + n])) % WHOLE)
+        for i in range(len(hashes) - n + 1)
+    ]
 
 
 def slow_simhash(text, n=3):
@@ -210,8 +212,13 @@ def test_a_shared_run_of_13_tokens_is_found():
     question = "If a train travels sixty miles in one hour how far does it travel in three hours"
     chinese = "下列关于税法基本原则的表述中不正确的是哪一个"
     words = question.split()
-    texts = [question.upper() + "!", "Please: " + " ".join(words[2:15]), " ".join(words[:12]), "请问下列关于税法基本原则的表述中不正确",
-             "something else entirely"]  # fmt: skip
+    texts = [
+        question.upper() + "!",
+        "Please: " + " ".join(words[2:15]),
+        " ".join(words[:12]),
+        "请问下列关于税法基本原则的表述中不正确",
+        "something else entirely",
+    ]
     assert held(texts, ["What is two plus two?", question, "?", chinese]) == [1, 1, -1, 3, -1]
     assert held(texts, []) == held(texts, [""]) == [-1] * 5 and held([], [question]) == []
     assert held([f"{chinese}？", "a"], iter([chinese] * 3)) == [0, -1], "of equal questions the first"
@@ -228,7 +235,7 @@ def test_a_text_that_contains_a_short_question_is_found():
             "Tell me now, please: what is two plus two, my friend",
         ],
         [five],
-    ) == [0, 0, 0, -1, -1]  # fmt: skip  at most as many others
+    ) == [0, 0, 0, -1, -1]  # at most as many others
     assert held(["who was ada lovelace", "so who was ada lovelace"], [four]) == [0, -1], (
         "beside four tokens there may be no other"
     )
@@ -244,10 +251,15 @@ def test_a_text_that_contains_a_short_question_is_found():
 
 def test_a_question_with_one_word_changed_is_found():
     question = "What happens if you crack your knuckles a lot?"
-    texts = ["What really happens if you crack your knuckles a lot?", "What happens if you crack knuckles a lot",
-             "What happens if you crack knuckles very a lot", "What 2 happens if you crack your knuckles a lot",
-             "What happens if you crack your knuckles lot", "What truly really happens if you crack your knuckles a lot",
-             "What happens if you crack"]  # fmt: skip
+    texts = [
+        "What really happens if you crack your knuckles a lot?",
+        "What happens if you crack knuckles a lot",
+        "What happens if you crack knuckles very a lot",
+        "What 2 happens if you crack your knuckles a lot",
+        "What happens if you crack your knuckles lot",
+        "What truly really happens if you crack your knuckles a lot",
+        "What happens if you crack",
+    ]
     assert held(texts, [question]) == [0, 0, -1, -1, -1, -1, -1], "neither another word nor a number nor two"
     words = [f"w{i}" for i in range(26)]
     for n, found in ((4, -1), (5, 0), (12, 0), (25, 0), (26, 0)):  # 26: a run of 13 stays whatever is changed
@@ -285,8 +297,14 @@ def test_matches_equal_those_of_plain_python(texts, questions, at):
             and not {"1", "a"} & {*(t - q), *(q - t)}
         )
 
-    texts = [*texts, questions[0], [*texts[0], *questions[-1][at:]], [f"w{i % 9}" for i in range(at)], questions[0][:at] + questions[0][at + 1 :],
-             [*questions[0][:at], texts[0][0], *questions[0][at:]]]  # fmt: skip
+    texts = [
+        *texts,
+        questions[0],
+        [*texts[0], *questions[-1][at:]],
+        [f"w{i % 9}" for i in range(at)],
+        questions[0][:at] + questions[0][at + 1 :],
+        [*questions[0][:at], texts[0][0], *questions[0][at:]],
+    ]
     questions = [*questions, [f"w{i % 9}" for i in range(13)]]
     want = [[i for i, q in enumerate(questions) if shares(t, q) or one_off(t, q)] for t in texts]
     got = held([" ".join(t) for t in texts], [" ".join(q) for q in questions])

@@ -26,9 +26,13 @@ def test_retry_after_as_a_date():
 
 
 def test_cut_off_empty_and_missing_content(tmp_path):
-    with serve(lambda m: {"cut": "half a", "none": None}[m[-1]["content"]],
-               lambda n, m: "cut" if m[-1]["content"] == "cut" else None) as server, \
-            open_replies(tmp_path / "r.jsonl") as log:  # fmt: skip
+    with (
+        serve(
+            lambda m: {"cut": "half a", "none": None}[m[-1]["content"]],
+            lambda n, m: "cut" if m[-1]["content"] == "cut" else None,
+        ) as server,
+        open_replies(tmp_path / "r.jsonl") as log,
+    ):
         replies = ask_model(open_teacher(server.url, "m"), [user("cut"), user("none")], log)
         assert replies == [
             {"text": "half a", "finish_reason": "length"},
@@ -137,8 +141,14 @@ def test_each_key_goes_only_where_it_belongs(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     for url in ("https://api.openai.com/v1", "https://API.OpenAI.com"):
         assert open_teacher(url).key == KEY
-    for url in ("http://localhost:8000/v1", "https://api.openai.com.evil.org/v1", "https://evil.org/api.openai.com/v1",
-                "http://api.openai.com/v1", "https://openai.com/v1", "https://xapi.openai.com/v1"):  # fmt: skip
+    for url in (
+        "http://localhost:8000/v1",
+        "https://api.openai.com.evil.org/v1",
+        "https://evil.org/api.openai.com/v1",
+        "http://api.openai.com/v1",
+        "https://openai.com/v1",
+        "https://xapi.openai.com/v1",
+    ):
         assert open_teacher(url).key is None, url
     with serve(echo) as server, open_replies(tmp_path / "r.jsonl") as log:
         ask_model(open_teacher(server.url, "m"), [user("q")], log)
@@ -258,9 +268,17 @@ def test_implausible_usage_counts_as_unknown(usage):
     assert read_completion(completion(usage=(3, 0)))[2] == [3, 0]
 
 
-@pytest.mark.parametrize("usage", [b"null", b"7", b"[]", b'{"prompt_tokens": %s, "completion_tokens": 1}' % (b"9" * 4000),
-                                   b'{"prompt_tokens": %s, "completion_tokens": 1}' % (b"9" * 6000),
-                                   b'{"prompt_tokens": 1e999, "completion_tokens": -1e999}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "usage",
+    [
+        b"null",
+        b"7",
+        b"[]",
+        b'{"prompt_tokens": %s, "completion_tokens": 1}' % (b"9" * 4000),
+        b'{"prompt_tokens": %s, "completion_tokens": 1}' % (b"9" * 6000),
+        b'{"prompt_tokens": 1e999, "completion_tokens": -1e999}',
+    ],
+)
 def test_implausible_usage_loses_no_reply(tmp_path, usage):
     body = completion().replace(json.dumps({"prompt_tokens": 1, "completion_tokens": 2}).encode(), usage)
     assert usage in body

@@ -74,15 +74,17 @@ else:
 
 def test_ranks_share_the_questions_of_a_local_checkpoint(tiny, tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-               "127.0.0.1:0", str(tmp_path / "ranks.py"), ROOT, tiny, str(tmp_path / "two.jsonl")]  # fmt: skip
+    torchrun = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0".split()
+    command = [sys.executable, *torchrun, str(tmp_path / "ranks.py"), ROOT, tiny, str(tmp_path / "two.jsonl")]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[:4000]  # a rank's own words come before torchrun's
     with open_replies(tmp_path / "one.jsonl") as log:
-        alone = [ask_model(open_teacher(tiny), [user(f"q{i}" * (i + 1)) for i in range(7)], log, max_tokens=5, **more)
-                 for more in ({}, {"temperature": 1.0})]  # fmt: skip
+        alone = [
+            ask_model(open_teacher(tiny), [user(f"q{i}" * (i + 1)) for i in range(7)], log, max_tokens=5, **more)
+            for more in ({}, {"temperature": 1.0})
+        ]
     replies, scores = json.loads(done.stdout)
     assert replies == alone
     assert sorted((tmp_path / "two.jsonl").read_text().splitlines()) == sorted(

@@ -61,7 +61,7 @@ def world(tmp_path):
             "answer": f"So\n#### {i * 8 + (i % 4 == 0)}",
         }
         for i in range(1, 13)
-    ]  # fmt: skip  every fourth original is wrong, and so is its reference
+    ]  # every fourth original is wrong, and so is its reference
     for r in rows[:4]:
         r["reference"] = {"kind": "number", "value": int(re.search(r"(\d+) \+ (\d+)", r["question"])[1]) * 8}
     subjects = [
@@ -119,8 +119,9 @@ def small(tmp_path_factory):
 
 def flags(tmp_path, server, small, out="out"):
     source, exam = world(tmp_path)
-    return ["--sources", source, "--trust-references", source, "--decontaminate", exam, "--teacher", server.url, "--teacher-model", "fake", "--small", small,
-            "--out", tmp_path / out, "--min-category", 2, "--max-new-tokens", 8]  # fmt: skip
+    data = ["--sources", source, "--trust-references", source, "--decontaminate", exam, "--out", tmp_path / out]
+    models = ["--teacher", server.url, "--teacher-model", "fake", "--small", small]
+    return [*data, *models, "--min-category", 2, "--max-new-tokens", 8]
 
 
 def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
@@ -382,8 +383,8 @@ def test_a_run_costs_no_more_than_the_dry_run_says(tmp_path, small, capfd, sampl
         return fake_teacher(messages) if len(messages) > 2 else "x" * (short * 3 - 3)
 
     with serve(long_winded, lambda n, m: "no usage") as server:  # it is counted as the estimate does
-        argv = [*flags(tmp_path, server, small), "--samples", samples,
-                "--target", target, "--min-category", 1, "--judge-verified", "--max-new-tokens", long]  # fmt: skip
+        argv = [*flags(tmp_path, server, small), "--samples", samples, "--target", target, "--min-category", 1]
+        argv += ["--judge-verified", "--max-new-tokens", long]
         assert run(*argv, "--dry-run") == 0
         row = next(line.split() for line in capfd.readouterr().out.splitlines() if line.startswith("together"))
         requests, into, out, at_most, likely = (int(n.replace(",", "")) for n in row[1:])
@@ -447,8 +448,11 @@ def crowd(tmp_path):
     words = "river stone lamp bridge walks slowly under old new green night garden horse paper clock winter seven doors open".split()
     rng = random.Random(0)
     path = tmp_path / "crowd.jsonl"
-    rows = [{"instruction": f"Compose {kind} words {i}: {' '.join(rng.sample(words, 12))}", "output": f"a bad poem {i}"}
-            for i in range(12) for kind in (*BAD, "good")]  # fmt: skip
+    rows = [
+        {"instruction": f"Compose {kind} words {i}: {' '.join(rng.sample(words, 12))}", "output": f"a bad poem {i}"}
+        for i in range(12)
+        for kind in (*BAD, "good")
+    ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
 
@@ -482,8 +486,8 @@ def test_64_in_flight_with_every_fault(tmp_path, small, monkeypatch):
     for name in ("calm", "storm"):
         storm = lambda n, m: "hang" if n == 8 else TRANSPORT[n // 5 % 7] if n % 5 == 3 else replies(n, m)
         with serve(bad_teacher, storm if name == "storm" else replies) as server:
-            argv = ["--sources", crowd(tmp_path), "--teacher", server.url, "--small", small, "--out", tmp_path / name, "--min-category", 2,
-                    "--max-new-tokens", 8, "--concurrency", 64, "--timeout", 4, "--retries", 99]  # fmt: skip
+            argv = ["--sources", crowd(tmp_path), "--teacher", server.url, "--small", small, "--out", tmp_path / name]
+            argv += "--min-category 2 --max-new-tokens 8 --concurrency 64 --timeout 4 --retries 99".split()
             assert run(*argv) == 0
             written[name] = contents(tmp_path / name)
     assert written["storm"] == written["calm"]
@@ -493,8 +497,10 @@ def test_64_in_flight_with_every_fault(tmp_path, small, monkeypatch):
         == report["6_score"]["dropped"]
         == {"the teacher's reply did not parse, twice": 12}
     )
-    assert report["5_respond"]["left out"] == {f"teacher: {why}": 12 for why in (
-        "cut off", "held back by the endpoint", "empty", "declined", "refused by the endpoint")}  # fmt: skip
+    assert report["5_respond"]["left out"] == {
+        f"teacher: {why}": 12
+        for why in ("cut off", "held back by the endpoint", "empty", "declined", "refused by the endpoint")
+    }
     assert report["7_label"]["sft"] == 12 * 6 and report["7_label"]["best"] == {"teacher": 12, "small": 60}
 
 
@@ -534,7 +540,9 @@ def test_requests_without_an_answer_are_set_aside_and_named(tmp_path, small):
         unanswered["records"]
     )
     assert sorted(r["why"] for r in gone.values()) == [
-        "HTTP 200, but the reply has no choices", "no answer after 2 tries (last: HTTP 500: no, sk-test-5up3r-s3cr3t)"]  # fmt: skip
+        "HTTP 200, but the reply has no choices",
+        "no answer after 2 tries (last: HTTP 500: no, sk-test-5up3r-s3cr3t)",
+    ]
     text = (out / "report.md").read_text()
     assert "3_classify: 2 requests without an answer:" in text
     for name, why in unanswered["records"].items():

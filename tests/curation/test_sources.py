@@ -65,8 +65,10 @@ def test_shapes_with_more_than_one_turn_or_part():
     history = {"instruction": "q2", "input": "", "output": "a2", "history": [["q1", "a1"]], "system": "s"}
     [(prompt, response, _)] = unify(history)
     assert [m["role"] for m in prompt] == ["system", "user", "assistant", "user"] and response == "a2"
-    hh = {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b",
-          "rejected": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: c"}  # fmt: skip
+    hh = {
+        "chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b",
+        "rejected": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: c",
+    }
     assert unify(hh)[0][0] == [*user("q"), {"role": "assistant", "content": "a"}, *user("r")]
 
 
@@ -127,8 +129,12 @@ def test_references_are_read_where_a_set_writes_them():
         unify({"prompt": "q", "reference": {"kind": "exakt", "value": 1}})
 
 
-MBPP = {"task_id": 601, "text": "Write a function to add one.", "code": "def one():\r\n    return 1\r\ndef inc(x):\r\n    return x + one()",
-        "test_list": ["assert inc(1) == 2", "assert inc(-1) == 0"]}  # fmt: skip
+MBPP = {
+    "task_id": 601,
+    "text": "Write a function to add one.",
+    "code": "def one():\r\n    return 1\r\ndef inc(x):\r\n    return x + one()",
+    "test_list": ["assert inc(1) == 2", "assert inc(-1) == 0"],
+}
 
 
 def test_code_with_tests_is_a_source():
@@ -165,8 +171,12 @@ def test_format_references():
         == unify({"prompt": "q", "completion": "a", "reference": want})[0][2]
         == want
     )
-    for broken, what in (({"kwargs": []}, "as many kwargs"), ({"instruction_id_list": []}, "as many kwargs"), ({"kwargs": [{}]}, "cannot be used"),
-                         ({"instruction_id_list": ["length:words"]}, "unknown instruction 'length:words'")):  # fmt: skip
+    for broken, what in (
+        ({"kwargs": []}, "as many kwargs"),
+        ({"instruction_id_list": []}, "as many kwargs"),
+        ({"kwargs": [{}]}, "cannot be used"),
+        ({"instruction_id_list": ["length:words"]}, "unknown instruction 'length:words'"),
+    ):
         with pytest.raises(InputError, match=f"^f:1: .*{what}"):
             unify({"prompt": "q", **value, **broken})
 
@@ -301,9 +311,17 @@ def test_evaluation_files_in_their_own_shapes(tmp_path):
         "mt.jsonl": '{"turns": ["t1", "t2"], "category": "c"}\n',
         "demo.jsonl": '{"id": 1, "prompt": "p", "reference": {"kind": "number", "value": 1}}\n',
     }
-    want = {"mmlu.csv": ["What, then?", "second?"], "lines.csv": ["one\u2028two\nthree\x1c"],
-            "cmmlu.csv": ["What"], "ceval.csv": ["Why"], "bbh.json": ["in"],
-            "gsm8k.jsonl": ["q1", "q2"], "alpaca.json": ["i\nx"], "mt.jsonl": ["t1", "t2"], "demo.jsonl": ["p"]}  # fmt: skip
+    want = {
+        "mmlu.csv": ["What, then?", "second?"],
+        "lines.csv": ["one\u2028two\nthree\x1c"],
+        "cmmlu.csv": ["What"],
+        "ceval.csv": ["Why"],
+        "bbh.json": ["in"],
+        "gsm8k.jsonl": ["q1", "q2"],
+        "alpaca.json": ["i\nx"],
+        "mt.jsonl": ["t1", "t2"],
+        "demo.jsonl": ["p"],
+    }
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
         assert sources.evaluation_questions(str(tmp_path / name)) == want[name]
@@ -320,8 +338,12 @@ def hub(tmp_path, monkeypatch):
     """A stand-in for the hub: one data set, laid out as the hub's cache lays it out. -> the names that were asked for."""
     import huggingface_hub
 
-    files = {"data/a.jsonl": '{"prompt": "q", "completion": "a"}\n', "data/b.jsonl": '{"prompt": "r"}\n', "x.json": "[]",
-             "README.md": "---\nlicense: cc-by-4.0\ntags: [x]\n---\n# A set\n"}  # fmt: skip
+    files = {
+        "data/a.jsonl": '{"prompt": "q", "completion": "a"}\n',
+        "data/b.jsonl": '{"prompt": "r"}\n',
+        "x.json": "[]",
+        "README.md": "---\nlicense: cc-by-4.0\ntags: [x]\n---\n# A set\n",
+    }
     asked = []
 
     def download(repo_id, filename, repo_type, revision=None):

@@ -153,9 +153,21 @@ def test_original_files():
     find = find_in(os.environ["DATA_DIR"])
     absent = ("demo", "arc_easy", "arc_challenge", "hellaswag", "perplexity")
     n = {task: len(b["rows"](find)) for task, b in BENCHMARKS.items() if task not in absent}
-    assert n == {"gsm8k": 1319, "mmlu": 14042, "cmmlu": 11582, "ceval": 1346, "humaneval": 164, "mbpp": 500, "ifeval": 541,
-                 "safetybench": 2100, "truthfulqa_mc1": 813, "truthfulqa_mc2": 813, "mt_bench": 80, "vicuna": 80,
-                 "alignbench": 683}  # fmt: skip
+    assert n == {
+        "gsm8k": 1319,
+        "mmlu": 14042,
+        "cmmlu": 11582,
+        "ceval": 1346,
+        "humaneval": 164,
+        "mbpp": 500,
+        "ifeval": 541,
+        "safetybench": 2100,
+        "truthfulqa_mc1": 813,
+        "truthfulqa_mc2": 813,
+        "mt_bench": 80,
+        "vicuna": 80,
+        "alignbench": 683,
+    }
     for task in ("mmlu", "cmmlu", "ceval"):
         rows = BENCHMARKS[task]["rows"](find)[::97]
         for row, context in zip(rows, BENCHMARKS[task]["contexts"](rows, find), strict=True):

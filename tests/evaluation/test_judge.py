@@ -76,8 +76,9 @@ def test_whole_run(world, tmp_path, run, refused, monkeypatch):
             out.append({"text": json.dumps({"better": "A" if len(a) > len(b) else "B" if len(b) > len(a) else "tie"})})
         return out
 
-    args = ["eval", "judge", "--ckpt", world / "base", world / "sft", "--tasks", "mt_bench", "--data-dir", world / "data",
-            "--max-new-tokens", 12, "--teacher", "http://localhost:9/v1", "--out", tmp_path / "out"]  # fmt: skip
+    ckpts, data = ["--ckpt", world / "base", world / "sft"], ["--tasks", "mt_bench", "--data-dir", world / "data"]
+    more = ["--max-new-tokens", 12, "--teacher", "http://localhost:9/v1", "--out", tmp_path / "out"]
+    args = ["eval", "judge", *ckpts, *data, *more]
     monkeypatch.setattr(judge, "ask_model", longer)
     code, out, err = run(*args)
     assert code == 0, err

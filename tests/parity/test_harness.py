@@ -29,8 +29,11 @@ from evaluation.rows import choice_rows
 from model import Qwen2
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
-FILES = {"mmlu": ("mmlu/dev", "_dev.csv", False), "cmmlu": ("cmmlu/dev", ".csv", True),
-         "ceval": ("ceval/dev", "_dev.csv", True)}  # fmt: skip
+FILES = {
+    "mmlu": ("mmlu/dev", "_dev.csv", False),
+    "cmmlu": ("cmmlu/dev", ".csv", True),
+    "ceval": ("ceval/dev", "_dev.csv", True),
+}
 
 
 def their_doc(task, row):
@@ -99,9 +102,14 @@ def theirs(lm, tasks):
             per_doc.setdefault(instance.doc_id, []).append((instance, next(logps)))
         for _, pairs in sorted(per_doc.items()):
             pairs.sort(key=lambda pair: pair[0].idx)
-            out.append({"context": pairs[0][0].args[0], "choices": [instance.args[1] for instance, _ in pairs],
-                        "logps": [result[0] for _, result in pairs],
-                        "metrics": task.process_results(pairs[0][0].doc, [result for _, result in pairs])})  # fmt: skip
+            out.append(
+                {
+                    "context": pairs[0][0].args[0],
+                    "choices": [instance.args[1] for instance, _ in pairs],
+                    "logps": [result[0] for _, result in pairs],
+                    "metrics": task.process_results(pairs[0][0].doc, [result for _, result in pairs]),
+                }
+            )
     return out, seconds
 
 

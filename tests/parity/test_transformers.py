@@ -32,11 +32,14 @@ CONFIGS = {
     "mha": {"num_key_value_heads": 4},
     "mqa": {"num_key_value_heads": 1},
     "gqa 6/2, untied, theta 1e6": {
-        "num_attention_heads": 6, "hidden_size": 48, "tie_word_embeddings": False, "rope_theta": 1e6,
+        "num_attention_heads": 6,
+        "hidden_size": 48,
+        "tie_word_embeddings": False,
+        "rope_theta": 1e6,
     },
     "own head_dim": {"head_dim": 16},
     "odd sizes": {"vocab_size": 509, "intermediate_size": 67, "num_hidden_layers": 3, "rms_norm_eps": 1e-5},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)

@@ -11,8 +11,8 @@ from tools.memory import raw_config
 
 def test_parts_run_on_a_cpu_and_fill_a_table(tmp_path, run):
     out = tmp_path / "gpu.jsonl"
-    code, text, err = run("tools.gpu", "--device", "cpu", "--small", "--compile", "off", "--dtype", "fp32",
-                          "--out", out, "--parts", "kto", "headline")  # fmt: skip
+    flags = "--device cpu --small --compile off --dtype fp32 --parts kto headline".split()
+    code, text, err = run("tools.gpu", *flags, "--out", out)
     assert code == 0, err
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert not [row for row in rows if row["what"] in ("failed", "not run")]
@@ -25,8 +25,16 @@ def test_parts_run_on_a_cpu_and_fill_a_table(tmp_path, run):
 
 def bench(tmp_path, part="test", **changes):
     sizes = gpu_parts.SMALL
-    settings = {"part": part, "device": "cpu", "dtype": "fp32", "sizes": sizes, "out": str(tmp_path / "gpu.jsonl"),
-                "folder": str(tmp_path), "deadline": 0.0, "compile": False}  # fmt: skip
+    settings = {
+        "part": part,
+        "device": "cpu",
+        "dtype": "fp32",
+        "sizes": sizes,
+        "out": str(tmp_path / "gpu.jsonl"),
+        "folder": str(tmp_path),
+        "deadline": 0.0,
+        "compile": False,
+    }
     return gpu_parts.Bench(**settings | changes)
 
 
@@ -43,7 +51,9 @@ def test_correctness_holds_on_a_cpu_and_notices_a_wrong_model(tmp_path, monkeypa
     monkeypatch.setattr(gpu_training, "recompute", lambda block: block.mlp.down_proj.weight.data.mul_(2))
     gpu_training.check_steps(b, tiny_model(vocab_size=1024))
     wrong = {what for what, value in results(b).items() if value.startswith("WRONG")}
-    assert wrong == {f"{mode} steps, activation checkpointing, {dtype}" for mode in ("SFT", "KTO") for dtype in ("fp32", "bf16")}  # fmt: skip
+    assert wrong == {
+        f"{mode} steps, activation checkpointing, {dtype}" for mode in ("SFT", "KTO") for dtype in ("fp32", "bf16")
+    }
 
 
 def test_single_operations_and_generation_give_numbers(tmp_path):

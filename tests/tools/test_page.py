@@ -39,16 +39,29 @@ def run_dir(tmp_path):
     replies = {"base": ["4", "5", HOSTILE, "no"], "sft": ["4", "6", "7", "no"], "kto": ["4", "5", "7", "yes"]}
     right = ["4", "6", "7", "yes"]
     samples = [
-        {"checkpoint": name, "task": "demo", "id": i, "prompt": [{"role": "user", "content": f"question {i}"}],
-         "reply": text, "extracted": text[:20], "correct": text == right[i]}
-        for name, texts in replies.items() for i, text in enumerate(texts)
-    ]  # fmt: skip
+        {
+            "checkpoint": name,
+            "task": "demo",
+            "id": i,
+            "prompt": [{"role": "user", "content": f"question {i}"}],
+            "reply": text,
+            "extracted": text[:20],
+            "correct": text == right[i],
+        }
+        for name, texts in replies.items()
+        for i, text in enumerate(texts)
+    ]
     write_lines(out / "eval/samples.jsonl", samples)
     pairs = [
-        {"prompt": [{"role": "user", "content": f"prompt {i // 2}"}], "label": i % 2 == 0, "writer": "teacher",
-         "completion": [{"role": "assistant", "content": f"reply {i}"}], "scores": {"verified": i % 2 == 0}}
+        {
+            "prompt": [{"role": "user", "content": f"prompt {i // 2}"}],
+            "label": i % 2 == 0,
+            "writer": "teacher",
+            "completion": [{"role": "assistant", "content": f"reply {i}"}],
+            "scores": {"verified": i % 2 == 0},
+        }
         for i in range(60)
-    ]  # fmt: skip
+    ]
     write_lines(out / "data/kto.jsonl", pairs)
     steps = {
         "1_collect": {"in": 100, "out": 90, "dropped": {"an empty turn": 10}},

@@ -62,8 +62,12 @@ def test_smooth():
 
 
 def test_categories(tmp_path, run):
-    report = {"steps": {"4_balance": {"before": {"maths/sums": 30, "code/python": 4}, "after": {"maths/sums": 4, "code/python": 4}}},
-              "diversity": {k: {"effective categories": 1.5} for k in ("before", "after")}}  # fmt: skip
+    report = {
+        "steps": {
+            "4_balance": {"before": {"maths/sums": 30, "code/python": 4}, "after": {"maths/sums": 4, "code/python": 4}}
+        },
+        "diversity": {k: {"effective categories": 1.5} for k in ("before", "after")},
+    }
     path, out = tmp_path / "report.json", tmp_path / "categories.png"
     path.write_text(json.dumps(report))
     code, _, _ = run("tools.plot", path, "--out", out)
@@ -76,8 +80,14 @@ def search_result(n_models=2, **more):
     point = lambda w, score, **other: {"weights": [1 - w, w, *spare], **more, **other, "score": score, "stderr": 0.01}
     off = [point(0.7, 2.2, **{k: v and v / 2 for k, v in more.items()})] if more else []
     points = [point(0.5, 2.0), point(0.95, 2.3), point(0.3, 1.9), *off]
-    return {"method": "ties", "models": ["runs/sft", "runs/kto.pt", "c"][:n_models], "what": "loss per token", "points": points,
-            "best": {"weights": [0.7, 0.3, *spare], **more}, "final": [point(0.3, 1.95), point(0.5, 2.05)]}  # fmt: skip
+    return {
+        "method": "ties",
+        "models": ["runs/sft", "runs/kto.pt", "c"][:n_models],
+        "what": "loss per token",
+        "points": points,
+        "best": {"weights": [0.7, 0.3, *spare], **more},
+        "final": [point(0.3, 1.95), point(0.5, 2.05)],
+    }
 
 
 def test_a_search(tmp_path, run):

@@ -46,8 +46,8 @@ def test_training_flops_count_the_kto_pairs(tiny, tmp_path):
 def test_ours_alone(tiny, tmp_path, run):
     path, out = tmp_path / "sft.jsonl", tmp_path / "bench.json"
     path.write_text('{"prompt": "Hello", "completion": "you"}\n' * 4)
-    code, text, err = run("tools.speed", "sft", "--ckpt", tiny, "--data", path, "--steps", 2, "--batch-size", 2, "--device", "cpu",
-                          "--dtype", "fp32", "--out", out)  # fmt: skip
+    flags = "--steps 2 --batch-size 2 --device cpu --dtype fp32".split()
+    code, text, err = run("tools.speed", "sft", "--ckpt", tiny, "--data", path, *flags, "--out", out)
     assert code == 0, err
     assert "of the matmul rate" in text
     measured = json.loads(out.read_text())["runs"]["ours"][0]
@@ -70,8 +70,15 @@ def test_a_peer_of_another_mode_is_refused(tiny, run):
 
 
 def test_merging_is_set_against_a_plain_copy(tmp_path, run, monkeypatch):
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "vocab_size": 64, "model_type": "qwen2"}  # fmt: skip
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "model_type": "qwen2",
+    }
     monkeypatch.setattr(rates, "SEVEN_B", small)
     out = tmp_path / "bench.json"
     for _ in range(2):  # the second time the set is there

@@ -893,8 +893,9 @@ def test_right_programs_pass(first):
     group = PAIRS[first : first + 10]
     if all(run_program("\n".join(part), "\n".join(tests), timeout=30)[0] for part, tests in [zip(*group)]):
         return
-    wrong = [(program, detail) for program, tests in group
-             for passed, detail in [run_program(program, tests)] if not passed]  # fmt: skip
+    wrong = [
+        (program, detail) for program, tests in group for passed, detail in [run_program(program, tests)] if not passed
+    ]
     assert not wrong, f"{len(wrong)} of {len(group)} are not counted as right: {wrong}"
     pytest.fail("right one by one, not together")
 

@@ -137,8 +137,10 @@ def test_no_signals_by_way_of_a_descriptor(monkeypatch):
             assert victim.poll() is None
         finally:
             victim.kill()
-    assert run_program("import fcntl, os\nr, w = os.pipe()\nassert fcntl.fcntl(r, fcntl.F_GETFD) == 1\n"
-                       "os.set_blocking(r, False)\nassert not os.get_blocking(r) and not os.isatty(r)") == (True, "passed")  # fmt: skip
+    assert run_program(
+        "import fcntl, os\nr, w = os.pipe()\nassert fcntl.fcntl(r, fcntl.F_GETFD) == 1\n"
+        "os.set_blocking(r, False)\nassert not os.get_blocking(r) and not os.isatty(r)"
+    ) == (True, "passed")
 
 
 @linux
@@ -260,9 +262,14 @@ def test_honest_answers_pass_the_tests():
         not examined("def inc(x):\n    return x + 2")[0] and "NameError" in examined("def other(x):\n    return x")[1]
     )
     own = "from collections import Counter, namedtuple, defaultdict, deque\nPair = namedtuple('Pair', 'a b')\n"
-    for made, want in (("Counter('aab')", "f() == {'a': 2, 'b': 1}"), ("map(int, '12')", "list(f()) == [1, 2]"),
-                       ("[deque([1]), {1: (2,)}]", "f()[1] == {1: (2,)}"), ("{1: 2}.keys()", "1 in f()"),
-                       ("lambda x: x", "f()(3) == 3"), ("(i for i in 'ab')", "[*f()] == ['a', 'b']")):  # fmt: skip
+    for made, want in (
+        ("Counter('aab')", "f() == {'a': 2, 'b': 1}"),
+        ("map(int, '12')", "list(f()) == [1, 2]"),
+        ("[deque([1]), {1: (2,)}]", "f()[1] == {1: (2,)}"),
+        ("{1: 2}.keys()", "1 in f()"),
+        ("lambda x: x", "f()(3) == 3"),
+        ("(i for i in 'ab')", "[*f()] == ['a', 'b']"),
+    ):
         assert run_program(f"{own}def f():\n    return {made}", f"assert {want}", "f")[0], made
     pair = "class Pair:\n    def __init__(self, a):\n        self.a = a\ndef f(p):\n    return p.a"
     assert run_program(pair, "assert f(Pair(3)) == 3", "f")[0]
@@ -363,8 +370,11 @@ def test_the_expected_values_cannot_be_found(where):
 
 def test_the_searches_find_planted_values():
     """The same searches, where they may: for a number that the program has put there itself."""
-    for where, put in (("descriptors()", "f = open('x', 'wb+', 0)\nf.write(b'4815162342')"), ("objects()", "x = ['4815162342']"),
-                       ("frames()", "x = '4815162342'")):  # fmt: skip
+    for where, put in (
+        ("descriptors()", "f = open('x', 'wb+', 0)\nf.write(b'4815162342')"),
+        ("objects()", "x = ['4815162342']"),
+        ("frames()", "x = '4815162342'"),
+    ):
         assert run_program(f"{HUNT.replace('WHERE', where)}\n{put}", "assert inc(1) == 4815162342", "inc")[0], where
 
 
@@ -393,10 +403,14 @@ def test_printing_success_does_not_pass():
 def test_values_round_trip():
     """Also what JSON does not know; a change of an argument in place is the program's own."""
     same = "def f(*args, **kwargs):\n    return args, kwargs"
-    values = ("1, 2.5, 'a\\ud800', b'\\xff', None, True, 1j, float('inf'), -0.0, {1: {2, (3,)}}, frozenset([1]), [[], {}]"
-              ", Fraction(1, 3), Decimal('1.10'), key=[1]")  # fmt: skip
-    check = ("from fractions import Fraction\nfrom decimal import Decimal\ndef g(*args, **kwargs):\n    return args, kwargs\n"
-             f"assert repr(f({values})) == repr(g({values})) and f(10 ** 5000, 2) == g(10 ** 5000, 2)")  # fmt: skip
+    values = (
+        "1, 2.5, 'a\\ud800', b'\\xff', None, True, 1j, float('inf'), -0.0, {1: {2, (3,)}}, frozenset([1]), [[], {}]"
+        ", Fraction(1, 3), Decimal('1.10'), key=[1]"
+    )
+    check = (
+        "from fractions import Fraction\nfrom decimal import Decimal\ndef g(*args, **kwargs):\n    return args, kwargs\n"
+        f"assert repr(f({values})) == repr(g({values})) and f(10 ** 5000, 2) == g(10 ** 5000, 2)"
+    )
     assert run_program(same, check, "f") == (True, "passed")
     mutate = "def f(x):\n    x.append(1)\n    return x\ndef g(x):\n    raise ValueError('odd')"
     assert run_program(mutate, "x = []\nassert f(x) == [1] and x == []", "f")[0]
