@@ -11,7 +11,7 @@ from pathlib import Path
 
 from core.files import atomic_write, cli
 from core.records import read_jsonl
-from experiments.steps import make_labels, run_step, study_flags
+from experiments.steps import command, make_labels, run_step, study_flags
 
 
 def write_teacher_replies(samples: str, path: str) -> None:
@@ -59,14 +59,20 @@ def main() -> None:
     p.add_argument("--teacher", required=True, help="checkpoint that answers the training instructions")
     args = p.parse_args()
     out = args.out
-    local = ["--dtype", args.dtype, "--max-new-tokens", str(args.reply_tokens)]
-    run_step(out, "instructions", ["-m", "experiments.instructions", "--out", f"{out}/instructions"])
-    run_step(out, "teacher", [
-        "eval.py", "--ckpt", args.teacher, "--tasks", "ifeval", "--data-dir", f"{out}/instructions/train",
-        "--batch-size", "64", "--out", f"{out}/teacher", *local,
-    ])  # fmt: skip
+    run_step(out, "instructions", command("experiments.instructions", out=f"{out}/instructions"))
+    words = command(
+        "eval.py",
+        ckpt=args.teacher,
+        tasks="ifeval",
+        data_dir=f"{out}/instructions/train",
+        batch_size=64,
+        out=f"{out}/teacher",
+        dtype=args.dtype,
+        max_new_tokens=args.reply_tokens,
+    )
+    run_step(out, "teacher", words)
     write_teacher_replies(f"{out}/teacher/samples.jsonl", f"{out}/teacher.jsonl")
-    make_labels(args, "data", args.student, ["--recorded", f"{out}/teacher.jsonl"])
+    make_labels(args, "data", args.student)
     write_controls(out, args.seed)
     print(f"wrote {Path(out, 'data')}\nnext: python -m experiments.paper_table --student {args.student} --out {out}")
 

@@ -17,7 +17,7 @@ def main() -> None:
     out = args.out
     if not Path(out, "own-data").exists():
         shutil.copytree(f"{out}/data", f"{out}/own-data")  # the replies of the teacher are in it
-    make_labels(args, "own-data", f"{out}/sft", ["--recorded", f"{out}/teacher.jsonl"])
+    make_labels(args, "own-data", f"{out}/sft")
     kto(args, "sft-kto-own", f"{out}/sft", choose_lr(args, "kto"), "own-data/kto.jsonl")
     evaluate(args, "sft-kto-own")
     print("next: python -m experiments.kto_parts, with the same flags")

@@ -10,37 +10,34 @@ import json
 from pathlib import Path
 
 from core.files import cli
-from experiments.steps import choose_lr, evaluate, kto, run_step, sft, study_flags, train_chosen
+from experiments.steps import choose_lr, command, evaluate, kto, run_step, sft, study_flags, train_chosen
 
 
-def fuse(args: argparse.Namespace) -> None:
-    """The paper's fusions: A (SFT) with B (SFT then KTO)."""
-    for name, weights in (("mean", (0.5, 0.5)), ("mean-05-95", (0.05, 0.95))):
-        models = [f"{args.out}/{arm}:{weight}" for arm, weight in zip(("sft", "sft-kto"), weights)]
-        run_step(args.out, name, ["merge.py", "--method", "linear", "--models", *models, "--out", f"{args.out}/{name}"])
-        evaluate(args, name)
+def merge(args: argparse.Namespace, name: str, models: list[str], method: str = "linear", **flags: object) -> None:
+    """The arm `name`. models: arms of OUT, as ARM or ARM:WEIGHT."""
+    models = [f"{args.out}/{model}" for model in models]
+    run_step(args.out, name, command("merge.py", method=method, models=models, **flags, out=f"{args.out}/{name}"))
+    evaluate(args, name)
 
 
-def fuse_at_searched_weight(args: argparse.Namespace) -> None:
-    """The linear fusion of A and B that follows most instructions of the dev split, of eight."""
-    models, found = [f"{args.out}/{arm}" for arm in ("sft", "sft-kto")], f"{args.out}/search.json"
-    generation = ["--max-new-tokens", str(args.max_new_tokens), "--batch-size", "64", "--dtype", args.dtype]
-    command = ["merge.py", "search", "--method", "linear", "--models", *models, "--tasks", "ifeval"]
-    command += ["--data-dir", f"{args.out}/instructions/dev", "--aside", "0.1", "--evaluations", "8"]
-    run_step(args.out, "search", [*command, *generation, "--out", found])
-    weights = json.loads(Path(found).read_text())["best"]["weights"]
-    weighted = [f"{model}:{weight:.4g}" for model, weight in zip(models, weights)]
-    out = f"{args.out}/searched"
-    run_step(args.out, "searched", ["merge.py", "--method", "linear", "--models", *weighted, "--out", out])
-    evaluate(args, "searched")
-
-
-def merge_by_ties(args: argparse.Namespace) -> None:
-    """TIES merges SFT and KTO, each from the student."""
-    models = [f"{args.out}/sft", f"{args.out}/kto"]
-    command = ["merge.py", "--method", "ties", "--models", *models, "--base", args.student, "--density", "0.5"]
-    run_step(args.out, "ties", [*command, "--out", f"{args.out}/ties"])
-    evaluate(args, "ties")
+def search_weights(args: argparse.Namespace) -> list[float]:
+    """The weights of A and B in the linear fusion that follows most instructions of the dev split, of eight."""
+    found = f"{args.out}/search.json"
+    words = command(
+        "merge.py search",
+        method="linear",
+        models=[f"{args.out}/sft", f"{args.out}/sft-kto"],
+        tasks="ifeval",
+        data_dir=f"{args.out}/instructions/dev",
+        aside=0.1,
+        evaluations=8,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=64,
+        dtype=args.dtype,
+        out=found,
+    )
+    run_step(args.out, "search", words)
+    return json.loads(Path(found).read_text())["best"]["weights"]
 
 
 def main() -> None:
@@ -58,11 +55,13 @@ def main() -> None:
             kto(args, "sft-kto", f"{args.out}/sft", choose_lr(args, "kto"), "data/kto.jsonl")
             evaluate(args, "sft-kto")
         elif arm == "fusions":
-            fuse(args)
+            merge(args, "mean", ["sft:0.5", "sft-kto:0.5"])
+            merge(args, "mean-05-95", ["sft:0.05", "sft-kto:0.95"])
         elif arm == "ties":
-            merge_by_ties(args)
+            merge(args, "ties", ["sft", "kto"], "ties", base=args.student, density=0.5)
         elif arm == "searched":
-            fuse_at_searched_weight(args)
+            first, second = search_weights(args)
+            merge(args, "searched", [f"sft:{first:.4g}", f"sft-kto:{second:.4g}"])
         else:
             sft(args, "sft-paper-lr", "1e-6", "data/sft.jsonl")
             evaluate(args, "sft-paper-lr")

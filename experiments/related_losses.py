@@ -11,7 +11,7 @@ from pathlib import Path
 from core.files import atomic_write, cli
 from core.records import read_jsonl
 from demo.split import paired_rows
-from experiments.steps import choose_lr, evaluate, run_step, sft, study_flags, training_flags
+from experiments.steps import choose_lr, command, evaluate, run_step, sft, study_flags, training_flags
 
 
 def write_pairs(kto: str, path: str) -> None:
@@ -27,20 +27,19 @@ def main() -> None:
     p.add_argument("--arms", nargs="+", choices=arms, default=arms, help="arms to run, in this order")
     args = p.parse_args()
     out = args.out
-    more = {"poft": ("--others", f"{out}/kto"), "otr": ("--beta", "-0.1")}
+    more = {"poft": {"others": f"{out}/kto"}, "otr": {"beta": "-0.1"}}
     for name in args.arms:
         if name == "sft-dpo":
             pairs = f"{out}/data/pairs.jsonl"
             if not Path(pairs).exists():
                 write_pairs(f"{out}/data/kto.jsonl", pairs)
-            run_step(out, name, [
-                "-m", "variants.dpo", "--ckpt", f"{out}/sft", "--data", pairs, "--out", f"{out}/{name}",
-                "--lr", choose_lr(args, "kto"), "--beta", str(args.beta),
-                *training_flags(args, args.batch_size // 2),  # two replies a pair
-            ])  # fmt: skip
+            files = {"ckpt": f"{out}/sft", "data": pairs, "out": f"{out}/{name}"}
+            flags = training_flags(args, args.batch_size // 2)  # two replies a pair
+            lr = choose_lr(args, "kto")
+            run_step(out, name, command("variants.dpo", **files, lr=lr, beta=args.beta, **flags))
         else:
             lr = choose_lr(args, "sft")
-            sft(args, name, lr, "data/sft.jsonl", script=f"variants.{name}", more=more.get(name, ()))
+            sft(args, name, lr, "data/sft.jsonl", script=f"variants.{name}", **more.get(name, {}))
         evaluate(args, name)
     print("next: python -m experiments.side_effects, with the same flags")
 

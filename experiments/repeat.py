@@ -46,11 +46,16 @@ def study_command(result: dict, module: str) -> str:
         if lr := flag(result, f"{kind}-", "--lr", ""):
             rates[kind] = [lr]
     used = {
-        "sft_lrs": rates.get("sft"), "kto_lrs": rates.get("kto"), "sft_epochs": flag(result, "sft-", "--epochs", ""),
-        "batch_size": flag(result, "sft-", "--batch-size", ""), "beta": flag(result, "kto-", "--beta", ""),
-        "seed": flag(result, "sft-", "--seed", ""), "reply_tokens": flag(result, "data", "--max-new-tokens", ""),
-        "max_new_tokens": flag(result, "eval-test-", "--max-new-tokens", ""), "dtype": flag(result, "sft-", "--dtype", ""),
-    }  # fmt: skip
+        "sft_lrs": rates.get("sft"),
+        "kto_lrs": rates.get("kto"),
+        "sft_epochs": flag(result, "sft-", "--epochs", ""),
+        "batch_size": flag(result, "sft-", "--batch-size", ""),
+        "beta": flag(result, "kto-", "--beta", ""),
+        "seed": flag(result, "sft-", "--seed", ""),
+        "reply_tokens": flag(result, "data", "--max-new-tokens", ""),
+        "max_new_tokens": flag(result, "eval-test-", "--max-new-tokens", ""),
+        "dtype": flag(result, "sft-", "--dtype", ""),
+    }
     parser = study_flags("")
     for name, value in used.items():
         default = parser.get_default(name)

@@ -238,8 +238,11 @@ def study_sections(result: dict, drawn: dict[str, str], images: str) -> str:
     reasons = {**tables.NOT_RUN, **result["not_run"]}
     verdicts = split_verdicts(result, "test")
     n = len(next(iter(verdicts.values()), ""))
-    beside = {"paper_table": ["report-scores.svg", "report-fusion.svg"], "data_steps": ["report-followed.svg"],
-              "kto_parts": ["report-kto.svg"]}  # fmt: skip
+    beside = {
+        "paper_table": ["report-scores.svg", "report-fusion.svg"],
+        "data_steps": ["report-followed.svg"],
+        "kto_parts": ["report-kto.svg"],
+    }
     parts = []
     for number, (title, rows, module, question) in enumerate(STUDIES, 1):
         table = tables.comparison_table(rows, verdicts, reasons, f"followed, % of {n or 'n'} [95 %]")
@@ -345,9 +348,12 @@ def report(results: list[dict], images: str) -> tuple[str, dict[str, str]]:
     result, *others = results
     drawn = pictures(result, split_verdicts(result, "test"))
     sections = [
-        QUESTION, findings_section(results), method_section(results), study_sections(result, drawn, images),
+        QUESTION,
+        findings_section(results),
+        method_section(results),
+        study_sections(result, drawn, images),
         kept_section(result),
-    ]  # fmt: skip
+    ]
     for number, other in enumerate(others, 2):
         picture = f"report-scores-{number}.svg"
         if verdicts := split_verdicts(other, "test"):

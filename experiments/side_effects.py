@@ -5,7 +5,7 @@ python -m experiments.side_effects --student smollm2-135m-instruct --data-dir da
 
 from core.files import cli
 from core.flags import at_least
-from experiments.steps import run_step, study_flags
+from experiments.steps import command, run_step, study_flags
 
 LIKELIHOOD = ("mmlu", "ceval", "perplexity")  # scored without a reply
 REPLY_TOKENS = {"humaneval": 320, "gsm8k": 320, "ifeval": 160}  # maximum tokens of a reply
@@ -22,16 +22,18 @@ def main() -> None:
     for task in args.tasks:
         for arm in args.arms:
             ckpt = args.student if arm == "base" else f"{args.out}/{arm}"
+            flags = {"ckpt": ckpt, "tasks": task, "data_dir": args.data_dir, "dtype": args.dtype}
+            limit = {"limit": args.limit}
             if task in LIKELIHOOD:
-                out = f"{args.out}/eval/kept/{arm}-{task}"
-                more = ["--protocol", "loglik", "--limit", str(args.limit), "--out", out]
+                flags |= {"protocol": "loglik", **limit, "out": f"{args.out}/eval/kept/{arm}-{task}"}
             else:
-                out = f"{args.out}/eval/{task}/{arm}"
-                more = ["--max-new-tokens", str(REPLY_TOKENS[task]), "--batch-size", "64", "--out", out]
-                more += ["--limit", str(args.limit)] if task == "gsm8k" else []
-                more += ["--allow-code-execution"] if task == "humaneval" else []
-            common = ["--tasks", task, "--data-dir", args.data_dir, "--dtype", args.dtype]
-            run_step(args.out, f"{task}-{arm}", ["eval.py", "--ckpt", ckpt, *common, *more])
+                flags |= {
+                    "max_new_tokens": REPLY_TOKENS[task],
+                    "batch_size": 64,
+                    "out": f"{args.out}/eval/{task}/{arm}",
+                }
+                flags |= {"gsm8k": limit, "humaneval": {"allow_code_execution": True}}.get(task, {})
+            run_step(args.out, f"{task}-{arm}", command("eval.py", **flags))
     print("next: python -m experiments.collect --help")
 
 

@@ -33,6 +33,16 @@ def study_flags(description: str) -> Parser:
     return p
 
 
+def command(script: str, **flags: object) -> list[str]:
+    """The words of a command: a module needs python -m, max_len=8 is --max-len 8, True only the flag, a list all its values."""
+    first = script.partition(" ")[0]
+    words = [*([] if first.endswith(".py") else ["-m"]), *script.split()]
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
+
+
 def run_step(out: str, name: str, command: list[str], hidden: tuple[str, ...] = ()) -> None:
     """Runs `python COMMAND HIDDEN` unless OUT/steps/NAME.json says that COMMAND is done."""
     stamp = Path(out, "steps", f"{name}.json")
@@ -51,56 +61,64 @@ def run_step(out: str, name: str, command: list[str], hidden: tuple[str, ...] = 
         json.dump({"command": command, "seconds": round(time.time() - start, 1)}, f)
 
 
-def make_labels(args: argparse.Namespace, name: str, small: str, more: list[str]) -> None:
+def make_labels(args: argparse.Namespace, name: str, small: str) -> None:
     """Four responses of `small` to each training instruction, labelled by program: OUT/NAME/sft.jsonl and kto.jsonl."""
     instructions = f"{args.out}/instructions/train/ifeval/input_data.jsonl"
+    words = command(
+        "make_data.py",
+        sources=instructions,
+        trust_references=instructions,
+        teacher_model="stand-in",
+        small=small,
+        samples=4,
+        out=f"{args.out}/{name}",
+        dtype=args.dtype,
+        batch_size=96,
+        max_new_tokens=args.reply_tokens,
+        hamming=0,
+        min_category=1,
+        margin=1.5,
+        judge_orders=1,
+        recorded=f"{args.out}/teacher.jsonl",
+    )
     with stand_in() as url:
-        run_step(args.out, name, [
-            "make_data.py", "--sources", instructions, "--trust-references", instructions, "--teacher-model", "stand-in",
-            "--small", small, "--samples", "4", "--out", f"{args.out}/{name}", "--dtype", args.dtype, "--batch-size", "96",
-            "--max-new-tokens", str(args.reply_tokens), "--hamming", "0", "--min-category", "1", "--margin", "1.5",
-            "--judge-orders", "1", *more,
-        ], hidden=("--teacher", url))  # fmt: skip
+        run_step(args.out, name, words, hidden=("--teacher", url))
 
 
-def sft(
-    args: argparse.Namespace,
-    name: str,
-    lr: str,
-    data: str,
-    ckpt: str = "",
-    script: str = "",
-    more: tuple[str, ...] = (),
-) -> None:
+def sft(args: argparse.Namespace, name: str, lr: str, data: str, ckpt: str = "", script: str = "", **more: str) -> None:
     """Trains the student, or another checkpoint, on a file of OUT by SFT: arm `name`. script: a module with another loss."""
-    run_step(args.out, name, [
-        *(["-m", script] if script else ["train_sft.py"]), "--ckpt", ckpt or args.student, "--data", f"{args.out}/{data}",
-        "--out", f"{args.out}/{name}", "--lr", lr, "--epochs", str(args.sft_epochs), *training_flags(args), *more,
-    ])  # fmt: skip
+    files = {"ckpt": ckpt or args.student, "data": f"{args.out}/{data}", "out": f"{args.out}/{name}"}
+    flags = {"lr": lr, "epochs": args.sft_epochs, **training_flags(args), **more}
+    run_step(args.out, name, command(script or "train_sft.py", **files, **flags))
 
 
 def kto(args: argparse.Namespace, name: str, ckpt: str, lr: str, data: str, script: str = "") -> None:
     """Trains a checkpoint on a file of OUT by KTO, one pass: arm `name`. script: a module that changes the loss."""
-    run_step(args.out, name, [
-        *(["-m", script] if script else ["train_kto.py"]), "--ckpt", ckpt, "--data", f"{args.out}/{data}",
-        "--out", f"{args.out}/{name}", "--lr", lr, "--beta", str(args.beta), "--desirable-weight", "auto",
-        *training_flags(args),
-    ])  # fmt: skip
+    files = {"ckpt": ckpt, "data": f"{args.out}/{data}", "out": f"{args.out}/{name}"}
+    flags = {"lr": lr, "beta": args.beta, "desirable_weight": "auto", **training_flags(args)}
+    run_step(args.out, name, command(script or "train_kto.py", **files, **flags))
 
 
-def training_flags(args: argparse.Namespace, batch_size: int = 0) -> list[str]:
+def training_flags(args: argparse.Namespace, batch_size: int = 0) -> dict[str, object]:
     """The flags of every training. batch_size: of a loss whose examples are pairs."""
-    batch = ["--batch-size", str(batch_size or args.batch_size), "--warmup", "5"]
-    return [*batch, "--seed", str(args.seed), "--dtype", args.dtype, "--save-every", "0"]
+    batch = {"batch_size": batch_size or args.batch_size, "warmup": 5}
+    return {**batch, "seed": args.seed, "dtype": args.dtype, "save_every": 0}
 
 
 def evaluate(args: argparse.Namespace, name: str, split: str = "test", ckpt: str = "") -> float:
     """-> the share of the split's instructions that the arm follows. Its replies go to OUT/eval/SPLIT/NAME."""
     folder = f"{args.out}/eval/{split}/{name}"
-    run_step(args.out, f"eval-{split}-{name}", [
-        "eval.py", "--ckpt", ckpt or f"{args.out}/{name}", "--tasks", "ifeval", "--dtype", args.dtype, "--batch-size", "64",
-        "--data-dir", f"{args.out}/instructions/{split}", "--max-new-tokens", str(args.max_new_tokens), "--out", folder,
-    ])  # fmt: skip
+    words = command(
+        "eval.py",
+        ckpt=ckpt or f"{args.out}/{name}",
+        tasks="ifeval",
+        dtype=args.dtype,
+        batch_size=64,
+        data_dir=f"{args.out}/instructions/{split}",
+        max_new_tokens=args.max_new_tokens,
+        out=folder,
+    )
+    run_step(args.out, f"eval-{split}-{name}", words)
     (cells,) = json.loads(Path(folder, "results.json").read_text()).values()
     return cells["ifeval"]["score"]
 

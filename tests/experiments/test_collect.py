@@ -79,9 +79,13 @@ def test_collect(study, tmp_path, run):
     assert result["commands"] == {"data": command, "sft-1e-5": ["train_sft.py"]}
     assert result["chosen"] == {"sft": {"lr": "1e-5", "dev": {"1e-5": 0.3}}}
     assert result["data"] == {
-        "instructions": 2, "sft": 1, "kto": 3, "kto_desirable": 2, "steps": {"1_collect": [3, 2]},
+        "instructions": 2,
+        "sft": 1,
+        "kto": 3,
+        "kto_desirable": 2,
+        "steps": {"1_collect": [3, 2]},
         "followed": {"teacher": [1, 2], "small": [0, 1]},
-    }  # fmt: skip
+    }
     # the questions in the order of their numbers: 9, 10, 100
     cell = {"right": "011", "reply_tokens": [7, 7, 7], "cut_off": 1, "looping": 1}
     assert result["arms"] == {"sft": {"test": {"ifeval": cell}}}

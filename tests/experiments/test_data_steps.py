@@ -45,3 +45,10 @@ def test_pairs_of_kto_rows(tmp_path):
     (tmp_path / "kto.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_pairs(str(tmp_path / "kto.jsonl"), str(tmp_path / "pairs.jsonl"))
     assert json.loads((tmp_path / "pairs.jsonl").read_text()) == {"prompt": "a", "chosen": "good", "rejected": "bad"}
+
+
+def test_the_words_of_a_command():
+    assert steps.command("eval.py", ckpt="c", max_new_tokens=8) == ["eval.py", "--ckpt", "c", "--max-new-tokens", "8"]
+    assert steps.command("variants.dft", lr="1e-5") == ["-m", "variants.dft", "--lr", "1e-5"]
+    words = steps.command("merge.py search", models=["a", "b"], allow_code_execution=True, aside=0.1)
+    assert words == ["merge.py", "search", "--models", "a", "b", "--allow-code-execution", "--aside", "0.1"]

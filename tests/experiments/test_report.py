@@ -47,21 +47,34 @@ def replies(right):
 def result():
     train = ["--epochs", "2", "--batch-size", "8", "--seed", "3", "--dtype", "bf16"]
     return {
-        "student": "small", "teacher": "large",
+        "student": "small",
+        "teacher": "large",
         "commands": {
             "data": ["make_data.py", "--small", "ckpt/s", "--max-new-tokens", "100"],
             "teacher": ["eval.py", "--ckpt", "ckpt/t"],
-            "sft-1e-5": ["train_sft.py", "--lr", "1e-5", *train], "kto-2e-6": ["train_kto.py", "--beta", "0.1", *train],
+            "sft-1e-5": ["train_sft.py", "--lr", "1e-5", *train],
+            "kto-2e-6": ["train_kto.py", "--beta", "0.1", *train],
             "eval-test-base": ["eval.py", "--ckpt", "ckpt/s", "--max-new-tokens", "160"],
         },
         "seconds": {"data": 120.0, "sft-1e-5": 90.0, "kto-2e-6": 30.0},
-        "chosen": {"sft": {"lr": "1e-5", "dev": {"1e-5": 0.25, "5e-5": 0.2}}, "kto": {"lr": "2e-6", "dev": {"2e-6": 0.3}}},
-        "data": {"instructions": 9, "sft": 6, "kto": 8, "kto_desirable": 4, "steps": {"1_collect": [10, 10]},
-                 "followed": {"teacher": [8, 10], "small": [1, 4], "small-2": [1, 2]}},
+        "chosen": {
+            "sft": {"lr": "1e-5", "dev": {"1e-5": 0.25, "5e-5": 0.2}},
+            "kto": {"lr": "2e-6", "dev": {"2e-6": 0.3}},
+        },
+        "data": {
+            "instructions": 9,
+            "sft": 6,
+            "kto": 8,
+            "kto_desirable": 4,
+            "steps": {"1_collect": [10, 10]},
+            "followed": {"teacher": [8, 10], "small": [1, 4], "small-2": [1, 2]},
+        },
         "arms": {"base": {"test": replies(BASE)}, "sft": {"test": replies(SFT)}, "kto": {"test": replies(KTO)}},
         "values": {"base": {"mmlu": {"score": 0.25, "stderr": 0.1, "n": 20, "right": BASE, "ece": 0.125}}},
-        "curves": {"kto": {key: [0.0, 1.0, 2.0] for key in ("kl", "rewards/chosen", "rewards/rejected", "rewards/margins")}},
-    }  # fmt: skip
+        "curves": {
+            "kto": {key: [0.0, 1.0, 2.0] for key in ("kl", "rewards/chosen", "rewards/rejected", "rewards/margins")}
+        },
+    }
 
 
 @pytest.fixture
