@@ -13,6 +13,7 @@ from core.flags import parse_generate_args as parse_args
 if __name__ == "__main__":
     check_arguments(parse_args)  # before torch is loaded, so that --help and wrong flags are answered at once
 
+import argparse
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -358,11 +359,16 @@ def chat(model: Qwen2, tokenizer: Tokenizer, system: list[dict], settings: dict)
             print("\n")
 
 
+def load_for_inference(source: str, args: argparse.Namespace) -> tuple[Qwen2, Tokenizer]:
+    """A checkpoint (hub id, folder or .pt file) in the dtype and on the device of the flags, and its tokenizer."""
+    choose_device(args)
+    ckpt = Checkpoint(source)
+    return Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device).eval(), Tokenizer(ckpt)
+
+
 def main() -> None:
     args = parse_args()
-    choose_device(args)
-    ckpt = Checkpoint(args.ckpt)
-    model, tokenizer = Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device), Tokenizer(ckpt)
+    model, tokenizer = load_for_inference(args.ckpt, args)
     settings = {name: getattr(args, name) for name in SAMPLING}
     system = [{"role": "system", "content": args.system}] if args.system else []
     if not args.prompt:

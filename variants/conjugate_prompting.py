@@ -17,34 +17,29 @@ import shlex
 
 from tqdm import tqdm
 
-from core.devices import DTYPES, choose_device
 from core.distributed import single_process
 from core.files import InputError, cli
 from core.flags import Parser, add_pair_flags, at_least
 from core.outputs import check_file
 from core.records import write_jsonl
-from core.tokenizer import Tokenizer
 from curation.sources import check_reference
 from evaluation.benchmarks import demo_verdict
 from evaluation.rows import json_rows
 from evaluation.stats import bootstrap
-from generate import generate_iter
-from model import Qwen2
+from generate import generate_iter, load_for_inference
 
-LETTERS, DIGITS = "aeiost", "431057"
+TO_DIGITS, TO_LETTERS = str.maketrans("aeiost", "431057"), str.maketrans("431057", "aeiost")
 WORD = re.compile(r"[A-Za-z0-9]+")  # ASCII only: in Chinese text, digits follow letters without a space
 MARK = '"view"'  # in each line of OUT
 INSTRUCTIONS = {"repeat": "Repeat the input.", "capitals": "Write the input in capital letters."}
 SHOTS = ("The boat came home before dark.", "My sister grows apples and pears.")
-SUMS = ("plus", "minus", "times")
 
 
 def leet(text: str) -> str:
     """s: "Repeat the input." -> "R3p347 7h3 1npu7.". Words with a digit, and words of these letters alone, stay."""
-    table = str.maketrans(LETTERS, DIGITS)
 
     def change(found: re.Match) -> str:
-        changed = found[0].translate(table)
+        changed = found[0].translate(TO_DIGITS)
         return changed if found[0].isalpha() and not changed.isdigit() else found[0]
 
     return WORD.sub(change, text)
@@ -52,8 +47,7 @@ def leet(text: str) -> str:
 
 def unleet(text: str) -> str:
     """s^-1, exact for texts in which no word mixes letters and digits. Numbers stay."""
-    table = str.maketrans(DIGITS, LETTERS)
-    return WORD.sub(lambda found: found[0] if found[0].isdigit() else found[0].translate(table), text)
+    return WORD.sub(lambda found: found[0] if found[0].isdigit() else found[0].translate(TO_LETTERS), text)
 
 
 VIEWS = {"plain": (str, str), "leet": (leet, unleet)}  # {view: (s, its inverse)}; plain leaves the text as it is
@@ -69,10 +63,6 @@ def drops(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> tuple[di
     lost = {view: [int(b) - int(t) for b, t in zip(base[view], tuned[view], strict=True)] for view in VIEWS}
     difference = [s - plain for s, plain in zip(lost["leet"], lost["plain"], strict=True)]
     return {view: sum(values) / len(values) for view, values in lost.items()}, difference
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Questions: {"id", "prompts": {view: text}, "check": (view, reply) -> verdict}
 
 
 def shots_question(task: str, request: str, name: str) -> dict:
@@ -92,7 +82,7 @@ def shots_questions(n: int, seed: int = 10) -> list[dict]:
     draw, found = random.Random(seed), []
     for task in INSTRUCTIONS:
         for i in range(n):
-            request = f"What is {draw.randint(4, 20)} {draw.choice(SUMS)} {draw.randint(4, 20)}?"
+            request = f"What is {draw.randint(4, 20)} {draw.choice(('plus', 'minus', 'times'))} {draw.randint(4, 20)}?"
             found.append(shots_question(task, request, f"{task}-{i}"))
     return found
 
@@ -110,40 +100,38 @@ def data_questions(path: str, limit: int | None) -> list[dict]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-
-
 def ask_both_views(source: str, questions: list[dict], args: argparse.Namespace) -> list[dict]:
     """-> a line {"id", "checkpoint", "view", "prompt", "reply", "correct"} for each question in each view."""
-    model, tokenizer = Qwen2.from_pretrained(source, DTYPES[args.dtype], args.device).eval(), Tokenizer(source)
     asked = [(view, q, q["prompts"][view]) for q in questions for view in VIEWS]
     settings = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
-    replies, lines = generate_iter(model, tokenizer, [prompt for *_, prompt in asked], **settings), [{}] * len(asked)
-    for i, reply, _ in tqdm(replies, source, total=len(asked), unit="reply", disable=None):
-        view, q, prompt = asked[i]
-        lines[i] = {"id": q["id"], "checkpoint": source, "view": view, "prompt": prompt, "reply": reply}
-        lines[i]["correct"] = bool(q["check"](view, reply))
-    return lines
+    replies = generate_iter(*load_for_inference(source, args), [prompt for *_, prompt in asked], **settings)
+    texts = {i: text for i, text, _ in tqdm(replies, source, len(asked), unit="reply", disable=None)}
+    return [
+        {"id": q["id"], "checkpoint": source, "view": view, "prompt": prompt, "reply": texts[i]}
+        | {"correct": bool(q["check"](view, texts[i]))}
+        for i, (view, q, prompt) in enumerate(asked)
+    ]
 
 
 def drop_table(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> str:
     """The table of accuracies, and one sentence of conclusion."""
     lost, difference = drops(base, tuned)
-    mean = lambda values: sum(values) / len(values)
-    accuracies = {name: {v: mean(x[v]) for v in VIEWS} for name, x in (("base", base), ("tuned", tuned))}
-    rows = [f"{name:6}" + "".join(f"{x[v]:8.3f}" for v in VIEWS) for name, x in {**accuracies, "drop": lost}.items()]
+    accuracies = [{view: sum(x[view]) / len(difference) for view in VIEWS} for x in (base, tuned)]
+    rows = [
+        f"{name:6}" + "".join(f"{figures[view]:8.3f}" for view in VIEWS)
+        for name, figures in zip(("base", "tuned", "drop"), [*accuracies, lost])
+    ]
     (low, high), _ = bootstrap(difference)
-    change = f"drop(leet) - drop(plain): {mean(difference):+.3f}, 95% interval {low:+.3f} to {high:+.3f}"
+    change = f"drop(leet) - drop(plain): {lost['leet'] - lost['plain']:+.3f}, 95% interval {low:+.3f} to {high:+.3f}"
     if lost["plain"] <= 0:
         conclusion = "Nothing was lost on the plain prompts."
-    elif accuracies["base"]["leet"] < accuracies["base"]["plain"] / 2:
+    elif accuracies[0]["leet"] < accuracies[0]["plain"] / 2:
         conclusion = "The base itself fails on the rewritten prompts, so a smaller drop there says nothing."
     elif high < 0:
         conclusion = "The drop is smaller on the rewritten prompts: a part of the skill was hidden, not lost."
     else:
         conclusion = "No sign that a skill was hidden."
-    return "\n".join([" " * 6 + "".join(f"{v:>8}" for v in VIEWS), *rows, change, conclusion])
+    return "\n".join([" " * 6 + "".join(f"{view:>8}" for view in VIEWS), *rows, change, conclusion])
 
 
 def parse_args() -> argparse.Namespace:
@@ -157,7 +145,6 @@ def parse_args() -> argparse.Namespace:
     # output
     p.add_argument("--out", default="conjugate.jsonl", help="JSON Lines file of all replies and verdicts")
     args = p.parse_args()
-    choose_device(args)
     check_file(args.out, MARK)
     return args
 
