@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from core.attention import KVCache
 from core.checkpoint import Checkpoint
-from core.devices import DTYPES, choose_device
 from core.distributed import single_process
 from core.files import InputError, cli, printable
 from core.flags import Parser, add_pair_flags, at_least, number
 from core.outputs import check_file
 from core.records import write_jsonl
 from core.sampling import sample
-from core.tokenizer import Tokenizer, check_vocabulary
-from generate import reply_limits
+from core.tokenizer import check_vocabulary
+from generate import load_for_inference, reply_limits
 from model import Qwen2
 
 MARK = '"novelty"'  # in each line of OUT
@@ -42,20 +42,11 @@ def contrastive_scores(tuned_logps: Tensor, base_logps: Tensor, alpha: float) ->
     return (tuned_logps - base_logps).masked_fill(~plausible, -torch.inf)
 
 
-class Writer:
-    """A model and a cache with one prompt in each of its rows."""
-
-    def __init__(self, model: Qwen2, prompt: list[int], rows: int, max_new_tokens: int):
-        self.model, self.cache = model, model.new_cache(rows, len(prompt) + max_new_tokens)
-        if len(prompt) > 1:
-            model.prefill([prompt[:-1]] * rows, self.cache)
-        self.cache.positions.fill_(len(prompt) - 1)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Reads one token for each row, (rows,) -> the log-probabilities of the next one, (rows, V) in fp32."""
-        hidden = self.model.hidden(tokens[:, None], cache=self.cache)[:, 0]
-        self.cache.positions += 1
-        return self.model.head(hidden).float().log_softmax(-1)
+def next_logps(model: Qwen2, cache: KVCache, tokens: Tensor) -> Tensor:
+    """Reads one token for each row, (rows,) -> the log-probabilities of the next one, (rows, V) in fp32."""
+    hidden = model.hidden(tokens[:, None], cache=cache)[:, 0]
+    cache.positions += 1
+    return model.head(hidden).float().log_softmax(-1)
 
 
 @torch.no_grad()
@@ -68,11 +59,15 @@ def write_texts(
     sum over the text and its end token of log p_ft - log p_pt, in nats.
     """
     rows, limit = uniform.shape
-    writers = [Writer(model, prompt, rows, limit) for model in (tuned, base)]
+    caches = [model.new_cache(rows, len(prompt) + limit) for model in (tuned, base)]
+    for model, cache in zip((tuned, base), caches):
+        if len(prompt) > 1:  # its last token is read in the first step
+            model.prefill([prompt[:-1]] * rows, cache)
+        cache.positions.fill_(len(prompt) - 1)
     tokens = torch.full((rows,), prompt[-1], device=tuned.device)
     texts, novelty, open_rows = [[] for _ in range(rows)], [0.0] * rows, set(range(rows))
     for step in range(limit):
-        tuned_logps, base_logps = (writer.step(tokens) for writer in writers)  # (rows, V) each
+        tuned_logps, base_logps = (next_logps(*pair, tokens) for pair in zip((tuned, base), caches))  # (rows, V) each
         tokens = sample(contrastive_scores(tuned_logps, base_logps, alpha), uniform[:, step], temperature)
         gains = (tuned_logps - base_logps).gather(1, tokens[:, None])[:, 0].tolist()
         for row, token in enumerate(tokens.tolist()):
@@ -100,24 +95,16 @@ def parse_args() -> argparse.Namespace:
     # output
     p.add_argument("--out", default="novelty.jsonl", help="JSON Lines file of the texts, the most novel first")
     args = p.parse_args()
-    choose_device(args)
     check_file(args.out, MARK)
     return args
 
 
-def open_both(args: argparse.Namespace) -> tuple[Qwen2, Qwen2, Tokenizer]:
-    """-> (the tuned model, its base, their tokenizer)."""
-    tuned, base = Checkpoint(args.ckpt), Checkpoint(args.base)
-    check_vocabulary(base, tuned)
-    models = [Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device).eval() for ckpt in (tuned, base)]
-    if len({model.config.vocab_size for model in models}) > 1:
-        raise InputError(f"{args.base}: its head has another number of rows than that of {args.ckpt}")
-    return *models, Tokenizer(tuned)
-
-
 def main() -> None:
     args = parse_args()
-    tuned, base, tokenizer = open_both(args)
+    check_vocabulary(Checkpoint(args.base), Checkpoint(args.ckpt))
+    (tuned, tokenizer), (base, _) = (load_for_inference(source, args) for source in (args.ckpt, args.base))
+    if tuned.config.vocab_size != base.config.vocab_size:
+        raise InputError(f"{args.base}: its head has another number of rows than that of {args.ckpt}")
     chat = [{"role": "user", "content": args.prompt}]
     prompt = [tokenizer.prefix] if args.plain else tokenizer.prompt_ids(chat)
     end = min(model.config.max_position_embeddings for model in (tuned, base))
