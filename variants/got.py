@@ -18,13 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.conversations import dialogues
-from core.devices import DTYPES, choose_device, to_device
+from core.devices import to_device
 from core.distributed import single_process, split_by_tokens
 from core.files import InputError, cli
 from core.flags import Parser, add_device_flags, at_least, number, out_path
 from core.outputs import check_folder, claimed_folder
 from core.records import expand, read_objects, write_jsonl
-from core.tokenizer import Tokenizer
+from generate import load_for_inference
 from model import Qwen2
 
 FILES = ("sft.jsonl", "scores.jsonl")
@@ -101,7 +101,6 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--micro-tokens", type=at_least(1), default=8192, help="maximum tokens of one forward")
     add_device_flags(p, "dtype of weights and computation")
     args = p.parse_args()
-    choose_device(args)
     check_folder(args.out, "variants.got", FILES)
     return args
 
@@ -111,7 +110,7 @@ def main() -> None:
     candidates, targets = read_texts(args.candidates, args.max_chars), read_texts(args.targets, args.max_chars)
     if args.keep >= len(candidates):
         raise InputError(f"--keep {args.keep}: there are {len(candidates)} candidates; keep fewer")
-    model, tokenizer = Qwen2.from_pretrained(args.ckpt, DTYPES[args.dtype], args.device).eval(), Tokenizer(args.ckpt)
+    model, tokenizer = load_for_inference(args.ckpt, args)
     end = model.config.max_position_embeddings
     ids = [tokenizer.encode(text)[:end] or [tokenizer.prefix] for *_, text in targets + candidates]
     embedded = embed_texts(model, ids, args.micro_tokens)

@@ -14,12 +14,12 @@ import functools
 import random
 import shlex
 from collections.abc import Callable
+from statistics import fmean
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core.devices import DTYPES, choose_device
 from core.distributed import single_process
 from core.files import InputError, cli
 from core.flags import Parser, add_device_flags, at_least
@@ -30,6 +30,7 @@ from evaluation.benchmarks import BENCHMARKS, load_questions
 from evaluation.downloads import find_data_file
 from evaluation.likelihoods import ask_likelihoods
 from evaluation.stats import calibration
+from generate import load_for_inference
 from model import Qwen2
 
 METHODS = ("mean", "max", "vote")
@@ -66,9 +67,8 @@ def score(probabilities: list[Tensor], answers: list[int]) -> dict[str, float]:
     """-> {"accuracy", "confidence", "ece"}. probabilities: (L,) of a question's labels. answers: the right labels."""
     confidences = [p.max().item() for p in probabilities]
     verdicts = [float(p.argmax().item() == answer) for p, answer in zip(probabilities, answers, strict=True)]
-    mean = lambda values: sum(values) / len(values)
     ece = calibration(confidences, verdicts)["ece"]
-    return {"accuracy": mean(verdicts), "confidence": mean(confidences), "ece": ece}
+    return {"accuracy": fmean(verdicts), "confidence": fmean(confidences), "ece": ece}
 
 
 def vary_prompts(task: str, questions: list[dict], n: int, find: Callable, seed: int) -> list[list[str]]:
@@ -90,12 +90,12 @@ def label_probabilities(
     model: Qwen2, tokenizer: Tokenizer, questions: list[dict], prompts: list[list[str]], batch_size: int
 ) -> list[Tensor]:
     """-> for each question the probabilities of its labels under each prompt, (V, L) in fp64."""
-    found = [[None] * len(prompts) for _ in questions]
+    found = [[] for _ in questions]
     with tqdm(total=len(questions) * len(prompts), unit="question", disable=None) as bar:
-        for v, texts in enumerate(prompts):
+        for texts in prompts:
             asked = [{**q, "messages": [{"role": "user", "content": text}]} for q, text in zip(questions, texts)]
             for i, record in ask_likelihoods(model, tokenizer, asked, batch_size):
-                found[i][v] = torch.tensor(record["logps"], dtype=torch.float64).softmax(0)
+                found[i].append(torch.tensor(record["logps"], dtype=torch.float64).softmax(0))
                 bar.update()
     return [torch.stack(rows) for rows in found]
 
@@ -116,7 +116,6 @@ def parse_args() -> argparse.Namespace:
     # output
     p.add_argument("--out", default="self_ensembling.jsonl", help="JSON Lines file of all probabilities")
     args = p.parse_args()
-    choose_device(args)
     check_file(args.out, MARK)
     args.protocol, args.allow_code_execution = "loglik", False  # for load_questions
     return args
@@ -126,7 +125,7 @@ def calibration_table(task: str, found: list[Tensor], answers: list[int]) -> lis
     """The rows of a task's table: each prompt alone, their mean, the ensembles."""
     alone = [score([p[v] for p in found], answers) for v in range(len(found[0]))]
     rows = [(f"prompt {v + 1}{', its own' if v == 0 else ''}", figures) for v, figures in enumerate(alone)]
-    rows.append(("one prompt, mean", {key: sum(f[key] for f in alone) / len(alone) for key in alone[0]}))
+    rows.append(("one prompt, mean", {key: fmean(f[key] for f in alone) for key in alone[0]}))
     rows += [(f"ensemble, {method}", score([combine(p, method) for p in found], answers)) for method in METHODS]
     head = f"{f'{task}, {len(answers)} questions':28}{'accuracy':>10}{'confidence':>12}{'ECE':>8}"
     return [head, *(f"{name:28}{f['accuracy']:10.3f}{f['confidence']:12.3f}{f['ece']:8.3f}" for name, f in rows)]
@@ -137,15 +136,16 @@ def main() -> None:
     find, lines = functools.partial(find_data_file, args.data_dir), []
     questions = {task: load_questions(task, args) for task in args.tasks}
     prompts = {task: vary_prompts(task, asked, args.prompts, find, args.seed) for task, asked in questions.items()}
-    model, tokenizer = Qwen2.from_pretrained(args.ckpt, DTYPES[args.dtype], args.device).eval(), Tokenizer(args.ckpt)
+    model, tokenizer = load_for_inference(args.ckpt, args)
     for task, asked in questions.items():
         found = label_probabilities(model, tokenizer, asked, prompts[task], args.batch_size)
         labels, right = [list(q["row"]["choices"]) for q in asked], [q["row"]["answer"] for q in asked]
         answers = [some.index(label) if label in some else -1 for some, label in zip(labels, right)]
         print("\n".join(calibration_table(task, found, answers)), end="\n\n")
-        for q, some, label, p in zip(asked, labels, right, found):
-            about = {"task": task, "id": q["row"]["id"], "labels": some, "answer": label}
-            lines.append(about | {"probabilities": p.tolist()})
+        lines += [
+            {"task": task, "id": q["row"]["id"], "labels": some, "answer": label, "probabilities": p.tolist()}
+            for q, some, label, p in zip(asked, labels, right, found)
+        ]
     write_jsonl(args.out, lines)
     print(f"Written: {args.out}, {len(lines)} questions under {args.prompts} prompts. Reliability table of the first:")
     same = ["--tasks", *args.tasks, "--data-dir", args.data_dir, *(["--limit", str(args.limit)] if args.limit else [])]
