@@ -21,9 +21,12 @@ WRITTEN_BY = {  # default inputs, and the command that writes each
 
 
 def parse_sft_args(
-    argv: list[str] | None = None, add_flags: Callable[[Parser], None] | None = None
+    argv: list[str] | None = None, add_flags: Callable[[Parser], None] | None = None, no_shard: str = ""
 ) -> argparse.Namespace:
-    """Parses train_sft.py's arguments. add_flags(parser): adds further flags, or changes defaults and description."""
+    """Parses train_sft.py's arguments. add_flags(parser): adds further flags, or changes defaults and description.
+
+    no_shard: why the method does not work with --shard.
+    """
     p = Parser(description="Supervised fine-tuning in plain PyTorch.")
     # the paper's epochs, batch size and learning rate
     add_training_flags(p, "Qwen/Qwen2-0.5B-Instruct", "data/sft.jsonl", "sft.pt", epochs=3, batch_size=1000, lr=1e-6)
@@ -32,6 +35,8 @@ def parse_sft_args(
     if add_flags:
         add_flags(p)
     args = p.parse_args(argv)
+    if args.shard and no_shard:
+        raise InputError(f"--shard: {no_shard}; leave it out")
     check_default_inputs(args)
     return args
 

@@ -118,9 +118,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    args = train_sft.parse_args(add_flags=add_flags)
-    if args.shard:
-        raise InputError("--shard: adapters cannot be added to a sharded model; leave it out")
+    args = train_sft.parse_args(add_flags=add_flags, no_shard="adapters cannot be added to a sharded model")
     if args.mode == "keep" and not args.calibration:
         raise InputError("--mode keep: give --calibration, data with what the model is to keep, such as questions")
     train_sft.main(args, prepare=add_corda_adapters, before_save=fold)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import train_sft
 from core.distributed import run_distributed
-from core.files import InputError, cli
+from core.files import cli
 from core.flags import at_least, number
 from core.layers import project
 from model import Qwen2
@@ -71,9 +71,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    args = train_sft.parse_args(add_flags=add_flags)
-    if args.shard:
-        raise InputError("--shard: adapters cannot be added to a sharded model; leave it out")
+    args = train_sft.parse_args(add_flags=add_flags, no_shard="adapters cannot be added to a sharded model")
     train_sft.main(args, prepare=add_adapters, before_save=fold)
 
 

@@ -70,9 +70,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    args = train_sft.parse_args(add_flags=add_flags)
-    if args.shard:
-        raise InputError("--shard: masks need whole matrices, but sharded ranks hold parts; leave it out")
+    args = train_sft.parse_args(add_flags=add_flags, no_shard="masks need whole matrices, but sharded ranks hold parts")
     if args.weight_decay:
         raise InputError(f"--weight-decay {args.weight_decay:g}: would move the masked weights too; leave it out")
     train_sft.main(args, prepare=freeze_the_rest)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import train_sft
 from core.distributed import run_distributed
-from core.files import InputError, cli
+from core.files import cli
 from core.flags import at_least, number
 from core.layers import project
 from model import Qwen2
@@ -88,9 +88,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    args = train_sft.parse_args(add_flags=add_flags)
-    if args.shard:
-        raise InputError("--shard: a sharded model has its head only inside forward; leave it out")
+    args = train_sft.parse_args(add_flags=add_flags, no_shard="a sharded model has its head only inside forward")
     train_sft.main(args, loss=lambda *step: micro_loss(*step, args))
 
 

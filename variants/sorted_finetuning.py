@@ -77,9 +77,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    args = train_sft.parse_args(add_flags=add_flags)
-    if args.shard:
-        raise InputError("--shard: a sharded model shows its states only inside forward; leave it out")
+    args = train_sft.parse_args(add_flags=add_flags, no_shard="a sharded model shows its states only inside forward")
     finished = []  # not empty once the run has made its last step
     exported = {k: checkpoint_out(exit_out(args.out, k)) for k in args.export}
 

@@ -99,25 +99,19 @@ class Sampler:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
-    parser.set_defaults(
-        out="chosen.pt", method="SFT on chosen examples (UDS, arXiv 2510.16882)", epochs=1, batch_size=64, max_len=512
-    )
+    parser.set_defaults(out="chosen.pt", method="UDS (arXiv 2510.16882)", epochs=1, batch_size=64, max_len=512)
     parser.add_argument("--share", type=number(above=0), default=0.125, help="share of the candidates to train on")
     parser.add_argument("--alpha", type=number(0), default=2.5e-3, help="weight of the diversity, as in their code")
     parser.add_argument("--memory", type=at_least(0), default=1024, help="chosen examples to compare with")
 
 
 def main() -> None:
-    args, samplers = train_sft.parse_args(add_flags=add_flags), []
-    if args.shard:
-        raise InputError("--shard: a sharded model has its head only inside forward; leave it out")
+    args = train_sft.parse_args(add_flags=add_flags, no_shard="a sharded model has its head only inside forward")
     if args.share > 1:
         raise InputError(f"--share {args.share:g}: more than 1")
-    train_sft.main(
-        args,
-        prepare=lambda setup: samplers.append(Sampler(setup)),
-        choose=lambda model, batch: samplers[0].choose(model, batch),
-    )
+    samplers = []
+    prepare = lambda setup: samplers.append(Sampler(setup))
+    train_sft.main(args, prepare=prepare, choose=lambda *step: samplers[0].choose(*step))
 
 
 if __name__ == "__main__":
