@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from core.files import InputError
+from core.files import InputError, shown
 
 LARGEST = 2**31  # the largest integer accepted in a config.json; no published model comes near it
 
@@ -50,19 +50,19 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
         raise InputError(f"{where}: {what}; only plain Qwen2 is implemented")
 
     if raw.get("model_type") != "qwen2":
-        refuse(f"model_type is {short(raw.get('model_type'))}, not 'qwen2'")
+        refuse(f'model_type is {shown(raw.get("model_type"))}, not "qwen2"')
     rope = rope_settings(raw)
     if rope["rope_type"] not in ("default", None):
-        refuse(f"rope scaling {short(rope['rope_type'])} is set")
+        refuse(f"rope scaling {shown(rope['rope_type'])} is set")
     if rope["partial_rotary_factor"] not in (None, 1.0):
-        refuse(f"partial_rotary_factor is {short(rope['partial_rotary_factor'])}, not 1")
+        refuse(f"partial_rotary_factor is {shown(rope['partial_rotary_factor'])}, not 1")
     layer_types = raw.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        refuse(f"layer_types is {short(layer_types)}, not full_attention everywhere: sliding-window attention")
+        refuse(f"layer_types is {shown(layer_types)}, not full_attention everywhere: sliding-window attention")
     if raw.get("use_sliding_window"):
         refuse("use_sliding_window is set: sliding-window attention")
     if raw.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act is {short(raw['hidden_act'])}, not 'silu'")
+        refuse(f'hidden_act is {shown(raw["hidden_act"])}, not "silu"')
     if raw.get("quantization_config"):
         refuse("quantization_config is set: the weights are quantised")
 
@@ -100,18 +100,9 @@ def checked_number(value: object, name: str, kind: type, where: str) -> int | fl
         return value
     number = isinstance(value, int | float) and not isinstance(value, bool) and kind is not bool
     if not number or not abs(value) < float("inf") or kind is int and value != int(value):
-        raise InputError(f"{where}: {name} is {short(value)}, not {what}")
+        raise InputError(f"{where}: {name} is {shown(value)}, not {what}")
     if value <= 0 or kind is int and value > LARGEST:
         raise InputError(
-            f"{where}: {name} is {short(value)}; it must be {'above 0' if value <= 0 else f'at most {LARGEST}'}"
+            f"{where}: {name} is {shown(value)}; it must be {'above 0' if value <= 0 else f'at most {LARGEST}'}"
         )
     return kind(value)
-
-
-def short(value: object) -> str:
-    """The value for an error line, at most 60 characters."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of more than 4,300 digits
-        text = "a very long number"
-    return text if len(text) <= 60 else f"{text[:57]}..."

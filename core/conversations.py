@@ -7,8 +7,8 @@ with "weight": 0 is context and is not trained on. docs/data-formats.md lists th
 import re
 from typing import NamedTuple
 
-from core.files import InputError
-from core.records import Fields, shown
+from core.files import InputError, printable, shown
+from core.records import Fields
 
 ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt"), "assistant")
@@ -228,7 +228,7 @@ def one_dialogue(fields: Fields, where: str) -> Dialogue:
     if prompt is not None:
         reply, rejected = (v if v is None else as_messages(v, where, "assistant") for v in single_reply(fields, where))
         return Dialogue(prompt, reply and one_reply(reply, where), rejected, "history" in fields)
-    keys = ", ".join(shown(key)[1:-1] for key in sorted(fields)[:20]) or "none that is not null"
+    keys = ", ".join(printable(key[:60]) for key in sorted(fields)[:20]) or "none that is not null"
     raise InputError(
         f"{where}: no known shape, the keys are {keys}; expected messages, conversations, instruction and output, "
         "prompt and completion, question and answer, or prompt, chosen and rejected"

@@ -32,6 +32,15 @@ def printable(text: str) -> str:
     return shown if len(shown) <= MAX_ERROR else f"{shown[:half]} ... {shown[-half:]}"
 
 
+def shown(value: object) -> str:
+    """A value as JSON for an error line: ASCII, at most 60 characters."""
+    try:
+        text = json.dumps(value, default=str)
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits, or nested too deeply
+        return f"a very long {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def cli(main: Callable[[], object]) -> None:
     """Runs a script's main(). Exit codes: 2 for bad input, 130 for Ctrl-C, 141 for a closed stdout, 143 for SIGTERM."""
     is_main_thread = threading.current_thread() is threading.main_thread()

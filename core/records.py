@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NoReturn
 
-from core.files import InputError, atomic_write, is_main
+from core.files import InputError, atomic_write, is_main, printable
 
 MAX_RECORD = 64 * 2**20  # largest line (in bytes) or object of an array (in characters)
 CHUNK = 2**20  # bytes of an array read at a time
@@ -241,14 +241,6 @@ def read_parquet(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
 # Records of training data
 
 
-def shown(value: object) -> str:
-    """The beginning of a value as ASCII on one line, for error messages."""
-    try:
-        return json.dumps(value, default=str)[:60]
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__}"
-
-
 def is_number(value: object) -> bool:
     """True for a finite int or float. A bool is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -289,7 +281,7 @@ def read_records(paths: Iterable[str], parse: Callable) -> list[tuple[str, objec
                 unread.update(fields.unread)
             examples += [example for i in range(max(map(len, parsed))) for p in parsed for example in p[i : i + 1]]
         if unread and is_main():
-            keys = ", ".join(f"{shown(key)[1:-1]} ({n:,})" for key, n in unread.most_common(12))
+            keys = ", ".join(f"{printable(key[:60])} ({n:,})" for key, n in unread.most_common(12))
             keys += ", ..." * (len(unread) > 12)
             print(f"note: {path}: keys not read, and in how many records: {keys}")
     if not examples:

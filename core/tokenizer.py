@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import PreTokenizer
 
 from core.chat_template import default_system
 from core.checkpoint import Checkpoint
-from core.files import InputError, check_unicode, json_object
+from core.files import InputError, check_unicode, json_object, shown
 
 SPECIAL_NAMES = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 
@@ -53,7 +53,7 @@ class Tokenizer:
         eos = generation.get("eos_token_id", ckpt.config.get("eos_token_id"))
         ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if not all(type(t) is int for t in ids):
-            raise InputError(f"{where}: eos_token_id is {repr(eos)[:60]}; it is a token id or a list of them")
+            raise InputError(f"{where}: eos_token_id is {shown(eos)}; it is a token id or a list of them")
         self.stop_ids = {self.im_end, *(t for t in ids if 0 <= t < size)}  # the model cannot produce other ids
 
     def encode(self, text: str) -> list[int]:
@@ -122,9 +122,7 @@ def special_token_texts(settings: dict, where: str) -> dict[str, str]:
         value = settings.get(name)
         text = value.get("content") if isinstance(value, dict) else value
         if value is not None and not isinstance(text, str):
-            raise InputError(
-                f"{where}: {name} is {str(value)[:60]!r}; it is a text, or an object with the text as content"
-            )
+            raise InputError(f"{where}: {name} is {shown(value)}; it is a text, or an object with the text as content")
         if text:
             texts[name] = text
             check_unicode(text, f"{where}: {name}")

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from core.conversations import dialogues, one_reply
 from core.devices import to_device
-from core.files import InputError, print0
-from core.records import Fields, is_number, read_records, shown
+from core.files import InputError, print0, shown
+from core.records import Fields, is_number, read_records
 from training.flags import complete_reference_args
 from training.logps import Example, example_logps
 from training.reference import open_reference, reference_logps

@@ -21,8 +21,8 @@ import train_sft
 from core.conversations import sft_conversations
 from core.devices import to_device
 from core.distributed import run_distributed
-from core.files import InputError, cli
-from core.records import Fields, is_number, shown
+from core.files import InputError, cli, shown
+from core.records import Fields, is_number
 from core.tokenizer import Tokenizer
 from model import Qwen2
 from training.examples import count_supervised
