@@ -12,7 +12,7 @@ the kept replies again without loading the models. Under torchrun each rank asks
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
-from core.files import InputError, atomic_write, check_arguments, cli
+from core.files import InputError, atomic_write, check_arguments, cli, print_next
 from evaluation.flags import checkpoint_names, parse_args
 
 if __name__ == "__main__":
@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import os
-import shlex
 from argparse import Namespace
 
 from tqdm import tqdm
@@ -293,7 +292,7 @@ def main() -> None:
     print(f"\n{results_table(results)}")
     print(f"wrote {args.out}/results.json, results.md and samples.jsonl (prompts, replies, verdicts)")
     if len(names) > 1:
-        print(f"next: python eval.py compare {shlex.join(names[:2])} --out {shlex.quote(args.out)}")
+        print_next("python", "eval.py", "compare", *names[:2], "--out", args.out)
     else:
         print("next: the same command with another --ckpt or task; replies in OUT are not generated again")
 

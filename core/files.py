@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import stat
 import sys
@@ -107,6 +108,11 @@ def print0(text: str) -> None:
     """Prints a line, on rank 0 only."""
     if is_main():
         print(text)
+
+
+def print_next(*words: str) -> None:
+    """Prints a command to run next, quoted for the shell."""
+    print(f"next: {shlex.join(words)}")
 
 
 def discard_output() -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterable
@@ -27,7 +26,7 @@ from core.distributed import (
     stop_asked,
     sum_over_ranks,
 )
-from core.files import InputError, atomic_write, code_hash, json_object, print0, read_json
+from core.files import InputError, atomic_write, code_hash, json_object, print0, print_next, read_json
 from core.outputs import discard_checkpoint
 from core.tokenizer import Tokenizer
 from model import Qwen2
@@ -330,5 +329,5 @@ def finish_run(run: Run, facts: list[str], following: list[list[str]]) -> None:
         print(f"{run.total} steps in {time.time() - run.started:.0f} s")
         print(f"wrote {out} (checkpoint, fp32) and {out}.run/log.jsonl")
         for words in following:
-            print(f"next: {shlex.join(words)}")
+            print_next(*words)
     close_run(run)

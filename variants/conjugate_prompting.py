@@ -13,12 +13,11 @@ with a blank. The two examples are ours.
 import argparse
 import random
 import re
-import shlex
 
 from tqdm import tqdm
 
 from core.distributed import single_process
-from core.files import InputError, cli
+from core.files import InputError, cli, print_next
 from core.flags import Parser, add_pair_flags, at_least
 from core.outputs import check_file
 from core.records import write_jsonl
@@ -157,7 +156,7 @@ def main() -> None:
     verdicts = [{v: [line["correct"] for line in some if line["view"] == v] for v in VIEWS} for some in lines]
     print(drop_table(*verdicts))
     print(f"Written: {args.out}, {len(lines[0] + lines[1])} replies. What the fine-tuning brought instead:")
-    print(f"  {shlex.join(['python', '-m', 'variants.novelty', '--ckpt', args.ckpt, '--base', args.base])}")
+    print_next("python", "-m", "variants.novelty", "--ckpt", args.ckpt, "--base", args.base)
 
 
 if __name__ == "__main__":

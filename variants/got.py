@@ -11,7 +11,6 @@ drops domains far from the targets, is left out.
 
 import argparse
 import math
-import shlex
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from core.conversations import dialogues
 from core.devices import to_device
 from core.distributed import single_process, split_by_tokens
-from core.files import InputError, cli
+from core.files import InputError, cli, print_next
 from core.flags import Parser, add_device_flags, at_least, number, out_path
 from core.outputs import check_folder, claimed_folder
 from core.records import expand, read_objects, write_jsonl
@@ -128,8 +127,8 @@ def main() -> None:
     if error > 0.01:
         print(f"warning: the potentials did not converge (error {error:.1%}); a larger --eps converges sooner")
     print(f"distance to the targets: {before:.4g} of all candidates, {after:.4g} of the kept ones")
-    print(f"Written: {args.out}/sft.jsonl, {len(best):,} of {len(scores):,} records, and scores.jsonl beside it. Next:")
-    print(f"  {shlex.join(['python', 'train_sft.py', '--ckpt', args.ckpt, '--data', f'{args.out}/sft.jsonl'])}")
+    print(f"Written: {args.out}/sft.jsonl, {len(best):,} of {len(scores):,} records, and scores.jsonl beside it")
+    print_next("python", "train_sft.py", "--ckpt", args.ckpt, "--data", f"{args.out}/sft.jsonl")
 
 
 if __name__ == "__main__":

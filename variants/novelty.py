@@ -10,7 +10,6 @@ user message; --plain starts from an empty context.
 
 import argparse
 import math
-import shlex
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from core.attention import KVCache
 from core.checkpoint import Checkpoint
 from core.distributed import single_process
-from core.files import InputError, cli, printable
+from core.files import InputError, cli, print_next, printable
 from core.flags import Parser, add_pair_flags, at_least, number
 from core.outputs import check_file
 from core.records import write_jsonl
@@ -120,7 +119,7 @@ def main() -> None:
     for line in lines[:5]:
         print(f"{line['novelty']:8.2f}  {printable(line['text'][:100])}")
     print(f"Written: {args.out}, {len(lines)} texts, the most novel first. What the base says instead:")
-    print(f"  {shlex.join(['python', 'generate.py', '--ckpt', args.base, '--prompt', args.prompt])}")
+    print_next("python", "generate.py", "--ckpt", args.base, "--prompt", args.prompt)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ found: those here are ours, and replies are greedy. SDFT opens the replies to GS
 """
 
 import re
-import shlex
 from argparse import Namespace
 from collections import Counter
 
 from core.devices import DTYPE, DTYPES
-from core.files import InputError, cli
+from core.files import InputError, cli, print_next
 from core.flags import Parser, at_least, out_path
 from core.outputs import check_folder, claimed_folder
 from core.records import expand, read_objects, write_jsonl
@@ -156,8 +155,8 @@ def rewrite(args: Namespace) -> None:
         print(f"note: {unjudged:,} records have a reply that could not be judged; it is not used")
     counts = Counter(writer for writer, _ in targets)
     shares = ", ".join(f"{counts[w] / len(records):.1%} {w}" for w in ("own", "reworded", "gold") if w in counts)
-    print(f"Written: {args.out}/sft.jsonl, {len(records):,} examples: {shares}. Next:")
-    print(f"  {shlex.join(['python', 'train_sft.py', '--ckpt', args.ckpt, '--data', f'{args.out}/sft.jsonl'])}")
+    print(f"Written: {args.out}/sft.jsonl, {len(records):,} examples: {shares}")
+    print_next("python", "train_sft.py", "--ckpt", args.ckpt, "--data", f"{args.out}/sft.jsonl")
 
 
 def main() -> None:

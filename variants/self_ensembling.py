@@ -12,7 +12,6 @@ By the authors' later advice, max is the robust choice.
 import argparse
 import functools
 import random
-import shlex
 from collections.abc import Callable
 from statistics import fmean
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.distributed import single_process
-from core.files import InputError, cli
+from core.files import InputError, cli, print_next
 from core.flags import Parser, add_device_flags, at_least
 from core.outputs import check_file
 from core.records import write_jsonl
@@ -147,9 +146,11 @@ def main() -> None:
             for q, some, label, p in zip(asked, labels, right, found)
         ]
     write_jsonl(args.out, lines)
-    print(f"Written: {args.out}, {len(lines)} questions under {args.prompts} prompts. Reliability table of the first:")
+    print(
+        f"Written: {args.out}, {len(lines)} questions under {args.prompts} prompts. The reliability table of the first one:"
+    )
     same = ["--tasks", *args.tasks, "--data-dir", args.data_dir, *(["--limit", str(args.limit)] if args.limit else [])]
-    print(f"  {shlex.join(['python', 'eval.py', '--ckpt', args.ckpt, *same, '--protocol', 'loglik'])}")
+    print_next("python", "eval.py", "--ckpt", args.ckpt, *same, "--protocol", "loglik")
 
 
 if __name__ == "__main__":

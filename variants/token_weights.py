@@ -76,9 +76,6 @@ def call_weights(reply: str, names: list[str], tokenizer: Tokenizer, where: str)
     return rule_weights(len(ids), key, closing_tokens([tokenizer.decode([token]) for token in ids]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def read_weights(record: Fields, where: str, last_turn_only: bool, found: dict) -> list[list[dict]]:
     """sft_conversations of one conversation. Puts (messages, token_weights, tool_names) into found[where]."""
     weights, names = record.first("token_weights"), record.first("tool_names")
