@@ -24,7 +24,7 @@ import shlex
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from core.devices import DTYPE
+from core.devices import choose_device
 from core.outputs import claimed_folder
 from core.records import expand
 from core.reply_log import ReplyLog
@@ -62,9 +62,9 @@ class Models(NamedTuple):
 
 
 def open_models(args: argparse.Namespace) -> Models:
-    teacher = open_teacher(args.teacher, args.teacher_model, args.dtype)
-    small = open_teacher(args.small, dtype=args.dtype)
-    scorer = open_teacher(args.perplexity, dtype=args.dtype) if args.perplexity else small
+    teacher = open_teacher(args.teacher, args.teacher_model, args.dtype, args.device)
+    small = open_teacher(args.small, None, args.dtype, args.device)
+    scorer = open_teacher(args.perplexity, None, args.dtype, args.device) if args.perplexity else small
     if isinstance(small, Endpoint) or isinstance(scorer, Endpoint):
         flag, value = ("--small", args.small) if isinstance(small, Endpoint) else ("--perplexity", args.perplexity)
         raise InputError(f"{flag} {value}: is an endpoint; give a local checkpoint, which can compute perplexities")
@@ -164,7 +164,7 @@ def make(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
-    args.dtype = args.dtype or DTYPE
+    choose_device(args)
     with_other_ranks(lambda: make(args))
 
 

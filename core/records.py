@@ -25,6 +25,8 @@ from core.files import InputError, atomic_write, is_main, printable
 
 MAX_RECORD = 64 * 2**20  # largest line (in bytes) or object of an array (in characters)
 CHUNK = 2**20  # bytes of an array read at a time
+# make_data.py writes these keys beside each example. Training does not read them, and says nothing if all are there
+ORIGIN_KEYS = {"id", "source", "license", "language", "task_type", "category", "writer", "scores"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names of files
@@ -278,7 +280,7 @@ def read_records(paths: Iterable[str], parse: Callable) -> list[tuple[str, objec
             for line, record in block:
                 fields, where = Fields(record), f"{path}:{line}"
                 parsed.append([(where, example) for example in parse(fields, where)])
-                unread.update(fields.unread)
+                unread.update(fields.unread - (ORIGIN_KEYS | {"recorded"} if ORIGIN_KEYS <= record.keys() else set()))
             examples += [example for i in range(max(map(len, parsed))) for p in parsed for example in p[i : i + 1]]
         if unread and is_main():
             keys = ", ".join(f"{printable(key[:60])} ({n:,})" for key, n in unread.most_common(12))

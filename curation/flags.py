@@ -3,7 +3,7 @@
 import argparse
 
 from core.files import InputError
-from core.flags import Parser, at_least, number, out_path
+from core.flags import Parser, add_device_flags, at_least, number, out_path
 from core.outputs import check_folder
 from curation.step_files import FILES
 
@@ -79,11 +79,6 @@ def add_model_flags(p: Parser) -> None:
         '"teacher" (the default) or "small"',
     )
     add("--perplexity", metavar="C", help="checkpoint that computes perplexities (default: the small model)")
-    add(
-        "--dtype",
-        choices=["fp32", "bf16"],
-        help="number format of local checkpoints (default: bf16 if there is a GPU, else fp32)",
-    )
     add(
         "--max-new-tokens",
         type=at_least(1),
@@ -202,6 +197,7 @@ def parse_args() -> argparse.Namespace:
     add_endpoint_flags(p)
     add_selection_flags(p)
     add_score_flags(p)
+    add_device_flags(p, "number format of local checkpoints")
     args = p.parse_args()
     if (args.price_in is None) != (args.price_out is None):
         raise InputError("--price-in and --price-out go together")

@@ -33,21 +33,22 @@ class LocalModel:
     identity: str
     source: str
     dtype: str
+    device: str
     checkpoint: Checkpoint
     loaded: tuple[Qwen2, Tokenizer] | None = None  # set by load()
 
 
-def open_local(source: str, model_name: str | None = None, dtype: str = "fp32") -> LocalModel:
+def open_local(source: str, model_name: str | None = None, dtype: str = "fp32", device: str = DEVICE) -> LocalModel:
     """Opens and fingerprints a checkpoint. Its weights are loaded when they are first needed."""
     checkpoint = Checkpoint(source)
     name = model_name or os.path.basename(os.path.normpath(source))
-    return LocalModel(name, f"{checkpoint.fingerprint()} {dtype}", source, dtype, checkpoint)
+    return LocalModel(name, f"{checkpoint.fingerprint()} {dtype}", source, dtype, device, checkpoint)
 
 
 def load(local: LocalModel) -> tuple[Qwen2, Tokenizer]:
-    """The model and its tokenizer, on this rank's GPU if there is one."""
+    """The model and its tokenizer. A device of "cuda" is this rank's own GPU."""
     if local.loaded is None:
-        model = Qwen2.from_pretrained(local.checkpoint, DTYPES[local.dtype], own_device(DEVICE)).eval()
+        model = Qwen2.from_pretrained(local.checkpoint, DTYPES[local.dtype], own_device(local.device)).eval()
         local.loaded = (model, Tokenizer(local.checkpoint))
     return local.loaded
 
@@ -187,7 +188,7 @@ def on_ranks(work: Callable[..., Iterable], local: LocalModel, shares: list[tupl
     """
     first, *others = shares
     if others:
-        jobs = [(work, local.source, local.dtype, share) for share in others]
+        jobs = [(work, local.source, local.dtype, local.device, share) for share in others]
         scatter_jobs([None, *jobs] + [()] * (world_size() - 1 - len(jobs)))
     yield work(local, *first)
     if others:
@@ -219,9 +220,9 @@ def serve_jobs() -> None:
     while (job := or_exit(scatter_jobs, None)) is not None:
         results = []
         if job:
-            work, source, dtype, share = job
+            work, source, dtype, device, share = job
             if (source, dtype) not in opened:
-                opened[source, dtype] = open_local(source, dtype=dtype)
+                opened[source, dtype] = open_local(source, dtype=dtype, device=device)
             results = list(work(opened[source, dtype], *share))
         or_exit(gather_results, results)
     or_exit(leave_group)

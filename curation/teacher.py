@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from core.devices import DEVICE
 from core.reply_log import ReplyLog
 from curation.endpoint import Endpoint, looks_like_url, open_endpoint
 from curation.local import LocalModel, ask_local, open_local
@@ -24,15 +25,15 @@ from curation.workers import ask_endpoint
 Teacher = Endpoint | LocalModel
 
 
-def open_teacher(source: str, model_name: str | None = None, dtype: str = "fp32") -> Teacher:
+def open_teacher(source: str, model_name: str | None = None, dtype: str = "fp32", device: str = DEVICE) -> Teacher:
     """source: http(s) URL of an OpenAI-compatible endpoint (.../v1), or a checkpoint (hub id, folder, .pt).
 
-    dtype: of a local checkpoint, a key of DTYPES. An endpoint's key is in TEACHER_API_KEY, or for
+    dtype, device: of a local checkpoint; dtype is a key of DTYPES. An endpoint's key is in TEACHER_API_KEY, or for
     https://api.openai.com in OPENAI_API_KEY. InputError for a bad URL or checkpoint. Makes no connection yet.
     """
     if looks_like_url(source):
         return open_endpoint(source, model_name)
-    return open_local(source, model_name, dtype)
+    return open_local(source, model_name, dtype, device)
 
 
 def open_replies(path: str) -> ReplyLog:

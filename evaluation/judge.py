@@ -160,7 +160,7 @@ def main(args: Namespace) -> None:
     work = {task: load_questions(task, args, judged=True) for task in dict.fromkeys(args.tasks)}
     for source in args.ckpt:
         Tokenizer(Checkpoint(source))  # fail fast on a broken checkpoint
-    teacher = open_teacher(args.teacher, args.teacher_model)
+    teacher = open_teacher(args.teacher, args.teacher_model, device=args.device)
     claim_folder(args.out, "eval.py", FILES)
     replies = collect_replies(args, names, work, Ranks(device=args.device))
     preferences = ask_preferences(args, names, work, replies, teacher)

@@ -11,7 +11,7 @@ from conftest import write_lines
 from core import records
 from core.conversations import sft_conversations
 from core.files import InputError
-from core.records import expand, read_jsonl, read_objects, read_records
+from core.records import ORIGIN_KEYS, expand, read_jsonl, read_objects, read_records
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "春", "completion": "d\n"}, {"prompt": "e", "completion": ""}]
 
@@ -175,5 +175,6 @@ def test_keys_that_were_not_read_are_said(tmp_path, capsys):
     odd.write_text(json.dumps(ROWS[0] | {"a\nb \ud800": 1}) + "\n")
     read_records([odd], sft_conversations)
     assert capsys.readouterr().out == f"note: {odd}: keys not read, and in how many records: a\\nb \\ud800 (1)\n"
-    read_records([write_lines(tmp_path / "e.jsonl", ROWS)], sft_conversations)
+    made = {key: None for key in ORIGIN_KEYS} | {"id": "a:1", "scores": {}, "recorded": "f:1"}
+    read_records([write_lines(tmp_path / "e.jsonl", [*ROWS, ROWS[0] | made])], sft_conversations)
     assert capsys.readouterr().out == ""

@@ -12,7 +12,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, tiny_config
 from mock_endpoint import KEY, constant_model, environment, serve, user  # noqa: F401  (environment is a fixture)
 from test_steps import FENCED
 
@@ -20,10 +21,12 @@ import make_data
 from core import files
 from core.conversations import kto_examples, sft_conversations
 from core.files import cli
-from core.records import read_jsonl
+from core.records import read_jsonl, read_records
 from curation import steps, workers
+from curation.local import load
 from curation.prompts import GREETING
 from curation.step_files import STEPS
+from model import Qwen2
 
 # ---- the whole
 
@@ -231,6 +234,8 @@ def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
     assert "(unchanged)" in printed and "was edited since" in printed and "train_kto.py --ckpt sft.pt --data" in printed
     assert KEY not in printed and not any(KEY.encode() in (out / f).read_bytes() for f in os.listdir(out))
     assert "| 3_classify |" in first["report.md"].decode()
+    examples = read_records([out / "sft.jsonl"], sft_conversations) + read_records([out / "kto.jsonl"], kto_examples)
+    assert examples and not capfd.readouterr().out, "the training scripts know every key"
 
 
 def test_untrusted_references_are_ignored(tmp_path, small, capfd):
@@ -649,6 +654,21 @@ def test_a_local_teacher(tmp_path, small):
     ] * 3
 
 
+def test_local_models_are_on_the_device_of_the_flag(tmp_path, small, monkeypatch):
+    argv = ["make_data.py", "--sources", "f", "--teacher", small, "--small", small, "--perplexity", small]
+    monkeypatch.setattr(sys, "argv", [*argv, "--device", "cpu", "--out", str(tmp_path / "out")])
+    args = make_data.parse_args()
+    assert (args.device, args.dtype) == ("cpu", None)
+    args.device, args.dtype = "cuda:1", "bf16"
+    models, placed = make_data.open_models(args), []
+    monkeypatch.setattr(
+        Qwen2, "from_pretrained", lambda *arguments: placed.append(arguments[1:]) or Qwen2(tiny_config())
+    )
+    for model in models:
+        load(model)
+    assert placed == [(torch.bfloat16, "cuda:1")] * 3
+
+
 def test_bad_input_ends_with_one_line(tmp_path, small):
     source, _ = world(tmp_path)
     broken = tmp_path / "broken.jsonl"
@@ -670,6 +690,7 @@ def test_bad_input_ends_with_one_line(tmp_path, small):
             "local checkpoint",
         ),
         "flag": (["--sources", source, *base, gone, "--hamming", "40"], "--hamming: 40 is more than 16"),
+        "device": (["--sources", source, *base, gone, "--device", "gpu"], "--device: 'gpu' is not supported"),
         "weights": (["--sources", source, *base, gone, "--weight-quality", "-1"], "-1 is less than 0"),
     }
     for name, (argv, what) in cases.items():
