@@ -5,9 +5,9 @@
 
 A map rewrites the prompt so that it is far from the fine-tuning data but asks for the same skill. The skill was hidden
 if the tuned model's drop from its base is smaller on the rewritten prompts. The map here is leetspeak, one of the
-paper's; translation needs a teacher and is left out. In the paper's test, two examples repeat or capitalise their input;
-a model without the skill answers the third input instead. The inputs here are the paper's sums, without its sentences
-with a blank. The two examples are ours.
+paper's; translation needs a teacher and is left out. In the paper's test, two examples repeat or capitalise their
+input; a model without the skill answers the third input instead. The inputs here are the paper's sums, without its
+sentences with a blank. The two examples are ours.
 """
 
 import argparse

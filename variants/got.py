@@ -4,9 +4,9 @@
     python train_sft.py --ckpt base --data got/sft.jsonl --out got-ckpt     # then on the task itself
 
 The candidates should be like the data that the model was trained on before. A target may be a prompt without a reply.
-The paper embeds texts with a DistilBERT fine-tuned on the targets. Here an embedding is the mean of --ckpt's last hidden
-states. Their scale differs, so --eps is relative to the mean cost; the authors' eps is 0.1. Their first step, which
-drops domains far from the targets, is left out.
+The paper embeds texts with a DistilBERT fine-tuned on the targets. Here an embedding is the mean of --ckpt's last
+hidden states. Their scale differs, so --eps is relative to the mean cost; the authors' eps is 0.1. Their first step,
+which drops domains far from the targets, is left out.
 """
 
 import argparse

@@ -29,7 +29,7 @@ from training.setup import Setup
 def poft_loss(policy_means: Tensor, other_means: Tensor) -> Tensor:
     """PoFT's loss of each example (Sec. 3) -> (n,).
 
-        loss = -log sigmoid(r_theta - r)        r_theta = (1/T) log pi(y | x)        r = (1/M) sum_j (1/T) log p_j(y | x)
+        loss = -log sigmoid(r_theta - r)      r_theta = (1/T) log pi(y | x)      r = (1/M) sum_j (1/T) log p_j(y | x)
 
     policy_means: (n,) r_theta, the mean log-probability of the T answer tokens, in nats. other_means: (n,) r, the same
     averaged over the M other models; constant.
@@ -38,7 +38,7 @@ def poft_loss(policy_means: Tensor, other_means: Tensor) -> Tensor:
 
 
 def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], other_means: list[float]) -> Tensor:
-    """This micro-batch's share of the mean loss over the step's examples. other_means: one for each training example."""
+    """This micro-batch's share of the step's mean loss over examples. other_means: one for each training example."""
     examples = [batch.examples[i] for i in micro]
     tokens = torch.tensor([float(count_supervised([example])) for example in examples])
     others = torch.tensor([other_means[batch.indices[i]] for i in micro])

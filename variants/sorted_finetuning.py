@@ -59,7 +59,7 @@ def exit_out(out: str, depth: int) -> str:
 
 
 def export_exit(source: str, depth: int, out: str) -> None:
-    """Writes the first `depth` blocks of a checkpoint, its embedding, last norm and head as a checkpoint of their own."""
+    """Writes the first `depth` blocks of a checkpoint with its embedding, last norm and head as another checkpoint."""
     ckpt, model = Checkpoint(source), Qwen2.from_pretrained(source)
     model.model["layers"] = model.model["layers"][:depth]
     model.raw_config = {**ckpt.config, "num_hidden_layers": depth}

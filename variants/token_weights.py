@@ -4,8 +4,8 @@
 
 All flags of train_sft.py work. Each record of --data also has one of two keys. "token_weights": a number >= 0 for
 every supervised token (a reply's tokens, its <|im_end|> and the newline). "tool_names": the names of the available
-tools; the last reply must be name(arguments), only this reply is trained, and the paper's rule raises the weights of the
-tokens that decide which tool is called. The paper also leaves out failed calls: give their messages "weight": 0.
+tools; the last reply must be name(arguments), only this reply is trained, and the paper's rule raises the weights of
+the tokens that decide which tool is called. The paper also leaves out failed calls: give their messages "weight": 0.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python -m variants.uds --batch-size 64 --share 0.125 --ckpt base --data chats.jsonl --out chosen
 
 All flags of train_sft.py work but --shard; --batch-size counts the candidates. Scoring costs a forward pass of all of
-them. The utility grows with the length, so long examples win by their length alone. The chosen ones of a
-step may resemble each other. The authors choose within micro-batches and project with FFTs; this chooses within the step,
-so that --micro-tokens changes nothing, and projects the hidden states with fixed Gaussian matrices.
+them. The utility grows with the length, so long examples win by their length alone. The chosen ones of a step may
+resemble each other. The authors choose within micro-batches and project with FFTs; this chooses within the step, so
+that --micro-tokens changes nothing, and projects the hidden states with fixed Gaussian matrices.
 """
 
 import argparse
