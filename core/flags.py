@@ -8,6 +8,7 @@ import argparse
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -27,10 +28,16 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that reports a wrong flag as InputError, in one line and without the usage text."""
 
     def __init__(self, **settings: object):
-        super().__init__(**{"formatter_class": Help, **settings})
+        super().__init__(**{"formatter_class": Help, "prog": typed_command(), **settings})
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
+
+
+def typed_command() -> str | None:
+    """The program's name for --help: "python -m tools.page", or None for argparse's own, the name of the script."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # only `python -m` sets it
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
 
 
 def at_least(low: int, high: float = math.inf) -> Callable[[str], int]:
@@ -104,13 +111,6 @@ def torch_device(text: str) -> str:
         if index >= found:
             raise argparse.ArgumentTypeError(f"{text}: no such GPU, torch sees {found} here; cpu always works")
     return text
-
-
-def add_pair_flags(p: argparse.ArgumentParser) -> None:
-    """Adds --ckpt and --base, for commands that compare a fine-tuned model with its base, --dtype and --device."""
-    p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the fine-tuned model")
-    p.add_argument("--base", required=True, help="the model before fine-tuning, with the same tokenizer")
-    add_device_flags(p, "dtype of weights and computation")
 
 
 def add_device_flags(p: argparse.ArgumentParser, dtype: str) -> None:

@@ -178,7 +178,7 @@ def import_pyplot() -> ModuleType:
 
 
 def main() -> None:
-    p = Parser(prog="python -m tools.plot", description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument(
         "sources", nargs="+", metavar="RUN", help="training runs, or one file: results.json, report.json or search.json"
     )

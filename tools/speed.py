@@ -203,7 +203,7 @@ def add_speed_flags(p: Parser) -> None:
 
 
 def parse_args() -> Namespace:
-    p = Parser(prog="python -m tools.speed", description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__.split("\n\n")[0])
     add_speed_flags(p)
     args = p.parse_args()
     args.limit = args.limit or (args.steps * args.batch_size if args.mode in ("sft", "kto") else 32)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from core.distributed import single_process
 from core.files import InputError, cli, print_next
-from core.flags import Parser, add_pair_flags, at_least
+from core.flags import Parser, at_least
 from core.outputs import check_file
 from core.records import write_jsonl
 from curation.sources import check_reference
@@ -26,6 +26,7 @@ from evaluation.benchmarks import demo_verdict
 from evaluation.rows import json_rows
 from evaluation.stats import bootstrap
 from generate import generate_iter, load_for_inference
+from variants.novelty import add_pair_flags
 
 TO_DIGITS, TO_LETTERS = str.maketrans("aeiost", "431057"), str.maketrans("431057", "aeiost")
 WORD = re.compile(r"[A-Za-z0-9]+")  # ASCII only: in Chinese text, digits follow letters without a space

@@ -19,7 +19,7 @@ from core.attention import KVCache
 from core.checkpoint import Checkpoint
 from core.distributed import single_process
 from core.files import InputError, cli, print_next, printable
-from core.flags import Parser, add_pair_flags, at_least, number
+from core.flags import Parser, add_device_flags, at_least, number
 from core.outputs import check_file
 from core.records import write_jsonl
 from core.sampling import sample
@@ -77,6 +77,13 @@ def write_texts(
         if not open_rows:
             break
     return list(zip(texts, novelty))
+
+
+def add_pair_flags(p: argparse.ArgumentParser) -> None:
+    """Adds --ckpt and --base, for commands that compare a fine-tuned model with its base, --dtype and --device."""
+    p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the fine-tuned model")
+    p.add_argument("--base", required=True, help="the model before fine-tuning, with the same tokenizer")
+    add_device_flags(p, "dtype of weights and computation")
 
 
 def parse_args() -> argparse.Namespace:

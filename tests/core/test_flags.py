@@ -1,7 +1,10 @@
 import argparse
 import os
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from core import flags
 from core.files import InputError
@@ -39,6 +42,15 @@ def test_a_wrong_flag_is_one_line():
         with pytest.raises(InputError, match=words) as e:
             p.parse_args(arguments)
         assert "\n" not in str(e.value)
+
+
+def test_help_names_the_command_as_it_is_typed(tmp_path):
+    for command in (["-m", "demo.world"], ["-m", "variants.dft"], ["make_data.py"], ["merge.py"]):
+        done = subprocess.run(
+            [sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60
+        )
+        words = command if command[0].endswith(".py") else ["python", *command]
+        assert done.stdout.startswith(f"usage: {' '.join(words)} "), done.stdout[:200] + done.stderr
 
 
 def test_an_out_that_cannot_be_written_is_known_at_once(tmp_path, monkeypatch):
