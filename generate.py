@@ -7,7 +7,7 @@ A reply does not depend on the other prompts: each row has its own KV cache, pos
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
-from core.files import InputError, check_arguments, cli
+from core.files import InputError, check_arguments, cli, visible
 from core.flags import parse_generate_args as parse_args
 
 if __name__ == "__main__":
@@ -353,7 +353,7 @@ def chat(model: Qwen2, tokenizer: Tokenizer, system: list[dict], settings: dict)
             messages.append({"role": "user", "content": text})
             reply = ""
             for piece in stream(model, tokenizer, messages, **settings):
-                print(piece, end="", flush=True)
+                print(visible(piece), end="", flush=True)
                 reply += piece
             messages.append({"role": "assistant", "content": reply})
             print("\n")
@@ -375,7 +375,7 @@ def main() -> None:
         return chat(model, tokenizer, system, settings)
     prompts = [system + [{"role": "user", "content": text}] for text in args.prompt]
     for text, reply in zip(args.prompt, generate(model, tokenizer, prompts, **settings)):
-        print(f"> {text}\n{reply}\n")
+        print(visible(f"> {text}\n{reply}\n"))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from core.interrupt import ROOT, exit_silently
 
 MAX_TEXT = 2**28  # maximum bytes of a text file; ten times the largest published tokenizer.json
 MAX_ERROR = 2000  # maximum characters of an error line
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # without tab and newline
 ESCAPE = "backslashreplace"  # writes half of a surrogate pair, as in a file name that is not UTF-8, as an escape
 
 
@@ -31,6 +32,15 @@ def printable(text: str) -> str:
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     half = MAX_ERROR // 2
     return shown if len(shown) <= MAX_ERROR else f"{shown[:half]} ... {shown[-half:]}"
+
+
+def visible(text: str) -> str:
+    """A model's text for stdout. A terminal would obey its control characters, so there all but newline and tab become
+    escapes. Files and pipes get the text unchanged.
+    """
+    if not (sys.stdout and sys.stdout.isatty()):
+        return text
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def shown(value: object) -> str:

@@ -248,6 +248,21 @@ def test_chat_in_the_terminal(tiny, run, monkeypatch):
     assert asked == [["Hello"], ["Hello", "so be it", "And you?"]]
 
 
+HOSTILE = "red \x1b[31m, title \x1b]0;x\x07, C1 \x9b2J, back\r\b\x7f, kept:\t\n春天\u3000é\u200d"
+ESCAPED = "red \\x1b[31m, title \\x1b]0;x\\x07, C1 \\x9b2J, back\\r\\x08\\x7f, kept:\t\n春天\u3000é\u200d"
+
+
+@pytest.mark.parametrize("terminal, want", [(True, ESCAPED), (False, HOSTILE)])
+def test_a_reply_does_not_control_the_terminal(tiny, run, monkeypatch, terminal, want):
+    lines = iter(["Hello", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    monkeypatch.setattr("generate.stream", lambda *_, **__: iter(HOSTILE))  # each character is a piece
+    assert run("generate", "--ckpt", tiny)[1] == f"An empty line ends the chat.\n{want}\n\n"
+    monkeypatch.setattr("generate.generate", lambda *_, **__: [HOSTILE])
+    assert run("generate", "--ckpt", tiny, "--prompt", "Hello")[1] == f"> Hello\n{want}\n\n"
+
+
 def test_untied_and_bf16(tmp_path, loaded):
     model = tiny_model(tie_word_embeddings=False).to(torch.bfloat16)
     assert len(generate(model, loaded[1], PROMPTS[:3], max_new_tokens=4)) == 3

@@ -213,6 +213,15 @@ def test_pipes_and_large_and_deep_files_are_one_line(tmp_path, monkeypatch):
         json_object("3", "x")
 
 
+def test_a_real_terminal_gets_control_characters_as_escapes():
+    code = "from core.files import visible; print(visible('a\\x1b[2J\\tb'))"
+    ours, terminal = os.openpty()
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=terminal, check=True)
+    assert os.read(ours, 100) == b"a\\x1b[2J\tb\r\n"
+    piped = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    assert piped.stdout == b"a\x1b[2J\tb\n"
+
+
 def test_an_error_is_one_printable_line(capsys):
     def main():
         raise InputError("a\nb\x1b[31m\u202e" + "c" * 10**6)
