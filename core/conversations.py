@@ -14,6 +14,7 @@ ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"
 ROLES |= dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt"), "assistant")
 TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
 TOOL_PARTS = {"tool_use", "tool_call", "tool_result", "function_call"}
+MEDIA = ("images", "image", "videos", "audios")  # LLaMA-Factory, LLaVA
 WEIGHTS = ("weight", "loss", "loss_weight", "train")  # OpenAI, ms-swift, LLaMA-Factory, axolotl
 
 
@@ -54,8 +55,8 @@ def content_text(content: object, where: str, message: str) -> str | None:
         return content if isinstance(content, str) else None
     texts = []
     for part in content:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        text = part.get("text", part.get("value")) if isinstance(part, dict) else part
+        fields = Fields(part) if isinstance(part, dict) else {"text": part}
+        kind, text = fields.get("type", "text"), fields.get("text", fields.get("value"))
         if kind in TOOL_PARTS:
             raise Unusable(where, "tool use", f"{message} holds a part of type {kind}, and tool use is not supported")
         if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
@@ -124,6 +125,11 @@ def as_messages(value: object, where: str, role: str = "user", unread: set | Non
     return [as_message(message, where, i, unread) for i, message in enumerate(value)]
 
 
+def is_transcript(value: object) -> bool:
+    """True for Anthropic's "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    return isinstance(value, str) and value.startswith("\n\nHuman:") and "\n\nAssistant:" in value
+
+
 def transcript(text: str, where: str) -> list[dict]:
     """Anthropic's "\\n\\nHuman: ...\\n\\nAssistant: ..." -> list of messages."""
     parts = re.split(r"(?:^|\n\n)(Human|Assistant): ?", text)
@@ -139,8 +145,10 @@ def transcript(text: str, where: str) -> list[dict]:
 
 def with_system(messages: list[dict], fields: Fields, where: str) -> list[dict]:
     """The messages with the record's system prompt before them, if it has one."""
-    system = fields.first("system", "system_prompt")
-    if system is None or system == "":
+    system = fields.first("system")
+    if system in (None, ""):
+        system = fields.first("system_prompt")
+    if system in (None, ""):
         return messages
     first = as_messages(system, where, "system")
     if messages and messages[0]["role"] == "system":
@@ -165,8 +173,12 @@ def single_prompt(fields: Fields, where: str) -> list[dict] | None:
         raise InputError(f"{where}: instruction, input and context are texts")
     if extras:
         value = "\n".join([value, *extras] if value else extras)
+    if is_transcript(value):
+        raise Unusable(where, "a transcript as prompt", f"{key} is a text with Human: and Assistant:, not one turn")
     messages = as_messages(value, where, unread=fields.unread)
     history = fields.first("history") or []
+    if history and not isinstance(value, str):
+        raise InputError(f"{where}: {key} is a list of messages beside history; put all turns into one of them")
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise InputError(f"{where}: history is {shown(history)}; it is a list of [question, answer] pairs")
     for pair in reversed(history):
@@ -184,11 +196,13 @@ def single_reply(fields: Fields, where: str) -> tuple[object, object]:
             return outputs[:: 1 if preference == 1 else -1]
         return outputs[0], None
     reply = fields.first("output", "response", "completion", "chosen", "std_answer", "answer")
-    if isinstance(reply, list) and len(reply) > 1 and all(isinstance(text, str) for text in reply):
-        return reply[0], reply[1]  # LLaMA-Factory's [better, worse]
-    if isinstance(reply, list) and len(reply) == 1 and isinstance(reply[0], str):
-        return reply[0], None
-    return reply, None
+    if not isinstance(reply, list) or not all(isinstance(text, str) for text in reply):
+        return reply, None
+    if len(reply) > 1 and "output" in fields:
+        return reply[0], reply[1]  # LLaMA-Factory's ranked replies, the best first
+    if len(reply) != 1:
+        raise InputError(f"{where}: the reply is the list {shown(reply)}; give one text, or ranked texts as output")
+    return reply[0], None
 
 
 def one_reply(value: object, where: str, unread: set | None = None) -> dict:
@@ -203,31 +217,47 @@ def preference_dialogue(
     prompt: list[dict] | None, chosen: object, rejected: object, fields: Fields, where: str
 ) -> Dialogue:
     """A Dialogue from two replies to a prompt, or from two whole conversations with the same beginning."""
-    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
+    texts = isinstance(chosen, str) and isinstance(rejected, str)
+    if texts and (prompt is None or is_transcript(chosen) and is_transcript(rejected)):
         chosen, rejected = transcript(chosen, where), transcript(rejected, where)
     else:
         chosen, rejected = (as_messages(value, where, "assistant", fields.unread) for value in (chosen, rejected))
+    if prompt and prompt[-1] == chosen[-1]:  # UltraFeedback's messages have the chosen reply too
+        prompt = prompt[:-1]
     if prompt is None or chosen[0]["role"] != "assistant":  # whole conversations
-        if prompt and prompt[-1] not in chosen:
-            raise InputError(f"{where}: chosen is a whole conversation, but does not contain the prompt")
-        prompt, chosen = chosen[:-1], chosen[-1:]
-        rejected = rejected[len(prompt) :] if rejected[: len(prompt)] == prompt else rejected
+        before, chosen = chosen[:-1], chosen[-1:]
+        rejected = rejected[len(before) :] if rejected[: len(before)] == before else rejected
+        prompt = joined_prompt(prompt or [], before, where)
     return Dialogue(prompt, one_reply(chosen, where), rejected)
+
+
+def joined_prompt(prompt: list[dict], before: list[dict], where: str) -> list[dict]:
+    """The prompt of a record that repeats it, or the end of it, in `before`: the turns before the chosen reply."""
+    if any(before[i : i + len(prompt)] == prompt for i in range(len(before))) or not prompt:
+        return before
+    if before and prompt[-len(before) :] == before:
+        return prompt
+    raise InputError(f"{where}: chosen is a whole conversation, but does not contain the prompt")
 
 
 def one_dialogue(fields: Fields, where: str) -> Dialogue:
     """The conversation of a record: a preference, a list of turns, or one exchange."""
     turns = fields.first("messages", "conversations", "conversation")
+    if turns is not None and not isinstance(turns, list):
+        raise InputError(f"{where}: the conversation is {shown(turns)}; it is a list of messages")
     prompt = single_prompt(fields, where) if turns is None else as_messages(turns, where, unread=fields.unread)
     if "chosen" in fields and "rejected" in fields or "chosen_messages" in fields and "rejected_messages" in fields:
         chosen, rejected = fields.first("chosen", "chosen_messages"), fields.first("rejected", "rejected_messages")
         return preference_dialogue(prompt, chosen, rejected, fields, where)
-    if turns is not None:
-        is_reply = prompt[-1]["role"] == "assistant"
-        return Dialogue(prompt[:-1] if is_reply else prompt, prompt[-1] if is_reply else None, all_turns=True)
-    if prompt is not None:
-        reply, rejected = (v if v is None else as_messages(v, where, "assistant") for v in single_reply(fields, where))
-        return Dialogue(prompt, reply and one_reply(reply, where), rejected, "history" in fields)
+    if turns is not None and prompt[-1]["role"] == "assistant":
+        return Dialogue(prompt[:-1], prompt[-1], all_turns=True)
+    if prompt is not None:  # the turns of `messages` may be a prompt too, with the reply beside them
+        reply, rejected = (
+            value if value is None else as_messages(value, where, "assistant", fields.unread)
+            for value in single_reply(fields, where)
+        )
+        all_turns = "history" in fields if turns is None else reply is None
+        return Dialogue(prompt, reply and one_reply(reply, where), rejected, all_turns)
     keys = ", ".join(printable(key[:60]) for key in sorted(fields)[:20]) or "none that is not null"
     raise InputError(
         f"{where}: no known shape, the keys are {keys}; expected messages, conversations, instruction and output, "
@@ -253,6 +283,8 @@ def dialogues(record: dict, where: str) -> list[Dialogue]:
     fields = as_fields(record)
     if fields.first("tools", "functions") not in (None, "", "[]", []):
         raise Unusable(where, "tool use", "offers tools, which are not supported")
+    if media := [key for key in MEDIA if fields.get(key)]:
+        raise Unusable(where, "a part that is not text", f"holds {media[0]}, and only text is supported")
     if "instruction" in fields and isinstance(fields.get("instances"), list):
         return instance_dialogues(fields, where)
     found = one_dialogue(fields, where)

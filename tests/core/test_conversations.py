@@ -65,6 +65,13 @@ UNLEARNT = {"weight": 0}
         ({"messages": [user([{"type": "text", "text": "Q"}]), assistant([{"type": "text", "value": "A"}])]}, QA),
         ({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), assistant("c")]},
          [user("ab"), assistant("c")]),
+        ({"messages": [user([{"type": "text", "text": None, "value": "Q"}]), assistant([{"type": None, "text": "A"}])]}, QA),
+        # The reply beside the turns before it
+        ({"messages": [user("Q")], "response": "A"}, QA),
+        ({"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1]}, QA),
+        ({"messages": [user("1"), assistant("a"), user("2")], "completion": [assistant("b")]},
+         [user("1"), assistant("a") | UNLEARNT, user("2"), assistant("b")]),
+        ({"prompt": "Q", "completion": ["A"], "system": "", "system_prompt": "S"}, [system("S"), *QA]),
         # A preference: the better reply
         ({"prompt": "Q", "chosen": "A", "rejected": "B"}, QA),
         ({"instruction": "Q", "output": ["A", "B"]}, QA),
@@ -123,12 +130,14 @@ def test_labelled_replies(record):
         {"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]},
         {"prompt": "Q", "chosen": QA, "rejected": [user("Q"), assistant("B")]},  # UltraFeedback's
         {"prompt": "Q", "chosen": QA, "rejected": [user("Q"), assistant("B")], "messages": QA},
+        {"prompt": "Q", "chosen": "A", "rejected": "B", "messages": QA},
         {"chosen": QA, "rejected": [user("Q"), assistant("B")]},
         {"chosen_messages": QA, "rejected_messages": [user("Q"), assistant("B")]},
         {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"},
         {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "B"}},
         {"instruction": "Q", "input": "", "chosen": "A", "rejected": "B", "label": None},
         {"instruction": "Q", "output": ["A", "B"]},
+        {"instruction": "Q", "output": ["A", "B", "C"]},
         {"instruction": "Q", "output_1": "B", "output_2": "A", "preference": 2},
     ],
 )
@@ -153,6 +162,8 @@ def test_a_preference_keeps_its_system_prompt_and_all_shared_turns():
         (sft_conversations, {"a\nb": 1}, r"the keys are a\\nb; expected messages"),
         (sft_conversations, {"messages": []}, "list of messages"),
         (sft_conversations, {"messages": ["hi"]}, 'message 0 is "hi"'),
+        (dialogues, {"messages": '[{"role": "user"}]'}, "the conversation is .* a list of messages"),
+        (dialogues, {"conversations": {"from": ["human"], "value": ["Q"]}}, "the conversation is .* a list of messages"),
         (sft_conversations, {"messages": [{"role": "user"}]}, "no content"),
         (sft_conversations, {"messages": [{"role": "user", "content": None}]}, "no content"),
         (sft_conversations, {"messages": [{"role": "user", "content": 5}]}, "no content"),
@@ -169,6 +180,9 @@ def test_a_preference_keeps_its_system_prompt_and_all_shared_turns():
         (sft_conversations, {"instruction": "x", "output": "x", "history": [["a"]]}, "pairs"),
         (sft_conversations, {"instruction": "x", "output": "x", "history": "a"}, "pairs"),
         (sft_conversations, {"instruction": "x", "output": "x", "history": 5}, "pairs"),
+        (sft_conversations, {"prompt": [user("x")], "response": "x", "history": [["a", "b"]]}, "beside history"),
+        (sft_conversations, {"question": "x", "answer": ["a", "b"]}, "the reply is the list"),
+        (kto_examples, {"prompt": "x", "completion": ["a", "b"], "label": True}, "the reply is the list"),
         (sft_conversations, {"instruction": "x", "instances": []}, "instances"),
         (sft_conversations, {"instruction": "x", "instances": ["y"]}, "instances"),
         (sft_conversations, {"prompt": "x", "completion": "y", "system": 5}, "expected a text"),
@@ -204,6 +218,13 @@ CALL = {"content": None, "role": "assistant", "tool_calls": [{"id": "1"}]}
         ({"messages": [user([{"type": "tool_result", "content": "y"}])]}, "tool use", "tool_result"),
         ({"messages": [user([{"type": "image_url", "image_url": {}}])]}, "a part that is not text", "image_url"),
         ({"messages": [user([{"type": "text", "text": "y"}, {"type": "image"}])]}, "a part that is not text", "image"),
+        ({"messages": [user("<image>x"), *QA[1:]], "images": ["a.png"]}, "a part that is not text", "holds images"),
+        ({"conversations": SHAREGPT, "image": "a.png"}, "a part that is not text", "holds image"),
+        (
+            {"prompt": "\n\nHuman: x\n\nAssistant:", "completion": " y"},
+            "a transcript as prompt",
+            "prompt is a text with Human:",
+        ),
         ({"messages": [{"role": "developer", "content": "x"}, *QA]}, "role developer", "developer"),
         ({"messages": [{"role": "critic", "content": "x"}, *QA]}, "unknown role", '"critic"'),
         ({"prompt": "\ud800 a", "completion": "b"}, "garbled text", "message 0 .* half of a surrogate pair"),
@@ -215,6 +236,25 @@ def test_what_cannot_be_learnt_is_refused_with_its_reason(record, reason, words)
         with pytest.raises(Unusable, match="^d.jsonl:2: .*" + words) as e:
             parse(record, "d.jsonl:2")
         assert e.value.reason == reason
+
+
+START = [system("S"), user("1"), assistant("a"), user("2")]
+
+
+@pytest.mark.parametrize("n", range(len(START)))
+@pytest.mark.parametrize("m", [0, 1, 3])
+def test_a_prompt_and_a_repeated_prompt_are_joined(n, m):
+    """The prompt without its first n turns, beside conversations without their first m: no turn is lost."""
+    record = {"prompt": START[n:], "chosen": [*START[m:], assistant("b")], "rejected": [*START[m:], assistant("c")]}
+    start = START[min(n, m) :]
+    assert kto_examples(record, "f:1") == [(start, "b", True), (start, "c", False)]
+    assert learnt(record) == ["b"]
+
+
+def test_a_prompt_beside_whole_transcripts_is_not_said_twice():
+    texts = ("\n\nHuman: Q\n\nAssistant: A", "\n\nHuman: Q\n\nAssistant: B")
+    record = {"prompt": "Q", "chosen": texts[0], "rejected": texts[1]}
+    assert kto_examples(record, "f:1") == [([user("Q")], "A", True), ([user("Q")], "B", False)]
 
 
 def test_conversations_that_part_early_are_no_pair():
@@ -244,6 +284,9 @@ def test_keys_that_play_no_part_are_known():
     )
     sft_conversations(fields, "f:1")
     assert fields.unread == {"id", "prompt", "messages.name", "messages.reasoning_content"}
+    fields = Fields({"prompt": "Q", "completion": [assistant("A", reasoning_content="r")]})
+    sft_conversations(fields, "f:1")
+    assert fields.unread == {"messages.reasoning_content"}
     fields = Fields({"instruction": "Q", "input": "", "output": "A", "response": "B", "system": "", "history": []})
     sft_conversations(fields, "f:1")
     assert fields.unread == {"response"}
