@@ -79,9 +79,6 @@ def test_shards(family, tmp_path):
         run(tmp_path / "again", "linear", [str(tmp_path / "out"), models[0]], "--no-normalize"),
         run(tmp_path / "again2", "linear", [str(tmp_path / "one"), models[0]], "--no-normalize"),
     )
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert torch.equal(theirs.lm_head.weight, want["lm_head.weight"])
     run(tmp_path / "out", "linear", models, "--shard-size", "1GB")  # one file does; the old shards are gone
     assert [p.name for p in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
 
@@ -264,7 +261,7 @@ BAD = [
     ("linear {a} {theta}", "rope_theta is 5.0"),
     ("linear {a} {integer}", "x is torch.int64"),
     ("ties {a} {b} --base {integer}", "x is torch.int64"),
-    ("linear {a} {llama}", "model_type is 'llama'"),
+    ("linear {a} {llama}", 'model_type is "llama"'),
     ("linear {a} {nan}", "nan: x holds NaN or infinity"),
     ("linear {a} {large} --dtype float16", "x: the merged values are not finite in float16"),
     ("linear {a}:1 {b}:-1", "sum to zero"),

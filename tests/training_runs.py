@@ -1,4 +1,4 @@
-"""What the tests of both training scripts share: data, weights of a run, two ranks, TRL's trainers."""
+"""What the tests of both training scripts share: data, weights of a run, two ranks."""
 
 import importlib
 import itertools
@@ -141,51 +141,6 @@ def same_run(a, b):
     assert w.keys() == v.keys() and all(torch.equal(w[n], v[n]) for n in w)
     logs = [[{k: r[k] for k in r if k != "tokens_per_second"} for r in log(out)] for out in (a, b)]
     assert logs[0] == logs[1]
-
-
-def trl_log(kind, model_dir, records, out, **settings):
-    """Trains with TRL, one batch of 4 a step, in the records' order. -> its log, one dict a step."""
-    import trl
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    tok = PreTrainedTokenizerFast.from_pretrained(model_dir)
-    ref = settings.pop("ref", None)
-    defaults = dict(
-        output_dir=str(out),
-        per_device_train_batch_size=4,
-        max_length=64,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        logging_steps=1,
-        save_strategy="no",
-        max_grad_norm=1.0,
-        weight_decay=0.0,
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        train_sampling_strategy="sequential",
-    )
-    settings = defaults | settings
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    if kind == "sft":
-        records = [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in records]
-        trainer = trl.SFTTrainer(
-            model=model, args=trl.SFTConfig(**settings), train_dataset=Dataset.from_list(records), processing_class=tok
-        )
-    else:
-        trainer = trl.KTOTrainer(
-            model=model,
-            ref_model=AutoModelForCausalLM.from_pretrained(ref or model_dir, dtype=torch.float32),
-            args=trl.KTOConfig(**settings),
-            train_dataset=Dataset.from_list(records),
-            processing_class=tok,
-        )
-    trainer.train()
-    trainer.model.save_pretrained(out)
-    return [s for s in trainer.state.log_history if "loss" in s]
 
 
 def flags(tiny, data, out, *more):

@@ -85,7 +85,7 @@ def test_truncated_safetensors_and_missing_shards(tiny, tmp_path):
         ("tokenizer_config.json", '{"eos_token": "\\ud83d"}', "tokenizer_config.json: eos_token holds half of a"),
         ("generation_config.json", "{oops", "generation_config.json"),
         ("generation_config.json", b"\xff\xfe", "generation_config.json"),
-        ("generation_config.json", '{"eos_token_id": "x"}', "generation_config.json: eos_token_id is 'x'"),
+        ("generation_config.json", '{"eos_token_id": "x"}', 'generation_config.json: eos_token_id is "x"'),
         ("config.json", "[]", "config.json: holds a JSON list"),
         ("config.json", json.dumps(tiny_config() | {"num_attention_heads": 0}), "num_attention_heads is 0"),
         ("model.safetensors.index.json", "[]", "model.safetensors.index.json"),

@@ -7,7 +7,7 @@ import merge_families
 import pytest
 import torch
 import transformers
-from conftest import PROMPTS, ROOT, real, relative, tiny_files, tiny_model, user
+from conftest import PROMPTS, ROOT, real, relative, tiny_files, tiny_model, user, write_lines
 
 from core.records import read_jsonl
 from core.sampling import penalise
@@ -158,10 +158,23 @@ def test_base_is_small_and_equals_transformers():
     assert tokenizer.stop_ids == {auto.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")}
 
 
-def test_a_merged_directory_equals_transformers(family, tmp_path, capsys):
-    merge_families.run(tmp_path / "out", "linear", [f"{family / 'a'}:0.05", f"{family / 'b'}:0.95"])
+@pytest.mark.parametrize("more", [(), ("--shard-size", "30KB")], ids=["one file", "shards"])
+def test_a_merged_directory_equals_transformers(family, tmp_path, capsys, more):
+    models = [f"{family / 'a'}:0.05", f"{family / 'b'}:0.95"]
+    want = merge_families.run(tmp_path / "out", "linear", models, *more)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3 or not more
     printed = capsys.readouterr().out
     assert str(tmp_path / "out") in printed and "python eval.py --ckpt" in printed and "linear" in printed
+    ids = torch.arange(7)[None]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(Qwen2.from_pretrained(tmp_path / "out")(ids), theirs(ids).logits)
+    assert torch.equal(theirs.lm_head.weight, want["lm_head.weight"])
+
+
+def test_a_trained_directory_equals_transformers(tiny, tmp_path, run):
+    data = write_lines(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "b"}] * 2)
+    assert run("train_sft", "--ckpt", tiny, "--data", data, "--out", tmp_path / "out", "--max-steps", 1)[0] == 0
     ids = torch.arange(7)[None]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():

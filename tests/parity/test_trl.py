@@ -3,11 +3,56 @@
 import os
 
 import pytest
+import torch
+import trl
 from conftest import real, write_lines
-from training_runs import chats, feedback, flags, log, perturbed, several_turns, trl_log, update_error, weights
+from datasets import Dataset
+from training_runs import chats, feedback, flags, log, perturbed, several_turns, update_error, weights
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from core.conversations import kto_examples
 from core.records import read_records
+
+
+def trl_log(kind, model_dir, records, out, **settings):
+    """Trains with TRL, one batch of 4 a step, in the records' order. -> its log, one dict a step."""
+    tok = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    ref = settings.pop("ref", None)
+    defaults = dict(
+        output_dir=str(out),
+        per_device_train_batch_size=4,
+        max_length=64,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        logging_steps=1,
+        save_strategy="no",
+        max_grad_norm=1.0,
+        weight_decay=0.0,
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        train_sampling_strategy="sequential",
+    )
+    settings = defaults | settings
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    if kind == "sft":
+        records = [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in records]
+        trainer = trl.SFTTrainer(
+            model=model, args=trl.SFTConfig(**settings), train_dataset=Dataset.from_list(records), processing_class=tok
+        )
+    else:
+        trainer = trl.KTOTrainer(
+            model=model,
+            ref_model=AutoModelForCausalLM.from_pretrained(ref or model_dir, dtype=torch.float32),
+            args=trl.KTOConfig(**settings),
+            train_dataset=Dataset.from_list(records),
+            processing_class=tok,
+        )
+    trainer.train()
+    trainer.model.save_pretrained(out)
+    return [s for s in trainer.state.log_history if "loss" in s]
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +151,8 @@ def test_kto_of_a_real_checkpoint(tmp_path, run):
 
 
 def test_pairs_come_in_the_order_of_trl(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    trl = pytest.importorskip("trl")
     rows = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(1003)]
-    expected = trl.unpair_preference_dataset(datasets.Dataset.from_list(rows))
+    expected = trl.unpair_preference_dataset(Dataset.from_list(rows))
     found = [example for _, example in read_records([write_lines(tmp_path / "d.jsonl", rows)], kto_examples)]
     assert [(prompt[0]["content"], *rest) for prompt, *rest in found] == [
         (r["prompt"], r["completion"], r["label"]) for r in expected
