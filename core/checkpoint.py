@@ -93,8 +93,8 @@ class Checkpoint:
 
     def _open_folder(self, path: str) -> None:
         config = os.path.join(path, "config.json")
-        if not os.path.exists(config) and os.path.exists(os.path.join(path, "adapter_config.json")):
-            raise InputError(f"{path}: is an adapter (LoRA) without config.json; fold it into its base model first")
+        if os.path.exists(os.path.join(path, "adapter_config.json")):  # transformers would load its base model
+            raise InputError(f"{path}: is an adapter (LoRA); fold it into its base model first")
         self.config = read_json(config)
         present = [
             name for name in SIDE_FILES if os.path.lexists(os.path.join(path, name))

@@ -25,6 +25,17 @@ from core.files import InputError, atomic_write, is_main, printable
 
 MAX_RECORD = 64 * 2**20  # largest line (in bytes) or object of an array (in characters)
 CHUNK = 2**20  # bytes of an array read at a time
+# The first bytes of files that are no text -> what to do with them
+MAGIC = {
+    b"\x1f\x8b": "is compressed with gzip; give it a name that ends in .gz",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd, which is not read; decompress it",
+    b"\xfd7zXZ": "is compressed with xz, which is not read; decompress it",
+    b"BZh": "is compressed with bzip2, which is not read; decompress it",
+    b"PK\x03\x04": "is a zip archive, which is not read; unpack it",
+    b"PAR1": "is a Parquet file; give it a name that ends in .parquet, without .gz",
+    b"ARROW1": "is an Arrow file, which is not read; save it as Parquet",
+    b"version https://git-lfs": "is a pointer of Git LFS; fetch the file itself with git lfs pull",
+}
 # make_data.py writes these keys beside each example. Training does not read them, and says nothing if all are there
 ORIGIN_KEYS = {"id", "source", "license", "language", "task_type", "category", "writer", "scores"}
 
@@ -88,6 +99,10 @@ def open_bytes(path: str | os.PathLike) -> Iterator[BinaryIO]:
             kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
             raise InputError(f"{path}: is {kind}; give a regular file")
         with gzip.open(path) if os.fspath(path).endswith(".gz") else open(path, "rb") as f:
+            start = f.peek(32)[:32]
+            kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
+            if kind and not (start.startswith(b"PAR1") and os.fspath(path).endswith(".parquet")):
+                raise InputError(f"{path}: {kind}")
             yield f
     except (OSError, EOFError, zlib.error) as e:
         raise InputError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
@@ -235,8 +250,9 @@ def read_parquet(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
         try:
             rows = (row for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024) for row in batch.to_pylist())
             yield from enumerate(rows, 1)
-        except (pyarrow.ArrowException, UnicodeDecodeError) as e:
-            raise InputError(f"{path}: not a readable Parquet file: {' '.join(str(e).split())[:150]}") from None
+        except Exception as e:  # pyarrow's errors, and a time that Python cannot hold or whose zone it does not know
+            why = f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
+            raise InputError(f"{path}: not a readable Parquet file: {why}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

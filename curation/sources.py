@@ -284,6 +284,8 @@ def csv_questions(path: str) -> list[str]:
             rows = list(csv.reader(io.StringIO(file.read().decode("utf-8-sig"), newline="")))
         except UnicodeDecodeError as e:
             raise InputError(f"{path}: not UTF-8: {e}; convert it first") from None
+        except csv.Error as e:
+            raise InputError(f"{path}: not CSV: {e}") from None
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
     if "question" in header:
         column, rows = header.index("question"), rows[1:]

@@ -330,7 +330,14 @@ def test_weights_in_other_formats_are_named(tmp_path):
     (tmp_path / "pytorch_model.bin").write_text("x")
     with pytest.raises(InputError, match="no [*].safetensors file, only pytorch_model.bin; convert"):
         Checkpoint(tmp_path)
-    os.rename(tmp_path / "config.json", tmp_path / "adapter_config.json")
+
+
+@pytest.mark.parametrize("beside", [[], ["config.json"], ["config.json", "model.safetensors"]])
+def test_an_adapter_is_refused_whatever_is_beside_it(beside, tiny, tmp_path):
+    """transformers ignores these files and loads the adapter on its base model."""
+    for name in beside:
+        shutil.copy(os.path.join(tiny, name), tmp_path / name)
+    (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="is an adapter"):
         Checkpoint(tmp_path)
 

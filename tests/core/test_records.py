@@ -1,7 +1,9 @@
 """Files of records: what is read, and how broken, huge and odd ones are refused."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import socket
 
@@ -65,6 +67,34 @@ def test_parquet_without_pyarrow_and_parquet_that_is_none(tmp_path, monkeypatch)
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(InputError, match="d.parquet: reading Parquet needs pyarrow"):
         list(read_objects(tmp_path / "d.parquet"))
+
+
+def test_parquet_times_that_python_cannot_hold(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for kind in (pyarrow.timestamp("ms"), pyarrow.timestamp("us", tz="Mars/Base")):
+        table = pyarrow.table({"prompt": ["a"], "time": pyarrow.array([2**59], kind)})
+        parquet.write_table(table, tmp_path / "d.parquet")
+        with pytest.raises(InputError, match="d.parquet: not a readable Parquet file: .*Error"):
+            list(read_objects(tmp_path / "d.parquet"))
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("d.jsonl.xz", lzma.compress(b"{}\n"), "xz, which is not read; decompress"),
+        ("d.jsonl.bz2", bz2.compress(b"{}\n"), "bzip2, which is not read; decompress"),
+        ("d.jsonl.zst", b"\x28\xb5\x2f\xfd\x04\x58\x11", "zstd, which is not read; decompress"),
+        ("d.jsonl", gzip.compress(b"{}\n"), "gzip; give it a name that ends in .gz"),
+        ("D.PARQUET", b"PAR1 and more", "a Parquet file; give it a name that ends in .parquet"),
+        ("d.parquet.gz", gzip.compress(b"PAR1 and more"), "a Parquet file; give it a name that ends in .parquet"),
+        ("d.parquet", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
+    ],
+)
+def test_files_that_are_no_text_are_named(name, content, words, tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"/{name}: is .*{words}"):
+        list(read_objects(tmp_path / name))
 
 
 def test_names_globs_and_the_hub(tmp_path, monkeypatch):

@@ -328,6 +328,9 @@ def test_evaluation_files_in_their_own_shapes(tmp_path):
     (tmp_path / "none.json").write_text('{"a": 1}')
     with pytest.raises(InputError, match="no evaluation question"):
         sources.evaluation_questions(str(tmp_path / "none.json"))
+    (tmp_path / "open.csv").write_text('question,answer\n"a quote that never ends' + "x" * 2**18)
+    with pytest.raises(InputError, match="open.csv: not CSV: field larger"):
+        sources.evaluation_questions(str(tmp_path / "open.csv"))
 
 
 # ---- the hub, licences
