@@ -6,9 +6,9 @@
      "trained_tokens": {arm: tokens of all steps}
      "chosen": {"sft" or "kto": {"lr", "dev": {lr: score}}}
      "data", "own_data": {"instructions", "sft", "kto", "kto_desirable": counts,   "steps": {step: [in, out]},
-              "followed": {writer: [followed, responses that ended]}}   own_data: of study 2
+              "followed": {writer: [followed, responses that ended]}}   own_data: study 2
      "arms": {arm: {split: {task: {"right": "0110...", "reply_tokens": [int], "cut_off": int, "looping": int}}}}
-     "values": {arm: {task: {"score", "stderr", "n", "right": as above, "ece"}}}   by likelihood; perplexity: the first three
+     "values": {arm: {task: {"score", "stderr", "n", "right": as above, "ece"}}}   by likelihood; perplexity has the first three only
      "curves": {arm: {key: [float for each step]}}   "not_run": {arm: reason}, from --not-run}
 
 Position i of "right" is the same question in all arms: 1 if the reply follows all its constraints.
@@ -35,7 +35,7 @@ def is_looping(text: str, times: int = 4) -> bool:
 
 
 def reply_counts(samples: Path) -> dict:
-    """Verdicts, lengths and defects of the replies in a samples.jsonl of eval.py, by task."""
+    """{task: verdicts, lengths and defects of the replies} from samples.jsonl of eval.py."""
     tasks = {}
     for _, row in read_jsonl(str(samples)):
         tasks.setdefault(row["task"], []).append(row)
@@ -52,7 +52,7 @@ def reply_counts(samples: Path) -> dict:
 
 
 def data_counts(folder: Path) -> dict:
-    """Numbers of records, and of each writer's responses that follow all constraints. folder: of make_data.py."""
+    """Counts records, and the responses of each writer that follow all constraints. folder: --out of make_data.py."""
     followed = {}
     for _, record in read_jsonl(str(folder / "6_score.jsonl")):
         for writer, response in record["responses"].items():
@@ -72,7 +72,7 @@ def data_counts(folder: Path) -> dict:
 
 
 def likelihood_score(folder: Path, task: str) -> dict:
-    """The score of a task by likelihood, and its verdicts. Of texts: the perplexity of a token."""
+    """A task's score by likelihood and its verdicts. For the task perplexity: the perplexity per token."""
     (cells,) = read_json(folder / "results.json").values()
     cell = cells[task]
     if perplexity := cell.get("metrics", {}).get("perplexity"):
@@ -84,7 +84,7 @@ def likelihood_score(folder: Path, task: str) -> dict:
 
 
 def portable_command(command: list[str], out: Path) -> list[str]:
-    """A command without absolute paths: runs/NAME for a study's folder out of the way, names for all others."""
+    """A command without absolute paths: an absolute `out` becomes runs/NAME, any other path its last part."""
     if out.is_absolute():
         command = [word.replace(str(out), f"runs/{out.name}") for word in command]
     return [Path(word).name if word.startswith("/") else word for word in command]
@@ -134,7 +134,7 @@ def main() -> None:
     names = {"student": args.student, "teacher": args.teacher}
     reasons = dict(text.partition("=")[::2] for text in args.not_run)
     if unknown := [arm for arm, reason in reasons.items() if arm not in NAMES or not reason]:
-        raise InputError(f"--not-run {unknown[0]}: is no ARM=REASON; the arms are {', '.join(NAMES)}")
+        raise InputError(f"--not-run {unknown[0]}: is not ARM=REASON; the arms are {', '.join(NAMES)}")
     result = collect(Path(args.out), names) | {"not_run": reasons}
     into = args.into or f"experiments/results/{args.student}.json"
     with atomic_write(into) as f:

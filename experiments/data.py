@@ -1,8 +1,8 @@
-"""Makes the studies' data: instructions, the teacher's replies, the student's, labels by program.
+"""Makes the studies' data: instructions, replies of the teacher and the student, and labels by program.
 
     python -m experiments.data --student smollm2-135m-instruct --teacher qwen1.5b
 
-Writes OUT/data/sft.jsonl and kto.jsonl (make_data.py), and the files that study 3 and 4 train on instead.
+Writes OUT/data/sft.jsonl and kto.jsonl (make_data.py), and the training files of studies 3 and 4.
 """
 
 import json
@@ -15,7 +15,7 @@ from experiments.steps import command, make_labels, run_step, study_flags
 
 
 def write_teacher_replies(samples: str, path: str) -> None:
-    """The replies of eval.py that ended by themselves, as make_data.py --recorded reads them."""
+    """Writes the complete replies in samples.jsonl of eval.py, for make_data.py --recorded."""
     with atomic_write(path) as f:
         for _, row in read_jsonl(samples):
             if row["finish_reason"] == "stop":
@@ -24,15 +24,18 @@ def write_teacher_replies(samples: str, path: str) -> None:
 
 
 def write_sft_file(path: str, chosen: list[tuple[list[dict], str]]) -> None:
-    """Prompts and replies, as train_sft.py reads them."""
+    """Writes prompts and replies for train_sft.py."""
     with atomic_write(path) as f:
         for prompt, reply in chosen:
             f.write(json.dumps({"messages": [*prompt, {"role": "assistant", "content": reply}]}) + "\n")
 
 
 def write_controls(out: str, seed: int) -> None:
-    """Study 3: as many examples as sft.jsonl, but replies of the teacher, or of any writer, verified or not.
-    Study 4: kto.jsonl with wrong labels, and its desirable half."""
+    """Writes the training files of studies 3 and 4.
+
+    Study 3: as many examples as sft.jsonl has, with unverified replies of the teacher or of any writer. Study 4:
+    kto.jsonl with wrong labels, and its desirable half.
+    """
     rng = random.Random(seed)
     records = [record for _, record in read_jsonl(f"{out}/data/5_respond.jsonl")]
     n = sum(1 for _ in open(f"{out}/data/sft.jsonl"))

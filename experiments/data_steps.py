@@ -1,4 +1,4 @@
-"""Study 3, what verification is worth: SFT on as many examples of the teacher, or of any writer, unverified.
+"""Study 3, the effect of verification: SFT on as many unverified replies, of the teacher or of any writer.
 
 python -m experiments.data_steps --student smollm2-135m-instruct
 """

@@ -1,8 +1,8 @@
-"""Writes instructions with program-checked constraints, in IFEval's format: three files for training, dev and test.
+"""Writes instructions with program-checked constraints in IFEval's format, for training, dev and test.
 
     python -m experiments.instructions --out runs/study/instructions
 
-Each asks for two or three sentences about a topic and sets one or two of 15 constraints of IFEval (arXiv 2311.07911).
+Each asks for a short text about a topic and sets one or two of 15 constraints of IFEval (arXiv 2311.07911).
 The files share forms and constraints but no topic. --seed determines everything.
 """
 
@@ -96,7 +96,7 @@ ALONE = ["detectable_format:json_format", "detectable_format:number_bullet_lists
 
 
 def instruction(topic: str, rng: random.Random) -> dict:
-    """One row of IFEval's format without its key."""
+    """A row in IFEval's format, without its key."""
     names = [rng.choice(NAMES)]
     second = rng.choice(SECOND)
     if names[0] not in ALONE and second != names[0] and rng.random() < 0.4:

@@ -1,9 +1,10 @@
-"""Study 4, what KTO's parts are worth: wrong labels, no undesirable examples, no z0, SFT on the same tokens.
+"""Study 4, the effect of KTO's parts: wrong labels, no undesirable examples, no z0, SFT on the same tokens.
 
     python -m experiments.kto_parts --student smollm2-135m-instruct
 
 The KTO arms start from the student and use the learning rate of the arm `kto`. `sft-sft` continues the SFT model, as
-`sft-kto` does, but with SFT on the desirable examples: two passes over half of the rows, as many examples as KTO sees.
+`sft-kto` does, but with SFT on the desirable examples. Two passes over this half of the rows are as many examples as
+KTO sees.
 """
 
 from core.files import cli

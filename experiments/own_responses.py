@@ -1,4 +1,4 @@
-"""Study 2, beyond the paper: KTO after SFT on responses of the SFT model itself, labelled by the same program.
+"""Study 2, not in the paper: KTO after SFT on the SFT model's own responses, labelled by the same program.
 
     python -m experiments.own_responses --student smollm2-135m-instruct
 

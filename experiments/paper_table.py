@@ -1,8 +1,8 @@
-"""Study 1, the paper's table: SFT, KTO, SFT then KTO, and fusions of them, beside the student as it was.
+"""Study 1, the paper's table: SFT, KTO, SFT then KTO, and fusions of them, beside the student before training.
 
     python -m experiments.paper_table --student smollm2-135m-instruct
 
-The learning rates are chosen on the dev split. The paper's own (1e-6 and 5e-8, for a 0.5B model) are run beside them.
+The learning rates are chosen on the dev split. The paper's own rates (1e-6 and 5e-8, for a 0.5B model) are run too.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def merge(args: argparse.Namespace, name: str, models: list[str], method: str = 
 
 
 def search_weights(args: argparse.Namespace) -> list[float]:
-    """The weights of A and B in the linear fusion that follows most instructions of the dev split, of eight."""
+    """The weights of SFT and SFT-KTO in the best of eight linear fusions, by instructions followed on the dev split."""
     found = f"{args.out}/search.json"
     words = command(
         "merge.py search",

@@ -23,7 +23,7 @@ WRITERS = {  # (rows of the data's "followed" and "own_data", name)
 
 
 def picture(rows: list[list[str]]) -> str:
-    """Rows of <svg> elements as one SVG file on white: a file has no page to take its colours from."""
+    """Rows of <svg> elements as one SVG file, with a white background and a style of its own."""
     parts, width, top = [], 0.0, 10.0
     for row in rows:
         left, height = 10.0, 0.0
@@ -84,7 +84,7 @@ def fusion_picture(verdicts: dict[str, str]) -> str:
 
 
 def followed_picture(result: dict) -> str:
-    """The share of the training instructions' responses that follow all constraints, by who answered."""
+    """The share of the training instructions' responses that follow all constraints, by writer."""
     rows = []
     for name, (data, writers) in WRITERS.items():
         tallies = [result.get(data, {}).get("followed", {}).get(writer, [0, 0]) for writer in writers]

@@ -1,4 +1,4 @@
-"""Study 5, the losses of related papers (variants/) beside SFT and KTO: the same data, steps and learning rate.
+"""Study 5, losses of related papers (variants/), with the data, steps and learning rates of SFT and KTO.
 
     python -m experiments.related_losses --student smollm2-135m-instruct
 
@@ -34,7 +34,7 @@ def main() -> None:
             if not Path(pairs).exists():
                 write_pairs(f"{out}/data/kto.jsonl", pairs)
             files = {"ckpt": f"{out}/sft", "data": pairs, "out": f"{out}/{name}"}
-            flags = training_flags(args, args.batch_size // 2)  # two replies a pair
+            flags = training_flags(args, args.batch_size // 2)  # a pair has two replies
             lr = choose_lr(args, "kto")
             run_step(out, name, command("variants.dpo", **files, lr=lr, beta=args.beta, **flags))
         else:

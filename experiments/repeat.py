@@ -1,4 +1,4 @@
-"""How to repeat the studies: their commands, as recorded in the result file, and the time that they took."""
+"""The report's section on how to repeat the studies: recorded commands and their times."""
 
 import shlex
 from pathlib import Path
@@ -11,13 +11,13 @@ CORES = 2  # of the machine that the studies ran on
 
 
 def flag(result: dict, steps: str, name: str, default: str = "unknown") -> str:
-    """The value of a flag in the first recorded command that has it. steps: how the names of its steps begin."""
+    """The value of a flag in the first recorded command that has it. steps: prefix of the step names to look at."""
     commands = [command for step, command in result["commands"].items() if step.startswith(steps)]
     return next((command[command.index(name) + 1] for command in commands if name in command[:-1]), default)
 
 
 def step_module(step: str) -> str:
-    """The study in which a step was run."""
+    """The module of the study that ran a step."""
     arm = step.removeprefix("eval-test-")
     if step in ("instructions", "teacher", "data"):
         return "data"
@@ -31,7 +31,7 @@ def step_module(step: str) -> str:
 
 
 def study_folder(result: dict) -> str:
-    """--out of the studies: the data's folder is in it."""
+    """The --out of the studies, the parent of the data's folder."""
     return str(Path(flag(result, "data", "--out", "runs/study/data")).parent)
 
 
@@ -75,7 +75,7 @@ def with_teacher(command: list[str]) -> list[str]:
 
 
 def repeat_section(results: list[dict]) -> str:
-    """One command a table with its time, and the steps' own commands."""
+    """A table with one command per study and its time, then the commands of all steps."""
     lines, commands, collected = [], [], []
     for i, result in enumerate(results):
         by_module = {}
@@ -100,8 +100,8 @@ def repeat_section(results: list[dict]) -> str:
     return f"""## How to repeat it
 
 {markdown_table(["student", "section", "command", "time"], lines)}
-Times on {CORES} cores that other work shared; of an interrupted step only the last part counts. Then gather the numbers and
-write this page:
+Times are of {CORES} cores shared with other work. Of an interrupted step, only the last part counts. These commands then
+collect the results and write this page:
 
 ```bash
 {"".join(collected)}python -m experiments.report

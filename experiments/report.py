@@ -19,19 +19,19 @@ from experiments.tables import NAMES, STUDIES, TableRow, markdown_table, p_text,
 
 GROUPS = ("commands", "seconds", "trained_tokens", "chosen", "arms", "values", "curves", "not_run")
 NOTHING = "- Nothing.\n"
-NOT_YET = "No benchmark is run yet.\n\n"
+NOT_YET = "No benchmark has been run yet.\n\n"
 HEADINGS = {
-    "held": "What held",
-    "opposite": "What did not hold: the opposite was measured",
-    "undecided": "What stayed open: no difference shown",
+    "held": "Confirmed",
+    "opposite": "Contradicted: the opposite was measured",
+    "undecided": "Undecided: no significant difference",
 }
 CAPTIONS = {
-    "report-scores.svg": "Score by arm. Dashed: the first arm. The intervals are of single scores; the tables' "
-    "differences are paired and more precise.",
+    "report-scores.svg": "Score by arm. Dashed: the first arm. The intervals are of single scores. The tables compare arms in pairs, "
+    "which is more precise.",
     "report-kto.svg": "Rewards and KL estimate of the KTO arms, running means over 5 steps.",
     "report-fusion.svg": "Score over the fusion weight: 0 is SFT, 1 is SFT, then KTO.",
-    "report-followed.svg": "Responses to the training instructions that follow all constraints, by who answered, with "
-    "95 % interval. Only responses that ended count. Dashed: the student's greedy responses.",
+    "report-followed.svg": "Responses to the training instructions that follow all constraints, by writer, with 95 % "
+    "interval. Incomplete responses are not counted. Dashed: the student's greedy responses.",
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,19 +39,19 @@ CAPTIONS = {
 
 
 def check_result(result: dict, path: str) -> None:
-    """InputError if a result file is not as experiments.collect writes it, or its arms answer different questions."""
+    """InputError unless experiments.collect wrote the file and its arms answer the same questions."""
     for key in ("student", "teacher"):
         if not isinstance(result.get(key), str):
             raise InputError(f"{path}: has no {key!r}; write it with python -m experiments.collect")
     for key in (*GROUPS, "data", "own_data"):
         if not isinstance(result.setdefault(key, {}), dict):
-            raise InputError(f"{path}: {key!r} is no object; write the file with python -m experiments.collect")
+            raise InputError(f"{path}: {key!r} is not an object; write the file with python -m experiments.collect")
     sizes = {}
     for group in ("arms", "values"):
         for where, arm, cell in verdict_cells(result, group, path):
             right = cell.get("right")
             if not isinstance(right, str) or not right or set(right) - {"0", "1"}:
-                raise InputError(f"{path}: {group} {arm}, {where}: 'right' is no text of 0 and 1")
+                raise InputError(f"{path}: {group} {arm}, {where}: 'right' is not a text of 0 and 1")
             first, n = sizes.setdefault(where, (arm, len(right)))
             if n != len(right):
                 raise InputError(
@@ -114,17 +114,17 @@ def tested_claims(result: dict) -> list[tuple[str, TableRow, dict]]:
     test = split_verdicts(result, "test")
     tested = [("", rows, test) for _, rows, _, _ in STUDIES]
     tested += [(task, tables.kept_rows(task), verdicts) for task, verdicts in kept_verdicts(result).items()]
-    claims, told = [], set()  # table 2 repeats a comparison of table 1
+    claims, seen = [], set()  # table 2 repeats a comparison of table 1
     for task, rows, verdicts in tested:
         for row, comparison in tables.compare(rows, verdicts).items():
-            if (task, row.arm, row.baseline) not in told:
+            if (task, row.arm, row.baseline) not in seen:
                 claims.append((tables.verdict(row, comparison), row, comparison))
-                told.add((task, row.arm, row.baseline))
+                seen.add((task, row.arm, row.baseline))
     return claims
 
 
 def findings_section(results: list[dict]) -> str:
-    """Every claim that was tested, by what its comparisons say. Held and opposite first."""
+    """All tested claims, grouped by verdict."""
     groups = {heading: {} for heading in HEADINGS}  # {heading: {claim: [what was measured, for each student]}}
     arms = ["base", *tables.KEPT]
     lines = []
@@ -138,13 +138,13 @@ def findings_section(results: list[dict]) -> str:
     for heading, claims in groups.items():
         found = "".join(f"- {claim}: {'. '.join(measured)}.\n" for claim, measured in claims.items())
         parts.append(f"### {HEADINGS[heading]}\n\n{found or NOTHING}\n")
-    return f"""## What was found
+    return f"""## Findings
 
 Test instructions followed, in percent with a 95 % interval:
 
 {markdown_table(["student", *(NAMES[arm] for arm in arms)], lines)}
-Differences below are paired, in percentage points, with a 95 % interval. A claim is decided if its p-value, corrected over
-its table (Holm), is below 0.05.
+Differences below are paired, in percentage points, with a 95 % interval. A claim counts as confirmed or
+contradicted if its p-value, corrected over its table (Holm), is below 0.05.
 
 {"".join(parts)}"""
 
@@ -160,24 +160,26 @@ def chosen_table(result: dict) -> str:
             score = f"{100 * choice['dev'][lr]:.1f}" if lr in choice["dev"] else ""
             lines.append([method.upper(), lr, score, mark])
     return (
-        markdown_table(["method", "learning rate", "dev score, %", ""], lines) if lines else "No rate is chosen yet.\n"
+        markdown_table(["method", "learning rate", "dev score, %", ""], lines)
+        if lines
+        else "No rate has been chosen yet.\n"
     )
 
 
 def data_text(data: dict) -> str:
     """How many instructions and examples there are."""
     if not data:
-        return "The data are not made yet"
+        return "No data have been made yet"
     first = next((some[0] for some in data.get("steps", {}).values()), data["instructions"])
     return (
-        f"{first} training instructions, of which {data['instructions']} got a response that ended; {data['sft']} SFT "
+        f"{first} training instructions, {data['instructions']} of them with a complete response; {data['sft']} SFT "
         f"examples (the best response, if it is verified); {data['kto']} KTO examples, {data['kto_desirable']} of them "
         "desirable (pairs of a verified and a refuted response)"
     )
 
 
 def measured_rates(result: dict) -> tuple[float, float]:
-    """-> (generated tokens a second over the test replies, trained tokens a second), each with all that a command does."""
+    """-> (tokens generated per second of test replies, tokens trained per second). The times are of whole commands."""
     tokens = seconds = 0.0
     for arm, by in result["arms"].items():
         if (step := f"eval-test-{arm}") in result["seconds"] and "ifeval" in by.get("test", {}):
@@ -188,9 +190,10 @@ def measured_rates(result: dict) -> tuple[float, float]:
 
 
 def full_study_text(result: dict) -> str:
-    """The time of all studies on 1,000 general instructions, from this result's rates.
+    """Estimates the time of all studies on 1,000 general instructions from this result's rates.
 
-    Replies have 250 tokens, sequences 350. The teacher (1.5B) counts three times. 17 arms are evaluated."""
+    Assumes 250 tokens per reply, 350 per sequence, 17 evaluated arms, and a teacher (1.5B) of three times the cost.
+    """
     generated, trained = measured_rates(result)
     if not generated or not trained:
         return ""
@@ -199,36 +202,37 @@ def full_study_text(result: dict) -> str:
     training = (6 * 1000 * 2 + 9 * 2000) * 350  # 6 runs of SFT, two passes; 9 runs of KTO
     hours = ((replies + evaluation) / generated + training / trained) / 3600 / CORES
     return f"""With
-{result["student"]} they would take an estimated {hours:.0f} hours on {CORES} cores: {(replies + evaluation) / 1e6:.1f} million tokens to generate at {generated:.0f} a
-second, {training / 1e6:.1f} million to train on at {trained:.0f} a second, the rates of one core in section {len(STUDIES) + 2}."""
+{result["student"]} all of this would take an estimated {hours:.0f} hours on {CORES} cores: {(replies + evaluation) / 1e6:.1f} million tokens to generate at {generated:.0f} per
+second, {training / 1e6:.1f} million to train on at {trained:.0f} per second. These are the rates of one core in section {len(STUDIES) + 2}."""
 
 
 def method_section(results: list[dict]) -> str:
-    """The method on a page. Further students: see other_student_section."""
+    """Models, data, training, evaluation and statistics of the first student."""
     result = results[0]
     dev = next(iter(split_verdicts(result, "dev").values()), "")
     test = next(iter(split_verdicts(result, "test").values()), "")
     return f"""## Method
 
 - **Models.** Student: {result["student"]}, real weights. Teacher: {result["teacher"]}.
-- **Instructions.** Made by a program: two or three sentences about a topic, with one or two of 15 constraints of IFEval
-  (arXiv 2311.07911), which a program checks. Training, dev and test share no topic.
+- **Instructions.** A program writes them. Each asks for a short text about a topic, with one or two of 15 constraints of
+  IFEval (arXiv 2311.07911), which a program checks. Training, dev and test share no topic.
 - **Data.** {data_text(result["data"])}. The student answers each instruction
   four times (one greedy, three sampled), the teacher once. The program's check decides the labels; no judge does.
 - **Training.** SFT: {flag(result, "sft-", "--epochs")} passes. KTO: one pass, beta {flag(result, "kto-", "--beta")},
-  weights balanced. {flag(result, "sft-", "--batch-size")} examples a step, cosine schedule, {flag(result, "sft-", "--dtype")} over fp32 weights.
+  label weights balanced. {flag(result, "sft-", "--batch-size")} examples per step, cosine schedule, {flag(result, "sft-", "--dtype")} over fp32 weights.
 - **Evaluation.** {len(test) or "No"} test instructions, greedy, at most {flag(result, "eval-test-", "--max-new-tokens")} tokens. A reply is right if it follows all
   constraints (IFEval's strict prompt accuracy).
-- **Statistics.** Scores with 1.96 standard errors; differences on the same questions, McNemar's exact test, 95 % bootstrap
-  interval. *Smallest difference shown*: the true difference that has p < 0.05, uncorrected, in 80 % of all repetitions.
-- **Seeds.** One (seed {flag(result, "sft-", "--seed")}) for every arm. The intervals cover the choice of questions, not of seeds.
+- **Statistics.** Intervals of scores are 1.96 standard errors. Differences are paired by question, with McNemar's exact
+  test and a 95 % bootstrap interval. *Detectable difference*: if the true difference is this large, 80 % of repetitions
+  give p < 0.05, uncorrected.
+- **Seeds.** Every arm has one (seed {flag(result, "sft-", "--seed")}). The intervals cover the choice of questions, not of seeds.
 
 Learning rates were chosen on {len(dev) or "the"} dev instructions:
 
 {chosen_table(result)}
 **What differs from the paper.** {"Most arms train" if len(results) > 1 else "The arms train"} a student of 135M parameters, not 0.5B. The instructions are of one kind.
-Nobody wrote original responses, so the arm "SFT on original responses" is empty. 1,000 or more general instructions,
-and all arms on all benchmarks, are not run. {full_study_text(results[1]) if len(results) > 1 else ""}
+They have no original responses, so there is no arm "SFT on original responses". No run used 1,000 or more general
+instructions, and not every arm ran on every benchmark. {full_study_text(results[1]) if len(results) > 1 else ""}
 
 """
 
@@ -256,8 +260,8 @@ def study_sections(result: dict, drawn: dict[str, str], images: str) -> str:
 
 
 def kept_section(result: dict) -> str:
-    """Study 6: what is lost."""
-    return f"""## {len(STUDIES) + 1}. What is lost
+    """Study 6: the side effects of training."""
+    return f"""## {len(STUDIES) + 1}. Side effects
 
 {kept_tables(result) or NOT_YET}{reply_table(result)}"""
 
@@ -281,9 +285,9 @@ def kept_tables(result: dict) -> str:
         cells = ["not run" if x is None else f"{x:.{digits}f}" for x, digits in ((perplexity, 2), (ece, 3))]
         lines.append([NAMES[arm], *cells])
     head = ["arm", "perplexity of a token of plain text", "calibration error of MMLU (ECE)"]
-    return f"""Benchmarks that no arm was trained for: right answers in percent, with the difference to the student as it was in points,
-its 95 % interval, and p, corrected over the row (Holm). MMLU and C-Eval are scored by likelihood, the others by greedy
-replies. "Not run": there was no time.
+    return f"""Benchmarks that no arm was trained for: right answers in percent, with the difference to the student before
+training in points, its 95 % interval, and p, corrected over the row (Holm). MMLU and C-Eval are scored by likelihood, the others by greedy
+replies. "Not run" means that there was no time.
 
 {benchmarks}
 {markdown_table(head, lines)}
@@ -291,7 +295,7 @@ replies. "Not run": there was no time.
 
 
 def kept_cell(verdicts: str, comparison: dict | None) -> str:
-    """An arm's score, and its difference to the student as it was."""
+    """An arm's score, and its difference to the student before training."""
     if not verdicts or not comparison:
         return tables.score_text(verdicts) if verdicts else "not run"
     low, high = (points(x) for x in comparison["interval"])
@@ -301,7 +305,7 @@ def kept_cell(verdicts: str, comparison: dict | None) -> str:
 
 
 def reply_table(result: dict) -> str:
-    """Length of the test split's replies, and how many were cut off or looped."""
+    """Lengths of the replies to the test split, and shares that were cut off or looped."""
     lines = []
     for arm in NAMES:
         if cell := result["arms"].get(arm, {}).get("test", {}).get("ifeval"):
@@ -327,18 +331,18 @@ def other_student_section(result: dict, number: int, picture: str) -> str:
     return f"""## {number}. The paper's table with another student: {result["student"]}
 
 The same instructions and the same teacher's replies. {data_text(result["data"])}.
-SFT: {flag(result, "sft-", "--epochs")} passes. KTO: beta {flag(result, "kto-", "--beta", flag(result, "sft-kto", "--beta"))}. All else is as above.
+SFT: {flag(result, "sft-", "--epochs")} passes. KTO: beta {flag(result, "kto-", "--beta", flag(result, "sft-kto", "--beta"))}. Everything else is as above.
 
 {chosen_table(result)}
 {table}
 {shown}{kept_tables(result)}{reply_table(result)}"""
 
 
-QUESTION = """# What the recipe is worth on real weights
+QUESTION = """# The recipe on real models
 
 The paper ([arXiv 2411.02939](https://arxiv.org/abs/2411.02939)) claims that data guided by a large model, then SFT, KTO, SFT
-then KTO, and weight fusion, each improve a small instruct model. Does that hold, by how much, and how sure is it? And what
-do verification, KTO's parts and the model's own responses add? Here every part is one arm of an experiment on real weights.
+then KTO, and weight fusion, each improve a small instruct model. This report measures each of these effects, and those of
+verification, of KTO's parts and of the model's own responses. Every part is one arm of an experiment on real models.
 
 """
 

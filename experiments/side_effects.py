@@ -1,4 +1,4 @@
-"""Study 6, what is lost: benchmarks that no arm was trained for, and perplexity of plain text.
+"""Study 6, side effects: benchmarks that no arm was trained for, and perplexity of plain text.
 
 python -m experiments.side_effects --student smollm2-135m-instruct --data-dir data
 """

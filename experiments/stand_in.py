@@ -1,7 +1,7 @@
-"""A stand-in for the teacher: an OpenAI-compatible endpoint on loopback, for studies with program-checked labels.
+"""A stand-in for the teacher: a local OpenAI-compatible endpoint, for studies with program-checked labels.
 
-It sorts every instruction into one category, gives every response the same grades, and answers no instruction. Which
-response is best then depends only on verification and on perplexity.
+It sorts every instruction into one category, gives every response the same grades, and answers no instruction. So
+verification and perplexity alone decide which response is best.
 """
 
 import contextlib

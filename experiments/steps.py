@@ -34,7 +34,7 @@ def study_flags(description: str) -> Parser:
 
 
 def command(script: str, **flags: object) -> list[str]:
-    """The words of a command: a module needs python -m, max_len=8 is --max-len 8, True only the flag, a list all its values."""
+    """The words of a command after `python`. A module gets -m. max_len=8 becomes --max-len 8, True only the flag."""
     first = script.partition(" ")[0]
     words = [*([] if first.endswith(".py") else ["-m"]), *script.split()]
     for name, value in flags.items():
@@ -44,7 +44,7 @@ def command(script: str, **flags: object) -> list[str]:
 
 
 def run_step(out: str, name: str, command: list[str], hidden: tuple[str, ...] = ()) -> None:
-    """Runs `python COMMAND HIDDEN` unless OUT/steps/NAME.json says that COMMAND is done."""
+    """Runs `python COMMAND HIDDEN` unless OUT/steps/NAME.json records that COMMAND is done."""
     stamp = Path(out, "steps", f"{name}.json")
     if stamp.exists() and json.loads(stamp.read_text())["command"] == command:
         print(f"{name}: done before", flush=True)
@@ -62,7 +62,7 @@ def run_step(out: str, name: str, command: list[str], hidden: tuple[str, ...] = 
 
 
 def make_labels(args: argparse.Namespace, name: str, small: str) -> None:
-    """Four responses of `small` to each training instruction, labelled by program: OUT/NAME/sft.jsonl and kto.jsonl."""
+    """Writes OUT/NAME/sft.jsonl and kto.jsonl: four responses of `small` per training instruction, labelled by program."""
     instructions = f"{args.out}/instructions/train/ifeval/input_data.jsonl"
     words = command(
         "make_data.py",
@@ -86,27 +86,27 @@ def make_labels(args: argparse.Namespace, name: str, small: str) -> None:
 
 
 def sft(args: argparse.Namespace, name: str, lr: str, data: str, ckpt: str = "", script: str = "", **more: str) -> None:
-    """Trains the student, or another checkpoint, on a file of OUT by SFT: arm `name`. script: a module with another loss."""
+    """Trains the arm `name`: SFT of the student, or of ckpt, on a file in OUT. script: a module with another loss."""
     files = {"ckpt": ckpt or args.student, "data": f"{args.out}/{data}", "out": f"{args.out}/{name}"}
     flags = {"lr": lr, "epochs": args.sft_epochs, **training_flags(args), **more}
     run_step(args.out, name, command(script or "train_sft.py", **files, **flags))
 
 
 def kto(args: argparse.Namespace, name: str, ckpt: str, lr: str, data: str, script: str = "") -> None:
-    """Trains a checkpoint on a file of OUT by KTO, one pass: arm `name`. script: a module that changes the loss."""
+    """Trains the arm `name`: one pass of KTO on a file in OUT. script: a module with another loss."""
     files = {"ckpt": ckpt, "data": f"{args.out}/{data}", "out": f"{args.out}/{name}"}
     flags = {"lr": lr, "beta": args.beta, "desirable_weight": "auto", **training_flags(args)}
     run_step(args.out, name, command(script or "train_kto.py", **files, **flags))
 
 
 def training_flags(args: argparse.Namespace, batch_size: int = 0) -> dict[str, object]:
-    """The flags of every training. batch_size: of a loss whose examples are pairs."""
+    """The flags that all training runs share. batch_size: replaces --batch-size if examples are pairs."""
     batch = {"batch_size": batch_size or args.batch_size, "warmup": 5}
     return {**batch, "seed": args.seed, "dtype": args.dtype, "save_every": 0}
 
 
 def evaluate(args: argparse.Namespace, name: str, split: str = "test", ckpt: str = "") -> float:
-    """-> the share of the split's instructions that the arm follows. Its replies go to OUT/eval/SPLIT/NAME."""
+    """Evaluates an arm in OUT/eval/SPLIT/NAME. -> the share of the split's instructions that it follows."""
     folder = f"{args.out}/eval/{split}/{name}"
     words = command(
         "eval.py",
@@ -132,9 +132,10 @@ def train_from_student(args: argparse.Namespace, kind: str, lr: str) -> None:
 
 
 def choose_lr(args: argparse.Namespace, kind: str) -> str:
-    """The rate of the arm `KIND-LR` that follows most instructions of the dev split, the smaller one on a tie.
+    """Trains an arm `KIND-LR` for each rate. -> the rate that is best on the dev split, the smaller one on a tie.
 
-    Trains these arms. A single rate is chosen untrained."""
+    A single rate is returned without training.
+    """
     rates = sorted(args.sft_lrs if kind == "sft" else args.kto_lrs, key=float)
     if len(rates) == 1:
         return rates[0]
@@ -149,7 +150,7 @@ def choose_lr(args: argparse.Namespace, kind: str) -> str:
 
 
 def train_chosen(args: argparse.Namespace, kind: str) -> None:
-    """Trains the arm of the chosen rate. OUT/KIND becomes a link to it."""
+    """Trains the arm of the chosen rate and links OUT/KIND to it."""
     lr = choose_lr(args, kind)
     train_from_student(args, kind, lr)
     for suffix in ("", ".run"):

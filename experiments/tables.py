@@ -5,7 +5,7 @@ from typing import NamedTuple
 from evaluation.stats import POWER, holm, mean_stderr, paired_comparison
 
 NAMES = {
-    "base": "the student as it was",
+    "base": "student before training",
     "sft-original": "SFT on original responses",
     "sft": "SFT on the best verified reply",
     "kto": "KTO",
@@ -47,7 +47,7 @@ class TableRow(NamedTuple):
     arm: str
     baseline: str = ""
     claim: str = ""
-    better: bool = True  # the claim is that the arm is better than its baseline; False: worse
+    better: bool = True  # True: the claim is that the arm is better than its baseline; False: worse
 
 
 PAPER = [
@@ -94,30 +94,30 @@ PARTS = [
 LOSSES = [
     TableRow("sft"),
     *(
-        TableRow(arm, "sft", f"{called} is a better loss than SFT's")
-        for arm, called in (("dft", "DFT"), ("asft", "ASFT"), ("otr", "OTR"), ("poft", "PoFT"))
+        TableRow(arm, "sft", f"{name} is a better loss than SFT's")
+        for arm, name in (("dft", "DFT"), ("asft", "ASFT"), ("otr", "OTR"), ("poft", "PoFT"))
     ),
     TableRow("sft-kto"),
     TableRow("sft-dpo", "sft-kto", "After SFT, DPO on KTO's pairs is better than KTO"),
 ]
-STUDIES = [  # (title, rows of its table, module, what it asks)
-    ("The paper's table", PAPER, "paper_table", "What is each part of the paper's recipe worth?"),
+STUDIES = [  # (title, rows of its table, module, introduction)
+    ("The paper's table", PAPER, "paper_table", "How much does each part of the paper's recipe improve the student?"),
     ("KTO on the model's own responses", OWN, "own_responses",
-     "In the paper, KTO after SFT learns from responses that the student wrote before SFT. Here the SFT model answers anew."),
-    ("What verification is worth", DATA, "data_steps",
-     "The same number of examples, but not the verified ones."),
-    ("What KTO's parts are worth", PARTS, "kto_parts", "The KTO arms start from the student as it was. The last arm goes on from the SFT model, as SFT then KTO does."),
+     "In the paper, KTO after SFT learns from responses that the student wrote before SFT. Here the SFT model answers them again."),
+    ("The effect of verification", DATA, "data_steps",
+     "Each arm trains on as many examples as SFT, but its replies are not selected by verification."),
+    ("The effect of KTO's parts", PARTS, "kto_parts", "The KTO arms start from the student. The last arm continues from the SFT model, as KTO after SFT does."),
     ("Losses of related papers", LOSSES, "related_losses",
-     "The data, the steps and the learning rates are those of SFT, and of KTO after SFT. Only the loss differs (variants/)."),
+     "Each arm has the data, steps and learning rate of SFT, or of KTO after SFT. Only the loss differs (variants/)."),
 ]  # fmt: skip
 KEPT = ["sft", "kto", "sft-kto", "mean"]
 BENCHMARKS = {"mmlu": "MMLU", "ceval": "C-Eval", "gsm8k": "GSM8K", "humaneval": "HumanEval", "ifeval": "IFEval"}
-CALLED = {"sft": "SFT", "kto": "KTO", "sft-kto": "SFT, then KTO,", "mean": "The fusion 0.5 SFT + 0.5 SFT-KTO"}
+CLAIM_NAMES = {"sft": "SFT", "kto": "KTO", "sft-kto": "SFT, then KTO,", "mean": "The fusion 0.5 SFT + 0.5 SFT-KTO"}
 
 
 def kept_rows(task: str) -> list[TableRow]:
-    """Study 6: has an arm become worse at a task that it was not trained for?"""
-    claims = [TableRow(arm, "base", f"{CALLED[arm]} lowers the score of {task}", better=False) for arm in KEPT]
+    """Rows of study 6: is an arm worse than the student at a task that it was not trained for?"""
+    claims = [TableRow(arm, "base", f"{CLAIM_NAMES[arm]} lowers the score of {task}", better=False) for arm in KEPT]
     return [TableRow("base"), *claims]
 
 
@@ -129,7 +129,8 @@ def compare(rows: list[TableRow], verdicts: dict[str, str]) -> dict[TableRow, di
     """Compares each row whose two arms have verdicts: the content of paired_comparison and "p_holm", "smallest", "n".
 
     verdicts: one digit for each question, by arm. p_holm is corrected over the rows of this table. smallest: the true
-    difference that n questions show at p < 0.05, uncorrected, with probability 0.8."""
+    difference for which n questions give p < 0.05, uncorrected, with probability 0.8.
+    """
     found = {}
     for row in rows:
         if row.baseline and row.arm in verdicts and row.baseline in verdicts:
@@ -190,7 +191,7 @@ def comparison_table(rows: list[TableRow], verdicts: dict[str, str], reasons: di
             smallest = f"{100 * result['smallest']:.1f}"
             score = score_text(verdicts[row.arm])
             lines.append([name, score, NAMES[row.baseline], difference, p_text(result["p_holm"]), smallest])
-    head = ["arm", scored, "compared with", "difference, points", "p (Holm)", "smallest difference shown, points"]
+    head = ["arm", scored, "compared with", "difference, points", "p (Holm)", "detectable difference, points"]
     return markdown_table(head, lines)
 
 
@@ -202,11 +203,11 @@ def verdict(row: TableRow, result: dict) -> str:
 
 
 def measured_text(row: TableRow, result: dict) -> str:
-    """What was measured about a row's claim: difference, interval, p; if undecided, what could have been shown."""
+    """A row's difference, interval and p. If its claim is undecided, also the detectable difference."""
     low, high = result["interval"]
     p = p_text(result["p_holm"])
     text = f"{points(result['difference'])} points [{points(low)}, {points(high)}], p (Holm) "
     text += p if p.startswith("<") else f"= {p}"
     if verdict(row, result) == "undecided":
-        text += f"; {result['n']} questions can show {100 * result['smallest']:.1f} points"
+        text += f"; {result['n']} questions can detect {100 * result['smallest']:.1f} points"
     return text

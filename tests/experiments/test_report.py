@@ -123,7 +123,7 @@ def test_sentences_and_numbers():
     unknown = {**exact, "difference": -0.0001, "interval": (-0.1, 0.1), "p_holm": 0.7, "smallest": 0.314}
     assert (
         measured_text(other, unknown)
-        == "+0.0 points [-10.0, +10.0], p (Holm) = 0.70; 20 questions can show 31.4 points"
+        == "+0.0 points [-10.0, +10.0], p (Holm) = 0.70; 20 questions can detect 31.4 points"
     )
     assert points(-0.0004) == "+0.0" and points(-0.0006) == "-0.1"
     # 4 of 20: standard error sqrt(0.2 * 0.8 / 19)
@@ -134,18 +134,17 @@ def test_sentences_and_numbers():
 
 def test_the_report_of_a_small_result(result, save):
     text, drawn = report(read_results([save(result)]), "pictures")
-    held, opposite = text.index("### What held"), text.index("### What did not hold")
+    held, opposite = text.index("### Confirmed"), text.index("### Contradicted")
     assert "SFT on the best verified reply improves the student: +40.0 points" in text[held:opposite]
-    assert (
-        "KTO alone improves the student: +5.0 points"
-        in text[text.index("### What stayed open") : text.index("## Method")]
-    )
+    assert "KTO alone improves the student: +5.0 points" in text[text.index("### Undecided") : text.index("## Method")]
     assert "| SFT on original responses |  |  |  |  | not run: the instructions are made by a program" in text
     assert "| SFT, then KTO |  |  |  |  | not run |" in text
-    assert "| the student as it was | 20.0 [2.0, 38.0] |  |  |  |  |" in text
+    assert "| student before training | 20.0 [2.0, 38.0] |  |  |  |  |" in text
     assert "| SFT | 1e-5 | 25.0 | chosen |" in text and "| SFT | 5e-5 | 20.0 |  |" in text
     assert "| KTO | 2e-6 | 30.0 | the only one tried |" in text
-    assert "10 training instructions, of which 9 got" in text and "8 KTO examples, 4 of them" in text
+    assert (
+        "10 training instructions, 9 of them with a complete response" in text and "8 KTO examples, 4 of them" in text
+    )
     assert "| KTO | 20.0 [" in text[text.index("Replies to the test instructions") :]  # mean of 10 and 30 tokens
     assert "25.0 | 5.0 |" in text  # cut off 5 of 20, looping 1 of 20
     assert sorted(drawn) == [
@@ -165,12 +164,12 @@ def test_benchmarks_that_no_arm_was_trained_for(result, save):
         cell = {"right": right, "reply_tokens": [1] * 20, "cut_off": 0, "looping": 0}
         result["arms"][arm]["gsm8k"] = {"gsm8k": cell}
     text, _ = report(read_results([save(result)]), "x")
-    table = text[text.index("6. What is lost") : text.index("Replies to the test instructions")]
+    table = text[text.index("6. Side effects") : text.index("Replies to the test instructions")]
     assert "| MMLU | 20 | 20.0 [2.0, 38.0] | not run | not run | not run | not run |" in table
     assert "| C-Eval | 20 | 20.0 [2.0, 38.0] | 60.0 (+40.0 [+20.0, +60.0], p = 0.008) | not run |" in table  # 2 / 2^8
     assert "| GSM8K | 20 | 60.0 [38.0, 82.0] | not run | 20.0 (-40.0 [-60.0, -20.0], p = 0.008) | not run |" in table
     assert "HumanEval" not in table and "| KTO | not run | not run |" in table
-    held = text[text.index("### What held") : text.index("### What did not hold")]
+    held = text[text.index("### Confirmed") : text.index("### Contradicted")]
     assert "- KTO lowers the score of GSM8K: -40.0 points" in held
 
 
@@ -182,14 +181,14 @@ def test_reasons_of_the_result_file_and_a_missing_baseline(result, save):
         "| TIES of SFT and KTO |  |  |  |  | not run: no time |" in text
         and "original responses |  |  |  |  | not run: none |" in text
     )
-    assert "|  |  |  | no result of: the student as it was |" in text
+    assert "|  |  |  | no result of: student before training |" in text
 
 
 def test_a_result_without_any_arm_or_data(result, save):
     for key in ("commands", "seconds", "chosen", "data", "arms", "values", "curves"):
         result[key] = {}
     text, drawn = report(read_results([save(result)]), "x")
-    assert "not made yet" in text and not drawn
+    assert "No data have been made yet" in text and not drawn
     assert text.count("- Nothing.") == 3
 
 
@@ -212,7 +211,7 @@ def test_another_student_has_its_own_section(result, save):
     assert "p (Holm) = 0.016. larger +40.0 points" in text  # 2 / 2^8, twice for the two claims about the first student
     assert "| larger | 20.0 [2.0, 38.0] | 60.0 [" in text
     # 20 replies of 20 tokens in 50 s; 4,500 tokens in 90 s
-    assert "tokens to generate at 8 a\nsecond, 10.5 million to train on at 50 a second" in text
+    assert "tokens to generate at 8 per\nsecond, 10.5 million to train on at 50 per second" in text
 
 
 def test_bad_result_files(result, save, refused, tmp_path):
@@ -221,7 +220,7 @@ def test_bad_result_files(result, save, refused, tmp_path):
     (tmp_path / "broken.json").write_text('{"arms": ')
     call("broken.json", tmp_path / "broken.json")
     call("student", save({}))
-    call("no object", save({**result, "arms": []}))
+    call("not an object", save({**result, "arms": []}))
     call("malformed", save({**result, "arms": {"base": [1]}}))
     call("'right'", save({**result, "arms": {"base": {"test": replies("12")}}}))
     shorter = {**result["arms"], "sft": {"test": replies(SFT[:-2])}}
