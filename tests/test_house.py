@@ -80,9 +80,7 @@ def test_files_and_functions_are_short(path):
             assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FILES if name(p) not in TABLES and p.parent.name != "experiments"], ids=name
-)
+@pytest.mark.parametrize("path", [p for p in FILES if name(p) not in TABLES], ids=name)
 def test_only_tables_are_not_formatted(path):
     text, tables = path.read_text(encoding="utf-8"), set()
     for node in ast.parse(text).body:  # a table is a literal of three rows and more
