@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -368,6 +369,8 @@ def load_for_inference(source: str, args: argparse.Namespace) -> tuple[Qwen2, To
 
 def main() -> None:
     args = parse_args()
+    if not args.prompt and None in (sys.stdin, sys.stdout):  # closed, as with <&-
+        raise InputError("there is no input or output for a chat; give --prompt")
     model, tokenizer = load_for_inference(args.ckpt, args)
     settings = {name: getattr(args, name) for name in SAMPLING}
     system = [{"role": "system", "content": args.system}] if args.system else []

@@ -1,6 +1,7 @@
 """Reads and writes files: bad input ends with one error line, and each file appears whole or not at all."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -89,6 +90,13 @@ def run_main(main: Callable[[], object]) -> None:
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         discard_output()
         sys.exit(141)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        with contextlib.suppress(OSError):  # stderr may be on the same disk
+            print(f"error: the output cannot be written: {e.strerror}; make room", file=sys.stderr)
+        discard_output()
+        sys.exit(2)
 
 
 @functools.cache

@@ -1,4 +1,5 @@
 import dataclasses
+import sys
 import types
 
 import pytest
@@ -261,6 +262,11 @@ def test_a_reply_does_not_control_the_terminal(tiny, run, monkeypatch, terminal,
     assert run("generate", "--ckpt", tiny)[1] == f"An empty line ends the chat.\n{want}\n\n"
     monkeypatch.setattr("generate.generate", lambda *_, **__: [HOSTILE])
     assert run("generate", "--ckpt", tiny, "--prompt", "Hello")[1] == f"> Hello\n{want}\n\n"
+
+
+def test_a_chat_without_stdin_is_refused(tiny, refused, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # as Python sets it where stdin is closed
+    refused("give --prompt", "generate", "--ckpt", tiny)
 
 
 def test_untied_and_bf16(tmp_path, loaded):

@@ -252,13 +252,27 @@ SCRIPT = "import sys; sys.path.insert(0, sys.argv[1]); from core.files import cl
 
 def python(code, **more):
     command = [sys.executable, "-c", SCRIPT.format(code), str(ROOT)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+    return subprocess.Popen(command, **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more))
 
 
 def test_stdout_that_holds_ascii_alone():
     done = python("print('± 你')", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     out, err = done.communicate(timeout=60)
     assert (done.returncode, out, err) == (0, b"\\xb1 \\u4f60\n", b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no /dev/full")
+@pytest.mark.parametrize("size", [10, 10**6])
+def test_an_output_on_a_full_disk_is_one_line(size):
+    with open("/dev/full", "w") as full:
+        done = python(f"print('x' * {size})", stdout=full)
+        _, err = done.communicate(timeout=60)
+        assert (done.returncode, err) == (
+            2,
+            b"error: the output cannot be written: No space left on device; make room\n",
+        )
+        done = python(f"print('x' * {size})", stdout=full, stderr=full)
+        assert done.wait(60) == 2
 
 
 @pytest.mark.parametrize("size", [10, 10**6])
