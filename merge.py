@@ -11,7 +11,7 @@ given, else from the first model.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
-from core.files import check_arguments, cli
+from core.files import check_arguments, cli, print_next
 from merging.flags import NEEDS_BASE, OPTIONS, SPARSE, parse_args
 
 if __name__ == "__main__":
@@ -21,7 +21,6 @@ import argparse
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -171,23 +170,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         choose_device(args)
         return search.main(args, merge_checkpoints)
     base, models = open_inputs(args)
-    donor, dtype, stats = base or models[0], getattr(torch, args.dtype), engine.Stats()
+    reference, dtype, stats = base or models[0], getattr(torch, args.dtype), engine.Stats()
     specs = {}  # name -> (shape, dtype) of the output
-    for name in donor.names:
-        stored = donor.dtype(name)
-        specs[name] = (donor.shape(name), dtype if stored.is_floating_point else stored)
+    for name in reference.names:
+        stored = reference.dtype(name)
+        specs[name] = (reference.shape(name), dtype if stored.is_floating_point else stored)
     # both are called after the last tensor is written, when the digests are known
     manifest = lambda: json.dumps(make_manifest(args, base, models, stats), indent=2, ensure_ascii=False) + "\n"
     card = lambda: merge_card(args, make_manifest(args, base, models, stats))
     tensors = merge_checkpoints(args, base, models, dtype, stats)
     write_checkpoint(
-        args.out, donor.config, donor.files | {"merge.json": manifest}, specs, tensors, args.shard_size, card
+        args.out, reference.config, reference.files | {"merge.json": manifest}, specs, tensors, args.shard_size, card
     )
 
     if stats.lost > 0.01 * stats.changed:
         print(
             f"warning: rounding to {args.dtype} undoes the merge in {stats.lost / stats.changed:.1%} of the elements "
-            f"that differ from {donor.source}; use --dtype float32",
+            f"that differ from {reference.source}; use --dtype float32",
             file=sys.stderr,
         )
     count = sum(math.prod(shape) for shape, _ in specs.values())
@@ -199,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{time.time() - start:.1f} s"
     )
     scores = args.out.removesuffix(".pt") + ".eval"
-    print("next:  " + shlex.join(["python", "eval.py", "--ckpt", args.out, "--tasks", "gsm8k", "--out", scores]))
+    print_next("python", "eval.py", "--ckpt", args.out, "--tasks", "gsm8k", "--out", scores)
 
 
 def make_manifest(

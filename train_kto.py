@@ -143,8 +143,8 @@ def train(run: Run, data: Feedback, held_out: Feedback | None, loss: Callable) -
         if result.status == "skip":
             pairs = all_pairs(indices)
             names = [data.pair_name(*pair) for pair in pairs]
-            known = [k for k, pair in enumerate(pairs) if not math.isfinite(data.ref[pair])]
-            record |= record_skip(run, step + 1, matched + mismatched, names, known)
+            bad_refs = [k for k, pair in enumerate(pairs) if not math.isfinite(data.ref[pair])]
+            record |= record_skip(run, step + 1, matched + mismatched, names, bad_refs)
         if not end_step(run, with_eval(run, record, held_out, loss)):
             return False
         bar.set_postfix(loss=f"{record['loss']:.4f}", kl=f"{record['kl']:.3f}")
@@ -223,8 +223,8 @@ def main(
         before_save(model)
     dropped = f"{len(records) - n} dropped: their prompt fills {args.max_len} tokens"
     facts = [f"{n} examples, {n_d} of them desirable, {dropped}", *data.cuts.lines(n, args.max_len)]
-    known = f"{computed} of {len(pairs)} reference log-probabilities computed, kept in {reference.cache}"
-    facts.append(f"weights {w_d:.4g} and {w_u:.4g}; {known}")
+    cached = f"{computed} of {len(pairs)} reference log-probabilities computed, kept in {reference.cache}"
+    facts.append(f"weights {w_d:.4g} and {w_u:.4g}; {cached}")
     finish_run(run, facts, [["python", "eval.py", "--ckpt", args.ckpt, args.out, "--tasks", "gsm8k"]])
 
 

@@ -171,9 +171,9 @@ def main(
     """
     args = args or parse_args()
     ranks = setup_ranks(args)
-    last = {"last_turn_only": args.last_turn_only}
-    records = read_records(args.data, functools.partial(parse, **last))
-    eval_records = read_records(args.eval_data, functools.partial(sft_conversations, **last)) if args.eval_data else []
+    turns = {"last_turn_only": args.last_turn_only}
+    records = read_records(args.data, functools.partial(parse, **turns))
+    eval_records = read_records(args.eval_data, functools.partial(sft_conversations, **turns)) if args.eval_data else []
     model, tokenizer, ckpt = open_checkpoint(args, ranks)
     examples, places, cuts = encode_chats(records, tokenizer, args.max_len)
     held_out, *_ = encode_chats(eval_records, tokenizer, args.max_len)
@@ -199,11 +199,11 @@ def main(
         before_save(model)
     dropped = f"{len(records) - len(examples)} dropped: nothing supervised within {args.max_len} tokens"
     facts = [f"{len(examples)} examples, {dropped}", *cuts.lines(len(examples), args.max_len)]
-    follow = (
+    next_commands = (
         ["python", "train_kto.py", "--ckpt", args.out],
         ["python", "eval.py", "--ckpt", args.ckpt, args.out, "--tasks", "gsm8k"],
     )
-    finish_run(run, facts, follow)
+    finish_run(run, facts, next_commands)
 
 
 if __name__ == "__main__":

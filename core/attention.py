@@ -20,12 +20,6 @@ from core.layers import fused
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-@functools.lru_cache(maxsize=64)  # all layers of a forward use the same tensor
-def cached_to_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """The integers as a tensor (n,) on the device."""
-    return to_device(torch.tensor(numbers, dtype=torch.long), device)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Without a cache
 
@@ -87,7 +81,7 @@ def fp32_pays(k: Tensor) -> bool:
 
 
 def has_varlen_kernel(q: Tensor) -> bool:
-    """True on GPUs from Ampere (compute capability 8.0) on, in 16-bit dtypes. q: (..., D)."""
+    """True on GPUs from Ampere (compute capability 8.0) on, in 16-bit dtypes, if D <= 256 is a multiple of 8. q: (..., D)."""
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] % 8 or q.shape[-1] > 256:
         return False
     return torch.cuda.get_device_capability(q.device) >= (8, 0)
@@ -275,7 +269,8 @@ def group_queries(q: Tensor, Hkv: int) -> Tensor:
 @functools.lru_cache(maxsize=64)  # all layers of a forward use the same tensor
 def visible_keys(starts: tuple[int, ...], device: torch.device) -> Tensor:
     """True where the new token of row i, at position starts[i], sees a key: (n, 1, 1, max(starts) + 1)."""
-    return torch.arange(max(starts) + 1, device=device) <= cached_to_device(starts, device)[:, None, None, None]
+    last = to_device(torch.tensor(starts), device)  # (n,)
+    return torch.arange(max(starts) + 1, device=device) <= last[:, None, None, None]
 
 
 def attend_step(q: Tensor, k: Tensor, v: Tensor, layer: LayerCache) -> Tensor:

@@ -19,8 +19,8 @@ def dataset_id(source: str) -> str | None:
     return found[1] if found else None
 
 
-def base_license(folder: str) -> str | None:
-    """The license in the front matter of a local base model's README.md."""
+def readme_license(folder: str) -> str | None:
+    """The license in the front matter of a folder's README.md, None if there is none."""
     path = os.path.join(folder, "README.md")
     if not os.path.isfile(path):  # a pipe would block
         return None
@@ -30,8 +30,8 @@ def base_license(folder: str) -> str | None:
     except (OSError, UnicodeDecodeError):
         return None
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    found = re.search(r"^license:\s*(\S+)\s*$", front[1], re.MULTILINE) if front else None
-    return found[1].strip("\"'") if found else None
+    found = re.search(r"^license: *[\"']?([^\s\"']+)", front[1], re.MULTILINE) if front else None
+    return found[1] if found else None
 
 
 def front_matter(fields: dict[str, str | list[str] | None]) -> str:
@@ -68,7 +68,7 @@ def model_card(
     hub ids among them go into the front matter. relation: "finetune" or "merge". datasets: the training files.
     figures: the last log line, or the fingerprints.
     """
-    licenses = {license for source in bases if (license := base_license(source))}
+    licenses = {license for source in bases if (license := readme_license(source))}
     head = front_matter(
         {
             "library_name": "transformers",

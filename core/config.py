@@ -95,7 +95,7 @@ def checked_number(value: object, name: str, kind: type, where: str) -> int | fl
     """The value as int, float or bool. InputError if it has another type, is not finite, not positive, or too large."""
     what = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
     if value is None:
-        raise InputError(f"{where}: {name} is missing; it is {what}")
+        raise InputError(f"{where}: {name} is missing; it must be {what}")
     if kind is bool and isinstance(value, bool):
         return value
     number = isinstance(value, int | float) and not isinstance(value, bool) and kind is not bool

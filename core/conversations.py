@@ -98,7 +98,7 @@ def as_message(value: object, where: str, i: int, unread: set) -> dict:
     message += f" ({role})"
     text = content_text(fields.first("content", "value"), where, message)
     if text is None:
-        raise InputError(f"{where}: {message} has no content; content is a text or a list of text parts")
+        raise InputError(f"{where}: {message} has no content; give a text or a list of text parts")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -180,7 +180,7 @@ def single_prompt(fields: Fields, where: str) -> list[dict] | None:
     if history and not isinstance(value, str):
         raise InputError(f"{where}: {key} is a list of messages beside history; put all turns into one of them")
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise InputError(f"{where}: history is {shown(history)}; it is a list of [question, answer] pairs")
+        raise InputError(f"{where}: history is {shown(history)}; it must be a list of [question, answer] pairs")
     for pair in reversed(history):
         turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair)]
         messages = as_messages(turns, where) + messages
@@ -244,7 +244,7 @@ def one_dialogue(fields: Fields, where: str) -> Dialogue:
     """The conversation of a record: a preference, a list of turns, or one exchange."""
     turns = fields.first("messages", "conversations", "conversation")
     if turns is not None and not isinstance(turns, list):
-        raise InputError(f"{where}: the conversation is {shown(turns)}; it is a list of messages")
+        raise InputError(f"{where}: the conversation is {shown(turns)}; it must be a list of messages")
     prompt = single_prompt(fields, where) if turns is None else as_messages(turns, where, unread=fields.unread)
     if "chosen" in fields and "rejected" in fields or "chosen_messages" in fields and "rejected_messages" in fields:
         chosen, rejected = fields.first("chosen", "chosen_messages"), fields.first("rejected", "rejected_messages")
@@ -271,7 +271,9 @@ def instance_dialogues(fields: Fields, where: str) -> list[Dialogue]:
     whole = {key: value for key, value in fields.items() if key != "instances"}
     fields.unread -= {"instruction"}
     if not instances or not all(isinstance(one, dict) for one in instances):
-        raise InputError(f"{where}: instances is {shown(instances)}; it is a list of objects with input and output")
+        raise InputError(
+            f"{where}: instances is {shown(instances)}; it must be a list of objects with input and output"
+        )
     return [dialogue for one in instances for dialogue in dialogues({**whole, **one}, where)]
 
 
@@ -334,6 +336,6 @@ def kto_examples(record: dict, where: str) -> list[tuple[list[dict], str, bool]]
         label = fields.first("label", "kto_tag")
         if not isinstance(label, bool):
             key = "kto_tag" if "kto_tag" in fields and "label" not in fields else "label"
-            raise InputError(f"{where}: {key} is {shown(label)}; it is true (desirable) or false (undesirable)")
+            raise InputError(f"{where}: {key} is {shown(label)}; it must be true (desirable) or false (undesirable)")
         examples.append((prompt, reply["content"], label))
     return examples

@@ -53,7 +53,7 @@ class Tokenizer:
         eos = generation.get("eos_token_id", ckpt.config.get("eos_token_id"))
         ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if not all(type(t) is int for t in ids):
-            raise InputError(f"{where}: eos_token_id is {shown(eos)}; it is a token id or a list of them")
+            raise InputError(f"{where}: eos_token_id is {shown(eos)}; it must be a token id or a list of them")
         self.stop_ids = {self.im_end, *(t for t in ids if 0 <= t < size)}  # the model cannot produce other ids
 
     def encode(self, text: str) -> list[int]:
@@ -122,7 +122,9 @@ def special_token_texts(settings: dict, where: str) -> dict[str, str]:
         value = settings.get(name)
         text = value.get("content") if isinstance(value, dict) else value
         if value is not None and not isinstance(text, str):
-            raise InputError(f"{where}: {name} is {shown(value)}; it is a text, or an object with the text as content")
+            raise InputError(
+                f"{where}: {name} is {shown(value)}; it must be a text, or an object with the text as content"
+            )
         if text:
             texts[name] = text
             check_unicode(text, f"{where}: {name}")

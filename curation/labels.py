@@ -233,7 +233,7 @@ def add_scores(
     weights = (args.weight_quality, args.weight_safety, args.weight_perplexity)
     others = {r["text"] for w, r in record["responses"].items() if writer_family(w) != scorer_writer}
     fluent = fluency({t: s["perplexity"] for t, s in found.items()}, found.keys() - others)
-    checkable = record["reference"] and (record["reference"]["kind"] != "code" or args.allow_code_execution)
+    checkable = answers.checkable(record["reference"], args.allow_code_execution)
     for writer, response in record["responses"].items():
         scores, family = found[response["text"]], writer_family(writer)
         total = composite(scores["verified"], scores["quality"], scores["safety"], fluent[response["text"]], weights)

@@ -12,6 +12,7 @@ from curation.labels import LETTERS
 from curation.prompts import AGAIN_CLASSIFY, AGAIN_JUDGE, GREETING, JUDGE_CHARS, classify_request, clip, judge_request
 from curation.step_files import WRITERS
 from curation.steps import evenness
+from verification.answers import checkable
 
 CATEGORY_TOKENS, GRADE_TOKENS = 20, 16  # likely length of a reply with a category; of the grades of one response
 FENCE_TOKENS = 20  # length of the fence around each response in a request to the judge
@@ -203,8 +204,7 @@ def estimate_requests(args: argparse.Namespace, path: str, short: int) -> list[E
         judge.append(request + (1 + args.samples) * args.max_new_tokens)
         likely_replies += reply
         likely_judge += request + (1 + args.samples) * reply
-        kind = reference and reference["kind"]
-        verifiable += bool(kind) and kind != "format" and (kind != "code" or args.allow_code_execution)
+        verifiable += checkable(reference, args.allow_code_execution) and reference["kind"] != "format"
     left, asked = min(n, args.target), sum(respond)
     respond, judge = (sorted(tokens)[-left:] for tokens in (respond, judge))  # balancing may keep the longest ones
     # tokens that a second request adds: the first reply, the words `again`, and 4 for each message's delimiters

@@ -19,6 +19,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
+from core.card import readme_license
 from core.conversations import Dialogue, Unusable, as_messages, dialogues
 from core.files import InputError
 from core.records import Fields, open_bytes, read_objects
@@ -63,15 +64,7 @@ def licence(record: dict) -> str | None:
 def licence_of_file(path: str) -> str | None:
     """The licence that a hub data set states in its README.md."""
     found = HUB.fullmatch(os.path.abspath(path))
-    if not found:
-        return None
-    try:
-        with open(f"{found[1]}/README.md", encoding="utf-8") as f:
-            front = re.match(r"---\n(.*?)\n---", f.read(), re.S)
-    except (OSError, UnicodeDecodeError):
-        return None
-    named = re.search(r"^license: *[\"']?([^\s\"']+)", front[1], re.M) if front else None
-    return named[1] if named else None
+    return readme_license(found[1]) if found else None
 
 
 def short_names(files: list[str], parts_shown: int = 2) -> list[str]:
@@ -247,7 +240,7 @@ def recorded_responses(files: list[str], wanted: set[bytes]) -> dict[tuple[str, 
             with contextlib.suppress(Drop, Unusable):
                 for writer, prompt, text in recorded_in(record, where):
                     if writer not in ("teacher", "small"):
-                        raise InputError(f"{where}: the writer is {writer!r}; it is teacher or small")
+                        raise InputError(f"{where}: the writer is {writer!r}; it must be teacher or small")
                     key = prompt_key(prompt)
                     if key in wanted and text:
                         reply = {"text": text, "finish_reason": "stop", "recorded": name}

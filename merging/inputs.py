@@ -102,14 +102,16 @@ def open_inputs(args: argparse.Namespace) -> tuple[Checkpoint | None, list[Check
         raise InputError("--lines auto: needs several models, one is given; give ALPHA as a number")
 
     base, models = args.base and Checkpoint(args.base), [Checkpoint(source) for source, _ in parsed]
-    donor = base or models[0]
-    for checkpoint in [donor, *models]:
-        notes += check_alike(donor, checkpoint, args.resize, args.allow_tokenizer_mismatch)
+    reference = base or models[0]
+    for checkpoint in [reference, *models]:
+        notes += check_alike(reference, checkpoint, args.resize, args.allow_tokenizer_mismatch)
     for pattern, _ in args.weights_for:
-        if not any(fnmatchcase(f".{name}", f"*.{pattern}") for name in donor.names):
+        if not any(fnmatchcase(f".{name}", f"*.{pattern}") for name in reference.names):
             examples = "'layers.[0-7].*', '*mlp*', embed_tokens.weight"
-            raise InputError(f"--weights-for {pattern}: matches no tensor of {donor.source}; patterns are {examples}")
-    args.n_layers = parse_config(donor.config).num_hidden_layers
+            raise InputError(
+                f"--weights-for {pattern}: matches no tensor of {reference.source}; patterns are {examples}"
+            )
+    args.n_layers = parse_config(reference.config).num_hidden_layers
     args.threads = args.threads or torch.get_num_threads()
     for text in notes:  # after all checks: an error is printed alone
         print(f"note: {text}", file=sys.stderr)

@@ -18,7 +18,7 @@ from train_kto import kl_estimate, kl_pairs, kto_loss
 from training import flags as training_flags
 from training import reference
 from training.feedback import balanced_weight, weight_advice
-from training.flags import kto_out
+from training.flags import default_out
 from training.pairing import count_prompt_clashes, order_without_prompt_clashes
 from training.setup import plan_steps
 
@@ -345,7 +345,7 @@ def test_out_is_named_after_the_checkpoint(tmp_path, monkeypatch):
         ("sft.pt", "sft-kto.pt"), ("runs/a.b.pt", "runs/a.b-kto.pt"), ("runs/sft.v2", "runs/sft.v2-kto"), ("runs/", "runs-kto"),
         ("Qwen/Qwen2-0.5B-Instruct", "Qwen2-0.5B-Instruct-kto"), (".", f"{tmp_path}-kto"), ("runs/..", f"{tmp_path}-kto"),
     ):  # fmt: skip
-        assert kto_out(ckpt) == out
+        assert default_out(ckpt) == out
 
 
 def test_the_next_line_can_be_pasted(tiny, data, tmp_path, run):

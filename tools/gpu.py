@@ -25,11 +25,11 @@ import time
 import torch
 
 from core.devices import DEVICE, DTYPE, DTYPES
-from core.files import InputError, cli
+from core.files import ROOT, InputError, cli
 from core.flags import Parser, number, torch_device
 from core.outputs import check_file
 from tools import gpu_parts, gpu_training
-from tools.gpu_parts import LARGE, ROOT, SMALL, Bench
+from tools.gpu_parts import LARGE, SMALL, Bench
 
 # name: (function, seconds at most), the most valuable first
 PARTS = {

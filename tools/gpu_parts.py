@@ -23,6 +23,7 @@ from core import layers
 from core.attention import attend_documents
 from core.checkpoint import Checkpoint
 from core.devices import DTYPES
+from core.files import ROOT
 from core.head import token_logps
 from core.tokenizer import Tokenizer
 from generate import generate_steps
@@ -32,7 +33,6 @@ from tools.rates import device_copy_rate, matmul_rate, synchronise
 from training.feedback import FeedbackRow
 from training.memory import count_parameters
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOKENIZER = os.path.join(ROOT, "demo", "base")  # the one checkpoint in the repository
 HEADLINE = 14_000  # examples
 
@@ -220,7 +220,7 @@ def generation(bench: Bench) -> None:
 # Peers and the suite, in processes of their own
 
 
-def run_command(bench: Bench, command: list[str], **env: str) -> subprocess.CompletedProcess:
+def run_command(command: list[str], **env: str) -> subprocess.CompletedProcess:
     """Runs a command in the repository's root. RuntimeError with the last line of its output if it fails."""
     done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
     if done.returncode:
@@ -233,7 +233,7 @@ def suite(bench: Bench) -> None:
     if not importlib.util.find_spec("pytest"):
         return bench.report("the suite's GPU tests", "not run", note="pytest is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-k", "gpu", "tests/test_model.py", "tests/test_generate.py"]
-    lines = run_command(bench, command, TEST_GPU="1").stdout.strip().splitlines()
+    lines = run_command(command, TEST_GPU="1").stdout.strip().splitlines()
     bench.report("the suite's GPU tests", lines[-1].strip("= "))
 
 
@@ -264,7 +264,7 @@ def peer(bench: Bench, mode: str, vs: str, lines: list[dict], **flags: object) -
     }
     command = [sys.executable, "-m", "tools.speed", mode, *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
     torch.cuda.empty_cache()
-    said = run_command(bench, command).stdout
+    said = run_command(command).stdout
     with open(out, encoding="utf-8") as f:
         for side, (turn, *_) in json.load(f)["runs"].items():
             note = f"peak {turn['peak_gb']:.2f} GiB, {turn['wall_s']:.1f} s with loading"

@@ -8,8 +8,8 @@ from core.files import InputError, is_main
 from core.flags import Parser, add_device_flags, at_least, checkpoint_out, number
 from core.outputs import check_writable
 
-# Tensor sizes differ between micro-batches, and this lets freed memory be reused for other sizes. Set here because the
-# training scripts import this module before torch, which may read the variable only once.
+# Tensor sizes differ between micro-batches; this lets torch reuse freed memory for other sizes. torch may read the
+# variable only once, so it is set here: the training scripts import this module before torch.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the variable's older name
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -31,7 +31,7 @@ def parse_sft_args(
     # the paper's epochs, batch size and learning rate
     add_training_flags(p, "Qwen/Qwen2-0.5B-Instruct", "data/sft.jsonl", "sft.pt", epochs=3, batch_size=1000, lr=1e-6)
     p.set_defaults(method="supervised fine-tuning")
-    p.add_argument("--last-turn-only", action="store_true", help="learn only the last reply of a conversation, not all")
+    p.add_argument("--last-turn-only", action="store_true", help="train on the last reply of each conversation only")
     if add_flags:
         add_flags(p)
     args = p.parse_args(argv)
@@ -50,9 +50,9 @@ def parse_kto_args(
     add_training_flags(p, "sft.pt", "data/kto.jsonl", None, epochs=1, batch_size=64, lr=1e-6)
     p.set_defaults(method="KTO (arXiv 2402.01306)")
     add_reference_flags(p)
-    w_d = "w_D, of desirable examples; auto balances the labels"
+    w_d = "weight w_D of desirable examples; auto balances the labels"
     p.add_argument("--desirable-weight", type=number_or_auto, default=1.0, help=w_d)
-    p.add_argument("--undesirable-weight", type=number(0), default=1.0, help="w_U, of undesirable examples")
+    p.add_argument("--undesirable-weight", type=number(0), default=1.0, help="weight w_U of undesirable examples")
     if add_flags:
         add_flags(p)
     args = p.parse_args(argv)
@@ -63,12 +63,12 @@ def parse_kto_args(
 
 
 def add_training_flags(
-    p: Parser, ckpt: str, data: str, out: str | None, epochs: int, batch_size: int, lr: float, method: str = "kto"
+    p: Parser, ckpt: str, data: str, out: str | None, epochs: int, batch_size: int, lr: float, suffix: str = "kto"
 ) -> None:
-    """Adds the flags. The other arguments are the script's defaults. out=None: kto_out(--ckpt, method)."""
+    """Adds the flags. The other arguments are the script's defaults. out=None: default_out(--ckpt, suffix)."""
     # checkpoints
     p.add_argument("--ckpt", default=ckpt, help="model to start from: hub id, folder or .pt file")
-    note = "" if out else f" (default: --ckpt with -{method} in its name)"
+    note = "" if out else f" (default: --ckpt with -{suffix} in its name)"
     p.add_argument("--out", type=checkpoint_out, default=out, help=f"checkpoint to write: folder or .pt file{note}")
     # data
     p.add_argument("--data", nargs="+", default=[data], help=f"data files to train on (default: {data})")
@@ -85,11 +85,13 @@ def add_training_flags(
         "--lr",
         type=number(0),
         default=lr,
-        help="peak learning rate; for a few hundred examples a larger one, see docs/REPORT.md",
+        help="peak learning rate; a few hundred examples need a larger one, see docs/REPORT.md",
     )
     schedules = ["cosine", "linear", "constant"]
     p.add_argument("--schedule", choices=schedules, default="cosine", help="learning-rate schedule")
-    p.add_argument("--warmup", type=at_least(0), default=10, help="steps in which the learning rate rises from 0")
+    p.add_argument(
+        "--warmup", type=at_least(0), default=10, help="number of steps in which the learning rate rises from 0"
+    )
     p.add_argument("--weight-decay", type=number(0), default=0.0, help="AdamW's weight decay, on matrices only")
     p.add_argument("--beta1", type=number(0, below=1), default=0.9, help="AdamW's decay of the first moment")
     p.add_argument("--beta2", type=number(0, below=1), default=0.999, help="AdamW's decay of the second moment")
@@ -106,7 +108,7 @@ def add_training_flags(
     p.add_argument("--shard", action="store_true", help="split weights and optimizer state over the ranks (FSDP2)")
     again = (
         "recompute the blocks in the backward to save memory; auto: only if a step would not fit otherwise. "
-        "The estimate is for the fused kernels and this script's own loss; a loss with token_kl takes more"
+        "The estimate assumes the fused kernels and this script's own loss"
     )
     ways = ["auto", "on", "off"]
     p.add_argument("--activation-checkpointing", nargs="?", choices=ways, default="auto", const="on", help=again)
@@ -129,9 +131,9 @@ def add_reference_flags(p: Parser) -> None:
     p.add_argument("--ref-cache", help=cache)
 
 
-def complete_reference_args(args: argparse.Namespace, method: str) -> None:
-    """Sets the default --out, see kto_out, and checks the inputs with default names and --ref-cache."""
-    args.out = args.out or checkpoint_out(kto_out(args.ckpt, method))
+def complete_reference_args(args: argparse.Namespace, suffix: str) -> None:
+    """Sets the default --out (see default_out). InputError if a default input is missing or --ref-cache is unusable."""
+    args.out = args.out or checkpoint_out(default_out(args.ckpt, suffix))
     check_default_inputs(args)
     check_cache_path(args)
 
@@ -149,17 +151,15 @@ def check_default_inputs(args: argparse.Namespace) -> None:
                 raise InputError(f"{path}: no such file; {WRITTEN_BY[path]} writes it, or give {flag}")
 
 
-def kto_out(ckpt: str, method: str = "kto") -> str:
-    """The default --out of KTO: sft.pt -> sft-kto.pt, runs/sft/ -> runs/sft-kto, Qwen/Qwen2-0.5B -> Qwen2-0.5B-kto.
-
-    method: the word to add in place of kto.
-    """
+def default_out(ckpt: str, suffix: str = "kto") -> str:
+    """--ckpt with a suffix: sft.pt -> sft-kto.pt, runs/sft/ -> runs/sft-kto, Qwen/Qwen2-0.5B -> Qwen2-0.5B-kto."""
     if not os.path.exists(ckpt) and not ckpt.endswith(".pt"):  # a hub id
-        return os.path.basename(ckpt.rstrip("/")) + f"-{method}"
+        return os.path.basename(ckpt.rstrip("/")) + f"-{suffix}"
     if not os.path.basename(os.path.normpath(ckpt)).strip("."):  # the current folder or a parent of it
         ckpt = os.path.realpath(ckpt)
-    stem, suffix = (ckpt[:-3], ".pt") if ckpt.endswith(".pt") else (os.path.normpath(ckpt), "")
-    return f"{stem}-{method}{suffix}"
+    if ckpt.endswith(".pt"):
+        return f"{ckpt[:-3]}-{suffix}.pt"
+    return f"{os.path.normpath(ckpt)}-{suffix}"
 
 
 def cache_path(args: argparse.Namespace) -> str:

@@ -46,7 +46,7 @@ def supervised_logps(
     the index of token k's example. The first token of an example is left out, because it has no context.
 
     The examples run as one packed row. The head runs only at the supervised positions. inputs: see pack_to_device.
-    Without examples, N is 0. The model still runs, because all ranks of a sharded model must make the same calls.
+    Without examples, N is 0, but the model still runs: all ranks of a sharded model must make the same calls.
     """
     ids, lengths, at, targets, owner = pack_to_device(examples or NO_WORK, model.device, inputs or None)
     logps = model(ids, lengths, at, targets)
@@ -78,7 +78,9 @@ def sum_by_owner(logps: Tensor, owner: Tensor, n: int) -> Tensor:
     """
     ends = torch.searchsorted(owner, torch.arange(n, device=owner.device), right=True)  # (n,)
     lengths = ends.diff(prepend=ends.new_zeros(1))
-    return torch.segment_reduce(logps, "sum", lengths=lengths, unsafe=True)  # unsafe: without a check that waits
+    return torch.segment_reduce(
+        logps, "sum", lengths=lengths, unsafe=True
+    )  # unsafe: no check that would wait for the GPU
 
 
 @torch.no_grad()
@@ -94,32 +96,32 @@ def shared_prefix_logps(model: Qwen2, examples: list[Example], micro_tokens: int
     unique = {context: i for i, context in enumerate(dict.fromkeys(filter(None, contexts)))}
     if len(unique) == sum(map(bool, contexts)):
         return example_logps(model, examples)
-    known = model.new_cache(len(unique), max(map(len, unique)))
-    model.prefill(list(unique), known)
+    shared = model.new_cache(len(unique), max(map(len, unique)))
+    model.prefill(list(unique), shared)
     rest = [(ids[n:], supervised[n:]) for (ids, supervised), n in zip(examples, starts)]
     out = torch.zeros(len(examples), device=model.device)
     for chosen in split_by_tokens([len(ids) for ids, _ in rest], micro_tokens, 1):
         cache = model.new_cache(len(chosen), max(len(examples[i][0]) for i in chosen))
         for row, i in enumerate(chosen):
             if contexts[i]:
-                cache.copy_start(row, known, unique[contexts[i]], starts[i])
+                cache.copy_start(row, shared, unique[contexts[i]], starts[i])
         ids, lengths, at, targets, owner = pack_to_device([rest[i] for i in chosen], model.device)
         logps = token_logps(model.hidden(ids, lengths, cache, at)[0], model.head_weight, targets)  # (N,)
         out.index_add_(0, to_device(chosen, model.device)[owner], logps)
     return out
 
 
-def group_by_context(examples: list[Example], most: int, share: bool) -> tuple[list[list[int]], list[int]]:
+def group_by_context(examples: list[Example], max_tokens: int, share: bool) -> tuple[list[list[int]], list[int]]:
     """Groups examples with the same prompt (the tokens before the first supervised one).
 
-    -> (groups as lists of indices, tokens to compute in each group). One rank computes a group, so a group takes at
-    most `most` tokens or a single example. share=False: each example is a group.
+    -> (groups as lists of indices, tokens to compute in each group). One rank computes a group, so a group has at
+    most max_tokens tokens or a single example. share=False: each example is a group.
     """
     groups, costs, group_of = [], [], {}
     for i, (ids, supervised) in enumerate(examples):
         n = supervised.index(True) if share else 0
         group = group_of.get(tuple(ids[:n])) if n else None
-        if group is None or costs[group] + len(ids) - n > most:
+        if group is None or costs[group] + len(ids) - n > max_tokens:
             group = group_of[tuple(ids[:n])] = len(groups)
             groups.append([])
             costs.append(n)

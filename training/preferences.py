@@ -1,6 +1,7 @@
-"""Preference data, groups of replies to one prompt with rewards, and the loop that learns from them: DPO, ADPO."""
+"""Preference data (groups of replies to one prompt, with rewards) and its training loop, for DPO and ADPO."""
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -69,9 +70,9 @@ class Groups:
 def scored_replies(completions: object, rewards: object, where: str) -> tuple[list[str], list[float]]:
     """The "completions" and "rewards" of a record, checked."""
     if not isinstance(completions, list) or len(completions) < 2:
-        raise InputError(f"{where}: completions is {shown(completions)}; it is a list of at least two replies")
+        raise InputError(f"{where}: completions is {shown(completions)}; it must be a list of at least two replies")
     if not isinstance(rewards, list) or not all(map(is_number, rewards)):
-        raise InputError(f"{where}: rewards is {shown(rewards)}; it is a list of numbers")
+        raise InputError(f"{where}: rewards is {shown(rewards)}; it must be a list of numbers")
     if len(rewards) != len(completions):
         raise InputError(f"{where}: {len(completions)} completions and {len(rewards)} rewards; give one for each")
     return [one_reply(reply, where)["content"] for reply in completions], [float(r) for r in rewards]
@@ -149,10 +150,13 @@ def preference_metrics(stats: Tensor) -> dict:
 
 
 def best_and_worst(rewards: list[list[float]]) -> tuple[Tensor, Tensor]:
-    """The positions of each group's best and worst reply among the replies of all groups in a row. (n,), (n,)."""
-    starts = [sum(map(len, rewards[:i])) for i in range(len(rewards))]
-    places = lambda pick: torch.tensor([s + r.index(pick(r)) for s, r in zip(starts, rewards)], dtype=torch.long)
-    return places(max), places(min)
+    """The index of each group's best and worst reply in the concatenated replies of all groups. (n,), (n,)."""
+    starts = itertools.accumulate(map(len, rewards), initial=0)
+    best, worst = [], []
+    for start, group in zip(starts, rewards):
+        best.append(start + group.index(max(group)))
+        worst.append(start + group.index(min(group)))
+    return torch.tensor(best, dtype=torch.long), torch.tensor(worst, dtype=torch.long)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,10 +164,10 @@ def best_and_worst(rewards: list[list[float]]) -> tuple[Tensor, Tensor]:
 
 
 def group_losses(loss: Callable, logps: Tensor, data: Groups, indices: list[int]) -> tuple[Tensor, Tensor]:
-    """-> the losses (n,) of these groups of replies, and the (5, n) numbers of preference_metrics.
+    """-> the losses (n,) of these groups, and the (5, n) numbers of preference_metrics.
 
-    logps: (m,) of all their replies in order. loss(logps, ref_logps, rewards) -> (losses (n,), implicit rewards (m,)).
-    Its rewards are those of the data, one list for each group.
+    logps: (m,) of all replies of the groups, in order. loss(logps, ref_logps, rewards) -> (losses (n,), implicit
+    rewards (m,)). rewards: those of the data, one list per group.
     """
     ref = to_device(torch.tensor([data.ref[key] for key in data.keys(indices)]), logps.device)
     rewards = [data.rows[i][2] for i in indices]
@@ -220,10 +224,10 @@ def eval_preferences(run: Run, record: dict, held_out: Groups | None, loss: Call
     return record | {f"eval_{name}": value for name, value in preference_metrics(stats).items()}
 
 
-def train_on_groups(args: argparse.Namespace, name: str, parse: Callable, loss: Callable) -> None:
-    """A whole run. name: added to --ckpt in the default --out. parse: see read_groups. loss: see group_losses."""
-    complete_reference_args(args, name)
+def train_on_groups(args: argparse.Namespace, suffix: str, parse: Callable, loss: Callable) -> None:
+    """A whole run. suffix: see default_out. parse: see read_groups. loss: see group_losses."""
+    complete_reference_args(args, suffix)
     run, data, held_out = start_preference_run(args, parse)
     if run and train_preferences(run, data, held_out, loss):
-        follow = ["python", "eval.py", "--ckpt", args.ckpt, args.out, "--tasks", "gsm8k"]
-        finish_run(run, [f"{len(data.rows)} prompts with their replies"], [follow])
+        evaluation = ["python", "eval.py", "--ckpt", args.ckpt, args.out, "--tasks", "gsm8k"]
+        finish_run(run, [f"{len(data.rows)} prompts with their replies"], [evaluation])

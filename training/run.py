@@ -1,4 +1,4 @@
-"""Starts a training run, ends its steps, stops and finishes it. Its files: training/saves.py, training/log.py."""
+"""Starts a training run, ends its steps, and stops or finishes it. training/saves.py and log.py write its files."""
 
 import argparse
 import collections
@@ -54,7 +54,7 @@ from training.step import make_optimizer
 # ---------------------------------------------------------------------------------------------------------------------
 # What a resumed run must share with the one it continues
 
-# None of these changes the result beyond rounding.
+# Arguments that do not change the result, or only by rounding
 FREE_TO_CHANGE = {"resume", "out", "ckpt", "data", "ref", "ref_cache", "eval_data", "eval_every", "save_every", "keep"}
 FREE_TO_CHANGE |= {"micro_tokens", "device", "shard", "activation_checkpointing", "compile", "max_skips", "tensorboard"}
 CODE = "the code"  # may change between runs, with a warning: the edit may be a bug fix
@@ -67,7 +67,7 @@ CARD_SETTINGS = (
 
 
 def run_identity(args: argparse.Namespace, examples: Iterable, fingerprint: str) -> dict:
-    """Arguments that affect the result, and hashes of model, token ids and code: a resumed run must have the same."""
+    """What a resumed run must share: arguments that affect the result, and hashes of model, token ids and code."""
     data = hashlib.sha256()
     for example in examples:  # one at a time, because the text of all examples may take gigabytes
         data.update(json.dumps(example).encode() + b"\n")
@@ -94,7 +94,7 @@ def start_run(setup: Setup, identity: dict) -> Run | None:
     if is_main():
         take_lock(args.out)
     find_save(run)
-    STOP["training"] = True  # before the first collective call: from there on, no rank may stop alone
+    STOP["training"] = True  # before the first collective call, after which no rank may stop alone
     check_same_save(run)
     if run.saved:
         restore(run)
@@ -102,7 +102,7 @@ def start_run(setup: Setup, identity: dict) -> Run | None:
     if run.done == total and not run.pending:
         if is_main():
             tidy(run)
-            print(f"{args.out}: finished before, after {total} steps; without --resume the run starts again")
+            print(f"{args.out}: already finished after {total} steps; without --resume the run starts again")
         close_run(run)
         return None
     broadcast_replicas(model)
@@ -235,7 +235,7 @@ def eval_logps(run: Run, record: dict, examples: list) -> Tensor | None:
 
 
 def end_step(run: Run, record: dict | None) -> bool:
-    """Writes the log and the saves that are due -> True. False if record is None (the evaluation was interrupted).
+    """Writes the log and the saves that are due. -> False if record is None (the evaluation was interrupted), else True.
 
     InputError after --max-skips skipped steps in a row.
     """
@@ -267,7 +267,7 @@ def check_skips(run: Run, step: int) -> None:
     if len(in_a_row) == most and in_a_row[0][0] == step - most + 1:
         names = ", ".join(dict.fromkeys(name for _, names in in_a_row for name in names)) or "no example by itself"
         raise InputError(
-            f"{most} steps in a row, the last step {step}, had no finite loss and gradient. Not finite: {names}; "
+            f"{most} steps in a row, up to step {step}, had a loss or gradient that is not finite: {names}; "
             "correct these lines or lower --lr and start again, or --resume with more --max-skips"
         )
 
@@ -308,10 +308,10 @@ def run_card(run: Run) -> str:
     return model_card(name, done, [run.args.ckpt], "finetune", settings, run.args.data, figures, versions)
 
 
-def finish_run(run: Run, facts: list[str], following: list[list[str]]) -> None:
+def finish_run(run: Run, facts: list[str], next_commands: list[list[str]]) -> None:
     """Writes OUT, removes the saves that only --resume needs, and prints a summary.
 
-    facts: lines of the summary. following: suggested next commands, as lists of words.
+    facts: lines of the summary. next_commands: suggested commands, as lists of words.
     """
     out = run.args.out
     save_model(run, out, run_card(run) if is_main() else None)
@@ -323,11 +323,13 @@ def finish_run(run: Run, facts: list[str], following: list[list[str]]) -> None:
         for line in facts:
             print(line)
         if run.skips:
-            print(f"{len(run.skips)} steps skipped, their loss or gradient was not finite; see 'offending' in the log")
+            print(
+                f"{len(run.skips)} steps skipped because of a loss or gradient that is not finite; see 'offending' in the log"
+            )
         if run.best[1] in numbered(run.args.out, CHECKPOINTS):
-            print(f"lowest eval_loss, not the last: {run.best[0]:.4g}, {step_path(run.args, run.best[1])}")
+            print(f"lowest eval_loss, before the last step: {run.best[0]:.4g}, {step_path(run.args, run.best[1])}")
         print(f"{run.total} steps in {time.time() - run.started:.0f} s")
         print(f"wrote {out} (checkpoint, fp32) and {out}.run/log.jsonl")
-        for words in following:
+        for words in next_commands:
             print_next(*words)
     close_run(run)

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import itertools
 import math
 import os
 import random
@@ -209,21 +208,21 @@ def checkpoint_activations(model: Qwen2, args: argparse.Namespace, batches: list
     """Applies --activation-checkpointing. "auto" turns it on only if a step would not fit without it."""
     on = args.activation_checkpointing == "on"
     if args.activation_checkpointing == "auto":
-        some = itertools.islice(batches, 1000)  # enough to find a micro-batch of nearly the largest size
-        largest = max(
-            sum(lengths[i] for i in split_by_tokens(lengths, args.micro_tokens, ranks.world)[0]) for lengths in some
-        )
-        on = needs_checkpointing(model, args, largest, ranks)
+        largest = 0  # tokens of the largest micro-batch; 1,000 steps give nearly the maximum
+        for lengths in batches[:1000]:
+            first, *_ = split_by_tokens(lengths, args.micro_tokens, ranks.world)
+            largest = max(largest, sum(lengths[i] for i in first))
+        on = plan_memory(model, args, largest, ranks)
     if on:
         for block in model.model["layers"]:
             recompute(block)
 
 
-def needs_checkpointing(model: Qwen2, args: argparse.Namespace, tokens: int, ranks: Ranks) -> bool:
-    """True if a micro-batch of `tokens` tokens does not fit on some rank without checkpointing. Prints the estimate.
+def plan_memory(model: Qwen2, args: argparse.Namespace, tokens: int, ranks: Ranks) -> bool:
+    """Estimates the memory of a micro-batch of `tokens` tokens and prints it. -> True if checkpointing is needed.
 
-    A tenth of the free memory is reserved for what the estimate ignores: gaps in the allocator, kernel workspaces.
-    spend_spare_memory gets the memory beyond the estimate.
+    It is needed if the micro-batch does not fit on some rank without it. A tenth of the free memory is reserved for
+    gaps in the allocator and kernel workspaces. spend_spare_memory gets the rest.
     """
     settings = {
         "itemsize": DTYPES[args.dtype].itemsize,

@@ -75,7 +75,7 @@ def clear_gradients(run: Run) -> None:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What optimizer_step did, the same on all ranks."""
+    """The outcome of optimizer_step, the same on all ranks."""
 
     status: str  # "step", "skip" or "stop"
     stats: Tensor  # the statistics of the step, summed over the ranks, on the CPU
@@ -107,18 +107,18 @@ def optimizer_step(run: Run, lr: float, stats: Tensor) -> StepResult:
 # Steps with a loss or gradient that is not finite
 
 
-def record_skip(run: Run, step: int, examples: list, places: list[str], known: Iterable[int] = ()) -> dict:
+def record_skip(run: Run, step: int, examples: list, places: list[str], offending: Iterable[int] = ()) -> dict:
     """Records a skipped step in run.skips. -> entries for its log record.
 
-    examples: the step's examples. places: "file:line" of each. known: indices of the offending examples, if known.
+    examples: the step's examples. places: "file:line" of each. offending: their indices, if the caller knows them.
     """
-    names = [places[i] for i in (list(known) or find_nonfinite_examples(run, examples))[:5]]
+    names = [places[i] for i in (list(offending) or find_nonfinite_examples(run, examples))[:5]]
     run.skips.append((step, names))
     return {"skipped": len(run.skips), "offending": names}
 
 
 def find_nonfinite_examples(run: Run, examples: list) -> list[int]:
-    """Indices of examples with a log-probability that is not finite. If there are none, the same for the gradient."""
+    """Indices of examples whose log-probability is not finite, or else of those whose gradient is not finite."""
     logps = sequence_logps(run.model, examples, run.args.micro_tokens, run.ranks)
     bad = [i for i, finite in enumerate(logps.isfinite().tolist()) if not finite]
     if bad:

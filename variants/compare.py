@@ -16,12 +16,11 @@ from argparse import Namespace
 
 import numpy as np
 
-from core.files import InputError, atomic_write, cli
+from core.files import ROOT, InputError, atomic_write, cli
 from core.flags import Parser
 from core.records import read_jsonl
 from evaluation.stats import holm
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PARTS = ("test", "withheld")  # the parts of the questions that the table is about
 PLAIN = ("sft", "kto", "random_half")  # the baselines; findings are about the arms that are compared with one of these
 

@@ -82,9 +82,9 @@ def read_weights(record: Fields, where: str, last_turn_only: bool, found: dict) 
     if (weights is None) == (names is None):
         raise InputError(f"{where}: needs token_weights or tool_names, and not both")
     if weights is not None and not (isinstance(weights, list) and all(is_number(w) and w >= 0 for w in weights)):
-        raise InputError(f"{where}: token_weights is {shown(weights)}; it is a list of numbers of at least 0")
+        raise InputError(f"{where}: token_weights is {shown(weights)}; it must be a list of numbers of at least 0")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
-        raise InputError(f"{where}: tool_names is {shown(names)}; it is a list of texts")
+        raise InputError(f"{where}: tool_names is {shown(names)}; it must be a list of texts")
     conversations = sft_conversations(record, where, last_turn_only or names is not None)
     if len(conversations) != 1:
         raise InputError(f"{where}: {len(conversations)} conversations with one list of weights; give each its own")

@@ -297,7 +297,7 @@ def stated_choice(reply: str, choices: dict[str, str]) -> str | None:
 
 
 def checkable(reference: dict | None, run_code: bool) -> bool:
-    """True if check_reply() may check replies against this reference. run_code: it may run the programs in them."""
+    """True if check_reply() may use this reference. run_code: programs in replies may be run."""
     return bool(reference) and (reference["kind"] != "code" or run_code)
 
 

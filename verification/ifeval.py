@@ -128,7 +128,7 @@ def split_paragraphs(text: str, separator: str) -> list[str] | None:
 
 def compare_count(count: int, relation: str, threshold: int, where: str) -> bool:
     if relation not in ("less than", "at least"):
-        raise InputError(f"{where}: the relation is {relation!r}; it is 'less than' or 'at least'")
+        raise InputError(f"{where}: the relation is {relation!r}; it must be 'less than' or 'at least'")
     return count < threshold if relation == "less than" else count >= threshold
 
 

@@ -28,10 +28,10 @@ import time
 from collections.abc import Iterator
 
 from verification import confine
+from verification.stand_ins import UNCHECKABLE
 
 OUTPUT_BYTES = 1 << 20  # most that a program may print
 CHILD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sandbox_child.py")
-UNCHECKABLE = 3  # the child's exit status if the verdict is None
 LAYERS = confine.LAYERS  # layers of the confinement in use
 
 

@@ -28,12 +28,11 @@ from verification.confine import (  # noqa: E402
     make_private_root,
 )
 from verification.program_side import serve_program  # noqa: E402
-from verification.stand_ins import Uncheckable  # noqa: E402
+from verification.stand_ins import UNCHECKABLE, Uncheckable  # noqa: E402
 from verification.tests_side import run_tests  # noqa: E402
 
 del sys.path[0]
 
-UNCHECKABLE = 3  # exit status if the tests need something that cannot be checked from outside the program
 TOO_MANY_FILES = f"wrote more than {BOX_BYTES >> 20} MiB of files"
 
 

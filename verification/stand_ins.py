@@ -15,6 +15,7 @@ from typing import Any
 # {class name: type} of the types that the tests may name in isinstance() and whose objects are not data
 NAMEABLE = (map, zip, filter, enumerate, reversed, types.GeneratorType, types.FunctionType, types.AsyncGeneratorType)
 NAMEABLE = {kind.__name__: kind for kind in NAMEABLE}
+UNCHECKABLE = 3  # exit status of the tests' process after Uncheckable
 ONE_BY_ONE = 64  # items of an iterator that are fetched one at a time before they are fetched in chunks
 
 

@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 from conftest import write_lines
 
-from core.card import base_license, dataset_id, hub_id, model_card
+from core.card import dataset_id, hub_id, model_card, readme_license
 
 
 def parse(card):
@@ -39,9 +39,9 @@ def test_a_local_base_gives_its_license_and_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = tmp_path / "models/base"
     base.mkdir(parents=True)
-    assert base_license(str(base)) is None
+    assert readme_license(str(base)) is None
     (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Base\nlicense: mit\n")
-    assert base_license(str(base)) == "apache-2.0" and hub_id("models/base") is None
+    assert readme_license(str(base)) == "apache-2.0" and hub_id("models/base") is None
     data = parse(model_card("o", "Done.", ["models/base"], "finetune", {}))
     assert data["license"] == "apache-2.0" and "base_model" not in data and "base_model_relation" not in data
     assert hub_id("a/b/c") is None and dataset_id("data/x.jsonl") is None

@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from core.card import base_license
+from core.card import readme_license
 from core.files import InputError, atomic_write, cli, json_object, printable, read_json, temporary_path
 from core.interrupt import exit_silently
 from core.outputs import (
@@ -189,7 +189,7 @@ def test_a_pipe_in_a_folder_blocks_nothing(tmp_path):
     for name in (MANIFEST, "README.md"):
         os.mkfifo(tmp_path / name)
     assert read_manifest(str(tmp_path)) == {"files": {}, "card": None}
-    assert written_files(str(tmp_path), "checkpoint") == set() and base_license(str(tmp_path)) is None
+    assert written_files(str(tmp_path), "checkpoint") == set() and readme_license(str(tmp_path)) is None
     os.mkfifo(tmp_path / "state.json")
     with pytest.raises(InputError, match="state.json: is a pipe"):
         load_state(str(tmp_path))

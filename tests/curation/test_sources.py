@@ -418,5 +418,5 @@ def test_recorded_responses(tmp_path):
     }
     assert found["teacher", one][0]["recorded"].endswith("/r.jsonl")
     path.write_text('{"prompt": "q", "response": "a", "writer": "me"}\n')
-    with pytest.raises(InputError, match=r"r.jsonl:1: the writer is 'me'; it is teacher or small"):
+    with pytest.raises(InputError, match=r"r.jsonl:1: the writer is 'me'; it must be teacher or small"):
         sources.recorded_responses([str(path)], set())

@@ -214,7 +214,7 @@ def test_saves_that_are_kept(tiny, sft_data, tmp_path, run, monkeypatch):
     more = ("--epochs", 2, "--save-every", 2, "--eval-every", 1, "--eval-data", sft_data)
     _, text, _ = run("train_sft", *command(tiny, sft_data, out, *more))
     assert listing(out) == ["args.json", "log.jsonl", "state.json", "step-3.pt", "step-4.pt", "step-6.pt"]
-    assert "lowest eval_loss, not the last: 1," in text and "step-3.pt" in text
+    assert "lowest eval_loss, before the last step: 1," in text and "step-3.pt" in text
     assert weights(out.parent / "o.pt.run" / "step-3.pt").keys() == weights(out).keys()
 
 
@@ -228,7 +228,7 @@ def test_what_args_and_log_say_and_a_finished_run(tiny, sft_data, tmp_path, run,
     before = weights(out)
     code, text, _ = run("train_sft", *arguments, "--resume")
     assert (
-        code == 0 and "finished before, after 4 steps" in text and len(log(out)) == 4 and "code has changed" not in text
+        code == 0 and "already finished after 4 steps" in text and len(log(out)) == 4 and "code has changed" not in text
     )
     state = tmp_path / "a" / "o.run" / "state.json"
     state.write_text(state.read_text().replace(args["the code"], "that of yesterday"))
