@@ -57,7 +57,7 @@ def content_text(content: object, where: str, message: str) -> str | None:
     for part in content:
         fields = Fields(part) if isinstance(part, dict) else {"text": part}
         kind, text = fields.get("type", "text"), fields.get("text", fields.get("value"))
-        if kind in TOOL_PARTS:
+        if isinstance(kind, str) and kind in TOOL_PARTS:
             raise Unusable(where, "tool use", f"{message} holds a part of type {kind}, and tool use is not supported")
         if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
             raise Unusable(

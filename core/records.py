@@ -13,10 +13,10 @@ import glob
 import gzip
 import itertools
 import json
-import math
 import os
 import re
 import stat
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NoReturn
@@ -260,8 +260,8 @@ def read_parquet(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
 
 
 def is_number(value: object) -> bool:
-    """True for a finite int or float. A bool is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """True for an int or float that is a finite float. A bool is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class Fields(dict):

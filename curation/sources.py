@@ -134,9 +134,12 @@ def code_with_tests(record: dict) -> dict:
     the function.
     """
     task, code, tests = record.get("text") or record.get("prompt"), record.get("code"), record.get("test_list")
-    if "task_id" not in record or not (isinstance(task, str) and isinstance(code, str) and isinstance(tests, list)):
+    imports = record.get("test_imports") or []
+    if "task_id" not in record or not (isinstance(task, str) and isinstance(code, str)):
         return record
-    setup = [record.get("test_setup_code") or "", *(record.get("test_imports") or [])]
+    if not (isinstance(tests, list) and isinstance(imports, list)):
+        return record
+    setup = [record.get("test_setup_code") or "", *imports]
     if not tests or not all(isinstance(line, str) for line in (*setup, *tests)):
         return record
     prompt = f"{task}\nYour code should pass these tests:\n\n" + "\n".join(tests)

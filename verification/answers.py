@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from core.records import is_number
 from verification.ifeval import follows
 from verification.sandbox import run_program
 
@@ -312,13 +313,18 @@ def check_reply(kind: str, reply: str, reference: Any) -> bool | None:
         "code"     {"tests", "entry_point"}; RUNS the reply's program in the sandbox, see run_program()
     """
     if kind == "number":
-        number = isinstance(reference, (int, float)) and not isinstance(reference, bool)
-        value = float(reference) if number else stated_number(reference) if isinstance(reference, str) else None
+        value = (
+            float(reference)
+            if is_number(reference)
+            else stated_number(reference)
+            if isinstance(reference, str)
+            else None
+        )
         answer = stated_number(last_boxed(reply) or "")
         return None if value is None else numbers_equal(stated_number(reply) if answer is None else answer, value)
     if kind == "choice" and isinstance(reference, dict) and isinstance(reference.get("choices"), dict):
         letters = {str(k): str(v) for k, v in reference["choices"].items()}
-        stated = stated_choice(reply, letters) if reference.get("letter") in letters else None
+        stated = stated_choice(reply, letters) if reference.get("letter") in list(letters) else None
         return None if stated is None else stated == reference["letter"]
     if kind == "exact" and isinstance(reference, str):
         return normalise_text(reply) == normalise_text(reference)

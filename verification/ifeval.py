@@ -268,7 +268,7 @@ def follows(instruction: str, reply: str, kwargs: dict, where: str = "", loose: 
     asterisks. So "Sure, here it is:" and bold type are forgiven. where: file and line of the instruction, for errors.
     InputError for an unknown instruction or unusable arguments.
     """
-    if instruction not in CHECKS:
+    if not isinstance(instruction, str) or instruction not in CHECKS:
         raise InputError(f"{where}: unknown instruction {instruction!r}; known are {', '.join(CHECKS)}")
     versions = [reply]
     if loose:
@@ -277,5 +277,5 @@ def follows(instruction: str, reply: str, kwargs: dict, where: str = "", loose: 
         versions += [version.replace("*", "") for version in versions]
     try:
         return any(CHECKS[instruction](version, kwargs, where) for version in versions if version.strip())
-    except (KeyError, TypeError, AttributeError, re.error) as e:
+    except (KeyError, IndexError, TypeError, AttributeError, re.error) as e:
         raise InputError(f"{where}: the arguments {kwargs} of {instruction} cannot be used: {e!r}") from None

@@ -218,6 +218,7 @@ CALL = {"content": None, "role": "assistant", "tool_calls": [{"id": "1"}]}
         ({"messages": [user([{"type": "tool_result", "content": "y"}])]}, "tool use", "tool_result"),
         ({"messages": [user([{"type": "image_url", "image_url": {}}])]}, "a part that is not text", "image_url"),
         ({"messages": [user([{"type": "text", "text": "y"}, {"type": "image"}])]}, "a part that is not text", "image"),
+        ({"messages": [user([{"type": ["text"], "text": "y"}])]}, "a part that is not text", "text"),
         ({"messages": [user("<image>x"), *QA[1:]], "images": ["a.png"]}, "a part that is not text", "holds images"),
         ({"conversations": SHAREGPT, "image": "a.png"}, "a part that is not text", "holds image"),
         (

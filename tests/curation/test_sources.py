@@ -155,7 +155,8 @@ def test_code_with_tests_is_a_source():
     unread = set()
     sources.instructions({**MBPP, "challenge_test_list": []}, "f:1", 1000, unread)
     assert unread == {"challenge_test_list"}
-    for broken in ({"test_list": []}, {"test_list": [1]}, {"test_list": "assert inc(1) == 2"}, {"code": 1}):
+    tests = ({"test_list": []}, {"test_list": [1]}, {"test_list": "assert inc(1) == 2"}, {"code": 1})
+    for broken in (*tests, {"test_imports": "import re"}, {"test_imports": 1}):
         with pytest.raises(InputError, match="f:1: no known shape"):
             unify({**MBPP, **broken})
 

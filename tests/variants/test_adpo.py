@@ -88,6 +88,7 @@ def test_bad_groups_end_in_one_line(tiny, tmp_path, refused):
         ("2 completions and 1 rewards", good | {"rewards": [1]}),
         ("list of numbers", good | {"rewards": [1, "high"]}),
         ("list of numbers", good | {"rewards": [1, float("nan")]}),
+        ("list of numbers", good | {"rewards": [1, 10**400]}),
         ("list of numbers", {key: good[key] for key in ("prompt", "completions")}),
         ("at least two", good | {"completions": good["completions"][:1], "rewards": [1]}),
         ("at least two", good | {"completions": "one"}),

@@ -197,7 +197,8 @@ def test_check_reply():
     assert check_reply("number", "so it is 72.", "#### 72") is True
     assert check_reply("number", "so it is 72.", 72) is True and check_reply("number", "71", 72.5) is False
     assert check_reply("number", "nothing", 72) is False
-    assert all(check_reply("number", "1", reference) is None for reference in ("none", None, True))
+    assert all(check_reply("number", "1", reference) is None for reference in ("none", None, True, 10**400))
+    assert check_reply("choice", "B", {"letter": ["B"], "choices": FRUIT}) is None
     assert check_reply("choice", "The answer is B", {"letter": "B", "choices": FRUIT}) is True
     assert check_reply("choice", "The answer is B", {"letter": "A", "choices": FRUIT}) is False
     assert (

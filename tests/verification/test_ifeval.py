@@ -93,6 +93,11 @@ def test_loose_rules():
 def test_uncheckable_instructions_are_errors():
     with pytest.raises(InputError, match="file:3.*keywords:rhyme.*keywords:existence"):
         follows("keywords:rhyme", "x", {}, "file:3")
+    with pytest.raises(InputError, match="file:3.*unknown instruction"):
+        follows({"a": 1}, "x", {}, "file:3")
+    with pytest.raises(InputError, match="file:3.*cannot be used"):
+        nth = {"num_paragraphs": 1, "nth_paragraph": -5, "first_word": "x"}
+        follows("length_constraints:nth_paragraph_first_word", "x", nth, "file:3")
     with pytest.raises(InputError, match="file:3.*num_words"):
         follows("length_constraints:number_words", "x", {"relation": "at least"}, "file:3")
     with pytest.raises(InputError, match="file:3.*at most"):
