@@ -63,9 +63,9 @@ def average_metric(values: list) -> dict:
 
 
 def summarise_task(verdicts: list, subjects: list, over: str, first: list | None = None) -> dict:
-    """Score, standard error and n. With first, the first checkpoint's verdicts: also the paired comparison.
+    """Score, standard error and n of a task, and the paired comparison with the first checkpoint.
 
-    over: "questions" or "subjects", over which the score averages.
+    over: the score is a mean over "questions" or "subjects". first: the first checkpoint's verdicts; None for itself.
     """
     subjects = subjects if over == "subjects" else None
     x = [float(v) for v in verdicts]
@@ -77,7 +77,7 @@ def summarise_task(verdicts: list, subjects: list, over: str, first: list | None
 
 
 def other_metrics(metrics: list[dict], confidences: list, verdicts: list) -> dict:
-    """The task's further metrics, and the calibration if every question has a confidence."""
+    """Further metrics of the task, and the calibration if every question has a confidence."""
     found = {}
     if metrics[0]:
         found["metrics"] = {metric: average_metric([m[metric] for m in metrics]) for metric in metrics[0]}
@@ -205,9 +205,9 @@ def read_samples(path: str) -> dict[tuple, dict]:
 
 
 def differing_questions(samples: dict[tuple, dict], first: str, second: str) -> tuple[list[str], str]:
-    """-> (a line for each task, Markdown with both replies to each question that they score differently).
+    """-> (a summary line for each task, Markdown with both replies to each question that they score differently).
 
-    A line has the counts, the mean difference and its p-value, over questions (McNemar's exact test for 0/1 scores).
+    A line has the counts of wins, the mean difference over questions and its p-value.
     """
     text, scores = "", collections.defaultdict(list)  # {task: [(score of first, score of second)]}
     for (name, task, question_id), sample in samples.items():

@@ -16,7 +16,7 @@ from core.config import Config
 from core.devices import to_device
 from core.layers import fused
 
-# cuDNN plans every new shape anew, and with packed rows nearly every call has a new shape.
+# cuDNN makes a plan for every new shape, and with packed rows nearly every call has one.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 

@@ -14,7 +14,7 @@ def cast_copies(model: nn.Module, spare_bytes: int) -> list[tuple[Tensor, Tensor
     """New memory for the copies: (weight, empty copy) of each matrix; [] if they need more than spare_bytes.
 
     --dtype bf16 on a CPU casts each weight in the forward and again in the backward of each micro-batch. With short
-    texts this is a fifth of a step. On a GPU it is less than a fiftieth, so no copies are made there, nor of sharded
+    texts this takes a fifth of a step. No copies are made on a GPU, where it takes less than a fiftieth, or of sharded
     weights.
     """
     dtype = model.compute_dtype

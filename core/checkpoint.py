@@ -48,8 +48,6 @@ SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
 READABLE = {*SAFETENSORS_DTYPES, torch.float8_e4m3fn, torch.float8_e5m2}
 
 
@@ -80,7 +78,7 @@ class Checkpoint:
         self.names = sorted(self._tensors)
 
     def _untie(self) -> None:
-        """Gives tied weights the one name model.embed_tokens.weight. A file may have lm_head.weight too, or it alone.
+        """Gives tied weights the one name model.embed_tokens.weight. A file may also hold lm_head.weight, or only that.
 
         If the two tensors differ, they are not tied, as in transformers 5. (vLLM and transformers 4 drop the head.)
         """
@@ -96,9 +94,8 @@ class Checkpoint:
         if os.path.exists(os.path.join(path, "adapter_config.json")):  # transformers would load its base model
             raise InputError(f"{path}: is an adapter (LoRA); fold it into its base model first")
         self.config = read_json(config)
-        present = [
-            name for name in SIDE_FILES if os.path.lexists(os.path.join(path, name))
-        ]  # a broken link is an error
+        # lexists, so that a broken link is an error and not an absent file
+        present = [name for name in SIDE_FILES if os.path.lexists(os.path.join(path, name))]
         self.files = {name: read_text(os.path.join(path, name)) for name in present}
         self._tensors, listed = {}, {}
         index = os.path.join(path, INDEX)
@@ -125,9 +122,7 @@ class Checkpoint:
                 self._tensors[name] = (f, name)
         for name in listed:
             if name not in self._tensors:
-                raise InputError(
-                    f"{path}: {listed[name]} has no tensor {name}, but {INDEX} says so; download them again"
-                )
+                raise InputError(f"{path}: {INDEX} lists {name} in {listed[name]}, which lacks it; download both again")
 
     def _open_pt(self, path: str) -> None:
         try:
@@ -161,7 +156,7 @@ class Checkpoint:
         return tuple(f.shape if isinstance(f, Tensor) else f.get_slice(key).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """The tensor's stored dtype, from the file's header. InputError for one of which nothing can be computed."""
+        """The tensor's stored dtype, from the file's header. InputError if it cannot be computed with."""
         f, key = self._tensors[name]
         code = None if isinstance(f, Tensor) else f.get_slice(key).get_dtype()
         dtype = next((d for d, c in SAFETENSORS_DTYPES.items() if c == code), None) or self.tensor(name).dtype
@@ -218,7 +213,7 @@ def open_safetensors(path: str) -> safe_open:
     """The open safetensors file; its tensors are read later, one at a time."""
     check_regular(path)
     try:
-        open(path, "rb").close()  # safe_open gives a wrong reason for a folder, and for a file that must not be read
+        open(path, "rb").close()  # safe_open gives a wrong reason for a folder and for an unreadable file
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
         reason = getattr(e, "strerror", None) or e
@@ -250,7 +245,7 @@ def download(repo: str) -> str:
         )
     except Exception as e:  # the client raises many kinds, of its own and of its HTTP library
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise InputError(f"{repo}: no such folder here, and the hub did not give it: {reason}") from None
+        raise InputError(f"{repo}: is not a local folder and cannot be downloaded from the hub: {reason}") from None
 
 
 Text = str | Callable[[], str]
@@ -270,7 +265,7 @@ def write_checkpoint(
     config: config.json. files: {name: text}; a function instead of a text is called after the last tensor.
     specs: {name: (shape, dtype)}. tensors: (name, tensor) pairs in the order of specs. They are taken one at a time, so
     writing a folder never holds the model in memory. shard_size: maximum bytes of a safetensors file; a larger
-    tensor gets its own. None: one file. card: text of README.md in a folder; a README.md of the user's is kept instead.
+    tensor gets its own. None: one file. card: text of README.md in a folder. The user's own README.md is kept instead.
     """
     call = lambda text: text() if callable(text) else text
     dtypes = {str(dtype).removeprefix("torch.") for _, dtype in specs.values() if dtype.is_floating_point}

@@ -21,7 +21,7 @@ from core.interrupt import ROOT, exit_silently
 MAX_TEXT = 2**28  # maximum bytes of a text file; ten times the largest published tokenizer.json
 MAX_ERROR = 2000  # maximum characters of an error line
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # without tab and newline
-ESCAPE = "backslashreplace"  # writes half of a surrogate pair, as in a file name that is not UTF-8, as an escape
+ESCAPE = "backslashreplace"  # error handler of text: half of a surrogate pair is written as an escape
 
 
 class InputError(Exception):
@@ -61,7 +61,7 @@ def cli(main: Callable[[], object]) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files are removed
     for stream in (sys.stdout, sys.stderr):  # a terminal that shows ASCII only gets escapes, not a UnicodeEncodeError
         with contextlib.suppress(AttributeError, ValueError):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=ESCAPE)
     with contextlib.suppress(AttributeError, ValueError):  # bytes that are not UTF-8 in a chat's input
         sys.stdin.reconfigure(errors="replace")
     try:
@@ -155,7 +155,7 @@ def check_utf8(path: str | os.PathLike) -> None:
 
 
 def check_unicode(text: str, where: str) -> None:
-    """InputError for half of a surrogate pair, such as JSON's lone \\ud83d: no tokenizer takes it."""
+    """InputError for half of a surrogate pair, such as a lone \\ud83d in JSON. No tokenizer accepts it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -163,7 +163,7 @@ def check_unicode(text: str, where: str) -> None:
 
 
 def check_regular(path: str | os.PathLike) -> None:
-    """InputError for a name that is not UTF-8, and for a FIFO, device or socket, which could block for ever.
+    """InputError for a name that is not UTF-8, and for a FIFO, device or socket, which could block forever.
 
     A missing file is left to open().
     """
@@ -178,7 +178,9 @@ def read_text(path: str | os.PathLike) -> str:
     check_regular(path)
     try:
         if os.path.getsize(path) > MAX_TEXT:
-            raise InputError(f"{path}: is larger than {MAX_TEXT >> 20} MiB; this is not the file it should be")
+            raise InputError(
+                f"{path}: is larger than {MAX_TEXT >> 20} MiB, too large for a file of this kind; download it again"
+            )
         with open(path, encoding="utf-8-sig" if str(path).endswith(".json") else "utf-8") as f:
             return f.read()
     except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a name with a null character

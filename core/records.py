@@ -260,7 +260,7 @@ def read_parquet(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
 
 
 def is_number(value: object) -> bool:
-    """True for an int or float that is a finite float. A bool is none."""
+    """True for an int or float that fits a finite float. False for a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

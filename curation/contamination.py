@@ -1,8 +1,8 @@
 """Finds evaluation questions in texts by shared runs of tokens. Markdown, LaTeX and HTML markup does not hide them.
 
     questions = build_index(["How many eggs does ...?", ...])
-    held = find_contamination(texts, questions)              # (N,) int64: index of the question in each text, -1: none
-    hashes, held = simhash_and_match(texts, questions)       # simhashes too, in one pass
+    found = find_contamination(texts, questions)             # (N,) int64: index of the question in each text, -1: none
+    hashes, found = simhash_and_match(texts, questions)      # simhashes too, in one pass
 
 A text contains a question in three cases:
 - Both share a run of LONG informative tokens.
@@ -200,12 +200,12 @@ def match(hashes: np.ndarray, counts: np.ndarray, questions: dict) -> np.ndarray
 
 def match_texts(texts: list[str], tokens: tuple, questions: dict) -> np.ndarray:
     """Runs match() on texts with and without their markup. tokens: token_hashes(texts)."""
-    held = match(*tokens, questions)
+    found = match(*tokens, questions)
     marked_up = without_markup(texts) if questions else {}
     if marked_up:
         which = np.array(list(marked_up))
-        held[which] = np.maximum(held[which], match(*token_hashes(list(marked_up.values())), questions))
-    return held
+        found[which] = np.maximum(found[which], match(*token_hashes(list(marked_up.values())), questions))
+    return found
 
 
 def find_contamination(texts: Iterable[str], questions: dict) -> np.ndarray:

@@ -50,7 +50,7 @@ def character_kinds() -> np.ndarray:
     0: ignored, 1: part of a word, 2: a token by itself, 3: a sign, which is a token too.
     """
     table = np.zeros(0x110000, np.uint8)
-    table[:0x40000] = [  # there are no letters above
+    table[:0x40000] = [  # no letters above this code point
         2 if _ALONE.match(c) else 3 if unicodedata.category(c) in ("Sm", "Sc", "So") or c in _SIGNS else c.isalnum()
         for c in map(chr, range(0x40000))
     ]

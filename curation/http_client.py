@@ -28,7 +28,7 @@ HEX_DIGITS = frozenset(b"0123456789abcdefABCDEF")
 
 
 class HTTPError(Exception):
-    """There is no usable reply. The message is one line. retry: True if another try may succeed."""
+    """The request got no usable reply. The message is one line. retry: True if another try may succeed."""
 
     def __init__(self, message: str, retry: bool = True):
         super().__init__(message)

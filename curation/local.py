@@ -208,7 +208,7 @@ def with_other_ranks(work: Callable[[], None]) -> None:
 
 
 def serve_jobs() -> None:
-    """Does the jobs that rank 0 sends until there are no more. Ranks above 0 call only this."""
+    """Does jobs from rank 0 until there are no more. This is all that ranks above 0 do."""
     opened = {}
 
     def or_exit(collective: Callable, *arguments):
@@ -229,7 +229,7 @@ def serve_jobs() -> None:
 
 
 def end_other_ranks(failed: bool = False) -> None:
-    """Ends the other ranks. Rank 0 calls it last. failed: exits without sending anything; the others then notice."""
+    """Ends the other ranks. Rank 0 calls it last. failed: exits without sending anything, which the others notice."""
     if world_size() > 1 and not failed:
         scatter_jobs([None] * world_size())
     leave_group(failed)

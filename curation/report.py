@@ -52,8 +52,8 @@ def steps_text(counts: dict) -> list[str]:
     return [
         *text,
         "",
-        f"Prompts that contain a question of an evaluation set: {listed(dedup['held by'])}. Original responses removed "
-        f"because they contain one: {dedup['responses taken out']:,}.",
+        f"Prompts that contain a question of an evaluation set: {listed(dedup['contaminated by'])}. Original responses removed "
+        f"because they contain one: {dedup['responses removed']:,}.",
         "",
         f"Responses left out: {listed(counts['5_respond']['left out'])}.",
     ]

@@ -115,8 +115,8 @@ _FORMS = [(name, re.compile(pattern, re.I), holds) for name, pattern, holds in F
 def _limits() -> Iterator[tuple]:
     """Yields (name, counting function, limit, pattern, low, high) for each limit that the rows of COUNTS can state.
 
-    If an instruction states the number n, low * n to high * n are allowed. "in 50 words" is no limit: 55 words satisfy
-    it.
+    If an instruction states the number n, low * n to high * n are allowed. "in 50 words" does not count as a limit, because 55
+    words satisfy it.
     """
     for name, count, english, chinese in COUNTS:
         exact, most, least = (
@@ -135,7 +135,7 @@ def _limits() -> Iterator[tuple]:
 
 
 _LIMITS = list(_limits())
-# Text that looks like a limit but is none: quoted texts, given material, limits of one part of the response
+# Text that looks like a limit but is not one: quoted texts, given material, limits of one part of the response
 _QUOTED = re.compile(r"```.*?```|\"[^\"\n]*\"|“[^”]*”|「[^」]*」", re.S)
 _GIVEN = re.compile(r"\b(?:are|be) given\b.*", re.S)
 _PART = re.compile(r"\b(?:each|every|per|titles?|headings?|headlines?|keywords?)\b|每[个句段条行项点首篇]|标题", re.I)

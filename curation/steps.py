@@ -106,24 +106,26 @@ def deduplicate(args: argparse.Namespace, path: str, files: list[str], counts: d
             ids.append(r["id"])
             yield prompt_text(r["prompt"])
 
-    hashes, held = contamination.simhash_and_match(prompts(), questions)
+    hashes, found = contamination.simhash_and_match(prompts(), questions)
     rank = np.empty(len(merit), np.int64)
     rank[np.argsort(-np.array(merit, np.int64), kind="stable")] = np.arange(len(merit))
     keep, twin = dedup.keep_best(hashes, rank, args.hamming)
-    counts |= {"held by": Counter(), "responses taken out": 0}
+    counts |= {"contaminated by": Counter(), "responses removed": 0}
     for i, (_, record) in enumerate(read_jsonl(path)):
-        cause = i if held[i] >= 0 else twin[i]  # the record that decides: itself, or its near duplicate
-        if held[cause] >= 0:
-            name, n, question = asked[held[cause]]
-            counts["held by"][name] += 1
-            reason = "" if cause == i else "near duplicate of one "
-            yield dropped(record, f"{reason}held by an evaluation set", of=f"{name}:{n}", question=clip(question, 200))
+        cause = i if found[i] >= 0 else twin[i]  # the record that decides: itself, or its near duplicate
+        if found[cause] >= 0:
+            name, n, question = asked[found[cause]]
+            counts["contaminated by"][name] += 1
+            reason = "" if cause == i else "near duplicate of a record that "
+            yield dropped(
+                record, f"{reason}contains an evaluation question", of=f"{name}:{n}", question=clip(question, 200)
+            )
         elif not keep[i]:
             yield dropped(record, "near duplicate", of=ids[cause])
         else:
             if questions and bad_response[i] >= 0:
                 record["response"] = None
-                counts["responses taken out"] += 1
+                counts["responses removed"] += 1
             yield True, record
 
 
@@ -294,15 +296,15 @@ def respond(
             for i, some in enumerate(replies)
             for writer, reply in some.items()
         ]
-        held = contamination.find_contamination((text for _, _, text in flat), questions)
+        found = contamination.find_contamination((text for _, _, text in flat), questions)
         for record in batch:
             del record["response"]
             record["responses"] = {}
-        for (i, writer, text), question in zip(flat, held):
+        for (i, writer, text), question in zip(flat, found):
             reply = replies[i][writer]
             why = why_left_out(reply, text, writer == "teacher" and batch[i]["primary"] != "safety")
             if why or question >= 0:
-                counts["left out"][f"{writer_family(writer)}: {why or 'holds an evaluation question'}"] += 1
+                counts["left out"][f"{writer_family(writer)}: {why or 'contains an evaluation question'}"] += 1
                 if "error" in reply:
                     note_unanswered(counts, batch[i]["id"], f"{writer_family(writer)}: {reply['error']}")
                 continue

@@ -351,8 +351,8 @@ def check_code_allowed(task: str, args: Namespace) -> None:
 def load_questions(task: str, args: Namespace, judged: bool = False) -> list[dict]:
     """The questions of a task: {"task", "row", "messages", "choices", "key_parts"}.
 
-    judged: a judge scores the replies, so the task needs no verdict. key_parts: what else determines the reply, besides
-    task, settings and messages. InputError if the task does not fit the flags.
+    judged: a judge scores the replies, so the task needs no verdict. key_parts: what determines the reply besides task,
+    settings and messages. InputError if the task does not fit the flags.
     """
     bench = check_task(task, args, judged)
     find = functools.partial(find_data_file, args.data_dir)

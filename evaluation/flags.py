@@ -22,9 +22,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def parse_eval_args(argv: list[str]) -> Namespace:
     """The arguments of eval.py without a command."""
     about = (
-        "Evaluates checkpoints on benchmarks: one table with standard errors and paired tests. `eval.py compare` shows "
+        "Evaluates checkpoints on benchmarks: one table with standard errors and paired tests. "
+        "`eval.py compare` shows on which questions two checkpoints differ. "
+        "`eval.py judge` has a teacher compare their replies."
     )
-    about += "on which questions two checkpoints differ. `eval.py judge` has a teacher compare their replies."
     p = Parser(description=about)
     p.add_argument("--ckpt", nargs="+", required=True, help="hub ids, folders or .pt files; the first is the baseline")
     protocol = "paper: read the answer from a greedy chat reply; loglik: take the likeliest choice"
@@ -76,9 +77,11 @@ def add_reply_flags(p: ArgumentParser, out: str) -> None:
     p.add_argument("--limit", type=at_least(1), help=limit)
     # generation
     p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="maximum length of a reply, in tokens")
-    penalty = "1.0: none, as in the paper. Unlike in transformers, generation_config.json does not set it"
+    penalty = (
+        "repetition penalty; 1.0: none, as in the paper. generation_config.json does not set it, unlike in transformers"
+    )
     p.add_argument("--repetition-penalty", type=number(0.01, below=100), default=1.0, help=penalty)
-    rows = "questions answered at the same time; in fp32 the replies do not depend on it"
+    rows = "questions in flight; in fp32 the replies do not depend on it"
     p.add_argument("--batch-size", type=at_least(1), default=32, help=rows)
     cache = "size of the KV cache in GiB; questions that do not fit wait"
     p.add_argument("--cache-gb", type=number(above=0), default=4.0, help=cache)

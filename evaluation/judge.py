@@ -3,9 +3,8 @@
     python eval.py judge --ckpt base sft.pt sft-kto.pt --tasks mt_bench --teacher http://HOST:8000/v1 --out runs/judge
 
 Each checkpoint is compared with the first one. A reply wins if it is preferred in both orders and loses if the other
-one is; anything else is a tie. Judges prefer longer replies, so the table also has the lengths. OUT/replies.jsonl keeps
-the replies, as in eval.py, and OUT/judgements.jsonl the judgements. If the same command runs again, it asks only for
-those that are missing.
+one is. Anything else is a tie. Judges prefer longer replies, so the table also has the lengths. OUT/replies.jsonl and
+OUT/judgements.jsonl keep the replies and the judgements. If the same command runs again, it asks only for missing ones.
 """
 
 import json
@@ -94,7 +93,7 @@ def summarise_verdicts(outcomes: list[float | None], lengths: list[int], base_le
 
 def verdict_table(results: dict, first: str) -> str:
     lines = [
-        f"| against {first} | task | win rate | 95% interval | p | won / tied / lost | characters, theirs |",
+        f"| against {first} | task | win rate | 95% interval | p | won / tied / lost | characters (first) |",
         "|---" * 7 + "|",
     ]
     for name, cells in results.items():
@@ -103,7 +102,7 @@ def verdict_table(results: dict, first: str) -> str:
             error = "?" if c["stderr"] is None else f"{100 * c['stderr']:.1f}"
             row = [name, task, f"{100 * c['score']:.1f} ± {error}", f"{100 * low:.1f} to {100 * high:.1f}"]
             row += [f"{c['p_holm']:.2g}", f"{c['wins']} / {c['ties']} / {c['losses']}"]
-            row += [f"{c['characters']:.0f}, {c['characters_first']:.0f}"]
+            row += [f"{c['characters']:.0f} ({c['characters_first']:.0f})"]
             lines.append(f"| {' | '.join(row)} |")
     note = "Percent ± one standard error; a tie counts half. p: bootstrap test against 50 %, Holm-corrected.\n"
     return "\n".join(lines) + f"\n\n{note}"
@@ -171,4 +170,4 @@ def main(args: Namespace) -> None:
         with atomic_write(os.path.join(args.out, file)) as f:
             f.write(content)
     print(f"\n{text}\nwrote {args.out}/judge.json, judge.md and judged.jsonl (both replies and each preference)")
-    print("next: read a few lines of judged.jsonl before you believe the judge")
+    print("next: read some lines of judged.jsonl to check the judge")

@@ -1,7 +1,7 @@
 """Asks checkpoints the questions and keeps their replies in OUT, so that no question is asked twice.
 
 OUT/replies.jsonl has one record per reply, by key. Ranks above 0 write replies.rankN.jsonl. OUT/checkpoints.json has
-each checkpoint's part of the keys, so that --rescore needs no checkpoint.
+the parts of the keys that depend on a checkpoint, so that --rescore needs no checkpoint.
 """
 
 import gc
@@ -52,7 +52,7 @@ def ask_checkpoint(
 
 
 def question_keys(args: Namespace, work: Work, fingerprint: str, stop_ids: list[int]) -> dict[str, list[str]]:
-    """{task: the key of each reply}. A key is a hash of everything that a reply depends on, except the code."""
+    """{task: a key per question}. A key is a hash of everything that the reply depends on, except the code."""
     settings = [args.protocol, args.dtype, args.max_new_tokens]
     settings += [] if args.repetition_penalty == 1.0 else [args.repetition_penalty]
 
@@ -73,7 +73,7 @@ def read_replies(out: str) -> dict[str, dict]:
 
 
 def known_checkpoints(out: str) -> dict[str, dict]:
-    """OUT/checkpoints.json: {checkpoint as it was given: {"fingerprint", "stop_ids"}}."""
+    """OUT/checkpoints.json: {checkpoint as given on the command line: {"fingerprint", "stop_ids"}}."""
     path = os.path.join(out, CHECKPOINTS)
     known = read_json(path) if os.path.exists(path) else {}
     if not all(isinstance(entry, dict) and {*entry} == {"fingerprint", "stop_ids"} for entry in known.values()):
@@ -137,7 +137,7 @@ def collect_replies(args: Namespace, names: list[str], work: Work, ranks: Ranks 
 
 
 def load_replies(args: Namespace, names: list[str], work: Work) -> Replies:
-    """collect_replies() from OUT only. Opens no checkpoint: a path means the checkpoint last evaluated under it."""
+    """collect_replies() from OUT only, without opening checkpoints. A path names the checkpoint last evaluated under it."""
     replies, known, found = read_replies(args.out), known_checkpoints(args.out), {}
     for source, name in zip(args.ckpt, names):
         if source not in known:

@@ -244,7 +244,7 @@ def each_tensor(plan: Plan, work: Callable, title: str, quiet: bool = False) -> 
         for name, result in in_order(work, sizes, plan.args.threads):
             progress.update()
             yield name, result
-            del result  # before the next one is taken: it may be large
+            del result  # free it before the next one is taken
 
 
 def scan_magnitudes(plan: Plan) -> Callable:
@@ -274,7 +274,7 @@ def lines_alpha(plan: Plan) -> float:
         merge, weights = merged_deltas(plan, tensor), plan.weights(name)[:, None]
         for part in tensor.chunks():
             deltas = tensor.deltas(part, plan.arithmetic)
-            both = torch.stack([(deltas * weights).sum(0), merge(part, deltas)])  # merge() changes deltas
+            both = torch.stack([(deltas * weights).sum(0), merge(part, deltas)])  # merge() last: it changes deltas
             sums += both.abs_().sum(1, dtype=torch.float64)
         return sums
 
@@ -295,4 +295,4 @@ def merge_tensors(plan: Plan, dtype: torch.dtype, stats: Stats | None = None, qu
             stats.changed, stats.lost = stats.changed + changed, stats.lost + lost
             stats.digests[name] = digests
         yield name, tensor
-        del tensor  # before the next one is taken: it may be large
+        del tensor  # free it before the next one is taken

@@ -156,8 +156,8 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
     over = ["weights", "density", "lambda", "lines"]
     add("--over", nargs="+", choices=over, default=["weights"], help="what to search")
     greedy = (
-        "greedy soup: choose the models to average (linear only); the best of all points tried is kept, which may be "
-        "a fixed pair or the uniform soup"
+        "greedy soup: choose the models to average (linear only). The best of all points tried is kept, even if it is "
+        "one of the fixed pairs or the uniform soup"
     )
     add("--greedy", action="store_true", help=greedy)
     add("--evaluations", type=at_least(3), default=15, help="maximum number of points to try; not with --greedy")
@@ -166,10 +166,15 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
     add("--tasks", nargs="+", metavar="T", help="tasks of eval.py: maximise the share of right answers")
     aside = "share of the data set aside for the final scores"
     add("--aside", type=number(above=0, below=1), default=0.5, metavar="X", help=aside)
-    add("--max-len", type=at_least(2), default=1024, help="tokens; longer examples are cut at the end")
+    add(
+        "--max-len",
+        type=at_least(2),
+        default=1024,
+        help="maximum length of an example, in tokens; longer ones are cut at the end",
+    )
     add("--data-dir", default="data", help="folder of the tasks' questions")
     add("--limit", type=at_least(1), help="questions per task (default: all)")
-    add("--protocol", choices=["paper", "loglik"], default="paper", help="as in eval.py")
+    add("--protocol", choices=["paper", "loglik"], default="paper", help="how answers are scored, see eval.py --help")
     add("--allow-code-execution", action="store_true", help="run the code that the merges write, in a sandbox")
     add("--max-new-tokens", type=at_least(1), default=1000, help="maximum length of a reply, in tokens")
     add("--batch-size", type=at_least(1), default=32, help="questions in flight")

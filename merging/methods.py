@@ -1,4 +1,4 @@
-"""Merge methods beside linear and TIES (those are in merge.py), sparsification of deltas, and exact selection.
+"""Merge methods other than linear and TIES (see merge.py), sparsification of deltas, and exact selection.
 
 A delta is a model's tensor minus the base's, in float32 or float64. A delta method gives base + lambda * (the merge of
 the sparsified deltas). Shapes: n models, m elements of a tensor. deltas: (n, m). weights: (n,).
@@ -156,7 +156,7 @@ class Search:
     def bracket(self, sample: Tensor) -> tuple[float, float]:
         """Two values that almost surely enclose the k-th largest. sample: some of the magnitudes inside.
 
-        They are six standard deviations of its rank in the sample apart from it.
+        Their ranks in the sample are six standard deviations from its expected rank.
         """
         size, share = len(sample), (self.k - self.above) / self.inside  # share: how far down it is
         rank, slack = share * size, 6 * math.sqrt(size * share * (1 - share)) + 6

@@ -68,9 +68,9 @@ def args_at(args: argparse.Namespace, point: Point) -> argparse.Namespace:
 
 
 def start_points(args: argparse.Namespace, n: int) -> tuple[Point, list[Point]]:
-    """The point given by the flags, and the points that are always scored.
+    """-> (the point given by the flags, the points that are always scored).
 
-    These are the paper's two pairs of weights if two weights are searched, else the point of the flags.
+    The latter are the paper's two pairs of weights if two weights are searched, else the point of the flags.
     """
     total = sum(args.weights) if n > 1 and "weights" in args.over and abs(sum(args.weights)) > 1e-8 else 1.0
     start = {"weights": [w / total for w in args.weights]}
@@ -226,7 +226,7 @@ def main(args: argparse.Namespace, merge_checkpoints: Callable) -> None:
 
 
 def point_key(point: Point) -> str:
-    """Equal for equal points, up to rounding."""
+    """A key that is equal for points that are equal up to rounding."""
     return str([np.round(point[name], 9).tolist() for name in sorted(point)])
 
 

@@ -14,7 +14,7 @@ from core.distributed import run_distributed
 from core.files import cli
 from core.flags import number
 from model import Qwen2
-from training.logps import pack_to_device
+from training.logps import supervised_logps_and_kl
 from training.setup import Setup, load_frozen
 from variants.dft import dft_loss
 
@@ -39,11 +39,10 @@ def asft_from_kl(logps: Tensor, kl: Tensor, n_supervised: int, lam: float) -> Te
 
 
 def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], ref: Qwen2, lam: float) -> Tensor:
-    """asft_loss of a micro-batch. The model computes log p_t and KL_t without (N, V) logits in memory."""
+    """asft_loss of a micro-batch, without (N, V) logits in memory."""
     examples = [batch.examples[i] for i in micro]
-    ids, lengths, at, targets, _ = pack_to_device(examples or [([0, 0], [False, True])], model.device)
-    logps, kl = model(ids, lengths, at, targets, ref, forward_kl=True)  # (N,) each
-    return asft_from_kl(logps, kl, batch.n_supervised, lam) * bool(examples)  # a sharded rank without work runs too
+    logps, kl, _ = supervised_logps_and_kl(model, ref, examples, forward_kl=True)  # (N,) each
+    return asft_from_kl(logps, kl, batch.n_supervised, lam)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -57,10 +57,7 @@ NOSUID, NODEV, BIND, RECURSIVE, PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000  # f
 
 
 def readable_paths() -> list[str]:
-    """The paths that a program may read: the interpreter, its packages, the system's libraries.
-
-    No path is below another.
-    """
+    """The paths that a program may read: the interpreter, its packages, the system's libraries. None contains another."""
     system = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives"]
     paths = {os.path.abspath(p) for p in (sys.prefix, sys.base_prefix, *sys.path, *system) if p}
     paths |= {os.path.realpath(p) for p in paths}
@@ -135,7 +132,7 @@ def enter_private_root(box: str) -> None:
 
 
 def confine(cpu_seconds: float, memory_mb: int, layers: tuple[str, ...] = LAYERS, watched: bool = False) -> None:
-    """Drops this process's rights for good.
+    """Drops this process's rights permanently.
 
     cpu_seconds: limit of processor time. memory_mb: limit of address space, in MiB. watched: lets other processes of
     the same user read its /proc folder. The supervisor needs that to count deleted files.

@@ -6,7 +6,7 @@ The definitions are those of the benchmark's own checker, which uses two large p
 rules replace them:
 - Sentences are split by count_sentences().
 - A language is guessed from its script and its most common words. A reply in capitals is converted to lower case first.
-- Words in capitals are split by NLTK's Treebank rules, except rare ones: "'TWAS" is one word here and two words there.
+- Words in capitals are split by NLTK's Treebank rules. Rare exceptions such as "'TWAS" are one word here, two in NLTK.
 """
 
 import collections

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from verification import confine
 from verification.stand_ins import UNCHECKABLE
 
-OUTPUT_BYTES = 1 << 20  # most that a program may print
+OUTPUT_BYTES = 1 << 20  # limit of the program's output
 CHILD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sandbox_child.py")
 LAYERS = confine.LAYERS  # layers of the confinement in use
 
@@ -48,7 +48,7 @@ def run_program(
     outside the program (stand_ins.py): the program may be right. Otherwise False. detail: the last line printed,
     usually an exception, or the reason why the run was ended.
     """
-    # the tests are handed over in an unnamed file, so that no argument, variable or path leads the program to them
+    # an unnamed file passes the tests on, so that no argument, variable or path leads the program to them
     with temporary_folder() as box, tempfile.TemporaryFile() as handover:
         parts = [part.encode("utf-8", "replace").decode() for part in (source, tests)]
         handover.write(json.dumps([*parts, entry_point]).encode())

@@ -318,7 +318,7 @@ def test_shards_that_do_not_fit_the_index(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for listed, words in (
         ({"x": "a.safetensors", "b": "b.safetensors"}, "two files hold the tensor x, one of them b.safetensors"),
-        ({"x": "a.safetensors", "b": "a.safetensors"}, "a.safetensors has no tensor b"),
+        ({"x": "a.safetensors", "b": "a.safetensors"}, "lists b in a.safetensors, which lacks it"),
     ):
         index.write_text(json.dumps({"weight_map": listed}))
         with pytest.raises(InputError, match=words):

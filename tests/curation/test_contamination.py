@@ -96,7 +96,7 @@ def test_responses_that_contain_a_question_are_removed(tmp_path, monkeypatch):
     lines = list(steps.deduplicate(args, lines_of(tmp_path, records), [str(exam)], counts))
     kept = [line for is_kept, line in lines if is_kept]
     assert [(r["id"], r["response"]) for r in kept] == [("0", None), ("1", "Count to ten.")]
-    assert counts["responses taken out"] == 1 and sum(counts["held by"].values()) == 1
+    assert counts["responses removed"] == 1 and sum(counts["contaminated by"].values()) == 1
     replies = {
         "Make up a problem.": "What is two and two?",
         "Another one, please.": f"How about this:\n{second.upper()}",
@@ -109,8 +109,8 @@ def test_responses_that_contain_a_question_are_removed(tmp_path, monkeypatch):
     ]
     assert counts["left out"] == {
         "original: empty": 1,
-        "teacher: holds an evaluation question": 1,
-        "small: holds an evaluation question": 1,
+        "teacher: contains an evaluation question": 1,
+        "small: contains an evaluation question": 1,
     }
 
 

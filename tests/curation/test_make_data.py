@@ -140,7 +140,7 @@ def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
 
         # counts, step by step
         assert report["1_collect"]["in"] == 22 and report["1_collect"]["dropped"] == {"unfilled template": 1}
-        assert report["2_dedup"]["dropped"] == {"near duplicate": 1, "held by an evaluation set": 1}
+        assert report["2_dedup"]["dropped"] == {"near duplicate": 1, "contains an evaluation question": 1}
         assert report["3_classify"]["dropped"] == {"the teacher's reply did not parse, twice": 1}
         assert report["3_classify"]["asked again"] == 2
         assert report["3_classify"]["merged spellings"] == {"sum": ["Sums", "sum"]}
@@ -149,7 +149,7 @@ def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
             assert report[b]["in"] == report[a]["out"]
         [held] = [r for r in read(out / "2_dedup.dropped.jsonl") if r["reason"].startswith("held")]
         assert held["of"].endswith("/exam.jsonl:1") and held["question"] == "oh: " + held["instruction"]
-        assert list(report["2_dedup"]["held by"].values()) == [1]
+        assert list(report["2_dedup"]["contaminated by"].values()) == [1]
         kept = {r["id"] for r in read(out / "2_dedup.jsonl")}
         assert "source.jsonl:13" in {i.split("/")[-1] for i in kept}, (
             "of two copies the one with the longer response stays"
