@@ -2,9 +2,9 @@
 
     python -m variants.adpo --ckpt sft.pt --data groups.jsonl        # -> sft-adpo.pt
 
-Data: {"prompt", "completions", "rewards"} lines, the latter two lists of two or more; or {"prompt", "chosen",
-"rejected"}, with the rewards 1 and 0. The other flags are those of variants.dpo. Versions of the paper disagree. Here
-the anchor is the fixed reference, log-probabilities are summed, tau is constant.
+Data: {"prompt", "completions", "rewards"} lines with two or more completions and as many rewards, or {"prompt",
+"chosen", "rejected"} lines, with rewards 1 and 0. The other flags are those of variants.dpo. Versions of the paper
+differ. Here the anchor is the fixed reference, log-probabilities are summed, and tau is constant.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""What the variants are worth: reads the evaluations of variants/run.sh and writes one table.
+"""Compares the variants: reads the evaluations of variants/run.sh and writes one table.
 
     python -m variants.compare best FOLDER                          # prints the better learning rate
     python -m variants.compare record FOLDER --rate 5e-4 ...        # writes OUT/ARM.json
-    python -m variants.compare table docs/results/variants          # prints the table and what it shows
+    python -m variants.compare table docs/results/variants          # prints the table and the findings
 
 Each arm is a folder of checkpoints RATE-SEED. An arm is compared with its baseline on the same questions and seeds.
 """
@@ -22,7 +22,7 @@ from core.records import read_jsonl
 from evaluation.stats import holm
 
 PARTS = ("test", "withheld")  # the parts of the questions that the table is about
-PLAIN = ("sft", "kto", "random_half")  # the baselines; findings are about the arms that are compared with one of these
+PLAIN = ("sft", "kto", "random_half")  # baselines; the findings cover the arms that are compared with one of them
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -48,7 +48,7 @@ def resample(x: np.ndarray) -> np.ndarray:
 def difference(a: np.ndarray, b: np.ndarray) -> dict:
     """b - a, each (S, n) verdicts on the same questions -> {"difference", "interval", "p"}.
 
-    Seeds are paired where both have as many; a baseline that was not trained has one. p is two-sided.
+    Seeds are paired if both have equally many. A baseline that was not trained has one. p is two-sided.
     """
     d = b - a
     means, observed = resample(d), d.mean()
@@ -74,13 +74,13 @@ def share(bits: str) -> float:
 
 
 def best(folder: str) -> str:
-    """The learning rate whose checkpoint of seed 0 scores best on the validation questions; the lower one on a tie."""
+    """The learning rate that scores best on the validation questions with seed 0, the lower one on a tie."""
     scores = {name[:-2]: share(parts["validation"]) for name, parts in verdicts(folder).items() if name[-2:] == "-0"}
     return max(sorted(scores, key=float), key=scores.__getitem__)
 
 
 def cpu_seconds(path: str) -> float:
-    """The sum of a file with the user and the system time of a command, in seconds."""
+    """The CPU seconds of a command, from a file with its user and system time."""
     with open(path) as f:
         return sum(map(float, f.read().split()))
 
@@ -164,9 +164,9 @@ def with_interval(change: dict) -> str:
 
 
 def table(results: dict[str, dict]) -> str:
-    """One row an arm, each below its baseline, the best first."""
+    """One row per arm, below its baseline, the best first."""
     changes = compared(results)
-    head = "| arm | score | to its baseline | kept | to its baseline | CPU s | lines | rate |\n" + "| --- " * 8 + "|\n"
+    head = "| arm | score | vs baseline | kept | vs baseline | CPU s | lines | rate |\n" + "| --- " * 8 + "|\n"
     rows = []
 
     def add(name: str) -> None:
@@ -194,19 +194,19 @@ def table(results: dict[str, dict]) -> str:
 
 
 def findings(results: dict[str, dict]) -> str:
-    """What differs from its baseline by more than noise, and what brought nothing, as Markdown bullets."""
+    """Markdown bullets: the arms that differ significantly from their baseline, and those without a gain."""
     changes = {name: c for name, c in compared(results).items() if "p_holm" in c["test"]}
 
-    def those(part: str, sign: int) -> set[str]:
+    def significant(part: str, sign: int) -> set[str]:
         return {n for n, c in changes.items() if c[part]["p_holm"] < 0.05 and sign * c[part]["difference"] > 0}
 
-    better, worse, keeps, forgets = (those(part, sign) for part in ("test", "kept") for sign in (1, -1))
+    better, worse, keeps, forgets = (significant(part, sign) for part in ("test", "kept") for sign in (1, -1))
     groups = {
         "Scores higher": better,
         "Scores lower": worse,
         "Forgets less": keeps,
         "Forgets more": forgets,
-        "Brought nothing, neither in score nor against forgetting": set(changes) - better - keeps,
+        "No gain in score or forgetting": set(changes) - better - keeps,
     }
     return "".join(f"- {title}: {', '.join(sorted(names)) or 'none'}.\n" for title, names in groups.items())
 
@@ -220,7 +220,7 @@ def main() -> None:
     commands = p.add_subparsers(dest="command_name", required=True)
     best_parser = commands.add_parser("best", help="print the better learning rate of an arm")
     record_parser = commands.add_parser("record", help="write the results of an arm as JSON")
-    table_parser = commands.add_parser("table", help="print the table of all arms and what it shows")
+    table_parser = commands.add_parser("table", help="print the table of all arms and the findings")
     for parser in (best_parser, record_parser):
         parser.add_argument("folder", help="folder of the arm's checkpoints and of their evaluation, eval/")
     record_parser.add_argument("--rate", default="", help="the chosen learning rate; without it the arm is not trained")

@@ -3,11 +3,11 @@
     python -m variants.conjugate_prompting --base base --ckpt tuned                          # the paper's test, no data
     python -m variants.conjugate_prompting --base base --ckpt tuned --data demo/heldout.jsonl
 
-A map rewrites the prompt so that it is far from the fine-tuning data but asks for the same skill. The skill was hidden
-if the tuned model's drop from its base is smaller on the rewritten prompts. The map here is leetspeak, one of the
-paper's; translation needs a teacher and is left out. In the paper's test, two examples repeat or capitalise their
-input; a model without the skill answers the third input instead. The inputs here are the paper's sums, without its
-sentences with a blank. The two examples are ours.
+A map rewrites the prompt so that it is far from the fine-tuning data but asks for the same skill. The skill was only
+hidden if the tuned model loses less on the rewritten prompts. The map is leetspeak, one of the paper's maps; its
+translation is left out, because it needs a teacher. In the paper's test, two examples repeat or capitalise their input.
+A model without the skill answers the third input instead. The inputs here are the paper's sums, without its sentences
+with a blank. The two examples are ours.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SHOTS = ("The boat came home before dark.", "My sister grows apples and pears.")
 
 
 def leet(text: str) -> str:
-    """s: "Repeat the input." -> "R3p347 7h3 1npu7.". Words with a digit, and words of these letters alone, stay."""
+    """s: "Repeat the input." -> "R3p347 7h3 1npu7.". Words with digits, or of these letters only, stay."""
 
     def change(found: re.Match) -> str:
         changed = found[0].translate(TO_DIGITS)
@@ -46,7 +46,7 @@ def leet(text: str) -> str:
 
 
 def unleet(text: str) -> str:
-    """s^-1, exact for texts in which no word mixes letters and digits. Numbers stay."""
+    """The inverse of leet, exact if no word of the text mixes letters and digits. Numbers stay unchanged."""
     return WORD.sub(lambda found: found[0] if found[0].isdigit() else found[0].translate(TO_LETTERS), text)
 
 
@@ -66,7 +66,7 @@ def drops(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> tuple[di
 
 
 def shots_question(task: str, request: str, name: str) -> dict:
-    """The paper's test: two examples of a task, then a request as the third input. Right: the task is done on it."""
+    """The paper's test: two examples of a task, then a request as third input. A right reply does the task on it."""
     prompts, answers = {}, {}
     for view, (s, _) in VIEWS.items():
         done = lambda text, s=s: s(text).upper() if task == "capitals" else s(text)
@@ -88,7 +88,7 @@ def shots_questions(n: int, seed: int = 10) -> list[dict]:
 
 
 def data_questions(path: str, limit: int | None) -> list[dict]:
-    """The records of a file with `prompt` and `reference`, as demo/heldout.jsonl has them."""
+    """Questions from a file of records with `prompt` and `reference`, such as demo/heldout.jsonl."""
     found = []
     for row in json_rows(path, prompt=str, reference=dict)[:limit]:
         check_reference(row["reference"], row["where"])
@@ -126,9 +126,9 @@ def drop_table(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> str
     if lost["plain"] <= 0:
         conclusion = "Nothing was lost on the plain prompts."
     elif accuracies[0]["leet"] < accuracies[0]["plain"] / 2:
-        conclusion = "The base itself fails on the rewritten prompts, so a smaller drop there says nothing."
+        conclusion = "The base itself fails on the rewritten prompts, so a smaller drop there proves nothing."
     elif high < 0:
-        conclusion = "The drop is smaller on the rewritten prompts: a part of the skill was hidden, not lost."
+        conclusion = "The drop is smaller on the rewritten prompts: part of the skill was hidden, not lost."
     else:
         conclusion = "No sign that a skill was hidden."
     return "\n".join([" " * 6 + "".join(f"{view:>8}" for view in VIEWS), *rows, change, conclusion])
@@ -139,7 +139,11 @@ def parse_args() -> argparse.Namespace:
     add_pair_flags(p)
     # questions
     p.add_argument("--data", metavar="F", help="JSON Lines of `prompt` and `reference`; without it, the paper's test")
-    p.add_argument("--limit", type=at_least(2), help="questions (default: all of --data, 100 of each task of the test)")
+    p.add_argument(
+        "--limit",
+        type=at_least(2),
+        help="number of questions (default: all of --data, or 100 of each task of the test)",
+    )
     p.add_argument("--max-new-tokens", type=at_least(1), default=32, help="maximum length of a reply, in tokens")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no reply")
     # output
@@ -156,7 +160,7 @@ def main() -> None:
     write_jsonl(args.out, lines[0] + lines[1])
     verdicts = [{v: [line["correct"] for line in some if line["view"] == v] for v in VIEWS} for some in lines]
     print(drop_table(*verdicts))
-    print(f"Written: {args.out}, {len(lines[0] + lines[1])} replies. What the fine-tuning brought instead:")
+    print(f"Written: {args.out}, {len(lines[0] + lines[1])} replies. To see what the fine-tuning added:")
     print_next("python", "-m", "variants.novelty", "--ckpt", args.ckpt, "--base", args.base)
 
 

@@ -1,11 +1,11 @@
-"""CorDA (arXiv 2406.05223): LoRA that starts from the directions of each weight that matter least or most for inputs.
+"""CorDA (arXiv 2406.05223): LoRA from the directions of each weight that matter least or most for given inputs.
 
     python -m variants.corda --mode keep --calibration questions.jsonl --ckpt base --data chats.jsonl --out corda
     python -m variants.corda --mode learn --ckpt base --data chats.jsonl --out corda
 
-keep trains the directions that matter least for the inputs of --calibration, so that the model still knows what they
-ask. learn trains those that matter most for the task. All flags of train_sft.py work but --shard. OUT is an ordinary
-checkpoint. The biases stay frozen; the authors train them.
+--mode keep trains the directions that matter least for the --calibration inputs, so that the model still knows them.
+--mode learn trains those that matter most for the task. All flags of train_sft.py work except --shard. OUT is an
+ordinary checkpoint. The biases stay frozen; the authors train them.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from variants.lora import LoRA, fold, linear_layers
 
 
 def corda_split(weight: Tensor, covariance: Tensor, rank: int, largest: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """CorDA's start of a layer -> (W_res (O, C), A (r, C), B (O, r)), with W = W_res + B A.
+    """CorDA's initialisation of a layer -> (W_res (O, C), A (r, C), B (O, r)), with W = W_res + B A.
 
         U S V^T = svd(W K')        B = U_r sqrt(S_r)        A = sqrt(S_r) V_r^T K'^-1
         K' = K + damp mean(diag K) I        damp = 0.01, doubled until ||K' K'^-1 - I|| < 0.05
@@ -54,12 +54,12 @@ def corda_split(weight: Tensor, covariance: Tensor, rank: int, largest: bool) ->
     return weight - B @ A, A, B
 
 
-COVARIANCES = 2**28  # numbers of all covariances in memory at once: 1 GiB
+COVARIANCES = 2**28  # covariance entries in memory at once, 1 GiB
 
 
 @torch.no_grad()
 def add_corda_adapters(setup: Setup) -> None:
-    """Adds LoRAs that start from corda_split, for as many blocks at a time as their covariances fit in memory."""
+    """Adds LoRAs that start from corda_split. Takes as many blocks at a time as have covariances that fit in memory."""
     args, model = setup.args, setup.model
     sequences, blocks, c = calibration_sequences(setup), model.model["layers"], model.config
     if args.rank > (most := min(min(linear.weight.shape) for *_, linear in linear_layers(blocks[:1]))):
@@ -73,8 +73,8 @@ def add_corda_adapters(setup: Setup) -> None:
         for (part, name, linear), covariance in zip(bar, covariances):
             adapter = LoRA(linear, args.rank, alpha=args.rank)  # the authors do not scale by alpha / r
             parts = corda_split(linear.weight, covariance, args.rank, args.mode == "learn")
-            for mine, value in zip((linear.weight, adapter.A, adapter.B), parts):
-                mine.copy_(value)
+            for parameter, value in zip((linear.weight, adapter.A, adapter.B), parts):
+                parameter.copy_(value)
             setattr(part, name, adapter)
 
 
@@ -110,17 +110,17 @@ def calibration_sequences(setup: Setup) -> list[list[int]]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
-    parser.set_defaults(out="corda.pt", method="LoRA started as in CorDA (arXiv 2406.05223)", lr=2e-5)
+    parser.set_defaults(out="corda.pt", method="LoRA initialised by CorDA (arXiv 2406.05223)", lr=2e-5)
     ways = "keep: train the directions that matter least for the inputs of --calibration; learn: those that matter most"
     parser.add_argument("--mode", choices=["keep", "learn"], required=True, help=ways)
-    parser.add_argument("--calibration", nargs="+", help="data files; learn takes --data without them")
+    parser.add_argument("--calibration", nargs="+", help="data files; default for --mode learn: --data")
     parser.add_argument("--rank", type=at_least(1), default=128, help="r, directions to train in each layer")
 
 
 def main() -> None:
     args = train_sft.parse_args(add_flags=add_flags, no_shard="adapters cannot be added to a sharded model")
     if args.mode == "keep" and not args.calibration:
-        raise InputError("--mode keep: give --calibration, data with what the model is to keep, such as questions")
+        raise InputError("--mode keep: needs --calibration, data that the model must still answer, such as questions")
     train_sft.main(args, prepare=add_corda_adapters, before_save=fold)
 
 

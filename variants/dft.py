@@ -2,8 +2,8 @@
 
     python -m variants.dft --ckpt base --data chats.jsonl --out dft
 
-All flags of train_sft.py work. The gradient of a token shrinks with its probability, so tune its learning
-rate separately before comparing with SFT. The authors use 5e-5 with a batch of 256.
+All flags of train_sft.py work. The gradient of a token shrinks with its probability, so tune the learning
+rate separately before comparing with SFT. The authors use 5e-5 with batches of 256.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python -m variants.dpo --ckpt sft.pt --data pairs.jsonl                # -> sft-dpo.pt
 
-Data: {"prompt", "chosen", "rejected"} lines. The flags are those of train_kto.py without its label weights.
+Data: {"prompt", "chosen", "rejected"} lines. Takes the flags of train_kto.py, without its label weights.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def dpo_loss(
         loss = -(1 - eps) log sigmoid(d) - eps log sigmoid(-d)        eps = label_smoothing
 
     All inputs: (n,) log-probabilities of the replies, summed over their tokens, in nats. beta: per nat.
-    eps is the probability that a pair has the wrong order; 0 is DPO (Eq. 7).
+    eps is the probability that a pair is in the wrong order. eps = 0 is DPO (Eq. 7).
     """
     rewards = beta * torch.stack((policy_chosen - ref_chosen, policy_rejected - ref_rejected), dim=1)  # (n, 2)
     d = rewards[:, 0] - rewards[:, 1]

@@ -1,12 +1,12 @@
-"""GOT-D (arXiv 2405.02774): picks the records that move a pool fastest towards the targets in optimal transport.
+"""GOT-D (arXiv 2405.02774): selects the records that reduce the optimal-transport distance to a target set most.
 
     python -m variants.got --ckpt base --candidates pool/*.jsonl --targets task.jsonl --keep 1000 --out got
-    python train_sft.py --ckpt base --data got/sft.jsonl --out got-ckpt     # then on the task itself
+    python train_sft.py --ckpt base --data got/sft.jsonl --out got-ckpt     # then train on the task
 
-The candidates should be like the data that the model was trained on before. A target may be a prompt without a reply.
+The candidates should resemble the data that the model was trained on before. A target may be a prompt without a reply.
 The paper embeds texts with a DistilBERT fine-tuned on the targets. Here an embedding is the mean of --ckpt's last
-hidden states. Their scale differs, so --eps is relative to the mean cost; the authors' eps is 0.1. Their first step,
-which drops domains far from the targets, is left out.
+hidden states. Their scale differs, so --eps is relative to the mean cost; the authors' eps is 0.1. The paper's first
+step, which drops domains far from the targets, is left out.
 """
 
 import argparse
@@ -36,8 +36,8 @@ def sinkhorn(cost: Tensor, eps: float, iterations: int = 10_000, tol: float = 1e
         f_i = -eps log mean_j exp((g_j - C_ij) / eps)        g_j = -eps log mean_i exp((f_i - C_ij) / eps)
 
     cost: C (M, N), of moving mass between target i and candidate j. eps: in units of the cost. The distance is
-    mean f + mean g. Its gradient by the mass of candidate j is g_j, up to a constant: the candidates with the smallest
-    g are the best. error: mean relative error of the targets' masses; the iterations stop when it is below tol.
+    mean f + mean g. Its gradient with respect to the mass of candidate j is g_j, up to a constant, so the smallest g
+    are best. error: mean relative error of the targets' masses. Iterations stop when it is below tol.
     """
     M, N = cost.shape
     f, g, tiles = cost.new_zeros(M), cost.new_zeros(N), cost.split(TILE, dim=1)
@@ -72,7 +72,7 @@ def embed_texts(model: Qwen2, texts: list[list[int]], micro_tokens: int) -> Tens
 
 
 def read_texts(paths: list[str], max_chars: int) -> list[tuple[str, dict, str]]:
-    """-> ("file:line", the record as it is, its messages as one text of at most max_chars) of each record."""
+    """-> ("file:line", the unchanged record, its messages as one text of at most max_chars) of each record."""
     found = []
     for path in expand(paths):
         for line, record in read_objects(path):
@@ -93,8 +93,12 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--keep", type=at_least(1), required=True, help="number of candidates to keep")
     p.add_argument("--out", type=out_path, default="got", help="folder for sft.jsonl, best first, and scores.jsonl")
     # method
-    p.add_argument("--eps", type=number(above=0), default=0.05, help="entropic regularisation / mean cost")
-    p.add_argument("--max-chars", type=at_least(1), default=1000, help="length at which a text is cut, in characters")
+    p.add_argument(
+        "--eps", type=number(above=0), default=0.05, help="entropic regularisation, relative to the mean cost"
+    )
+    p.add_argument(
+        "--max-chars", type=at_least(1), default=1000, help="maximum length of a text, in characters; the rest is cut"
+    )
     # model
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the model that embeds the texts")
     p.add_argument("--micro-tokens", type=at_least(1), default=8192, help="maximum tokens of one forward")

@@ -3,9 +3,9 @@
     python -m variants.half_finetuning --ckpt base --data chats.jsonl --out half
     python -m variants.half_finetuning kto --round 1 --ckpt half --data feedback.jsonl --out half-kto
 
-All flags of train_sft.py work; after the word kto, those of train_kto.py. Give each later stage of training another
---round. Half of the matrices are 45 to 55 % of the blocks' weights, because k and v are small in grouped-query
-attention. The authors' code was not found; the choice of matrices follows two re-implementations.
+All flags of train_sft.py work. With the word kto, those of train_kto.py work instead. Give each later stage of training
+another --round. Half of the matrices are 45 to 55 % of the blocks' weights, because k and v are small in grouped-query
+attention. The authors' code was not found. The choice of matrices follows two re-implementations.
 """
 
 import argparse
@@ -27,7 +27,7 @@ NORMS = ["input_layernorm", "post_attention_layernorm"]
 def frozen_modules(n_blocks: int, seed: str) -> list[str]:
     """The names of the modules to freeze. Embedding, last norm and head stay trainable.
 
-    Of each block: 2 of q, k, v, o; 1 of the 2 norms; of gate, up, down 2 in a random half of the blocks, 1 in the rest.
+    Per block: 2 of q, k, v, o; 1 of the 2 norms; of gate, up, down 2 in a random half of the blocks, 1 in the others.
     """
     g, names = random.Random(seed), []
     two = set(g.sample(range(n_blocks), n_blocks // 2))
@@ -46,10 +46,12 @@ def freeze_half(setup: Setup) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__.split("\n\n")[0] + " The word kto before the flags trains with KTO in place of SFT."
+    parser.description = (
+        __doc__.split("\n\n")[0] + " With the word kto before the flags it trains with KTO instead of SFT."
+    )
     parser.set_defaults(out=parser.get_default("out") and "half.pt")  # KTO's is named after --ckpt
     parser.set_defaults(method=parser.get_default("method") + " of half the weights (HFT, arXiv 2404.18466)")
-    parser.add_argument("--round", type=at_least(0), default=0, help="stage of training; each draws another half")
+    parser.add_argument("--round", type=at_least(0), default=0, help="stage of training; each stage draws another half")
 
 
 def main() -> None:

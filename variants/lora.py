@@ -1,8 +1,8 @@
-"""LoRA (arXiv 2106.09685): trains two thin matrices beside each linear layer of the blocks, and folds them at the end.
+"""LoRA (arXiv 2106.09685): trains two low-rank matrices for each linear layer of the blocks, and folds them at the end.
 
     python -m variants.lora --rank 8 --alpha 16 --lr 2e-4 --ckpt base --data chats.jsonl --out lora
 
-All flags of train_sft.py work but --shard. OUT is an ordinary checkpoint. Biases, norms and the embedding stay frozen.
+All flags of train_sft.py work except --shard. OUT is an ordinary checkpoint. Biases, norms and embedding stay frozen.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def lora_weight(weight: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
 
 
 class LoRA(nn.Module):
-    """y = W x + b + (alpha / r) B A x. Only A and B train. B starts at 0, so the model starts as it was."""
+    """y = W x + b + (alpha / r) B A x. Only A and B train. B starts at 0, so the model is unchanged at first."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         super().__init__()
@@ -43,13 +43,13 @@ class LoRA(nn.Module):
 
 
 def linear_layers(blocks: nn.ModuleList) -> list[tuple[nn.Module, str, nn.Module]]:
-    """(attention or MLP, name in it, linear layer) of every linear layer of these blocks."""
+    """(attention or MLP, the layer's name in it, the layer) for every linear layer of these blocks."""
     parts = [part for block in blocks for part in (block.self_attn, block.mlp)]
     return [(part, name, linear) for part in parts for name, linear in part.named_children()]
 
 
 def add_adapters(setup: Setup) -> None:
-    """Freezes the model and puts a LoRA in place of each linear layer of the blocks."""
+    """Freezes the model and replaces each linear layer of the blocks by a LoRA."""
     setup.model.requires_grad_(False)
     for part, name, linear in linear_layers(setup.model.model["layers"]):
         setattr(part, name, LoRA(linear, setup.args.rank, setup.args.alpha))
@@ -57,7 +57,7 @@ def add_adapters(setup: Setup) -> None:
 
 @torch.no_grad()
 def fold(model: Qwen2) -> None:
-    """Puts the linear layers back, with the folded weights."""
+    """Puts the linear layers back, with LoRA folded into their weights."""
     for part, name, adapter in linear_layers(model.model["layers"]):
         adapter.linear.weight.copy_(lora_weight(adapter.linear.weight, adapter.A, adapter.B, adapter.alpha))
         setattr(part, name, adapter.linear)
@@ -66,7 +66,7 @@ def fold(model: Qwen2) -> None:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(out="lora.pt", method="LoRA (arXiv 2106.09685)", lr=2e-4)
-    parser.add_argument("--rank", type=at_least(1), default=8, help="r, rows of A")
+    parser.add_argument("--rank", type=at_least(1), default=8, help="r, the rank: rows of A")
     parser.add_argument("--alpha", type=number(above=0), default=16.0, help="the adapters are scaled by alpha / r")
 
 

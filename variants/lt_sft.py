@@ -1,10 +1,10 @@
-"""LT-SFT, composable sparse fine-tuning (arXiv 2110.07560): trains again only the weights that moved most.
+"""LT-SFT, composable sparse fine-tuning (arXiv 2110.07560): retrains only the weights that moved most in a first run.
 
     python train_sft.py --ckpt base --data a.jsonl --out moved-a                                  # phase 1
     python -m variants.lt_sft --moved moved-a --density 0.01 --ckpt base --data a.jsonl --out a   # phase 2
     python merge.py --method task_arithmetic --base base --models a:1 b:1 --out both              # skills add up
 
-All flags of train_sft.py work but --shard and --weight-decay, which would move the other weights too. Norms stay
+All flags of train_sft.py work except --shard and --weight-decay, which would change the other weights too. Norms stay
 frozen, as in the authors' scripts.
 """
 
@@ -45,7 +45,7 @@ def distance(before: Tensor, after: Tensor) -> Tensor:
 
 
 def freeze_the_rest(setup: Setup) -> None:
-    """Zeroes the gradients of all weights but those of the masks. Clipping sees the gradients that are left."""
+    """Zeroes the gradients outside the masks, before they are clipped."""
     args, names = setup.args, dict(setup.model.named_parameters())
     moved = Checkpoint(args.moved)
     check_tensors(moved, {name: tuple(p.shape) for name, p in names.items()})
@@ -65,14 +65,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(out="sparse.pt", method="LT-SFT (arXiv 2110.07560)")
     parser.add_argument("--moved", required=True, help="checkpoint of phase 1, fine-tuned in full from --ckpt")
-    share = "share of the weights to train (the authors' default)"
+    share = "share of the weights to train; 0.01 is the authors' default"
     parser.add_argument("--density", type=number(above=0, below=1), default=0.01, help=share)
 
 
 def main() -> None:
-    args = train_sft.parse_args(add_flags=add_flags, no_shard="masks need whole matrices, but sharded ranks hold parts")
+    args = train_sft.parse_args(
+        add_flags=add_flags, no_shard="masks need whole matrices, but a sharded rank holds a part of each"
+    )
     if args.weight_decay:
-        raise InputError(f"--weight-decay {args.weight_decay:g}: would move the masked weights too; leave it out")
+        raise InputError(f"--weight-decay {args.weight_decay:g}: would change the frozen weights too; leave it out")
     train_sft.main(args, prepare=freeze_the_rest)
 
 

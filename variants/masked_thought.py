@@ -1,9 +1,9 @@
-"""MFT, masked thought (arXiv 2403.02178): SFT that reads a corrupted answer and predicts the original one.
+"""MFT, masked thought (arXiv 2403.02178): SFT whose input is a corrupted answer and whose target is the original.
 
     python -m variants.masked_thought --p-max 0.4 --ckpt base --data chats.jsonl --out masked
 
 All flags of train_sft.py work. As in the authors' GSM8K runs, a corrupted token becomes a random one, so no mask token
-is needed. They draw from all ids; this never draws a control token.
+is needed. The authors draw from all ids. This never draws a control token.
 """
 
 import argparse
@@ -45,11 +45,11 @@ def ordinary_ids(tokenizer: Tokenizer) -> list[int]:
 def micro_loss(
     model: Qwen2, batch: StepBatch, micro: list[int], args: argparse.Namespace, ordinary: list[int]
 ) -> Tensor:
-    """The loss of a micro-batch. An example's corruption follows from --seed, the step and the example alone."""
+    """The loss of a micro-batch. An example's corruption depends only on --seed, the step and the example."""
     p = mask_rate(batch.step, batch.n_steps, args.p_max, args.rise)
     examples = [batch.examples[i] for i in micro]
     inputs = [corrupt(batch.examples[i], p, ordinary, f"{args.seed} {batch.step} {batch.indices[i]}") for i in micro]
-    logps, _ = supervised_logps(model, examples, inputs)  # the targets stay
+    logps, _ = supervised_logps(model, examples, inputs)  # the targets are the originals
     return sft_loss(logps, batch.n_supervised)
 
 

@@ -1,11 +1,11 @@
-"""CGE, contrastive generation (arXiv 2410.14765): a fine-tuned model writes what it finds likelier than its base does.
+"""CGE, contrastive generation (arXiv 2410.14765): a fine-tuned model writes texts that it finds likelier than its base.
 
     python -m variants.novelty --ckpt tuned --base base --samples 100     # -> novelty.jsonl, the most novel first
 
-The texts show what was new in the data. This is the static version; the iterative one trains the base in between.
-The paper's alpha, and whether it samples, were not found. Here alpha is contrastive decoding's (arXiv 2210.15097).
-Tokens are sampled, because otherwise all texts would be equal. SFT learns replies alone, so each text answers a neutral
-user message; --plain starts from an empty context.
+The texts show what was new in the data. This is the static version. The iterative one trains the base in between.
+The paper's alpha, and whether it samples, were not found. alpha here is contrastive decoding's (arXiv 2210.15097).
+Tokens are sampled, because otherwise all texts would be equal. SFT trains on replies only, so each text answers a
+neutral user message. --plain starts from an empty context.
 """
 
 import argparse
@@ -94,8 +94,15 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--plain", action="store_true", help="write plain texts, without a chat around them")
     p.add_argument("--samples", type=at_least(1), default=100, help="number of texts")
     p.add_argument("--max-new-tokens", type=at_least(1), default=64, help="maximum length of a text, in tokens")
-    p.add_argument("--alpha", type=number(above=0, below=1), default=0.1, help="least p_ft of a token / largest p_ft")
-    p.add_argument("--temperature", type=number(0), default=1.0, help="of the scores; 0 takes the best token")
+    p.add_argument(
+        "--alpha",
+        type=number(above=0, below=1),
+        default=0.1,
+        help="minimum p_ft of a token, relative to the largest p_ft",
+    )
+    p.add_argument(
+        "--temperature", type=number(0), default=1.0, help="sampling temperature of the scores; 0 takes the best token"
+    )
     p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="texts written at once; changes no text")
     # output
@@ -110,7 +117,7 @@ def main() -> None:
     check_vocabulary(Checkpoint(args.base), Checkpoint(args.ckpt))
     (tuned, tokenizer), (base, _) = (load_for_inference(source, args) for source in (args.ckpt, args.base))
     if tuned.config.vocab_size != base.config.vocab_size:
-        raise InputError(f"{args.base}: its head has another number of rows than that of {args.ckpt}")
+        raise InputError(f"{args.base}: its head and that of {args.ckpt} have different numbers of rows")
     chat = [{"role": "user", "content": args.prompt}]
     prompt = [tokenizer.prefix] if args.plain else tokenizer.prompt_ids(chat)
     end = min(model.config.max_position_embeddings for model in (tuned, base))
@@ -125,7 +132,7 @@ def main() -> None:
     write_jsonl(args.out, lines)
     for line in lines[:5]:
         print(f"{line['novelty']:8.2f}  {printable(line['text'][:100])}")
-    print(f"Written: {args.out}, {len(lines)} texts, the most novel first. What the base says instead:")
+    print(f"Written: {args.out}, {len(lines)} texts, the most novel first. To see what the base writes:")
     print_next("python", "generate.py", "--ckpt", args.base, "--prompt", args.prompt)
 
 

@@ -2,9 +2,9 @@
 
     python -m variants.otr --beta -0.1 --ckpt base --data chats.jsonl --out otr
 
-All flags of train_sft.py work but --shard. At --kappa 1 the expected gradient is (1 - beta) times DFT's.
-The authors' code was not found. Their beta is "slightly negative", so --beta has no default. Whether they temper the
-log in the loss is not known; here it is not tempered.
+All flags of train_sft.py work except --shard. At --kappa 1 the expected gradient is (1 - beta) times DFT's.
+The authors' code was not found. Their beta is "slightly negative", so --beta has no default. It is not known whether
+the temperature also applies to the log in the loss. Here it does not.
 """
 
 import argparse
@@ -63,9 +63,9 @@ def tile_loss(
 
 
 def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], args: argparse.Namespace) -> Tensor:
-    """The loss of a micro-batch. An example's samples follow from --seed, the step and the example alone.
+    """The loss of a micro-batch. An example's samples depend only on --seed, the step and the example.
 
-    Holds the logits of one tile of positions at a time: the backward computes them again, with the same samples.
+    Only the logits of one tile of positions are in memory: the backward recomputes them, with the same samples.
     """
     ids, lengths, at, targets, owner = pack_to_device([batch.examples[i] for i in micro], model.device)
     hidden, head, loss = model.hidden(ids, lengths, at=at)[0], model.head_weight, 0  # (N, C), (V, C)
@@ -81,10 +81,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(out="otr.pt", method="OTR (arXiv 2509.26313)")
     parser.add_argument(
-        "--beta", type=number(below=1), required=True, help="reward of a token that is not the gold one"
+        "--beta", type=number(below=1), required=True, help="reward of a sampled token that is not the target"
     )
     parser.add_argument("--kappa", type=number(above=0), default=1.3, help="temperature of the samples")
-    parser.add_argument("--samples", type=at_least(0), default=256, help="K, per position; 0: the exact expectation")
+    parser.add_argument(
+        "--samples", type=at_least(0), default=256, help="K, samples per position; 0: the exact expectation"
+    )
 
 
 def main() -> None:

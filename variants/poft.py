@@ -1,10 +1,10 @@
-"""PoFT, preference-oriented SFT (arXiv 2412.12865): the policy should find an answer likelier than aligned models do.
+"""PoFT, preference-oriented SFT (arXiv 2412.12865): trains a policy to find an answer likelier than aligned models do.
 
     python -m variants.poft --others aligned-1 aligned-2 --ckpt base --data chats.jsonl --out poft
 
 All flags of train_sft.py work. The other models must share the tokenizer of --ckpt. Their log-likelihoods are computed
-once, before the first step, and kept in a file. The authors' code averages the policy over the prompt too; this follows
-the paper, which averages over the answer.
+once, before the first step, and kept in a file. The authors' code averages the policy over the prompt too. This follows
+the paper, which averages over the answer only.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""S3FT, selective self-to-supervised fine-tuning (arXiv 2502.08130): SFT data in the model's own right words.
+"""S3FT, selective self-to-supervised fine-tuning (arXiv 2502.08130): replaces gold replies by right ones of the model.
 
     python -m variants.s3ft --ckpt base --data gold.jsonl --out s3ft     # -> s3ft/sft.jsonl
     python train_sft.py --ckpt base --data s3ft/sft.jsonl --out s3ft-ckpt
@@ -7,7 +7,7 @@
 then the model before pruning, and the pruned one is trained.
 The references of --data are trusted (a key `reference`, GSM8K's `#### 72`, AQuA's options, IFEval's lists).
 Records without one need --teacher; the paper lets the model judge itself. The papers' prompts and temperatures were not
-found: those here are ours, and replies are greedy. SDFT opens the replies to GSM8K with a lead-in; this does not.
+found. The prompts here are ours, and replies are greedy. SDFT starts replies to GSM8K with a lead-in; this does not.
 """
 
 import re
@@ -39,12 +39,12 @@ TELL_TALE = re.compile(r"reference answer|\b(?:my|your) (?:own )?response|now it
 
 
 def choose_target(gold: str, candidates: dict[str, str], verdicts: dict[str, bool | None]) -> tuple[str, str]:
-    """The text that the model learns -> (writer, text). The first candidate that is right, else the gold response.
+    """Chooses the training target -> (writer, text): the first candidate that is right, else the gold response.
 
         target = y1 if J(y1, y),  else y2 if J(y2, y),  else y        y1 = M(x),  y2 = M(x, y: "in your own words")
 
     gold: y. candidates: {writer: text} in the order of preference, "own" y1 and "reworded" y2. verdicts: {writer: J},
-    None where it cannot be checked, which counts as wrong. Self-data distillation has the candidate y2 alone.
+    None if it cannot be checked, which counts as wrong. Self-data distillation has only the candidate y2.
     """
     return next(((w, text) for w, text in candidates.items() if verdicts[w]), ("gold", gold))
 
@@ -61,7 +61,7 @@ def read_gold(args: Namespace) -> list[dict]:
                 continue
             for one in found:
                 if one["response"] is None:
-                    raise InputError(f"{where}: has no response; each record of --data needs the gold one")
+                    raise InputError(f"{where}: has no response; each record of --data needs a gold response")
                 if one["reference"]:
                     check_reference(one["reference"], where)
             records += found
@@ -120,19 +120,29 @@ def parse_args() -> Namespace:
     p.add_argument("--out", type=out_path, help="folder for sft.jsonl and replies.jsonl (default: the name of --mode)")
     p.add_argument("--max-chars", type=at_least(1), default=20_000, help="drop longer records, in characters")
     # method
-    p.add_argument("--mode", choices=("s3ft", "sdft"), default="s3ft", help="sdft: always reword, never answer unaided")
+    p.add_argument(
+        "--mode",
+        choices=("s3ft", "sdft"),
+        default="s3ft",
+        help="sdft: only reword the gold response, never answer without it",
+    )
     judge = "checkpoint or endpoint (.../v1) that judges responses to records without a reference; --mode s3ft only"
     p.add_argument("--teacher", metavar="C", help=judge)
     p.add_argument("--teacher-model", help="the model's name at the endpoint")
     p.add_argument("--allow-code-execution", action="store_true", help="run tests of code references, in a sandbox")
     # model
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the model that answers and rewords")
-    p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="drop replies of more tokens")
+    p.add_argument(
+        "--max-new-tokens",
+        type=at_least(1),
+        default=512,
+        help="maximum length of a reply, in tokens; longer ones are not used",
+    )
     p.add_argument("--batch-size", type=at_least(1), default=32, help="sequences in flight; changes no reply")
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="number format of weights and computation")
     args = p.parse_args()
     if args.teacher and args.mode == "sdft":
-        raise InputError("--teacher: self-data distillation has no judge; leave it out, or take --mode s3ft")
+        raise InputError("--teacher: self-data distillation has no judge; leave it out, or use --mode s3ft")
     args.out = args.out or args.mode
     check_folder(args.out, "variants.s3ft", FILES)
     return args
@@ -152,7 +162,7 @@ def rewrite(args: Namespace) -> None:
         rows = ({"prompt": one["prompt"], "completion": t, "writer": w} for one, (w, t) in zip(records, targets))
         write_jsonl(f"{args.out}/sft.jsonl", rows)
     if unjudged := sum(None in record["verdicts"].values() for record in records):
-        print(f"note: {unjudged:,} records have a reply that could not be judged; it is not used")
+        print(f"note: {unjudged:,} records have a reply that could not be judged and is not used")
     counts = Counter(writer for writer, _ in targets)
     shares = ", ".join(f"{counts[w] / len(records):.1%} {w}" for w in ("own", "reworded", "gold") if w in counts)
     print(f"Written: {args.out}/sft.jsonl, {len(records):,} examples: {shares}")

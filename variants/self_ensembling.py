@@ -4,9 +4,9 @@
 
 Nothing is trained. The first prompt is the benchmark's own, so its row equals that of `eval.py --protocol loglik`. For
 tasks with worked examples (mmlu, cmmlu, ceval) the other prompts reorder them; the paper draws new ones.
-For the other tasks the prompts are templates of our own. A probability is the exponential of a choice's
-log-likelihood, relative to all choices, as in eval.py. The paper takes the mean logit of a label of several tokens.
-By the authors' later advice, max is the robust choice.
+For other tasks they are templates of our own. A probability is the exponential of a choice's log-likelihood, relative
+to all choices, as in eval.py. The paper takes the mean logit of a label of several tokens. The authors later
+recommended max as the robust method.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from model import Qwen2
 
 METHODS = ("mean", "max", "vote")
 MARK = '"probabilities"'  # in each line of OUT
-# one right choice each; tasks that continue a text are left out
+# tasks with one right choice, except those that continue a text
 TASKS = ("mmlu", "cmmlu", "ceval", "arc_easy", "arc_challenge", "truthfulqa_mc1")
 TEMPLATES = (  # the text before a choice, for tasks without worked examples
     "Q: {}\nA:",
@@ -146,7 +146,7 @@ def main() -> None:
             for q, some, label, p in zip(asked, labels, right, found)
         ]
     write_jsonl(args.out, lines)
-    print(f"Written: {args.out}, {len(lines)} questions under {args.prompts} prompts. Figures of the first in full:")
+    print(f"Written: {args.out}, {len(lines)} questions under {args.prompts} prompts. All figures of the first prompt:")
     same = ["--tasks", *args.tasks, "--data-dir", args.data_dir, *(["--limit", str(args.limit)] if args.limit else [])]
     print_next("python", "eval.py", "--ckpt", args.ckpt, *same, "--protocol", "loglik")
 

@@ -1,10 +1,10 @@
-"""SoFT, sorted fine-tuning (arXiv 2309.08968): trains all prefixes of the blocks at once, so that each is a model.
+"""SoFT, sorted fine-tuning (arXiv 2309.08968): trains the first k blocks as models too, for several k at once.
 
     python -m variants.sorted_finetuning --exits 12 18 --export 12 --ckpt base --data chats.jsonl --out sorted
 
-All flags of train_sft.py work but --shard. The whole model is always one of the exits. --export K writes the first K
-blocks as a checkpoint of their own, here sorted-12. The paper's exits for 40 blocks are 12, 16, ... 40; others are not
-given, and the default here is every fourth block of the upper two thirds.
+All flags of train_sft.py work except --shard. The whole model is always an exit. --export K writes the first K blocks
+as a checkpoint of their own, here sorted-12. The paper's exits for 40 blocks are 12, 16, ... 40. It gives no others.
+The default here is every fourth block of the upper two thirds.
 """
 
 import argparse
@@ -71,14 +71,14 @@ def export_exit(source: str, depth: int, out: str) -> None:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(out="sorted.pt", method="SoFT (arXiv 2309.08968)")
-    exits = "numbers of blocks to train as models, beside all of them (default: every fourth of the upper two thirds)"
+    exits = "numbers of blocks to train as models too (default: every fourth of the upper two thirds)"
     parser.add_argument("--exits", type=at_least(1), nargs="+", help=exits)
     parser.add_argument("--export", type=at_least(1), nargs="+", default=[], help="exits to write as OUT-K too")
 
 
 def main() -> None:
-    args = train_sft.parse_args(add_flags=add_flags, no_shard="a sharded model shows its states only inside forward")
-    finished = []  # not empty once the run has made its last step
+    args = train_sft.parse_args(add_flags=add_flags, no_shard="the states of a sharded model exist only inside forward")
+    finished = []  # not empty after the last step
     exported = {k: checkpoint_out(exit_out(args.out, k)) for k in args.export}
 
     def prepare(setup: Setup) -> None:

@@ -2,10 +2,10 @@
 
     python -m variants.token_weights --ckpt base --data calls.jsonl --out weighted
 
-All flags of train_sft.py work. Each record of --data also has one of two keys. "token_weights": a number >= 0 for
-every supervised token (a reply's tokens, its <|im_end|> and the newline). "tool_names": the names of the available
-tools; the last reply must be name(arguments), only this reply is trained, and the paper's rule raises the weights of
-the tokens that decide which tool is called. The paper also leaves out failed calls: give their messages "weight": 0.
+All flags of train_sft.py work. Each record of --data also has one of two keys. "token_weights" lists a number
+>= 0 for every supervised token (a reply's tokens, its <|im_end|> and the newline). "tool_names" lists the available
+tools. The last reply must then be name(arguments), and only it is trained. The paper's rule raises the weights of the
+tokens that decide which tool is called. The paper also leaves out failed calls: give their messages "weight": 0.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def weighted_loss(logps: Tensor, weights: Tensor, total: float) -> Tensor:
         L = sum_t -w_t log p_t / sum_t w_t
 
     logps, weights: (N,) of the supervised tokens of the micro-batch. total: the sum of the weights of the whole step.
-    The paper's mean is over an example; ours is over the step.
+    The paper averages over an example, this over the step.
     """
     return -(weights * logps).sum() / total
 
@@ -77,7 +77,7 @@ def call_weights(reply: str, names: list[str], tokenizer: Tokenizer, where: str)
 
 
 def read_weights(record: Fields, where: str, last_turn_only: bool, found: dict) -> list[list[dict]]:
-    """sft_conversations of one conversation. Puts (messages, token_weights, tool_names) into found[where]."""
+    """sft_conversations for one conversation. Stores (messages, token_weights, tool_names) in found[where]."""
     weights, names = record.first("token_weights"), record.first("tool_names")
     if (weights is None) == (names is None):
         raise InputError(f"{where}: needs token_weights or tool_names, and not both")
@@ -87,7 +87,9 @@ def read_weights(record: Fields, where: str, last_turn_only: bool, found: dict) 
         raise InputError(f"{where}: tool_names is {shown(names)}; it must be a list of texts")
     conversations = sft_conversations(record, where, last_turn_only or names is not None)
     if len(conversations) != 1:
-        raise InputError(f"{where}: {len(conversations)} conversations with one list of weights; give each its own")
+        raise InputError(
+            f"{where}: {len(conversations)} conversations with one list of weights; give each its own record"
+        )
     found[where] = conversations[0], weights, names
     return conversations
 
@@ -103,10 +105,12 @@ def example_weights(setup: Setup, found: dict) -> list[list[float]]:
             weights = call_weights(last["content"], names, setup.tokenizer, where)
         if len(weights) != sum(supervised):
             counts = f"{len(weights)} token_weights for {sum(supervised)} supervised tokens"
-            raise InputError(f"{where}: {counts}, which are those of the replies with <|im_end|> and newline")
+            raise InputError(f"{where}: {counts}; count each reply's tokens, its <|im_end|> and the newline")
         out.append(weights[int(supervised[0]) :][: count_supervised([example])])
         if not sum(out[-1]):
-            raise InputError(f"{where}: no token within --max-len {setup.args.max_len} weighs more than 0; remove it")
+            raise InputError(
+                f"{where}: no token within --max-len {setup.args.max_len} has a weight above 0; remove the record"
+            )
     return out
 
 

@@ -1,11 +1,11 @@
-"""UDS, utility-diversity sampling (arXiv 2510.16882): of each step's candidates, train on those that score best.
+"""UDS, utility-diversity sampling (arXiv 2510.16882): trains on the best-scoring candidates of each step.
 
     python -m variants.uds --batch-size 64 --share 0.125 --ckpt base --data chats.jsonl --out chosen
 
-All flags of train_sft.py work but --shard; --batch-size counts the candidates. Scoring costs a forward pass of all of
-them. The utility grows with the length, so long examples win by their length alone. The chosen ones of a step may
-resemble each other. The authors choose within micro-batches and project with FFTs; this chooses within the step, so
-that --micro-tokens changes nothing, and projects the hidden states with fixed Gaussian matrices.
+All flags of train_sft.py work except --shard. --batch-size counts the candidates. Scoring costs one forward pass of all
+of them. The utility grows with the length, so it favours long examples. Examples chosen in one step may resemble each
+other. The authors choose within micro-batches and project with FFTs. This chooses within the step, so that
+--micro-tokens changes nothing, and projects the hidden states with fixed Gaussian matrices.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def utility(logits: Tensor) -> Tensor:
 
 
 def diversity(z: Tensor, memory: Tensor) -> Tensor:
-    """d: the mean distance of each z (B, D) to the memory (M, D) of examples trained on lately -> (B,). 0 if M = 0.
+    """d: the mean distance of each z (B, D) to the memory (M, D) of recently trained examples -> (B,). 0 if M = 0.
 
     d_i = (1/M) sum_q ||z_i - q||_2
     """
@@ -62,7 +62,9 @@ class Sampler:
         V, T, g = len(model.head_weight), self.args.max_len, torch.Generator().manual_seed(self.args.seed)
         self.right = to_device(torch.randn(V, COLUMNS, generator=g) / math.sqrt(COLUMNS), model.device)
         self.left = to_device(torch.randn(ROWS, T, generator=g) / math.sqrt(ROWS), model.device)
-        self.alpha = self.args.alpha * math.sqrt(T * V) / 2  # the authors' projection lengthens distances so much
+        self.alpha = (
+            self.args.alpha * math.sqrt(T * V) / 2
+        )  # the factor by which the authors' projection scales distances
         self.sizes = [max(1, round(self.args.share * len(step))) for step in setup.steps]
         self.starts = list(itertools.accumulate(self.sizes, initial=0))  # examples chosen before each step
         # A ring buffer with room for one extra step. A step that is interrupted and repeated after --resume then
@@ -88,7 +90,7 @@ class Sampler:
         return out[:, 0], out[:, 1:]
 
     def choose(self, model: Qwen2, batch: train_sft.StepBatch) -> list[int]:
-        """The examples to train on in this step, which are then remembered."""
+        """Chooses the examples to train on in this step and stores them in the memory."""
         memory, start, k = model.uds_memory, self.starts[batch.step], self.sizes[batch.step]
         u, z = self.score(model, batch.examples)
         slots = [slot % len(memory) for slot in range(max(0, start - self.args.memory), start + k)]
@@ -101,14 +103,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(out="chosen.pt", method="UDS (arXiv 2510.16882)", epochs=1, batch_size=64, max_len=512)
     parser.add_argument("--share", type=number(above=0), default=0.125, help="share of the candidates to train on")
-    parser.add_argument("--alpha", type=number(0), default=2.5e-3, help="weight of the diversity, as in their code")
-    parser.add_argument("--memory", type=at_least(0), default=1024, help="chosen examples to compare with")
+    parser.add_argument(
+        "--alpha", type=number(0), default=2.5e-3, help="weight of the diversity, as in the authors' code"
+    )
+    parser.add_argument(
+        "--memory", type=at_least(0), default=1024, help="number of recently chosen examples to compare with"
+    )
 
 
 def main() -> None:
     args = train_sft.parse_args(add_flags=add_flags, no_shard="a sharded model has its head only inside forward")
     if args.share > 1:
-        raise InputError(f"--share {args.share:g}: more than 1")
+        raise InputError(f"--share {args.share:g}: must be at most 1")
     samplers = []
     prepare = lambda setup: samplers.append(Sampler(setup))
     train_sft.main(args, prepare=prepare, choose=lambda *step: samplers[0].choose(*step))

@@ -147,7 +147,7 @@ def test_the_whole_chain(tmp_path, small, monkeypatch, capfd):
         assert report["4_balance"]["after"] == {"mathematics/sum": 11, "writing/poem": 7}
         for a, b in zip(STEPS[:5], STEPS[1:6]):
             assert report[b]["in"] == report[a]["out"]
-        [held] = [r for r in read(out / "2_dedup.dropped.jsonl") if r["reason"].startswith("held")]
+        [held] = [r for r in read(out / "2_dedup.dropped.jsonl") if r["reason"].startswith("contains")]
         assert held["of"].endswith("/exam.jsonl:1") and held["question"] == "oh: " + held["instruction"]
         assert list(report["2_dedup"]["contaminated by"].values()) == [1]
         kept = {r["id"] for r in read(out / "2_dedup.jsonl")}

@@ -119,7 +119,7 @@ def test_the_table_of_known_verdicts(arms):
     assert sft.startswith("| **sft** | 58.3 ± ") and "| +33.3 (" in sft and "| 77.8 | -22.2 (" in sft
     n = len((ROOT / "variants" / "dft.py").read_text().splitlines())
     assert re.search(rf"\| \+0.0 \(\+0.0 to \+0.0\) \| 77.8 \| \+0.0 .* \| 3 \| {n} \| 5e-4 \|$", dft), dft
-    assert "Brought nothing, neither in score nor against forgetting: dft." in compare.findings(results)
+    assert "No gain in score or forgetting: dft." in compare.findings(results)
 
 
 def test_what_differs_is_said(arms):

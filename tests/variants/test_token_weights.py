@@ -112,7 +112,7 @@ def test_bad_input_ends_in_one_line(tiny, tmp_path, refused):
         ("at least 0", good | {"token_weights": [True] * n}),
         ("at least 0", good | {"token_weights": "1"}),
         ("at least 0", good | {"token_weights": [float("nan")] * n}),
-        ("weighs more than 0", good | {"token_weights": [0] * n}),
+        ("has a weight above 0", good | {"token_weights": [0] * n}),
         ("not both", good | {"tool_names": ["add"]}),
         ("list of texts", call | {"tool_names": "add"}),
         ("does not call", call | {"tool_names": ["print"]}),
