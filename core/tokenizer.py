@@ -106,6 +106,8 @@ def tokenizer_settings(ckpt: Checkpoint) -> dict:
     if settings.get("added_tokens_decoder") is None:
         older = [f"{ckpt.source}/{name}" for name in ("special_tokens_map.json", "added_tokens.json")]
         special_map, added = (json_object(ckpt.files.get(os.path.basename(path), "{}"), path) for path in older)
+        if not all(type(i) is int for i in added.values()):
+            raise InputError(f"{older[1]}: is not an object of tokens and their ids; fetch it again")
         settings |= special_map
         special = set(special_token_texts(settings, where).values()) | set(more_special_texts(settings))
         settings["added_tokens_decoder"] = {

@@ -21,7 +21,7 @@ from typing import Any
 
 from core.card import readme_license
 from core.conversations import Dialogue, Unusable, as_messages, dialogues
-from core.files import InputError
+from core.files import InputError, shown, warn_once
 from core.records import Fields, open_bytes, read_objects
 from curation import rules
 from verification.answers import tested_function
@@ -218,10 +218,15 @@ def recorded_in(record: dict, where: str) -> Iterator[tuple[str, list[dict], str
     The record has any known shape and a "writer" (default "teacher"), or is a line of 5_respond.jsonl, with a prompt
     and {writer: response}.
     """
-    if not isinstance(record.get("responses"), dict):
+    fields = Fields(record)
+    if "responses" not in fields:
         for found in instructions(record, where, 1 << 30):
-            yield record.get("writer", "teacher"), found["prompt"], found["response"]
+            yield fields.get("writer", "teacher"), found["prompt"], found["response"]
         return
+    if not isinstance(record["responses"], dict):
+        raise InputError(
+            f"{where}: responses is {shown(record['responses'])}; it is an object of writers and responses"
+        )
     prompt = clean_messages(as_messages(record.get("prompt"), where))
     for writer, response in record["responses"].items():
         if writer != "original":
@@ -234,20 +239,24 @@ def recorded_responses(files: list[str], wanted: set[bytes]) -> dict[tuple[str, 
     """Reads recorded responses. wanted: the prompt_key() of each prompt whose responses are needed.
 
     -> {("teacher" or "small", prompt_key): replies in the order of the files}. A reply is {"text", "finish_reason",
-    "recorded": the file's short name}. Unusable records are skipped.
+    "recorded": the file's short name}. Unusable records are skipped. Warns of a file without any needed response.
     """
     found = {}
     for path, name in zip(files, short_names(files)):
+        used = 0
         for line, record in read_objects(path):
             where = f"{path}:{line}"
             with contextlib.suppress(Drop, Unusable):
                 for writer, prompt, text in recorded_in(record, where):
                     if writer not in ("teacher", "small"):
-                        raise InputError(f"{where}: the writer is {writer!r}; it must be teacher or small")
+                        raise InputError(f"{where}: the writer is {shown(writer)}; it must be teacher or small")
                     key = prompt_key(prompt)
                     if key in wanted and text:
                         reply = {"text": text, "finish_reason": "stop", "recorded": name}
                         found.setdefault((writer, key), []).append(reply)
+                        used += 1
+        if not used:
+            warn_once(f"{path}: has no response to any of the {len(wanted):,} instructions")
     return found
 
 

@@ -86,6 +86,7 @@ def test_truncated_safetensors_and_missing_shards(tiny, tmp_path):
         ("generation_config.json", "{oops", "generation_config.json"),
         ("generation_config.json", b"\xff\xfe", "generation_config.json"),
         ("generation_config.json", '{"eos_token_id": "x"}', 'generation_config.json: eos_token_id is "x"'),
+        ("added_tokens.json", '{"<x>": {"id": 5}}', "added_tokens.json: is not an object of tokens and their ids"),
         ("config.json", "[]", "config.json: holds a JSON list"),
         ("config.json", json.dumps(tiny_config() | {"num_attention_heads": 0}), "num_attention_heads is 0"),
         ("model.safetensors.index.json", "[]", "model.safetensors.index.json"),

@@ -392,9 +392,9 @@ def test_a_records_own_licence():
 # ---- recorded responses
 
 
-def test_recorded_responses(tmp_path):
+def test_recorded_responses(tmp_path, capsys):
     lines = [
-        {"prompt": "q1", "response": "t1"},
+        {"prompt": "q1", "response": "t1", "writer": None, "responses": None},
         {"prompt": " q1 ", "completion": "t1 again", "writer": "teacher"},
         {"messages": [*user("q1"), {"role": "assistant", "content": "s1"}], "writer": "small"},
         {
@@ -418,6 +418,13 @@ def test_recorded_responses(tmp_path):
         ("small", two): ["s2"],
     }
     assert found["teacher", one][0]["recorded"].endswith("/r.jsonl")
-    path.write_text('{"prompt": "q", "response": "a", "writer": "me"}\n')
-    with pytest.raises(InputError, match=r"r.jsonl:1: the writer is 'me'; it must be teacher or small"):
-        sources.recorded_responses([str(path)], set())
+    assert capsys.readouterr().err == ""
+    assert sources.recorded_responses([str(path)], {b"other"}) == {}
+    assert capsys.readouterr().err == f"warning: {path}: has no response to any of the 1 instructions\n"
+    for line, words in (
+        ({"prompt": "q", "response": "a", "writer": "me"}, 'the writer is "me"; it must be teacher or small'),
+        ({"prompt": "q", "responses": ["a", "b"]}, "responses is .* an object of writers and responses"),
+    ):
+        path.write_text(json.dumps(line) + "\n")
+        with pytest.raises(InputError, match=f"r.jsonl:1: {words}"):
+            sources.recorded_responses([str(path)], set())
