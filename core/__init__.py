@@ -1,1 +1,1 @@
-"""What model.py builds on: files, flags, checkpoints, tokenizer, layers, attention, ranks."""
+"""The basis of model.py: files, flags, checkpoints, tokenizer, layers, attention, ranks."""

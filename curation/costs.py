@@ -8,7 +8,7 @@ from core.reply_log import ReplyLog
 def estimate_tokens(text: str) -> int:
     """Estimates a text's tokens before an endpoint has counted them: one for every three bytes of UTF-8.
 
-    The estimate is high: English has about four bytes per token, Chinese four to five.
+    This overestimates: English has about four bytes per token, Chinese four to five.
     """
     return len(text.encode("utf-8", "replace")) // 3 + 1
 

@@ -125,7 +125,7 @@ def add_endpoint_flags(p: Parser) -> None:
     add(
         "--dry-run",
         action="store_true",
-        help="run the first two steps, then show counts, sample requests and the likely cost; send no request",
+        help="run the first two steps, then print counts, sample requests and the likely cost; send no request",
     )
 
 

@@ -34,8 +34,8 @@ def fluency(perplexities: dict[str, float | None], own_texts: set[str]) -> dict[
         F = min(1, FAR * m / perplexity),  m: median perplexity of the other responses,  F = 1 without others
 
     Penalises only a response that is far less fluent than the others. Fluency is never rewarded. own_texts: the texts
-    that the scoring model wrote itself. It finds its own words likely, so they do not count in m. Their F is the lowest
-    of the others' F.
+    that the scoring model wrote itself. It finds its own texts likely, so they do not count in m. Their F is the lowest
+    F of the others.
     """
     others = {t: p for t, p in perplexities.items() if t not in own_texts and p is not None}
     out = {}
@@ -93,8 +93,8 @@ def pick_pair(scores: dict[str, dict], margin: float, min_safety: int) -> tuple[
 def check_responses(record: dict, run_code: bool) -> dict[str, dict]:
     """Checks the distinct responses of a record without a model -> {text: {"verified", "quality", "safety", ...}}.
 
-    "broke": the requested form that the text breaks. It refutes the response. A text that keeps the form is not
-    verified by that. "unsafe": the safety rule that the text breaks.
+    "broke": the requested form that the text breaks, which refutes the response. Keeping the form does not verify it.
+    "unsafe": the safety rule that the text breaks.
     """
     reference, asked, out = record["reference"], record["prompt"][-1]["content"], {}
     for text in {response["text"]: None for response in record["responses"].values()}:
@@ -117,8 +117,8 @@ def choose_for_judge(
     second request shows them in reverse order, because a judge may prefer a position.
 
     If a program has decided on every response, one request shows the verified ones, and only their safety grades are
-    used. Two kinds of record are judged in full all the same: all records with --judge-verified, and records whose
-    reference is only a format.
+    used. Two kinds of record are still judged in full: all of them with --judge-verified, and those whose reference is
+    only a format.
     """
     asked, in_full = [], set()
     for i, (record, texts) in enumerate(zip(batch, found)):

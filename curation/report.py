@@ -1,4 +1,4 @@
-"""Reports of make_data.py: report.md and report.json after a run, or the requests and costs that --dry-run expects."""
+"""Reports of make_data.py: report.md and report.json after a run, and the estimates of --dry-run."""
 
 import argparse
 import json
@@ -72,7 +72,7 @@ def unanswered_text(counts: dict) -> list[str]:
 
 
 def labels_text(counts: dict) -> list[str]:
-    """The numbers of labels, by outcome, by writer and by what decided them."""
+    """Counts labels by outcome, by writer and by basis (program, rules, judge)."""
     labels, verification = counts["7_label"], counts["6_score"]["verification"]
     text = [
         "",
@@ -103,7 +103,7 @@ def labels_text(counts: dict) -> list[str]:
 
 
 def judge_text(scores: dict) -> list[str]:
-    """How often the judge agrees with programs and with itself. scores: the counts of step 6."""
+    """The judge's agreement with programs and with itself. scores: the counts of step 6."""
     verdicts, orders = scores["judge against verification"], scores["judge in two orders"]
     text = [
         "",
@@ -146,7 +146,7 @@ def categories_text(counts: dict, shape: dict) -> list[str]:
 
 
 def write_report(out: str, counts: dict) -> None:
-    """Writes every step's counts to report.json, and in words to report.md."""
+    """Writes the counts of all steps to report.json, and as text to report.md."""
     shape = {}
     for when in ("before", "after"):
         categories = counts["4_balance"][when]
@@ -231,7 +231,7 @@ def estimate_requests(args: argparse.Namespace, path: str, short: int) -> list[E
 
 
 def dry_run(args: argparse.Namespace, path: str, short: int, spent: list[int], answered: int) -> None:
-    """Prints how many requests the records of step 2 need, what they cost, and one sample of each kind.
+    """Prints the number and cost of the requests that the records of step 2 need, and a sample of each kind.
 
     path: the records of step 2. short: see estimate_requests(). spent: tokens of the `answered` replies in the log.
     """
@@ -247,8 +247,8 @@ def dry_run(args: argparse.Namespace, path: str, short: int, spent: list[int], a
         print(f"{most:>18,.{digits}f}{likely:>16,.{digits}f}")
     spent = price(spent, args.prices)
     print(
-        "All columns but the last are upper bounds. A token is estimated as three bytes. "
-        f"{answered:,} replies are kept already, for {spent:,.6g}."
+        "All columns except the last are upper bounds. A token is estimated as three bytes. "
+        f"{answered:,} replies are already in the log, for {spent:,.6g}."
     )
     if args.budget:
         stops = "may not suffice: the run stops before it exceeds the budget, and a larger --budget continues it"

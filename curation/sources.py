@@ -28,7 +28,7 @@ from verification.answers import tested_function
 from verification.ifeval import follows
 
 MBPP_KEYS = {"task_id", "text", "code", "test_list", "test_setup_code", "test_imports"}  # read by code_with_tests()
-OWN_KEYS = {"reference", "instruction_id_list", "kwargs", "license", "licence", "writer"}  # read here, not by core
+OWN_KEYS = {"reference", "instruction_id_list", "kwargs", "license", "licence", "writer"}  # read here, not in core/
 # Signs of garbled text: the replacement character, half a surrogate pair, GBK's filler, and UTF-8 that was read as
 # Latin-1 or Windows-1252. The last pattern needs two Chinese characters in a row: one alone may be French ("é »")
 FOLLOWS = "\u0080-\u00bf" + bytes(range(0x80, 0xA0)).decode("cp1252", "ignore")
@@ -43,7 +43,7 @@ class Drop(Exception):
     """Raised for a well-formed record that is not used. The message is the reason, always in the same words."""
 
 
-# An answer option of AQuA. The last option is followed by a phrase such as "Let's think" on the same line.
+# An answer option of AQuA. A phrase such as "Let's think" follows the last option on the same line
 AQUA_OPTION = re.compile(
     r"^\(([A-E])\)\s*(.*?)(?: (?:Let's|Think|Some|Stream|Thoughts|Chain|Reasoning|Now|Hmmm|Random|OK)\b.*)?$", re.M
 )
@@ -104,7 +104,7 @@ def read_reference(record: dict, prompt: str, response: str | None) -> tuple[dic
 
     The reference is the key "reference", or is read from GSM8K's last line `#### 72`, from AQuA's options and "the
     answer is (C)", or from IFEval's instruction_id_list and kwargs. Anybody can write these into a record, so the
-    caller must use them for trusted files only, and call check_reference() first.
+    caller must use them only for trusted files, after check_reference().
     """
     if escaped := re.search(r"Options:\s*\\n\s*\(A\)", prompt):  # AQuA writes its line ends as \n
         prompt = prompt.replace("\\n", "\n")

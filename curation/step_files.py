@@ -23,7 +23,7 @@ FILES += ["sft.jsonl", "kto.jsonl", "report.json", "report.md", "state.json", "r
 FORMAT = 5  # raise it when a step's output changes: steps of older runs then run again, on the kept replies
 WRITERS = ("original", "teacher", "small")  # of responses; further samples of the small model: small-2, small-3, ...
 CHUNK = 10_000  # records in memory at a time
-NAMED = 20  # most unanswered records that the report names
+NAMED = 20  # maximum number of unanswered records named in the report
 HINTS = {  # advice if a step leaves no record
     "1_collect": "see its .dropped.jsonl and check that the --sources contain records",
     "4_balance": "lower --min-category",
@@ -155,7 +155,7 @@ def write_step(
     print_step(name, counts, reused)
     for path, old in state[name]["files"].items():
         if reused and file_hash(path) != old:
-            print(f"{'':<11}   {path} was edited since its step ran and is kept; delete it to make it again")
+            print(f"{'':<11}   {path} was edited since its step ran and is kept; delete it to run the step again")
     if counts.get("out") == 0:
         raise InputError(f"{files[True]}: no record is left; {HINTS.get(name, 'see its .dropped.jsonl')}")
     return counts

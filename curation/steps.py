@@ -29,7 +29,7 @@ from curation.step_files import dropped, note_unanswered, read_chunks, set_aside
 from curation.task_types import conversation_type, language
 from curation.teacher import Asker, ask_parsed
 
-DISTINCT = 20_000  # most instructions for which distinct-n is computed
+DISTINCT = 20_000  # maximum number of instructions for distinct-n
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,8 +153,8 @@ def classify(path: str, teacher: Asker, counts: dict) -> Iterator[tuple[bool, di
 def water_level(counts: dict[str, int], target: int) -> tuple[dict[str, int], int]:
     """The most even quotas with `target` records in total. {category: n} -> ({category: quota}, level).
 
-    Categories of at most `level` records are kept whole. Larger ones are cut to `level`. The remainder of the division
-    goes to the largest categories, one record each.
+    Categories of at most `level` records are kept whole. Larger ones are cut to `level`. The remainder goes to the
+    largest categories, one record each.
     """
     order = sorted(counts, key=lambda c: (counts[c], c))
     quotas, left = {}, min(target, sum(counts.values()))
@@ -174,7 +174,9 @@ def water_level(counts: dict[str, int], target: int) -> tuple[dict[str, int], in
 def evenness(counts: dict[str, int]) -> tuple[float, float]:
     """{category: n} -> (entropy in nats, its exponential: the number of equal categories with that entropy)."""
     n = np.array([c for c in counts.values() if c], float)
-    entropy = 0.0 - float((n / n.sum() * np.log(n / n.sum())).sum()) if len(n) else 0.0  # not -0.0
+    entropy = (
+        0.0 - float((n / n.sum() * np.log(n / n.sum())).sum()) if len(n) else 0.0
+    )  # 0.0 - x, so that it is never -0.0
     return entropy, math.exp(entropy)
 
 

@@ -1,7 +1,7 @@
 """Rules that assign one of about 50 task types to an instruction. The table is meant to be read and edited.
 
 A rule is (task type, English pattern, Chinese pattern). The patterns are regular expressions and ignore case. The first
-rule that matches the user's last turn gives the type. So special rules come before general ones: "write a SQL query" is
+rule that matches the user's last turn gives the type. Special rules come before general ones: "write a SQL query" is
 code/sql, not code/write. If no rule matches, the type is other/question or other/instruction.
 
 Rules need no model, so they describe a source before any request is paid for. Balancing uses the teacher's categories
@@ -297,8 +297,8 @@ _LATIN = re.compile(r"[A-Za-z]")
 def language(text: str) -> str:
     """A text's language, "zh", "en" or "other", by its first 40 letters.
 
-    The request comes first; the text to translate or debug follows it. One Chinese character counts as two words, or as
-    half a word if the text begins with another script.
+    Only the beginning counts, because a text to translate or debug follows the request. A Chinese character counts as
+    two words, or as half a word if the text begins with another script.
     """
     head = re.match(r"(?:[\W\d_]*[^\W\d_]){0,40}", text[:HEAD])[0]
     letters = _LETTER.findall(head)

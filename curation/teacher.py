@@ -63,8 +63,8 @@ def ask_model(
 
     Equal prompts are sent once. finish_reason: "stop"; "length" if cut off at max_tokens; "content_filter" if the
     endpoint held text back. Errors are not kept in the log, so the next run asks again. batch_size: of a local
-    checkpoint, in sequences. endpoint_options: the last arguments of ask_endpoint(), which also lists the errors
-    raised.
+    checkpoint, in sequences. endpoint_options: the last arguments of ask_endpoint(), whose docstring lists the
+    errors.
     """
     parameters = {"max_tokens": max_tokens, "temperature": temperature}
     if temperature > 0:
@@ -90,7 +90,7 @@ def pick_reply(record: dict) -> dict:
 
 
 class Asker(NamedTuple):
-    """A model with everything that ask_model() needs besides the prompts. options: further arguments of ask_model()."""
+    """A model with its reply log and options, so that ask() needs only prompts. options: arguments of ask_model()."""
 
     model: Teacher
     log: ReplyLog

@@ -30,7 +30,7 @@ from curation.prompts import GREETING
 BACKOFF, BACKOFF_CAP = 1.0, 60.0  # seconds before the first retry, doubled for each further one; the longest pause
 FIRST_TRIES = 3  # tries after which a server that has never answered counts as unreachable
 THROTTLED_ROUNDS = 4  # rounds of tries for a request that fails with HTTP 429 while the endpoint answers greetings
-GREETING_TOKENS = 16  # most tokens of the reply to the greeting
+GREETING_TOKENS = 16  # maximum tokens of the reply to the greeting
 
 
 @dataclass
@@ -79,7 +79,7 @@ async def ask_endpoint(
         if GREETING in todo.values() or not await still_answers(session):
             session.ended_by = f"it refused every request: {next(iter(errors.values()))}"
     if session.ended_by:
-        kept = "Every reply so far is kept: run the same command to go on"
+        kept = "Every reply so far is kept: run the same command to continue"
         raise InputError(f"the teacher at {endpoint.url}: {session.ended_by}. {kept}")
 
 
@@ -191,7 +191,7 @@ async def afford(session: Session, size: list[int]) -> bool:
     while not session.stop.is_set() and not limits.affords(size):
         if not any(limits.in_flight):  # no request is in flight that may cost less than its limit
             spent = f"the budget of {limits.budget:,g} is used up ({limits.spent():,.6g} spent)"
-            end_run(session, f"{spent}; raise --budget to go on")
+            end_run(session, f"{spent}; raise --budget to continue")
         await pause(session, 0.02)
     return not session.stop.is_set()
 

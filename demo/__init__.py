@@ -1,1 +1,1 @@
-"""The embedded default: a tiny Qwen2, a small instruction world, its teacher."""
+"""The demo of run.sh: a tiny Qwen2, a small world of instructions, and its teacher."""

@@ -10,7 +10,7 @@ OUT/validation.jsonl    the validation instructions with their replies
 OUT/questions/          a --data-dir for eval.py --tasks demo. The id of a question begins with its part:
                         validation   instructions of the curated data that are not trained on
                         test         the demo's held-out instructions of the tasks that are trained on
-                        withheld     instructions of the withheld tasks, which the base model knows best
+                        withheld     instructions of the withheld tasks, which the base model answers best
 """
 
 import os

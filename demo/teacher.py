@@ -1,8 +1,8 @@
-"""The demo's teacher: an OpenAI-compatible HTTP server on loopback that knows the answers of the demo's world.
+"""The demo's teacher: a local OpenAI-compatible HTTP server that knows the answers of the demo's world.
 
-It takes the place of the large model in make_data.py. It classifies instructions, responds to them (95 % of the
-responses are right) and grades responses (5 % of the grades are off). Equal requests get equal replies. Evaluation never
-uses it.
+It replaces the large model in make_data.py. It classifies instructions, responds to them (95 % of the
+responses are right) and grades responses (5 % of the grades are off). Equal requests get equal replies. It is not
+used in evaluation.
 
     python -m demo.teacher --port 8000            # then: make_data.py --teacher http://127.0.0.1:8000/v1 ...
 """

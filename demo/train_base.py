@@ -1,7 +1,7 @@
 """Trains the demo's base model from scratch: a small byte-level BPE tokenizer and a tiny Qwen2.
 
-The corpus is made of the demo's instructions with raw replies, of which only a part is right (world.raw_reply). So the
-base model knows a part of its world and often answers badly, as a small instruct model does. No held-out instruction is
+The corpus has the demo's instructions with raw replies, some of them wrong (world.raw_reply). So the base model knows
+part of its world and often answers badly, as a small instruct model does. No held-out instruction is
 in the corpus.
 
     python -m demo.train_base --out demo/base        # about 25 minutes on one core; the result is committed

@@ -1,8 +1,8 @@
 """The demo's world: about fifty tasks with short instructions whose answers a program can check.
 
 A seed determines everything. make_item() makes an instruction of a task (demo/tasks.py). parse_prompt() finds the task
-of an instruction, for the teacher. reference() gives the value with which check_reply() compares a reply. A reply is
-right, wrong, or a bad habit of a poorly aligned model: it does not know, chats, repeats the question, or is off by one.
+of an instruction, for the teacher. reference() gives the value that check_reply() compares a reply with. A reply is
+right, wrong, or has a fault of a poorly aligned model: it does not know, chats, repeats the question, or is off by one.
 
     python -m demo.world --out runs/demo/sources.jsonl      # instructions with original responses, some of them wrong
     python -m demo.world --heldout demo/heldout.jsonl       # the held-out instructions, which are committed
@@ -97,7 +97,7 @@ def right(item: Item) -> str:
 
 
 def reference(item: Item) -> dict:
-    """-> {"kind", "value"}, with which check_reply() compares a reply."""
+    """-> {"kind", "value"} for check_reply()."""
     kind, reply = item.task.kind, right(item)
     if kind == "number":
         value = re.findall(r"\d+", reply)[-1]

@@ -1,0 +1,1 @@
+"""The paper's claims tested on real models. `python -m experiments.report` writes docs/REPORT.md."""

@@ -1,1 +1,1 @@
-"""Weight fusion: everything of merge.py but linear and TIES."""
+"""Weight fusion: everything of merge.py except linear and TIES."""

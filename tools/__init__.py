@@ -1,1 +1,1 @@
-"""Speed, plots, memory: programs around the recipe."""
+"""Programs for speed, plots, memory estimates and HTML pages."""

@@ -1,11 +1,11 @@
-"""Everything worth knowing about this code on a GPU, in at most nine minutes, as one Markdown table.
+"""Checks and measures this code on one GPU in at most nine minutes. Prints a Markdown table.
 
     python -m tools.gpu                            # on a machine with one CUDA GPU; no network, no other files
     python -m tools.gpu --device cpu --small       # the same code on a CPU, in about two minutes
     python -m tools.gpu --table gpu.jsonl          # the table of an earlier or interrupted run
 
-Each result is written to --out as soon as it is known, the most valuable first. Each part is a process with a time
-limit of its own, so a crash or an endless wait in one part does not stop the others. Peers (TRL, transformers) and
+Each result is written to --out as soon as it is known, the most important first. Each part is a process with its own
+time limit, so a crash or hang in one part does not stop the others. Peers (TRL, transformers) and
 pytest are used where they are installed.
 """
 
@@ -31,7 +31,7 @@ from core.outputs import check_file
 from tools import gpu_parts, gpu_training
 from tools.gpu_parts import LARGE, SMALL, Bench
 
-# name: (function, seconds at most), the most valuable first
+# {name: (function, time limit in seconds)}, the most important first
 PARTS = {
     "correctness": (gpu_training.correctness, 100),
     "suite": (gpu_parts.suite, 60),
@@ -99,7 +99,7 @@ def describe_machine(args: argparse.Namespace) -> None:
 
 
 def run_part(args: argparse.Namespace, name: str, seconds: float) -> None:
-    """Runs one part in a process that is ended after so many seconds. Writes a failed result if it fails."""
+    """Runs one part in a process with a time limit in seconds. Writes a failed result if it fails."""
     command = [sys.executable, "-m", "tools.gpu", "--part", name, "--seconds", str(seconds), "--out", args.out]
     command += ["--device", args.device, "--dtype", args.dtype, "--compile", args.compile, *["--small"] * args.small]
     files = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"), tempfile.TemporaryDirectory()
@@ -123,7 +123,7 @@ def run_part(args: argparse.Namespace, name: str, seconds: float) -> None:
 
 def run_own_part(args: argparse.Namespace) -> None:
     """The process of one part. An exception ends it; run_part writes the last line of its traceback as the reason."""
-    signal.alarm(int(args.seconds) + 5)  # ends this process if the one that started it is gone
+    signal.alarm(int(args.seconds) + 5)  # ends this process if its parent is gone
     sizes, deadline = SMALL if args.small else LARGE, time.time() + args.seconds
     compiles = args.compile == "on"
     PARTS[args.part][0](Bench(args.part, args.device, args.dtype, sizes, args.out, args.folder, deadline, compiles))
@@ -135,7 +135,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--table", metavar="FILE", help="only print the table of the results in this file")
     p.add_argument("--minutes", type=number(above=0), default=8.5, help="time limit of all parts together")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to run, in the fixed order")
-    p.add_argument("--small", action="store_true", help="tiny shapes: walks the code, measures nothing")
+    p.add_argument("--small", action="store_true", help="tiny shapes: runs the code without meaningful measurements")
     p.add_argument("--compile", choices=["on", "off"], default="on", help="whether torch.compile is tried")
     # machine
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
@@ -155,7 +155,7 @@ def main() -> None:
     if args.table:
         return print(measurement_table(read_rows(args.table)))
     check_file(args.out, '"part"')
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through finally, so that no part outlives this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that `finally` ends the running part
     end = time.time() + 60 * args.minutes
     with open(args.out, "w", encoding="utf-8"):
         pass

@@ -3,7 +3,7 @@
     python -m tools.memory                  # Qwen2 of three sizes, on one and on eight GPUs, as a Markdown table
     python -m tools.memory --ckpt C         # the same for a checkpoint
 
-The estimate is for the fused kernels and the scripts' own losses. KERNELS=plain or a loss with token_kl takes more.
+The estimate is for the fused kernels and the scripts' own losses. KERNELS=plain and a loss with token_kl take more.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
@@ -75,7 +75,7 @@ def main() -> None:
         f"\nComputed, not measured, at {args.micro_tokens:,} micro-tokens, bf16 over fp32 weights. Times are without / with "
         f"activation checkpointing, of an epoch of {args.examples:,} examples of {args.length} tokens, {args.supervised} of "
         f"them supervised, at {args.share:.0%} of {args.peak:,.0f} TFLOP/s per GPU. KTO includes its reference pass. "
-        "Communication is not counted, nor KERNELS=plain, nor a loss with token_kl."
+        "Not counted: communication, KERNELS=plain, a loss with token_kl."
     )
 
 

@@ -59,7 +59,7 @@ def json_script(name: str, value: object) -> str:
 
 
 def result_section(run: RunFiles) -> str:
-    """For each task: a chart of the scores with 95 % intervals, the table, and which differences are significant."""
+    """For each task: a chart of the scores with 95 % intervals, a table, and the significant differences."""
     parts, first = [], next(iter(run.results))
     tasks = list(dict.fromkeys(task for cells in run.results.values() for task in cells))
     for task in tasks:
@@ -225,7 +225,7 @@ def main() -> None:
     p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders of runs, such as runs/demo")
     p.add_argument("--out", help="HTML file to write (default: page.html in the first run folder)")
-    p.add_argument("--seed", type=int, default=0, help="seed of the pairs that are drawn from kto.jsonl")
+    p.add_argument("--seed", type=int, default=0, help="seed for drawing the pairs from kto.jsonl")
     args = p.parse_args()
     out = args.out or os.path.join(args.runs[0], "page.html")
     if os.path.isdir(out):

@@ -1,4 +1,4 @@
-"""Draw training curves, data categories or a merge search as PNG. Needs matplotlib (requirements-dev.txt).
+"""Draws training curves, data categories, scores or a merge search as PNG. Needs matplotlib (requirements-dev.txt).
 
     python -m tools.plot runs/demo/sft runs/demo/sft-kto --out curves.png          # one line per run
     python -m tools.plot data/report.json --out categories.png             # categories before and after balancing

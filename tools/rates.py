@@ -1,4 +1,4 @@
-"""Reference rates of the machine (a large matmul, plain copies), and synthetic 7B checkpoints to merge."""
+"""The machine's rates (a large matmul, plain copies), and synthetic 7B checkpoints to merge."""
 
 import os
 import shutil

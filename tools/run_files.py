@@ -1,4 +1,4 @@
-"""Read the files of a run: results, replies, data report, training logs, searches, merges. All are optional."""
+"""Reads the files of a run: results, replies, data report, training logs, searches, merges. All are optional."""
 
 import glob
 import json
@@ -28,7 +28,7 @@ class RunFiles:
 
 
 def read_lines(path: str) -> list[dict]:
-    """The objects of a JSON Lines file. A line that a run is still writing is dropped."""
+    """The objects of a JSON Lines file. Skips broken lines, which a run may still be writing."""
     records = []
     with open(path, encoding="utf-8", errors="replace") as f:
         for text in f:
@@ -57,7 +57,7 @@ def last_user_turn(prompt: str | list[dict]) -> str:
 
 
 def read_questions(path: str, prefix: str) -> list[dict]:
-    """The questions of samples.jsonl on which checkpoints score differently, at most MAX_QUESTIONS."""
+    """At most MAX_QUESTIONS questions of samples.jsonl on which checkpoints score differently."""
     by_question = {}
     for sample in read_lines(path):
         key = sample.get("task"), sample.get("id")

@@ -1,4 +1,4 @@
-"""The sides that tools.speed compares: our scripts and their peers, one function each, run in separate processes.
+"""The sides that tools.speed compares: our scripts and other libraries, one function each, run in separate processes.
 
 A side gets the parsed arguments and a scratch folder. It returns its measurements: "step_s" (seconds without loading
 and saving) and, depending on the mode, losses, texts and the time of each step.
@@ -71,7 +71,7 @@ def checkout_train(args: Namespace, folder: str) -> dict:
 
 
 def trl_train(args: Namespace, folder: str) -> dict:
-    """TRL's trainer on the same examples in the same order, reference precomputed, no recomputation."""
+    """TRL's trainer on the same examples in the same order, reference precomputed, no activation checkpointing."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast

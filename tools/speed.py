@@ -1,4 +1,4 @@
-"""Speed and memory of our scripts beside a peer, in one run on one machine.
+"""Compares speed and memory of our scripts with another library, in one run on one machine.
 
     python -m tools.speed sft --ckpt C --data sft.jsonl --vs trl
     python -m tools.speed kto --ckpt C --data kto.jsonl --vs trl
@@ -7,9 +7,9 @@
     python -m tools.speed merge --ckpt A B --base BASE --vs mergekit
     python -m tools.speed merge --synthetic FOLDER --method ties       # 7B, bf16: reads 15 GB twice, writes 15 GB
 
-Each side is a fresh process, from loading to its last step. The sides take turns, --repeats times. Before each turn,
-the machine's rate is measured: a large matmul, or for merge a plain copy. Prints the medians and their ratios. The
-peers are in requirements-dev.txt.
+Each side is a new process, from loading to its last step. The sides take turns, --repeats times. Before each turn, the
+machine's rate is measured: a large matmul, or for merge a plain copy. Prints the medians and their ratios. The other
+libraries are in requirements-dev.txt.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
@@ -49,14 +49,14 @@ PEERS = {
     "generate": {"transformers": ["transformers-8", "transformers-16", "transformers-32", "transformers-1"]},
     "merge": {"mergekit": ["mergekit"]},
 }
-# flags that a side's process is started with
+# flags passed to the process of a side
 PASSED_ON = (
     "base method steps batch_size peer_batch max_len max_new_tokens limit dtype device micro_tokens scratch compile"
 ).split()
 
 
 def training_flops(args: Namespace) -> tuple[int, int, int, list[int]]:
-    """Tokens, supervised tokens and FLOPs that the maths of a training run needs, and the FLOPs of each step."""
+    """-> (tokens, supervised tokens and FLOPs of a training run, the FLOPs of each step), without recomputation."""
     import train_kto
 
     tokenizer, config = Tokenizer(args.ckpt[0]), parse_config(Checkpoint(args.ckpt[0]).config)
@@ -219,7 +219,7 @@ def parse_args() -> Namespace:
 
 
 def sides_of(args: Namespace) -> list[str]:
-    """The values of --side to compare: ours and the peer's settings."""
+    """The values of --side to compare: "ours" and the settings of the peer."""
     if not args.vs:
         return ["ours"]
     if args.mode in ("sft", "kto") and os.path.isfile(os.path.join(args.vs, f"train_{args.mode}.py")):
@@ -227,7 +227,7 @@ def sides_of(args: Namespace) -> list[str]:
     if args.vs not in PEERS[args.mode]:
         raise InputError(f"--vs {args.vs}: {args.mode} is compared with {', '.join(PEERS[args.mode])}")
     peers = PEERS[args.mode][args.vs]
-    if args.mode == "generate":  # more rows than prompts change nothing
+    if args.mode == "generate":  # more rows than prompts make no difference
         peers = [side for side in peers if int(side.rsplit("-")[-1]) <= args.limit]
     return ["ours", *peers]
 

@@ -1,6 +1,6 @@
 """Charts as SVG text: lines over steps, dots with intervals, bars. The colours also differ in a greyscale print.
 
-Every text is escaped. A chart takes its text colour from the page (currentColor), so it suits light and dark pages.
+Every text is escaped. Charts take their text colour from the page (currentColor), so they suit light and dark pages.
 """
 
 import html
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 Range = tuple[float, float]  # (low, high)
 
-# (colour, dash): the lightness differs, and so does the dash
+# (colour, dash); both differ, and so does the lightness
 STYLES = [
     ("#1f5fa8", ""),
     ("#d9822b", "6 3"),
@@ -82,7 +82,7 @@ def axes(
 
 
 def line_chart(title: str, y_label: str, series: dict[str, list[tuple[float, float]]], names: list[str]) -> str:
-    """Lines over steps, by name. names: those of all charts on the page, so that a name keeps its colour.
+    """Lines over steps, by name. names: of all charts on the page, so that a name has the same colour in each.
 
     The points are embedded as JSON; the page's script shows them when the mouse hovers over the chart.
     """

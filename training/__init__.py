@@ -1,1 +1,1 @@
-"""Shared by both training loops."""
+"""Shared by the training loops."""

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# What the variants are worth: trains each on the demo's data beside plain SFT or KTO and writes one table.
+# Compares the variants: trains each of them, plain SFT and plain KTO on the demo's data, and writes one table.
 #
-#   bash variants/run.sh              every arm: about an hour on one CPU core
-#   bash variants/run.sh sft dft      these arms only; two such commands may run at once once the data are there
+#   bash variants/run.sh              all arms, in about an hour on one CPU core
+#   bash variants/run.sh sft dft      these arms only; when the data exist, two such commands may run at once
 #
 # Plan:
 #   data        the demo's curated data (make_data.py). Eight of its tasks are withheld from training, and 300 of its
 #               instructions are kept for validation (demo/split.py). 1,725 examples are left, and 1,405 preference pairs.
-#   budget      two epochs in steps of 32 examples; for preference data one epoch in steps of 32 replies, from the base too.
-#   rate        two learning rates an arm, one seed each. The better one on the validation questions gets three seeds.
+#   budget      two epochs in steps of 32 examples; for preference data one epoch in steps of 32 replies. All arms start from the base.
+#   rate        two learning rates per arm, one seed each. The better one on the validation questions gets three seeds.
 #   score       528 held-out instructions of the tasks that are trained on.
-#   forgetting  the instructions of the withheld tasks that the base answers right: how many an arm still answers right.
+#   forgetting  of the instructions of withheld tasks that the base answers right, the share that an arm still answers right.
 # Checkpoints and replies go to runs/variants/, results to runs/variants/results/*.json, the table to runs/variants/table.md.
-# What is done is not repeated. To repeat an arm remove runs/variants/ARM and its result. The variables
-# RUN and PYTHON name another folder and another interpreter.
+# Finished arms are not repeated. To repeat an arm, remove runs/variants/ARM and its result. The variables RUN and PYTHON
+# set another folder and another interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case ${1:-} in -h | --help) awk 'NR > 1 && !/^#/ {exit} NR > 1 {sub(/^# ?/, ""); print}' variants/run.sh; exit 0 ;; esac
@@ -44,17 +44,17 @@ fi
 
 # ---- an arm
 
-evaluate() { # FOLDER CHECKPOINT...: replies that are there are not asked for again
+evaluate() { # FOLDER CHECKPOINT...; existing replies are reused
   $py eval.py --ckpt "${@:2}" --tasks demo --data-dir "$run/questions" --max-new-tokens 48 --batch-size 64 --out "$1/eval" >/dev/null
 }
 arms=" "
-chosen() { # is this arm to be done?
+chosen() { # true if this arm must run
   arms+="$1 "
   [[ $only == "  " || $only == *" $1 "* ]] && [[ ! -f $run/results/$1.json ]]
 }
 record() { $py -m variants.compare record "$run/$1" --out "$run/results" "${@:2}"; }
 
-train() { # FOLDER RATE SEED COMMAND...: a checkpoint FOLDER/RATE-SEED, and beside it the CPU seconds of its training
+train() { # FOLDER RATE SEED COMMAND...: writes the checkpoint FOLDER/RATE-SEED and the CPU seconds of its training
   local out=$1/$2-$3
   [[ -f $out.seconds ]] && return
   echo "== ${*:4} --lr $2 --seed $3"
@@ -122,8 +122,8 @@ arm lt_sft sft "$thin" lt_sft --data "$run/sft.jsonl" --epochs 1 --batch-size 32
 arm poft sft "$full" $py -m variants.poft --others "$run"/kto/*-2 "${sft[@]}" # the aligned model is the KTO model
 arm s3ft sft "$full" s3ft --epochs 2 --batch-size 32
 if chosen token_weights && [[ ! -f $run/weighted.jsonl ]]; then
-  # The demo calls no tools. The paper's rule is applied to the answers of a task in place of the names of tools: the
-  # tokens at which two answers part get the weight.
+  # The demo calls no tools. The paper's rule is applied to the answers of a task instead of the names of tools: tokens
+  # at which two answers diverge get the higher weight.
   $py - "$run" <<'END'
 import collections
 import sys
