@@ -133,7 +133,7 @@ def humaneval_verdict(reply: str, row: dict) -> tuple:
 def demo_verdict(reply: str, row: dict) -> tuple:
     kind, value = row["reference"].get("kind"), row["reference"].get("value")
     choices = value.get("choices") if kind == "choice" and isinstance(value, dict) else None
-    if isinstance(choices, dict) and value.get("letter") in choices:
+    if isinstance(choices, dict) and value.get("letter") in list(choices):
         choices = {letter: str(text) for letter, text in choices.items()}
         extracted = stated_choice(reply, choices)
         if extracted is None:  # the paper's rules find a letter in any reply

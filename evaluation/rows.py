@@ -55,12 +55,20 @@ def subject_rows(path: str, subject: str, header: bool) -> list[dict]:
     return rows
 
 
+def are_texts(values: object) -> bool:
+    """True for a list of texts."""
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
 def json_rows(path: str, **keys: type) -> list[dict]:
-    """Rows of a JSON Lines file. keys: the fields that every row has and their types, such as answer=str."""
+    """Rows of a JSON Lines file. keys: the fields that every row has and their types, such as answer=str.
+
+    list[str] is a list of texts, list any other.
+    """
     rows = list(read_jsonl(path))
     for number, row in rows:
         for key, kind in keys.items():
-            if not isinstance(row.get(key), kind):
+            if not (are_texts(row.get(key)) if kind == list[str] else isinstance(row.get(key), kind)):
                 raise InputError(f"{path}:{number}: {key!r} is missing or of a wrong type; a row has {', '.join(keys)}")
         for key in ("id", "subject"):
             if isinstance(row.get(key), list | dict) and key not in keys:
@@ -101,7 +109,7 @@ def demo_rows(find: Callable) -> list[dict]:
 
 def mbpp_rows(find: Callable) -> list[dict]:
     """The test split, problems 11 to 510 (arXiv 2108.07732). entry_point: the function that the tests call."""
-    rows = json_rows(find("mbpp/mbpp.jsonl"), task_id=int, text=str, code=str, test_list=list)
+    rows = json_rows(find("mbpp/mbpp.jsonl"), task_id=int, text=str, code=str, test_list=list[str])
     for row in rows:
         row["entry_point"] = tested_function(row["code"], "\n".join(row["test_list"]))
     return [{**row, "id": str(row["task_id"])} for row in rows if 11 <= row["task_id"] <= 510]
@@ -118,13 +126,15 @@ def safety_rows(find: Callable) -> list[dict]:
     try:
         with open(questions, encoding="utf-8") as f, open(answers, encoding="utf-8") as g:
             rows, right = json.load(f), json.load(g)
+        if not all(are_texts([row["category"], row["question"]]) and are_texts(row["options"]) for row in rows):
+            raise TypeError("category and question are texts, options a list of texts")
         return [
             {
                 "id": str(row["id"]),
                 "subject": row["category"],
                 "question": row["question"],
                 "choices": dict(zip(LETTERS, row["options"])),
-                "answer": LETTERS[right[str(row["id"])]["answer"]],
+                "answer": LETTERS[: len(row["options"])][right[str(row["id"])]["answer"]],
             }
             for row in rows
         ]
@@ -163,6 +173,8 @@ def arc_rows(path: str) -> list[dict]:
         try:
             choices = {choice["label"]: choice["text"] for choice in row["question"]["choices"]}
             stem = row["question"]["stem"]
+            if not are_texts([stem, *choices, *choices.values()]):
+                raise TypeError("text where one is needed")
             rows.append({"id": row["id"], "question": stem, "choices": choices, "answer": row["answerKey"]})
         except (KeyError, TypeError) as e:
             needs = "a question has stem and choices, a choice label and text"
@@ -176,7 +188,7 @@ def hellaswag_text(text: str) -> str:
 
 
 def hellaswag_rows(find: Callable) -> list[dict]:
-    keys = dict(activity_label=str, ctx_a=str, ctx_b=str, endings=list, label=int)
+    keys = dict(activity_label=str, ctx_a=str, ctx_b=str, endings=list[str], label=int)
     rows = []
     for row in json_rows(find("hellaswag/hellaswag_val.jsonl"), **keys):
         begun = hellaswag_text(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
@@ -191,7 +203,7 @@ def text_rows(find: Callable) -> list[dict]:
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.txt"))):
         check_regular(path)
         try:
-            with open(path, encoding="utf-8") as f:
+            with open(path, encoding="utf-8-sig") as f:  # some editors write a byte-order mark first
                 rows.append({"id": os.path.basename(path), "text": f.read()})
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(f"{path}: cannot be read as UTF-8 text: {e}") from None
@@ -204,6 +216,6 @@ def text_rows(find: Callable) -> list[dict]:
 
 def open_rows(path: str, key: str = "turns") -> list[dict]:
     """Questions without a right answer, for `eval.py judge`. Only the first turn is asked."""
-    rows = json_rows(path, question_id=int, category=str, **{key: list if key == "turns" else str})
+    rows = json_rows(path, question_id=int, category=str, **{key: list[str] if key == "turns" else str})
     question = lambda row: "".join(row["turns"][:1]) if key == "turns" else row[key]
     return [{"id": str(row["question_id"]), "subject": row["category"], "question": question(row)} for row in rows]

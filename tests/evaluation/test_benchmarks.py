@@ -197,6 +197,11 @@ def test_canonical_solutions_pass():
         assert BENCHMARKS["mbpp"]["verdict"](f"```python\n{row['code']}\n```", row)[1], row["id"]
 
 
+HELLASWAG = json.dumps({"activity_label": "", "ctx_a": "", "ctx_b": "", "endings": ["a", None], "label": 0})
+ARC = json.dumps({"id": "x", "question": {"stem": 1, "choices": []}, "answerKey": "A"})
+SAFETY = {"id": 7, "category": "x", "question": "q", "options": ["a"]}
+
+
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
@@ -214,8 +219,14 @@ def test_canonical_solutions_pass():
         ("humaneval/HumanEval.jsonl.gz", "{}", "gzipped"),
         ("demo/heldout.jsonl", '{"id": 1, "prompt": "p", "reference": "4"}', "heldout.jsonl:1: 'reference'"),
         ("mbpp/mbpp.jsonl", '{"task_id": "1"}', "mbpp.jsonl:1: 'task_id'"),
+        ("mbpp/mbpp.jsonl", '{"task_id": 1, "text": "", "code": "", "test_list": [1]}', "mbpp.jsonl:1: 'test_list'"),
+        ("hellaswag/hellaswag_val.jsonl", HELLASWAG, "hellaswag_val.jsonl:1: 'endings'"),
+        ("arc_easy/../arc/ARC-Easy-Test.jsonl", ARC, "ARC-Easy-Test.jsonl:1: no text where one is needed"),
         ("ifeval/input_data.jsonl", '{"key": 1, "prompt": "p"}', "input_data.jsonl:1: 'instruction_id_list'"),
         ("safetybench/test_zh_subset.json", "[{}]", "test_zh_subset.json"),
+        ("safetybench/test_zh_subset.json", json.dumps([SAFETY | {"question": None}]), "question are texts"),
+        ("safetybench/test_zh_subset.json", json.dumps([SAFETY | {"options": ["a", 1]}]), "a list of texts"),
+        ("safetybench/test_zh_subset.json", json.dumps([SAFETY]), "out of range"),
         ("truthfulqa_mc1/../truthfulqa/TruthfulQA.csv", "a,b\n1,2\n", "TruthfulQA.csv"),
     ],
 )
@@ -223,7 +234,7 @@ def test_broken_data(tmp_path, data, file, content, says):
     path = tmp_path / os.path.normpath(file)
     path.parent.mkdir(parents=True)
     if file.startswith("safety"):
-        (path.parent / "test_answers_zh_subset.json").write_text("{}")
+        (path.parent / "test_answers_zh_subset.json").write_text('{"7": {"answer": 1}}')
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     if file.startswith("gsm8k"):
         (tmp_path / "gsm8k/paper_4shot.jsonl").write_text((data / "gsm8k/paper_4shot.jsonl").read_text())
@@ -346,3 +357,9 @@ def test_a_file_is_found_with_and_without_gz(tmp_path):
         f.write('{"question": "1 + 1?", "answer": "#### 2"}\n')
     found = find_data_file(str(tmp_path), "gsm8k/test.jsonl")
     assert found == str(packed) and json_rows(found, question=str)[0]["answer"] == "#### 2"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "perplexity").mkdir()
+    (tmp_path / "perplexity/a.txt").write_text("Hello", encoding="utf-8-sig")
+    assert BENCHMARKS["perplexity"]["rows"](find_in(tmp_path)) == [{"id": "a.txt", "text": "Hello"}]
