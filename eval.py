@@ -1,7 +1,7 @@
 """Evaluates checkpoints on benchmarks: one table with standard errors and paired tests.
 
     python eval.py --ckpt Qwen/Qwen2-0.5B-Instruct sft.pt --tasks gsm8k mmlu --limit 200       # -> eval/
-    python eval.py compare Qwen2-0.5B-Instruct sft --out eval        # the questions on which two of them differ
+    python eval.py compare Qwen2-0.5B-Instruct sft --out eval        # the questions on which these two differ
     python eval.py judge --ckpt base sft.pt --tasks mt_bench --teacher http://HOST:8000/v1 --out judge
 
 --protocol paper reads greedy chat replies as the paper's scripts do. --protocol loglik takes the likeliest choice, as

@@ -61,10 +61,10 @@ def trim_tensor(magnitudes: Tensor, density: float) -> Tensor:
 
 
 def trim_rank(size: int, density: float) -> int | None:
-    """TIES step 1 as in the authors' code: keep |delta| >= its (d - int(d K))-th smallest value over the whole model.
+    """TIES step 1 as in the authors' code: the rank of the threshold among all |delta| of the model, from the largest.
 
-    size: d, the number of elements of the model. density: K. Returns the rank of that value, counted from the largest:
-    int(d K) + 1. Elements equal to that value are kept too, so there may be more. None: everything is kept.
+    size: d, the number of elements of the model. density: K. The threshold is the (d - int(d K))-th smallest value, so
+    its rank is int(d K) + 1. Elements equal to the threshold are kept too. None: everything is kept.
     """
     kept = int(size * density)
     return kept + 1 if kept < size else None
@@ -88,7 +88,7 @@ def disjoint_merge(deltas: Tensor, weights: Tensor, elected: Tensor, normalize: 
     total = agree.sum(0).mul_(elected)
     if normalize:
         share = agree.sign_().mul_(weights[:, None]).sum(0)
-        # with positive weights, share = 0 implies total = 0, so a tiny divisor will do; with mixed signs it does not
+        # with positive weights, share = 0 implies total = 0, so any tiny divisor works; with mixed signs it may not
         total /= share.add_(1e-37) if (weights > 0).all() else torch.where(share == 0, 1.0, share)
     return total
 

@@ -70,7 +70,7 @@ def kto_loss(
 
     Called once per micro-batch; its n examples may be any part of the step's. The loss of an example may depend only
     on that example and on kl. Otherwise the result would depend on --micro-tokens and on the number of ranks. Compute
-    anything that needs the whole step in `train`, beside kl.
+    anything that needs the whole step in `train`, next to kl.
     """
     r, kl = policy_logps - ref_logps, torch.as_tensor(kl).detach()
     gain = torch.where(desirable, r - kl, kl - r)

@@ -77,7 +77,7 @@ class StepBatch:
     step: int  # 0 .. n_steps - 1
     n_steps: int
     indices: list[int]  # the step's examples, as indices into the training data
-    examples: list  # (ids, supervised) of each of them
+    examples: list  # (ids, supervised) of each
     n_supervised: int  # supervised tokens of all examples
 
 

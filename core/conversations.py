@@ -178,7 +178,9 @@ def single_prompt(fields: Fields, where: str) -> list[dict] | None:
     messages = as_messages(value, where, unread=fields.unread)
     history = fields.first("history") or []
     if history and not isinstance(value, str):
-        raise InputError(f"{where}: {key} is a list of messages beside history; put all turns into one of them")
+        raise InputError(
+            f"{where}: {key} is a list of messages, and there is a history too; put all turns into one of them"
+        )
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise InputError(f"{where}: history is {shown(history)}; it must be a list of [question, answer] pairs")
     for pair in reversed(history):
@@ -232,7 +234,7 @@ def preference_dialogue(
 
 
 def joined_prompt(prompt: list[dict], before: list[dict], where: str) -> list[dict]:
-    """The prompt of a record that repeats it, or the end of it, in `before`: the turns before the chosen reply."""
+    """The prompt of a record whose chosen conversation repeats all or the end of it. before: turns before the reply."""
     if any(before[i : i + len(prompt)] == prompt for i in range(len(before))) or not prompt:
         return before
     if before and prompt[-len(before) :] == before:
@@ -251,14 +253,14 @@ def one_dialogue(fields: Fields, where: str) -> Dialogue:
         return preference_dialogue(prompt, chosen, rejected, fields, where)
     if turns is not None and prompt[-1]["role"] == "assistant":
         return Dialogue(prompt[:-1], prompt[-1], all_turns=True)
-    if prompt is not None:  # the turns of `messages` may be a prompt too, with the reply beside them
+    if prompt is not None:  # also if `messages` is only the prompt and the reply has its own key
         reply, rejected = (
             value if value is None else as_messages(value, where, "assistant", fields.unread)
             for value in single_reply(fields, where)
         )
         all_turns = "history" in fields if turns is None else reply is None
         return Dialogue(prompt, reply and one_reply(reply, where), rejected, all_turns)
-    keys = ", ".join(printable(key[:60]) for key in sorted(fields)[:20]) or "none that is not null"
+    keys = ", ".join(printable(key[:60]) for key in sorted(fields)[:20]) or "all null"
     raise InputError(
         f"{where}: no known shape, the keys are {keys}; expected messages, conversations, instruction and output, "
         "prompt and completion, question and answer, or prompt, chosen and rejected"

@@ -1,9 +1,10 @@
 """Calls each of MKL's vector functions once, on one thread, before other code does. core.layers imports this module.
 
 MKL chooses the kernel of a vector function at the function's first call in a process. If two threads make that call at
-the same time, as they do for a tensor of more than 2,048 numbers, one of them may run a kernel of four digits instead
-of seven. Only this call is wrong. In a training run it is the cosines or sines of the first step, so the step's loss
-changes in the fifth or sixth digit. Found with MKL 2024.2, which torch's wheels contain (pytorch/pytorch issue 188792).
+the same time, as they do for a tensor of more than 2,048 numbers, one of them may run a kernel with four correct
+digits instead of seven. Only this call is wrong. In a training run it is the cosines or sines of the first step, so the
+step's loss changes in the fifth or sixth digit. Found with MKL 2024.2, which torch's wheels contain (pytorch/pytorch
+issue 188792).
 """
 
 import torch

@@ -8,7 +8,7 @@ from core.attention import KVCache
 
 
 def common_prefix(sequences: list[list[int]]) -> int:
-    """The length of the prefix that all sequences share, but at most that of the shortest sequence minus 1."""
+    """The length of the common prefix of all sequences, but less than the shortest sequence."""
     first, last = min(sequences), max(sequences)  # all others are between them in lexicographic order
     limit = min(map(len, sequences)) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit)

@@ -25,18 +25,18 @@ from core.files import InputError, atomic_write, is_main, printable
 
 MAX_RECORD = 64 * 2**20  # largest line (in bytes) or object of an array (in characters)
 CHUNK = 2**20  # bytes of an array read at a time
-# The first bytes of files that are no text -> what to do with them
+# {first bytes of a file that is not text: what to do with it}
 MAGIC = {
     b"\x1f\x8b": "is compressed with gzip; give it a name that ends in .gz",
-    b"\x28\xb5\x2f\xfd": "is compressed with zstd, which is not read; decompress it",
-    b"\xfd7zXZ": "is compressed with xz, which is not read; decompress it",
-    b"BZh": "is compressed with bzip2, which is not read; decompress it",
-    b"PK\x03\x04": "is a zip archive, which is not read; unpack it",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd, which is not supported; decompress it",
+    b"\xfd7zXZ": "is compressed with xz, which is not supported; decompress it",
+    b"BZh": "is compressed with bzip2, which is not supported; decompress it",
+    b"PK\x03\x04": "is a zip archive, which is not supported; unpack it",
     b"PAR1": "is a Parquet file; give it a name that ends in .parquet, without .gz",
-    b"ARROW1": "is an Arrow file, which is not read; save it as Parquet",
+    b"ARROW1": "is an Arrow file, which is not supported; save it as Parquet",
     b"version https://git-lfs": "is a pointer of Git LFS; fetch the file itself with git lfs pull",
 }
-# make_data.py writes these keys beside each example. Training does not read them, and says nothing if all are there
+# Keys that make_data.py adds to each example. Training ignores them, without a note if all are present
 ORIGIN_KEYS = {"id", "source", "license", "language", "task_type", "category", "writer", "scores"}
 
 # ---------------------------------------------------------------------------------------------------------------------

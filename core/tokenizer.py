@@ -249,7 +249,9 @@ def check_vocabulary(ckpt: Checkpoint, first: Checkpoint) -> None:
     """InputError if a checkpoint's tokenizer does not give the ids of the first one's, or has ids beyond its embedding."""
     Tokenizer(ckpt)  # raises if the embedding has too few rows for the token ids
     if vocabulary(ckpt) != vocabulary(first):
-        raise InputError(f"{ckpt.source}: its tokenizer differs from that of {first.source}; give one with the same")
+        raise InputError(
+            f"{ckpt.source}: its tokenizer differs from that of {first.source}; give a checkpoint with the same tokenizer"
+        )
 
 
 def vocabulary(ckpt: Checkpoint) -> tuple:

@@ -65,7 +65,7 @@ def sign_hashes() -> np.ndarray:
 def token_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Hashes all W tokens of N texts -> hashes (W,) uint64, counts (N,): number of tokens per text.
 
-    A text of punctuation alone is one token. "!" after a digit is a sign (factorial). A sign repeated more than twice
+    A text that is only punctuation is one token. "!" after a digit is a sign (factorial). A sign repeated more than twice
     counts twice, because the length of a blank ("____") or a ruler has no meaning.
     """
     # one string for all texts; NUL separates them, since it combines with no other character

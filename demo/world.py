@@ -167,13 +167,13 @@ def hash_share(*key: str | int) -> float:
 
 
 def habitual(item: Item) -> str:
-    """The reply of the bad habit that belongs to this task and wording."""
+    """A reply with the bad habit of this task and wording."""
     habits = HABITS[item.task.kind]
     return habits[int(hash_share("habit", item.task.name, item.wording) * len(habits))](item)
 
 
 def raw_reply(item: Item, rng: random.Random, low: float = 0.15, high: float = 0.85) -> str:
-    """A reply of the base model's corpus: right, or the bad habit. The wording decides how often (low to high)."""
+    """A reply for the base model's corpus: right or a bad habit. The wording sets the share of bad ones, low to high."""
     bad = low + (high - low) * hash_share("bad", item.task.name, item.wording)
     return habitual(item) if rng.random() < bad else right(item)
 
@@ -274,7 +274,7 @@ def main() -> None:
     args = p.parse_args()
     if not (args.out or args.heldout):
         raise InputError("nothing to write: give --out FILE or --heldout FILE")
-    own_text = {args.out: "Pick the right answer", args.heldout: '"task"'}  # by which our own files are recognised
+    own_text = {args.out: "Pick the right answer", args.heldout: '"task"'}  # text that identifies our own files
     for path in filter(None, own_text):
         check_file(path, own_text[path])
     heldout = make_heldout()

@@ -1,4 +1,4 @@
-"""Study 1, the paper's table: SFT, KTO, SFT then KTO, and fusions of them, beside the student before training.
+"""Study 1, the paper's table: the student before training, SFT, KTO, SFT then KTO, and their fusions.
 
     python -m experiments.paper_table --student smollm2-135m-instruct
 

@@ -1,4 +1,4 @@
-"""Writes docs/REPORT.md and its pictures from the studies' result files alone.
+"""Writes docs/REPORT.md and its pictures from the studies' result files.
 
     python -m experiments.report
 
@@ -242,7 +242,7 @@ def study_sections(result: dict, drawn: dict[str, str], images: str) -> str:
     reasons = {**tables.NOT_RUN, **result["not_run"]}
     verdicts = split_verdicts(result, "test")
     n = len(next(iter(verdicts.values()), ""))
-    beside = {
+    pictures_of = {
         "paper_table": ["report-scores.svg", "report-fusion.svg"],
         "data_steps": ["report-followed.svg"],
         "kto_parts": ["report-kto.svg"],
@@ -252,7 +252,7 @@ def study_sections(result: dict, drawn: dict[str, str], images: str) -> str:
         table = tables.comparison_table(rows, verdicts, reasons, f"followed, % of {n or 'n'} [95 %]")
         shown = [
             f"![{CAPTIONS[name].partition('. ')[0].rstrip('.')}]({images}/{name})\n\n{CAPTIONS[name]}\n\n"
-            for name in beside.get(module, ())
+            for name in pictures_of.get(module, ())
             if name in drawn
         ]
         parts.append(f"## {number}. {title}\n\n{question}\n\n{table}\n{''.join(shown)}")

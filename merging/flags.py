@@ -139,7 +139,7 @@ def parse_search_args(argv: Sequence[str]) -> argparse.Namespace:
     add_search_flags(parser)
     args = parser.parse_args(argv)
     if bool(args.data) == bool(args.tasks):
-        raise InputError("--data or --tasks: give exactly one of them; it scores the merges")
+        raise InputError("--data or --tasks: give exactly one of them, to score the merges")
     if args.greedy and args.method != "linear":
         raise InputError(f"--greedy: averages models, so --method must be linear, not {args.method}")
     for name in args.over:

@@ -66,7 +66,7 @@ def check_tokenizers(first: Checkpoint, other: Checkpoint, allow_mismatch: bool)
         return [f"{without.source} has no tokenizer.json; the output gets that of {first.source}"]
     if vocabulary(first) == vocabulary(other):
         return []
-    mismatch = f"{other.source}: its tokenizer has other tokens than that of {first.source}"
+    mismatch = f"{other.source}: its tokens differ from those of {first.source}"
     if not allow_mismatch:
         raise InputError(f"{mismatch}: a row would have two meanings; --allow-tokenizer-mismatch merges anyway")
     return [f"{mismatch}; the output gets that of {first.source}"]

@@ -5,7 +5,7 @@
     python merge.py search --method linear --models run/step-* --greedy --data heldout.jsonl --out soup.json
 
 Each point is merged into one model in memory; no checkpoint is written. Part of the data is set aside: the search never
-uses it, and the final scores come from it alone.
+uses it, and the final scores use nothing else.
 """
 
 import argparse

@@ -62,7 +62,7 @@ SMALL = Sizes((64, 128, 2, 4, 2, 1024, True), 24, 64, 8, 256, 3, 24, 8, 4, 64, 8
 
 @dataclass(frozen=True)
 class Bench:
-    """One part's process: where it computes, how large, and where its results go."""
+    """The settings of one part's process."""
 
     part: str
     device: str
@@ -99,7 +99,7 @@ def random_rows(sizes: Sizes, n: int, seed: int = 0) -> list[FeedbackRow]:
 
 
 def timed(device: str, f: Callable[[], object], seconds: float = 1.0) -> float:
-    """Median seconds of f(), called for about so many seconds after one call that is not counted."""
+    """Median time of f() in seconds. Calls it for about `seconds` seconds, after one warm-up call."""
     f()
     times, end = [], time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
@@ -118,7 +118,7 @@ def reset_peak(device: str) -> None:
 
 
 def peak_gib(device: str) -> float:
-    """Peak memory in GiB since reset_peak; on a CPU that of the process."""
+    """Peak memory in GiB since reset_peak. On a CPU, the peak of the process."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
@@ -141,7 +141,7 @@ def machine(bench: Bench) -> None:
 
 
 def with_plain(f: Callable[[], object]) -> object:
-    """f() with the plain operations in place of the fused ones."""
+    """f() with KERNELS=plain."""
     layers.KERNELS, before = "plain", layers.KERNELS
     try:
         return f()
@@ -179,7 +179,7 @@ def operations(bench: Bench) -> None:
 
 
 def prompts_of(sizes: Sizes, n: int) -> list[str]:
-    """n different prompts of sizes.prompt words each, which are short numbers."""
+    """n different prompts of sizes.prompt words each. The words are digits."""
     rng = np.random.default_rng(0)
     return [" ".join(map(str, rng.integers(0, 10, sizes.prompt))) for _ in range(n)]
 

@@ -130,7 +130,7 @@ def check_generation(bench: Bench, base: Qwen2) -> None:
 
 
 def check_steps(bench: Bench, base: Qwen2) -> None:
-    """Losses and gradient norms of two SFT and two KTO steps: smaller micro-batches, checkpointing, compiled blocks."""
+    """Losses and gradient norms of two SFT and two KTO steps, with each option against the steps without it."""
     s = bench.sizes
     rows = [
         FeedbackRow(*(tuple(t % base.config.vocab_size for t in part) for part in row[:2]), row.label)
@@ -150,10 +150,10 @@ def check_steps(bench: Bench, base: Qwen2) -> None:
     if bench.compile:
         ways.append(("compiled", Qwen2.compile, {}))
     wanted = {}
-    for name, prepare, flags in ways:  # what takes longest comes last
+    for name, prepare, flags in ways:  # the slowest comes last
         for mode in ("sft", "kto"):
             for dtype, bound in (("fp32", 1e-4), ("bf16", 0.02)):
-                if name == "compiled" and dtype != bench.dtype:  # a compilation takes long
+                if name == "compiled" and dtype != bench.dtype:  # compiling is slow
                     continue
                 key = mode, dtype
                 if key not in wanted:
@@ -169,7 +169,8 @@ def check_steps(bench: Bench, base: Qwen2) -> None:
 def new_run(bench: Bench, mode: str, model: Qwen2, rows: list[FeedbackRow], steps: list, **flags: object) -> Run:
     """A run of train_sft.py or train_kto.py ("sft", "kto") over these steps. Only its log is written.
 
-    Activation checkpointing is on where a step would not fit otherwise, as in the scripts."""
+    Activation checkpointing is on if a step would not fit otherwise, as in the scripts.
+    """
     script, out = {"sft": train_sft, "kto": train_kto}[mode], os.path.join(bench.folder, f"{mode}-{time.time_ns()}")
     settings = {
         "ckpt": "random",
@@ -225,7 +226,7 @@ def train_kto_steps(
 
 
 def step_flops(model: Qwen2, mode: str, rows: list[FeedbackRow], step: list[int], max_len: int) -> int:
-    """FLOPs that the maths of one step needs: SFT 3 forwards, KTO also one of the mismatched pairs."""
+    """FLOPs of one step without recomputation: 3 forwards, in KTO also one of the mismatched pairs."""
     pairs = train_kto.all_pairs(step)
     forwards = []
     for some in (pairs[: len(step)], pairs[len(step) :]):
@@ -294,11 +295,11 @@ def headline(bench: Bench) -> None:
 
 
 def headline_in_full(bench: Bench) -> None:
-    """The headline measured as a whole, if the estimate of its slice fits the time that is left."""
+    """Measures the whole epoch of headline(), if the estimate fits into the time that is left."""
     with open(bench.out, encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]
     needed = [60 * r["value"] for r in rows if r["part"] == "headline" and r.get("unit") == "min"]
-    left = bench.deadline - time.time() - 15  # the start
+    left = bench.deadline - time.time() - 15  # 15 s to start
     if not needed or needed[-1] * 1.1 > left:
         needs = f"{needed[-1]:.0f} s" if needed else "an unknown time"
         return bench.report("KTO, the epoch in full", "not run", note=f"it needs {needs}, and {left:.0f} s are left")

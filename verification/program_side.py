@@ -62,7 +62,7 @@ class ProgramSide:
         self.indexes = {}  # {id of an object: its index in objects}
         self.late_errors = {}  # {index of an iterator: the error that follows the items already sent}
         self.described = set()  # indexes of the classes that the tests know
-        self.untold = set()  # those of them that are described in the message not yet sent
+        self.untold = set()  # indexes of classes described in the message that is not sent yet
         self.turn = threading.RLock()  # the program's threads may call functions of the tests
         self.depth = 0  # number of requests in progress
 

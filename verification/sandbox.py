@@ -38,7 +38,7 @@ LAYERS = confine.LAYERS  # layers of the confinement in use
 def run_program(
     source: str, tests: str = "", entry_point: str | None = None, timeout: float = 10.0, memory_mb: int = 1024
 ) -> tuple[bool | None, str]:
-    """Runs an untrusted Python program, then trusted tests of it -> (passed, detail). Needs POSIX.
+    """Runs an untrusted Python program and its trusted tests -> (passed, detail). Needs POSIX.
 
     tests: Python code that sees the program's names. A program's name replaces a built-in one only if it is
     entry_point, the function under test. timeout: of both together, in seconds of wall time. memory_mb: address space

@@ -83,8 +83,8 @@ class Link:
             counts.append(max((sys.getrefcount(x) for x in given if type(x) in (list, dict, set)), default=0))
         if index is None:
             return counts
-        # The tests hold an argument if its reference count is higher than that of one which only the call holds, as in
-        # f([1, 2]). Only then can they see that the program has changed it in place
+        # The tests hold an argument if its reference count is higher than in f([1, 2]), where only the call holds it.
+        # Only then can they see that the program has changed it in place
         shared = any(count > unshared for count, unshared in zip(counts, self.unshared))
         self.tell(["ask", action, index, self.encode(list(args)), self.encode(kwargs)])
         while True:
@@ -322,7 +322,7 @@ def why_uncheckable(link: Link, error: Exception, used: set[str]) -> str | None:
 
 
 def changed_name(link: Link, before: dict, known: dict, module: int) -> str | None:
-    """Says which variable of the program differs from the tests' copy of it. None if all are equal.
+    """Names a variable that differs between the program and the tests' copy. None if all are equal.
 
     before: {name: snapshot at the start} of the variables that the tests use. known: {name: value} in the tests.
     module: index of the program's module.

@@ -157,7 +157,7 @@ def test_a_preference_keeps_its_system_prompt_and_all_shared_turns():
     "parse, record, words",
     [
         (sft_conversations, {"text": "hello"}, "expected messages"),
-        (sft_conversations, {"messages": None, "prompt": None}, "none that is not null"),
+        (sft_conversations, {"messages": None, "prompt": None}, "the keys are all null"),
         (sft_conversations, {}, "expected messages"),
         (sft_conversations, {"a\nb": 1}, r"the keys are a\\nb; expected messages"),
         (sft_conversations, {"messages": []}, "list of messages"),
@@ -180,7 +180,7 @@ def test_a_preference_keeps_its_system_prompt_and_all_shared_turns():
         (sft_conversations, {"instruction": "x", "output": "x", "history": [["a"]]}, "pairs"),
         (sft_conversations, {"instruction": "x", "output": "x", "history": "a"}, "pairs"),
         (sft_conversations, {"instruction": "x", "output": "x", "history": 5}, "pairs"),
-        (sft_conversations, {"prompt": [user("x")], "response": "x", "history": [["a", "b"]]}, "beside history"),
+        (sft_conversations, {"prompt": [user("x")], "response": "x", "history": [["a", "b"]]}, "there is a history too"),
         (sft_conversations, {"question": "x", "answer": ["a", "b"]}, "the reply is the list"),
         (kto_examples, {"prompt": "x", "completion": ["a", "b"], "label": True}, "the reply is the list"),
         (sft_conversations, {"instruction": "x", "instances": []}, "instances"),

@@ -186,7 +186,7 @@ def test_format_references():
     ({"text": "plain"}, "f:1: no known shape"),
     ({"messages": [{"role": "user"}]}, "f:1: message 0 (user) has no content"),
     ({"messages": [*user("q"), {"role": "assistant", "content": None}]}, "f:1: message 1 (assistant) has no content"),
-    ({"messages": None, "prompt": None}, "f:1: no known shape, the keys are none that is not null"),
+    ({"messages": None, "prompt": None}, "f:1: no known shape, the keys are all null"),
     ({"messages": []}, "f:1: expected a text or a list"),
     ({"instruction": 3, "output": "x"}, "f:1: expected a text or a list of messages, found 3"),
     ({"instruction": 3, "input": "y", "output": "x"}, "f:1: instruction, input and context are texts"),
