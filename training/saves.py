@@ -10,6 +10,7 @@ state.json is written last. Until then, the previous save is valid.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -140,7 +141,8 @@ def take_lock(out: str) -> None:
 def release_lock(out: str) -> None:
     path = lock_path(out)
     if path in LOCKS:
-        os.remove(path)
+        with contextlib.suppress(FileNotFoundError):  # the user removed it
+            os.remove(path)
         os.close(LOCKS.pop(path))
 
 
