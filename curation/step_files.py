@@ -10,11 +10,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from types import NoneType
 from typing import Any
 
-from core.files import InputError, atomic_write, check_regular
+from core.conversations import as_messages
+from core.files import InputError, atomic_write, check_regular, shown
 from core.records import read_jsonl
 from curation.prompts import UNANSWERED, clip, prompt_text
+from curation.sources import check_reference
 
 STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")
 # All files that make_data.py writes
@@ -95,7 +98,7 @@ def load_state(out: str) -> dict:
         with open(path, encoding="utf-8") as f:
             state = json.load(f)
         for step in state.values():
-            step["key"], step["counts"], step["files"]
+            step["key"], step["counts"].items(), step["files"].items()
         return state
     except FileNotFoundError:
         return {}
@@ -148,17 +151,41 @@ def write_step(
         if state.pop(name, None):  # forget the old key before the first file is replaced
             save_state(out, state)
         written = write_lines(files, lines)
-        hashes = {path: file_hash(path) for path in files.values()}
+        hashes = {os.path.basename(path): file_hash(path) for path in files.values()}  # the folder may be moved
         state[name] = {"key": key, "counts": written | counts, "files": hashes}
         save_state(out, state)
     counts = state[name]["counts"]
     print_step(name, counts, reused)
-    for path, old in state[name]["files"].items():
-        if reused and file_hash(path) != old:
+    for kind, path in files.items() if reused else ():
+        if file_hash(path) != state[name]["files"].get(os.path.basename(path)):
             print(f"{'':<11}   {path} was edited since its step ran and is kept; delete it to run the step again")
+            if kind is True:
+                check_edited(path, name)
     if counts.get("out") == 0:
         raise InputError(f"{files[True]}: no record is left; {HINTS.get(name, 'see its .dropped.jsonl')}")
     return counts
+
+
+def check_edited(path: str, name: str) -> None:
+    """InputError if a step's file, which was edited by hand, has a record that the next steps cannot read."""
+    kinds = dict.fromkeys(("id", "source", "language", "task_type"), str)
+    kinds |= {"prompt": list, "reference": (dict, NoneType), "license": (str, NoneType)}
+    kinds |= dict.fromkeys(("primary", "secondary"), str) if name >= "3_classify" else {}
+    kinds |= {"responses": dict} if name >= "5_respond" else {"response": (str, NoneType)}
+    scores = ("verified", "quality", "safety", "perplexity", "composite") if name == "6_score" else ()
+    for line, record in read_jsonl(path):
+        where = f"{path}:{line}"
+        for key, kind in kinds.items():
+            if key not in record or not isinstance(record[key], kind):
+                fault = f"{key} is missing or of a wrong type"
+                raise InputError(f"{where}: {fault}; correct the record, or delete the file to run the step again")
+        as_messages(record["prompt"], where)
+        if record["reference"]:
+            check_reference(record["reference"], where)
+        for writer, reply in record.get("responses", {}).items():
+            if not isinstance(reply, dict) or not isinstance(reply.get("text"), str) or not reply.keys() >= set(scores):
+                needs = ", ".join(["text", *scores])
+                raise InputError(f"{where}: the response of {writer} is {shown(reply)}; it is an object with {needs}")
 
 
 def print_step(name: str, counts: dict, reused: bool) -> None:
