@@ -225,9 +225,7 @@ def keep_best(hashes: np.ndarray, rank: np.ndarray, hamming: int) -> tuple[np.nd
     source, target = np.concatenate((i, j)), np.concatenate((j, i))
     by_source = np.argsort(source, kind="stable")
     source, target = source[by_source], target[by_source]
-    begin = np.searchsorted(
-        source, np.arange(len(values) + 1)
-    )  # the neighbours of v are target[begin[v] : begin[v + 1]]
+    begin = np.searchsorted(source, np.arange(len(values) + 1))  # v's neighbours: target[begin[v] : begin[v + 1]]
     stays_for = np.arange(len(values))  # index of the kept text
     undecided = np.ones(len(values), bool)
     paired = np.unique(source)

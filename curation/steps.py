@@ -174,9 +174,8 @@ def water_level(counts: dict[str, int], target: int) -> tuple[dict[str, int], in
 def evenness(counts: dict[str, int]) -> tuple[float, float]:
     """{category: n} -> (entropy in nats, its exponential: the number of equal categories with that entropy)."""
     n = np.array([c for c in counts.values() if c], float)
-    entropy = (
-        0.0 - float((n / n.sum() * np.log(n / n.sum())).sum()) if len(n) else 0.0
-    )  # 0.0 - x, so that it is never -0.0
+    share = n / n.sum() if len(n) else n
+    entropy = 0.0 - float((share * np.log(share)).sum())  # 0.0 - x, so that it is never -0.0
     return entropy, math.exp(entropy)
 
 

@@ -162,14 +162,12 @@ def mbpp_verdict(reply: str, row: dict) -> tuple:
 
 
 def ifeval_verdict(reply: str, row: dict) -> tuple:
-    """Right if every instruction is followed, by the strict rules. The benchmark's other three figures are metrics."""
+    """Right if every instruction is followed, by the strict rules. The benchmark's other three scores are metrics."""
     instructions = list(zip(row["instruction_id_list"], row["kwargs"]))
-    strict, loose = (
-        [follows(name, reply, kwargs, row["where"], relaxed) for name, kwargs in instructions]
-        for relaxed in (False, True)
-    )
+    strict = [follows(name, reply, kwargs, row["where"]) for name, kwargs in instructions]
+    loose = [follows(name, reply, kwargs, row["where"], loose=True) for name, kwargs in instructions]
     metrics = {"prompt_loose": all(loose), "instruction_strict": strict, "instruction_loose": loose}
-    return [name for name, held in zip(row["instruction_id_list"], strict) if held], all(strict), metrics
+    return [name for name, followed in zip(row["instruction_id_list"], strict) if followed], all(strict), metrics
 
 
 # The six examples before every question of TruthfulQA (arXiv 2109.07958, appendix E)

@@ -31,9 +31,7 @@ def picture(rows: list[list[str]]) -> str:
             w, h = map(float, re.search(r'viewBox="0 0 (\d+) (\d+)"', element).groups())
             place = f'<svg x="{left:.0f}" y="{top:.0f}" width="{w:.0f}" height="{h:.0f}" '
             opening, rest = element.split("<title>", 1)
-            opening = re.sub(
-                r' (data-chart|style|class)="[^"]*"', "", opening
-            )  # a page's script and style sheet use them
+            opening = re.sub(r' (data-chart|style|class)="[^"]*"', "", opening)  # for a page's script and style sheet
             parts.append(f"{opening.replace('<svg ', place, 1)}<title>{rest}")
             left, height = left + w + 10, max(height, h)
         width, top = max(width, left), top + height + 10

@@ -107,9 +107,8 @@ def trl_train(args: Namespace, folder: str) -> dict:
         examples = [m for _, m in read_records([args.data], sft_conversations)]
         rows = [{"prompt": m[:-1], "completion": m[-1:]} for m in examples]
         free = args.side == "trl-padding-free"
-        settings["max_length"] = (
-            None if free else args.max_len
-        )  # padding-free mode does not cut examples: use short ones
+        if free:  # this mode does not cut examples, so use short ones
+            settings["max_length"] = None
         config = SFTConfig(padding_free=free, train_sampling_strategy="sequential", **settings)
         trainer_class = SFTTrainer
     data = Dataset.from_list(rows)

@@ -137,10 +137,8 @@ def dot_chart(title: str, rows: list[tuple[str, float, float, float]], base: flo
 
 def bar_chart(title: str, rows: list[tuple[str, float, float]], names: tuple[str, str]) -> str:
     """Two bars per row, one inside the other. rows: (name, outer, inner), such as before and after."""
-    left, largest = (
-        12 + 6.4 * max(len(name) for name, *_ in rows),
-        max(max(outer, inner) for _, outer, inner in rows) or 1,
-    )
+    left = 12 + 6.4 * max(len(name) for name, *_ in rows)
+    largest = max(max(outer, inner) for _, outer, inner in rows) or 1
     parts = [text(left, 12, f"light: {names[0]}, dark: {names[1]}", size=11)]
     for i, (name, outer, inner) in enumerate(rows):
         y = 20 + 15 * i

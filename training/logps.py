@@ -78,9 +78,8 @@ def sum_by_owner(logps: Tensor, owner: Tensor, n: int) -> Tensor:
     """
     ends = torch.searchsorted(owner, torch.arange(n, device=owner.device), right=True)  # (n,)
     lengths = ends.diff(prepend=ends.new_zeros(1))
-    return torch.segment_reduce(
-        logps, "sum", lengths=lengths, unsafe=True
-    )  # unsafe: no check that would wait for the GPU
+    # unsafe: no check that would wait for the GPU
+    return torch.segment_reduce(logps, "sum", lengths=lengths, unsafe=True)
 
 
 @torch.no_grad()

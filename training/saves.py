@@ -256,9 +256,8 @@ def tidy(run: Run) -> None:
 
 def prune(run: Run, step: int) -> None:
     """Removes saves in OUT.run/, except the last --keep up to `step`, the best one, and the one to resume from."""
-    earlier = sorted(
-        s for s in numbered(run.args.out, CHECKPOINTS) if s <= step and s < run.total
-    )  # the last step is OUT
+    # the checkpoint of the last step is OUT itself
+    earlier = sorted(s for s in numbered(run.args.out, CHECKPOINTS) if s <= step and s < run.total)
     newest = earlier[-run.args.keep :]
     for pattern, wanted in (CHECKPOINTS, {*newest, run.best[1], run.saved}), (MOMENTS, {run.saved}):
         for number, path in numbered(run.args.out, pattern).items():

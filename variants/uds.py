@@ -62,9 +62,8 @@ class Sampler:
         V, T, g = len(model.head_weight), self.args.max_len, torch.Generator().manual_seed(self.args.seed)
         self.right = to_device(torch.randn(V, COLUMNS, generator=g) / math.sqrt(COLUMNS), model.device)
         self.left = to_device(torch.randn(ROWS, T, generator=g) / math.sqrt(ROWS), model.device)
-        self.alpha = (
-            self.args.alpha * math.sqrt(T * V) / 2
-        )  # the factor by which the authors' projection scales distances
+        # sqrt(T V) / 2: the factor by which the authors' projection scales distances
+        self.alpha = self.args.alpha * math.sqrt(T * V) / 2
         self.sizes = [max(1, round(self.args.share * len(step))) for step in setup.steps]
         self.starts = list(itertools.accumulate(self.sizes, initial=0))  # examples chosen before each step
         # A ring buffer with room for one extra step. A step that is interrupted and repeated after --resume then

@@ -94,9 +94,8 @@ def extract_choice(reply: str, choices: dict[str, str], question: str | None = N
 
 def nearest_choice(reply: str, choices: dict[str, str]) -> str:
     """The letter whose text is most similar to the reply. Of equally similar texts the first one."""
-    similarities = {
-        letter: round(similarity(reply, text), 9) for letter, text in choices.items()
-    }  # rounded: ties are ties
+    # rounded, so that equal similarities are equal numbers
+    similarities = {letter: round(similarity(reply, text), 9) for letter, text in choices.items()}
     return max(similarities, key=similarities.get)
 
 
@@ -274,10 +273,8 @@ def stated_choice(reply: str, choices: dict[str, str]) -> str | None:
     if found := re.fullmatch(rf"(?:[Oo]ption |[Cc]hoice )?\(?([{letters}])\)?(?:[.:)].*)?", answer, re.DOTALL):
         return found.group(1)
     value, amounts = parse_quantity(answer), {letter: parse_quantity(text) for letter, text in choices.items()}
-    plain, wanted = (
-        {letter: normalise_latex(text) for letter, text in choices.items()},
-        normalise_latex(answer or reply),
-    )
+    plain = {letter: normalise_latex(text) for letter, text in choices.items()}
+    wanted = normalise_latex(answer or reply)
     equal = [letter for letter in choices if wanted and plain[letter] == wanted]
     equal = equal or [letter for letter in choices if numbers_equal(value, amounts[letter])]
     if len(equal) == 1:
