@@ -115,7 +115,8 @@ def collect(out: Path, names: dict[str, str]) -> dict:
         if log.parent.resolve().stem not in stamps:
             continue  # not finished
         steps = [row for _, row in read_jsonl(str(log)) if "loss" in row]
-        keys = [key for key in CURVES if steps and key in steps[0]]
+        # without undesirable examples, their reward is null
+        keys = [key for key in CURVES if steps and all(row.get(key) is not None for row in steps)]
         result["trained_tokens"][log.parent.stem] = sum(row["tokens"] for row in steps)
         result["curves"][log.parent.stem] = {key: [round(row[key], 5) for row in steps] for key in keys}
     return result

@@ -7,6 +7,7 @@ Every figure, interval and verdict in the report is computed from the result fil
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 from core.files import InputError, atomic_write, cli, read_json
@@ -15,7 +16,7 @@ from core.records import expand
 from experiments import tables
 from experiments.pictures import pictures, scores_picture
 from experiments.repeat import CORES, flag, repeat_section
-from experiments.tables import NAMES, STUDIES, TableRow, markdown_table, p_text, points
+from experiments.tables import NAMES, STUDIES, TableRow, kept_tables, kept_verdicts, markdown_table, split_verdicts
 
 GROUPS = ("commands", "seconds", "trained_tokens", "chosen", "arms", "values", "curves", "not_run")
 NOTHING = "- Nothing.\n"
@@ -89,20 +90,6 @@ def read_results(paths: list[str]) -> list[dict]:
                 pair.setdefault(key, value)
         check_result(pair, path)
     return sorted(joined.values(), key=lambda result: -len(result["arms"]))
-
-
-def split_verdicts(result: dict, split: str, task: str = "ifeval") -> dict[str, str]:
-    """{arm: verdicts} of a split: "test", "dev", or a benchmark itself."""
-    return {arm: by[split][task]["right"] for arm, by in result["arms"].items() if task in by.get(split, {})}
-
-
-def kept_verdicts(result: dict) -> dict[str, dict[str, str]]:
-    """{benchmark: {arm: verdicts}} of the benchmarks that no arm was trained for."""
-    found = {}
-    for task, name in tables.BENCHMARKS.items():
-        values = {arm: by[task]["right"] for arm, by in result["values"].items() if "right" in by.get(task, {})}
-        found[name] = values or split_verdicts(result, task, task)
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,8 +242,18 @@ def study_sections(result: dict, drawn: dict[str, str], images: str) -> str:
             for name in pictures_of.get(module, ())
             if name in drawn
         ]
-        parts.append(f"## {number}. {title}\n\n{question}\n\n{table}\n{''.join(shown)}")
+        searched = searched_text(result) if module == "paper_table" else ""
+        parts.append(f"## {number}. {title}\n\n{question}\n\n{table}\n{searched}{''.join(shown)}")
     return "".join(parts)
+
+
+def searched_text(result: dict) -> str:
+    """The weights that merge.py search chose."""
+    words = result["commands"].get("searched", [])
+    weights = [word.rpartition(":")[2] for word in words if re.fullmatch(r".*/sft(-kto)?:[\d.e-]+", word)]
+    if len(weights) != 2:
+        return ""
+    return f"`merge.py search` chose {weights[0]} SFT + {weights[1]} SFT-KTO.\n\n"
 
 
 def kept_section(result: dict) -> str:
@@ -264,44 +261,6 @@ def kept_section(result: dict) -> str:
     return f"""## {len(STUDIES) + 1}. Side effects
 
 {kept_tables(result) or NOT_YET}{reply_table(result)}"""
-
-
-def kept_tables(result: dict) -> str:
-    """Benchmarks that no arm was trained for, and perplexity. Empty without results of either."""
-    if not result["values"] and not any(kept_verdicts(result).values()):
-        return ""
-    arms = ["base", *tables.KEPT]
-    lines = []
-    for task, verdicts in kept_verdicts(result).items():
-        if verdicts:
-            found = {row.arm: some for row, some in tables.compare(tables.kept_rows(task), verdicts).items()}
-            cells = [kept_cell(verdicts.get(arm, ""), found.get(arm)) for arm in arms]
-            lines.append([task, str(len(next(iter(verdicts.values())))), *cells])
-    benchmarks = markdown_table(["benchmark", "questions", *(NAMES[arm] for arm in arms)], lines)
-    lines = []
-    for arm in arms:
-        values = result["values"].get(arm, {})
-        perplexity, ece = values.get("perplexity", {}).get("score"), values.get("mmlu", {}).get("ece")
-        cells = ["not run" if x is None else f"{x:.{digits}f}" for x, digits in ((perplexity, 2), (ece, 3))]
-        lines.append([NAMES[arm], *cells])
-    head = ["arm", "perplexity of a token of plain text", "calibration error of MMLU (ECE)"]
-    return f"""Benchmarks that no arm was trained for: right answers in percent, with the difference to the student before
-training in points, its 95 % interval, and p, corrected over the row (Holm). MMLU and C-Eval are scored by likelihood, the others by greedy
-replies. "Not run" means that there was no time.
-
-{benchmarks}
-{markdown_table(head, lines)}
-"""
-
-
-def kept_cell(verdicts: str, comparison: dict | None) -> str:
-    """An arm's score, and its difference to the student before training."""
-    if not verdicts or not comparison:
-        return tables.score_text(verdicts) if verdicts else "not run"
-    low, high = (points(x) for x in comparison["interval"])
-    score = 100 * verdicts.count("1") / len(verdicts)
-    p = p_text(comparison["p_holm"])
-    return f"{score:.1f} ({points(comparison['difference'])} [{low}, {high}], p {p if p[0] == '<' else f'= {p}'})"
 
 
 def reply_table(result: dict) -> str:
@@ -335,7 +294,7 @@ SFT: {flag(result, "sft-", "--epochs")} passes. KTO: beta {flag(result, "kto-", 
 
 {chosen_table(result)}
 {table}
-{shown}{kept_tables(result)}{reply_table(result)}"""
+{searched_text(result)}{shown}{kept_tables(result)}{reply_table(result)}"""
 
 
 QUESTION = """# The recipe on real models

@@ -116,9 +116,25 @@ CLAIM_NAMES = {"sft": "SFT", "kto": "KTO", "sft-kto": "SFT, then KTO,", "mean": 
 
 
 def kept_rows(task: str) -> list[TableRow]:
-    """Rows of study 6: is an arm worse than the student at a task that it was not trained for?"""
-    claims = [TableRow(arm, "base", f"{CLAIM_NAMES[arm]} lowers the score of {task}", better=False) for arm in KEPT]
+    """Rows of study 6: is an arm worse than the student at a task that it was not trained for? Better at IFEval?"""
+    better = task == "IFEval"  # it has the kind of constraints that was trained
+    verb = "raises" if better else "lowers"
+    claims = [TableRow(arm, "base", f"{CLAIM_NAMES[arm]} {verb} the score of {task}", better) for arm in KEPT]
     return [TableRow("base"), *claims]
+
+
+def split_verdicts(result: dict, split: str, task: str = "ifeval") -> dict[str, str]:
+    """{arm: verdicts} of a split: "test", "dev", or a benchmark itself."""
+    return {arm: by[split][task]["right"] for arm, by in result["arms"].items() if task in by.get(split, {})}
+
+
+def kept_verdicts(result: dict) -> dict[str, dict[str, str]]:
+    """{benchmark: {arm: verdicts}} of the benchmarks that no arm was trained for."""
+    found = {}
+    for task, name in BENCHMARKS.items():
+        values = {arm: by[task]["right"] for arm, by in result["values"].items() if "right" in by.get(task, {})}
+        found[name] = values or split_verdicts(result, task, task)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,3 +227,41 @@ def measured_text(row: TableRow, result: dict) -> str:
     if verdict(row, result) == "undecided":
         text += f"; {result['n']} questions can detect {100 * result['smallest']:.1f} points"
     return text
+
+
+def kept_tables(result: dict) -> str:
+    """Benchmarks that no arm was trained for, and perplexity. Empty without results of either."""
+    if not result["values"] and not any(kept_verdicts(result).values()):
+        return ""
+    arms = ["base", *KEPT]
+    lines = []
+    for task, verdicts in kept_verdicts(result).items():
+        if verdicts:
+            found = {row.arm: some for row, some in compare(kept_rows(task), verdicts).items()}
+            cells = [kept_cell(verdicts.get(arm, ""), found.get(arm)) for arm in arms]
+            lines.append([task, str(len(next(iter(verdicts.values())))), *cells])
+    benchmarks = markdown_table(["benchmark", "questions", *(NAMES[arm] for arm in arms)], lines)
+    lines = []
+    for arm in arms:
+        values = result["values"].get(arm, {})
+        perplexity, ece = values.get("perplexity", {}).get("score"), values.get("mmlu", {}).get("ece")
+        cells = ["not run" if x is None else f"{x:.{digits}f}" for x, digits in ((perplexity, 2), (ece, 3))]
+        lines.append([NAMES[arm], *cells])
+    head = ["arm", "perplexity of a token of plain text", "calibration error of MMLU (ECE)"]
+    return f"""Benchmarks whose questions no arm was trained on: right answers in percent, with the difference to the student before
+training in points, its 95 % interval, and p, corrected over the row (Holm). IFEval has the kind of constraints that was trained, in
+other instructions. MMLU and C-Eval are scored by likelihood, the others by greedy replies. "Not run" means that there was no time.
+
+{benchmarks}
+{markdown_table(head, lines)}
+"""
+
+
+def kept_cell(verdicts: str, comparison: dict | None) -> str:
+    """An arm's score, and its difference to the student before training."""
+    if not verdicts or not comparison:
+        return score_text(verdicts) if verdicts else "not run"
+    low, high = (points(x) for x in comparison["interval"])
+    score = 100 * verdicts.count("1") / len(verdicts)
+    p = p_text(comparison["p_holm"])
+    return f"{score:.1f} ({points(comparison['difference'])} [{low}, {high}], p {p if p[0] == '<' else f'= {p}'})"

@@ -60,9 +60,9 @@ def study(tmp_path):
     write_lines(
         out / "sft-1e-5.run/log.jsonl",
         [
-            {"step": 1, "loss": 2.0, "grad_norm": 1.0, "tokens": 5},
+            {"step": 1, "loss": 2.0, "grad_norm": 1.0, "kl": None, "tokens": 5},
             {"eval_loss": 3},
-            {"step": 2, "loss": 1.5, "grad_norm": 0.5, "tokens": 6},
+            {"step": 2, "loss": 1.5, "grad_norm": 0.5, "kl": 0.0, "tokens": 6},
         ],
     )
     return out
