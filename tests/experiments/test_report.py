@@ -169,6 +169,9 @@ def test_benchmarks_that_no_arm_was_trained_for(result, save):
     assert "| C-Eval | 20 | 20.0 [2.0, 38.0] | 60.0 (+40.0 [+20.0, +60.0], p = 0.008) | not run |" in table  # 2 / 2^8
     assert "| GSM8K | 20 | 60.0 [38.0, 82.0] | not run | 20.0 (-40.0 [-60.0, -20.0], p = 0.008) | not run |" in table
     assert "HumanEval" not in table and "| KTO | not run | not run |" in table
+    assert "`merge.py search` chose" not in text
+    result["commands"]["searched"] = ["merge.py", "--models", "runs/study/sft:0.25", "runs/study/sft-kto:0.75"]
+    assert "`merge.py search` chose 0.25 SFT + 0.75 SFT-KTO." in report(read_results([save(result)]), "x")[0]
     held = text[text.index("### Confirmed") : text.index("### Contradicted")]
     assert "- KTO lowers the score of GSM8K: -40.0 points" in held
 
