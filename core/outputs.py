@@ -305,7 +305,7 @@ def replace_folder(temporary: str, out: str) -> None:
     try:
         lock(fd)
         old = temporary
-        if not exchange(temporary, out):
+        if not swap_folders(temporary, out):
             os.rename(out, old := temporary_path(out, "old"))
             try:
                 os.rename(temporary, out)
@@ -325,7 +325,7 @@ def keep_other_writers(temporary: str, out: str) -> None:
     write_manifest(temporary, {"files": others | own, "card": read_manifest(temporary)["card"]})
 
 
-def exchange(first: str, second: str) -> bool:
+def swap_folders(first: str, second: str) -> bool:
     """Swaps two folders in one step, with renameat2 of Linux. False where the system or the disk has no such call."""
     if sys.platform != "linux":
         return False

@@ -36,7 +36,8 @@ from training.saves import (
     CHECKPOINTS,
     Run,
     claim_save,
-    numbered,
+    clean_run_folder,
+    numbered_files,
     prune,
     release_lock,
     restore,
@@ -45,7 +46,6 @@ from training.saves import (
     save_run,
     step_path,
     take_lock,
-    tidy,
     write_state,
 )
 from training.setup import Setup
@@ -101,14 +101,14 @@ def start_run(setup: Setup, identity: dict) -> Run | None:
     lines = kept_lines(run) if run.done else []
     if run.done == total and not run.pending:
         if is_main():
-            tidy(run)
+            clean_run_folder(run)
             print(f"{args.out}: already finished after {total} steps; without --resume the run starts again")
         close_run(run)
         return None
     broadcast_replicas(model)
     if is_main():
         run.events = event_writer(run) if args.tensorboard else None
-        tidy(run)
+        clean_run_folder(run)
         write_args_and_log(run, lines)
     return run
 
@@ -326,7 +326,7 @@ def finish_run(run: Run, facts: list[str], next_commands: list[list[str]]) -> No
             print(
                 f"{len(run.skips)} steps skipped because of a loss or gradient that is not finite; see 'offending' in the log"
             )
-        if run.best[1] in numbered(run.args.out, CHECKPOINTS):
+        if run.best[1] in numbered_files(run.args.out, CHECKPOINTS):
             print(f"lowest eval_loss, before the last step: {run.best[0]:.4g}, {step_path(run.args, run.best[1])}")
         print(f"{run.total} steps in {time.time() - run.started:.0f} s")
         print(f"wrote {out} (checkpoint, fp32) and {out}.run/log.jsonl")

@@ -79,7 +79,7 @@ def moments_path(args: argparse.Namespace, step: int) -> str:
     return run_file(args, f"optimizer-{step}.safetensors")
 
 
-def numbered(out: str, pattern: str) -> dict[int, str]:
+def numbered_files(out: str, pattern: str) -> dict[int, str]:
     """{step: path} of the files in OUT.run/ whose names match the pattern."""
     folder = f"{out}.run"
     found = (re.fullmatch(pattern, name) for name in (os.listdir(folder) if os.path.isdir(folder) else []))
@@ -106,7 +106,7 @@ def check_not_running(out: str) -> None:
     """InputError if another run is writing to OUT, or a file in OUT.run/ is not from a run. Changes nothing on disk."""
     check_folder(f"{out}.run", "training", OWN_FILES)
     own = written_files(f"{out}.run", "training")
-    for path in (*numbered(out, CHECKPOINTS).values(), *numbered(out, MOMENTS).values()):
+    for path in (*numbered_files(out, CHECKPOINTS).values(), *numbered_files(out, MOMENTS).values()):
         if os.path.basename(path) not in own:  # pruning would remove it
             raise InputError(f"{path}: was not written by training; move it, or give another --out")
     path = lock_path(out)
@@ -244,7 +244,7 @@ def restore(run: Run) -> None:
 # Removing
 
 
-def tidy(run: Run) -> None:
+def clean_run_folder(run: Run) -> None:
     """Removes half-written files of killed runs in OUT.run/ and beside OUT, and saves of steps after run.done."""
     folder, name = os.path.split(os.path.realpath(run.args.out))
     remove_leftovers(folder, name)
@@ -257,10 +257,10 @@ def tidy(run: Run) -> None:
 def prune(run: Run, step: int) -> None:
     """Removes saves in OUT.run/, except the last --keep up to `step`, the best one, and the one to resume from."""
     # the checkpoint of the last step is OUT itself
-    earlier = sorted(s for s in numbered(run.args.out, CHECKPOINTS) if s <= step and s < run.total)
+    earlier = sorted(s for s in numbered_files(run.args.out, CHECKPOINTS) if s <= step and s < run.total)
     newest = earlier[-run.args.keep :]
     for pattern, wanted in (CHECKPOINTS, {*newest, run.best[1], run.saved}), (MOMENTS, {run.saved}):
-        for number, path in numbered(run.args.out, pattern).items():
+        for number, path in numbered_files(run.args.out, pattern).items():
             if number not in wanted:
                 discard_checkpoint(path)
     folder = f"{run.args.out}.run"

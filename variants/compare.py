@@ -29,7 +29,7 @@ PLAIN = ("sft", "kto", "random_half")  # baselines; the findings cover the arms 
 
 
 @functools.lru_cache
-def weights(n_seeds: int, n: int, draws: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
+def draw_weights(n_seeds: int, n: int, draws: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
     """How often each seed and each question is drawn: (draws, n_seeds) and (draws, n), as shares that add up to 1."""
     rng = np.random.default_rng(0)
     return tuple(rng.multinomial(k, np.full(k, 1 / k), size=draws) / k for k in (n_seeds, n))
@@ -41,7 +41,7 @@ def resample(x: np.ndarray) -> np.ndarray:
     The pigeonhole bootstrap (Owen, Ann. Appl. Stat. 1, 2007). It counts the noise of single verdicts up to three times,
     so its errors and intervals tend to be too wide.
     """
-    seeds, questions = weights(*x.shape)
+    seeds, questions = draw_weights(*x.shape)
     return ((seeds @ x) * questions).sum(1)
 
 
@@ -69,13 +69,15 @@ def verdicts(folder: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def share(bits: str) -> float:
+def share_right(bits: str) -> float:
     return bits.count("1") / len(bits)
 
 
-def best(folder: str) -> str:
+def best_rate(folder: str) -> str:
     """The learning rate that scores best on the validation questions with seed 0, the lower one on a tie."""
-    scores = {name[:-2]: share(parts["validation"]) for name, parts in verdicts(folder).items() if name[-2:] == "-0"}
+    scores = {
+        name[:-2]: share_right(parts["validation"]) for name, parts in verdicts(folder).items() if name[-2:] == "-0"
+    }
     return max(sorted(scores, key=float), key=scores.__getitem__)
 
 
@@ -95,7 +97,7 @@ def lines_of_code(arm: str, command: str) -> int | None:
         return len(f.readlines())
 
 
-def record(args: Namespace) -> None:
+def record_arm(args: Namespace) -> None:
     """Writes the results of an arm: OUT/ARM.json."""
     found, name = verdicts(args.folder), os.path.basename(os.path.normpath(args.folder))
     runs = [found[f"{args.rate}-{seed}"] for seed in range(3)] if args.rate else list(found.values())
@@ -103,7 +105,7 @@ def record(args: Namespace) -> None:
     result = {"arm": name, "baseline": args.baseline, "command": command, "rate": args.rate}
     if args.rate:
         result["validation"] = {
-            k[:-2]: round(share(parts["validation"]), 4) for k, parts in found.items() if k[-1] == "0"
+            k[:-2]: round(share_right(parts["validation"]), 4) for k, parts in found.items() if k[-1] == "0"
         }
         files = [os.path.join(args.folder, f"{args.rate}-{seed}.seconds") for seed in range(3)]
         result["cpu_seconds"] = [round(cpu_seconds(path), 1) for path in files]
@@ -137,7 +139,7 @@ def read_arms(folder: str) -> dict[str, dict]:
     return results
 
 
-def compared(results: dict[str, dict]) -> dict[str, dict]:
+def compare_arms(results: dict[str, dict]) -> dict[str, dict]:
     """{arm: {"test", "kept": difference to the baseline, with Holm's "p_holm"}} for arms whose baseline is there.
 
     The correction is for all arms with a plain baseline together, for each column by itself.
@@ -163,9 +165,9 @@ def with_interval(change: dict) -> str:
     return f"{100 * change['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def table(results: dict[str, dict]) -> str:
+def arm_table(results: dict[str, dict]) -> str:
     """One row per arm, below its baseline, the best first."""
-    changes = compared(results)
+    changes = compare_arms(results)
     head = "| arm | score | vs baseline | kept | vs baseline | CPU s | lines | rate |\n" + "| --- " * 8 + "|\n"
     rows = []
 
@@ -195,7 +197,7 @@ def table(results: dict[str, dict]) -> str:
 
 def findings(results: dict[str, dict]) -> str:
     """Markdown bullets: the arms that differ significantly from their baseline, and those without a gain."""
-    changes = {name: c for name, c in compared(results).items() if "p_holm" in c["test"]}
+    changes = {name: c for name, c in compare_arms(results).items() if "p_holm" in c["test"]}
 
     def significant(part: str, sign: int) -> set[str]:
         return {n for n, c in changes.items() if c[part]["p_holm"] < 0.05 and sign * c[part]["difference"] > 0}
@@ -233,12 +235,12 @@ def main() -> None:
     table_parser.add_argument("--out", help="also write both to this Markdown file")
     args = p.parse_args()
     if args.command_name == "best":
-        print(best(args.folder))
+        print(best_rate(args.folder))
     elif args.command_name == "record":
-        record(args)
+        record_arm(args)
     else:
         results = read_arms(args.folder)
-        text = f"{table(results)}\n{findings(results)}"
+        text = f"{arm_table(results)}\n{findings(results)}"
         if args.out:
             with atomic_write(args.out) as f:
                 f.write(text)

@@ -378,10 +378,10 @@ def listing(folder):
     return sorted(n for n in os.listdir(folder) if n not in (MANIFEST, "config.json", *tiny_files()))
 
 
-@pytest.mark.parametrize("can_exchange", [True, False])
-def test_own_files_are_replaced_and_foreign_ones_stay(tmp_path, monkeypatch, can_exchange):
-    if not can_exchange:
-        monkeypatch.setattr(outputs, "exchange", lambda a, b: False)
+@pytest.mark.parametrize("can_swap", [True, False])
+def test_own_files_are_replaced_and_foreign_ones_stay(tmp_path, monkeypatch, can_swap):
+    if not can_swap:
+        monkeypatch.setattr(outputs, "swap_folders", lambda a, b: False)
     out = tmp_path / "out"
     save_tiny(out, shard_size=50_000)
     (out / ".git").mkdir()

@@ -20,10 +20,10 @@ from core.outputs import (
     check_writable,
     claim_folder,
     claimed_folder,
-    exchange,
     is_inside,
     read_manifest,
     remove_leftovers,
+    swap_folders,
     written_files,
 )
 from curation.step_files import load_state
@@ -180,9 +180,9 @@ def test_exchange(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    if exchange(str(tmp_path / "a"), str(tmp_path / "b")):
+    if swap_folders(str(tmp_path / "a"), str(tmp_path / "b")):
         assert names(tmp_path / "a") == ["b"] and names(tmp_path / "b") == ["a"]
-    assert not exchange(str(tmp_path / "a"), str(tmp_path / "none")) and names(tmp_path) == ["a", "b"]
+    assert not swap_folders(str(tmp_path / "a"), str(tmp_path / "none")) and names(tmp_path) == ["a", "b"]
 
 
 def test_a_pipe_in_a_folder_blocks_nothing(tmp_path):

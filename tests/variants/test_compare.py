@@ -98,10 +98,10 @@ def arms(tmp_path, run):
 
 
 def test_the_better_rate_is_that_of_the_validation_questions_of_the_first_seed(arms, tmp_path):
-    assert compare.best(str(arms / "sft")) == "5e-4"  # 1/2 against 1/4
+    assert compare.best_rate(str(arms / "sft")) == "5e-4"  # 1/2 against 1/4
     equal = {"validation": "10", "test": "1", "withheld": "1"}
     write_evaluation(tmp_path / "tie", {"2e-3-0": equal, "5e-4-0": equal, "2e-3-1": {**equal, "validation": "11"}})
-    assert compare.best(str(tmp_path / "tie")) == "5e-4"
+    assert compare.best_rate(str(tmp_path / "tie")) == "5e-4"
 
 
 def test_the_record_of_an_arm(arms):
@@ -113,7 +113,7 @@ def test_the_record_of_an_arm(arms):
 
 def test_the_table_of_known_verdicts(arms):
     results = compare.read_arms(str(arms / "results"))
-    base, sft, dft = compare.table(results).splitlines()[2:]
+    base, sft, dft = compare.arm_table(results).splitlines()[2:]
     assert base.startswith("| **base** | 25.0 ± ") and "| 100.0 |" in base
     # test: 7 of 12; kept: of questions 0, 1 and 3, which the base answers right, 2 + 3 + 2 of 9
     assert sft.startswith("| **sft** | 58.3 ± ") and "| +33.3 (" in sft and "| 77.8 | -22.2 (" in sft
@@ -151,7 +151,7 @@ def test_the_published_lines_are_those_of_the_files():
 
 def test_the_published_table_and_findings_follow_from_the_results():
     results = compare.read_arms(str(RESULTS))
-    assert compare.table(results) in (ROOT / "variants" / "README.md").read_text()
+    assert compare.arm_table(results) in (ROOT / "variants" / "README.md").read_text()
     assert compare.findings(results) in (ROOT / "docs" / "results" / "variants.md").read_text()
 
 
