@@ -362,7 +362,7 @@ def test_dry_run_and_budget(tmp_path, small, capfd):
             "Task: classify" in shown
             and "Task: judge" in shown
             and "may not suffice" in shown
-            and "0 replies are kept" in shown
+            and "0 replies are already in the log" in shown
         )
 
         # each reply costs 15 tokens; at most 128 are asked for
