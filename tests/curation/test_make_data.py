@@ -374,7 +374,10 @@ def test_dry_run_and_budget(tmp_path, small, capfd):
         assert bill.groups() == (f"{10 * server.posts:,}", f"{5 * server.posts:,}"), (
             "what was asked before the budget's end is not asked again"
         )
-        assert run(*argv, "--dry-run") == 0 and f"{server.posts + 18:,} replies are kept" in capfd.readouterr().out
+        assert (
+            run(*argv, "--dry-run") == 0
+            and f"{server.posts + 18:,} replies are already in the log" in capfd.readouterr().out
+        )
 
 
 @pytest.mark.parametrize("samples, target", [(1, 99), (3, 4)])
