@@ -12,7 +12,7 @@ was killed continues. Under torchrun, local checkpoints answer and score on all 
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
-from core.files import InputError, check_arguments, cli, code_hash, same_path
+from core.files import InputError, check_arguments, cli, code_hash, print_next, same_path
 from curation.flags import OUT, SMALL, parse_args
 
 if __name__ == "__main__":
@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import shlex
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -129,14 +128,14 @@ def run_steps(args: argparse.Namespace, models: Models, log: ReplyLog, counts: d
     run("7_label", [scored], labels.label_pairs(args, scored, counts["7_label"]))
 
 
-def next_commands(small: str, out: str, pairs: int) -> list[str]:
-    """The shell commands that train on the data. Flags that equal the trainers' defaults are left out."""
+def next_commands(small: str, out: str, pairs: int) -> list[list[str]]:
+    """The commands that train on the data, as lists of words, without flags that equal the trainers' defaults."""
     ckpt = [] if small == SMALL else ["--ckpt", small]
     sft, kto = ([] if out == OUT else ["--data", f"{out}/{name}.jsonl"] for name in ("sft", "kto"))
     commands = [["python", "train_sft.py", *ckpt, *sft]]
     if pairs:
         commands.append(["python", "train_kto.py", "--ckpt", "sft.pt", *kto])
-    return [shlex.join(words) for words in commands]
+    return commands
 
 
 def make(args: argparse.Namespace) -> None:
@@ -157,9 +156,9 @@ def make(args: argparse.Namespace) -> None:
     if any(log.spent):
         cost = f", {price(log.spent, args.prices):,.2f} in all" if args.prices else ""
         print(f"The teacher's replies in {out}/replies.jsonl: {log.spent[0]:,} tokens in, {log.spent[1]:,} out{cost}.")
-    print(f"Written: {out}/sft.jsonl, {out}/kto.jsonl, {out}/report.md. Next:")
-    for command in next_commands(args.small, out, kto):
-        print(f"  {command}")
+    print(f"wrote {out}/sft.jsonl, {out}/kto.jsonl and {out}/report.md")
+    for words in next_commands(args.small, out, kto):
+        print_next(*words)
 
 
 def main() -> None:

@@ -160,7 +160,7 @@ def main() -> None:
     write_jsonl(args.out, lines[0] + lines[1])
     verdicts = [{v: [line["correct"] for line in some if line["view"] == v] for v in VIEWS} for some in lines]
     print(drop_table(*verdicts))
-    print(f"Written: {args.out}, {len(lines[0] + lines[1])} replies. To see what the fine-tuning added:")
+    print(f"wrote {args.out}: {len(lines[0] + lines[1])} replies. To see what the fine-tuning added:")
     print_next("python", "-m", "variants.novelty", "--ckpt", args.ckpt, "--base", args.base)
 
 

@@ -131,7 +131,7 @@ def main() -> None:
     if error > 0.01:
         print(f"warning: the potentials did not converge (error {error:.1%}); a larger --eps converges sooner")
     print(f"distance to the targets: {before:.4g} of all candidates, {after:.4g} of the kept ones")
-    print(f"Written: {args.out}/sft.jsonl, {len(best):,} of {len(scores):,} records, and scores.jsonl beside it")
+    print(f"wrote {args.out}/sft.jsonl ({len(best):,} of {len(scores):,} records) and scores.jsonl")
     print_next("python", "train_sft.py", "--ckpt", args.ckpt, "--data", f"{args.out}/sft.jsonl")
 
 

@@ -132,7 +132,7 @@ def main() -> None:
     write_jsonl(args.out, lines)
     for line in lines[:5]:
         print(f"{line['novelty']:8.2f}  {printable(line['text'][:100])}")
-    print(f"Written: {args.out}, {len(lines)} texts, the most novel first. To see what the base writes:")
+    print(f"wrote {args.out}: {len(lines)} texts, the most novel first. To see what the base writes:")
     print_next("python", "generate.py", "--ckpt", args.base, "--prompt", args.prompt)
 
 

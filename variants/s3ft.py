@@ -165,7 +165,7 @@ def rewrite(args: Namespace) -> None:
         print(f"note: {unjudged:,} records have a reply that could not be judged and is not used")
     counts = Counter(writer for writer, _ in targets)
     shares = ", ".join(f"{counts[w] / len(records):.1%} {w}" for w in ("own", "reworded", "gold") if w in counts)
-    print(f"Written: {args.out}/sft.jsonl, {len(records):,} examples: {shares}")
+    print(f"wrote {args.out}/sft.jsonl: {len(records):,} examples, {shares}")
     print_next("python", "train_sft.py", "--ckpt", args.ckpt, "--data", f"{args.out}/sft.jsonl")
 
 

@@ -146,7 +146,7 @@ def main() -> None:
             for q, some, label, p in zip(asked, labels, right, found)
         ]
     write_jsonl(args.out, lines)
-    print(f"Written: {args.out}, {len(lines)} questions under {args.prompts} prompts. All figures of the first prompt:")
+    print(f"wrote {args.out}: {len(lines)} questions under {args.prompts} prompts. All figures of the first prompt:")
     same = ["--tasks", *args.tasks, "--data-dir", args.data_dir, *(["--limit", str(args.limit)] if args.limit else [])]
     print_next("python", "eval.py", "--ckpt", args.ckpt, *same, "--protocol", "loglik")
 

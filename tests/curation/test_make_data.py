@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -267,15 +268,16 @@ def test_untrusted_references_are_ignored(tmp_path, small, capfd):
 
 
 def test_the_next_commands_can_be_pasted():
-    assert make_data.next_commands("Qwen/Qwen2-0.5B-Instruct", "data", 3) == [
+    joined = lambda *a: [shlex.join(words) for words in make_data.next_commands(*a)]
+    assert joined("Qwen/Qwen2-0.5B-Instruct", "data", 3) == [
         "python train_sft.py",
         "python train_kto.py --ckpt sft.pt",
     ]
-    assert make_data.next_commands("my model", "my $data", 3) == [
+    assert joined("my model", "my $data", 3) == [
         "python train_sft.py --ckpt 'my model' --data 'my $data/sft.jsonl'",
         "python train_kto.py --ckpt sft.pt --data 'my $data/kto.jsonl'",
     ]
-    assert make_data.next_commands("Qwen/Qwen2-0.5B-Instruct", "data", 0) == ["python train_sft.py"], "no pair, no KTO"
+    assert joined("Qwen/Qwen2-0.5B-Instruct", "data", 0) == ["python train_sft.py"], "no pair, no KTO"
 
 
 def test_quiet_prints_the_closing_summary_only(tmp_path, small, capfd):

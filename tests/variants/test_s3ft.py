@@ -137,7 +137,7 @@ def test_two_ranks_write_what_one_process_writes(data, tmp_path, run):
     call = ("--ckpt", DEMO, "--data", data, "--max-new-tokens", 24)
     assert run("variants.s3ft", *call, "--out", tmp_path / "one")[0] == 0
     printed = torchrun(2, "variants.s3ft", *call, "--out", tmp_path / "two")
-    assert printed.count("Written: ") == 1
+    assert printed.count("wrote ") == 1
     assert lines(tmp_path / "two/sft.jsonl") == lines(tmp_path / "one/sft.jsonl")
 
 
