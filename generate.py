@@ -369,8 +369,8 @@ def load_for_inference(source: str, args: argparse.Namespace) -> tuple[Qwen2, To
 
 def main() -> None:
     args = parse_args()
-    if not args.prompt and None in (sys.stdin, sys.stdout):  # closed, as with <&-
-        raise InputError("there is no input or output for a chat; give --prompt")
+    if not args.prompt and sys.stdin is None:  # closed, as with <&-
+        raise InputError("there is no input for a chat; give --prompt")
     model, tokenizer = load_for_inference(args.ckpt, args)
     settings = {name: getattr(args, name) for name in SAMPLING}
     system = [{"role": "system", "content": args.system}] if args.system else []

@@ -49,10 +49,21 @@ def join_ranks(device: str = "cpu", hours: float = 1, nccl: bool = False) -> Ran
     gpu = torch.device(own_device(device)) if device.startswith("cuda") else None
     if device == "cuda":
         torch.cuda.set_device(gpu)
+    if not dist.is_initialized():
+        check_environment()
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         timeout, direct = datetime.timedelta(hours=hours), nccl and gpu is not None
         dist.init_process_group("nccl" if direct else "gloo", timeout=timeout, device_id=gpu if direct else None)
     return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), own_device(device))
+
+
+def check_environment() -> None:
+    """InputError if only some of torchrun's variables are set: this process would wait for others, or write nothing."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if missing and ("WORLD_SIZE" in os.environ or os.environ.get("RANK", "0") != "0"):
+        known = ", ".join(name for name in names if name in os.environ)
+        raise InputError(f"the environment has {known} but no {missing[0]}; start with torchrun, or unset these")
 
 
 def leave_group(at_once: bool = False) -> None:

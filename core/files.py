@@ -59,6 +59,9 @@ def cli(main: Callable[[], object]) -> None:
     silent = is_main_thread and signal.getsignal(signal.SIGINT) is exit_silently  # see core/interrupt.py
     if is_main_thread:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files are removed
+    for name in ("stdout", "stderr"):  # closed, as with 2>&-: a file opened later would take the place of the stream
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     for stream in (sys.stdout, sys.stderr):  # a terminal that shows ASCII only gets escapes, not a UnicodeEncodeError
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors=ESCAPE)

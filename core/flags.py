@@ -76,6 +76,8 @@ def out_path(text: str) -> str:
     """An argparse type: the name of an output, without a trailing slash: OUT.run is beside OUT."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
+    if text.startswith("-"):  # the printed next commands could not be pasted
+        raise argparse.ArgumentTypeError(f"{text} begins like a flag; write ./{text}")
     return text.rstrip("/") or "/"
 
 

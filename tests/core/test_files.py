@@ -275,6 +275,15 @@ def test_an_output_on_a_full_disk_is_one_line(size):
         assert done.wait(60) == 2
 
 
+@pytest.mark.parametrize("fd", [1, 2])
+def test_a_closed_stream_is_no_fault(fd, tmp_path):
+    """The next file that is opened does not get its number: messages of C libraries would be written into it."""
+    code = f"(sys.stdout.write('x'), sys.stderr.write('y'), open({str(tmp_path / 'f')!r}, 'w').fileno() > 2 or 1 / 0)"
+    done = python(code, preexec_fn=lambda: os.close(fd))
+    out, err = done.communicate(timeout=60)
+    assert (done.returncode, out, err) == (0, b"" if fd == 1 else b"x", b"" if fd == 2 else b"y")
+
+
 @pytest.mark.parametrize("size", [10, 10**6])
 def test_a_reader_that_ends_is_no_traceback(size):
     done = python(f"(__import__('time').sleep(0.3), print('x' * {size}))")
