@@ -306,9 +306,13 @@ def sft_conversations(record: dict, where: str, last_turn_only: bool = False) ->
     - messages, conversations, history: every assistant turn; with last_turn_only the last one.
     - prompt and completion: the completion.
     - chosen and rejected: the chosen reply.
+
+    InputError if a KTO label says that the reply is undesirable.
     """
     fields, found = as_fields(record), []
     for dialogue in dialogues(fields, where):
+        if dialogue.rejected is None and fields.get("label", fields.get("kto_tag")) is False:
+            raise InputError(f"{where}: its label is false, an undesirable reply: leave it out or use train_kto.py")
         fields.unread |= {"rejected"} if dialogue.rejected else set()
         messages = dialogue.prompt + [dialogue.reply] * (dialogue.reply is not None)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

@@ -183,6 +183,8 @@ def test_a_preference_keeps_its_system_prompt_and_all_shared_turns():
         (sft_conversations, {"prompt": [user("x")], "response": "x", "history": [["a", "b"]]}, "there is a history too"),
         (sft_conversations, {"question": "x", "answer": ["a", "b"]}, "the reply is the list"),
         (kto_examples, {"prompt": "x", "completion": ["a", "b"], "label": True}, "the reply is the list"),
+        (sft_conversations, {"prompt": "x", "completion": "y", "label": False}, "its label is false"),
+        (sft_conversations, {"messages": QA, "kto_tag": False}, "its label is false"),
         (sft_conversations, {"instruction": "x", "instances": []}, "instances"),
         (sft_conversations, {"instruction": "x", "instances": ["y"]}, "instances"),
         (sft_conversations, {"prompt": "x", "completion": "y", "system": 5}, "expected a text"),
