@@ -74,7 +74,7 @@ def test_parquet_times_that_python_cannot_hold(tmp_path):
     for kind in (pyarrow.timestamp("ms"), pyarrow.timestamp("us", tz="Mars/Base")):
         table = pyarrow.table({"prompt": ["a"], "time": pyarrow.array([2**59], kind)})
         parquet.write_table(table, tmp_path / "d.parquet")
-        with pytest.raises(InputError, match="d.parquet: not a readable Parquet file: .*Error"):
+        with pytest.raises(InputError, match="d.parquet: not a readable Parquet file: [A-Z]"):
             list(read_objects(tmp_path / "d.parquet"))
 
 

@@ -34,6 +34,7 @@ def test_training_flops_count_the_kto_pairs(tiny, tmp_path):
         mode, ckpt, data, max_len, batch_size = "kto", [tiny], str(path), 64, 4  # noqa: E701
 
     tokens, supervised, flops, steps = speed.training_flops(a)
+    path.write_text("".join(json.dumps(r | {"label": None}) + "\n" for r in rows))
     a.mode = "sft"
     sft_tokens, sft_supervised, sft_flops, sft_steps = speed.training_flops(a)
     assert (tokens, supervised) == (2 * sft_tokens, 2 * sft_supervised)  # the same completions, matched and mismatched
