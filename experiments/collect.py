@@ -5,8 +5,8 @@
     {"student", "teacher": names   "commands": {step: command}   "seconds": {step: float}
      "trained_tokens": {arm: tokens of all steps}
      "chosen": {"sft" or "kto": {"lr", "dev": {lr: score}}}
-     "data", "own_data": {"instructions", "sft", "kto", "kto_desirable": counts,   "steps": {step: [in, out]},
-              "followed": {writer: [followed, responses that ended]}}   own_data: study 2
+     "data", "own_data", "general_data": {"instructions", "sft", "kto", "kto_desirable": counts,   "steps": {step: [in, out]},
+              "followed": {writer: [followed, responses that ended]}}   own_data: study 2, general_data: 7
      "arms": {arm: {split: {task: {"right": "0110...", "reply_tokens": [int], "cut_off": int, "looping": int}}}}
      "values": {arm: {task: {"score", "stderr", "n", "right": as above, "ece"}}}   by likelihood; perplexity has the first three only
      "curves": {arm: {key: [float for each step]}}   "not_run": {arm: reason}, from --not-run}
@@ -98,7 +98,11 @@ def collect(out: Path, names: dict[str, str]) -> dict:
         "commands": {name: portable_command(stamp["command"], out) for name, stamp in stamps.items()},
         "seconds": {name: stamp["seconds"] for name, stamp in stamps.items()},
         "chosen": {path.stem[7:]: read_json(path) for path in sorted(out.glob("chosen-*.json"))},
-        **{name.replace("-", "_"): data_counts(out / name) for name in ("data", "own-data") if name in stamps},
+        **{
+            name.replace("-", "_"): data_counts(out / name)
+            for name in ("data", "own-data", "general-data")
+            if name in stamps
+        },
         "arms": {},
         "values": {},
         "curves": {},

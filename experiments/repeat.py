@@ -23,6 +23,8 @@ def step_module(step: str) -> str:
         return "data"
     if step.partition("-")[0] in (*tables.BENCHMARKS, "perplexity"):
         return "side_effects"
+    if arm.startswith("general-"):
+        return "general"
     in_paper = {row.arm for row in tables.PAPER}
     for _, rows, module, _ in STUDIES[1:]:
         if step == "own-data" or arm in {row.arm for row in rows} - in_paper:
@@ -61,12 +63,19 @@ def study_command(result: dict, module: str) -> str:
         default = parser.get_default(name)
         if value and value != (default if isinstance(default, list) else str(default)):
             words += [f"--{name.replace('_', '-')}", *([value] if isinstance(value, str) else value)]
-    if module == "data":
+    if module in ("data", "general"):
         words += ["--teacher", flag(result, "teacher", "--ckpt", result["teacher"])]
     if module == "side_effects":
         tasks = [task for task in (*tables.BENCHMARKS, "perplexity") if f"{task}-base" in result["commands"]]
         words += ["--tasks", *tasks] if tasks else []
+        words += ["--arms", *arms] if (arms := benchmarked_arms(result)) and set(arms) - {"base", *tables.KEPT} else []
     return shlex.join(words)
+
+
+def benchmarked_arms(result: dict) -> list[str]:
+    """The arms that a benchmark was run on, in the order of the tables."""
+    tasks = (*tables.BENCHMARKS, "perplexity")
+    return [arm for arm in tables.NAMES if any(f"{task}-{arm}" in result["commands"] for task in tasks)]
 
 
 def with_teacher(command: list[str]) -> list[str]:
@@ -81,13 +90,13 @@ def repeat_section(results: list[dict]) -> str:
         by_module = {}
         for step in result["commands"]:
             by_module.setdefault(step_module(step), []).append(step)
-        modules = ["data", *(module for _, _, module, _ in STUDIES), "side_effects"]
+        modules = ["data", *(module for _, _, module, _ in STUDIES), "side_effects", "general"]
         titles = ["the data", *map(str, range(1, len(modules)))]
-        if i:  # only the paper's table, in a section of its own
-            titles[1] = str(len(modules) - 1 + i)
+        if i:  # the paper's table and the general instructions, in sections of their own
+            titles[1], titles[-1] = str(len(modules) - 2 + i), str(len(modules) - 1 + i)
         for title, module in zip(titles, modules):
             steps = by_module.get(module, [])
-            if steps or not i:
+            if steps or not i and module != "general":
                 minutes = sum(result["seconds"].get(step, 0) for step in steps) / 60
                 time = f"{minutes:.0f} min" if steps else "not run"
                 lines.append([result["student"], title, f"`{study_command(result, module)}`", time])

@@ -44,7 +44,7 @@ def check_result(result: dict, path: str) -> None:
     for key in ("student", "teacher"):
         if not isinstance(result.get(key), str):
             raise InputError(f"{path}: has no {key!r}; write it with python -m experiments.collect")
-    for key in (*GROUPS, "data", "own_data"):
+    for key in (*GROUPS, "data", "own_data", "general_data"):
         if not isinstance(result.setdefault(key, {}), dict):
             raise InputError(f"{path}: {key!r} is not an object; write the file with python -m experiments.collect")
     sizes = {}
@@ -96,17 +96,18 @@ def read_results(paths: list[str]) -> list[dict]:
 # Sections
 
 
-def tested_claims(result: dict) -> list[tuple[str, TableRow, dict]]:
-    """-> (heading of HEADINGS, row, comparison) of every claim that the result can test."""
+def tested_claims(result: dict) -> list[tuple[str, str, TableRow, dict]]:
+    """-> (heading of HEADINGS, "on BENCHMARK " or "", row, comparison) of every claim that the result can test."""
     test = split_verdicts(result, "test")
     tested = [("", rows, test) for _, rows, _, _ in STUDIES]
-    tested += [(task, tables.kept_rows(task), verdicts) for task, verdicts in kept_verdicts(result).items()]
+    tested += [("", tables.kept_rows(task), verdicts) for task, verdicts in kept_verdicts(result).items()]
+    tested += [(f"on {task} ", tables.GENERAL, by) for task, by in tables.general_verdicts(result).items()]
     claims, seen = [], set()  # table 2 repeats a comparison of table 1
-    for task, rows, verdicts in tested:
+    for where, rows, verdicts in tested:
         for row, comparison in tables.compare(rows, verdicts).items():
-            if (task, row.arm, row.baseline) not in seen:
-                claims.append((tables.verdict(row, comparison), row, comparison))
-                seen.add((task, row.arm, row.baseline))
+            if (where, row.arm, row.baseline, verdicts[row.arm]) not in seen:
+                claims.append((tables.verdict(row, comparison), where, row, comparison))
+                seen.add((where, row.arm, row.baseline, verdicts[row.arm]))
     return claims
 
 
@@ -117,8 +118,9 @@ def findings_section(results: list[dict]) -> str:
     lines = []
     for result in results:
         student = f"{result['student']} " if len(results) > 1 else ""
-        for heading, row, comparison in tested_claims(result):
-            groups[heading].setdefault(row.claim, []).append(student + tables.measured_text(row, comparison))
+        for heading, where, row, comparison in tested_claims(result):
+            measured = f"{student}{where}{tables.measured_text(row, comparison)}"
+            groups[heading].setdefault(row.claim, []).append(measured)
         test = split_verdicts(result, "test")
         lines.append([result["student"], *(tables.score_text(test[arm]) if arm in test else "" for arm in arms)])
     parts = []
@@ -189,7 +191,7 @@ def full_study_text(result: dict) -> str:
     training = (6 * 1000 * 2 + 9 * 2000) * 350  # 6 runs of SFT, two passes; 9 runs of KTO
     hours = ((replies + evaluation) / generated + training / trained) / 3600 / CORES
     return f"""With
-{result["student"]} all of this would take an estimated {hours:.0f} hours on {CORES} cores: {(replies + evaluation) / 1e6:.1f} million tokens to generate at {generated:.0f} per
+{result["student"]} all studies on 1,000 general instructions would take an estimated {hours:.0f} hours on {CORES} cores: {(replies + evaluation) / 1e6:.1f} million tokens to generate at {generated:.0f} per
 second, {training / 1e6:.1f} million to train on at {trained:.0f} per second. These are the rates of one core in section {len(STUDIES) + 2}."""
 
 
@@ -217,11 +219,24 @@ def method_section(results: list[dict]) -> str:
 Learning rates were chosen on {len(dev) or "the"} dev instructions:
 
 {chosen_table(result)}
-**What differs from the paper.** {"Most arms train" if len(results) > 1 else "The arms train"} a student of 135M parameters, not 0.5B. The instructions are of one kind.
-They have no original responses, so there is no arm "SFT on original responses". No run used 1,000 or more general
-instructions, and not every arm ran on every benchmark. {full_study_text(results[1]) if len(results) > 1 else ""}
+{differences_text(results)}
 
 """
+
+
+def differences_text(results: list[dict]) -> str:
+    """What differs from the paper's experiment."""
+    others = results[1:]
+    students = "Most arms train" if others else "The arms train"
+    general = next((len(STUDIES) + i for i, other in enumerate(others, 3) if general_section(other, 0)), None)
+    kinds = (
+        f"The instructions are of one kind, except in section {general}."
+        if general
+        else "The instructions are of one kind. No run used 1,000 or more general instructions."
+    )
+    return f"""**What differs from the paper.** {students} a student of 135M parameters, not 0.5B. {kinds}
+A program wrote the instructions of sections 1 to {len(STUDIES) + 1}, so they have no original responses. Not every arm ran on
+every benchmark. {full_study_text(others[0]) if others else ""}"""
 
 
 def study_sections(result: dict, drawn: dict[str, str], images: str) -> str:
@@ -297,6 +312,29 @@ SFT: {flag(result, "sft-", "--epochs")} passes. KTO: beta {flag(result, "kto-", 
 {searched_text(result)}{shown}{kept_tables(result)}{reply_table(result)}"""
 
 
+def general_section(result: dict, number: int) -> str:
+    """Study 7: general instructions. Empty without its results."""
+    if not result["general_data"] or not tables.general_verdicts(result):
+        return ""
+    data, followed = result["general_data"], result["general_data"]["followed"]
+    shares = [100 * right / n for right, n in (followed["teacher"], followed["small"])]
+    total = result["data"]["instructions"] + data["instructions"]
+    parts = []
+    for task, by in tables.general_verdicts(result).items():
+        n = len(next(iter(by.values())))
+        parts.append(
+            f"{task[0].upper()}{task[1:]}:\n\n{tables.comparison_table(tables.GENERAL, by, {}, f'right, % of {n} [95 %]')}\n"
+        )
+    return f"""## {number}. General instructions: {result["student"]}
+
+Maths (GSM8K), multiple choice (AQuA) and code (MBPP) are added to the instructions above: {data_text(data)}. Together
+these are {total} instructions after all steps. Answers and tests verify the responses; {shares[0]:.0f} % of the teacher's and {shares[1]:.0f} %
+of the student's greedy ones are right. The original response is a third candidate, and right by construction. Questions
+of the benchmarks were removed. Rates, passes and everything else are those of section {number - 1}.
+
+{"".join(parts)}"""
+
+
 QUESTION = """# The recipe on real models
 
 The paper ([arXiv 2411.02939](https://arxiv.org/abs/2411.02939)) claims that data guided by a large model, then SFT, KTO, SFT
@@ -323,6 +361,7 @@ def report(results: list[dict], images: str) -> tuple[str, dict[str, str]]:
             drawn[picture] = scores_picture(verdicts)
         where = f"{images}/{picture}" if picture in drawn else ""
         sections.append(other_student_section(other, len(STUDIES) + number, where))
+        sections.append(general_section(other, len(STUDIES) + number + 1))
     return "".join([*sections, repeat_section(results)]), drawn
 
 

@@ -61,40 +61,48 @@ def run_step(out: str, name: str, command: list[str], hidden: tuple[str, ...] = 
         json.dump({"command": command, "seconds": round(time.time() - start, 1)}, f)
 
 
-def make_labels(args: argparse.Namespace, name: str, small: str) -> None:
-    """Writes OUT/NAME/sft.jsonl and kto.jsonl: four responses of `small` per training instruction, labelled by program."""
-    instructions = f"{args.out}/instructions/train/ifeval/input_data.jsonl"
-    words = command(
-        "make_data.py",
-        sources=instructions,
-        trust_references=instructions,
-        teacher_model="stand-in",
-        small=small,
-        samples=4,
-        out=f"{args.out}/{name}",
-        dtype=args.dtype,
-        batch_size=96,
-        max_new_tokens=args.reply_tokens,
-        hamming=0,
-        min_category=1,
-        margin=1.5,
-        judge_orders=1,
-        recorded=f"{args.out}/teacher.jsonl",
-    )
+def make_labels(
+    args: argparse.Namespace, name: str, small: str, sources: list[str] | None = None, **more: object
+) -> None:
+    """Writes OUT/NAME/sft.jsonl and kto.jsonl: four responses of `small` per instruction, labelled by program.
+
+    sources: files of instructions, in place of the training instructions. more: further flags of make_data.py. With
+    dry_run=True, only collects the instructions.
+    """
+    sources = sources or [f"{args.out}/instructions/train/ifeval/input_data.jsonl"]
+    flags = {
+        "sources": sources,
+        "trust_references": sources,
+        "teacher_model": "stand-in",
+        "small": small,
+        "samples": 4,
+        "out": f"{args.out}/{name}",
+        "dtype": args.dtype,
+        "batch_size": 96,
+        "max_new_tokens": args.reply_tokens,
+        "hamming": 0,
+        "min_category": 1,
+        "margin": 1.5,
+        "judge_orders": 1,
+        "recorded": f"{args.out}/teacher.jsonl",
+    }
+    step = f"{name}-prompts" if "dry_run" in more else name
     with stand_in() as url:
-        run_step(args.out, name, words, hidden=("--teacher", url))
+        run_step(args.out, step, command("make_data.py", **(flags | more)), hidden=("--teacher", url))
 
 
-def sft(args: argparse.Namespace, name: str, lr: str, data: str, ckpt: str = "", script: str = "", **more: str) -> None:
-    """Trains the arm `name`: SFT of the student, or of ckpt, on a file in OUT. script: a module with another loss."""
-    files = {"ckpt": ckpt or args.student, "data": f"{args.out}/{data}", "out": f"{args.out}/{name}"}
+def sft(
+    args: argparse.Namespace, name: str, lr: str, *data: str, ckpt: str = "", script: str = "", **more: str
+) -> None:
+    """Trains the arm `name`: SFT of the student, or of ckpt, on files in OUT. script: a module with another loss."""
+    files = {"ckpt": ckpt or args.student, "data": [f"{args.out}/{path}" for path in data], "out": f"{args.out}/{name}"}
     flags = {"lr": lr, "epochs": args.sft_epochs, **training_flags(args), **more}
     run_step(args.out, name, command(script or "train_sft.py", **files, **flags))
 
 
-def kto(args: argparse.Namespace, name: str, ckpt: str, lr: str, data: str, script: str = "") -> None:
-    """Trains the arm `name`: one pass of KTO on a file in OUT. script: a module with another loss."""
-    files = {"ckpt": ckpt, "data": f"{args.out}/{data}", "out": f"{args.out}/{name}"}
+def kto(args: argparse.Namespace, name: str, ckpt: str, lr: str, *data: str, script: str = "") -> None:
+    """Trains the arm `name`: one pass of KTO on files in OUT. script: a module with another loss."""
+    files = {"ckpt": ckpt, "data": [f"{args.out}/{path}" for path in data], "out": f"{args.out}/{name}"}
     flags = {"lr": lr, "beta": args.beta, "desirable_weight": "auto", **training_flags(args)}
     run_step(args.out, name, command(script or "train_kto.py", **files, **flags))
 

@@ -32,6 +32,11 @@ NAMES = {
     "otr": "OTR in place of SFT",
     "poft": "PoFT in place of SFT, weighted by the KTO model",
     "sft-dpo": "SFT, then DPO on KTO's pairs",
+    "general-sft": "SFT on general instructions",
+    "general-sft-original": "SFT on general instructions, original responses",
+    "general-kto": "KTO on general instructions",
+    "general-sft-kto": "SFT, then KTO, on general instructions",
+    "general-mean": "fusion 0.5 SFT + 0.5 SFT-KTO, on general instructions",
 }
 NOT_RUN = {
     "sft-original": "not run: the instructions are made by a program, so nobody wrote an original response",
@@ -100,6 +105,20 @@ LOSSES = [
     TableRow("sft-kto"),
     TableRow("sft-dpo", "sft-kto", "After SFT, DPO on KTO's pairs is better than KTO"),
 ]
+GENERAL = [  # for each benchmark
+    TableRow("base"),
+    TableRow("general-sft", "base", "SFT on general instructions improves the student"),
+    TableRow(
+        "general-sft-original", "base", "SFT on general instructions with original responses improves the student"
+    ),
+    TableRow(
+        "general-sft", "general-sft-original", "The best verified reply is better SFT data than the original response"
+    ),
+    TableRow("general-kto", "base", "KTO on general instructions improves the student"),
+    TableRow("general-sft-kto", "base", "SFT, then KTO, on general instructions improves the student"),
+    TableRow("general-sft-kto", "general-sft", "KTO after SFT on general instructions improves on SFT"),
+    TableRow("general-mean", "general-sft", "The fusion of SFT and SFT-KTO on general instructions improves on SFT"),
+]
 STUDIES = [  # (title, rows of its table, module, introduction)
     ("The paper's table", PAPER, "paper_table", "How much does each part of the paper's recipe improve the student?"),
     ("KTO on the model's own responses", OWN, "own_responses",
@@ -135,6 +154,12 @@ def kept_verdicts(result: dict) -> dict[str, dict[str, str]]:
         values = {arm: by[task]["right"] for arm, by in result["values"].items() if "right" in by.get(task, {})}
         found[name] = values or split_verdicts(result, task, task)
     return found
+
+
+def general_verdicts(result: dict) -> dict[str, dict[str, str]]:
+    """{benchmark: {arm: verdicts}} of the benchmarks on which an arm of GENERAL was evaluated."""
+    found = {"the test instructions": split_verdicts(result, "test"), **kept_verdicts(result)}
+    return {task: by for task, by in found.items() if any(arm.startswith("general-") for arm in by)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from conftest import write_lines
 from experiments.collect import is_looping, portable_command
 
 SCRIPTS = (
-    "collect data data_steps instructions kto_no_z0 kto_parts own_responses paper_table report side_effects".split()
+    "collect data data_steps general instructions kto_no_z0 kto_parts own_responses paper_table report side_effects "
+    "teacher_replies".split()
 )
 NAMES = ["--student", "S", "--teacher", "T"]
 

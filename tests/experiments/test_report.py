@@ -217,6 +217,31 @@ def test_another_student_has_its_own_section(result, save):
     assert "tokens to generate at 8 per\nsecond, 10.5 million to train on at 50 per second" in text
 
 
+def test_general_instructions_have_a_table_for_each_benchmark(result, save):
+    other = copy.deepcopy(result) | {"student": "larger", "general_data": copy.deepcopy(result["data"])}
+    other["general_data"]["instructions"] = 5
+    other["arms"]["general-sft"] = {"test": replies(SFT), "gsm8k": {"gsm8k": replies(SFT)["ifeval"]}}
+    other["arms"]["base"]["gsm8k"] = {"gsm8k": replies(BASE)["ifeval"]}
+    other["commands"]["general-sft"] = ["train_sft.py", "--data", "a", "b"]
+    other["seconds"]["general-sft"] = 120.0
+    other["arms"]["sft-kto"] = {"test": replies(KTO)}  # more arms than the first student would make it the first
+    result["arms"] |= {arm: {"test": replies(KTO)} for arm in ("sft-kto", "mean", "mean-05-95", "ties")}
+    text, _ = report(read_results([save(result), save(other, "a.json")]), "x")
+    section = text[text.index("## 8. General instructions: larger") : text.index("## How to repeat it")]
+    assert "these are 14 instructions after all steps" in section  # 9 and 5
+    assert "80 % of the teacher's and 25 %" in section  # 8 of 10, 1 of 4
+    assert "The test instructions:\n" in section and "GSM8K:\n" in section and "HumanEval:\n" not in section
+    row = "| SFT on general instructions | 60.0 [38.0, 82.0] | student before training | +40.0 [+20.0, +60.0] | 0.008 |"
+    assert section.count(row) == 2  # one comparison for each benchmark: 2 / 2^8
+    assert "No run used 1,000" not in text
+    held = text[text.index("### Confirmed") : text.index("### Contradicted")]
+    claim = "- SFT on general instructions improves the student: "
+    both = "larger on the test instructions +40.0 points [+20.0, +60.0], p (Holm) = 0.008. larger on GSM8K +40.0 points"
+    assert claim + both in held
+    assert "| larger | 8 | `python -m experiments.general --student ckpt/s" in text
+    assert "General instructions" not in report(read_results([save(result)]), "x")[0]
+
+
 def test_bad_result_files(result, save, refused, tmp_path):
     call = lambda words, *paths: refused(words, "experiments.report", "--results", *paths, "--out", tmp_path / "R.md")
     call("nothing.json", tmp_path / "nothing.json")
@@ -250,6 +275,7 @@ def test_every_step_belongs_to_one_study():
         "own-data": "own_responses", "sft-kto-own": "own_responses", "eval-test-sft-kto-own": "own_responses",
         "sft-teacher": "data_steps", "eval-test-sft-random": "data_steps", "kto-no-z0": "kto_parts",
         "eval-test-sft-desirable": "kto_parts", "dft": "related_losses", "mmlu-base": "side_effects", "ifeval-sft-kto": "side_effects",
+        "general-data": "general", "general-sft": "general", "eval-test-general-kto": "general", "gsm8k-general-sft": "side_effects",
     }  # fmt: skip
     assert {step: step_module(step) for step in expected} == expected
 
