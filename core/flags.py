@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from core.files import InputError, is_main
-from core.outputs import check_checkpoint_path
+from core.outputs import check_checkpoint_path, check_file
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -102,6 +102,16 @@ def check_out(out: str) -> None:
             raise InputError(f"{out}: exists and is no checkpoint of this project; give another --out") from None
 
 
+def file_out(mark: str) -> Callable[[str], str]:
+    """An argparse type: out_path() of a file that is absent, empty, or ours (it contains the text `mark`)."""
+
+    def path(text):
+        check_file(out_path(text), mark)
+        return text
+
+    return path
+
+
 def torch_device(text: str) -> str:
     """An argparse type: the name of a torch device that this machine has."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
@@ -119,6 +129,15 @@ def add_device_flags(p: argparse.ArgumentParser, dtype: str) -> None:
     """Adds --dtype and --device. core.devices.choose_device sets their defaults. dtype: the help text of --dtype."""
     p.add_argument("--dtype", choices=["fp32", "bf16"], help=f"{dtype} (default: bf16 on a GPU, else fp32)")
     p.add_argument("--device", type=torch_device, help="torch device (default: cuda if there is a GPU, else cpu)")
+
+
+def add_generation_flags(p: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Adds --max-new-tokens, with this default, --batch-size, --dtype and --device."""
+    length = "maximum length of a reply, in tokens"
+    p.add_argument("--max-new-tokens", type=at_least(1), default=max_new_tokens, help=length)
+    rows = "prompts in flight; in fp32 the replies do not depend on it"
+    p.add_argument("--batch-size", type=at_least(1), default=32, help=rows)
+    add_device_flags(p, "dtype of weights and computation")
 
 
 def parse_generate_args() -> argparse.Namespace:

@@ -98,9 +98,7 @@ def check_responses(record: dict, run_code: bool) -> dict[str, dict]:
     """
     reference, asked, out = record["reference"], record["prompt"][-1]["content"], {}
     for text in {response["text"]: None for response in record["responses"].values()}:
-        out[text] = found = {"verified": None, "quality": None, "safety": None}
-        if answers.checkable(reference, run_code):
-            found["verified"] = answers.check_reply(reference["kind"], text, reference["value"])
+        out[text] = found = {"verified": answers.verify(reference, text, run_code), "quality": None, "safety": None}
         if broke := rules.broken_form(asked, text):
             found |= {"verified": False, "broke": broke}
         if rule := rules.unsafe(asked, text):

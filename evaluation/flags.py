@@ -3,9 +3,10 @@
 import os
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 
 from core.files import InputError
-from core.flags import Parser, add_device_flags, at_least, number, out_path
+from core.flags import Parser, add_generation_flags, at_least, number, out_path
 from evaluation.benchmarks import BENCHMARKS
 
 
@@ -70,23 +71,24 @@ def parse_judge_args(argv: list[str]) -> Namespace:
 def add_reply_flags(p: ArgumentParser, out: str) -> None:
     """Adds the flags that eval.py and `eval.py judge` share. out: the default of --out."""
     p.add_argument("--out", type=out_path, default=out, help="folder for replies and results")
-    # questions
-    p.add_argument("--tasks", nargs="+", required=True, help=f"one or several of {', '.join(BENCHMARKS)}")
-    p.add_argument("--data-dir", default="data", help="folder of the benchmark files; missing ones are downloaded")
-    limit = "maximum number of questions per task, spread over its subjects (default: all)"
-    p.add_argument("--limit", type=at_least(1), help=limit)
+    add_question_flags(p)
     # generation
-    p.add_argument("--max-new-tokens", type=at_least(1), default=1000, help="maximum length of a reply, in tokens")
+    add_generation_flags(p, max_new_tokens=1000)
     penalty = (
         "repetition penalty; 1.0: none, as in the paper. generation_config.json does not set it, unlike in transformers"
     )
     p.add_argument("--repetition-penalty", type=number(0.01, below=100), default=1.0, help=penalty)
-    rows = "questions in flight; in fp32 the replies do not depend on it"
-    p.add_argument("--batch-size", type=at_least(1), default=32, help=rows)
     cache = "size of the KV cache in GiB; questions that do not fit wait"
     p.add_argument("--cache-gb", type=number(above=0), default=4.0, help=cache)
-    # machine
-    add_device_flags(p, "dtype of weights and computation")
+
+
+def add_question_flags(p: ArgumentParser, tasks: Sequence[str] | None = None) -> None:
+    """Adds --tasks, --data-dir and --limit. tasks: the tasks to accept; None: load_questions() checks them."""
+    names = f"one or several of {', '.join(tasks or BENCHMARKS)}"
+    p.add_argument("--tasks", nargs="+", required=True, choices=tasks, metavar="T", help=names)
+    p.add_argument("--data-dir", default="data", help="folder of the benchmark files; missing ones are downloaded")
+    limit = "maximum number of questions per task, spread over its subjects (default: all)"
+    p.add_argument("--limit", type=at_least(1), help=limit)
 
 
 def checkpoint_names(sources: list[str]) -> list[str]:

@@ -334,6 +334,11 @@ def check_reply(kind: str, reply: str, reference: Any) -> bool | None:
     return None
 
 
+def verify(reference: dict | None, reply: str, run_code: bool) -> bool | None:
+    """check_reply() with a record's reference. None also without a reference, or if the program may not be run."""
+    return check_reply(reference["kind"], reply, reference["value"]) if checkable(reference, run_code) else None
+
+
 def normalise_text(text: str) -> str:
     """A text in lower case, stripped of surrounding space and of one final full stop."""
     text = text.strip().casefold()

@@ -53,6 +53,19 @@ def test_help_names_the_command_as_it_is_typed(tmp_path):
         assert done.stdout.startswith(f"usage: {' '.join(words)} "), done.stdout[:200] + done.stderr
 
 
+def test_only_a_file_of_ours_is_replaced(tmp_path):
+    path, out = tmp_path / "o.jsonl", flags.file_out('"ours"')
+    for text in (None, "", '{"ours": 1}'):
+        if text is not None:
+            path.write_text(text)
+        assert out(str(path)) == str(path)
+    path.write_text('{"theirs": 1}')
+    with pytest.raises(InputError, match="not written by this command"):
+        out(str(path))
+    with pytest.raises(argparse.ArgumentTypeError):
+        out("-o")
+
+
 def test_an_out_that_cannot_be_written_is_known_at_once(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()

@@ -6,7 +6,15 @@ import time
 import pytest
 
 from verification import answers
-from verification.answers import check_reply, extract_choice, extract_code, extract_program, last_number, numbers_equal
+from verification.answers import (
+    check_reply,
+    extract_choice,
+    extract_code,
+    extract_program,
+    last_number,
+    numbers_equal,
+    verify,
+)
 
 # ---------------------------------------------------------------- numbers
 
@@ -228,6 +236,15 @@ def test_check_reply():
         and check_reply("format", "x", "y") is None
     )
     assert check_reply("poem", "roses", "red") is None
+
+
+def test_a_record_is_verified_by_its_reference():
+    number = {"kind": "number", "value": "42"}
+    code = {"kind": "code", "value": {"tests": "assert f(1) == 2", "entry_point": "f"}}
+    assert verify(number, "so 42", run_code=False) is True and verify(number, "41", run_code=True) is False
+    assert verify(None, "42", run_code=True) is None and verify({"kind": "poem", "value": 1}, "42", True) is None
+    program = "def f(x):\n    return x + 1"
+    assert verify(code, program, run_code=False) is None and verify(code, program, run_code=True) is True
 
 
 CUBE = {"A": "24a8", "B": "4,000", "C": "3", "D": "2,000", "E": "7 1/2 sec"}
