@@ -9,7 +9,7 @@ Data: {"messages": [{"role", "content"}, ...]} lines. Every assistant turn is su
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
-from core.files import InputError, check_arguments, cli, print0
+from core.files import check_arguments, cli, print0
 from training.flags import parse_sft_args as parse_args
 
 if __name__ == "__main__":
@@ -79,6 +79,7 @@ class StepBatch:
     indices: list[int]  # the step's examples, as indices into the training data
     examples: list  # (ids, supervised) of each
     n_supervised: int  # supervised tokens of all examples
+    prepared: object = None  # what `prepare` returned
 
 
 def micro_loss(model: Qwen2, batch: StepBatch, micro: list[int]) -> Tensor:
@@ -93,7 +94,7 @@ def micro_loss(model: Qwen2, batch: StepBatch, micro: list[int]) -> Tensor:
 
 def make_batch(setup: Setup, step: int, indices: list[int]) -> StepBatch:
     examples = [setup.examples[i] for i in indices]
-    return StepBatch(step, len(setup.steps), indices, examples, count_supervised(examples))
+    return StepBatch(step, len(setup.steps), indices, examples, count_supervised(examples), setup.prepared)
 
 
 def train(run: Run, setup: Setup, held_out: list, loss: Callable, choose: Callable | None) -> bool:
@@ -163,6 +164,7 @@ def main(
     prepare(setup): called after the model is loaded and before the optimizer exists. It may add modules and buffers to
     setup.model, freeze parameters, or register hooks. All ranks then start from rank 0's values, and OUT.run/ saves
     the added parameters and buffers too. It may set further arguments in args, which a resumed run must then share.
+    The loss and `choose` find what it returns as batch.prepared.
 
     choose(model, batch) -> indices into batch.examples: the examples to train on in this step, the same on all ranks.
 
@@ -177,17 +179,14 @@ def main(
     model, tokenizer, ckpt = open_checkpoint(args, ranks)
     examples, places, cuts = encode_chats(records, tokenizer, args.max_len)
     held_out, *_ = encode_chats(eval_records, tokenizer, args.max_len)
-    for files, found in ((args.data, examples), (args.eval_data, held_out)):
-        if files and not found:
-            raise InputError(f"{', '.join(files)}: no example has a supervised token within --max-len {args.max_len}")
     order = None if args.no_shuffle else shuffled_order(len(examples), args.seed)
     steps = plan_steps(len(examples), args.batch_size, args.epochs, args.max_steps, order=order)
-    setup = Setup(args, ranks, model, tokenizer, ckpt, examples, places, steps)
+    setup = Setup(args, ranks, model, tokenizer, ckpt, examples, places, steps, records)
     for text in schedule_advice(args, steps):
         print0(f"warning: {text}")
 
     if prepare:
-        prepare(setup)
+        setup.prepared = prepare(setup)
     identity = run_identity(args, examples, ckpt.fingerprint())
     if not before_save:
         warn_of_added_parameters(setup)

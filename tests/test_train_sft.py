@@ -145,7 +145,7 @@ def test_examples_with_nothing_supervised_left_are_dropped_and_counted(tiny, tmp
     code, out, _ = run("train_sft", *flags(tiny, data, tmp_path / "o"))
     assert code == 0 and "4 examples, 1 dropped" in out
     only_long = write_lines(tmp_path / "l.jsonl", [long])
-    refused("--max-len 64", "train_sft", *flags(tiny, only_long, tmp_path / "p"))
+    refused(["l.jsonl: no example", "--max-len 64"], "train_sft", *flags(tiny, only_long, tmp_path / "p"))
     assert not os.path.exists(tmp_path / "p.run")
 
 

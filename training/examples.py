@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.files import InputError
 from core.tokenizer import Tokenizer
 
 
@@ -54,7 +55,8 @@ class Cuts:
 def encode_chats(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[list, list[str], Cuts]:
     """Encodes records [("file:line", messages)] -> (examples, their "file:line", Cuts).
 
-    Examples (ids, supervised) are cut to max_len tokens. Examples without supervised tokens are dropped.
+    Examples (ids, supervised) are cut to max_len tokens. Examples without supervised tokens are dropped. InputError if
+    all of them are.
     """
     examples, places, cuts = [], [], Cuts()
     for where, messages in records:
@@ -64,6 +66,9 @@ def encode_chats(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[lis
             places.append(where)
             last = len(supervised) - 1 - supervised[::-1].index(True)  # the newline after the last reply's <|im_end|>
             cuts.add(len(ids), last - 1, max_len)
+    if records and not examples:
+        files = dict.fromkeys(where.rpartition(":")[0] for where, _ in records)
+        raise InputError(f"{', '.join(files)}: no example has a supervised token within --max-len {max_len}")
     return examples, places, cuts
 
 

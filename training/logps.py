@@ -1,4 +1,6 @@
-"""Log-probabilities of packed examples."""
+"""Log-probabilities and hidden states of packed examples."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -80,6 +82,20 @@ def sum_by_owner(logps: Tensor, owner: Tensor, n: int) -> Tensor:
     lengths = ends.diff(prepend=ends.new_zeros(1))
     # unsafe: no check that would wait for the GPU
     return torch.segment_reduce(logps, "sum", lengths=lengths, unsafe=True)
+
+
+@torch.no_grad()
+def hidden_states(
+    model: Qwen2, sequences: list[list[int]], micro_tokens: int, ranks: Ranks = ONE_RANK
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields (index, its last hidden states (T_i, C) in fp32) for each of this rank's share of the sequences.
+
+    sequences: token ids. micro_tokens: maximum tokens of one forward. Not for sharded models.
+    """
+    lengths = [len(ids) for ids in sequences]
+    for micro in rank_micro_batches(lengths, micro_tokens, ranks):
+        ids, some = [token for i in micro for token in sequences[i]], [lengths[i] for i in micro]
+        yield from zip(micro, model.hidden(to_device([ids], model.device), some)[0].float().split(some))
 
 
 @torch.no_grad()

@@ -130,6 +130,8 @@ class Setup:
     examples: list = field(default_factory=list)  # SFT: (ids, supervised); KTO: (prompt ids, completion ids, label)
     places: list = field(default_factory=list)  # "file:line" of each example
     steps: list = field(default_factory=list)  # plan_steps: the indices of each step's examples
+    records: list = field(default_factory=list)  # SFT: ("file:line", messages) of --data, also of dropped examples
+    prepared: object = None  # SFT: what `prepare` returned
 
 
 def load_model(ckpt: Checkpoint, args: argparse.Namespace, device: str) -> Qwen2:

@@ -15,7 +15,7 @@ from core.files import cli
 from core.flags import number
 from model import Qwen2
 from training.logps import supervised_logps_and_kl
-from training.setup import Setup, load_frozen
+from training.setup import load_frozen
 from variants.dft import dft_loss
 
 
@@ -52,12 +52,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    args, reference = train_sft.parse_args(add_flags=add_flags), []
-
-    def prepare(setup: Setup) -> None:
-        reference.append(load_frozen(setup.ckpt, setup.args, setup.ranks))
-
-    train_sft.main(args, prepare=prepare, loss=lambda *step: micro_loss(*step, reference[0], args.kl_weight))
+    args = train_sft.parse_args(add_flags=add_flags)
+    load_reference = lambda setup: load_frozen(setup.ckpt, args, setup.ranks)
+    loss = lambda model, batch, micro: micro_loss(model, batch, micro, batch.prepared, args.kl_weight)
+    train_sft.main(args, prepare=load_reference, loss=loss)
 
 
 if __name__ == "__main__":

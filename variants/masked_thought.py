@@ -19,7 +19,6 @@ from core.tokenizer import Tokenizer
 from model import Qwen2
 from train_sft import StepBatch, sft_loss
 from training.logps import Example, supervised_logps
-from training.setup import Setup
 
 
 def mask_rate(step: int, total: int, p_max: float, f: float = 0.66) -> float:
@@ -42,10 +41,9 @@ def ordinary_ids(tokenizer: Tokenizer) -> list[int]:
     return sorted(set(backend.get_vocab().values()) - set(backend.get_added_tokens_decoder()))
 
 
-def micro_loss(
-    model: Qwen2, batch: StepBatch, micro: list[int], args: argparse.Namespace, ordinary: list[int]
-) -> Tensor:
+def micro_loss(model: Qwen2, batch: StepBatch, micro: list[int], args: argparse.Namespace) -> Tensor:
     """The loss of a micro-batch. An example's corruption depends only on --seed, the step and the example."""
+    ordinary = batch.prepared
     p = mask_rate(batch.step, batch.n_steps, args.p_max, args.rise)
     examples = [batch.examples[i] for i in micro]
     inputs = [corrupt(batch.examples[i], p, ordinary, f"{args.seed} {batch.step} {batch.indices[i]}") for i in micro]
@@ -65,12 +63,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    args, ordinary = train_sft.parse_args(add_flags=add_flags), []
-
-    def prepare(setup: Setup) -> None:
-        ordinary.extend(ordinary_ids(setup.tokenizer))
-
-    train_sft.main(args, prepare=prepare, loss=lambda *step: micro_loss(*step, args, ordinary))
+    args = train_sft.parse_args(add_flags=add_flags)
+    find_ordinary = lambda setup: ordinary_ids(setup.tokenizer)
+    train_sft.main(args, prepare=find_ordinary, loss=lambda *step: micro_loss(*step, args))
 
 
 if __name__ == "__main__":

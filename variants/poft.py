@@ -37,19 +37,19 @@ def poft_loss(policy_means: Tensor, other_means: Tensor) -> Tensor:
     return -F.logsigmoid(policy_means - other_means.detach())
 
 
-def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], other_means: list[float]) -> Tensor:
-    """This micro-batch's share of the step's mean loss over examples. other_means: one for each training example."""
+def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int]) -> Tensor:
+    """This micro-batch's share of the step's mean loss over examples. batch.prepared: mean_logps of all examples."""
     examples = [batch.examples[i] for i in micro]
     tokens = torch.tensor([float(count_supervised([example])) for example in examples])
-    others = torch.tensor([other_means[batch.indices[i]] for i in micro])
+    others = torch.tensor([batch.prepared[batch.indices[i]] for i in micro])
     policy_means = example_logps(model, examples) / to_device(tokens, model.device)  # (len(micro),)
     return poft_loss(policy_means, to_device(others, model.device)).sum() / len(batch.examples)
 
 
-def mean_logps(setup: Setup, others: list[str]) -> list[float]:
+def mean_logps(setup: Setup) -> list[float]:
     """For each example the mean log-probability of its supervised tokens, averaged over the other models, in nats."""
     pairs, fingerprint = [(i, 0) for i in range(len(setup.examples))], setup.ckpt.fingerprint()
-    totals = [0.0] * len(pairs)
+    others, totals = setup.args.others, [0.0] * len(pairs)
     for other in others:
         args = argparse.Namespace(**{**vars(setup.args), "ref": other})
         reference = open_reference(replace(setup, args=args), fingerprint)
@@ -66,13 +66,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    args, other_means = train_sft.parse_args(add_flags=add_flags), []
+    args = train_sft.parse_args(add_flags=add_flags)
     check_cache_path(args)
-    train_sft.main(
-        args,
-        prepare=lambda setup: other_means.extend(mean_logps(setup, args.others)),
-        loss=lambda *step: micro_loss(*step, other_means),
-    )
+    train_sft.main(args, prepare=mean_logps, loss=micro_loss)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The sum of each example's log-probabilities."""
+"""The sum of each example's log-probabilities; hidden states."""
 
 import torch
 
-from training.logps import sum_by_owner
+from core.distributed import Ranks
+from model import Qwen2
+from training.logps import hidden_states, sum_by_owner
 
 
 def test_sum_by_owner_is_index_add():
@@ -16,3 +18,15 @@ def test_sum_by_owner_is_index_add():
         assert torch.equal(got, want)
         grads = [torch.autograd.grad(x @ weights, logps)[0] for x in (got, want)]
         assert torch.equal(*grads)
+
+
+def test_hidden_states_are_those_of_each_sequence_alone(tiny):
+    model, sequences = Qwen2.from_pretrained(tiny), [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    with torch.no_grad():
+        want = [model.hidden(torch.tensor([ids]))[0] for ids in sequences]
+    for micro_tokens, world in (1, 1), (6, 1), (1000, 1), (6, 2), (6, 5):
+        ranks = [Ranks(rank, world) for rank in range(world)]
+        found = [pair for r in ranks for pair in hidden_states(model, sequences, micro_tokens, r)]
+        assert sorted(i for i, _ in found) == [0, 1, 2]
+        for i, hidden in found:
+            torch.testing.assert_close(hidden, want[i], rtol=1e-4, atol=1e-5)
