@@ -81,6 +81,7 @@ def cli(main: Callable[[], object]) -> None:
 def run_main(main: Callable[[], object]) -> None:
     """cli() without its handling of signals."""
     try:
+        check_current_folder()
         try:
             main()
         finally:
@@ -100,6 +101,14 @@ def run_main(main: Callable[[], object]) -> None:
             print(f"error: the output cannot be written: {e.strerror}; make room", file=sys.stderr)
         discard_output()
         sys.exit(2)
+
+
+def check_current_folder() -> None:
+    """InputError if the current folder has been removed: torch cannot be imported there."""
+    try:
+        os.getcwd()
+    except OSError as e:
+        raise InputError(f"the current folder: {e.strerror}; change to another folder") from None
 
 
 @functools.cache

@@ -31,6 +31,8 @@ from core.files import (
 MANIFEST = ".written.json"
 CARD = "README.md"
 INDEX = "model.safetensors.index.json"
+LONGEST_NAME = 100  # maximum bytes of a path inside an output folder or OUT.run/, with its temporary name
+MAX_NEW_FOLDERS = 100  # maximum number of folders that a command makes, one inside the other
 # Text files beside weights and config.json that a checkpoint passes on to the checkpoints made from it
 SIDE_FILES = (
     "generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
@@ -96,17 +98,25 @@ def is_inside(path: str, folder: str) -> bool:
 
 
 def check_writable(path: str, flag: str = "--out") -> None:
-    """InputError, naming the flag, unless a file can be created beside `path` or in its nearest existing parent.
+    """InputError, naming the flag, unless a file can be created beside `path`, after its missing folders are made.
 
-    The temporary name is longer than the name itself, and must not be too long for the file system either.
+    Neither a name nor the whole path may be too long for the file system. The temporary name is longer than the name
+    itself, and a folder holds files of up to LONGEST_NAME bytes.
     """
     check_utf8(path)
-    parent = os.path.dirname(os.path.realpath(path))
+    temporary = temporary_path(os.path.realpath(path))
+    parent = os.path.dirname(temporary)
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)
+    names = os.path.relpath(temporary, parent).split(os.sep)  # the missing folders and the temporary name
+    if len(names) > MAX_NEW_FOLDERS:
+        raise InputError(f"{path}: is nested in {len(names) - 1:,} new folders; give another {flag}")
     try:
-        with tempfile.TemporaryFile(dir=parent), contextlib.suppress(FileNotFoundError):
-            os.stat(os.path.join(parent, os.path.basename(temporary_path(os.path.realpath(path)))))
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+        for new in (*names, os.path.join(*names, "x" * LONGEST_NAME)):
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(os.path.join(parent, new))
     except OSError as e:
         raise InputError(f"{path}: nothing can be written in {parent} ({e.strerror}); give another {flag}") from None
 

@@ -129,7 +129,6 @@ def main() -> None:
     files, parts = divide(*rows, args.validation, args.withheld, args.seed)
     questions = [question(part, i, item) for part, items in parts.items() for i, item in enumerate(items)]
     folder = os.path.join(args.out, "questions", "demo")
-    os.makedirs(folder, exist_ok=True)
     claim_folder(args.out, "demo.split", files)
     claim_folder(folder, "demo.split", ["heldout.jsonl"])
     for name, lines in files.items():

@@ -25,7 +25,7 @@ import time
 import torch
 
 from core.devices import DEVICE, DTYPE, DTYPES
-from core.files import ROOT, InputError, cli
+from core.files import ROOT, InputError, atomic_write, cli
 from core.flags import Parser, number, torch_device
 from core.outputs import check_file
 from tools import gpu_parts, gpu_training
@@ -157,7 +157,7 @@ def main() -> None:
     check_file(args.out, '"part"')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that `finally` ends the running part
     end = time.time() + 60 * args.minutes
-    with open(args.out, "w", encoding="utf-8"):
+    with atomic_write(args.out):  # an empty file
         pass
     describe_machine(args)
     skipped = ["compiled"] if args.compile == "off" else []

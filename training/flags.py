@@ -168,9 +168,11 @@ def cache_path(args: argparse.Namespace) -> str:
 
 
 def check_cache_path(args: argparse.Namespace) -> None:
-    """InputError if the cache is a folder or cannot be written. Called before the work begins."""
+    """InputError if the cache is no regular file or cannot be written. Called before the work begins."""
     path = cache_path(args)
     if os.path.isdir(path):
         raise InputError(f"--ref-cache {path}: is a folder; give a file, such as {path}/ref-cache.safetensors")
+    if os.path.lexists(os.path.realpath(path)) and not os.path.isfile(path):
+        raise InputError(f"--ref-cache {path}: is not a regular file; give another name")
     if is_main() and not os.path.isfile(path):  # an existing cache may be complete and read-only
         check_writable(path, "--ref-cache")

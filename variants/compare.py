@@ -110,7 +110,6 @@ def record_arm(args: Namespace) -> None:
         files = [os.path.join(args.folder, f"{args.rate}-{seed}.seconds") for seed in range(3)]
         result["cpu_seconds"] = [round(cpu_seconds(path), 1) for path in files]
     result |= {part: [run[part] for run in runs] for part in PARTS}
-    os.makedirs(args.out, exist_ok=True)
     with atomic_write(os.path.join(args.out, f"{name}.json")) as f:
         json.dump(result, f, indent=1)
         f.write("\n")

@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from core.card import readme_license
 from core.files import InputError, atomic_write, cli, json_object, printable, read_json, temporary_path
+from core.flags import check_out
 from core.interrupt import exit_silently
 from core.outputs import (
     MANIFEST,
@@ -68,6 +69,47 @@ def test_a_name_without_room_for_the_temporary_name_is_refused(tmp_path):
     with pytest.raises(InputError, match="File name too long"):
         check_writable(str(tmp_path / "new" / ("a" * 240)))
     assert len(names(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("x" * 300 + "/y", "File name too long"),  # a missing folder
+        ("new/" + "x" * 300 + "/y", "File name too long"),
+        ("/".join(["d" * 200] * 25), "File name too long"),  # the whole path
+        ("/".join(["d" * 49] * 79), "File name too long"),  # the files inside it
+        ("/".join("d" * 1500), "new folders"),
+        ("file/y/z", "Not a directory"),
+        ("loop/y", "Too many levels of symbolic links"),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_path_that_cannot_be_made_is_refused_before_the_work(tmp_path, monkeypatch, out, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    os.symlink("loop", "loop")
+    checks = (check_writable, check_out, lambda path: check_file(path, "x"), lambda path: check_folder(path, "x", []))
+    for check in checks:
+        for path in (out, f"{out}.pt"):
+            with pytest.raises(InputError, match=words):
+                check(path)
+    assert names(tmp_path) == ["file", "loop"]
+
+
+def test_a_long_path_that_can_be_made_is_not_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = "/".join(["d" * 73] * ((3850 - len(str(tmp_path))) // 74))
+    check_writable(out)
+    with atomic_write(out) as f:
+        f.write("x")
+    check_writable(out)
+
+
+def test_a_removed_current_folder(tmp_path):
+    command = f"cd {tmp_path} && mkdir gone && cd gone && rmdir ../gone && {sys.executable} {ROOT}/train_sft.py --out x"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: the current folder: No such file or directory; change to another folder\n"
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
