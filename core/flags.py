@@ -54,14 +54,17 @@ def at_least(low: int, high: float = math.inf) -> Callable[[str], int]:
     return integer
 
 
-def number(low: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite number with low <= number, above < number and number < below."""
+def number(
+    low: float = -math.inf, high: float = math.inf, above: float = -math.inf, below: float = math.inf
+) -> Callable[[str], float]:
+    """An argparse type: a finite number with low <= number <= high and above < number < below."""
 
     def number(text):
         value = float(text)
         for fault, words in (
             (not math.isfinite(value), "not finite"),
             (value < low, f"less than {low:g}"),
+            (value > high, f"more than {high:g}"),
             (value <= above, f"not above {above:g}"),
             (value >= below, f"not below {below:g}"),
         ):

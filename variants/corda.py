@@ -9,7 +9,6 @@ ordinary checkpoint. The biases stay frozen; the authors train them.
 """
 
 import argparse
-import functools
 import math
 import random
 
@@ -27,7 +26,7 @@ from core.records import read_records
 from model import Qwen2
 from training.examples import encode_chats
 from training.setup import Setup
-from variants.lora import LoRA, fold, linear_layers
+from variants.lora import add_adapters, fold, linear_layers
 
 
 def corda_split(weight: Tensor, covariance: Tensor, rank: int, largest: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,37 +63,36 @@ def add_corda_adapters(setup: Setup) -> None:
     sequences, blocks, c = calibration_sequences(setup), model.model["layers"], model.config
     if args.rank > (most := min(min(linear.weight.shape) for *_, linear in linear_layers(blocks[:1]))):
         raise InputError(f"--rank {args.rank}: the smallest layer has rank {most}; give at most that")
-    model.requires_grad_(False)
+    args.alpha = args.rank  # the authors do not scale by alpha / r
+    add_adapters(setup)
     step = max(1, COVARIANCES // (6 * c.hidden_size**2 + c.intermediate_size**2))
     for start in range(0, len(blocks), step):
-        layers = linear_layers(blocks[start : start + step])
-        covariances = input_covariances(model, [linear for *_, linear in layers], sequences)
-        bar = tqdm(layers, "corda", unit="layer", disable=None if is_main() else True)
-        for (part, name, linear), covariance in zip(bar, covariances):
-            adapter = LoRA(linear, args.rank, alpha=args.rank)  # the authors do not scale by alpha / r
-            parts = corda_split(linear.weight, covariance, args.rank, args.mode == "learn")
-            for parameter, value in zip((linear.weight, adapter.A, adapter.B), parts):
+        adapters = [adapter for *_, adapter in linear_layers(blocks[start : start + step])]
+        covariances = input_covariances(model, [adapter.linear for adapter in adapters], sequences)
+        bar = tqdm(adapters, "corda", unit="layer", disable=None if is_main() else True)
+        for adapter, covariance in zip(bar, covariances):
+            parts = corda_split(adapter.linear.weight, covariance, args.rank, args.mode == "learn")
+            for parameter, value in zip((adapter.linear.weight, adapter.A, adapter.B), parts):
                 parameter.copy_(value)
-            setattr(part, name, adapter)
 
 
 @torch.no_grad()
 def input_covariances(model: Qwen2, linears: list[nn.Linear], sequences: list[list[int]]) -> list[Tensor]:
     """K = (1/n) sum X^T X of each layer's inputs X (T, C) in n sequences, each X divided by its largest magnitude."""
-    found = [linear.weight.new_zeros(linear.in_features, linear.in_features) for linear in linears]
+    found = {linear: linear.weight.new_zeros(linear.in_features, linear.in_features) for linear in linears}
 
-    def add(linear, inputs, total):
+    def add(linear, inputs):
         x = inputs[0].float().flatten(0, -2)  # (T, C)
         x = x / x.abs().max()
-        total.addmm_(x.T, x, alpha=1 / len(sequences))
+        found[linear].addmm_(x.T, x, alpha=1 / len(sequences))
 
-    hooks = [x.register_forward_pre_hook(functools.partial(add, total=total)) for x, total in zip(linears, found)]
+    hooks = [linear.register_forward_pre_hook(add) for linear in linears]
     with torch.compiler.set_stance("force_eager"):  # compiled blocks do not look for new hooks
         for ids in sequences:
             model.hidden(to_device([ids], model.device))
     for hook in hooks:
         hook.remove()
-    return found
+    return list(found.values())
 
 
 def calibration_sequences(setup: Setup) -> list[list[int]]:
@@ -102,8 +100,6 @@ def calibration_sequences(setup: Setup) -> list[list[int]]:
     args, examples = setup.args, setup.examples
     if args.calibration:
         examples, *_ = encode_chats(read_records(args.calibration, sft_conversations), setup.tokenizer, args.max_len)
-        if not examples:
-            raise InputError(f"{', '.join(args.calibration)}: no example has a reply within --max-len {args.max_len}")
     chosen = random.Random(f"{args.seed} calibration").sample(examples, min(len(examples), 256))
     return [ids for ids, _ in chosen]
 

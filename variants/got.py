@@ -17,14 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.conversations import dialogues
-from core.devices import to_device
-from core.distributed import single_process, split_by_tokens
+from core.distributed import single_process
 from core.files import InputError, cli, print_next
 from core.flags import Parser, add_device_flags, at_least, number, out_path
 from core.outputs import check_folder, claimed_folder
 from core.records import expand, read_objects, write_jsonl
 from generate import load_for_inference
 from model import Qwen2
+from training.logps import hidden_states
 
 FILES = ("sft.jsonl", "scores.jsonl")
 TILE = 8192  # columns of the cost in one operation
@@ -59,16 +59,12 @@ def squared_distances(targets: Tensor, candidates: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embed_texts(model: Qwen2, texts: list[list[int]], micro_tokens: int) -> Tensor:
-    """The mean of the last hidden states over each text's positions, (len(texts), C) in fp32 on the CPU.
-
-    texts: token ids. micro_tokens: maximum tokens of one forward.
-    """
-    out, lengths = torch.zeros(len(texts), model.config.hidden_size), [len(ids) for ids in texts]
-    for micro in tqdm(split_by_tokens(lengths, micro_tokens, 1), "embedding", unit="forward", disable=None):
-        ids, n = [token for i in micro for token in texts[i]], [lengths[i] for i in micro]
-        hidden = model.hidden(to_device([ids], model.device), n)[0].float().cpu()  # (sum(n), C)
-        out[micro] = torch.stack([part.mean(0) for part in hidden.split(n)])
-    return out
+    """The mean of the last hidden states over each text's token ids, (len(texts), C) in fp32 on the CPU."""
+    out = torch.zeros(len(texts), model.config.hidden_size, device=model.device)
+    states = hidden_states(model, texts, micro_tokens)
+    for i, hidden in tqdm(states, "embedding", len(texts), unit="text", disable=None):  # (T_i, C)
+        out[i] = hidden.mean(0)
+    return out.cpu()
 
 
 def read_texts(paths: list[str], max_chars: int) -> list[tuple[str, dict, str]]:
@@ -92,13 +88,11 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--targets", nargs="+", required=True, metavar="F", help="records of the task, a few hundred")
     p.add_argument("--keep", type=at_least(1), required=True, help="number of candidates to keep")
     p.add_argument("--out", type=out_path, default="got", help="folder for sft.jsonl, best first, and scores.jsonl")
+    length = "maximum length of a text, in characters; the rest is cut"
+    p.add_argument("--max-chars", type=at_least(1), default=1000, help=length)
     # method
-    p.add_argument(
-        "--eps", type=number(above=0), default=0.05, help="entropic regularisation, relative to the mean cost"
-    )
-    p.add_argument(
-        "--max-chars", type=at_least(1), default=1000, help="maximum length of a text, in characters; the rest is cut"
-    )
+    eps = "entropic regularisation, relative to the mean cost"
+    p.add_argument("--eps", type=number(above=0), default=0.05, help=eps)
     # model
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the model that embeds the texts")
     p.add_argument("--micro-tokens", type=at_least(1), default=8192, help="maximum tokens of one forward")

@@ -9,9 +9,9 @@ tokens that decide which tool is called. The paper also leaves out failed calls:
 """
 
 import argparse
-import functools
 import hashlib
 import json
+import os
 import re
 
 import torch
@@ -46,8 +46,7 @@ def key_tokens(name: list[int], others: list[list[int]]) -> set[int]:
 
     They are the first token and, for every other tool whose name begins with the same L >= 1 tokens, token L (from 0).
     """
-    shared = [next((k for k, (a, b) in enumerate(zip(name, o)) if a != b), min(len(name), len(o))) for o in others]
-    return {0, *shared}
+    return {0, *(len(os.path.commonprefix([name, other])) for other in others)}
 
 
 def rule_weights(n: int, key: set[int], closing: set[int]) -> list[float]:
@@ -76,48 +75,48 @@ def call_weights(reply: str, names: list[str], tokenizer: Tokenizer, where: str)
     return rule_weights(len(ids), key, closing_tokens([tokenizer.decode([token]) for token in ids]))
 
 
-def read_weights(record: Fields, where: str, last_turn_only: bool, found: dict) -> list[list[dict]]:
-    """sft_conversations for one conversation. Stores (messages, token_weights, tool_names) in found[where]."""
+def read_weights(record: Fields, where: str, last_turn_only: bool) -> list[list[dict]]:
+    """sft_conversations for one conversation. Its first message also holds the token_weights or tool_names."""
     weights, names = record.first("token_weights"), record.first("tool_names")
     if (weights is None) == (names is None):
         raise InputError(f"{where}: needs token_weights or tool_names, and not both")
-    if weights is not None and not (isinstance(weights, list) and all(is_number(w) and w >= 0 for w in weights)):
+    if names is None and not (isinstance(weights, list) and all(is_number(w) and w >= 0 for w in weights)):
         raise InputError(f"{where}: token_weights is {shown(weights)}; it must be a list of numbers of at least 0")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
+    if weights is None and not (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
         raise InputError(f"{where}: tool_names is {shown(names)}; it must be a list of texts")
-    conversations = sft_conversations(record, where, last_turn_only or names is not None)
+    conversations = sft_conversations(record, where, last_turn_only or weights is None)
     if len(conversations) != 1:
-        raise InputError(
-            f"{where}: {len(conversations)} conversations with one list of weights; give each its own record"
-        )
-    found[where] = conversations[0], weights, names
+        raise InputError(f"{where}: has {len(conversations)} conversations; give each a record and weights of its own")
+    conversations[0][0] |= {"token_weights": weights, "tool_names": names}
     return conversations
 
 
-def example_weights(setup: Setup, found: dict) -> list[list[float]]:
+def example_weights(setup: Setup) -> list[list[float]]:
     """For each example the weights of its supervised tokens within --max-len."""
-    out = []
+    conversations, found = dict(setup.records), []
     for where, example in zip(setup.places, setup.examples):
-        messages, weights, names = found[where]
-        _, supervised = setup.tokenizer.chat_ids(messages)
-        if names is not None:
-            last = [message for message in messages if message["role"] == "assistant"][-1]
-            weights = call_weights(last["content"], names, setup.tokenizer, where)
-        if len(weights) != sum(supervised):
-            counts = f"{len(weights)} token_weights for {sum(supervised)} supervised tokens"
+        messages = conversations[where]
+        weights, n = messages[0]["token_weights"], sum(setup.tokenizer.chat_ids(messages)[1])
+        if weights is None:
+            replies = [message["content"] for message in messages if message["role"] == "assistant"]
+            weights = call_weights(replies[-1], messages[0]["tool_names"], setup.tokenizer, where)
+        if len(weights) != n:
+            counts = f"{len(weights)} token_weights for {n} supervised tokens"
             raise InputError(f"{where}: {counts}; count each reply's tokens, its <|im_end|> and the newline")
-        out.append(weights[int(supervised[0]) :][: count_supervised([example])])
-        if not sum(out[-1]):
-            raise InputError(
-                f"{where}: no token within --max-len {setup.args.max_len} has a weight above 0; remove the record"
-            )
-    return out
+        found.append(weights[: count_supervised([example])])
+        if not any(found[-1]):
+            cut = f"no token within --max-len {setup.args.max_len} has a weight above 0"
+            raise InputError(f"{where}: {cut}; remove the record")
+    setup.args.weights_sha256 = hashlib.sha256(json.dumps(found).encode()).hexdigest()  # for --resume
+    return found
 
 
-def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], weights: list[list[float]]) -> Tensor:
+def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int]) -> Tensor:
+    """The loss of a micro-batch. batch.prepared: example_weights."""
+    weights = [batch.prepared[i] for i in batch.indices]  # of the whole step
     logps, _ = supervised_logps(model, [batch.examples[i] for i in micro])  # (N,)
-    w = torch.tensor([float(w) for i in micro for w in weights[batch.indices[i]]])
-    return weighted_loss(logps, to_device(w, model.device), sum(sum(weights[i]) for i in batch.indices))
+    w = torch.tensor([float(w) for i in micro for w in weights[i]])  # (N,)
+    return weighted_loss(logps, to_device(w, model.device), sum(map(sum, weights)))
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -126,14 +125,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    args, found, weights = train_sft.parse_args(add_flags=add_flags), {}, []
-
-    def prepare(setup: Setup) -> None:
-        weights.extend(example_weights(setup, found))
-        args.weights_sha256 = hashlib.sha256(json.dumps(weights).encode()).hexdigest()
-
-    parse = functools.partial(read_weights, found=found)
-    train_sft.main(args, parse=parse, prepare=prepare, loss=lambda *step: micro_loss(*step, weights))
+    args = train_sft.parse_args(add_flags=add_flags)
+    train_sft.main(args, parse=read_weights, prepare=example_weights, loss=micro_loss)
 
 
 if __name__ == "__main__":

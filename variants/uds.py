@@ -9,7 +9,6 @@ other. The authors choose within micro-batches and project with FFTs. This choos
 """
 
 import argparse
-import itertools
 import math
 
 import torch
@@ -17,12 +16,12 @@ from torch import Tensor
 
 import train_sft
 from core.devices import to_device
-from core.distributed import rank_micro_batches, run_distributed, sum_over_ranks
-from core.files import InputError, cli
+from core.distributed import run_distributed, sum_over_ranks
+from core.files import cli
 from core.flags import at_least, number
 from core.head import vocabulary_tiles
 from model import Qwen2
-from training.logps import pack_to_device
+from training.logps import hidden_states
 from training.setup import Setup
 
 ROWS, COLUMNS = 8, 128  # of a projected example
@@ -39,7 +38,7 @@ def diversity(z: Tensor, memory: Tensor) -> Tensor:
     d_i = (1/M) sum_q ||z_i - q||_2
     """
     distances = torch.cdist(z, memory, compute_mode="donot_use_mm_for_euclid_dist")  # (B, M), exact for near ones
-    return distances.mean(1) if len(memory) else z.new_zeros(len(z))
+    return distances.sum(1) / max(1, len(memory))
 
 
 def choose_best(u: Tensor, d: Tensor, alpha: float, k: int) -> list[int]:
@@ -64,8 +63,7 @@ class Sampler:
         self.left = to_device(torch.randn(ROWS, T, generator=g) / math.sqrt(ROWS), model.device)
         # sqrt(T V) / 2: the factor by which the authors' projection scales distances
         self.alpha = self.args.alpha * math.sqrt(T * V) / 2
-        self.sizes = [max(1, round(self.args.share * len(step))) for step in setup.steps]
-        self.starts = list(itertools.accumulate(self.sizes, initial=0))  # examples chosen before each step
+        self.sizes = [max(1, round(self.args.share * len(step))) for step in setup.steps]  # examples to choose
         # A ring buffer with room for one extra step. A step that is interrupted and repeated after --resume then
         # overwrites no entry that it needs.
         memory = torch.zeros(self.args.memory + max(self.sizes), ROWS * COLUMNS, device=model.device)
@@ -79,18 +77,16 @@ class Sampler:
         """
         head, out = model.head_weight, torch.zeros(len(examples), 1 + ROWS * COLUMNS, device=model.device)
         root, right = head_root(head), head.T @ self.right  # (C, C), (C, 128)
-        lengths, ranks = [len(ids) for ids, _ in examples], self.ranks
-        for micro in rank_micro_batches(lengths, self.args.micro_tokens, ranks):
-            ids, sizes, *_ = pack_to_device([examples[i] for i in micro], model.device)
-            for i, hidden in zip(micro, model.hidden(ids, sizes)[0].float().split(sizes)):  # (T_i, C)
-                out[i, 0] = utility(hidden @ root)
-                out[i, 1:] = (self.left[:, : len(hidden)] @ (hidden @ right)).flatten()
-        out = sum_over_ranks(out) if ranks.world > 1 else out
+        sequences = [ids for ids, _ in examples]
+        for i, hidden in hidden_states(model, sequences, self.args.micro_tokens, self.ranks):  # (T_i, C)
+            out[i, 0] = utility(hidden @ root)
+            out[i, 1:] = (self.left[:, : len(hidden)] @ (hidden @ right)).flatten()
+        sum_over_ranks(out)
         return out[:, 0], out[:, 1:]
 
     def choose(self, model: Qwen2, batch: train_sft.StepBatch) -> list[int]:
         """Chooses the examples to train on in this step and stores them in the memory."""
-        memory, start, k = model.uds_memory, self.starts[batch.step], self.sizes[batch.step]
+        memory, start, k = model.uds_memory, sum(self.sizes[: batch.step]), self.sizes[batch.step]
         u, z = self.score(model, batch.examples)
         slots = [slot % len(memory) for slot in range(max(0, start - self.args.memory), start + k)]
         chosen = choose_best(u, diversity(z, memory[slots[:-k]]), self.alpha, k)
@@ -101,22 +97,14 @@ class Sampler:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__.split("\n\n")[0]
     parser.set_defaults(out="chosen.pt", method="UDS (arXiv 2510.16882)", epochs=1, batch_size=64, max_len=512)
-    parser.add_argument("--share", type=number(above=0), default=0.125, help="share of the candidates to train on")
-    parser.add_argument(
-        "--alpha", type=number(0), default=2.5e-3, help="weight of the diversity, as in the authors' code"
-    )
-    parser.add_argument(
-        "--memory", type=at_least(0), default=1024, help="number of recently chosen examples to compare with"
-    )
+    parser.add_argument("--share", type=number(above=0, high=1), default=0.125, help="share of candidates to train on")
+    parser.add_argument("--alpha", type=number(0), default=2.5e-3, help="diversity's weight, as in the authors' code")
+    parser.add_argument("--memory", type=at_least(0), default=1024, help="recently chosen examples to compare with")
 
 
 def main() -> None:
     args = train_sft.parse_args(add_flags=add_flags, no_shard="a sharded model has its head only inside forward")
-    if args.share > 1:
-        raise InputError(f"--share {args.share:g}: must be at most 1")
-    samplers = []
-    prepare = lambda setup: samplers.append(Sampler(setup))
-    train_sft.main(args, prepare=prepare, choose=lambda *step: samplers[0].choose(*step))
+    train_sft.main(args, prepare=Sampler, choose=lambda model, batch: batch.prepared.choose(model, batch))
 
 
 if __name__ == "__main__":

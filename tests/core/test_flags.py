@@ -16,6 +16,7 @@ from core.files import InputError
         (flags.at_least(2), ["2", "17"], ["1", "-3", "2.5", "two"]),
         (flags.at_least(0, high=16), ["0", "16"], ["-1", "17"]),
         (flags.number(0, below=1), ["0", "0.5", "1e-9"], ["1", "-0.1", "nan", "inf", "x"]),
+        (flags.number(above=0, high=1), ["1e-9", "1"], ["0", "1.5"]),
         (flags.number(above=0), ["1e-9", "3"], ["0", "-1", "inf"]),
         (flags.out_path, ["a", "/", "./-a"], ["", "-a"]),
         (flags.torch_device, ["cpu"], ["gpu", "cuda:99", "cpu:x", "mps", "meta"]),
