@@ -39,6 +39,10 @@ class Dialogue(NamedTuple):
     rejected: list[dict] | None = None
     all_turns: bool = False
 
+    def messages(self) -> list[dict]:
+        """The prompt and, if there is one, the reply."""
+        return self.prompt + [self.reply] * (self.reply is not None)
+
 
 def as_fields(record: dict) -> Fields:
     """The record as Fields, which remember the keys that were not read."""
@@ -314,7 +318,7 @@ def sft_conversations(record: dict, where: str, last_turn_only: bool = False) ->
         if dialogue.rejected is None and fields.get("label", fields.get("kto_tag")) is False:
             raise InputError(f"{where}: its label is false, an undesirable reply: leave it out or use train_kto.py")
         fields.unread |= {"rejected"} if dialogue.rejected else set()
-        messages = dialogue.prompt + [dialogue.reply] * (dialogue.reply is not None)
+        messages = dialogue.messages()
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             raise InputError(f"{where}: no assistant message, so nothing to train on")

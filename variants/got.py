@@ -72,9 +72,9 @@ def read_texts(paths: list[str], max_chars: int) -> list[tuple[str, dict, str]]:
     found = []
     for path in expand(paths):
         for line, record in read_objects(path):
-            talks = dialogues(record, where := f"{path}:{line}")
-            messages = [m["content"] for talk in talks for m in [*talk.prompt, *([talk.reply] if talk.reply else [])]]
-            found.append((where, record, "\n".join(messages)[:max_chars]))
+            where = f"{path}:{line}"
+            texts = [m["content"] for dialogue in dialogues(record, where) for m in dialogue.messages()]
+            found.append((where, record, "\n".join(texts)[:max_chars]))
     if not found:
         raise InputError(f"{', '.join(paths)}: no records")
     return found
@@ -83,16 +83,13 @@ def read_texts(paths: list[str], max_chars: int) -> list[tuple[str, dict, str]]:
 def parse_args() -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
     # data
-    pool = "records to choose from, for train_sft.py"
-    p.add_argument("--candidates", nargs="+", required=True, metavar="F", help=pool)
+    p.add_argument("--candidates", nargs="+", required=True, metavar="F", help="SFT records to choose from")
     p.add_argument("--targets", nargs="+", required=True, metavar="F", help="records of the task, a few hundred")
     p.add_argument("--keep", type=at_least(1), required=True, help="number of candidates to keep")
     p.add_argument("--out", type=out_path, default="got", help="folder for sft.jsonl, best first, and scores.jsonl")
-    length = "maximum length of a text, in characters; the rest is cut"
-    p.add_argument("--max-chars", type=at_least(1), default=1000, help=length)
+    p.add_argument("--max-chars", type=at_least(1), default=1000, help="maximum characters of a text; the rest is cut")
     # method
-    eps = "entropic regularisation, relative to the mean cost"
-    p.add_argument("--eps", type=number(above=0), default=0.05, help=eps)
+    p.add_argument("--eps", type=number(above=0), default=0.05, help="entropic regularisation, relative to mean cost")
     # model
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the model that embeds the texts")
     p.add_argument("--micro-tokens", type=at_least(1), default=8192, help="maximum tokens of one forward")
