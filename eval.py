@@ -27,12 +27,10 @@ from argparse import Namespace
 
 from tqdm import tqdm
 
-from core.checkpoint import Checkpoint
 from core.devices import choose_device
 from core.distributed import join_ranks, leave_group
 from core.outputs import check_folder, claim_folder
 from core.records import read_jsonl, write_jsonl
-from core.tokenizer import Tokenizer
 from evaluation import judge
 from evaluation.benchmarks import BENCHMARKS, load_questions, score_reply
 from evaluation.replies import Replies, Work, collect_replies, load_replies, protocol_name
@@ -45,6 +43,7 @@ from evaluation.stats import (
     ratio_stderr,
     subjects_mean_stderr,
 )
+from generate import check_loadable
 
 FILES = ("replies.jsonl", "checkpoints.json", "results.json", "results.md", "samples.jsonl")
 
@@ -280,7 +279,7 @@ def main() -> None:
         replies = load_replies(args, names, work)
     else:
         for source in args.ckpt:
-            Tokenizer(Checkpoint(source))  # fail fast on a broken checkpoint
+            check_loadable(source)
         if not ranks.rank:
             claim_folder(args.out, "eval.py", FILES)
         replies = collect_replies(args, names, work, ranks)

@@ -367,6 +367,17 @@ def load_for_inference(source: str, args: argparse.Namespace) -> tuple[Qwen2, To
     return Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], args.device).eval(), Tokenizer(ckpt)
 
 
+def check_loadable(source: str | Checkpoint) -> Checkpoint:
+    """Opens a checkpoint. InputError unless tensors and config fit, and the tokenizer is usable. Reads no weights.
+
+    For commands that load the model later, after work that would be lost.
+    """
+    ckpt = source if isinstance(source, Checkpoint) else Checkpoint(source)
+    Qwen2.on_meta(ckpt)
+    Tokenizer(ckpt)
+    return ckpt
+
+
 def main() -> None:
     args = parse_args()
     if not args.prompt and sys.stdin is None:  # closed, as with <&-

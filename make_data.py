@@ -31,9 +31,9 @@ from curation import labels, report, sources, steps
 from curation.costs import price
 from curation.endpoint import Endpoint
 from curation.local import LocalModel, with_other_ranks
-from curation.prompts import AGAIN_JUDGE, GREETING, JUDGE
+from curation.prompts import AGAIN_JUDGE, JUDGE
 from curation.step_files import FILES, STEPS, load_state, write_step
-from curation.teacher import Asker, Teacher, open_replies, open_teacher
+from curation.teacher import Asker, Teacher, greet, open_replies, open_teacher
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
@@ -46,6 +46,15 @@ def find_files(args: argparse.Namespace) -> None:
     for path in args.trust_references:
         if not any(same_path(path, source) for source in args.sources):
             raise InputError(f"--trust-references {path}: is not one of the --sources; add it there too")
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """InputError for a malformed file of --decontaminate or --recorded, which the steps read later."""
+    for path in args.decontaminate:
+        sources.evaluation_questions(path)
+    for path in args.recorded:
+        for _ in sources.read_recorded(path):
+            pass
 
 
 class Models(NamedTuple):
@@ -106,8 +115,8 @@ def run_steps(args: argparse.Namespace, models: Models, log: ReplyLog, counts: d
     grader = Asker(models.teacher, log, {"max_tokens": args.max_grade_tokens, **options})
     options["max_tokens"] = args.max_new_tokens
     teacher, small = Asker(models.teacher, log, options), Asker(models.small, log, options)
-    if isinstance(models.teacher, Endpoint) and not args.dry_run and not log:
-        grader.ask([GREETING], "greeting")  # fails at once if URL, model name or key is wrong
+    if not args.dry_run:
+        greet(grader)
     state, arguments = load_state(args.out), step_arguments(args, models)
     collected, deduplicated, classified, balanced, answered, scored, _ = (f"{args.out}/{name}.jsonl" for name in STEPS)
     eval_files, scorer_writer = args.decontaminate, models.scorer_writer()
@@ -141,6 +150,7 @@ def next_commands(small: str, out: str, pairs: int) -> list[list[str]]:
 def make(args: argparse.Namespace) -> None:
     """The whole run. Only rank 0 calls it."""
     find_files(args)
+    check_files(args)
     models = open_models(args)
     out, counts = args.out, {name: {} for name in STEPS}
     args.max_grade_tokens = max(128, 40 * (2 + args.samples))  # length of a reply with a category or all grades

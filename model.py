@@ -254,22 +254,28 @@ class Qwen2(nn.Module):
             block.mlp.forward = torch.compile(block.mlp.forward, dynamic=True)
 
     @classmethod
+    def on_meta(cls, ckpt: Checkpoint) -> "Qwen2":
+        """The checkpoint's model without weights, on the meta device. InputError names the tensors that do not fit."""
+        layers = parse_config(ckpt.config, f"{ckpt.source}/config.json").num_hidden_layers
+        if layers > len(ckpt.names):  # checked before any module is made
+            raise InputError(
+                f"{ckpt.source}: num_hidden_layers is {layers}, but the weights hold {len(ckpt.names)} tensors"
+            )
+        with torch.device("meta"):
+            model = cls(ckpt.config)
+        check_tensors(ckpt, {name: tuple(p.shape) for name, p in model.named_parameters()})
+        return model
+
+    @classmethod
     def from_pretrained(
         cls,
         source: str | os.PathLike | Checkpoint,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "Qwen2":
-        """source: hub id, folder, .pt file or open Checkpoint. InputError names the tensors that do not fit."""
+        """source: hub id, folder, .pt file or open Checkpoint. InputError as in on_meta, and for NaN or infinity."""
         ckpt = source if isinstance(source, Checkpoint) else Checkpoint(source)
-        layers = parse_config(ckpt.config, f"{ckpt.source}/config.json").num_hidden_layers
-        if layers > len(ckpt.names):  # checked before any module is made
-            raise InputError(
-                f"{ckpt.source}: num_hidden_layers is {layers}, but the weights hold {len(ckpt.names)} tensors"
-            )
-        with torch.device("meta"):  # allocate and initialise nothing: every weight is replaced below
-            model = cls(ckpt.config)
-        check_tensors(ckpt, {name: tuple(p.shape) for name, p in model.named_parameters()})
+        model = cls.on_meta(ckpt)  # allocates and initialises nothing: every weight is replaced below
         state = {}
         for name, _ in model.named_parameters():
             stored = ckpt.tensor(name)

@@ -18,7 +18,7 @@ from core.devices import DEVICE, DTYPES
 from core.distributed import join_ranks, leave_group, own_device
 from core.reply_log import ReplyLog
 from core.tokenizer import Tokenizer
-from generate import generate_iter
+from generate import check_loadable, generate_iter
 from model import Qwen2
 from training.logps import sequence_logps
 
@@ -39,8 +39,8 @@ class LocalModel:
 
 
 def open_local(source: str, model_name: str | None = None, dtype: str = "fp32", device: str = DEVICE) -> LocalModel:
-    """Opens and fingerprints a checkpoint. Its weights are loaded when they are first needed."""
-    checkpoint = Checkpoint(source)
+    """Opens, checks and fingerprints a checkpoint. Its weights are loaded when they are first needed."""
+    checkpoint = check_loadable(source)
     name = model_name or os.path.basename(os.path.normpath(source))
     return LocalModel(name, f"{checkpoint.fingerprint()} {dtype}", source, dtype, device, checkpoint)
 

@@ -235,6 +235,17 @@ def recorded_in(record: dict, where: str) -> Iterator[tuple[str, list[dict], str
             yield writer.partition("-")[0], prompt, clean_messages(reply)[0]["content"]
 
 
+def read_recorded(path: str) -> Iterator[tuple[str, list[dict], str | None]]:
+    """Yields ("teacher" or "small", prompt, response) of a file's usable records. InputError for a malformed one."""
+    for line, record in read_objects(path):
+        where = f"{path}:{line}"
+        with contextlib.suppress(Drop, Unusable):
+            for writer, prompt, text in recorded_in(record, where):
+                if writer not in ("teacher", "small"):
+                    raise InputError(f"{where}: the writer is {shown(writer)}; it must be teacher or small")
+                yield writer, prompt, text
+
+
 def recorded_responses(files: list[str], wanted: set[bytes]) -> dict[tuple[str, bytes], list[dict]]:
     """Reads recorded responses. wanted: the prompt_key() of each prompt whose responses are needed.
 
@@ -244,17 +255,12 @@ def recorded_responses(files: list[str], wanted: set[bytes]) -> dict[tuple[str, 
     found = {}
     for path, name in zip(files, short_names(files)):
         used = 0
-        for line, record in read_objects(path):
-            where = f"{path}:{line}"
-            with contextlib.suppress(Drop, Unusable):
-                for writer, prompt, text in recorded_in(record, where):
-                    if writer not in ("teacher", "small"):
-                        raise InputError(f"{where}: the writer is {shown(writer)}; it must be teacher or small")
-                    key = prompt_key(prompt)
-                    if key in wanted and text:
-                        reply = {"text": text, "finish_reason": "stop", "recorded": name}
-                        found.setdefault((writer, key), []).append(reply)
-                        used += 1
+        for writer, prompt, text in read_recorded(path):
+            key = prompt_key(prompt)
+            if key in wanted and text:
+                reply = {"text": text, "finish_reason": "stop", "recorded": name}
+                found.setdefault((writer, key), []).append(reply)
+                used += 1
         if not used:
             warn_once(f"{path}: has no response to any of the {len(wanted):,} instructions")
     return found

@@ -19,7 +19,7 @@ from core.devices import DEVICE
 from core.reply_log import ReplyLog
 from curation.endpoint import Endpoint, looks_like_url, open_endpoint
 from curation.local import LocalModel, ask_local, open_local
-from curation.prompts import UNANSWERED, UNPARSED, clip, escape_control_tokens
+from curation.prompts import GREETING, UNANSWERED, UNPARSED, clip, escape_control_tokens
 from curation.workers import ask_endpoint
 
 Teacher = Endpoint | LocalModel
@@ -98,6 +98,12 @@ class Asker(NamedTuple):
 
     def ask(self, prompts: list[list[dict]], desc: str, **sampling: float) -> list[dict]:
         return ask_model(self.model, prompts, self.log, desc=desc, **sampling, **self.options)
+
+
+def greet(asker: Asker) -> None:
+    """Sends a greeting to an endpoint that has not replied yet: a wrong URL, model name or key ends the run at once."""
+    if isinstance(asker.model, Endpoint) and not asker.log:
+        asker.ask([GREETING], "greeting")
 
 
 def ask_parsed(asker: Asker, requests: list[list[dict]], parse: Callable, again: str, desc: str) -> tuple[list, int]:

@@ -11,18 +11,17 @@ import json
 import os
 from argparse import Namespace
 
-from core.checkpoint import Checkpoint
 from core.distributed import Ranks
 from core.files import InputError, atomic_write
-from core.outputs import check_folder, claim_folder
+from core.outputs import check_folder, claimed_folder
 from core.records import write_jsonl
-from core.tokenizer import Tokenizer
 from curation.prompts import fence, parse_object
-from curation.teacher import Teacher, ask_model, open_replies, open_teacher
+from curation.teacher import Asker, greet, open_replies, open_teacher
 from evaluation.benchmarks import load_questions
 from evaluation.flags import checkpoint_names
 from evaluation.replies import Replies, Work, collect_replies
 from evaluation.stats import holm, mean_stderr, paired_comparison
+from generate import check_loadable
 
 COMPARE = """Task: compare
 You compare two responses to an instruction. The user's message holds the instruction and the responses A and B, each fenced \
@@ -112,9 +111,7 @@ def verdict_table(results: dict, first: str) -> str:
 # The command
 
 
-def ask_preferences(
-    args: Namespace, names: list[str], work: Work, replies: Replies, teacher: Teacher
-) -> dict[tuple, int | None]:
+def ask_preferences(judge: Asker, names: list[str], work: Work, replies: Replies) -> dict[tuple, int | None]:
     """{(checkpoint, task, question, order): preference}. Order 0 shows the checkpoint as A, order 1 as B."""
     requests, keys = [], []
     for name in names[1:]:
@@ -124,8 +121,7 @@ def ask_preferences(
                 for order, pair in enumerate([(x, y), (y, x)]):
                     requests.append(comparison_request(q["messages"][0]["content"], *pair))
                     keys.append((name, task, i, order))
-    with open_replies(os.path.join(args.out, "judgements.jsonl")) as log:
-        judgements = ask_model(teacher, requests, log, max_tokens=64, concurrency=args.concurrency, desc="judging")
+    judgements = judge.ask(requests, "judging")
     return {key: parse_preference(judgement.get("text", "")) for key, judgement in zip(keys, judgements)}
 
 
@@ -158,11 +154,14 @@ def main(args: Namespace) -> None:
     check_folder(args.out, "eval.py", FILES)
     work = {task: load_questions(task, args, judged=True) for task in dict.fromkeys(args.tasks)}
     for source in args.ckpt:
-        Tokenizer(Checkpoint(source))  # fail fast on a broken checkpoint
-    teacher = open_teacher(args.teacher, args.teacher_model, device=args.device)
-    claim_folder(args.out, "eval.py", FILES)
-    replies = collect_replies(args, names, work, Ranks(device=args.device))
-    preferences = ask_preferences(args, names, work, replies, teacher)
+        check_loadable(source)
+    teacher = open_teacher(args.teacher, args.teacher_model, args.dtype, args.device)
+    options = {"max_tokens": 64, "concurrency": args.concurrency}
+    with claimed_folder(args.out, "eval.py", FILES), open_replies(f"{args.out}/judgements.jsonl") as log:
+        judge = Asker(teacher, log, options)
+        greet(judge)
+        replies = collect_replies(args, names, work, Ranks(device=args.device))
+        preferences = ask_preferences(judge, names, work, replies)
     results, samples = count_wins(names, work, replies, preferences)
     text = verdict_table(results, names[0])
     write_jsonl(os.path.join(args.out, "judged.jsonl"), samples)

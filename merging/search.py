@@ -190,9 +190,9 @@ def main(args: argparse.Namespace, merge_checkpoints: Callable) -> None:
     check_file(args.out, '"versus_best"')
     base, models = open_inputs(args)
     tokenizer = Tokenizer(base or models[0])
+    for_search, for_final = read_items(args, tokenizer)
     model = Qwen2.from_pretrained(base or models[0], torch.float32, args.device)
     model.compute_dtype = DTYPES[args.dtype]
-    for_search, for_final = read_items(args, tokenizer)
     n, started, objective = len(models), time.time(), LOSS if args.data else RIGHT
     ranges = valid_ranges(args, n)
     split = f"{len(for_search)} records for the search, {len(for_final)} set aside"

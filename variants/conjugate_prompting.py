@@ -25,7 +25,7 @@ from curation.sources import check_reference
 from evaluation.benchmarks import demo_verdict
 from evaluation.rows import json_rows
 from evaluation.stats import bootstrap
-from generate import generate_iter, load_for_inference
+from generate import check_loadable, generate_iter, load_for_inference
 from variants.novelty import add_pair_flags
 
 TO_DIGITS, TO_LETTERS = str.maketrans("aeiost", "431057"), str.maketrans("431057", "aeiost")
@@ -156,6 +156,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     questions = data_questions(args.data, args.limit) if args.data else shots_questions(args.limit or 100)
+    for source in (args.base, args.ckpt):
+        check_loadable(source)
     lines = [ask_both_views(source, questions, args) for source in (args.base, args.ckpt)]
     write_jsonl(args.out, lines[0] + lines[1])
     verdicts = [{v: [line["correct"] for line in some if line["view"] == v] for v in VIEWS} for some in lines]

@@ -49,13 +49,12 @@ def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int]) -> Te
 def mean_logps(setup: Setup) -> list[float]:
     """For each example the mean log-probability of its supervised tokens, averaged over the other models, in nats."""
     pairs, fingerprint = [(i, 0) for i in range(len(setup.examples))], setup.ckpt.fingerprint()
-    others, totals = setup.args.others, [0.0] * len(pairs)
-    for other in others:
-        args = argparse.Namespace(**{**vars(setup.args), "ref": other})
-        reference = open_reference(replace(setup, args=args), fingerprint)
+    args = [argparse.Namespace(**{**vars(setup.args), "ref": other}) for other in setup.args.others]
+    references, totals = [open_reference(replace(setup, args=one), fingerprint) for one in args], [0.0] * len(pairs)
+    for reference in references:
         logps, _ = reference_logps(reference, pairs, lambda i, _: setup.examples[i])
         totals = [total + logps[pair] for total, pair in zip(totals, pairs)]
-    return [t / count_supervised([e]) / len(others) for t, e in zip(totals, setup.examples)]
+    return [t / count_supervised([e]) / len(references) for t, e in zip(totals, setup.examples)]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

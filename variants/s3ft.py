@@ -23,7 +23,7 @@ from curation.local import open_local, with_other_ranks
 from curation.prompts import fence, prompt_text
 from curation.sources import Drop, check_reference, clean, instructions
 from curation.steps import why_left_out
-from curation.teacher import Asker, open_replies, open_teacher
+from curation.teacher import Asker, greet, open_replies, open_teacher
 from verification.answers import check_reply, checkable
 
 FILES = ("sft.jsonl", "replies.jsonl")
@@ -155,6 +155,7 @@ def rewrite(args: Namespace) -> None:
     with claimed_folder(args.out, "variants.s3ft", FILES), open_replies(f"{args.out}/replies.jsonl") as log:
         if args.teacher:
             judge = Asker(open_teacher(args.teacher, args.teacher_model, args.dtype), log, {"max_tokens": 8})
+            greet(judge)
         model = Asker(source, log, {"max_tokens": args.max_new_tokens, "batch_size": args.batch_size})
         for writer in ("own", "reworded") if args.mode == "s3ft" else ("reworded",):
             add_candidates(records, writer, args, model, judge)

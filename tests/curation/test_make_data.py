@@ -484,6 +484,32 @@ def bad_teacher(messages):
     return fake_teacher(messages)
 
 
+@pytest.mark.parametrize(
+    ("flag", "text", "words"),
+    [
+        ("--recorded", '{"prompt": "q", "response": "a"}\n{"prompt": ', "f.jsonl:2: not JSON"),
+        ("--recorded", '{"prompt": "q", "response": "a", "writer": "me"}\n', "f.jsonl:1: the writer is"),
+        ("--recorded", '{"x": 1}\n', "f.jsonl:1: "),
+        ("--decontaminate", "{", "f.jsonl:1: not JSON"),
+        ("--decontaminate", '{"x": 1}\n', "f.jsonl: no evaluation question"),
+        ("--small", '{"vocab_size": 9}', "tensors do not fit the config"),
+        ("--small", "{", "tokenizer.json"),
+        ("--perplexity", '{"vocab_size": 9}', "tensors do not fit the config"),
+    ],
+)
+def test_a_bad_input_is_refused_before_it_costs_anything(tmp_path, small, capfd, flag, text, words):
+    path = tmp_path / "f.jsonl"
+    path.write_text(text)
+    if flag in ("--small", "--perplexity"):  # a checkpoint whose config or tokenizer is broken
+        path = shutil.copytree(small, tmp_path / "broken")
+        file = path / ("config.json" if words.startswith("tensors") else "tokenizer.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | json.loads(text)) if text != "{" else text)
+    with serve(fake_teacher) as server:
+        assert run(*flags(tmp_path, server, small), flag, path) == 2
+        assert server.posts == 0
+    assert words in capfd.readouterr().err.splitlines()[-1] and not os.path.exists(tmp_path / "out" / "1_collect.jsonl")
+
+
 def test_64_in_flight_with_every_fault(tmp_path, small, monkeypatch):
     """20% of all requests fail on their way, half of the records get a bad reply: the first cost time, the others are counted."""
 

@@ -1,13 +1,17 @@
 """judge.py: what a judgement says, both orders, and whole runs against a judge that is a program."""
 
 import json
+import shutil
 
 import pytest
+import torch
 from conftest import tiny_files, tiny_model
 from tiny_benchmarks import write_benchmarks
 
-from evaluation import judge
+from curation import teacher, workers
+from curation.prompts import GREETING
 from evaluation.judge import comparison_request, outcome, parse_preference, summarise_verdicts
+from model import Qwen2
 
 
 def test_preference():
@@ -67,6 +71,8 @@ def test_whole_run(world, tmp_path, run, refused, monkeypatch):
     asked = []
 
     def longer(teacher, requests, cache, **settings):
+        if requests == [GREETING]:
+            return [{"text": "Hello."}]
         asked.append(len(requests))
         out = []
         for messages in requests:
@@ -79,7 +85,7 @@ def test_whole_run(world, tmp_path, run, refused, monkeypatch):
     ckpts, data = ["--ckpt", world / "base", world / "sft"], ["--tasks", "mt_bench", "--data-dir", world / "data"]
     more = ["--max-new-tokens", 12, "--teacher", "http://localhost:9/v1", "--out", tmp_path / "out"]
     args = ["eval", "judge", *ckpts, *data, *more]
-    monkeypatch.setattr(judge, "ask_model", longer)
+    monkeypatch.setattr(teacher, "ask_model", longer)
     code, out, err = run(*args)
     assert code == 0, err
     cell = json.loads((tmp_path / "out/judge.json").read_text())["sft"]["mt_bench"]
@@ -89,11 +95,43 @@ def test_whole_run(world, tmp_path, run, refused, monkeypatch):
     assert asked == [6] and [s["outcome"] for s in samples] == want and cell["score"] == sum(want) / 3
     assert cell["characters"] == sum(len(s["reply"]) for s in samples) / 3 and "| sft | mt_bench |" in out
 
-    monkeypatch.setattr(judge, "ask_model", lambda t, requests, c, **s: [{"text": '{"better": "A"}'}] * len(requests))
+    monkeypatch.setattr(teacher, "ask_model", lambda t, requests, c, **s: [{"text": '{"better": "A"}'}] * len(requests))
     assert run(*args)[0] == 0
     cell = json.loads((tmp_path / "out/judge.json").read_text())["sft"]["mt_bench"]
     assert (cell["score"], cell["ties"], cell["p"]) == (0.5, 3, 1.0)
 
-    monkeypatch.setattr(judge, "ask_model", lambda t, requests, c, **s: [{"error": "HTTP 400"}] * len(requests))
+    monkeypatch.setattr(teacher, "ask_model", lambda t, requests, c, **s: [{"error": "HTTP 400"}] * len(requests))
     refused("no readable verdict", *args)
     refused("two or more", *args, "--ckpt", world / "base")
+
+
+def judge_flags(world, teacher, out, *more):
+    ckpts, data = ["--ckpt", world / "base", world / "sft"], ["--tasks", "mt_bench", "--data-dir", world / "data"]
+    return ["judge", *ckpts, *data, "--max-new-tokens", 12, "--teacher", teacher, "--out", out, *more]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_local_teacher_has_the_dtype_of_the_flag(world, tmp_path, refused, monkeypatch, dtype):
+    loaded, load = [], Qwen2.from_pretrained
+    spy = lambda ckpt, dtype, device: loaded.append((ckpt.source, dtype)) or load(ckpt, dtype, device)
+    monkeypatch.setattr(Qwen2, "from_pretrained", spy)
+    teacher = str(world / "base")  # random: its verdicts cannot be read
+    refused("no readable verdict", "eval", *judge_flags(world, teacher, tmp_path / "out", "--dtype", dtype))
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    assert loaded == [(str(world / name), torch_dtype) for name in ("base", "sft", "base")]
+
+
+def test_a_teacher_that_cannot_be_asked_is_refused_before_any_checkpoint_is(world, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(workers, "BACKOFF", 0.01)
+    monkeypatch.setattr(Qwen2, "from_pretrained", None)  # no checkpoint is loaded
+    config = json.loads((world / "base" / "config.json").read_text())
+    (shutil.copytree(world / "base", tmp_path / "bad") / "config.json").write_text(
+        json.dumps(config | {"hidden_size": 64})
+    )
+    refused(
+        "http://localhost:9/v1/chat/completions: no answer",
+        "eval",
+        *judge_flags(world, "http://localhost:9/v1", tmp_path / "out"),
+    )
+    refused("bad: tensors do not fit the config", "eval", *judge_flags(world, tmp_path / "bad", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
