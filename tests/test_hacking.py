@@ -1,5 +1,6 @@
 """docs/hacking.md: every block runs, every diff applies, and each change has the effect that the page states."""
 
+import ast
 import math
 import os
 import re
@@ -93,6 +94,12 @@ def test_every_block_has_its_test():
         "4. A KL to the reference": ["diff"],
         "5. A pairwise loss": ["diff"],
     }
+
+
+def test_main_of_the_loop_has_at_most_twenty_lines():
+    ((_, text),) = BLOCKS["The loop"]
+    (main,) = (node for node in ast.parse(text).body if getattr(node, "name", "") == "main")
+    assert main.end_lineno - main.lineno <= 20  # without its first line, `def main():`
 
 
 def test_the_loop_trains_as_train_sft_does(tiny, data, tmp_path, block, run):
