@@ -16,19 +16,8 @@ from core.files import ROOT, InputError, atomic_write, cli
 from core.flags import Parser
 from core.outputs import check_file
 from tools import svg
-from tools.run_files import RunFiles, read_runs
+from tools.run_files import CURVES, RunFiles, read_runs
 
-PANELS = [  # (title, unit, key of the log)
-    ("Loss", "per token (SFT), per example (KTO)", "loss"),
-    ("Held-out loss", "per token (SFT), per example (KTO)", "eval_loss"),
-    ("z0, the KL estimate", "nats", "kl"),
-    ("Reward of desirable", "beta x log-ratio", "rewards/chosen"),
-    ("Reward of undesirable", "beta x log-ratio", "rewards/rejected"),
-    ("Reward margin", "beta x log-ratio", "rewards/margins"),
-    ("Gradient norm", "before clipping", "grad_norm"),
-    ("Learning rate", "", "lr"),
-    ("Tokens per second", "tokens/s", "tokens_per_second"),
-]
 STEP_NAMES = dict(
     zip(
         "1_collect 2_dedup 3_classify 4_balance 5_respond 6_score 7_label".split(),
@@ -134,7 +123,7 @@ def data_section(run: RunFiles) -> str:
 
 def training_section(run: RunFiles) -> str:
     charts = []
-    for title, unit, key in PANELS:
+    for key, (title, unit) in CURVES.items():
         series = {}
         for name, records in run.logs.items():
             points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]

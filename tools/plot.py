@@ -19,21 +19,13 @@ from core.files import InputError, atomic_write, cli
 from core.flags import Parser, at_least
 from core.outputs import check_file
 from core.records import read_jsonl
+from tools.run_files import CURVES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARK = "tools.plot of slm-post-training"  # stored in each PNG; a PNG without it is not replaced
-# (title, keys of log.jsonl); the second key of a panel is a dashed line
-PANELS = [
-    ("loss", ["loss", "eval_loss"]),
-    ("z0 (mismatched pairs, clamped at 0), nats", ["kl"]),
-    ("rewards: chosen, rejected dashed", ["rewards/chosen", "rewards/rejected"]),
-    ("reward margin", ["rewards/margins"]),
-    ("learning rate", ["lr"]),
-    ("norm of the gradient", ["grad_norm"]),
-    ("tokens per second", ["tokens_per_second"]),
-]
+DASHED = {"loss": "eval_loss", "rewards/chosen": "rewards/rejected"}  # {key: the key drawn dashed in its panel}
 
 
 def read_steps(source: str) -> tuple[str, list[dict]]:
@@ -59,13 +51,14 @@ def draw_runs(
     """One panel for each quantity that a run logged. chosen: draw only the panels with one of these keys."""
     logged = {key for _, records in runs for record in records for key in record}
     wanted = logged & {*chosen} if chosen else logged
-    panels = [(title, keys) for title, keys in PANELS if wanted & {*keys}]
+    panels = [[key, DASHED[key]] if key in DASHED else [key] for key in CURVES if key not in DASHED.values()]
+    panels = [keys for keys in panels if wanted & {*keys}]
     if not panels:
         raise InputError(f"--keys {' '.join(chosen or [])}: no run logged a key that is drawn")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.1 * rows), squeeze=False, layout="constrained")
-    for axis, (title, keys) in zip(axes.flat, panels):
+    for axis, keys in zip(axes.flat, panels):
         for number, (name, records) in enumerate(runs):
             for style, key in zip(("-", "--"), keys):
                 points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
@@ -74,7 +67,8 @@ def draw_runs(
                     look = {"color": f"C{number % 10}", "lw": 1.2, "marker": "o" if len(points) < 3 else None}
                     label = name if key == keys[0] else None
                     axis.plot(steps, smooth(values, window), style, label=label, **look)
-        axis.set_title(title, fontsize=10)
+        axis.set_title("; dashed: ".join(CURVES[key][0] for key in keys), fontsize=10)
+        axis.set_ylabel(CURVES[keys[0]][1], fontsize=8)
         axis.set_xlabel("step", fontsize=8)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
@@ -184,9 +178,8 @@ def main() -> None:
     )
     p.add_argument("--out", default="plot.png", help="PNG file to write")
     p.add_argument("--smooth", type=at_least(1), default=1, help="steps in the running mean of each curve")
-    keys = [key for _, keys in PANELS for key in keys]
     p.add_argument(
-        "--keys", nargs="+", choices=keys, metavar="KEY", help="draw only the panels with these keys of log.jsonl"
+        "--keys", nargs="+", choices=CURVES, metavar="KEY", help="draw only the panels with these keys of log.jsonl"
     )
     args = p.parse_args()
     check_file(args.out, MARK)

@@ -10,6 +10,17 @@ from core.files import InputError
 
 MAX_TEXT = 1500  # maximum characters of one text on the page
 MAX_QUESTIONS = 400  # maximum questions on the page
+CURVES = {  # {key of log.jsonl: (title, unit)}
+    "loss": ("Loss", "per token (SFT), per example (KTO)"),
+    "eval_loss": ("Held-out loss", "per token (SFT), per example (KTO)"),
+    "kl": ("z0, the KL estimate", "nats"),
+    "rewards/chosen": ("Reward of desirable", "beta x log-ratio"),
+    "rewards/rejected": ("Reward of undesirable", "beta x log-ratio"),
+    "rewards/margins": ("Reward margin", "beta x log-ratio"),
+    "grad_norm": ("Gradient norm", "before clipping"),
+    "lr": ("Learning rate", ""),
+    "tokens_per_second": ("Tokens per second", "tokens/s"),
+}
 
 
 @dataclass

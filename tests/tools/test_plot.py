@@ -46,12 +46,13 @@ def test_what_is_drawn(tmp_path):
         plot.read_steps(write_run(tmp_path, "b", sft_log(3))),
     ]
     axes = plot.draw_runs(plt, runs, 1).axes
-    assert [axis.get_title() for axis in axes][:2] == ["loss", "z0 (mismatched pairs, clamped at 0), nats"]
+    assert [axis.get_title() for axis in axes][:2] == ["Loss; dashed: Held-out loss", "z0, the KL estimate"]
+    assert [axis.get_ylabel() for axis in axes][1:3] == ["nats", "beta x log-ratio"]
     loss = {line.get_label(): list(line.get_ydata()) for line in axes[0].lines}
     assert loss == {"a": [2.0, 1.0, 2 / 3, 0.5], "b": [2.0, 1.0, 2 / 3]}
     assert len(axes[2].lines) == 1  # nothing was rejected in this run
     titles = [axis.get_title() for axis in plot.draw_runs(plt, runs, 1, ["loss", "rewards/rejected"]).axes]
-    assert titles == ["loss", "rewards: chosen, rejected dashed"]
+    assert titles == ["Loss; dashed: Held-out loss", "Reward of desirable; dashed: Reward of undesirable"]
     with pytest.raises(plot.InputError, match="--keys kl: no run logged"):
         plot.draw_runs(plt, runs[1:], 1, ["kl"])
 
