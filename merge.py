@@ -31,7 +31,7 @@ from torch import Tensor
 from core.card import model_card
 from core.checkpoint import Checkpoint, write_checkpoint
 from core.devices import choose_device
-from merging import engine, methods, search
+from merging import engine, methods
 from merging.inputs import open_inputs
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,6 +167,8 @@ def merge_checkpoints(
 def main(argv: Sequence[str] | None = None) -> None:
     args, start = parse_args(argv), time.time()
     if args.command == "search":
+        from merging import search  # loads evaluation and training code, which a merge does not need
+
         choose_device(args)
         return search.main(args, merge_checkpoints)
     base, models = open_inputs(args)

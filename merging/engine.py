@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -128,7 +129,13 @@ def make_sparsifier(plan: Plan, tensor: TensorInputs, i: int) -> Callable[[slice
         scale = methods.l1_scale(magnitudes.view(-1), mask)
     elif args.rescale == "density":  # DARE
         scale = 1 / density
-    return lambda part, delta: delta.mul_(mask[part]).mul_(scale)
+    mask = mask.numpy()
+
+    def sparsify(part: slice, delta: Tensor) -> Tensor:
+        np.multiply(delta.numpy(), mask[part], out=delta.numpy())  # NumPy multiplies by a mask faster than torch
+        return delta.mul_(scale)
+
+    return sparsify
 
 
 def merged_deltas(plan: Plan, tensor: TensorInputs) -> Callable[[slice, Tensor], Tensor]:

@@ -160,9 +160,9 @@ class Search:
         """
         size, share = len(sample), (self.k - self.above) / self.inside  # share: how far down it is
         rank, slack = share * size, 6 * math.sqrt(size * share * (1 - share)) + 6
-        order = sample.sort(descending=True).values
+        order = np.sort(sample.numpy())[::-1]  # NumPy sorts several times as fast as torch on a CPU
         first, last = math.floor(rank - slack), math.ceil(rank + slack)
-        return (order[last].item() if last < size else self.low), (order[first].item() if first >= 0 else self.high)
+        return (float(order[last]) if last < size else self.low), (float(order[first]) if first >= 0 else self.high)
 
     def narrow(self, low: float, high: float, counts: Sequence[tuple[int, int, int, Tensor]]) -> None:
         """Finds the k-th largest, or narrows the range that it is in. counts: count_in_bracket of every chunk."""
