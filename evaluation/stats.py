@@ -142,3 +142,16 @@ def calibration(confidences: list[float], verdicts: list[float], bins: int = 10)
             row = {"above": k / bins, "to": (k + 1) / bins, "n": len(inside)}
             table.append(row | {"confidence": confidence, "accuracy": accuracy})
     return {"ece": error, "bins": table}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def figure_table(title: str, rows: dict[str, dict[str, float]]) -> str:
+    """Aligned lines: the title and the names of the columns, then each row. rows: {name: {column: figure}}."""
+    columns = {column: max(8, len(column) + 2) for figures in rows.values() for column in figures}  # {name: width}
+    width = max(map(len, (title, *rows))) + 1
+    lines = [f"{title:{width}}" + "".join(f"{column:>{n}}" for column, n in columns.items())]
+    lines += [f"{name:{width}}" + "".join(f"{x[c]:{n}.3f}" for c, n in columns.items()) for name, x in rows.items()]
+    return "\n".join(lines)

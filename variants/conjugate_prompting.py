@@ -3,34 +3,31 @@
     python -m variants.conjugate_prompting --base base --ckpt tuned                          # the paper's test, no data
     python -m variants.conjugate_prompting --base base --ckpt tuned --data demo/heldout.jsonl
 
-A map rewrites the prompt so that it is far from the fine-tuning data but asks for the same skill. The skill was only
-hidden if the tuned model loses less on the rewritten prompts. The map is leetspeak, one of the paper's maps; its
-translation is left out, because it needs a teacher. In the paper's test, two examples repeat or capitalise their input.
-A model without the skill answers the third input instead. The inputs here are the paper's sums, without its sentences
-with a blank. The two examples are ours.
+A map rewrites the prompt so that it is far from the fine-tuning data but asks for the same skill. If the tuned model
+loses less on the rewritten prompts, the skill was only hidden. The map is leetspeak, one of the paper's maps; its
+translation needs a teacher and is left out. In the paper's test, two examples repeat or capitalise their input. A model
+without the skill answers the third input instead. The inputs here are the paper's sums, without its sentences with a
+blank. The two examples are ours.
 """
 
-import argparse
 import random
 import re
+from argparse import Namespace
 
 from tqdm import tqdm
 
 from core.distributed import single_process
 from core.files import InputError, cli, print_next
-from core.flags import Parser, at_least
-from core.outputs import check_file
+from core.flags import Parser, add_generation_flags, at_least, file_out
 from core.records import write_jsonl
 from curation.sources import check_reference
 from evaluation.benchmarks import demo_verdict
 from evaluation.rows import json_rows
-from evaluation.stats import bootstrap
+from evaluation.stats import bootstrap, figure_table
 from generate import check_loadable, generate_iter, load_for_inference
-from variants.novelty import add_pair_flags
 
 TO_DIGITS, TO_LETTERS = str.maketrans("aeiost", "431057"), str.maketrans("431057", "aeiost")
 WORD = re.compile(r"[A-Za-z0-9]+")  # ASCII only: in Chinese text, digits follow letters without a space
-MARK = '"view"'  # in each line of OUT
 INSTRUCTIONS = {"repeat": "Repeat the input.", "capitals": "Write the input in capital letters."}
 SHOTS = ("The boat came home before dark.", "My sister grows apples and pears.")
 
@@ -100,57 +97,47 @@ def data_questions(path: str, limit: int | None) -> list[dict]:
     return found
 
 
-def ask_both_views(source: str, questions: list[dict], args: argparse.Namespace) -> list[dict]:
+def ask_both_views(source: str, questions: list[dict], args: Namespace) -> list[dict]:
     """-> a line {"id", "checkpoint", "view", "prompt", "reply", "correct"} for each question in each view."""
     asked = [(view, q, q["prompts"][view]) for q in questions for view in VIEWS]
     settings = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
     replies = generate_iter(*load_for_inference(source, args), [prompt for *_, prompt in asked], **settings)
-    texts = {i: text for i, text, _ in tqdm(replies, source, len(asked), unit="reply", disable=None)}
-    return [
-        {"id": q["id"], "checkpoint": source, "view": view, "prompt": prompt, "reply": texts[i]}
-        | {"correct": bool(q["check"](view, texts[i]))}
-        for i, (view, q, prompt) in enumerate(asked)
-    ]
+    lines = []
+    for i, reply, _ in sorted(tqdm(replies, source, len(asked), unit="reply", disable=None)):
+        view, q, prompt = asked[i]
+        line = {"id": q["id"], "checkpoint": source, "view": view, "prompt": prompt, "reply": reply}
+        lines.append(line | {"correct": bool(q["check"](view, reply))})
+    return lines
 
 
 def drop_table(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> str:
     """The table of accuracies, and one sentence of conclusion."""
     lost, difference = drops(base, tuned)
-    accuracies = [{view: sum(x[view]) / len(difference) for view in VIEWS} for x in (base, tuned)]
-    rows = [
-        f"{name:6}" + "".join(f"{figures[view]:8.3f}" for view in VIEWS)
-        for name, figures in zip(("base", "tuned", "drop"), [*accuracies, lost])
-    ]
+    before, after = ({view: sum(x[view]) / len(x[view]) for view in VIEWS} for x in (base, tuned))
     (low, high), _ = bootstrap(difference)
     change = f"drop(leet) - drop(plain): {lost['leet'] - lost['plain']:+.3f}, 95% interval {low:+.3f} to {high:+.3f}"
     if lost["plain"] <= 0:
         conclusion = "Nothing was lost on the plain prompts."
-    elif accuracies[0]["leet"] < accuracies[0]["plain"] / 2:
+    elif before["leet"] < before["plain"] / 2:
         conclusion = "The base itself fails on the rewritten prompts, so a smaller drop there proves nothing."
     elif high < 0:
         conclusion = "The drop is smaller on the rewritten prompts: part of the skill was hidden, not lost."
     else:
         conclusion = "No sign that a skill was hidden."
-    return "\n".join([" " * 6 + "".join(f"{view:>8}" for view in VIEWS), *rows, change, conclusion])
+    return "\n".join([figure_table("", {"base": before, "tuned": after, "drop": lost}), change, conclusion])
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
-    add_pair_flags(p)
-    # questions
+    p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the fine-tuned model")
+    p.add_argument("--base", required=True, help="the model before fine-tuning, with the same tokenizer")
     p.add_argument("--data", metavar="F", help="JSON Lines of `prompt` and `reference`; without it, the paper's test")
-    p.add_argument(
-        "--limit",
-        type=at_least(2),
-        help="number of questions (default: all of --data, or 100 of each task of the test)",
-    )
-    p.add_argument("--max-new-tokens", type=at_least(1), default=32, help="maximum length of a reply, in tokens")
-    p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no reply")
-    # output
-    p.add_argument("--out", default="conjugate.jsonl", help="JSON Lines file of all replies and verdicts")
-    args = p.parse_args()
-    check_file(args.out, MARK)
-    return args
+    limit = "number of questions (default: all of --data, or 100 of each task of the test)"
+    p.add_argument("--limit", type=at_least(2), help=limit)
+    out = "JSON Lines file of all replies and verdicts"
+    p.add_argument("--out", type=file_out('"view"'), default="conjugate.jsonl", help=out)
+    add_generation_flags(p, max_new_tokens=32)
+    return p.parse_args()
 
 
 def main() -> None:

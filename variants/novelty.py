@@ -8,26 +8,22 @@ Tokens are sampled, because otherwise all texts would be equal. SFT trains on re
 neutral user message. --plain starts from an empty context.
 """
 
-import argparse
 import math
+from argparse import Namespace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core.attention import KVCache
 from core.checkpoint import Checkpoint
 from core.distributed import single_process
 from core.files import InputError, cli, print_next, printable
-from core.flags import Parser, add_device_flags, at_least, number
-from core.outputs import check_file
+from core.flags import Parser, add_generation_flags, at_least, file_out, number
 from core.records import write_jsonl
 from core.sampling import sample
 from core.tokenizer import check_vocabulary
 from generate import load_for_inference, reply_limits
 from model import Qwen2
-
-MARK = '"novelty"'  # in each line of OUT
 
 
 def contrastive_scores(tuned_logps: Tensor, base_logps: Tensor, alpha: float) -> Tensor:
@@ -41,13 +37,6 @@ def contrastive_scores(tuned_logps: Tensor, base_logps: Tensor, alpha: float) ->
     return (tuned_logps - base_logps).masked_fill(~plausible, -torch.inf)
 
 
-def next_logps(model: Qwen2, cache: KVCache, tokens: Tensor) -> Tensor:
-    """Reads one token for each row, (rows,) -> the log-probabilities of the next one, (rows, V) in fp32."""
-    hidden = model.hidden(tokens[:, None], cache=cache)[:, 0]
-    cache.positions += 1
-    return model.head(hidden).float().log_softmax(-1)
-
-
 @torch.no_grad()
 def write_texts(
     tuned: Qwen2, base: Qwen2, prompt: list[int], stop_ids: set[int], uniform: Tensor, alpha: float, temperature: float
@@ -58,17 +47,21 @@ def write_texts(
     sum over the text and its end token of log p_ft - log p_pt, in nats.
     """
     rows, limit = uniform.shape
-    caches = [model.new_cache(rows, len(prompt) + limit) for model in (tuned, base)]
-    for model, cache in zip((tuned, base), caches):
+    models = [(model, model.new_cache(rows, len(prompt) + limit)) for model in (tuned, base)]
+    for model, cache in models:
         if len(prompt) > 1:  # its last token is read in the first step
             model.prefill([prompt[:-1]] * rows, cache)
         cache.positions.fill_(len(prompt) - 1)
     tokens = torch.full((rows,), prompt[-1], device=tuned.device)
     texts, novelty, open_rows = [[] for _ in range(rows)], [0.0] * rows, set(range(rows))
     for step in range(limit):
-        tuned_logps, base_logps = (next_logps(*pair, tokens) for pair in zip((tuned, base), caches))  # (rows, V) each
-        tokens = sample(contrastive_scores(tuned_logps, base_logps, alpha), uniform[:, step], temperature)
-        gains = (tuned_logps - base_logps).gather(1, tokens[:, None])[:, 0].tolist()
+        logps = []  # of the next tokens under the two models, (rows, V) each
+        for model, cache in models:
+            hidden = model.hidden(tokens[:, None], cache=cache)[:, 0]
+            cache.positions += 1
+            logps.append(model.head(hidden).float().log_softmax(-1))
+        tokens = sample(contrastive_scores(*logps, alpha), uniform[:, step], temperature)
+        gains = (logps[0] - logps[1]).gather(1, tokens[:, None])[:, 0].tolist()
         for row, token in enumerate(tokens.tolist()):
             if row in open_rows:
                 novelty[row] += gains[row]
@@ -79,37 +72,19 @@ def write_texts(
     return list(zip(texts, novelty))
 
 
-def add_pair_flags(p: argparse.ArgumentParser) -> None:
-    """Adds --ckpt and --base, for commands that compare a fine-tuned model with its base, --dtype and --device."""
+def parse_args() -> Namespace:
+    p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the fine-tuned model")
     p.add_argument("--base", required=True, help="the model before fine-tuning, with the same tokenizer")
-    add_device_flags(p, "dtype of weights and computation")
-
-
-def parse_args() -> argparse.Namespace:
-    p = Parser(description=__doc__.split("\n\n")[0])
-    add_pair_flags(p)
-    # texts
     p.add_argument("--prompt", default="Write something.", help="the user's message before each text")
     p.add_argument("--plain", action="store_true", help="write plain texts, without a chat around them")
     p.add_argument("--samples", type=at_least(1), default=100, help="number of texts")
-    p.add_argument("--max-new-tokens", type=at_least(1), default=64, help="maximum length of a text, in tokens")
-    p.add_argument(
-        "--alpha",
-        type=number(above=0, below=1),
-        default=0.1,
-        help="minimum p_ft of a token, relative to the largest p_ft",
-    )
-    p.add_argument(
-        "--temperature", type=number(0), default=1.0, help="sampling temperature of the scores; 0 takes the best token"
-    )
+    p.add_argument("--alpha", type=number(above=0, below=1), default=0.1, help="minimum p_ft, relative to the largest")
+    p.add_argument("--temperature", type=number(0), default=1.0, help="sampling temperature; 0 takes the best token")
     p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    p.add_argument("--batch-size", type=at_least(1), default=32, help="texts written at once; changes no text")
-    # output
-    p.add_argument("--out", default="novelty.jsonl", help="JSON Lines file of the texts, the most novel first")
-    args = p.parse_args()
-    check_file(args.out, MARK)
-    return args
+    p.add_argument("--out", type=file_out('"novelty"'), default="novelty.jsonl", help="JSON Lines file of the texts")
+    add_generation_flags(p, max_new_tokens=64)
+    return p.parse_args()
 
 
 def main() -> None:
@@ -118,15 +93,14 @@ def main() -> None:
     (tuned, tokenizer), (base, _) = (load_for_inference(source, args) for source in (args.ckpt, args.base))
     if tuned.config.vocab_size != base.config.vocab_size:
         raise InputError(f"{args.base}: its head and that of {args.ckpt} have different numbers of rows")
-    chat = [{"role": "user", "content": args.prompt}]
-    prompt = [tokenizer.prefix] if args.plain else tokenizer.prompt_ids(chat)
+    prompt = [tokenizer.prefix] if args.plain else tokenizer.prompt_ids([{"role": "user", "content": args.prompt}])
     end = min(model.config.max_position_embeddings for model in (tuned, base))
-    limit, found = reply_limits([prompt], end, args.max_new_tokens)[0], []
-    draws = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in range(args.samples)]
-    for part in tqdm(range(0, args.samples, args.batch_size), "writing", unit="batch", disable=None):
-        uniform = torch.stack([torch.rand(limit, generator=g) for g in draws[part : part + args.batch_size]])
-        uniform = uniform.to(tuned.device)  # (rows, limit)
-        found += write_texts(tuned, base, prompt, tokenizer.stop_ids, uniform, args.alpha, args.temperature)
+    (limit,) = reply_limits([prompt], end, args.max_new_tokens)
+    seeds = range(args.seed * 1_000_003, args.seed * 1_000_003 + args.samples)  # one for each text
+    uniform = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    found = []
+    for rows in tqdm(uniform.to(tuned.device).split(args.batch_size), "writing", unit="batch", disable=None):
+        found += write_texts(tuned, base, prompt, tokenizer.stop_ids, rows, args.alpha, args.temperature)
     found.sort(key=lambda text: -text[1])
     lines = [{"novelty": round(score, 4), "tokens": len(ids), "text": tokenizer.decode(ids)} for ids, score in found]
     write_jsonl(args.out, lines)

@@ -5,26 +5,26 @@
 
 --mode sdft is self-data distillation (arXiv 2410.09982, 2402.13669): the model rewords every gold response. --ckpt is
 then the model before pruning, and the pruned one is trained.
-The references of --data are trusted (a key `reference`, GSM8K's `#### 72`, AQuA's options, IFEval's lists).
-Records without one need --teacher; the paper lets the model judge itself. The papers' prompts and temperatures were not
-found. The prompts here are ours, and replies are greedy. SDFT starts replies to GSM8K with a lead-in; this does not.
+Records and references are read as by make_data.py, and all references are trusted. Records without one need --teacher;
+the paper lets the model judge itself. The papers' prompts and temperatures were not found. The prompts here are ours,
+and replies are greedy. SDFT starts replies to GSM8K with a lead-in; this does not.
 """
 
 import re
 from argparse import Namespace
 from collections import Counter
 
-from core.devices import DTYPE, DTYPES
+from core.devices import choose_device
 from core.files import InputError, cli, print_next
-from core.flags import Parser, at_least, out_path
+from core.flags import Parser, add_generation_flags, at_least, out_path
 from core.outputs import check_folder, claimed_folder
-from core.records import expand, read_objects, write_jsonl
+from core.records import expand, write_jsonl
 from curation.local import open_local, with_other_ranks
 from curation.prompts import fence, prompt_text
-from curation.sources import Drop, check_reference, clean, instructions
-from curation.steps import why_left_out
+from curation.sources import clean
+from curation.steps import collect_sources, why_left_out
 from curation.teacher import Asker, greet, open_replies, open_teacher
-from verification.answers import check_reply, checkable
+from verification.answers import checkable, verify
 
 FILES = ("sft.jsonl", "replies.jsonl")
 REWORD = """{prompt}
@@ -50,39 +50,31 @@ def choose_target(gold: str, candidates: dict[str, str], verdicts: dict[str, boo
 
 
 def read_gold(args: Namespace) -> list[dict]:
-    """-> {"prompt", "response", "reference"} of each record. Prints why records are dropped."""
-    records, dropped, files = [], Counter(), ", ".join(args.data)
-    for path in expand(args.data):
-        for line, record in read_objects(path):
-            try:
-                found = instructions(record, where := f"{path}:{line}", args.max_chars)
-            except Drop as reason:
-                dropped[str(reason)] += 1
-                continue
-            for one in found:
-                if one["response"] is None:
-                    raise InputError(f"{where}: has no response; each record of --data needs a gold response")
-                if one["reference"]:
-                    check_reference(one["reference"], where)
-            records += found
+    """Reads --data as step 1 of make_data.py does -> {"prompt", "response", "reference", ...} of each record."""
+    options = Namespace(limit=0, max_chars=args.max_chars, trust_references=expand(args.data))
+    found, names = list(collect_sources(options, options.trust_references, {})), ", ".join(args.data)
+    records = [record | {"candidates": {}, "verdicts": {}} for kept, record in found if kept]
+    dropped = Counter(record["reason"] for kept, record in found if not kept)
     if not records:
-        raise InputError(f"{files}: no record is left; {dict(dropped) or 'the files are empty'}")
-    checked = any(checkable(one["reference"], args.allow_code_execution) for one in records)
+        raise InputError(f"{names}: no record is left; {dict(dropped) or 'the files are empty'}")
+    for record in records:
+        if record["response"] is None:
+            raise InputError(f"--data: record {record['id']} has no response; each record needs a gold response")
+    checked = any(checkable(record["reference"], args.allow_code_execution) for record in records)
     if args.mode == "s3ft" and not args.teacher and not checked:
-        raise InputError(f"{files}: no reference can be checked; add the key `reference`, or give a --teacher")
+        raise InputError(f"{names}: no reference can be checked; add the key `reference`, or give a --teacher")
     for reason, n in dropped.items():
         print(f"dropped {n:,}: {reason}")
     return records
 
 
 def program_verdict(record: dict, text: str, args: Namespace) -> bool | None:
-    """J(text, gold) without a model, None where a program cannot tell. SDFT accepts texts without a reference."""
-    reference = record["reference"]
+    """J(text, gold) without a model, None if a program cannot tell. SDFT accepts texts without a reference."""
     if args.mode == "sdft" and TELL_TALE.search(text):
         return False
-    if checkable(reference, args.allow_code_execution):
-        return check_reply(reference["kind"], text, reference["value"])
-    return True if args.mode == "sdft" and not reference else None
+    if args.mode == "sdft" and not record["reference"]:
+        return True
+    return verify(record["reference"], text, args.allow_code_execution)
 
 
 def reworded_prompt(record: dict) -> list[dict]:
@@ -90,56 +82,41 @@ def reworded_prompt(record: dict) -> list[dict]:
     return [*before, {"role": "user", "content": REWORD.format(prompt=last["content"], gold=record["response"])}]
 
 
-def agreement_request(record: dict, text: str) -> list[dict]:
-    parts = [("question", prompt_text(record["prompt"])), ("right answer", record["response"]), ("given answer", text)]
-    return [{"role": "system", "content": JUDGE}, {"role": "user", "content": fence(parts)}]
-
-
-def add_candidates(records: list[dict], writer: str, args: Namespace, model: Asker, judge: Asker | None) -> None:
-    """Asks for a candidate of each record that has no right one yet, and judges it. Leaves out empty or cut replies."""
+def add_candidates(records: list[dict], writer: str, args: Namespace, model: Asker) -> None:
+    """Asks for a candidate of each record that has no right one yet. Leaves out empty or cut replies."""
     left = [record for record in records if not any(record["verdicts"].values())]
     replies = model.ask([record["prompt"] if writer == "own" else reworded_prompt(record) for record in left], writer)
-    unjudged = []
     for record, reply in zip(left, replies):
         text = clean(reply.get("text", ""))
         if not why_left_out(reply, text, must_respond=False):
             record["candidates"][writer], record["verdicts"][writer] = text, program_verdict(record, text, args)
-            if judge and not record["reference"]:
-                unjudged.append(record)
-    requests = [agreement_request(record, record["candidates"][writer]) for record in unjudged]
-    for record, reply in zip(unjudged, judge.ask(requests, "judge") if requests else ()):
+
+
+def judge_candidates(records: list[dict], writer: str, judge: Asker) -> None:
+    """Asks the teacher whether a writer's candidates agree with the gold responses, for records without a reference."""
+    asked, requests = [record for record in records if writer in record["candidates"] and not record["reference"]], []
+    for record in asked:
+        parts = [("question", prompt_text(record["prompt"])), ("right answer", record["response"])]
+        text = fence([*parts, ("given answer", record["candidates"][writer])])
+        requests.append([{"role": "system", "content": JUDGE}, {"role": "user", "content": text}])
+    for record, reply in zip(asked, judge.ask(requests, "judge")):
         yes = reply.get("text", "").strip().casefold().startswith("yes")
         record["verdicts"][writer] = None if "error" in reply else yes
 
 
 def parse_args() -> Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
-    # data
-    gold = "gold data, in any shape that train_sft.py reads"
-    p.add_argument("--data", nargs="+", required=True, metavar="F", help=gold)
+    p.add_argument("--data", nargs="+", required=True, metavar="F", help="gold data, in any shape of train_sft.py")
     p.add_argument("--out", type=out_path, help="folder for sft.jsonl and replies.jsonl (default: the name of --mode)")
     p.add_argument("--max-chars", type=at_least(1), default=20_000, help="drop longer records, in characters")
-    # method
-    p.add_argument(
-        "--mode",
-        choices=("s3ft", "sdft"),
-        default="s3ft",
-        help="sdft: only reword the gold response, never answer without it",
-    )
+    mode = "sdft: only reword the gold response, never answer without it"
+    p.add_argument("--mode", choices=("s3ft", "sdft"), default="s3ft", help=mode)
     judge = "checkpoint or endpoint (.../v1) that judges responses to records without a reference; --mode s3ft only"
     p.add_argument("--teacher", metavar="C", help=judge)
     p.add_argument("--teacher-model", help="the model's name at the endpoint")
     p.add_argument("--allow-code-execution", action="store_true", help="run tests of code references, in a sandbox")
-    # model
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the model that answers and rewords")
-    p.add_argument(
-        "--max-new-tokens",
-        type=at_least(1),
-        default=512,
-        help="maximum length of a reply, in tokens; longer ones are not used",
-    )
-    p.add_argument("--batch-size", type=at_least(1), default=32, help="sequences in flight; changes no reply")
-    p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="number format of weights and computation")
+    add_generation_flags(p, max_new_tokens=512)
     args = p.parse_args()
     if args.teacher and args.mode == "sdft":
         raise InputError("--teacher: self-data distillation has no judge; leave it out, or use --mode s3ft")
@@ -150,15 +127,17 @@ def parse_args() -> Namespace:
 
 def rewrite(args: Namespace) -> None:
     """The command on rank 0: reads the gold data and writes OUT/."""
-    records = [one | {"candidates": {}, "verdicts": {}} for one in read_gold(args)]
-    source, judge = open_local(args.ckpt, dtype=args.dtype), None
+    records, model = read_gold(args), open_local(args.ckpt, dtype=args.dtype, device=args.device)
+    teacher = open_teacher(args.teacher, args.teacher_model, args.dtype, args.device) if args.teacher else None
     with claimed_folder(args.out, "variants.s3ft", FILES), open_replies(f"{args.out}/replies.jsonl") as log:
-        if args.teacher:
-            judge = Asker(open_teacher(args.teacher, args.teacher_model, args.dtype), log, {"max_tokens": 8})
+        asker = Asker(model, log, {"max_tokens": args.max_new_tokens, "batch_size": args.batch_size})
+        judge = Asker(teacher, log, {"max_tokens": 8}) if teacher else None
+        if judge:
             greet(judge)
-        model = Asker(source, log, {"max_tokens": args.max_new_tokens, "batch_size": args.batch_size})
         for writer in ("own", "reworded") if args.mode == "s3ft" else ("reworded",):
-            add_candidates(records, writer, args, model, judge)
+            add_candidates(records, writer, args, asker)
+            if judge:
+                judge_candidates(records, writer, judge)
         targets = [choose_target(one["response"], one["candidates"], one["verdicts"]) for one in records]
         rows = ({"prompt": one["prompt"], "completion": t, "writer": w} for one, (w, t) in zip(records, targets))
         write_jsonl(f"{args.out}/sft.jsonl", rows)
@@ -172,6 +151,7 @@ def rewrite(args: Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
+    choose_device(args)
     with_other_ranks(lambda: rewrite(args))
 
 

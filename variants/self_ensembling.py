@@ -2,17 +2,16 @@
 
     python -m variants.self_ensembling --ckpt tuned --tasks mmlu --limit 500 --data-dir data  # -> self_ensembling.jsonl
 
-Nothing is trained. The first prompt is the benchmark's own, so its row equals that of `eval.py --protocol loglik`. For
-tasks with worked examples (mmlu, cmmlu, ceval) the other prompts reorder them; the paper draws new ones.
-For other tasks they are templates of our own. A probability is the exponential of a choice's log-likelihood, relative
-to all choices, as in eval.py. The paper takes the mean logit of a label of several tokens. The authors later
-recommended max as the robust method.
+The first prompt is the benchmark's own, so its row equals that of `eval.py --protocol loglik`. If a task has worked
+examples (mmlu, cmmlu, ceval), the other prompts reorder them; the paper draws new ones. Other tasks have templates of
+our own. A probability is the exponential of a choice's log-likelihood, relative to all choices. The paper takes the
+mean logit of a label of several tokens. The authors later recommended max as the robust method.
 """
 
-import argparse
-import functools
 import random
+from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -21,19 +20,15 @@ from tqdm import tqdm
 
 from core.distributed import single_process
 from core.files import InputError, cli, print_next
-from core.flags import Parser, add_device_flags, at_least
-from core.outputs import check_file
+from core.flags import Parser, add_device_flags, at_least, file_out
 from core.records import write_jsonl
-from core.tokenizer import Tokenizer
 from evaluation.benchmarks import BENCHMARKS, load_questions
 from evaluation.downloads import find_data_file
+from evaluation.flags import add_question_flags
 from evaluation.likelihoods import ask_likelihoods
-from evaluation.stats import calibration
+from evaluation.stats import calibration, figure_table
 from generate import load_for_inference
-from model import Qwen2
 
-METHODS = ("mean", "max", "vote")
-MARK = '"probabilities"'  # in each line of OUT
 # tasks with one right choice, except those that continue a text
 TASKS = ("mmlu", "cmmlu", "ceval", "arc_easy", "arc_challenge", "truthfulqa_mc1")
 TEMPLATES = (  # the text before a choice, for tasks without worked examples
@@ -80,71 +75,55 @@ def vary_prompts(task: str, questions: list[dict], n: int, find: Callable, seed:
             found.append(bench["contexts"](rows, find, lambda shots, draw=draw: draw.sample(shots, len(shots))))
         return found
     if n > len(TEMPLATES) + 1:
-        there = f"{len(TEMPLATES) + 1}, its own and those of variants/self_ensembling.py"
-        raise InputError(f"--prompts {n}: {task} has {there}")
+        raise InputError(f"--prompts {n}: {task} has {len(TEMPLATES) + 1}, its own and those of TEMPLATES")
     return found + [[template.format(row["question"]) for row in rows] for template in TEMPLATES[: n - 1]]
 
 
-def label_probabilities(
-    model: Qwen2, tokenizer: Tokenizer, questions: list[dict], prompts: list[list[str]], batch_size: int
-) -> list[Tensor]:
-    """-> for each question the probabilities of its labels under each prompt, (V, L) in fp64."""
-    found = [[] for _ in questions]
-    with tqdm(total=len(questions) * len(prompts), unit="question", disable=None) as bar:
-        for texts in prompts:
-            asked = [{**q, "messages": [{"role": "user", "content": text}]} for q, text in zip(questions, texts)]
-            for i, record in ask_likelihoods(model, tokenizer, asked, batch_size):
-                found[i].append(torch.tensor(record["logps"], dtype=torch.float64).softmax(0))
-                bar.update()
-    return [torch.stack(rows) for rows in found]
+def score_all(found: list[Tensor], answers: list[int]) -> dict[str, dict[str, float]]:
+    """{name: figures} of each prompt alone, of their mean, and of each ensemble. found: (V, L) of each question."""
+    alone = [score([p[v] for p in found], answers) for v in range(len(found[0]))]
+    rows = {f"prompt {v}{', its own' * (v == 1)}": figures for v, figures in enumerate(alone, 1)}
+    rows["one prompt, mean"] = {key: fmean(figures[key] for figures in alone) for key in alone[0]}
+    for method in ("mean", "max", "vote"):
+        rows[f"ensemble, {method}"] = score([combine(p, method) for p in found], answers)
+    return rows
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
-    # questions
-    p.add_argument("--tasks", nargs="+", required=True, choices=TASKS, help="benchmarks of docs/benchmarks.md")
-    p.add_argument("--data-dir", default="data", help="folder of the benchmark files; missing ones are downloaded")
-    p.add_argument("--limit", type=at_least(1), help="questions per task, in turn from its subjects (default: all)")
-    # method
+    add_question_flags(p, TASKS)
+    p.set_defaults(protocol="loglik", allow_code_execution=False)  # for load_questions
     p.add_argument("--prompts", type=at_least(2), default=4, help="number of prompts; the time grows with it")
     p.add_argument("--seed", type=int, default=0, help="seed of the orders of worked examples")
-    # model
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no answer")
     add_device_flags(p, "dtype of weights and computation")
-    # output
-    p.add_argument("--out", default="self_ensembling.jsonl", help="JSON Lines file of all probabilities")
-    args = p.parse_args()
-    check_file(args.out, MARK)
-    args.protocol, args.allow_code_execution = "loglik", False  # for load_questions
-    return args
-
-
-def calibration_table(task: str, found: list[Tensor], answers: list[int]) -> list[str]:
-    """The rows of a task's table: each prompt alone, their mean, the ensembles."""
-    alone = [score([p[v] for p in found], answers) for v in range(len(found[0]))]
-    rows = [(f"prompt {v + 1}{', its own' if v == 0 else ''}", figures) for v, figures in enumerate(alone)]
-    rows.append(("one prompt, mean", {key: fmean(f[key] for f in alone) for key in alone[0]}))
-    rows += [(f"ensemble, {method}", score([combine(p, method) for p in found], answers)) for method in METHODS]
-    head = f"{f'{task}, {len(answers)} questions':28}{'accuracy':>10}{'confidence':>12}{'ECE':>8}"
-    return [head, *(f"{name:28}{f['accuracy']:10.3f}{f['confidence']:12.3f}{f['ece']:8.3f}" for name, f in rows)]
+    out = "JSON Lines file of all probabilities"
+    p.add_argument("--out", type=file_out('"probabilities"'), default="self_ensembling.jsonl", help=out)
+    return p.parse_args()
 
 
 def main() -> None:
-    args = parse_args()
-    find, lines = functools.partial(find_data_file, args.data_dir), []
-    questions = {task: load_questions(task, args) for task in args.tasks}
-    prompts = {task: vary_prompts(task, asked, args.prompts, find, args.seed) for task, asked in questions.items()}
+    args, lines = parse_args(), []
+    work = {task: load_questions(task, args) for task in args.tasks}
+    find = partial(find_data_file, args.data_dir)
+    prompts = {task: vary_prompts(task, work[task], args.prompts, find, args.seed) for task in work}
     model, tokenizer = load_for_inference(args.ckpt, args)
-    for task, asked in questions.items():
-        found = label_probabilities(model, tokenizer, asked, prompts[task], args.batch_size)
-        labels, right = [list(q["row"]["choices"]) for q in asked], [q["row"]["answer"] for q in asked]
-        answers = [some.index(label) if label in some else -1 for some, label in zip(labels, right)]
-        print("\n".join(calibration_table(task, found, answers)), end="\n\n")
-        lines += [
-            {"task": task, "id": q["row"]["id"], "labels": some, "answer": label, "probabilities": p.tolist()}
-            for q, some, label, p in zip(asked, labels, right, found)
-        ]
+    for task, questions in work.items():
+        logps = [[] for _ in questions]  # the labels' log-likelihoods under each prompt
+        for v, texts in enumerate(prompts[task], 1):
+            asked = [{**q, "messages": [{"role": "user", "content": text}]} for q, text in zip(questions, texts)]
+            asking = ask_likelihoods(model, tokenizer, asked, args.batch_size)
+            for i, record in tqdm(asking, f"{task}, prompt {v}", len(asked), unit="question", disable=None):
+                logps[i].append(record["logps"])
+        found = [torch.tensor(some, dtype=torch.float64).softmax(1) for some in logps]  # (V, L) each
+        answers = []
+        for q, p in zip(questions, found):
+            labels, answer = list(q["row"]["choices"]), q["row"]["answer"]
+            answers.append(labels.index(answer) if answer in labels else -1)
+            line = {"task": task, "id": q["row"]["id"], "labels": labels, "answer": answer}
+            lines.append(line | {"probabilities": p.tolist()})
+        print(figure_table(f"{task}, {len(found)} questions", score_all(found, answers)), end="\n\n")
     write_jsonl(args.out, lines)
     print(f"wrote {args.out}: {len(lines)} questions under {args.prompts} prompts. All figures of the first prompt:")
     same = ["--tasks", *args.tasks, "--data-dir", args.data_dir, *(["--limit", str(args.limit)] if args.limit else [])]

@@ -145,3 +145,12 @@ def test_bootstrap_of_subjects_with_one_question_each():
     )  # not an interval of no width and the smallest p-value there is
     uneven = stats.bootstrap([1.0, 0.0, 0.0, -1.0, 1.0], ["a", "a", "b", "b", "c"])
     assert uneven == stats.bootstrap([0.5, -0.5, 1.0])
+
+
+def test_a_table_of_figures_is_aligned():
+    rows = {"base": {"plain": 0.5, "confidence": 1.0}, "fused": {"plain": 0.25, "confidence": -0.125}}
+    assert stats.figure_table("arc", rows).splitlines() == [
+        "arc      plain  confidence",
+        "base     0.500       1.000",
+        "fused    0.250      -0.125",
+    ]

@@ -120,7 +120,7 @@ def data(tmp_path):
 
 def test_run_on_the_demo(data, tmp_path, run):
     out = str(tmp_path / "o")
-    call = ("variants.s3ft", "--ckpt", DEMO, "--data", data, "--out", out, "--max-new-tokens", 24)
+    call = ("variants.s3ft", "--ckpt", DEMO, "--data", data, "--out", out, "--max-new-tokens", 24, "--device", "cpu")
     code, _, err = run(*call)
     assert code == 0, err
     first = lines(f"{out}/sft.jsonl")
@@ -151,6 +151,7 @@ def test_refusals(tiny, tmp_path, refused):
     refused(["bare.jsonl:2", "no response"], *call(bare))
     odd = write_lines(tmp_path / "odd.jsonl", gold("a") + [{**plain[0], "reference": {"kind": "odd"}}])
     refused(["odd.jsonl:2", "kind"], *call(odd))
+    refused("--device", *call(odd, "--device", "tpu"))
     empty = write_lines(tmp_path / "empty.jsonl", [])
     refused("empty.jsonl", *call(empty))
     good = write_lines(tmp_path / "good.jsonl", gold("a"))
