@@ -2,7 +2,7 @@
 
     python -m experiments.teacher_replies --teacher qwen1.5b --prompts OUT/data/2_dedup.jsonl --out OUT/teacher.jsonl
 
-Keeps complete replies only. A run that was interrupted continues.
+Keeps complete replies only. A run that was interrupted continues, and asks again for replies that were cut off.
 """
 
 import argparse
