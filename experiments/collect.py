@@ -6,7 +6,7 @@
      "trained_tokens": {arm: tokens of all steps}
      "chosen": {"sft" or "kto": {"lr", "dev": {lr: score}}}
      "data", "own_data", "general_data": {"instructions", "sft", "kto", "kto_desirable": counts,   "steps": {step: [in, out]},
-              "followed": {writer: [followed, responses that ended]}}   own_data: study 2, general_data: 7
+              "sft_writers": {writer: SFT examples},   "followed": {writer: [followed, responses that ended]}}   own_data: study 2, general_data: 7
      "arms": {arm: {split: {task: {"right": "0110...", "reply_tokens": [int], "cut_off": int, "looping": int}}}}
      "values": {arm: {task: {"score", "stderr", "n", "right": as above, "ece"}}}   by likelihood; perplexity has the first three only
      "curves": {arm: {key: [float for each step]}}   "not_run": {arm: reason}, from --not-run}
@@ -16,6 +16,7 @@ Position i of "right" is the same question in all arms: 1 if the reply follows a
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 from core.files import InputError, atomic_write, cli, read_json
@@ -60,10 +61,12 @@ def data_counts(folder: Path) -> dict:
             tally[0] += bool(response.get("verified"))
             tally[1] += 1
     kto = [row for _, row in read_jsonl(str(folder / "kto.jsonl"))]
+    writers = [row.get("writer", "unknown") for _, row in read_jsonl(str(folder / "sft.jsonl"))]
     counts = {step: value["counts"] for step, value in read_json(folder / "state.json").items() if "counts" in value}
     return {
         "instructions": sum(1 for _ in read_jsonl(str(folder / "5_respond.jsonl"))),
-        "sft": sum(1 for _ in read_jsonl(str(folder / "sft.jsonl"))),
+        "sft": len(writers),
+        "sft_writers": dict(sorted(Counter(writers).items())),
         "kto": len(kto),
         "kto_desirable": sum(row["label"] for row in kto),
         "steps": {step: [some["in"], some["out"]] for step, some in counts.items() if {"in", "out"} <= some.keys()},

@@ -7,8 +7,6 @@ Answers and tests of the data sets verify the responses. OUT holds the data of e
 
 from core.files import cli
 from core.flags import at_least
-from core.records import read_jsonl
-from experiments.data import write_sft_file
 from experiments.steps import choose_lr, command, evaluate, kto, make_labels, run_step, sft, study_flags
 
 SOURCES = ("gsm8k/train.jsonl", "alpaca_cot/aqua_train.json", "mbpp/mbpp.jsonl")
@@ -16,17 +14,9 @@ BENCHMARKS = ("gsm8k/test.jsonl", "humaneval/HumanEval.jsonl.gz", "ifeval/input_
 REPLY_TOKENS = 256  # maximum tokens of a reply to learn from
 
 
-def write_original(folder: str) -> None:
-    """Writes sft-original.jsonl: the instructions of sft.jsonl with the data sets' own responses."""
-    trained = {row["id"] for _, row in read_jsonl(f"{folder}/sft.jsonl")}
-    records = [record for _, record in read_jsonl(f"{folder}/5_respond.jsonl") if record["id"] in trained]
-    chosen = [(r["prompt"], r["responses"]["original"]["text"]) for r in records if "original" in r["responses"]]
-    write_sft_file(f"{folder}/sft-original.jsonl", chosen)
-
-
 def main() -> None:
     p = study_flags(__doc__)
-    arms = ["sft", "kto", "sft-kto", "mean", "sft-original"]
+    arms = ["sft", "kto", "sft-kto", "mean"]
     p.add_argument("--teacher", required=True, help="checkpoint that answers the instructions")
     p.add_argument("--data-dir", default="data", help="folder of the data sets' files")
     p.add_argument("--limit", type=at_least(1), default=150, help="maximum number of instructions of each data set")
@@ -55,12 +45,9 @@ def main() -> None:
             kto(args, name, args.student, kto_lr, "data/kto.jsonl", "general-data/kto.jsonl")
         elif arm == "sft-kto":
             kto(args, name, f"{out}/general-sft", kto_lr, "data/kto.jsonl", "general-data/kto.jsonl")
-        elif arm == "mean":
+        else:
             models = [f"{out}/general-sft:0.5", f"{out}/general-sft-kto:0.5"]
             run_step(out, name, command("merge.py", method="linear", models=models, out=f"{out}/{name}"))
-        else:
-            write_original(f"{out}/general-data")
-            sft(args, name, sft_lr, "data/sft.jsonl", "general-data/sft-original.jsonl")
         evaluate(args, name)
     names = " ".join(f"general-{arm}" for arm in args.arms)
     print(f"next: python -m experiments.side_effects --arms {names}, with the same flags")

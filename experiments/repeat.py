@@ -50,7 +50,7 @@ def study_command(result: dict, module: str) -> str:
     used = {
         "sft_lrs": rates.get("sft"),
         "kto_lrs": rates.get("kto"),
-        "sft_epochs": flag(result, "sft-", "--epochs", ""),
+        "sft_epochs": flag(result, "general-sft" if module == "general" else "sft-", "--epochs", ""),
         "batch_size": flag(result, "sft-", "--batch-size", ""),
         "beta": flag(result, "kto-", "--beta", ""),
         "seed": flag(result, "sft-", "--seed", ""),

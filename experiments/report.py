@@ -319,18 +319,19 @@ def general_section(result: dict, number: int) -> str:
     data, followed = result["general_data"], result["general_data"]["followed"]
     shares = [100 * right / n for right, n in (followed["teacher"], followed["small"])]
     total = result["data"]["instructions"] + data["instructions"]
+    original = data.get("sft_writers", {}).get("original", 0)
     parts = []
     for task, by in tables.general_verdicts(result).items():
         n = len(next(iter(by.values())))
-        parts.append(
-            f"{task[0].upper()}{task[1:]}:\n\n{tables.comparison_table(tables.GENERAL, by, {}, f'right, % of {n} [95 %]')}\n"
-        )
+        table = tables.comparison_table(tables.GENERAL, by, {}, f"right, % of {n} [95 %]")
+        parts.append(f"{task[0].upper()}{task[1:]}:\n\n{table}\n")
     return f"""## {number}. General instructions: {result["student"]}
 
-Maths (GSM8K), multiple choice (AQuA) and code (MBPP) are added to the instructions above: {data_text(data)}. Together
-these are {total} instructions after all steps. Answers and tests verify the responses; {shares[0]:.0f} % of the teacher's and {shares[1]:.0f} %
-of the student's greedy ones are right. The original response is a third candidate, and right by construction. Questions
-of the benchmarks were removed. Rates, passes and everything else are those of section {number - 1}.
+Word problems (GSM8K), multiple choice (AQuA) and programs (MBPP) are added to the instructions above: {data_text(data)}.
+Together these are {total} instructions after all steps. Answers and tests verify the responses: {shares[0]:.0f} % of the teacher's and
+{shares[1]:.0f} % of the student's complete greedy ones are right. The data set's own response is a third candidate, right by
+construction. At equal scores it comes first, so it is the best response of {original} instructions. Questions of the
+benchmarks were removed. SFT: {flag(result, "general-sft", "--epochs")} pass. Learning rates and everything else are those of section {number - 1}.
 
 {"".join(parts)}"""
 

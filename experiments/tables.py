@@ -33,7 +33,6 @@ NAMES = {
     "poft": "PoFT in place of SFT, weighted by the KTO model",
     "sft-dpo": "SFT, then DPO on KTO's pairs",
     "general-sft": "SFT on general instructions",
-    "general-sft-original": "SFT on general instructions, original responses",
     "general-kto": "KTO on general instructions",
     "general-sft-kto": "SFT, then KTO, on general instructions",
     "general-mean": "fusion 0.5 SFT + 0.5 SFT-KTO, on general instructions",
@@ -108,12 +107,6 @@ LOSSES = [
 GENERAL = [  # for each benchmark
     TableRow("base"),
     TableRow("general-sft", "base", "SFT on general instructions improves the student"),
-    TableRow(
-        "general-sft-original", "base", "SFT on general instructions with original responses improves the student"
-    ),
-    TableRow(
-        "general-sft", "general-sft-original", "The best verified reply is better SFT data than the original response"
-    ),
     TableRow("general-kto", "base", "KTO on general instructions improves the student"),
     TableRow("general-sft-kto", "base", "SFT, then KTO, on general instructions improves the student"),
     TableRow("general-sft-kto", "general-sft", "KTO after SFT on general instructions improves on SFT"),

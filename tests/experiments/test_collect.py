@@ -47,7 +47,7 @@ def study(tmp_path):
     responses = {"teacher": {"verified": True}, "small": {"verified": False}}
     write_lines(out / "data/6_score.jsonl", [{"responses": responses}, {"responses": {"teacher": {"verified": None}}}])
     write_lines(out / "data/5_respond.jsonl", [{}, {}])
-    write_lines(out / "data/sft.jsonl", [{}])
+    write_lines(out / "data/sft.jsonl", [{"writer": "teacher"}])
     write_lines(out / "data/kto.jsonl", [{"label": True}, {"label": False}, {"label": True}])
     (out / "data/state.json").write_text('{"1_collect": {"counts": {"in": 3, "out": 2}}, "7_label": {}}')
     rows = [sample("10", True), sample("9", False, "length", "no, " * 9), sample("100", True)]
@@ -82,6 +82,7 @@ def test_collect(study, tmp_path, run):
     assert result["data"] == {
         "instructions": 2,
         "sft": 1,
+        "sft_writers": {"teacher": 1},
         "kto": 3,
         "kto_desirable": 2,
         "steps": {"1_collect": [3, 2]},

@@ -219,7 +219,7 @@ def test_another_student_has_its_own_section(result, save):
 
 def test_general_instructions_have_a_table_for_each_benchmark(result, save):
     other = copy.deepcopy(result) | {"student": "larger", "general_data": copy.deepcopy(result["data"])}
-    other["general_data"]["instructions"] = 5
+    other["general_data"] |= {"instructions": 5, "sft_writers": {"original": 3, "small": 3}}
     other["arms"]["general-sft"] = {"test": replies(SFT), "gsm8k": {"gsm8k": replies(SFT)["ifeval"]}}
     other["arms"]["base"]["gsm8k"] = {"gsm8k": replies(BASE)["ifeval"]}
     other["commands"]["general-sft"] = ["train_sft.py", "--data", "a", "b"]
@@ -229,7 +229,8 @@ def test_general_instructions_have_a_table_for_each_benchmark(result, save):
     text, _ = report(read_results([save(result), save(other, "a.json")]), "x")
     section = text[text.index("## 8. General instructions: larger") : text.index("## How to repeat it")]
     assert "these are 14 instructions after all steps" in section  # 9 and 5
-    assert "80 % of the teacher's and 25 %" in section  # 8 of 10, 1 of 4
+    assert "80 % of the teacher's and\n25 % of the student's" in section  # 8 of 10, 1 of 4
+    assert "the best response of 3 instructions" in section
     assert "The test instructions:\n" in section and "GSM8K:\n" in section and "HumanEval:\n" not in section
     row = "| SFT on general instructions | 60.0 [38.0, 82.0] | student before training | +40.0 [+20.0, +60.0] | 0.008 |"
     assert section.count(row) == 2  # one comparison for each benchmark: 2 / 2^8
