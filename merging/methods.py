@@ -153,14 +153,14 @@ class Search:
     high: float = math.inf
     found: float | None = None
 
-    def bracket(self, sample: Tensor) -> tuple[float, float]:
+    def bracket(self, sample: np.ndarray) -> tuple[float, float]:
         """Two values that almost surely enclose the k-th largest. sample: some of the magnitudes inside.
 
         Their ranks in the sample are six standard deviations from its expected rank.
         """
         size, share = len(sample), (self.k - self.above) / self.inside  # share: how far down it is
         rank, slack = share * size, 6 * math.sqrt(size * share * (1 - share)) + 6
-        order = np.sort(sample.numpy())[::-1]  # NumPy sorts several times as fast as torch on a CPU
+        order = np.sort(sample)[::-1]  # NumPy sorts several times as fast as torch on a CPU
         first, last = math.floor(rank - slack), math.ceil(rank + slack)
         return (float(order[last]) if last < size else self.low), (float(order[first]) if first >= 0 else self.high)
 
@@ -189,8 +189,8 @@ def kth_largest(scan: Callable[..., Iterable], ks: Sequence[int], m: int) -> lis
     """
     searches, stride = [Search(k, inside=m) for k in ks], max(1, m // SAMPLE)
     while any(search.found is None for search in searches):
-        samples = scan(lambda chunk: [x[(x > s.low) & (x < s.high)] for x, s in zip(chunk, searches)], stride)
-        brackets = [s.bracket(torch.cat(parts)) for s, parts in zip(searches, zip(*samples))]
+        samples = scan(lambda chunk: [x[(x > s.low) & (x < s.high)] for x, s in zip(chunk.numpy(), searches)], stride)
+        brackets = [s.bracket(np.concatenate(parts)) for s, parts in zip(searches, zip(*samples))]
         counts = scan(lambda chunk: [count_in_bracket(x, *ends) for x, ends in zip(chunk, brackets)], 1)
         for search, ends, parts in zip(searches, brackets, zip(*counts)):
             if search.found is None:
