@@ -84,6 +84,7 @@ def add_reply_flags(p: ArgumentParser, out: str) -> None:
 
 def add_question_flags(p: ArgumentParser, tasks: Sequence[str] | None = None) -> None:
     """Adds --tasks, --data-dir and --limit. tasks: the tasks to accept; None: load_questions() checks them."""
+    # questions
     names = f"one or several of {', '.join(tasks or BENCHMARKS)}"
     p.add_argument("--tasks", nargs="+", required=True, choices=tasks, metavar="T", help=names)
     p.add_argument("--data-dir", default="data", help="folder of the benchmark files; missing ones are downloaded")

@@ -129,8 +129,10 @@ def drop_table(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> str
 
 def parse_args() -> Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
+    # models
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the fine-tuned model")
     p.add_argument("--base", required=True, help="the model before fine-tuning, with the same tokenizer")
+    # questions
     p.add_argument("--data", metavar="F", help="JSON Lines of `prompt` and `reference`; without it, the paper's test")
     limit = "number of questions (default: all of --data, or 100 of each task of the test)"
     p.add_argument("--limit", type=at_least(2), help=limit)

@@ -74,8 +74,10 @@ def write_texts(
 
 def parse_args() -> Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
+    # models
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the fine-tuned model")
     p.add_argument("--base", required=True, help="the model before fine-tuning, with the same tokenizer")
+    # texts
     p.add_argument("--prompt", default="Write something.", help="the user's message before each text")
     p.add_argument("--plain", action="store_true", help="write plain texts, without a chat around them")
     p.add_argument("--samples", type=at_least(1), default=100, help="number of texts")

@@ -4,10 +4,10 @@
     python train_sft.py --ckpt base --data s3ft/sft.jsonl --out s3ft-ckpt
 
 --mode sdft is self-data distillation (arXiv 2410.09982, 2402.13669): the model rewords every gold response. --ckpt is
-then the model before pruning, and the pruned one is trained.
-Records and references are read as by make_data.py, and all references are trusted. Records without one need --teacher;
-the paper lets the model judge itself. The papers' prompts and temperatures were not found. The prompts here are ours,
-and replies are greedy. SDFT starts replies to GSM8K with a lead-in; this does not.
+then the model before pruning, and the pruned one is trained. SDFT's lead-in for GSM8K is left out.
+Records are read as by make_data.py, and their references are trusted. Records without one need --teacher; the paper
+lets the model judge itself. The papers' prompts and temperatures were not found: the prompts are ours, and replies are
+greedy.
 """
 
 import re
@@ -106,15 +106,18 @@ def judge_candidates(records: list[dict], writer: str, judge: Asker) -> None:
 
 def parse_args() -> Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
+    # data
     p.add_argument("--data", nargs="+", required=True, metavar="F", help="gold data, in any shape of train_sft.py")
     p.add_argument("--out", type=out_path, help="folder for sft.jsonl and replies.jsonl (default: the name of --mode)")
     p.add_argument("--max-chars", type=at_least(1), default=20_000, help="drop longer records, in characters")
+    # method
     mode = "sdft: only reword the gold response, never answer without it"
     p.add_argument("--mode", choices=("s3ft", "sdft"), default="s3ft", help=mode)
     judge = "checkpoint or endpoint (.../v1) that judges responses to records without a reference; --mode s3ft only"
     p.add_argument("--teacher", metavar="C", help=judge)
     p.add_argument("--teacher-model", help="the model's name at the endpoint")
     p.add_argument("--allow-code-execution", action="store_true", help="run tests of code references, in a sandbox")
+    # model
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the model that answers and rewords")
     add_generation_flags(p, max_new_tokens=512)
     args = p.parse_args()

@@ -93,8 +93,10 @@ def parse_args() -> Namespace:
     p = Parser(description=__doc__.split("\n\n")[0])
     add_question_flags(p, TASKS)
     p.set_defaults(protocol="loglik", allow_code_execution=False)  # for load_questions
+    # method
     p.add_argument("--prompts", type=at_least(2), default=4, help="number of prompts; the time grows with it")
     p.add_argument("--seed", type=int, default=0, help="seed of the orders of worked examples")
+    # model
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no answer")
     add_device_flags(p, "dtype of weights and computation")
