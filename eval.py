@@ -269,6 +269,9 @@ def main() -> None:
         return judge.main(args)
     names = checkpoint_names(args.ckpt)
     check_folder(args.out, "eval.py", FILES)
+    if not args.rescore:
+        for source in args.ckpt:
+            check_loadable(source)
     work = {task: load_questions(task, args) for task in dict.fromkeys(args.tasks)}
     ranks = join_ranks(args.device, hours=7 * 24)  # a rank may wait long for another at a barrier
     if not ranks.rank:
@@ -278,8 +281,6 @@ def main() -> None:
     if args.rescore:
         replies = load_replies(args, names, work)
     else:
-        for source in args.ckpt:
-            check_loadable(source)
         if not ranks.rank:
             claim_folder(args.out, "eval.py", FILES)
         replies = collect_replies(args, names, work, ranks)

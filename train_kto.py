@@ -221,7 +221,7 @@ def main(
         return
     if before_save:
         before_save(model)
-    dropped = f"{len(records) - n} dropped: their prompt fills {args.max_len} tokens"
+    dropped = f"{len(records) - n} dropped (the prompt fills {args.max_len} tokens)"
     facts = [f"{n} examples, {n_d} of them desirable, {dropped}", *data.cuts.lines(n, args.max_len)]
     cached = f"{computed} of {len(pairs)} reference log-probabilities computed, kept in {reference.cache}"
     facts.append(f"weights {w_d:.4g} and {w_u:.4g}; {cached}")

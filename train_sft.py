@@ -196,7 +196,7 @@ def main(
         return
     if before_save:
         before_save(model)
-    dropped = f"{len(records) - len(examples)} dropped: nothing supervised within {args.max_len} tokens"
+    dropped = f"{len(records) - len(examples)} dropped (nothing supervised within {args.max_len} tokens)"
     facts = [f"{len(examples)} examples, {dropped}", *cuts.lines(len(examples), args.max_len)]
     next_commands = (
         ["python", "train_kto.py", "--ckpt", args.out],

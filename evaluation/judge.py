@@ -152,9 +152,9 @@ def main(args: Namespace) -> None:
     """Runs `eval.py judge`. args: from evaluation.flags.parse_args."""
     names = checkpoint_names(args.ckpt)
     check_folder(args.out, "eval.py", FILES)
-    work = {task: load_questions(task, args, judged=True) for task in dict.fromkeys(args.tasks)}
     for source in args.ckpt:
         check_loadable(source)
+    work = {task: load_questions(task, args, judged=True) for task in dict.fromkeys(args.tasks)}
     teacher = open_teacher(args.teacher, args.teacher_model, args.dtype, args.device)
     options = {"max_tokens": 64, "concurrency": args.concurrency}
     with claimed_folder(args.out, "eval.py", FILES), open_replies(f"{args.out}/judgements.jsonl") as log:

@@ -2,7 +2,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -124,5 +124,7 @@ def test_sharding_and_checkpointing_need_less():
 def test_the_table(run, tiny):
     code, text, _ = run("tools.memory")
     assert code == 0 and text.count("\n| ") == 9 and "Computed, not measured" in text
+    table = text[text.index("| model") : text.index("\n\nComputed")]
+    assert f"\n{table}\n" in (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
     code, text, _ = run("tools.memory", "--ckpt", tiny)
     assert code == 0 and text.count("\n| ") == 3
