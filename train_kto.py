@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 8 train_kto.py ...                      # the same steps on 8 ranks
     torchrun --nproc-per-node 8 train_kto.py ... --shard              # a model too large for one rank
 
-Data: {"prompt", "completion", "label"} lines. The reference is the model of --ref, or else the model before training.
-Its log-probabilities are computed once, before the first step, and cached in a file for later runs.
+Data: {"prompt", "completion", "label"} lines, or another shape of docs/data-formats.md. The reference is the model of
+--ref, or else the model before training. Its log-probabilities are computed once, before the first step, and cached in
+a file for later runs.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)

@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 8 train_sft.py ...             # the same steps on 8 ranks
     torchrun --nproc-per-node 8 train_sft.py ... --shard     # a model too large for one rank
 
-Data: {"messages": [{"role", "content"}, ...]} lines. Every assistant turn is supervised.
+Data: {"messages": [{"role", "content"}, ...]} lines, or another shape of docs/data-formats.md. In messages, every
+assistant turn is supervised.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
