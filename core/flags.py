@@ -29,9 +29,17 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: object):
         super().__init__(**{"formatter_class": Help, "prog": typed_command(), **settings})
+        self.register("type", None, some_text)  # of flags without a type
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
+
+
+def some_text(text: str) -> str:
+    """An argparse type: any text but the empty one, which is often the value of an unset shell variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("the value is empty; give one, or leave out the flag")
+    return text
 
 
 def typed_command() -> str | None:
@@ -147,8 +155,10 @@ def parse_generate_args() -> argparse.Namespace:
     """Parses generate.py's arguments."""
     p = Parser(description="Batched generation from a checkpoint, or a chat in the terminal.")
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file")
-    p.add_argument("--prompt", nargs="+", help="one or more user messages; without it, a chat in the terminal")
-    p.add_argument("--system", help="system prompt; without it, the template's default")
+    p.add_argument(
+        "--prompt", nargs="+", type=str, help="one or more user messages; without it, a chat in the terminal"
+    )
+    p.add_argument("--system", type=str, help="system prompt; without it, the template's default")
     # sampling
     p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="maximum length of a reply, in tokens")
     p.add_argument("--temperature", type=number(0), default=0.0, help="0 takes the likeliest token")

@@ -224,8 +224,10 @@ def main() -> None:
     table_parser = commands.add_parser("table", help="print the table of all arms and the findings")
     for parser in (best_parser, record_parser):
         parser.add_argument("folder", help="folder of the arm's checkpoints and of their evaluation, eval/")
-    record_parser.add_argument("--rate", default="", help="the chosen learning rate; without it the arm is not trained")
-    record_parser.add_argument("--baseline", default="", help="the arm to compare with")
+    record_parser.add_argument(
+        "--rate", type=str, default="", help="the chosen learning rate; without it the arm is not trained"
+    )
+    record_parser.add_argument("--baseline", type=str, default="", help="the arm to compare with")
     record_parser.add_argument("--out", default="runs/variants/results", help="folder of the JSON files")
     record_parser.add_argument(
         "--command", nargs="...", default=[], help="command that trained the arm; give this flag last"

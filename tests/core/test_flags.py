@@ -34,10 +34,12 @@ def test_a_wrong_flag_is_one_line():
     p = flags.Parser()
     p.add_argument("--n", type=flags.at_least(1))
     p.add_argument("--kind", choices=["a", "b"])
+    p.add_argument("--ref")
     for words, arguments in (
         ("--n: 0 is less than 1", ["--n", "0"]),
         ("invalid integer value: 'x'", ["--n", "x"]),
         ("--kind: invalid choice", ["--kind", "c"]),
+        ("--ref: the value is empty", ["--ref", ""]),
         ("unrecognized arguments: --m", ["--m"]),
     ):
         with pytest.raises(InputError, match=words) as e:
