@@ -14,6 +14,7 @@ from core.files import InputError, atomic_write, cli, read_json
 from core.flags import Parser
 from core.records import expand
 from experiments import tables
+from experiments.general_section import general_section
 from experiments.pictures import pictures, scores_picture
 from experiments.repeat import CORES, flag, repeat_section
 from experiments.tables import NAMES, STUDIES, TableRow, kept_tables, kept_verdicts, markdown_table, split_verdicts
@@ -155,18 +156,6 @@ def chosen_table(result: dict) -> str:
     )
 
 
-def data_text(data: dict) -> str:
-    """How many instructions and examples there are."""
-    if not data:
-        return "No data have been made yet"
-    first = next((some[0] for some in data.get("steps", {}).values()), data["instructions"])
-    return (
-        f"{first} training instructions, {data['instructions']} of them with a complete response; {data['sft']} SFT "
-        f"examples (the best response, if it is verified); {data['kto']} KTO examples, {data['kto_desirable']} of them "
-        "desirable (pairs of a verified and a refuted response)"
-    )
-
-
 def measured_rates(result: dict) -> tuple[float, float]:
     """-> (tokens generated per second of test replies, tokens trained per second). The times are of whole commands."""
     tokens = seconds = 0.0
@@ -205,7 +194,7 @@ def method_section(results: list[dict]) -> str:
 - **Models.** Student: {result["student"]}, real weights. Teacher: {result["teacher"]}.
 - **Instructions.** A program writes them. Each asks for a short text about a topic, with one or two of 15 constraints of
   IFEval (arXiv 2311.07911), which a program checks. Training, dev and test share no topic.
-- **Data.** {data_text(result["data"])}. The student answers each instruction
+- **Data.** {tables.data_text(result["data"])}. The student answers each instruction
   four times (one greedy, three sampled), the teacher once. The program's check decides the labels; no judge does.
 - **Training.** SFT: {flag(result, "sft-", "--epochs")} passes. KTO: one pass, beta {flag(result, "kto-", "--beta")},
   label weights balanced. {flag(result, "sft-", "--batch-size")} examples per step, cosine schedule, {flag(result, "sft-", "--dtype")} over fp32 weights.
@@ -304,36 +293,12 @@ def other_student_section(result: dict, number: int, picture: str) -> str:
     shown = f"![Score by arm, {result['student']}]({picture})\n\n" if picture else ""
     return f"""## {number}. The paper's table with another student: {result["student"]}
 
-The same instructions and the same teacher's replies. {data_text(result["data"])}.
+The same instructions and the same teacher's replies. {tables.data_text(result["data"])}.
 SFT: {flag(result, "sft-", "--epochs")} passes. KTO: beta {flag(result, "kto-", "--beta", flag(result, "sft-kto", "--beta"))}. Everything else is as above.
 
 {chosen_table(result)}
 {table}
 {searched_text(result)}{shown}{kept_tables(result)}{reply_table(result)}"""
-
-
-def general_section(result: dict, number: int) -> str:
-    """Study 7: general instructions. Empty without its results."""
-    if not result["general_data"] or not tables.general_verdicts(result):
-        return ""
-    data, followed = result["general_data"], result["general_data"]["followed"]
-    shares = [100 * right / n for right, n in (followed["teacher"], followed["small"])]
-    total = result["data"]["instructions"] + data["instructions"]
-    original = data.get("sft_writers", {}).get("original", 0)
-    parts = []
-    for task, by in tables.general_verdicts(result).items():
-        n = len(next(iter(by.values())))
-        table = tables.comparison_table(tables.GENERAL, by, {}, f"right, % of {n} [95 %]")
-        parts.append(f"{task[0].upper()}{task[1:]}:\n\n{table}\n")
-    return f"""## {number}. General instructions: {result["student"]}
-
-Word problems (GSM8K), multiple choice (AQuA) and programs (MBPP) are added to the instructions above: {data_text(data)}.
-Together these are {total} instructions after all steps. Answers and tests verify the responses: {shares[0]:.0f} % of the teacher's and
-{shares[1]:.0f} % of the student's complete greedy ones are right. The data set's own response is a third candidate, right by
-construction. At equal scores it comes first, so it is the best response of {original} instructions. Questions of the
-benchmarks were removed. SFT: {flag(result, "general-sft", "--epochs")} pass. Learning rates and everything else are those of section {number - 1}.
-
-{"".join(parts)}"""
 
 
 QUESTION = """# The recipe on real models

@@ -247,6 +247,18 @@ def measured_text(row: TableRow, result: dict) -> str:
     return text
 
 
+def data_text(data: dict) -> str:
+    """How many instructions and examples there are."""
+    if not data:
+        return "No data have been made yet"
+    first = next((some[0] for some in data.get("steps", {}).values()), data["instructions"])
+    return (
+        f"{first} training instructions, {data['instructions']} of them with a complete response; {data['sft']} SFT "
+        f"examples (the best response, if it is verified); {data['kto']} KTO examples, {data['kto_desirable']} of them "
+        "desirable (pairs of a verified and a refuted response)"
+    )
+
+
 def kept_tables(result: dict) -> str:
     """Benchmarks that no arm was trained for, and perplexity. Empty without results of either."""
     if not result["values"] and not any(kept_verdicts(result).values()):

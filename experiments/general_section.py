@@ -1,0 +1,45 @@
+"""The report's section on study 7, general instructions."""
+
+from experiments import tables
+from experiments.repeat import flag
+from experiments.tables import NAMES, data_text, markdown_table
+
+
+def general_section(result: dict, number: int) -> str:
+    """Study 7: general instructions. Empty without its results."""
+    if not result["general_data"] or not tables.general_verdicts(result):
+        return ""
+    data, followed = result["general_data"], result["general_data"]["followed"]
+    shares = [100 * right / n for right, n in (followed["teacher"], followed["small"])]
+    total = result["data"]["instructions"] + data["instructions"]
+    original = data.get("sft_writers", {}).get("original", 0)
+    parts = []
+    for task, by in tables.general_verdicts(result).items():
+        n = len(next(iter(by.values())))
+        table = tables.comparison_table(tables.GENERAL, by, {}, f"right, % of {n} [95 %]")
+        parts.append(f"{task[0].upper()}{task[1:]}:\n\n{table}\n")
+    return f"""## {number}. General instructions: {result["student"]}
+
+Word problems (GSM8K), multiple choice (AQuA) and programs (MBPP) are added to the instructions above: {data_text(data)}.
+Together these are {total} instructions after all steps. Answers and tests verify the responses: {shares[0]:.0f} % of the teacher's and
+{shares[1]:.0f} % of the student's complete greedy ones are right. The data set's own response is a third candidate, right by
+construction. At equal scores it comes first, so it is the best response of {original} instructions. Questions of the
+benchmarks were removed. SFT: {flag(result, "general-sft", "--epochs")} pass. Learning rates and everything else are those of section {number - 1}.
+
+{"".join(parts)}{general_lengths(result)}"""
+
+
+def general_lengths(result: dict) -> str:
+    """A table of mean reply lengths: arms of GENERAL, benchmarks with replies."""
+    splits = {
+        "test instructions": ("test", "ifeval"),
+        **{name: (task, task) for task, name in tables.BENCHMARKS.items()},
+    }
+    lengths = {}  # {arm: {benchmark: mean length}}
+    for arm in dict.fromkeys(row.arm for row in tables.GENERAL):
+        for name, (split, task) in splits.items():
+            if tokens := result["arms"].get(arm, {}).get(split, {}).get(task, {}).get("reply_tokens"):
+                lengths.setdefault(arm, {})[name] = f"{sum(tokens) / len(tokens):.0f}"
+    heads = [name for name in splits if any(name in by for arm, by in lengths.items() if arm != "base")]
+    lines = [[NAMES[arm], *(by.get(name, "") for name in heads)] for arm, by in lengths.items()]
+    return f"Mean length of the replies, in tokens:\n\n{markdown_table(['arm', *heads], lines)}\n"
