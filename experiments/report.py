@@ -23,8 +23,8 @@ GROUPS = ("commands", "seconds", "trained_tokens", "chosen", "arms", "values", "
 NOTHING = "- Nothing.\n"
 NOT_YET = "No benchmark has been run yet.\n\n"
 HEADINGS = {
-    "held": "Confirmed",
     "opposite": "Contradicted: the opposite was measured",
+    "held": "Confirmed",
     "undecided": "Undecided: no significant difference",
 }
 CAPTIONS = {

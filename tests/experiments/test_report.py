@@ -134,9 +134,10 @@ def test_sentences_and_numbers():
 
 def test_the_report_of_a_small_result(result, save):
     text, drawn = report(read_results([save(result)]), "pictures")
-    held, opposite = text.index("### Confirmed"), text.index("### Contradicted")
-    assert "SFT on the best verified reply improves the student: +40.0 points" in text[held:opposite]
-    assert "KTO alone improves the student: +5.0 points" in text[text.index("### Undecided") : text.index("## Method")]
+    opposite, held, undecided = (text.index(f"### {word}") for word in ("Contradicted", "Confirmed", "Undecided"))
+    assert opposite < held < undecided
+    assert "SFT on the best verified reply improves the student: +40.0 points" in text[held:undecided]
+    assert "KTO alone improves the student: +5.0 points" in text[undecided : text.index("## Method")]
     assert "| SFT on original responses |  |  |  |  | not run: the instructions are made by a program" in text
     assert "| SFT, then KTO |  |  |  |  | not run |" in text
     assert "| student before training | 20.0 [2.0, 38.0] |  |  |  |  |" in text
@@ -172,7 +173,7 @@ def test_benchmarks_that_no_arm_was_trained_for(result, save):
     assert "`merge.py search` chose" not in text
     result["commands"]["searched"] = ["merge.py", "--models", "runs/study/sft:0.25", "runs/study/sft-kto:0.75"]
     assert "`merge.py search` chose 0.25 SFT + 0.75 SFT-KTO." in report(read_results([save(result)]), "x")[0]
-    held = text[text.index("### Confirmed") : text.index("### Contradicted")]
+    held = text[text.index("### Confirmed") : text.index("### Undecided")]
     assert "- KTO lowers the score of GSM8K: -40.0 points" in held
 
 
@@ -236,7 +237,7 @@ def test_general_instructions_have_a_table_for_each_benchmark(result, save):
     assert section.count(row) == 2  # one comparison for each benchmark: 2 / 2^8
     assert "| arm | test instructions | GSM8K |" in section and "| SFT on general instructions | 20 | 20 |" in section
     assert "No run used 1,000" not in text
-    held = text[text.index("### Confirmed") : text.index("### Contradicted")]
+    held = text[text.index("### Confirmed") : text.index("### Undecided")]
     claim = "- SFT on general instructions improves the student: "
     both = "larger on the test instructions +40.0 points [+20.0, +60.0], p (Holm) = 0.008. larger on GSM8K +40.0 points"
     assert claim + both in held
