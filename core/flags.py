@@ -36,7 +36,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def some_text(text: str) -> str:
-    """An argparse type: any text but the empty one, which is often the value of an unset shell variable."""
+    """An argparse type: any text but the empty one, which is often the value of an unset shell variable.
+
+    Flags whose value may be empty have type=str.
+    """
     if not text:
         raise argparse.ArgumentTypeError("the value is empty; give one, or leave out the flag")
     return text

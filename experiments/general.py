@@ -20,7 +20,7 @@ def main() -> None:
     p.add_argument("--teacher", required=True, help="checkpoint that answers the instructions")
     p.add_argument("--data-dir", default="data", help="folder of the data sets' files")
     p.add_argument("--limit", type=at_least(1), default=150, help="maximum number of instructions of each data set")
-    p.add_argument("--arms", nargs="*", choices=arms, default=arms, help="arms to run, in this order")
+    p.add_argument("--arms", nargs="+", choices=arms, default=arms, help="arms to run, in this order")
     args = p.parse_args()
     out, replies = args.out, f"{args.out}/general-teacher.jsonl"
     data = {
@@ -33,7 +33,7 @@ def main() -> None:
     }
     make_labels(args, "general-data", args.student, **data, dry_run=True)
     files = {"teacher": args.teacher, "prompts": f"{out}/general-data/2_dedup.jsonl", "out": replies}
-    flags = {"max_new_tokens": REPLY_TOKENS, "dtype": args.dtype}
+    flags = {"max_new_tokens": REPLY_TOKENS, "batch_size": 64, "dtype": args.dtype}
     run_step(out, "general-teacher", command("experiments.teacher_replies", **files, **flags))
     make_labels(args, "general-data", args.student, **data, recorded=replies)
     sft_lr, kto_lr = choose_lr(args, "sft"), choose_lr(args, "kto")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from core.devices import choose_device
 from core.files import cli
-from core.flags import Parser, at_least
+from core.flags import Parser, add_generation_flags
 from core.records import read_jsonl
 from generate import generate_iter, load_for_inference
 
@@ -22,11 +23,9 @@ def main() -> None:
     p.add_argument("--teacher", required=True, help="checkpoint that answers")
     p.add_argument("--prompts", required=True, help="records with a prompt, from make_data.py")
     p.add_argument("--out", required=True, help="file of replies to write")
-    p.add_argument("--max-new-tokens", type=at_least(1), default=256, help="maximum tokens of a reply")
-    p.add_argument("--batch-size", type=at_least(1), default=64, help="prompts at a time")
-    p.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="compute dtype")
-    p.add_argument("--device", default="cpu", help="torch device")
+    add_generation_flags(p, max_new_tokens=256)
     args: argparse.Namespace = p.parse_args()
+    choose_device(args)
     out = Path(args.out)
     answered = {json.dumps(row["prompt"]) for _, row in read_jsonl(args.out)} if out.exists() else set()
     prompts = [record["prompt"] for _, record in read_jsonl(args.prompts)]

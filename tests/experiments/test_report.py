@@ -34,6 +34,25 @@ def test_the_scores_of_the_readme_are_those_of_the_results(path):
     assert f"| {' | '.join([result['student'], *cells])} |" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.skipif(not RESULTS, reason="no result file is committed yet")
+def test_the_sentences_of_the_readme_are_those_of_the_results():
+    large, small = (read_results([str(ROOT / f"experiments/results/{name}.json")])[0] for name in (
+        "Qwen2.5-Coder-0.5B-Instruct", "SmolLM2-135M-Instruct"))  # fmt: skip
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    scores = lambda split, *arms: [
+        f"{100 * right.count('1') / len(right):.1f}"
+        for right in (tables.split_verdicts(large, split, split)[arm] for arm in arms)
+    ]
+    ifeval, gsm8k = scores("ifeval", "base", "sft-kto"), scores("gsm8k", "base", "general-sft-kto")
+    assert f"IFEval itself: the 0.5B goes from {ifeval[0]} to {ifeval[1]} %" in text
+    assert f"the 0.5B falls from {gsm8k[0]} to {gsm8k[1]} % on GSM8K" in text
+    n = sum(large[name]["instructions"] for name in ("data", "general_data"))
+    assert f"code among {n:,} instructions" in text
+    test = {arm: right.count("1") / 5 for arm, right in tables.split_verdicts(small, "test").items()}  # % of 500
+    assert f"teacher is {test['sft'] - test['sft-teacher']:.0f} points worse" in text
+    assert f"30 % wrong labels {test['kto'] - test['kto-noise-30']:.0f} points" in text
+
+
 BASE = "1" * 4 + "0" * 16  # 20 %
 SFT = "1" * 12 + "0" * 8  # 60 %: 8 gained, none lost
 KTO = "0" + "1" * 5 + "0" * 14  # 25 %: 2 gained, 1 lost
