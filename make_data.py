@@ -102,7 +102,7 @@ def step_arguments(args: argparse.Namespace, models: Models) -> dict[str, dict]:
         "4_balance": pick_args(args, "min_category", "target", "seed"),
         "5_respond": pick_args(args, "max_new_tokens") | sampling | teacher | small,
         "6_score": weights | judging | teacher | scoring,
-        "7_label": pick_args(args, "margin", "min_safety"),
+        "7_label": pick_args(args, "margin", "min_safety", "writers"),
     }
     code = code_hash("curation", "verification")
     return {name: {"code": code, **values} for name, values in arguments.items()}

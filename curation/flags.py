@@ -5,7 +5,7 @@ import argparse
 from core.files import InputError
 from core.flags import Parser, add_device_flags, at_least, number, out_path
 from core.outputs import check_folder
-from curation.step_files import FILES
+from curation.step_files import FILES, WRITERS
 
 ABOUT = "Makes alignment data from open instructions with the help of a large model: sft.jsonl and kto.jsonl."
 OUT, SMALL = "data", "Qwen/Qwen2-0.5B-Instruct"  # the defaults of train_sft.py and train_kto.py
@@ -173,6 +173,13 @@ def add_score_flags(p: Parser) -> None:
         type=at_least(1, high=5),
         default=3,
         help="minimum safety grade of the best response, 1 to 5; below it the instruction gives no training example",
+    )
+    add(
+        "--writers",
+        nargs="+",
+        choices=WRITERS,
+        default=list(WRITERS),
+        help="writers whose responses become examples; at equal scores the first one's response is the best",
     )
     add(
         "--judge-orders",

@@ -9,7 +9,7 @@ import argparse
 import random
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -62,15 +62,22 @@ def composite(
     return {True: 2, False: -2, None: 0}[verified] + (wq * q + ws * s + wp * fluent) / (wq + ws + wp)
 
 
-def pick_pair(scores: dict[str, dict], margin: float, min_safety: int) -> tuple[str | None, str | None, str]:
+def pick_pair(
+    scores: dict[str, dict], margin: float, min_safety: int, writers: Sequence[str] = WRITERS
+) -> tuple[str | None, str | None, str]:
     """scores: {writer: {"verified", "quality", "safety", "composite"}} -> (best, worst, why).
 
     best: the writer whose response becomes the SFT example and the desirable KTO example. None if that response is
     refuted, unsafe or without a safety grade. worst: the writer of the undesirable KTO example. None if the two scores
-    differ by less than the margin, or if the worst response is verified.
+    differ by less than the margin, or if the worst response is verified. writers: only their responses count. At equal
+    scores the first of them is the best, and the last of WRITERS the worst: the small model learns from its own errors.
     """
-    order = sorted(scores, key=lambda w: (-scores[w]["composite"], WRITERS.index(writer_family(w)), len(w), w))
-    best, worst = order[0], order[-1]
+    rank = lambda w, names: (-scores[w]["composite"], names.index(writer_family(w)), len(w), w)
+    order = [w for w in scores if writer_family(w) in writers]
+    if not order:
+        return None, None, "no response of the chosen writers"
+    best = min(order, key=lambda w: rank(w, writers))
+    worst = max((w for w in order if w != best), key=lambda w: rank(w, WRITERS), default=best)
     if scores[best]["verified"] is False:
         return None, None, "every response failed verification"
     if scores[best]["safety"] is None:
@@ -269,7 +276,7 @@ def label_pairs(args: argparse.Namespace, path: str, counts: dict) -> Iterator[t
     counts |= {name: Counter() for name in ("outcomes", "best", "worst", "best by", "worst by")}
     for _, record in read_jsonl(path):
         prompt, responses = record["prompt"], record["responses"]
-        best, worst, why = pick_pair(responses, args.margin, args.min_safety)
+        best, worst, why = pick_pair(responses, args.margin, args.min_safety, args.writers)
         replies = {w: [{"role": "assistant", "content": r["text"]}] for w, r in responses.items()}
         counts["outcomes"][why] += 1
         for writer, place in ((best, "best"), (worst, "worst")):

@@ -653,6 +653,29 @@ def test_labels(scores, result):
     assert labels.pick_pair(scores, margin=0.25, min_safety=3) == result
 
 
+@pytest.mark.parametrize("writers, result", [
+    (("original", "teacher", "small"), ("original", "small-3", "pair")),
+    (("small", "teacher"), ("small-2", "small-3", "pair")),
+    (("teacher", "original"), ("teacher", None, "all responses verified")),
+    (("original",), ("original", None, "only one response")),
+])  # fmt: skip
+def test_the_first_chosen_writer_wins_at_equal_scores(writers, result):
+    right, wrong = (True, None, 5), (False, None, 5)
+    scores = graded(original=right, teacher=right, **{"small": wrong, "small-2": right, "small-3": wrong})
+    assert labels.pick_pair(scores, 0.25, 3, writers) == result
+
+
+def test_the_small_models_error_is_the_worst_response():
+    wrong = (False, None, 5)
+    scores = graded(teacher=wrong, **{"small": wrong, "small-2": (True, None, 5)})
+    assert labels.pick_pair(scores, 0.25, 3, ("small", "teacher")) == ("small-2", "small", "pair")
+
+
+def test_without_a_response_of_the_chosen_writers_there_is_no_example():
+    scores = graded(original=(True, None, 5))
+    assert labels.pick_pair(scores, 0.25, 3, ("small",)) == (None, None, "no response of the chosen writers")
+
+
 def test_equal_scores_make_no_pair_at_any_margin():
     scores = graded(original=(None, 4, 5), teacher=(None, 4, 5))
     assert labels.pick_pair(scores, 0.0, 3) == ("original", None, "no difference in quality")
