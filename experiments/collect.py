@@ -5,8 +5,8 @@
     {"student", "teacher": names   "commands": {step: command}   "seconds": {step: float}
      "trained_tokens": {arm: tokens of all steps}
      "chosen": {"sft" or "kto": {"lr", "dev": {lr: score}}}
-     "data", "own_data", "general_data": {"instructions", "sft", "kto", "kto_desirable": counts,   "steps": {step: [in, out]},
-              "sft_writers": {writer: SFT examples},   "followed": {writer: [followed, responses that ended]}}   own_data: study 2, general_data: 7
+     "data", "own_data", "general_data", "general_own_data": {"instructions", "sft", "kto", "kto_desirable": counts,   "steps": {step: [in, out]},
+              "sft_writers": {writer: SFT examples},   "followed": {writer: [followed, responses that ended]}}   own_data: study 2, the last two: study 7
      "arms": {arm: {split: {task: {"right": "0110...", "reply_tokens": [int], "cut_off": int, "looping": int}}}}
      "values": {arm: {task: {"score", "stderr", "n", "right": as above, "ece"}}}   by likelihood; perplexity has the first three only
      "curves": {arm: {key: [float for each step]}}   "not_run": {arm: reason}, from --not-run}
@@ -103,7 +103,7 @@ def collect(out: Path, names: dict[str, str]) -> dict:
         "chosen": {path.stem[7:]: read_json(path) for path in sorted(out.glob("chosen-*.json"))},
         **{
             name.replace("-", "_"): data_counts(out / name)
-            for name in ("data", "own-data", "general-data")
+            for name in ("data", "own-data", "general-data", "general-own-data")
             if name in stamps
         },
         "arms": {},

@@ -1,8 +1,11 @@
 """The report's section on study 7, general instructions."""
 
+from curation.step_files import writer_family
 from experiments import tables
 from experiments.repeat import flag
 from experiments.tables import NAMES, data_text, markdown_table
+
+OWN_WRITERS = {"small": "student", "teacher": "teacher"}
 
 
 def general_section(result: dict, number: int) -> str:
@@ -13,11 +16,6 @@ def general_section(result: dict, number: int) -> str:
     shares = [100 * right / n for right, n in (followed["teacher"], followed["small"])]
     total = result["data"]["instructions"] + data["instructions"]
     original = data.get("sft_writers", {}).get("original", 0)
-    parts = []
-    for task, by in tables.general_verdicts(result).items():
-        n = len(next(iter(by.values())))
-        table = tables.comparison_table(tables.GENERAL, by, {}, f"right, % of {n} [95 %]")
-        parts.append(f"{task[0].upper()}{task[1:]}:\n\n{table}\n")
     return f"""## {number}. General instructions: {result["student"]}
 
 Word problems (GSM8K), multiple choice (AQuA) and programs (MBPP) are added to the instructions above: {data_text(data)}.
@@ -26,17 +24,51 @@ Together these are {total} instructions after all steps. Answers and tests verif
 construction. At equal scores it comes first, so it is the best response of {original} instructions. Questions of the
 benchmarks were removed. SFT: {flag(result, "general-sft", "--epochs")} pass. Learning rates and everything else are those of section {number - 1}.
 
-{"".join(parts)}{general_lengths(result)}"""
+{general_tables(result, tables.GENERAL)}{own_replies(result)}{general_lengths(result)}"""
+
+
+def general_tables(result: dict, rows: list[tables.TableRow]) -> str:
+    """One table for each benchmark that has verdicts of these arms."""
+    parts, arms = [], {row.arm for row in rows} - {"base"}
+    for task, by in tables.general_verdicts(result).items():
+        if arms & by.keys():
+            n = len(next(iter(by.values())))
+            table = tables.comparison_table(rows, by, {}, f"right, % of {n} [95 %]")
+            parts.append(f"{task[0].upper()}{task[1:]}:\n\n{table}\n")
+    return "".join(parts)
+
+
+def own_replies(result: dict) -> str:
+    """The same arms without the original responses. Empty without their results."""
+    shown = general_tables(result, tables.GENERAL_OWN)
+    if not shown or not (data := result["general_own_data"]):
+        return ""
+    writers = ", ".join(f"{n} of the {OWN_WRITERS[writer]}" for writer, n in by_family(data["sft_writers"]).items())
+    return f"""### The models' right replies in place of the original responses
+
+The same instructions and replies, labelled once more without the original responses (`make_data.py --writers small teacher`): the
+student's right reply is the best response, else the teacher's. An instruction that neither answered is left out. This leaves
+{data["sft"]} of {data["instructions"]} SFT examples ({writers}) and {data["kto"]} KTO examples. The examples with constraints are the same.
+
+{shown}"""
+
+
+def by_family(writers: dict[str, int]) -> dict[str, int]:
+    """SFT examples by writer, all samples of the student together."""
+    sums = {}
+    for writer, n in writers.items():
+        sums[writer_family(writer)] = sums.get(writer_family(writer), 0) + n
+    return sums
 
 
 def general_lengths(result: dict) -> str:
-    """A table of mean reply lengths: arms of GENERAL, benchmarks with replies."""
+    """A table of mean reply lengths: arms of study 7, benchmarks with replies."""
     splits = {
         "test instructions": ("test", "ifeval"),
         **{name: (task, task) for task, name in tables.BENCHMARKS.items()},
     }
     lengths = {}  # {arm: {benchmark: mean length}}
-    for arm in dict.fromkeys(row.arm for row in tables.GENERAL):
+    for arm in dict.fromkeys(row.arm for row in (*tables.GENERAL, *tables.GENERAL_OWN)):
         for name, (split, task) in splits.items():
             if tokens := result["arms"].get(arm, {}).get(split, {}).get(task, {}).get("reply_tokens"):
                 lengths.setdefault(arm, {})[name] = f"{sum(tokens) / len(tokens):.0f}"

@@ -1,8 +1,9 @@
-"""Study 5, losses of related papers (variants/), with the data, steps and learning rates of SFT and KTO.
+"""Study 5, losses of related papers (variants/), with the data and steps of SFT and KTO.
 
     python -m experiments.related_losses --student smollm2-135m-instruct
 
-DFT, ASFT, OTR and PoFT replace SFT. DPO replaces KTO after SFT, on KTO's pairs.
+DFT, ASFT, OTR and PoFT replace SFT, each at SFT's learning rate and at twice that rate (arms named -2x). DPO replaces
+KTO after SFT, on KTO's pairs and at KTO's rate.
 """
 
 import json
@@ -23,7 +24,8 @@ def write_pairs(kto: str, path: str) -> None:
 
 def main() -> None:
     p = study_flags(__doc__)
-    arms = ["dft", "asft", "sft-dpo", "poft", "otr"]
+    losses = ["dft", "asft", "poft", "otr"]
+    arms = [*losses, "sft-dpo", *(f"{loss}-2x" for loss in losses)]
     p.add_argument("--arms", nargs="+", choices=arms, default=arms, help="arms to run, in this order")
     args = p.parse_args()
     out = args.out
@@ -38,8 +40,9 @@ def main() -> None:
             lr = choose_lr(args, "kto")
             run_step(out, name, command("variants.dpo", **files, lr=lr, beta=args.beta, **flags))
         else:
-            lr = choose_lr(args, "sft")
-            sft(args, name, lr, "data/sft.jsonl", script=f"variants.{name}", **more.get(name, {}))
+            loss, lr = name.removesuffix("-2x"), choose_lr(args, "sft")
+            lr = lr if loss == name else f"{2 * float(lr):g}"
+            sft(args, name, lr, "data/sft.jsonl", script=f"variants.{loss}", **more.get(loss, {}))
         evaluate(args, name)
     print("next: python -m experiments.side_effects, with the same flags")
 

@@ -45,7 +45,7 @@ def check_result(result: dict, path: str) -> None:
     for key in ("student", "teacher"):
         if not isinstance(result.get(key), str):
             raise InputError(f"{path}: has no {key!r}; write it with python -m experiments.collect")
-    for key in (*GROUPS, "data", "own_data", "general_data"):
+    for key in (*GROUPS, "data", "own_data", "general_data", "general_own_data"):
         if not isinstance(result.setdefault(key, {}), dict):
             raise InputError(f"{path}: {key!r} is not an object; write the file with python -m experiments.collect")
     sizes = {}
@@ -102,7 +102,8 @@ def tested_claims(result: dict) -> list[tuple[str, str, TableRow, dict]]:
     test = split_verdicts(result, "test")
     tested = [("", rows, test) for _, rows, _, _ in STUDIES]
     tested += [("", tables.kept_rows(task), verdicts) for task, verdicts in kept_verdicts(result).items()]
-    tested += [(f"on {task} ", tables.GENERAL, by) for task, by in tables.general_verdicts(result).items()]
+    for task, by in tables.general_verdicts(result).items():
+        tested += [(f"on {task} ", rows, by) for rows in (tables.GENERAL, tables.GENERAL_OWN)]
     claims, seen = [], set()  # table 2 repeats a comparison of table 1
     for where, rows, verdicts in tested:
         for row, comparison in tables.compare(rows, verdicts).items():

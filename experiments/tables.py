@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from evaluation.stats import POWER, holm, mean_stderr, paired_comparison
 
+LOSS_NAMES = {"dft": "DFT", "asft": "ASFT", "otr": "OTR", "poft": "PoFT"}
 NAMES = {
     "base": "student before training",
     "sft-original": "SFT on original responses",
@@ -31,12 +32,17 @@ NAMES = {
     "asft": "ASFT in place of SFT",
     "otr": "OTR in place of SFT",
     "poft": "PoFT in place of SFT, weighted by the KTO model",
+    **{f"{arm}-2x": f"{name} at twice the rate" for arm, name in LOSS_NAMES.items()},
     "sft-dpo": "SFT, then DPO on KTO's pairs",
     "general-sft": "SFT on general instructions",
     "general-kto": "KTO on general instructions",
     "general-sft-kto": "SFT, then KTO, on general instructions",
     "general-mean": "fusion 0.5 SFT + 0.5 SFT-KTO, on general instructions",
+    "general-own-sft": "SFT on general instructions, models' replies alone",
+    "general-own-kto": "KTO on general instructions, models' replies alone",
+    "general-own-sft-kto": "SFT, then KTO, on general instructions, models' replies alone",
 }
+OWN_NAMES = {"sft": "SFT", "kto": "KTO", "sft-kto": "SFT, then KTO"}
 NOT_RUN = {
     "sft-original": "not run: the instructions are made by a program, so nobody wrote an original response",
     "sft-deduplicated": "not run: no two instructions are equal, so there is nothing to drop",
@@ -97,9 +103,10 @@ PARTS = [
 ]
 LOSSES = [
     TableRow("sft"),
+    *(TableRow(arm, "sft", f"{name} is a better loss than SFT's") for arm, name in LOSS_NAMES.items()),
     *(
-        TableRow(arm, "sft", f"{name} is a better loss than SFT's")
-        for arm, name in (("dft", "DFT"), ("asft", "ASFT"), ("otr", "OTR"), ("poft", "PoFT"))
+        TableRow(f"{arm}-2x", "sft", f"{name} at twice SFT's learning rate is a better loss than SFT's")
+        for arm, name in LOSS_NAMES.items()
     ),
     TableRow("sft-kto"),
     TableRow("sft-dpo", "sft-kto", "After SFT, DPO on KTO's pairs is better than KTO"),
@@ -112,6 +119,21 @@ GENERAL = [  # for each benchmark
     TableRow("general-sft-kto", "general-sft", "KTO after SFT on general instructions improves on SFT"),
     TableRow("general-mean", "general-sft", "The fusion of SFT and SFT-KTO on general instructions improves on SFT"),
 ]
+GENERAL_OWN = [  # the same with the models' replies alone
+    TableRow("base"),
+    *(
+        TableRow(f"general-own-{arm}", "base", f"{name} on the models' right replies improves the student")
+        for arm, name in OWN_NAMES.items()
+    ),
+    *(
+        TableRow(
+            f"general-own-{arm}",
+            f"general-{arm}",
+            f"The models' right replies are better for {name} than the original responses",
+        )
+        for arm, name in OWN_NAMES.items()
+    ),
+]
 STUDIES = [  # (title, rows of its table, module, introduction)
     ("The paper's table", PAPER, "paper_table", "How much does each part of the paper's recipe improve the student?"),
     ("KTO on the model's own responses", OWN, "own_responses",
@@ -120,7 +142,7 @@ STUDIES = [  # (title, rows of its table, module, introduction)
      "Each arm trains on as many examples as SFT, but its replies are not selected by verification."),
     ("The effect of KTO's parts", PARTS, "kto_parts", "The KTO arms start from the student. The last arm continues from the SFT model, as KTO after SFT does."),
     ("Losses of related papers", LOSSES, "related_losses",
-     "Each arm has the data, steps and learning rate of SFT, or of KTO after SFT. Only the loss differs (variants/)."),
+     "Each arm has the data and steps of SFT, or of KTO after SFT, and its learning rate or twice that. Only the loss differs (variants/)."),
 ]  # fmt: skip
 KEPT = ["sft", "kto", "sft-kto", "mean"]
 BENCHMARKS = {"mmlu": "MMLU", "ceval": "C-Eval", "gsm8k": "GSM8K", "humaneval": "HumanEval", "ifeval": "IFEval"}
