@@ -5,7 +5,8 @@
 
 The first six steps are 1_collect, 2_dedup, 3_classify, 4_balance, 5_respond and 6_score. Each reads one JSON Lines
 file, writes N_NAME.jsonl, and writes the records that it drops to N_NAME.dropped.jsonl, with the reason. The seventh
-step writes sft.jsonl and kto.jsonl. report.md and report.json count everything.
+step writes sft.jsonl and kto.jsonl. report.md and report.json count everything. Steps 1 to 5 are in curation/steps.py,
+6 and 7, with the composite score, in curation/labels.py.
 
 A step is not run again while its input and arguments are unchanged. Every reply is kept in replies.jsonl, so a run that
 was killed continues. Under torchrun, local checkpoints answer and score on all ranks, and rank 0 does the rest.

@@ -122,7 +122,8 @@ def trim_global(plan: engine.Plan) -> None:
     plan.zero_sign = 1 if majority > 0 else -1
 
 
-# --method: (sparsify: which elements of a delta to keep, combine: merges the models' tensors or deltas)
+# --method: (sparsify: which elements of a delta to keep, combine: merges the models' tensors or deltas). The names are
+# repeated in merging/flags.py, so that they are known before torch is loaded.
 METHODS = {
     "linear": (None, linear),
     "slerp": (None, methods.slerp_weights),

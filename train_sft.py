@@ -99,7 +99,10 @@ def make_batch(setup: Setup, step: int, indices: list[int]) -> StepBatch:
 
 
 def train(run: Run, setup: Setup, held_out: list, loss: Callable, choose: Callable | None) -> bool:
-    """Runs all remaining steps. -> True, or False if SIGTERM or Ctrl-C stopped the run (it is then already saved)."""
+    """Runs all remaining steps. -> True, or False if SIGTERM or Ctrl-C stopped the run (it is then already saved).
+
+    loss, choose: see main.
+    """
     model, args = run.model, run.args
     if run.pending and not end_step(run, with_eval(run, run.pending, held_out)):  # an interrupted evaluation
         return False
