@@ -6,6 +6,7 @@
 
 --protocol paper reads greedy chat replies as the paper's scripts do. --protocol loglik takes the likeliest choice, as
 lm-evaluation-harness does. Scores of different protocols never share a column. The first checkpoint is the baseline.
+The benchmarks are in evaluation/benchmarks.py.
 
 OUT/replies.jsonl keeps each reply. If the same command runs again, it asks only the missing questions. --rescore scores
 the kept replies again without loading the models. Under torchrun each rank asks a part of the questions.

@@ -225,7 +225,7 @@ def main(
     dropped = f"{len(records) - n} dropped (the prompt fills {args.max_len} tokens)"
     facts = [f"{n} examples, {n_d} of them desirable, {dropped}", *data.cuts.lines(n, args.max_len)]
     cached = f"{computed} of {len(pairs)} reference log-probabilities computed, kept in {reference.cache}"
-    facts.append(f"weights {w_d:.4g} and {w_u:.4g}; {cached}")
+    facts.append(f"label weights {w_d:.4g} (desirable) and {w_u:.4g} (undesirable); {cached}")
     finish_run(run, facts, [["python", "eval.py", "--ckpt", args.ckpt, args.out, "--tasks", "gsm8k"]])
 
 
