@@ -59,6 +59,21 @@ def test_logits_and_gradients_equal_transformers(changes, tmp_path):
         assert relative(p.grad, expected[name].grad) < 1e-4, name
 
 
+def test_a_llama_is_stored_as_qwen2(tmp_path, monkeypatch):
+    """The Python block of docs/data-formats.md."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "rope_theta": 1e5, "tie_word_embeddings": True}
+    torch.manual_seed(0)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
+    llama.save_pretrained("SmolLM2-135M-Instruct")
+    page = (ROOT / "docs" / "data-formats.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    exec(block, {})
+    ids = torch.arange(80).view(2, 40)
+    assert relative(Qwen2.from_pretrained("smollm2-135m")(ids), llama(ids).logits) < 1e-5
+
+
 @real
 def test_logits_of_a_real_checkpoint_equal_transformers():
     path = os.environ["REAL_CKPT"]
