@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash test.sh [pytest arguments]: sets up .venv with requirements-dev.txt, lints and runs the tests.
+# bash test.sh [pytest arguments, such as tests/core -x]: sets up .venv with requirements-dev.txt, lints and runs the tests.
 # REAL_CKPT=DIR and DATA_DIR=DIR add tests on a real checkpoint and on the real benchmarks. TEST_GPU=1 bash test.sh -k gpu
 # adds the tests that need a GPU.
 set -euo pipefail
@@ -7,4 +7,4 @@ cd "$(dirname "$0")"
 bash tools/venv.sh requirements-dev.txt
 .venv/bin/ruff check -q .
 .venv/bin/ruff format -q --check .
-exec .venv/bin/python -m pytest -q tests "$@"
+exec .venv/bin/python -m pytest -q "$@"  # all of tests/ unless a path is given

@@ -6,7 +6,7 @@
      "trained_tokens": {arm: tokens of all steps}
      "chosen": {"sft" or "kto": {"lr", "dev": {lr: score}}}
      "data", "own_data", "general_data", "general_own_data": {"instructions", "sft", "kto", "kto_desirable": counts,   "steps": {step: [in, out]},
-              "sft_writers": {writer: SFT examples},   "followed": {writer: [followed, responses that ended]}}   own_data: study 2, the last two: study 7
+              "sft_writers": {writer: SFT examples},   "followed": {writer: [followed, responses that ended]}}   own_data: study 2, the last two: experiments.general
      "arms": {arm: {split: {task: {"right": "0110...", "reply_tokens": [int], "cut_off": int, "looping": int}}}}
      "values": {arm: {task: {"score", "stderr", "n", "right": as above, "ece"}}}   by likelihood; perplexity has the first three only
      "curves": {arm: {key: [float for each step]}}   "not_run": {arm: reason}, from --not-run}

@@ -1,4 +1,4 @@
-"""Study 7, general instructions: maths, multiple choice and code beside the constraints of the other studies.
+"""General instructions: maths, multiple choice and code beside the constraints of the other studies.
 
     python -m experiments.general --student qwen0.5b --teacher qwen1.5b --data-dir data --out runs/study-0.5b
 

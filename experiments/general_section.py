@@ -1,4 +1,4 @@
-"""The report's section on study 7, general instructions."""
+"""The report's section on general instructions."""
 
 from curation.step_files import writer_family
 from experiments import tables
@@ -9,7 +9,7 @@ OWN_WRITERS = {"small": "student", "teacher": "teacher"}
 
 
 def general_section(result: dict, number: int) -> str:
-    """Study 7: general instructions. Empty without its results."""
+    """Empty without results of general instructions."""
     if not result["general_data"] or not tables.general_verdicts(result):
         return ""
     data, followed = result["general_data"], result["general_data"]["followed"]
@@ -62,7 +62,7 @@ def by_family(writers: dict[str, int]) -> dict[str, int]:
 
 
 def general_lengths(result: dict) -> str:
-    """A table of mean reply lengths: arms of study 7, benchmarks with replies."""
+    """A table of mean reply lengths: arms with general instructions, benchmarks with replies."""
     splits = {
         "test instructions": ("test", "ifeval"),
         **{name: (task, task) for task, name in tables.BENCHMARKS.items()},

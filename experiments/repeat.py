@@ -92,8 +92,9 @@ def repeat_section(results: list[dict]) -> str:
             by_module.setdefault(step_module(step), []).append(step)
         modules = ["data", *(module for _, _, module, _ in STUDIES), "side_effects", "general"]
         titles = ["the data", *map(str, range(1, len(modules)))]
-        if i:  # the paper's table and the general instructions, in sections of their own
-            titles[1], titles[-1] = str(len(modules) - 2 + i), str(len(modules) - 1 + i)
+        if i:  # one section for the paper's table and the side effects, one for the general instructions
+            titles[1] = titles[-2] = str(len(modules) - 2 + i)
+            titles[-1] = str(len(modules) - 1 + i)
         for title, module in zip(titles, modules):
             steps = by_module.get(module, [])
             if steps or not i and module != "general":

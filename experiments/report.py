@@ -113,13 +113,20 @@ def tested_claims(result: dict) -> list[tuple[str, str, TableRow, dict]]:
     return claims
 
 
+def short_names(students: list[str]) -> dict[str, str]:
+    """{student: its number of parameters as its name gives it, such as "0.5B"}. The whole name if that is not unique."""
+    sizes = {name: (re.findall(r"(?<![\w.])[\d.]+[BM](?!\w)", name) or [name])[0] for name in students}
+    return {name: size if [*sizes.values()].count(size) == 1 else name for name, size in sizes.items()}
+
+
 def findings_section(results: list[dict]) -> str:
     """All tested claims, grouped by verdict."""
     groups = {heading: {} for heading in HEADINGS}  # {heading: {claim: [what was measured, for each student]}}
     arms = ["base", *tables.KEPT]
     lines = []
+    sizes = short_names([result["student"] for result in results])
     for result in results:
-        student = f"{result['student']} " if len(results) > 1 else ""
+        student = f"{sizes[result['student']]} " if len(results) > 1 else ""
         for heading, where, row, comparison in tested_claims(result):
             measured = f"{student}{where}{tables.measured_text(row, comparison)}"
             groups[heading].setdefault(row.claim, []).append(measured)
@@ -134,8 +141,8 @@ def findings_section(results: list[dict]) -> str:
 Test instructions followed, in percent with a 95 % interval:
 
 {markdown_table(["student", *(NAMES[arm] for arm in arms)], lines)}
-Differences below are paired, in percentage points, with a 95 % interval. A claim counts as confirmed or
-contradicted if its p-value, corrected over its table (Holm), is below 0.05.
+Differences below are paired, in percentage points, with a 95 % interval. p is corrected over the claim's table (Holm).
+A claim counts as confirmed or contradicted if p is below 0.05.
 
 {"".join(parts)}"""
 
@@ -225,7 +232,7 @@ def differences_text(results: list[dict]) -> str:
         else "The instructions are of one kind. No run used 1,000 or more general instructions."
     )
     return f"""**What differs from the paper.** {students} a student of 135M parameters, not 0.5B. {kinds}
-A program wrote the instructions of sections 1 to {len(STUDIES) + 1}, so they have no original responses. Not every arm ran on
+A program wrote the instructions of sections 1 to {len(STUDIES) + 1 + bool(others)}, so they have no original responses. Not every arm ran on
 every benchmark. {full_study_text(others[0]) if others else ""}"""
 
 

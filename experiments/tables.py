@@ -262,7 +262,7 @@ def measured_text(row: TableRow, result: dict) -> str:
     """A row's difference, interval and p. If its claim is undecided, also the detectable difference."""
     low, high = result["interval"]
     p = p_text(result["p_holm"])
-    text = f"{points(result['difference'])} points [{points(low)}, {points(high)}], p (Holm) "
+    text = f"{points(result['difference'])} points [{points(low)}, {points(high)}], p "
     text += p if p.startswith("<") else f"= {p}"
     if verdict(row, result) == "undecided":
         text += f"; {result['n']} questions can detect {100 * result['smallest']:.1f} points"

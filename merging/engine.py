@@ -18,7 +18,7 @@ from core.checkpoint import Checkpoint, all_finite
 from core.files import InputError
 from core.pages import WINDOW, mapped, page_chunks
 from merging import methods
-from merging.flags import BREADCRUMBS, DELLA, ELECTS, RANDOM, SPARSE
+from merging.flags import BREADCRUMBS, DELLA, ELECTS, NEEDS_BASE, OPTIONS, RANDOM, SPARSE
 
 
 @dataclass
@@ -138,16 +138,23 @@ def make_sparsifier(plan: Plan, tensor: TensorInputs, i: int) -> Callable[[slice
     return sparsify
 
 
+def combine_options(args: Namespace) -> dict:
+    """{"normalize": bool} for the methods that take it."""
+    return {"normalize": args.normalize} if args.method in OPTIONS["normalize"][1] else {}
+
+
 def merged_deltas(plan: Plan, tensor: TensorInputs) -> Callable[[slice, Tensor], Tensor]:
     """Returns merge(part, deltas (n, c)) -> (c,), which sparsifies and combines the deltas of a part of the tensor."""
     sparsifiers = [make_sparsifier(plan, tensor, i) for i in range(len(tensor.models))]
     weights, args = plan.weights(tensor.name), plan.args
-    elects = {"sign": args.sign, "zero_sign": plan.zero_sign} if args.method in ELECTS else {}
+    options = combine_options(args)
+    if args.method in ELECTS:
+        options |= {"sign": args.sign, "zero_sign": plan.zero_sign}
 
     def merge(part: slice, deltas: Tensor) -> Tensor:
         for sparsify, delta in zip(sparsifiers, deltas):
             sparsify(part, delta)
-        return plan.combine(deltas, weights, normalize=args.normalize, **elects)
+        return plan.combine(deltas, weights, **options)
 
     return merge
 
@@ -158,12 +165,12 @@ def make_tensor_merge(plan: Plan, tensor: TensorInputs) -> Callable[[slice, list
     pieces: the models' elements of that part, n tensors (c,). reference: the reference's, (c,).
     """
     args, weights = plan.args, plan.weights(tensor.name)
-    if args.method == "linear":
-        return lambda part, pieces, reference: plan.combine(pieces, weights, normalize=args.normalize)
     if args.method == "slerp":
         straight = {"float32": 0.9995, "float64": 1.0}[args.arithmetic]
         factors = plan.combine(*tensor.models, float(weights[1] / weights.sum()), straight)
         return lambda part, pieces, reference: (pieces[0] * factors[0]).add_(pieces[1] * factors[1])
+    if args.method not in NEEDS_BASE:  # combines the models themselves
+        return lambda part, pieces, reference: plan.combine(pieces, weights, **combine_options(args))
     scale = args.scale
     if plan.lines:
         scale *= methods.lines_scale(tensor.name, *plan.lines, args.n_layers)

@@ -43,9 +43,12 @@ def test_the_sentences_of_the_readme_are_those_of_the_results():
         f"{100 * right.count('1') / len(right):.1f}"
         for right in (tables.split_verdicts(large, split, split)[arm] for arm in arms)
     ]
-    ifeval, gsm8k = scores("ifeval", "base", "sft-kto"), scores("gsm8k", "base", "general-sft-kto")
+    ifeval, gsm8k = (
+        scores("ifeval", "base", "sft-kto"),
+        scores("gsm8k", "base", *(f"general-{arm}" for arm in ("sft", "kto", "sft-kto"))),
+    )
     assert f"IFEval itself: the 0.5B goes from {ifeval[0]} to {ifeval[1]} %" in text
-    assert f"the 0.5B falls from {gsm8k[0]} to {gsm8k[1]} % on GSM8K" in text
+    assert "0.5B falls on GSM8K from {} % to {} (SFT), {} (KTO), {} (both)".format(*gsm8k) in text
     n = sum(large[name]["instructions"] for name in ("data", "general_data"))
     assert f"code among {n:,} instructions" in text
     test = {arm: right.count("1") / 5 for arm, right in tables.split_verdicts(small, "test").items()}  # % of 500
@@ -137,13 +140,10 @@ def test_equal_arms_can_show_six_questions():
 def test_sentences_and_numbers():
     (row, held), (other, _) = list(compare(ROWS, {"base": BASE, "sft": SFT, "kto": KTO}).items())
     exact = {**held, "interval": (0.2, 0.6)}
-    assert measured_text(row, exact) == "+40.0 points [+20.0, +60.0], p (Holm) = 0.016"
-    assert measured_text(row, {**exact, "p_holm": 0.0001}) == "+40.0 points [+20.0, +60.0], p (Holm) < 0.001"
+    assert measured_text(row, exact) == "+40.0 points [+20.0, +60.0], p = 0.016"
+    assert measured_text(row, {**exact, "p_holm": 0.0001}) == "+40.0 points [+20.0, +60.0], p < 0.001"
     unknown = {**exact, "difference": -0.0001, "interval": (-0.1, 0.1), "p_holm": 0.7, "smallest": 0.314}
-    assert (
-        measured_text(other, unknown)
-        == "+0.0 points [-10.0, +10.0], p (Holm) = 0.70; 20 questions can detect 31.4 points"
-    )
+    assert measured_text(other, unknown) == "+0.0 points [-10.0, +10.0], p = 0.70; 20 questions can detect 31.4 points"
     assert points(-0.0004) == "+0.0" and points(-0.0006) == "-0.1"
     # 4 of 20: standard error sqrt(0.2 * 0.8 / 19)
     half = 196 * (0.16 / 19) ** 0.5
@@ -231,7 +231,7 @@ def test_another_student_has_its_own_section(result, save):
     assert "| KTO |  |  |  |  | not run |" in section and "| SFT | 1e-5 |  | the only one tried |" in section
     assert "report-scores-2.svg" in section and "report-scores-2.svg" in drawn
     assert "- SFT on the best verified reply improves the student: small +40.0 points" in text
-    assert "p (Holm) = 0.016. larger +40.0 points" in text  # 2 / 2^8, twice for the two claims about the first student
+    assert "p = 0.016. larger +40.0 points" in text  # 2 / 2^8, twice for the two claims about the first student
     assert "| larger | 20.0 [2.0, 38.0] | 60.0 [" in text
     # 20 replies of 20 tokens in 50 s; 4,500 tokens in 90 s
     assert "tokens to generate at 8 per\nsecond, 10.5 million to train on at 50 per second" in text
@@ -258,7 +258,7 @@ def test_general_instructions_have_a_table_for_each_benchmark(result, save):
     assert "No run used 1,000" not in text
     held = text[text.index("### Confirmed") : text.index("### Undecided")]
     claim = "- SFT on general instructions improves the student: "
-    both = "larger on the test instructions +40.0 points [+20.0, +60.0], p (Holm) = 0.008. larger on GSM8K +40.0 points"
+    both = "larger on the test instructions +40.0 points [+20.0, +60.0], p = 0.008. larger on GSM8K +40.0 points"
     assert claim + both in held
     assert "| larger | 8 | `python -m experiments.general --student ckpt/s" in text
     assert "General instructions" not in report(read_results([save(result)]), "x")[0]
