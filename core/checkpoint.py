@@ -82,7 +82,9 @@ class Checkpoint:
 
         If the two tensors differ, they are not tied, as in transformers 5. (vLLM and transformers 4 drop the head.)
         """
-        if EMBEDDING in self._tensors and not torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING)):
+        if EMBEDDING in self._tensors and not torch.equal(
+            *map(comparable, (self.tensor(HEAD), self.tensor(EMBEDDING)))
+        ):
             self.config["tie_word_embeddings"] = False
             warn_once(f"{self.source}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; both are used")
             return
@@ -195,6 +197,8 @@ def read_index(path: str) -> dict[str, str]:
         shards = set(map(os.fspath, listed.values()))
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: has no weight_map of tensors to files; download it again") from None
+    if not listed:
+        raise InputError(f"{path}: its weight_map is empty; download it again")
     for name in shards:
         if os.path.basename(name) != name or not name.endswith(".safetensors") or "\0" in name:
             raise InputError(f"{path}: names the file {name!r}; a shard is a .safetensors file beside the index")
@@ -226,9 +230,14 @@ def is_plain(t: Tensor) -> bool:
     return whole and not (t.is_quantized or t.is_conj() or t.is_neg())
 
 
+def comparable(t: Tensor) -> Tensor:
+    """The tensor in a dtype that has sums and comparisons: float32 in place of float8."""
+    return t.float() if t.dtype.itemsize == 1 else t
+
+
 def all_finite(t: Tensor) -> bool:
     """True if a tensor of floats, of any shape, has no NaN and no infinity."""
-    t = t.float() if t.dtype.itemsize == 1 else t  # float8 has no sum
+    t = comparable(t)
     return bool(t.sum().isfinite()) or bool(t.isfinite().all())  # the sum is faster but may overflow
 
 

@@ -46,6 +46,15 @@ def test_a_tied_head_that_equals_the_embedding_is_dropped(tmp_path):
     assert "lm_head.weight" not in Checkpoint(tmp_path / "same").names
 
 
+@pytest.mark.parametrize("dtype, tied", [(torch.float32, True), (torch.float8_e4m3fn, False), (torch.int8, False)])
+def test_a_tied_head_of_another_dtype_is_compared_by_value(tmp_path, dtype, tied):
+    tensors = {n: p.detach().bfloat16() for n, p in tiny_model().named_parameters()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].to(dtype)
+    save_weights(tmp_path / "c", tensors, tiny_config())
+    ckpt = Checkpoint(tmp_path / "c")
+    assert ckpt.config["tie_word_embeddings"] is tied and ("lm_head.weight" in ckpt.names) is not tied
+
+
 def test_tensors_that_do_not_fit_are_named(tmp_path):
     m = tiny_model()
     tensors = {n: p.detach() for n, p in m.named_parameters()}
@@ -92,6 +101,7 @@ def test_truncated_safetensors_and_missing_shards(tiny, tmp_path):
         ("model.safetensors.index.json", "[]", "model.safetensors.index.json"),
         ("model.safetensors.index.json", "{}", "model.safetensors.index.json: has no weight_map"),
         ("model.safetensors.index.json", '{"weight_map": {"x": 5}}', "model.safetensors.index.json: has no weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {}}', "index.json: its weight_map is empty"),
     ],
 )
 def test_corrupt_files_are_named(tiny, tmp_path, name, text, words):
