@@ -264,11 +264,16 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def is_null(value: object) -> bool:
+    """True for null, and for the NaN that pandas writes in its place."""
+    return value is None or isinstance(value, float) and value != value
+
+
 class Fields(dict):
-    """A record without its null values, which count as absent. unread: the keys that were never read."""
+    """A record without its null values, which count as absent, as does pandas' NaN. unread: the keys never read."""
 
     def __init__(self, record: dict):
-        super().__init__({key: value for key, value in record.items() if value is not None})
+        super().__init__({key: value for key, value in record.items() if not is_null(value)})
         self.unread = set(self)
 
     def first(self, *keys: str) -> object:

@@ -293,3 +293,13 @@ def test_keys_that_play_no_part_are_known():
     fields = Fields({"instruction": "Q", "input": "", "output": "A", "response": "B", "system": "", "history": []})
     sft_conversations(fields, "f:1")
     assert fields.unread == {"response"}
+
+
+def test_what_pandas_writes_for_null_is_null():
+    nan = float("nan")
+    record = {"instruction": "Q", "input": nan, "output": "A", "system": nan, "messages": nan, "label": nan}
+    assert sft_conversations(record, "f:1") == [[user("Q"), assistant("A")]]
+    with pytest.raises(InputError, match="label is null; it must be true"):
+        kto_examples(record, "f:1")
+    with pytest.raises(InputError, match="the keys are all null"):
+        sft_conversations({"prompt": nan, "messages": None}, "f:1")
