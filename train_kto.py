@@ -30,6 +30,7 @@ from core.conversations import kto_examples
 from core.devices import to_device
 from core.distributed import is_sharded, run_distributed
 from core.records import read_records
+from training.examples import held_out_lines
 from training.feedback import Feedback, kto_metrics, label_weights, plan_feedback, weight_advice
 from training.logps import example_logps, sequence_logps
 from training.reference import open_reference, reference_logps
@@ -224,6 +225,8 @@ def main(
         before_save(model)
     dropped = f"{len(records) - n} dropped (the prompt fills {args.max_len} tokens)"
     facts = [f"{n} examples, {n_d} of them desirable, {dropped}", *data.cuts.lines(n, args.max_len)]
+    if held_out:
+        facts += held_out_lines(len(eval_records), len(held_out.rows), held_out.cuts, args.max_len)
     cached = f"{computed} of {len(pairs)} reference log-probabilities computed, kept in {reference.cache}"
     facts.append(f"label weights {w_d:.4g} (desirable) and {w_u:.4g} (undesirable); {cached}")
     finish_run(run, facts, [["python", "eval.py", "--ckpt", args.ckpt, args.out, "--tasks", "gsm8k"]])

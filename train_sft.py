@@ -29,7 +29,7 @@ from core.conversations import sft_conversations
 from core.distributed import run_distributed
 from core.records import read_records
 from model import Qwen2
-from training.examples import count_supervised, encode_chats
+from training.examples import count_supervised, encode_chats, held_out_lines
 from training.logps import supervised_logps
 from training.run import (
     Run,
@@ -182,7 +182,7 @@ def main(
     eval_records = read_records(args.eval_data, functools.partial(sft_conversations, **turns)) if args.eval_data else []
     model, tokenizer, ckpt = open_checkpoint(args, ranks)
     examples, places, cuts = encode_chats(records, tokenizer, args.max_len)
-    held_out, *_ = encode_chats(eval_records, tokenizer, args.max_len)
+    held_out, _, held_out_cuts = encode_chats(eval_records, tokenizer, args.max_len)
     order = None if args.no_shuffle else shuffled_order(len(examples), args.seed)
     steps = plan_steps(len(examples), args.batch_size, args.epochs, args.max_steps, order=order)
     setup = Setup(args, ranks, model, tokenizer, ckpt, examples, places, steps, records)
@@ -202,6 +202,7 @@ def main(
         before_save(model)
     dropped = f"{len(records) - len(examples)} dropped (nothing supervised within {args.max_len} tokens)"
     facts = [f"{len(examples)} examples, {dropped}", *cuts.lines(len(examples), args.max_len)]
+    facts += held_out_lines(len(eval_records), len(held_out), held_out_cuts, args.max_len)
     next_commands = (
         ["python", "train_kto.py", "--ckpt", args.out],
         ["python", "eval.py", "--ckpt", args.ckpt, args.out, "--tasks", "gsm8k"],

@@ -34,7 +34,7 @@ from merging.flags import DELLA, OPTIONS, RANDOM, fill_options, format_lines
 from merging.inputs import open_inputs
 from merging.minimise import RANGES, Point, greedy_soup, minimise
 from model import Qwen2
-from training.examples import encode_chats
+from training.examples import encode_chats, held_out_lines
 from training.logps import sequence_logps
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +174,10 @@ class Trials:
 def read_items(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list, list]:
     """The encoded examples or the questions: (used by the search, set aside)."""
     if args.data:
-        items, *_ = encode_chats(read_records(args.data, sft_conversations), tokenizer, args.max_len)
+        records = read_records(args.data, sft_conversations)
+        items, _, cuts = encode_chats(records, tokenizer, args.max_len)
+        for line in held_out_lines(len(records), len(items), cuts, args.max_len):
+            print(line)
     else:
         items = [question for task in dict.fromkeys(args.tasks) for question in benchmarks.load_questions(task, args)]
     for_search, for_final = split_aside(items, args.aside, args.seed)

@@ -189,6 +189,16 @@ def test_examples_that_are_cut_are_counted(tiny, tmp_path, run):
     assert " cut to " not in run("train_sft", *flags(tiny, data, tmp_path / "p", "--max-len", 1000))[1]
 
 
+def test_held_out_examples_that_are_cut_or_dropped_are_counted(tiny, data, tmp_path, run):
+    conversation = lambda *texts: [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
+    long, hidden = conversation("a", "b c " * 40), conversation("a " * 60, "b")
+    lost = len(Tokenizer(tiny).chat_ids(long)[0]) - 64
+    held_out = write_lines(tmp_path / "e.jsonl", [*chats(2), {"messages": long}, {"messages": hidden}])
+    _, text, _ = run("train_sft", *flags(tiny, data, tmp_path / "o", "--eval-data", held_out))
+    assert "1 held-out examples dropped (nothing to predict within 64 tokens)" in text
+    assert f"1 of 3 held-out examples cut to 64 tokens (--max-len): {lost} tokens lost; 1 examples lost" in text
+
+
 def test_a_base_models_fine_tune_ends_at_im_end(data, tmp_path, run):
     files = tiny_files()
     settings = json.loads(files["tokenizer_config.json"]) | {"eos_token": "<|endoftext|>"}

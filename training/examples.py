@@ -44,12 +44,12 @@ class Cuts:
             self.tokens += length - max_len
             self.ends += reply_end >= max_len
 
-    def lines(self, total: int, max_len: int) -> list[str]:
-        """Lines for the summary of a run; none if no example was cut."""
+    def lines(self, total: int, max_len: int, what: str = "examples") -> list[str]:
+        """Lines for the summary of a run; none if no example was cut. what: the name of the `total` examples."""
         if not self.examples:
             return []
         lost = f"{self.tokens} tokens lost; {self.ends} examples lost their last <|im_end|>"
-        return [f"{self.examples} of {total} examples cut to {max_len} tokens (--max-len): {lost}"]
+        return [f"{self.examples} of {total} {what} cut to {max_len} tokens (--max-len): {lost}"]
 
 
 def encode_chats(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[list, list[str], Cuts]:
@@ -70,6 +70,12 @@ def encode_chats(records: list, tokenizer: Tokenizer, max_len: int) -> tuple[lis
         files = dict.fromkeys(where.rpartition(":")[0] for where, _ in records)
         raise InputError(f"{', '.join(files)}: no example has a supervised token within --max-len {max_len}")
     return examples, places, cuts
+
+
+def held_out_lines(read: int, kept: int, cuts: Cuts, max_len: int) -> list[str]:
+    """Lines on the --eval-data for the summary of a run; none if they are used as they are."""
+    dropped = [f"{read - kept} held-out examples dropped (nothing to predict within {max_len} tokens)"]
+    return dropped * (read > kept) + cuts.lines(kept, max_len, "held-out examples")
 
 
 def count_supervised(examples: list) -> int:

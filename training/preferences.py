@@ -13,6 +13,7 @@ from core.conversations import dialogues, one_reply
 from core.devices import to_device
 from core.files import InputError, print0, shown
 from core.records import Fields, is_number, read_records
+from training.examples import Cuts
 from training.flags import complete_reference_args
 from training.logps import Example, example_logps
 from training.reference import open_reference, reference_logps
@@ -48,6 +49,8 @@ class Groups:
     places: list[str] = field(default_factory=list)  # "file:line" of each row
     steps: list[list[int]] = field(default_factory=list)  # the rows of each step
     ref: dict = field(default_factory=dict)  # {(row, reply): reference log-probability in nats}
+    read: int = 0  # groups in the files; those not in rows were dropped
+    cuts: Cuts = field(default_factory=Cuts)  # of the sequences of prompt and reply
 
     def sequence(self, i: int, k: int) -> Example:
         """The prompt of row i with its reply k, cut to max_len tokens."""
@@ -65,6 +68,13 @@ class Groups:
     def length(self, i: int) -> int:
         """Tokens of all sequences of row i."""
         return sum(len(ids) for ids, _ in self.sequences([i]))
+
+    def lines(self, what: str = "") -> list[str]:
+        """Lines for the summary of a run. what: a word before "prompts" and "replies"."""
+        dropped = f"{self.read - len(self.rows)} dropped (the prompt fills {self.max_len} tokens)"
+        replies = sum(len(replies) for _, replies, _ in self.rows)
+        own = self.cuts.lines(replies, self.max_len, f"{what}replies")
+        return [f"{len(self.rows)} {what}prompts with their replies, {dropped}", *own]
 
 
 def scored_replies(completions: object, rewards: object, where: str) -> tuple[list[str], list[float]]:
@@ -107,10 +117,13 @@ def read_groups(files: list[str], parse: Callable, setup: Setup) -> Groups:
     """
     tokenizer, data = setup.tokenizer, Groups(setup.args.max_len)
     for where, (messages, replies, rewards) in read_records(files, parse):
-        prompt = tokenizer.prompt_ids(messages)
+        prompt, data.read = tokenizer.prompt_ids(messages), data.read + 1
         if len(prompt) < data.max_len:
-            data.rows.append((prompt, [tokenizer.completion_ids(reply) for reply in replies], rewards))
+            completions = [tokenizer.completion_ids(reply) for reply in replies]
+            data.rows.append((prompt, completions, rewards))
             data.places.append(where)
+            for length in (len(prompt) + len(ids) for ids in completions):
+                data.cuts.add(length, length - 2, data.max_len)  # <|im_end|> comes before the last token, a newline
     if not data.rows:
         raise InputError(f"{', '.join(files)}: every prompt fills --max-len {data.max_len}; raise it")
     return data
@@ -230,4 +243,4 @@ def train_on_groups(args: argparse.Namespace, suffix: str, parse: Callable, loss
     run, data, held_out = start_preference_run(args, parse)
     if run and train_preferences(run, data, held_out, loss):
         evaluation = ["python", "eval.py", "--ckpt", args.ckpt, args.out, "--tasks", "gsm8k"]
-        finish_run(run, [f"{len(data.rows)} prompts with their replies"], [evaluation])
+        finish_run(run, data.lines() + (held_out.lines("held-out ") if held_out else []), [evaluation])

@@ -6,6 +6,7 @@ from conftest import write_lines
 from training_runs import feedback, log
 from variant_runs import arguments, check_runs, check_shard, pairs
 
+from core.tokenizer import Tokenizer
 from variants.dpo import dpo_loss
 
 CHOSEN, REJECTED = torch.tensor([-10.0, -8.0]), torch.tensor([-12.0, -7.0])
@@ -47,3 +48,15 @@ def test_bad_input_ends_in_one_line(tiny, tmp_path, refused):
     data = write_lines(tmp_path / "d.jsonl", pairs(4))
     refused("--label-smoothing", "variants.dpo", *arguments(tiny, data, tmp_path / "o", "--label-smoothing", 0.5))
     refused("max-len", "variants.dpo", *arguments(tiny, data, tmp_path / "o", "--max-len", 2))
+
+
+def test_cut_replies_and_dropped_prompts_are_counted(tiny, tmp_path, run):
+    long = {"prompt": "a", "chosen": "b c " * 60, "rejected": "d"}
+    data = write_lines(tmp_path / "d.jsonl", [*pairs(4), long, long | {"prompt": "a " * 100}])
+    tok = Tokenizer(tiny)
+    n = len(tok.prompt_ids([{"role": "user", "content": "a"}])) + len(tok.completion_ids(long["chosen"])) - 64
+    code, text, err = run("variants.dpo", *arguments(tiny, data, tmp_path / "o", "--max-len", 64, "--eval-data", data))
+    assert code == 0, err
+    for what in ("", "held-out "):
+        assert f"5 {what}prompts with their replies, 1 dropped (the prompt fills 64 tokens)\n" in text
+        assert f"1 of 10 {what}replies cut to 64 tokens (--max-len): {n} tokens lost; 1 examples lost" in text
