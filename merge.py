@@ -171,7 +171,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from merging import search  # loads evaluation and training code, which a merge does not need
 
         choose_device(args)
-        return search.main(args, merge_checkpoints)
+        try:
+            return search.main(args, merge_checkpoints)
+        except KeyboardInterrupt:
+            print(f"stopped: {args.out} is not written", file=sys.stderr)
+            raise
     base, models = open_inputs(args)
     reference, dtype, stats = base or models[0], getattr(torch, args.dtype), engine.Stats()
     specs = {}  # name -> (shape, dtype) of the output

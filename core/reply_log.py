@@ -14,10 +14,11 @@ import collections.abc
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from core.files import InputError, lock
+from core.files import InputError, is_main, lock
 
 
 class ReplyLog(collections.abc.Mapping):
@@ -125,7 +126,10 @@ class ReplyLog(collections.abc.Mapping):
     def __enter__(self) -> "ReplyLog":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind in (KeyboardInterrupt, SystemExit) and len(self) and is_main():  # Ctrl-C or SIGTERM
+            kept = f"stopped: {len(self):,} replies are kept in {self.path}"
+            print(f"{kept}; the same command continues", file=sys.stderr)
         self.close()
 
 

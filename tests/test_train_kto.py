@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 
@@ -175,6 +176,23 @@ def test_the_reference_is_computed_once_and_never_for_another(tiny, worse, data,
     assert 0 < shorter < all_short  # other ids where something was cut, the same elsewhere
 
 
+def test_a_stopped_reference_pass_says_what_is_kept(tiny, data, tmp_path, run, monkeypatch):
+    calls, logps = [], reference.sequence_logps
+
+    def stop_at_the_fourth(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return logps(*args)
+
+    monkeypatch.setattr(reference, "sequence_logps", stop_at_the_fourth)
+    code, _, err = run("train_kto", *flags(tiny, data, tmp_path / "o", "--micro-tokens", 1))  # a chunk per sequence
+    assert code == 130 and not (tmp_path / "o").exists()
+    cache = tmp_path / "ref-cache.safetensors"
+    assert f"reference log-probabilities are kept in {cache}; the same command continues" in err
+    assert re.search(r"^stopped: 3 of \d+ reference", err, re.M) and len(reference.read_ref_cache(str(cache))) == 3
+
+
 def no_pairs():
     train_kto.kl_pairs = lambda step: []
 
@@ -309,6 +327,9 @@ def test_completions_that_are_cut_are_counted(tiny, tmp_path, run):
         f"2 of 6 examples cut to 64 tokens (--max-len): {2 * n} tokens lost; 2 examples lost their last <|im_end|>"
         in text
     )
+    few = write_lines(tmp_path / "few.jsonl", feedback(4))
+    _, text, _ = run("train_kto", *flags(tiny, few, tmp_path / "p", "--eval-data", data))
+    assert f"2 of 6 held-out examples cut to 64 tokens (--max-len): {2 * n} tokens lost" in text
 
 
 def test_the_missions_line(tiny, tmp_path, monkeypatch, run, refused):

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import math
 import os
+import sys
 import time
 from array import array
 from collections.abc import Callable, Iterator
@@ -168,6 +169,10 @@ def compute_chunks(
                 if time.time() - saved > SAVE_CACHE_EVERY:
                     save()
                     saved = time.time()
-    finally:  # also when SIGTERM ends the pass
+    finally:  # also when Ctrl-C or SIGTERM ends the pass
         save()
         bar.close()
+        if not isinstance(sys.exc_info()[1], Exception | None) and is_main():
+            known = len(order) - int(logps.isnan().sum())
+            kept = f"stopped: {known} of {len(order)} reference log-probabilities are kept in {reference.cache}"
+            print(f"{kept}; the same command continues", file=sys.stderr)

@@ -166,3 +166,21 @@ def test_a_large_log_stays_on_disk(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 10e6
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit(143)], ids=["ctrl-c", "sigterm"])
+def test_a_stopped_run_says_what_is_kept(tmp_path, capsys, end):
+    def stopped(*keys):
+        with pytest.raises(BaseException) as e, ReplyLog(tmp_path / "r.jsonl", FIELDS) as log:
+            for key in keys:
+                log.append(key, {"text": "x"})
+            raise end
+        return e.value, capsys.readouterr().err
+
+    value, said = stopped()
+    assert isinstance(value, (KeyboardInterrupt, SystemExit)) and said == "" and not os.listdir(tmp_path)
+    kept = f"{tmp_path}/r.jsonl; the same command continues"
+    assert stopped(A, B)[1] == f"stopped: 2 replies are kept in {kept}\n"
+    with pytest.raises(InputError), ReplyLog(tmp_path / "r.jsonl", FIELDS):
+        raise InputError("bad")
+    assert capsys.readouterr().err == ""

@@ -1,6 +1,7 @@
 """The search of merge.py: the search on functions with known answers, and its scores against merging, writing and measuring."""
 
 import json
+import os
 import shlex
 
 import pytest
@@ -140,6 +141,27 @@ def test_scores_are_those_of_the_written_checkpoint(models, run, tmp_path):
         assert loss == pytest.approx(score, rel=1e-5)
     before = Checkpoint(str(models / "a")).tensor("model.norm.weight")  # the inputs are as they were
     assert torch.isfinite(before).all() and (before != 0).all()
+
+
+def test_records_that_are_cut_are_counted(models, run, tmp_path):
+    records, tokenizer = read_records([models / "data.jsonl"], sft_conversations), Tokenizer(str(models / "a"))
+    longest = max(len(ids) for ids, _ in encode_chats(records, tokenizer, 1024)[0])
+    _, _, cuts = encode_chats(records, tokenizer, longest - 1)
+    argv = ("--method", "linear", "--models", models / "a", models / "b", "--data", models / "data.jsonl")
+    more = ("--evaluations", 3, "--max-len", longest - 1, "--out", tmp_path / "s.json")
+    code, said, _ = run("merge", "search", *argv, *more)
+    lost = f"of 12 held-out examples cut to {longest - 1} tokens (--max-len): {cuts.tokens} tokens lost"
+    assert code == 0 and cuts.examples == cuts.tokens > 0 and f"{cuts.examples} {lost}" in said
+
+
+def test_a_stopped_search_says_that_nothing_is_written(models, run, tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search, "sequence_logps", stop)
+    argv = ("--method", "linear", "--models", models / "a", models / "b", "--data", models / "data.jsonl")
+    code, _, err = run("merge", "search", *argv, "--out", tmp_path / "s.json")
+    assert code == 130 and f"stopped: {tmp_path}/s.json is not written\n" in err and not os.listdir(tmp_path)
 
 
 def test_by_a_task_and_greedily(models, run, tmp_path):
