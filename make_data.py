@@ -163,6 +163,8 @@ def make(args: argparse.Namespace) -> None:
             return report.dry_run(args, dedup, args.max_grade_tokens, log.spent, len(log))
         report.write_report(out, counts)
     sft, kto = counts["7_label"]["sft"], counts["7_label"]["kto"]
+    if not sft:
+        raise InputError(f"{out}/sft.jsonl: no instruction gave an example; {out}/report.md counts the outcomes")
     print(f"\n{sft:,} SFT examples, {kto // 2:,} KTO pairs.")
     if any(log.spent):
         cost = f", {price(log.spent, args.prices):,.2f} in all" if args.prices else ""

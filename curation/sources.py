@@ -270,6 +270,7 @@ def recorded_responses(files: list[str], wanted: set[bytes]) -> dict[tuple[str, 
 # Questions of evaluation files, for decontamination
 
 QUESTION_KEYS = ("question", "Question", "prompt", "instruction", "Instruction", "text", "input", "problem", "turns")
+QUESTION_KEYS += ("stem", "ctx", "messages", "conversations")  # ARC, HellaSwag, this project's own shapes
 
 
 def evaluation_questions(path: str) -> list[str]:
@@ -305,6 +306,14 @@ def csv_questions(path: str) -> list[str]:
     return [row[column] for row in rows if len(row) > column]
 
 
+def turn_question(message: dict) -> str | None:
+    """The text of a user's message. None for another role: a system prompt is no question."""
+    fields = Fields(message)
+    if fields.get("role", fields.get("from", "user")) not in ("user", "human", "prompter"):
+        return None
+    return fields.get("content", fields.get("value"))
+
+
 def questions_in(value: Any) -> list[str]:
     """All questions at any depth of a JSON value."""
     if isinstance(value, list):
@@ -316,6 +325,6 @@ def questions_in(value: Any) -> list[str]:
             extra = value.get("input") if key.lower() == "instruction" else None
             return [f"{value[key]}\n{extra}" if extra else value[key]]
         if isinstance(value.get(key), list):
-            parts = [m.get("content") if isinstance(m, dict) else m for m in value[key]]  # turns, or messages
+            parts = [turn_question(turn) if isinstance(turn, dict) else turn for turn in value[key]]
             return [part for part in parts if isinstance(part, str)]
     return [q for item in value.values() if isinstance(item, (list, dict)) for q in questions_in(item)]

@@ -141,7 +141,8 @@ def write_step(
     """Writes a step's files, unless they were made from the same input files and arguments. -> the step's counts
 
     lines: the step's generator of (kind, line), which fills `counts`. It is not started if the files are kept. A file
-    that was edited by hand is kept too, and the steps after it run again.
+    that was edited by hand is kept too, and the steps after it run again. InputError if no record is left; the step
+    then counts as not run, because the teacher may answer next time.
     """
     files = step_files(out, name)
     made_from = json.dumps([FORMAT, arguments, [file_hash(path) for path in inputs]], sort_keys=True)
@@ -153,7 +154,8 @@ def write_step(
         written = write_lines(files, lines)
         hashes = {os.path.basename(path): file_hash(path) for path in files.values()}  # the folder may be moved
         state[name] = {"key": key, "counts": written | counts, "files": hashes}
-        save_state(out, state)
+        if written.get("out") != 0:
+            save_state(out, state)
     counts = state[name]["counts"]
     print_step(name, counts, reused)
     for kind, path in files.items() if reused else ():

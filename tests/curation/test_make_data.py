@@ -743,3 +743,34 @@ def test_bad_input_ends_with_one_line(tmp_path, small):
             assert not (tmp_path / "out").exists(), "it is known before the work begins, and nothing is left of the run"
     left = sorted(os.listdir(tmp_path / "out"))
     assert not [f for f in left if ".tmp" in f] and "3_classify.jsonl" not in left
+
+
+def test_a_run_without_an_example_ends_with_one_line(tmp_path, small, capfd):
+    """No record has an original response. Another choice of writers continues from the kept replies."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"Compose some verse on {x}, please"}) + "\n" for x in ("tea", "rain"))
+    )
+    with serve(fake_teacher) as server:
+        argv = ["--sources", path, "--teacher", server.url, "--teacher-model", "fake", "--small", small]
+        argv += ["--min-category", 1, "--max-new-tokens", 8, "--out", tmp_path / "out"]
+        assert run(*argv, "--writers", "original") == 2
+        said, posts = capfd.readouterr(), server.posts
+        fault = "sft.jsonl: no instruction gave an example; "
+        assert (
+            said.err.count("error: ") == 1 and f"error: {tmp_path}/out/{fault}" in said.err and "next:" not in said.out
+        )
+        assert "| no response of the chosen writers | 2 |" in (tmp_path / "out/report.md").read_text()
+        assert run(*argv, "--writers", "small", "teacher") == 0 and server.posts == posts
+    assert [r["writer"] for r in read(tmp_path / "out/sft.jsonl")] == ["teacher"] * 2
+
+
+def test_a_judge_that_failed_is_asked_again_by_the_same_command(tmp_path, small, capfd):
+    judging = lambda messages: messages[0]["content"].startswith("Task: judge")
+    with serve(fake_teacher, lambda n, messages: 400 if judging(messages) else None) as server:
+        argv = flags(tmp_path, server, small)
+        assert run(*argv) == 2
+        assert "6_score.jsonl: no record is left" in capfd.readouterr().err
+    with serve(fake_teacher) as server:
+        assert run(*flags(tmp_path, server, small)) == 0
+        assert server.seen and all(map(judging, server.seen))

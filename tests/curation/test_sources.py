@@ -311,6 +311,11 @@ def test_evaluation_files_in_their_own_shapes(tmp_path):
         "alpaca.json": json.dumps([{"instruction": "i", "input": "x", "output": "o"}]),
         "mt.jsonl": '{"turns": ["t1", "t2"], "category": "c"}\n',
         "demo.jsonl": '{"id": 1, "prompt": "p", "reference": {"kind": "number", "value": 1}}\n',
+        "arc.jsonl": json.dumps({"id": "1", "question": {"stem": "s", "choices": [{"text": "t", "label": "A"}]}}),
+        "hellaswag.jsonl": '{"activity_label": "a", "ctx": "c", "ctx_a": "x", "endings": ["e"], "label": 0}\n',
+        "chat.jsonl": json.dumps({"messages": [{"role": r, "content": r} for r in ("system", "user", "assistant")]}),
+        "kto.jsonl": json.dumps({"prompt": [{"role": r, "content": r} for r in ("system", "user")], "label": True}),
+        "sharegpt.jsonl": json.dumps({"conversations": [{"from": r, "value": r} for r in ("human", "gpt", "human")]}),
     }
     want = {
         "mmlu.csv": ["What, then?", "second?"],
@@ -322,6 +327,11 @@ def test_evaluation_files_in_their_own_shapes(tmp_path):
         "alpaca.json": ["i\nx"],
         "mt.jsonl": ["t1", "t2"],
         "demo.jsonl": ["p"],
+        "arc.jsonl": ["s"],
+        "hellaswag.jsonl": ["c"],
+        "chat.jsonl": ["user"],
+        "kto.jsonl": ["user"],
+        "sharegpt.jsonl": ["human", "human"],
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")

@@ -41,6 +41,14 @@ def test_a_step_is_kept_when_its_folder_moves(tmp_path, capsys):
     assert f"{tmp_path}/two/1_collect.jsonl was edited since its step ran and is kept" in capsys.readouterr().out
 
 
+def test_a_step_that_leaves_no_record_runs_again(tmp_path):
+    (tmp_path / "one").mkdir()
+    with pytest.raises(InputError, match="1_collect.jsonl: no record is left"):
+        write(tmp_path / "one", [(False, {"id": "a:1", "reason": "the teacher did not answer"})])
+    assert write(tmp_path / "one", [(True, RECORD)])["out"] == 1
+    assert write(tmp_path / "one", iter(()))["out"] == 1
+
+
 @pytest.mark.parametrize(
     "name, record",
     [
