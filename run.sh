@@ -142,8 +142,13 @@ cli(lambda: print(download(sys.argv[1])))' "$ckpt")
 fi
 base=$run/base
 [[ $ckpt == *.pt ]] && base=$run/base.pt
-if [[ -e $base && ! -L $base ]]; then fail "$base: exists and was not made by run.sh; give another --out"; fi
-ln -sfn "$(cd "$(dirname "$ckpt")" && pwd)/$(basename "$ckpt")" "$base"
+target=$(cd "$(dirname "$ckpt")" && pwd)/$(basename "$ckpt")
+if [[ $target != "$(cd "$run" && pwd)/$(basename "$base")" ]]; then # else --ckpt is the link of an earlier run
+  if [[ -e $base && ! -L $base ]] || [[ -L $base && ! -f $run/steps/base && $(readlink "$base") != "$target" ]]; then
+    fail "$base: exists and was not made by run.sh; give another --out"
+  fi
+  ln -sfn "$target" "$base"
+fi
 if [[ -d $base ]]; then cat "$base"/config.json "$base"/*.safetensors; else cat "$base"; fi | cksum >"$run/steps/base"
 
 # ---- 1. alignment data
