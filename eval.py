@@ -83,7 +83,8 @@ def other_metrics(metrics: list[dict], confidences: list, verdicts: list) -> dic
         found["metrics"] = {metric: average_metric([m[metric] for m in metrics]) for metric in metrics[0]}
     if "nll_per_token" in metrics[0]:
         nll, error = found["metrics"]["nll_per_token"].values()
-        found["metrics"]["perplexity"] = {"score": math.exp(nll), "stderr": error and math.exp(nll) * error}
+        perplexity = math.exp(min(nll, 700.0))  # of a diverged model: exp(710) overflows
+        found["metrics"]["perplexity"] = {"score": perplexity, "stderr": error and perplexity * error}
     if None not in confidences:
         found["calibration"] = calibration(confidences, verdicts)
     return found
@@ -199,8 +200,9 @@ def read_samples(path: str) -> dict[tuple, dict]:
     for line, sample in read_jsonl(path):
         try:
             samples[sample["checkpoint"], sample["task"], sample["id"]] = sample
-        except KeyError as e:
-            raise InputError(f"{path}:{line}: no {e}; run the evaluation again") from None
+            float(sample["correct"]), sample["prompt"][-1]["content"], sample["reply"], sample["extracted"]
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise InputError(f"{path}:{line}: is not a sample of eval.py; run the evaluation again") from None
     return samples
 
 

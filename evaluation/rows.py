@@ -124,7 +124,7 @@ def safety_rows(find: Callable) -> list[dict]:
     """SafetyBench's Chinese subset with public answers (arXiv 2309.07045): seven categories of 300 questions."""
     questions, answers = find("safetybench/test_zh_subset.json"), find("safetybench/test_answers_zh_subset.json")
     try:
-        with open(questions, encoding="utf-8") as f, open(answers, encoding="utf-8") as g:
+        with open(questions, encoding="utf-8-sig") as f, open(answers, encoding="utf-8-sig") as g:
             rows, right = json.load(f), json.load(g)
         if not all(are_texts([row["category"], row["question"]]) and are_texts(row["options"]) for row in rows):
             raise TypeError("category and question are texts, options a list of texts")

@@ -13,6 +13,7 @@ from conftest import ROOT, tiny_files, tiny_model, write_lines
 from tiny_benchmarks import write_benchmarks
 from training_runs import torchrun
 
+import eval
 from core.checkpoint import Checkpoint
 from core.distributed import Ranks
 from core.tokenizer import Tokenizer
@@ -477,6 +478,10 @@ def test_compare_two(run, refused, tmp_path):
     assert "### a: 1, read as '1'\n\n1 of a\n\n### org/b: 0, read as '1'\n\n1 of b" in text
     refused(["'c'", "a, org/b"], "eval", "compare", "a", "c", "--out", tmp_path)
     refused("samples.jsonl", "eval", "compare", "a", "b", "--out", tmp_path / "none")
+    for key, value in ("correct", None), ("correct", "x"), ("prompt", []), ("prompt", "q"), ("id", [1]), ("reply", ...):
+        broken = lines[1] | {key: value} if value is not ... else {k: v for k, v in lines[1].items() if k != key}
+        write_lines(tmp_path / "samples.jsonl", [lines[0], broken])
+        refused("samples.jsonl:2: is not a sample", "eval", "compare", "a", "org/b", "--out", tmp_path)
 
 
 def test_two_ranks_are_one(evaluate, tmp_path, data, ckpts):
@@ -518,3 +523,8 @@ def test_a_rank_that_is_late_asks_its_own_share(tmp_path, data, ckpts, monkeypat
     monkeypatch.setattr(replies.dist, "barrier", barrier)
     said = collect_replies(a, ["base"], work, Ranks(1, 2))["base"]["demo"]
     assert [record["id"] for record in said] == ["sum-1", "say-1", "pick-1"] and len(met) == 4
+
+
+def test_the_perplexity_of_a_diverged_model_is_a_number():
+    found = eval.other_metrics([{"nll_per_token": (2400.0, 3)}, {"nll_per_token": (2200.0, 3)}], [None, None], [0, 0])
+    assert math.isfinite(found["metrics"]["perplexity"]["score"]) and found["metrics"]["nll_per_token"]["score"] > 709

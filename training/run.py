@@ -164,7 +164,7 @@ def write_args_and_log(run: Run, lines: list[str]) -> None:
     call |= {"threads": torch.get_num_threads()}
     if run.done:
         args = read_json(run_file(run.args, "args.json"))
-        args["resumed"].append(call)
+        args["resumed"] = [*args.get("resumed", []), call]
     else:
         args = vars(run.args) | run.identity | call | {"resumed": []}
     for name, text in ("log.jsonl", "".join(lines)), ("args.json", json.dumps(args, indent=2)):

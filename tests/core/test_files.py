@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from core.card import readme_license
-from core.files import InputError, atomic_write, cli, json_object, printable, read_json, temporary_path
+from core.files import InputError, atomic_write, cli, json_object, print_next, printable, read_json, temporary_path
 from core.flags import check_out
 from core.interrupt import exit_silently
 from core.outputs import (
@@ -366,3 +366,8 @@ def test_input_that_is_not_utf8_is_replaced():
     )
     done = subprocess.run([sys.executable, "-c", code], input=b"a\xffb\n", capture_output=True, timeout=60)
     assert done.stdout == b"'a\\ufffdb'\n", done.stderr
+
+
+def test_a_file_name_in_a_next_line_is_no_flag(capsys):
+    print_next("python", "eval.py", "--ckpt", "-base", "a b", "--tasks", "gsm8k")
+    assert capsys.readouterr().out == "next: python eval.py --ckpt ./-base 'a b' --tasks gsm8k\n"

@@ -243,6 +243,15 @@ def test_broken_data(tmp_path, data, file, content, says):
     assert str(e.value).startswith(str(tmp_path)) and "\n" not in str(e.value)
 
 
+def test_a_byte_order_mark_is_ignored(tmp_path):
+    (tmp_path / "safetybench").mkdir()
+    for name, text in ("subset", json.dumps([SAFETY])), ("answers_zh_subset", '{"7": {"answer": 0}}'):
+        name = f"test_{name}.json" if "answers" in name else f"test_zh_{name}.json"
+        (tmp_path / "safetybench" / name).write_text("\ufeff" + text)
+    (row,) = BENCHMARKS["safetybench"]["rows"](find_in(tmp_path))
+    assert row["answer"] == "A"
+
+
 def test_half_a_surrogate_pair_in_a_question_is_refused(tmp_path):
     (tmp_path / "demo").mkdir()
     row = {"id": "a", "prompt": "\ud83d?", "reference": {"kind": "number", "value": 4}}
