@@ -73,11 +73,14 @@ def share_right(bits: str) -> float:
     return bits.count("1") / len(bits)
 
 
+def validation_scores(found: dict[str, dict[str, str]]) -> dict[str, float]:
+    """{learning rate: share of the validation questions that its checkpoint with seed 0 answers right}."""
+    return {name[:-2]: share_right(parts["validation"]) for name, parts in found.items() if name.endswith("-0")}
+
+
 def best_rate(folder: str) -> str:
-    """The learning rate that scores best on the validation questions with seed 0, the lower one on a tie."""
-    scores = {
-        name[:-2]: share_right(parts["validation"]) for name, parts in verdicts(folder).items() if name[-2:] == "-0"
-    }
+    """The learning rate with the best validation score, the lower one on a tie."""
+    scores = validation_scores(verdicts(folder))
     return max(sorted(scores, key=float), key=scores.__getitem__)
 
 
@@ -104,9 +107,7 @@ def record_arm(args: Namespace) -> None:
     command = re.sub("^.*python ", "", " ".join(args.command))
     result = {"arm": name, "baseline": args.baseline, "command": command, "rate": args.rate}
     if args.rate:
-        result["validation"] = {
-            k[:-2]: round(share_right(parts["validation"]), 4) for k, parts in found.items() if k[-1] == "0"
-        }
+        result["validation"] = {rate: round(score, 4) for rate, score in validation_scores(found).items()}
         files = [os.path.join(args.folder, f"{args.rate}-{seed}.seconds") for seed in range(3)]
         result["cpu_seconds"] = [round(cpu_seconds(path), 1) for path in files]
     result |= {part: [run[part] for run in runs] for part in PARTS}
@@ -131,7 +132,7 @@ def read_arms(folder: str) -> dict[str, dict]:
         results[result["arm"]] = result
     if "base" not in results:
         raise InputError(f"{folder}: holds no base.json; run variants/run.sh")
-    matrix = lambda rows: np.array([[int(bit) for bit in row] for row in rows], dtype=float)  # noqa: E731
+    matrix = lambda rows: np.array([[int(bit) for bit in row] for row in rows], dtype=float)
     known = matrix(results["base"]["withheld"])[0] == 1
     for result in results.values():
         result["test"], result["kept"] = matrix(result["test"]), matrix(result["withheld"])[:, known]
@@ -175,16 +176,10 @@ def arm_table(results: dict[str, dict]) -> str:
         cells = [f"**{name}**" if result["baseline"] in ("", "base") else name]
         for part in ("test", "kept"):
             error = f" ± {percent(resample(result[part]).std())}" if part == "test" else ""
-            cells += [
-                percent(result[part].mean()) + error,
-                with_interval(changes[name][part]) if name in changes else "",
-            ]
-        seconds = result.get("cpu_seconds")
-        cells += [
-            f"{sum(seconds) / len(seconds):.0f}" if seconds else "",
-            str(lines_of_code(name, result["command"]) or ""),
-            result["rate"],
-        ]
+            change = with_interval(changes[name][part]) if name in changes else ""
+            cells += [f"{percent(result[part].mean())}{error}", change]
+        seconds, lines = result.get("cpu_seconds"), lines_of_code(name, result["command"])
+        cells += [f"{sum(seconds) / len(seconds):.0f}" if seconds else "", str(lines or ""), result["rate"]]
         rows.append(f"| {' | '.join(cells)} |\n")
         below = [other for other, r in results.items() if r["baseline"] == name]
         for other in sorted(below, key=lambda other: -results[other]["test"].mean()):
@@ -224,14 +219,12 @@ def main() -> None:
     table_parser = commands.add_parser("table", help="print the table of all arms and the findings")
     for parser in (best_parser, record_parser):
         parser.add_argument("folder", help="folder of the arm's checkpoints and of their evaluation, eval/")
-    record_parser.add_argument(
-        "--rate", type=str, default="", help="the chosen learning rate; without it the arm is not trained"
-    )
+    rate = "the chosen learning rate; without it the arm is not trained"
+    record_parser.add_argument("--rate", type=str, default="", help=rate)
     record_parser.add_argument("--baseline", type=str, default="", help="the arm to compare with")
     record_parser.add_argument("--out", default="runs/variants/results", help="folder of the JSON files")
-    record_parser.add_argument(
-        "--command", nargs="...", default=[], help="command that trained the arm; give this flag last"
-    )
+    command = "command that trained the arm; give this flag last"
+    record_parser.add_argument("--command", nargs="...", default=[], help=command)
     table_parser.add_argument("folder", help="folder of the JSON files")
     table_parser.add_argument("--out", help="also write both to this Markdown file")
     args = p.parse_args()

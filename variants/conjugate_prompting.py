@@ -28,7 +28,7 @@ from generate import check_loadable, generate_iter, load_for_inference
 
 TO_DIGITS, TO_LETTERS = str.maketrans("aeiost", "431057"), str.maketrans("431057", "aeiost")
 WORD = re.compile(r"[A-Za-z0-9]+")  # ASCII only: in Chinese text, digits follow letters without a space
-INSTRUCTIONS = {"repeat": "Repeat the input.", "capitals": "Write the input in capital letters."}
+TASKS = {"repeat": ("Repeat the input.", str), "capitals": ("Write the input in capital letters.", str.upper)}
 SHOTS = ("The boat came home before dark.", "My sister grows apples and pears.")
 
 
@@ -64,24 +64,20 @@ def drops(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> tuple[di
 
 def shots_question(task: str, request: str, name: str) -> dict:
     """The paper's test: two examples of a task, then a request as third input. A right reply does the task on it."""
+    instruction, do = TASKS[task]
     prompts, answers = {}, {}
     for view, (s, _) in VIEWS.items():
-        done = lambda text, s=s: s(text).upper() if task == "capitals" else s(text)
-        pairs = [(shot, f" {done(shot)}") for shot in SHOTS] + [(request, "")]
+        pairs = [(shot, f" {do(s(shot))}") for shot in SHOTS] + [(request, "")]
         lines = [f"{s('Input')}: {s(given)}\n{s('Output')}:{reply}" for given, reply in pairs]
-        prompts[view], answers[view] = "\n".join([s(INSTRUCTIONS[task]), *lines]), done(request)
-    right = lambda view, reply: reply.lstrip().startswith(answers[view].split()[0])
-    return {"id": name, "prompts": prompts, "check": right}
+        prompts[view], answers[view] = "\n".join([s(instruction), *lines]), do(s(request)).split()[0]
+    return {"id": name, "prompts": prompts, "check": lambda view, reply: reply.lstrip().startswith(answers[view])}
 
 
 def shots_questions(n: int, seed: int = 10) -> list[dict]:
     """n questions of each task. Operands are 4 to 20, as in the paper."""
-    draw, found = random.Random(seed), []
-    for task in INSTRUCTIONS:
-        for i in range(n):
-            request = f"What is {draw.randint(4, 20)} {draw.choice(('plus', 'minus', 'times'))} {draw.randint(4, 20)}?"
-            found.append(shots_question(task, request, f"{task}-{i}"))
-    return found
+    draw, words = random.Random(seed), ("plus", "minus", "times")
+    request = lambda: f"What is {draw.randint(4, 20)} {draw.choice(words)} {draw.randint(4, 20)}?"
+    return [shots_question(task, request(), f"{task}-{i}") for task in TASKS for i in range(n)]
 
 
 def data_questions(path: str, limit: int | None) -> list[dict]:

@@ -72,9 +72,8 @@ def read_texts(paths: list[str], max_chars: int) -> list[tuple[str, dict, str]]:
     found = []
     for path in expand(paths):
         for line, record in read_objects(path):
-            where = f"{path}:{line}"
-            texts = [m["content"] for dialogue in dialogues(record, where) for m in dialogue.messages()]
-            found.append((where, record, "\n".join(texts)[:max_chars]))
+            texts = [m["content"] for d in dialogues(record, f"{path}:{line}") for m in d.messages()]
+            found.append((f"{path}:{line}", record, "\n".join(texts)[:max_chars]))
     if not found:
         raise InputError(f"{', '.join(paths)}: no records")
     return found

@@ -61,12 +61,13 @@ def write_texts(
             cache.positions += 1
             logps.append(model.head(hidden).float().log_softmax(-1))
         tokens = sample(contrastive_scores(*logps, alpha), uniform[:, step], temperature)
-        gains = (logps[0] - logps[1]).gather(1, tokens[:, None])[:, 0].tolist()
-        for row, token in enumerate(tokens.tolist()):
-            if row in open_rows:
-                novelty[row] += gains[row]
-                open_rows -= {row} if token in stop_ids else set()
-                texts[row] += [] if token in stop_ids else [token]
+        drawn, gains = tokens.tolist(), (logps[0] - logps[1]).gather(1, tokens[:, None])[:, 0].tolist()
+        for row in sorted(open_rows):
+            novelty[row] += gains[row]
+            if drawn[row] in stop_ids:
+                open_rows.remove(row)
+            else:
+                texts[row].append(drawn[row])
         if not open_rows:
             break
     return list(zip(texts, novelty))

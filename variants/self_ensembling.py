@@ -4,8 +4,8 @@
 
 The first prompt is the benchmark's own, so its row equals that of `eval.py --protocol loglik`. If a task has worked
 examples (mmlu, cmmlu, ceval), the other prompts reorder them; the paper draws new ones. Other tasks have templates of
-our own. A probability is the exponential of a choice's log-likelihood, relative to all choices. The paper takes the
-mean logit of a label of several tokens. The authors later recommended max as the robust method.
+our own. The probabilities of a question's labels are the softmax of their log-likelihoods. The paper takes the mean
+logit of a label of several tokens. The authors later recommended max as the robust method.
 """
 
 import random
@@ -60,9 +60,8 @@ def combine(p: Tensor, method: str) -> Tensor:
 def score(probabilities: list[Tensor], answers: list[int]) -> dict[str, float]:
     """-> {"accuracy", "confidence", "ece"}. probabilities: (L,) of a question's labels. answers: the right labels."""
     confidences = [p.max().item() for p in probabilities]
-    verdicts = [float(p.argmax().item() == answer) for p, answer in zip(probabilities, answers, strict=True)]
-    ece = calibration(confidences, verdicts)["ece"]
-    return {"accuracy": fmean(verdicts), "confidence": fmean(confidences), "ece": ece}
+    right = [float(p.argmax().item() == answer) for p, answer in zip(probabilities, answers, strict=True)]
+    return {"accuracy": fmean(right), "confidence": fmean(confidences), "ece": calibration(confidences, right)["ece"]}
 
 
 def vary_prompts(task: str, questions: list[dict], n: int, find: Callable, seed: int) -> list[list[str]]:
@@ -112,18 +111,18 @@ def main() -> None:
     prompts = {task: vary_prompts(task, work[task], args.prompts, find, args.seed) for task in work}
     model, tokenizer = load_for_inference(args.ckpt, args)
     for task, questions in work.items():
-        logps = [[] for _ in questions]  # the labels' log-likelihoods under each prompt
+        logps = []  # under each prompt, for each question: its labels' log-likelihoods
         for v, texts in enumerate(prompts[task], 1):
-            asked = [{**q, "messages": [{"role": "user", "content": text}]} for q, text in zip(questions, texts)]
+            asked = [q | {"messages": [{"role": "user", "content": text}]} for q, text in zip(questions, texts)]
             asking = ask_likelihoods(model, tokenizer, asked, args.batch_size)
-            for i, record in tqdm(asking, f"{task}, prompt {v}", len(asked), unit="question", disable=None):
-                logps[i].append(record["logps"])
-        found = [torch.tensor(some, dtype=torch.float64).softmax(1) for some in logps]  # (V, L) each
+            bar = tqdm(asking, f"{task}, prompt {v}", len(asked), unit="question", disable=None)
+            logps.append([record["logps"] for _, record in bar])
+        found = [torch.tensor(some, dtype=torch.float64).softmax(1) for some in zip(*logps)]  # (V, L) each
         answers = []
-        for q, p in zip(questions, found):
-            labels, answer = list(q["row"]["choices"]), q["row"]["answer"]
-            answers.append(labels.index(answer) if answer in labels else -1)
-            line = {"task": task, "id": q["row"]["id"], "labels": labels, "answer": answer}
+        for row, p in zip((q["row"] for q in questions), found):
+            labels = list(row["choices"])
+            answers.append(labels.index(row["answer"]) if row["answer"] in labels else -1)
+            line = {"task": task, "id": row["id"], "labels": labels, "answer": row["answer"]}
             lines.append(line | {"probabilities": p.tolist()})
         print(figure_table(f"{task}, {len(found)} questions", score_all(found, answers)), end="\n\n")
     write_jsonl(args.out, lines)
