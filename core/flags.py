@@ -25,11 +25,18 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that reports a wrong flag as InputError, in one line and without the usage text."""
+    """An argparse parser that reports a wrong flag as InputError, in one line and without the usage text.
+
+    --help shows only the first paragraph of the description, which may be a module's docstring.
+    """
 
     def __init__(self, **settings: object):
         super().__init__(**{"formatter_class": Help, "prog": typed_command(), **settings})
         self.register("type", None, some_text)  # of flags without a type
+
+    def format_help(self) -> str:
+        self.description = (self.description or "").split("\n\n")[0]
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
@@ -120,8 +127,9 @@ def file_out(mark: str) -> Callable[[str], str]:
     """An argparse type: out_path() of a file that is absent, empty, or ours (it contains the text `mark`)."""
 
     def path(text):
-        check_file(out_path(text), mark)
-        return text
+        out = out_path(text)
+        check_file(out, mark)
+        return out
 
     return path
 

@@ -117,7 +117,7 @@ def divide(
 
 
 def main() -> None:
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__)
     p.add_argument("--data", default="runs/demo/data", help="folder that make_data.py wrote")
     p.add_argument("--out", default="runs/variants", help="folder to write")
     p.add_argument("--validation", type=int, default=300, help="number of validation questions")

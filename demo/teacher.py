@@ -17,8 +17,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from core.files import InputError, atomic_write, cli
-from core.flags import Parser
-from core.outputs import check_file
+from core.flags import Parser, file_out
 from demo import world
 from verification.answers import check_reply
 
@@ -157,13 +156,12 @@ def end_with_parent(server: Server, parent: int) -> None:
 
 
 def main() -> None:
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__)
     p.add_argument("--port", type=int, default=0, help="TCP port on 127.0.0.1; 0: any free port")
     p.add_argument("--with-parent", action="store_true", help="exit when the parent process ends")
-    p.add_argument("--url-file", help="file to write the base URL to when the server is ready")
+    url_file = "file to write the base URL to when the server is ready"
+    p.add_argument("--url-file", type=file_out("http://"), help=url_file)
     args = p.parse_args()
-    if args.url_file:
-        check_file(args.url_file, "http://")
     server, url = bind_server(args.port)
     if args.url_file:
         with atomic_write(args.url_file) as f:

@@ -152,7 +152,7 @@ def batches(tokenizer: Tokenizer, args: Namespace) -> Iterator[tuple[Tensor, Ten
 
 
 def main() -> None:
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__)
     p.add_argument("--out", type=checkpoint_out, default="demo/base", help="checkpoint to write")
     # model
     p.add_argument("--vocab", type=int, default=960, help="size of the vocabulary, in tokens")

@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from core.files import InputError, cli
-from core.flags import Parser
-from core.outputs import check_file
+from core.flags import Parser, file_out
 from core.records import write_jsonl
 from demo import words as W
 from demo.tasks import RARE, TASKS, Task
@@ -266,17 +265,15 @@ def make_sources(seed: int, n: int, heldout: dict[tuple, Item]) -> list[dict]:
 
 
 def main() -> None:
-    p = Parser(description=__doc__.split("\n")[0])
-    p.add_argument("--out", help="write the instructions with original responses to this JSON Lines file")
-    p.add_argument("--heldout", help="write the held-out instructions to this JSON Lines file")
+    p = Parser(description=__doc__)
+    ours, ours_held_out = file_out("Pick the right answer"), file_out('"task"')  # text that identifies our own files
+    p.add_argument("--out", type=ours, help="write the instructions with original responses to this JSON Lines file")
+    p.add_argument("--heldout", type=ours_held_out, help="write the held-out instructions to this JSON Lines file")
     p.add_argument("--n", type=int, default=3200, help="number of distinct instructions in --out")
     p.add_argument("--seed", type=int, default=0, help="random seed of --out; the held-out set has a fixed one")
     args = p.parse_args()
     if not (args.out or args.heldout):
         raise InputError("nothing to write: give --out FILE or --heldout FILE")
-    own_text = {args.out: "Pick the right answer", args.heldout: '"task"'}  # text that identifies our own files
-    for path in filter(None, own_text):
-        check_file(path, own_text[path])
     heldout = make_heldout()
     if args.heldout:
         write_jsonl(args.heldout, heldout_rows(heldout))

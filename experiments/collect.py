@@ -130,7 +130,7 @@ def collect(out: Path, names: dict[str, str]) -> dict:
 
 
 def main() -> None:
-    p = Parser(description=__doc__.split("\n")[0])
+    p = Parser(description=__doc__)
     p.add_argument("--out", default="runs/study", help="folder of the studies")
     p.add_argument("--student", required=True, help="the student's name in the report")
     p.add_argument("--teacher", required=True, help="the teacher's name")

@@ -127,7 +127,7 @@ def write_instructions(out: str, sizes: dict[str, int], seed: int) -> None:
 
 
 def main() -> None:
-    p = Parser(description=__doc__.split("\n")[0])
+    p = Parser(description=__doc__)
     p.add_argument("--out", required=True, help="folder to write")
     p.add_argument("--train", type=at_least(1), default=600, help="instructions for training")
     p.add_argument("--dev", type=at_least(1), default=150, help="for choosing settings")

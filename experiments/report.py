@@ -340,7 +340,7 @@ def report(results: list[dict], images: str) -> tuple[str, dict[str, str]]:
 
 
 def main() -> None:
-    p = Parser(description=__doc__.split("\n")[0])
+    p = Parser(description=__doc__)
     p.add_argument("--results", nargs="+", default=["experiments/results/*.json"], metavar="F", help="result files")
     p.add_argument("--out", default="docs/REPORT.md", help="report to write")
     p.add_argument("--images", default="docs/images", help="folder of its pictures")

@@ -14,7 +14,7 @@ from experiments.stand_in import stand_in
 
 def study_flags(description: str) -> Parser:
     """The flags that all studies share."""
-    p = Parser(description=description.split("\n")[0])
+    p = Parser(description=description)
     add = p.add_argument
     # where
     add("--out", default="runs/study", help="folder of all studies: data, checkpoints, replies")

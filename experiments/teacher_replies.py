@@ -19,7 +19,7 @@ from generate import generate_iter, load_for_inference
 
 
 def main() -> None:
-    p = Parser(description=__doc__.split("\n")[0])
+    p = Parser(description=__doc__)
     p.add_argument("--teacher", required=True, help="checkpoint that answers")
     p.add_argument("--prompts", required=True, help="records with a prompt, from make_data.py")
     p.add_argument("--out", required=True, help="file of replies to write")

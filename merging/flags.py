@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from core.files import InputError
-from core.flags import Parser, add_device_flags, at_least, checkpoint_out, number
+from core.flags import Parser, add_device_flags, at_least, checkpoint_out, file_out, number
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Methods and their options
@@ -184,7 +184,7 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
     add_device_flags(parser, "dtype of the forward passes")
     # output
     out = "JSON file to write: all points and the final scores"
-    add("--out", required=True, metavar="F.json", help=out)
+    add("--out", type=file_out('"versus_best"'), required=True, metavar="F.json", help=out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

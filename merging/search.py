@@ -24,7 +24,6 @@ from core.checkpoint import Checkpoint
 from core.conversations import sft_conversations
 from core.devices import DTYPES
 from core.files import InputError, atomic_write
-from core.outputs import check_file
 from core.records import read_records
 from core.tokenizer import Tokenizer
 from evaluation import benchmarks
@@ -190,7 +189,6 @@ def read_items(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list, li
 def main(args: argparse.Namespace, merge_checkpoints: Callable) -> None:
     """args: from merging.flags.parse_args. merge_checkpoints: the function of merge.py."""
     args.micro_tokens = args.micro_tokens or (2048 if args.device == "cpu" else 16384)
-    check_file(args.out, '"versus_best"')
     base, models = open_inputs(args)
     tokenizer = Tokenizer(base or models[0])
     for_search, for_final = read_items(args, tokenizer)

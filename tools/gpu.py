@@ -130,7 +130,7 @@ def run_own_part(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__)
     p.add_argument("--out", default="gpu.jsonl", help="JSON Lines file of the results; an earlier one is replaced")
     p.add_argument("--table", metavar="FILE", help="only print the table of the results in this file")
     p.add_argument("--minutes", type=number(above=0), default=8.5, help="time limit of all parts together")

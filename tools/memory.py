@@ -55,7 +55,7 @@ def minutes(seconds: float) -> str:
 
 
 def main() -> None:
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__)
     p.add_argument("--ckpt", nargs="+", default=[], help="checkpoints instead of the three sizes")
     p.add_argument("--micro-tokens", type=at_least(1), default=16384, help="tokens of one forward on one GPU")
     # time

@@ -211,7 +211,7 @@ def page_html(run: RunFiles, title: str) -> str:
 
 
 def main() -> None:
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__)
     p.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders of runs, such as runs/demo")
     p.add_argument("--out", help="HTML file to write (default: page.html in the first run folder)")
     p.add_argument("--seed", type=int, default=0, help="seed for drawing the pairs from kto.jsonl")

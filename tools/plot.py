@@ -16,8 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from core.files import InputError, atomic_write, cli
-from core.flags import Parser, at_least
-from core.outputs import check_file
+from core.flags import Parser, at_least, file_out
 from core.records import read_jsonl
 from tools.run_files import CURVES
 
@@ -172,17 +171,16 @@ def import_pyplot() -> ModuleType:
 
 
 def main() -> None:
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__)
     p.add_argument(
         "sources", nargs="+", metavar="RUN", help="training runs, or one file: results.json, report.json or search.json"
     )
-    p.add_argument("--out", default="plot.png", help="PNG file to write")
+    p.add_argument("--out", type=file_out(MARK), default="plot.png", help="PNG file to write")
     p.add_argument("--smooth", type=at_least(1), default=1, help="steps in the running mean of each curve")
     p.add_argument(
         "--keys", nargs="+", choices=CURVES, metavar="KEY", help="draw only the panels with these keys of log.jsonl"
     )
     args = p.parse_args()
-    check_file(args.out, MARK)
     plt, first = import_pyplot(), args.sources[0]
     if first.endswith(".json"):
         try:

@@ -32,8 +32,7 @@ from core.config import parse_config
 from core.conversations import kto_examples, sft_conversations
 from core.devices import DEVICE, DTYPE, DTYPES
 from core.files import InputError, atomic_write, cli
-from core.flags import Parser, at_least, torch_device
-from core.outputs import check_file
+from core.flags import Parser, at_least, file_out, torch_device
 from core.records import read_records
 from core.tokenizer import Tokenizer
 from tools.rates import copy_rate, matmul_rate, merge_bytes, synthetic_7b
@@ -198,12 +197,12 @@ def add_speed_flags(p: Parser) -> None:
     p.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of computation; merge: of the output")
     p.add_argument("--device", type=torch_device, default=DEVICE, help="torch device")
     p.add_argument("--scratch", help="folder for temporary files (default: the system's)")
-    p.add_argument("--out", help="JSON file to write: settings and all measurements")
+    p.add_argument("--out", type=file_out('"settings"'), help="JSON file to write: settings and all measurements")
     p.add_argument("--side", help=argparse.SUPPRESS)
 
 
 def parse_args() -> Namespace:
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__)
     add_speed_flags(p)
     args = p.parse_args()
     args.limit = args.limit or (args.steps * args.batch_size if args.mode in ("sft", "kto") else 32)
@@ -236,8 +235,6 @@ def main() -> None:
     args = parse_args()
     if args.side:
         return run_side(args)
-    if args.out:
-        check_file(args.out, '"settings"')
     sides, work = sides_of(args), None
     with tempfile.TemporaryDirectory() as folder:
         data = None

@@ -38,7 +38,7 @@ def adpo_target(rewards: Tensor, temperature: float, standardise: bool = True) -
 
 
 def parse_args() -> argparse.Namespace:
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__)
     add_training_flags(p, "sft.pt", "data/groups.jsonl", None, epochs=1, batch_size=64, lr=1e-6, suffix="adpo")
     p.set_defaults(method="ADPO (arXiv 2510.18913)")
     p.add_argument("--ref", help="anchor checkpoint; without it, the model before training")

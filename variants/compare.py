@@ -212,7 +212,7 @@ def findings(results: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__)
     commands = p.add_subparsers(dest="command_name", required=True)
     best_parser = commands.add_parser("best", help="print the better learning rate of an arm")
     record_parser = commands.add_parser("record", help="write the results of an arm as JSON")

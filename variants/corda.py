@@ -105,7 +105,7 @@ def calibration_sequences(setup: Setup) -> list[list[int]]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__.split("\n\n")[0]
+    parser.description = __doc__
     parser.set_defaults(out="corda.pt", method="LoRA initialised by CorDA (arXiv 2406.05223)", lr=2e-5)
     ways = "keep: train the directions that matter least for the inputs of --calibration; learn: those that matter most"
     parser.add_argument("--mode", choices=["keep", "learn"], required=True, help=ways)

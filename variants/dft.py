@@ -33,7 +33,7 @@ def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int]) -> Te
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__.split("\n\n")[0]
+    parser.description = __doc__
     parser.set_defaults(out="dft.pt", method="DFT (arXiv 2508.05629)")
 
 

@@ -40,7 +40,7 @@ def dpo_loss(
 
 
 def parse_args() -> argparse.Namespace:
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__)
     add_training_flags(p, "sft.pt", "data/pairs.jsonl", None, epochs=1, batch_size=64, lr=1e-6, suffix="dpo")
     p.set_defaults(method="DPO (arXiv 2305.18290)")
     add_reference_flags(p)

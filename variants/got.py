@@ -80,7 +80,7 @@ def read_texts(paths: list[str], max_chars: int) -> list[tuple[str, dict, str]]:
 
 
 def parse_args() -> argparse.Namespace:
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__)
     # data
     p.add_argument("--candidates", nargs="+", required=True, metavar="F", help="SFT records to choose from")
     p.add_argument("--targets", nargs="+", required=True, metavar="F", help="records of the task, a few hundred")

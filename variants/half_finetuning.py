@@ -1,4 +1,5 @@
 """HFT, half fine-tuning (arXiv 2404.18466): a random half of the matrices of each kind stays frozen.
+With the word kto before the flags it trains with KTO instead of SFT.
 
     python -m variants.half_finetuning --ckpt base --data chats.jsonl --out half
     python -m variants.half_finetuning kto --round 1 --ckpt half --data feedback.jsonl --out half-kto
@@ -46,9 +47,7 @@ def freeze_half(setup: Setup) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        __doc__.split("\n\n")[0] + " With the word kto before the flags it trains with KTO instead of SFT."
-    )
+    parser.description = __doc__
     parser.set_defaults(out=parser.get_default("out") and "half.pt")  # KTO's is named after --ckpt
     parser.set_defaults(method=parser.get_default("method") + " of half the weights (HFT, arXiv 2404.18466)")
     parser.add_argument("--round", type=at_least(0), default=0, help="stage of training; each stage draws another half")

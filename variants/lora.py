@@ -64,7 +64,7 @@ def fold(model: Qwen2) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__.split("\n\n")[0]
+    parser.description = __doc__
     parser.set_defaults(out="lora.pt", method="LoRA (arXiv 2106.09685)", lr=2e-4)
     parser.add_argument("--rank", type=at_least(1), default=8, help="r, the rank: rows of A")
     parser.add_argument("--alpha", type=number(above=0), default=16.0, help="the adapters are scaled by alpha / r")

@@ -62,7 +62,7 @@ def freeze_the_rest(setup: Setup) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__.split("\n\n")[0]
+    parser.description = __doc__
     parser.set_defaults(out="sparse.pt", method="LT-SFT (arXiv 2110.07560)")
     parser.add_argument("--moved", required=True, help="checkpoint of phase 1, fine-tuned in full from --ckpt")
     share = "share of the weights to train; 0.01 is the authors' default"

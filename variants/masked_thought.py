@@ -52,7 +52,7 @@ def micro_loss(model: Qwen2, batch: StepBatch, micro: list[int], args: argparse.
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__.split("\n\n")[0]
+    parser.description = __doc__
     parser.set_defaults(out="masked.pt", method="masked thought (arXiv 2403.02178)")
     parser.add_argument(
         "--p-max", type=number(0, below=1), default=0.4, help="highest probability that a token is corrupted"

@@ -74,7 +74,7 @@ def write_texts(
 
 
 def parse_args() -> Namespace:
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__)
     # models
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the fine-tuned model")
     p.add_argument("--base", required=True, help="the model before fine-tuning, with the same tokenizer")

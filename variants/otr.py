@@ -78,7 +78,7 @@ def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], args:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__.split("\n\n")[0]
+    parser.description = __doc__
     parser.set_defaults(out="otr.pt", method="OTR (arXiv 2509.26313)")
     parser.add_argument(
         "--beta", type=number(below=1), required=True, help="reward of a sampled token that is not the target"

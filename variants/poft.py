@@ -58,7 +58,7 @@ def mean_logps(setup: Setup) -> list[float]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__.split("\n\n")[0]
+    parser.description = __doc__
     parser.set_defaults(out="poft.pt", method="PoFT (arXiv 2412.12865)", epochs=1)
     parser.add_argument("--others", nargs="+", required=True, help="checkpoints of the aligned models")
     parser.add_argument("--ref-cache", help="file of their log-probabilities (default: beside OUT)")

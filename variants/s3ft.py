@@ -105,7 +105,7 @@ def judge_candidates(records: list[dict], writer: str, judge: Asker) -> None:
 
 
 def parse_args() -> Namespace:
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__)
     # data
     p.add_argument("--data", nargs="+", required=True, metavar="F", help="gold data, in any shape of train_sft.py")
     p.add_argument("--out", type=out_path, help="folder for sft.jsonl and replies.jsonl (default: the name of --mode)")

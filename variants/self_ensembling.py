@@ -89,7 +89,7 @@ def score_all(found: list[Tensor], answers: list[int]) -> dict[str, dict[str, fl
 
 
 def parse_args() -> Namespace:
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(description=__doc__)
     add_question_flags(p, TASKS)
     p.set_defaults(protocol="loglik", allow_code_execution=False)  # for load_questions
     # method

@@ -69,7 +69,7 @@ def export_exit(source: str, depth: int, out: str) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__.split("\n\n")[0]
+    parser.description = __doc__
     parser.set_defaults(out="sorted.pt", method="SoFT (arXiv 2309.08968)")
     exits = "numbers of blocks to train as models too (default: every fourth of the upper two thirds)"
     parser.add_argument("--exits", type=at_least(1), nargs="+", help=exits)

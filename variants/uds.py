@@ -95,7 +95,7 @@ class Sampler:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__.split("\n\n")[0]
+    parser.description = __doc__
     parser.set_defaults(out="chosen.pt", method="UDS (arXiv 2510.16882)", epochs=1, batch_size=64, max_len=512)
     parser.add_argument("--share", type=number(above=0, high=1), default=0.125, help="share of candidates to train on")
     parser.add_argument("--alpha", type=number(0), default=2.5e-3, help="diversity's weight, as in the authors' code")

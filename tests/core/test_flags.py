@@ -56,12 +56,20 @@ def test_help_names_the_command_as_it_is_typed(tmp_path):
         assert done.stdout.startswith(f"usage: {' '.join(words)} "), done.stdout[:200] + done.stderr
 
 
+def test_help_shows_the_first_paragraph_of_a_docstring():
+    p = flags.Parser(description="Draws\na line.\n\n    python draw.py\n")
+    assert "Draws a line." in p.format_help() and "draw.py" not in p.format_help()
+    p.description = "Draws two.\n\nNot a circle."
+    assert "Draws two." in p.format_help() and "circle" not in p.format_help()
+    assert flags.Parser().format_help().startswith("usage: ")
+
+
 def test_only_a_file_of_ours_is_replaced(tmp_path):
     path, out = tmp_path / "o.jsonl", flags.file_out('"ours"')
     for text in (None, "", '{"ours": 1}'):
         if text is not None:
             path.write_text(text)
-        assert out(str(path)) == str(path)
+        assert out(str(path)) == out(f"{path}/") == str(path)
     path.write_text('{"theirs": 1}')
     with pytest.raises(InputError, match="not written by this command"):
         out(str(path))
