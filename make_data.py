@@ -34,7 +34,7 @@ from curation.endpoint import Endpoint
 from curation.local import LocalModel, with_other_ranks
 from curation.prompts import AGAIN_JUDGE, JUDGE
 from curation.step_files import FILES, STEPS, load_state, write_step
-from curation.teacher import Asker, Teacher, greet, open_replies, open_teacher
+from curation.teacher import Asker, Teacher, greet, greet_after, open_replies, open_teacher
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
@@ -116,8 +116,6 @@ def run_steps(args: argparse.Namespace, models: Models, log: ReplyLog, counts: d
     grader = Asker(models.teacher, log, {"max_tokens": args.max_grade_tokens, **options})
     options["max_tokens"] = args.max_new_tokens
     teacher, small = Asker(models.teacher, log, options), Asker(models.small, log, options)
-    if not args.dry_run:
-        greet(grader)
     state, arguments = load_state(args.out), step_arguments(args, models)
     collected, deduplicated, classified, balanced, answered, scored, _ = (f"{args.out}/{name}.jsonl" for name in STEPS)
     eval_files, scorer_writer = args.decontaminate, models.scorer_writer()
@@ -125,10 +123,12 @@ def run_steps(args: argparse.Namespace, models: Models, log: ReplyLog, counts: d
     def run(name: str, inputs: list[str], lines: Iterable) -> None:
         counts[name] = write_step(args.out, state, name, inputs, arguments[name], lines, counts[name])
 
-    run("1_collect", args.sources, steps.collect_sources(args, args.sources, counts["1_collect"]))
+    lines = steps.collect_sources(args, args.sources, counts["1_collect"])
+    run("1_collect", args.sources, lines if args.dry_run else greet_after(lines, grader))
     run("2_dedup", [collected, *eval_files], steps.deduplicate(args, collected, eval_files, counts["2_dedup"]))
     if args.dry_run:
         return
+    greet(grader)  # nothing is sent if step 1 has just done it
     run("3_classify", [deduplicated], steps.classify(deduplicated, grader, counts["3_classify"]))
     run("4_balance", [classified], steps.balance(args, classified, counts["4_balance"]))
     lines = steps.respond(args, balanced, teacher, small, eval_files, counts["5_respond"])

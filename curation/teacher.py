@@ -10,7 +10,7 @@ A run that was killed and is started again requests only the replies that are mi
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -104,6 +104,15 @@ def greet(asker: Asker) -> None:
     """Sends a greeting to an endpoint that has not replied yet: a wrong URL, model name or key ends the run at once."""
     if isinstance(asker.model, Endpoint) and not asker.log:
         asker.ask([GREETING], "greeting")
+
+
+def greet_after(lines: Iterator, asker: Asker) -> Iterator:
+    """Yields the lines of step 1, then greets.
+
+    So a broken source is found before the first request. A greeting that fails leaves no file of the step.
+    """
+    yield from lines
+    greet(asker)
 
 
 def ask_parsed(asker: Asker, requests: list[list[dict]], parse: Callable, again: str, desc: str) -> tuple[list, int]:

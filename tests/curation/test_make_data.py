@@ -487,6 +487,8 @@ def bad_teacher(messages):
 @pytest.mark.parametrize(
     ("flag", "text", "words"),
     [
+        ("--sources", '{"prompt": "q", "completion": "a"}\n{"prompt": ', "f.jsonl:2: not JSON"),
+        ("--sources", '{"x": 1}\n', "f.jsonl:1: "),
         ("--recorded", '{"prompt": "q", "response": "a"}\n{"prompt": ', "f.jsonl:2: not JSON"),
         ("--recorded", '{"prompt": "q", "response": "a", "writer": "me"}\n', "f.jsonl:1: the writer is"),
         ("--recorded", '{"x": 1}\n', "f.jsonl:1: "),
@@ -508,6 +510,16 @@ def test_a_bad_input_is_refused_before_it_costs_anything(tmp_path, small, capfd,
         assert run(*flags(tmp_path, server, small), flag, path) == 2
         assert server.posts == 0
     assert words in capfd.readouterr().err.splitlines()[-1] and not os.path.exists(tmp_path / "out" / "1_collect.jsonl")
+
+
+def test_a_wrong_key_is_known_after_the_sources_are_read(tmp_path, small, capfd):
+    with serve(fake_teacher, lambda n, messages: 401) as server:
+        assert run(*flags(tmp_path, server, small)) == 2
+        assert server.posts == 1 and not (tmp_path / "out").exists()
+        assert run(*flags(tmp_path, server, small), "--dry-run") == 0 and server.posts == 1
+        assert run(*flags(tmp_path, server, small)) == 2, "step 1 is kept from the dry run"
+        assert server.posts == 2
+    assert "HTTP 401" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_64_in_flight_with_every_fault(tmp_path, small, monkeypatch):
