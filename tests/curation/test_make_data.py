@@ -506,8 +506,9 @@ def test_a_bad_input_is_refused_before_it_costs_anything(tmp_path, small, capfd,
         path = shutil.copytree(small, tmp_path / "broken")
         file = path / ("config.json" if words.startswith("tensors") else "tokenizer.json")
         file.write_text(json.dumps(json.loads(file.read_text()) | json.loads(text)) if text != "{" else text)
+    trusted = ["--trust-references", path] if flag == "--sources" else []
     with serve(fake_teacher) as server:
-        assert run(*flags(tmp_path, server, small), flag, path) == 2
+        assert run(*flags(tmp_path, server, small), flag, path, *trusted) == 2
         assert server.posts == 0
     assert words in capfd.readouterr().err.splitlines()[-1] and not os.path.exists(tmp_path / "out" / "1_collect.jsonl")
 
