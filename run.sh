@@ -8,10 +8,12 @@
 # After a failure or Ctrl-C, run the same command again: finished steps are not repeated.
 #
 # Flags. In brackets: the demo's defaults. A real run takes the scripts' defaults, the paper's where it gives any.
-# For a few hundred examples a larger rate of SFT works better: docs/REPORT.md, section 7.
+# For a few hundred examples a larger rate of SFT works better: docs/REPORT.md, section 7. For verifiable data with short
+# responses, such as GSM8K, --writers small teacher works better: section 8.
 #   run            --ckpt C [demo/base]  --out DIR [runs/demo; runs/NAME-OF-CKPT]
 #   data           --sources F...  --teacher URL|C  --teacher-model NAME  --small C (default: --ckpt)  --target N [2400]
-#                  --trust-references F...  --decontaminate F...  --concurrency N  --data-max-new-tokens N [48]
+#                  --trust-references F...  --decontaminate F...  --writers W...  --concurrency N
+#                  --data-max-new-tokens N [48]
 #   training       --sft-lr X [5e-4]  --kto-lr X [1e-4]  --epochs N [2]  --kto-epochs N [1]  --batch-size N [32]
 #                  --kto-batch-size N [32]  --max-len N [512]  --warmup N [10]  --beta X [0.1]  --seed N
 #                  --dtype fp32|bf16
@@ -46,6 +48,7 @@ while (($#)); do
       done
       continue ;;
     --tasks) tasks+=("${values[@]}"); continue ;;
+    --writers) data+=("$flag" "${values[@]}"); continue ;;
     --decontaminate | --trust-references)
       data+=("$flag")
       for value in "${values[@]}"; do data+=("$(absolute "$value")"); done

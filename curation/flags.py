@@ -179,7 +179,8 @@ def add_score_flags(p: Parser) -> None:
         nargs="+",
         choices=WRITERS,
         default=list(WRITERS),
-        help="writers whose responses become examples; at equal scores the first one's response is the best "
+        help="writers whose responses become examples; at equal scores the first one's response is the best; "
+        "if the original responses are right but short, `small teacher` works better, see docs/REPORT.md, section 8 "
         "(default: original teacher small)",
     )
     add(

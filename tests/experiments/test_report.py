@@ -25,6 +25,12 @@ def test_the_committed_report_follows_from_the_committed_results():
     assert sorted(p.name for p in (ROOT / "docs/images").glob("report-*.svg")) == sorted(drawn)
 
 
+def test_the_sections_that_the_help_texts_name():
+    headings = (ROOT / "docs/REPORT.md").read_text(encoding="utf-8")
+    assert "\n## 7. The paper's table with another student" in headings  # run.sh
+    assert "\n## 8. General instructions" in headings  # run.sh, curation/flags.py
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_the_scores_of_the_readme_are_those_of_the_results(path):
     result = json.loads(path.read_text())
