@@ -44,8 +44,8 @@ SIDE_FILES = (
 # The manifest: {"files": {file name: the writer}, "card": SHA-256 of the README.md that we wrote}
 
 
-def read_manifest(folder: str) -> dict:
-    """The manifest of a folder; an empty one if there is none, or if this project did not write it."""
+def valid_manifest(folder: str) -> dict | None:
+    """The manifest of a folder. None if there is none, or if this project did not write it."""
     try:
         manifest = read_json(os.path.join(folder, MANIFEST))
         names = manifest["files"]
@@ -53,7 +53,19 @@ def read_manifest(folder: str) -> dict:
             return {"files": names, "card": manifest.get("card")}
     except (InputError, KeyError, TypeError, AttributeError):
         pass
-    return {"files": {}, "card": None}
+    return None
+
+
+def read_manifest(folder: str) -> dict:
+    """valid_manifest, or an empty manifest."""
+    return valid_manifest(folder) or {"files": {}, "card": None}
+
+
+def check_manifest(folder: str) -> None:
+    """InputError if a file with the manifest's name is in the folder, and this project did not write it."""
+    path = os.path.join(folder, MANIFEST)
+    if os.path.lexists(path) and valid_manifest(folder) is None:
+        raise InputError(f"{path}: was not written by this project; move it, or give another --out")
 
 
 def write_manifest(folder: str, manifest: dict) -> None:
@@ -161,6 +173,7 @@ def check_folder(folder: str, writer: str, names: Iterable[str]) -> None:
     if os.path.lexists(folder) and not os.path.isdir(folder):
         raise InputError(f"{folder}: is a file; give a folder as --out")
     check_writable(os.path.join(folder, MANIFEST))
+    check_manifest(folder)
     own = written_files(folder, writer)
     for name in names:
         path = os.path.join(folder, name)
@@ -360,6 +373,7 @@ def check_checkpoint_path(out: str) -> None:
         raise InputError(f"{out}: is a file; give a folder, or a name that ends in .pt, as --out")
     if os.path.isdir(path):
         check_replaceable(path)
+        check_manifest(path)
         foreign = foreign_entries(path, "checkpoint")
         if foreign and "config.json" not in written_files(path, "checkpoint"):
             raise InputError(f"{out}: exists and is no checkpoint that this project wrote; give another --out")

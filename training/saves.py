@@ -110,6 +110,8 @@ def check_not_running(out: str) -> None:
         if os.path.basename(path) not in own:  # pruning would remove it
             raise InputError(f"{path}: was not written by training; move it, or give another --out")
     path = lock_path(out)
+    if os.path.lexists(path) and (not os.path.isfile(path) or os.path.getsize(path)):  # ours is empty
+        raise InputError(f"{path}: was not written by training; move it, or give another --out")
     if os.path.isfile(path) and path not in LOCKS:
         try:
             with open(path, "rb") as f:

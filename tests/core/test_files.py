@@ -15,6 +15,7 @@ from core.flags import check_out
 from core.interrupt import exit_silently
 from core.outputs import (
     MANIFEST,
+    check_checkpoint_path,
     check_file,
     check_folder,
     check_inputs,
@@ -178,6 +179,17 @@ def test_a_folder_is_claimed_file_by_file(tmp_path):
         (out / MANIFEST).write_text(text)
         with pytest.raises(InputError, match="was not written by"):
             check_folder(str(out), "eval.py", ["report.md"])
+
+
+@pytest.mark.parametrize("text", ["mine", "{}", '{"files": []}', ""])
+def test_a_users_file_with_the_manifests_name_is_kept(tmp_path, text):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MANIFEST).write_text(text)
+    out, words = str(tmp_path / "out"), f"{MANIFEST}: was not written by this project"
+    for check in (check_checkpoint_path, check_out, lambda out: claim_folder(out, "eval.py", ["results.json"])):
+        with pytest.raises(InputError, match=words):
+            check(out)
+    assert names(out) == [MANIFEST] and (tmp_path / "out" / MANIFEST).read_text() == text
 
 
 def test_a_refused_run_leaves_no_folder(tmp_path):

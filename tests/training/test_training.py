@@ -318,6 +318,17 @@ def test_a_second_run_in_one_out_is_refused(tiny, sft_data, tmp_path, run, refus
     assert listing(out) == ["args.json", "log.jsonl", "state.json"]
 
 
+def test_a_users_file_named_lock_is_kept(tiny, sft_data, tmp_path, refused):
+    out = tmp_path / "o"
+    os.makedirs(f"{out}.run")
+    with open(f"{out}.run/lock", "w") as f:
+        f.write("mine")
+    arguments = command(tiny, sft_data, out, "--epochs", 1)
+    refused([f"{out}.run/lock: was not written by training"], "train_sft", *arguments)
+    with open(f"{out}.run/lock") as f:
+        assert f.read() == "mine"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Not finite
 
