@@ -33,7 +33,7 @@ class Tokenizer:
 
     def __init__(self, source: Checkpoint | str):
         ckpt = source if isinstance(source, Checkpoint) else Checkpoint(source)
-        where = f"{ckpt.source}/tokenizer.json"
+        self.where = where = f"{ckpt.source}/tokenizer.json"
         settings = tokenizer_settings(ckpt)
         special_tokens = special_token_texts(settings, f"{ckpt.source}/tokenizer_config.json")
         self.backend = load_backend(ckpt, settings, special_tokens.values())
@@ -58,7 +58,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids. A control token typed in the text is encoded as ordinary characters."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except Exception as e:  # the library raises plain Exception: a character that is neither known nor unknown
+            why = " ".join(str(e).split())[:150]
+            raise InputError(f"{self.where}: fails at {shown(text)}: {why}; fetch it again") from None
 
     def decode(self, ids: list[int]) -> str:
         """Ids -> text without special tokens."""
@@ -154,6 +158,8 @@ def load_backend(ckpt: Checkpoint, settings: dict, special: Iterable[str]) -> to
         backend = tokenizers.Tokenizer.from_str(ckpt.files["tokenizer.json"])
     except Exception as e:  # the library raises plain Exception
         raise InputError(f"{where}: corrupt: {' '.join(str(e).split())[:150]}") from None
+    if not isinstance(backend.model, tokenizers.models.BPE):
+        raise InputError(f"{where}: its model is {type(backend.model).__name__}; only BPE, as in Qwen2, is supported")
     backend.no_truncation()
     backend.no_padding()
     if getattr(backend.model, "dropout", None) is not None:  # BPE dropout would make the tokens random

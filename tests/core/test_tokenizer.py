@@ -194,6 +194,16 @@ def test_a_saved_bpe_dropout_has_no_effect(tiny, tmp_path):
     assert all(tok.encode(text) == Tokenizer(tiny).encode(text) for text in TEXT)
 
 
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def rewritten_model(**model):
+    """The tiny tokenizer.json with another model."""
+    spec = json.loads(tiny_files()["tokenizer.json"])
+    more = {"max_input_chars_per_word": 100, "continuing_subword_prefix": "##"}
+    return json.dumps(spec | {"model": spec["model"] | more | model})
+
+
 @pytest.mark.parametrize(
     "file, text, words",
     [
@@ -202,6 +212,12 @@ def test_a_saved_bpe_dropout_has_no_effect(tiny, tmp_path):
         ("tokenizer.json", rewritten(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}), "ByteLevel pre-tokenizer"),
         ("tokenizer.json", rewritten(pre_tokenizer={"type": "Metaspace", "replacement": "_"}), "Metaspace"),
         ("tokenizer.json", rewritten(normalizer={"type": "Lowercase"}), "normalizer is Lowercase"),
+        ("tokenizer.json", rewritten_model(type="WordPiece", unk_token="[UNK]"), "its model is WordPiece"),
+        (
+            "tokenizer.json",
+            rewritten_model(unk_token="<unk>", vocab=dict(zip(CONTROL, range(3))), merges=[]),
+            'fails at "',
+        ),
         ("tokenizer.json", rewritten(normalizer={"type": "NFKC"}), "normalizer is NFKC"),
         (
             "tokenizer.json",
