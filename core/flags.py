@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from core.files import InputError, is_main
@@ -37,6 +37,12 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         self.description = (self.description or "").split("\n\n")[0]
         return super().format_help()
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: object = None) -> tuple:
+        for word in sys.argv[1:] if args is None else args:
+            if re.fullmatch("--[^=]+=--", word):  # argparse takes it for a flag without a value
+                self.error(f"argument {word[:-3]}: -- is no value; give a file of this name as ./--")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")

@@ -277,7 +277,9 @@ def test_bad_input(tiny, data, tmp_path, refused):
     )
     (tmp_path / "broken").write_text("not a cache")
     refused(
-        ["broken", "remove it"], "train_kto", *flags(tiny, data, tmp_path / "o", "--ref-cache", tmp_path / "broken")
+        ["broken", "give another --ref-cache, or remove it"],
+        "train_kto",
+        *flags(tiny, data, tmp_path / "o", "--ref-cache", tmp_path / "broken"),
     )
     refused("no such checkpoint", "train_kto", *flags(tiny, data, tmp_path / "o", "--ref", "/no/where"))
     files = tiny_files()

@@ -79,7 +79,9 @@ def read_ref_cache(path: str) -> dict[bytes, float]:
         if content["keys"].dtype != torch.uint8 or content["keys"].shape != (len(values), 32):
             raise KeyError("keys of 32 bytes")
     except (safetensors.SafetensorError, KeyError, TypeError, OSError) as e:
-        raise InputError(f"{path}: not a cache of reference log-probabilities ({e}); remove it") from None
+        raise InputError(
+            f"{path}: not a cache of reference log-probabilities ({e}); give another --ref-cache, or remove it"
+        ) from None
     return {keys[32 * i : 32 * i + 32]: v for i, v in enumerate(values)}
 
 

@@ -40,6 +40,8 @@ def test_a_wrong_flag_is_one_line():
         ("invalid integer value: 'x'", ["--n", "x"]),
         ("--kind: invalid choice", ["--kind", "c"]),
         ("--ref: the value is empty", ["--ref", ""]),
+        ("--ref: -- is no value", ["--ref=--"]),
+        ("--n: -- is no value", ["--n=--"]),
         ("unrecognized arguments: --m", ["--m"]),
     ):
         with pytest.raises(InputError, match=words) as e:

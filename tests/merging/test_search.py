@@ -208,6 +208,7 @@ def test_by_a_task_and_greedily(models, run, tmp_path):
         ("needs 2", ["--data", "ONE"]),
         ("is not a regular file", ["--data", "x", "--out", "FOLDER"]),
         ("nothing can be written", ["--data", "x", "--out", "ONE/s.json"]),
+        ("-s.json begins like a flag; write ./-s.json", ["--data", "x", "--out=-s.json"]),
     ],
 )
 def test_bad_input(models, refused, tmp_path, words, more):
