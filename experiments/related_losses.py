@@ -2,8 +2,8 @@
 
     python -m experiments.related_losses --student smollm2-135m-instruct
 
-DFT, ASFT, OTR and PoFT replace SFT, each at SFT's learning rate and at twice that rate (arms named -2x). DPO replaces
-KTO after SFT, on KTO's pairs and at KTO's rate.
+DFT, ASFT, OTR and PoFT replace SFT, each at SFT's learning rate; the first three also at half and at twice that rate
+(arms named -half and -2x). DPO replaces KTO after SFT, on KTO's pairs and at KTO's rate.
 """
 
 import json
@@ -13,6 +13,8 @@ from core.files import atomic_write, cli
 from core.records import read_jsonl
 from demo.split import paired_rows
 from experiments.steps import choose_lr, command, evaluate, run_step, sft, study_flags, training_flags
+
+RATES = {"half": 0.5, "2x": 2}  # in units of SFT's learning rate
 
 
 def write_pairs(kto: str, path: str) -> None:
@@ -24,8 +26,8 @@ def write_pairs(kto: str, path: str) -> None:
 
 def main() -> None:
     p = study_flags(__doc__)
-    losses = ["dft", "asft", "poft", "otr"]
-    arms = [*losses, "sft-dpo", *(f"{loss}-2x" for loss in losses)]
+    arms = ["dft", "asft", "sft-dpo", "poft", "otr"]
+    arms += [f"{loss}-{rate}" for loss in ("dft", "asft", "otr") for rate in RATES]
     p.add_argument("--arms", nargs="+", choices=arms, default=arms, help="arms to run, in this order")
     args = p.parse_args()
     out = args.out
@@ -40,8 +42,9 @@ def main() -> None:
             lr = choose_lr(args, "kto")
             run_step(out, name, command("variants.dpo", **files, lr=lr, beta=args.beta, **flags))
         else:
-            loss, lr = name.removesuffix("-2x"), choose_lr(args, "sft")
-            lr = lr if loss == name else f"{2 * float(lr):g}"
+            loss, _, rate = name.partition("-")
+            lr = choose_lr(args, "sft")
+            lr = f"{RATES[rate] * float(lr):g}" if rate else lr
             sft(args, name, lr, "data/sft.jsonl", script=f"variants.{loss}", **more.get(loss, {}))
         evaluate(args, name)
     print("next: python -m experiments.side_effects, with the same flags")

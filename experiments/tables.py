@@ -5,6 +5,7 @@ from typing import NamedTuple
 from evaluation.stats import POWER, holm, mean_stderr, paired_comparison
 
 LOSS_NAMES = {"dft": "DFT", "asft": "ASFT", "otr": "OTR", "poft": "PoFT"}
+OTHER_RATES = [(arm, *rate) for arm in ("dft", "asft", "otr") for rate in (("half", "half"), ("2x", "twice"))]
 NAMES = {
     "base": "student before training",
     "sft-original": "SFT on original responses",
@@ -32,7 +33,7 @@ NAMES = {
     "asft": "ASFT in place of SFT",
     "otr": "OTR in place of SFT",
     "poft": "PoFT in place of SFT, weighted by the KTO model",
-    **{f"{arm}-2x": f"{name} at twice the rate" for arm, name in LOSS_NAMES.items()},
+    **{f"{arm}-{rate}": f"{LOSS_NAMES[arm]} at {times} the rate" for arm, rate, times in OTHER_RATES},
     "sft-dpo": "SFT, then DPO on KTO's pairs",
     "general-sft": "SFT on general instructions",
     "general-kto": "KTO on general instructions",
@@ -105,8 +106,10 @@ LOSSES = [
     TableRow("sft"),
     *(TableRow(arm, "sft", f"{name} is a better loss than SFT's") for arm, name in LOSS_NAMES.items()),
     *(
-        TableRow(f"{arm}-2x", "sft", f"{name} at twice SFT's learning rate is a better loss than SFT's")
-        for arm, name in LOSS_NAMES.items()
+        TableRow(
+            f"{arm}-{rate}", "sft", f"{LOSS_NAMES[arm]} at {times} SFT's learning rate is a better loss than SFT's"
+        )
+        for arm, rate, times in OTHER_RATES
     ),
     TableRow("sft-kto"),
     TableRow("sft-dpo", "sft-kto", "After SFT, DPO on KTO's pairs is better than KTO"),
@@ -142,7 +145,7 @@ STUDIES = [  # (title, rows of its table, module, introduction)
      "Each arm trains on as many examples as SFT, but its replies are not selected by verification."),
     ("The effect of KTO's parts", PARTS, "kto_parts", "The KTO arms start from the student. The last arm continues from the SFT model, as KTO after SFT does."),
     ("Losses of related papers", LOSSES, "related_losses",
-     "Each arm has the data and steps of SFT, or of KTO after SFT, and its learning rate or twice that. Only the loss differs (variants/)."),
+     "Each arm has the data and steps of SFT, or of KTO after SFT, and its learning rate, half or twice that. Only the loss differs (variants/)."),
 ]  # fmt: skip
 KEPT = ["sft", "kto", "sft-kto", "mean"]
 BENCHMARKS = {"mmlu": "MMLU", "ceval": "C-Eval", "gsm8k": "GSM8K", "humaneval": "HumanEval", "ifeval": "IFEval"}
