@@ -43,13 +43,10 @@ def memory_needed(
     compiled: bool = False,
     fp32_attention: bool = False,
 ) -> dict[str, int]:
-    """Bytes at the peak of a training step on one device: {"state", "activations", "work"}; the peak is their sum.
+    """Bytes at the peak of a training step on one device: the sum of {"state", "activations", "work", "gaps"}.
 
     tokens: tokens of the largest micro-batch, all supervised. itemsize: bytes of a number in the compute dtype. shards:
-    number of ranks with --shard.
-
-    Not counted: KERNELS=plain, which keeps the (N, V) logits; a loss with token_kl, which has tiles of two models'
-    logits; a frozen reference model.
+    number of ranks with --shard. docs/scale.md says what is not counted.
 
     state: weight, gradient and two moments in fp32, 16 bytes per parameter, divided by the shards. This is an upper
     bound: gradients do not exist yet in the first micro-batch.
@@ -71,6 +68,8 @@ def memory_needed(
     - The backward of a block: four tensors of the MLP's width, the gradient of one of its matrices, a tied head's
       gradient; with activation checkpointing also everything that the block keeps.
     - Sharded: embedding and head, and two blocks with their gradients.
+
+    gaps: free parts of the CPU's heap that are too small for the next tensor; measured, about a tenth of the rest.
     """
     c = config
     C, A, K = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -92,4 +91,5 @@ def memory_needed(
     mlp = tokens * itemsize * (4 * I + 2 * C) + C * I * (4 + 2 * cast) + (4 * V * C if c.tie_word_embeddings else 0)
     mlp += kept if checkpointing else 0
     work = max(head, mlp) + (4 * vocabulary + 2 * block * (2 * itemsize + 4) if shards > 1 else 0)
-    return {"state": 16 * total // shards, "activations": activations, "work": work}
+    parts = {"state": 16 * total // shards, "activations": activations, "work": work}
+    return parts | {"gaps": sum(parts.values()) // 10 if device_type == "cpu" else 0}

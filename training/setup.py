@@ -224,7 +224,7 @@ def plan_memory(model: Qwen2, args: argparse.Namespace, tokens: int, ranks: Rank
     """Estimates the memory of a micro-batch of `tokens` tokens and prints it. -> True if checkpointing is needed.
 
     It is needed if the micro-batch does not fit on some rank without it. A tenth of the free memory is reserved for
-    gaps in the allocator and kernel workspaces. spend_spare_memory gets the rest.
+    what memory_needed does not count. spend_spare_memory gets the rest.
     """
     settings = {
         "itemsize": DTYPES[args.dtype].itemsize,
@@ -239,22 +239,30 @@ def plan_memory(model: Qwen2, args: argparse.Namespace, tokens: int, ranks: Rank
     room = loaded + (free * 0.9 if free else math.inf)
     short = torch.tensor([float(sum(need.values()) > room) for need in (without, with_it)], device=model.device)
     on, too_large = (sum_over_ranks(short) > 0).tolist()
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in without.items())
-    has = f"{(loaded + free) / GIB:.2f} are free" if free else "free memory not known"
-    takes = f"{sum(without.values()) / GIB:.2f} GiB ({parts})"
-    choice = f"on, which takes {sum(with_it.values()) / GIB:.2f}" if on else "off"
-    print0(f"memory: a micro-batch of {tokens:,} tokens takes {takes}, {has}: activation checkpointing {choice}")
-    if too_large:
-        print0("warning: still too large; lower --micro-tokens" + ", or --shard over several ranks" * (not args.shard))
     if free:
         spend_spare_memory(model, int(room - sum((with_it if on else without).values())))
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in without.items() if size)
+    takes = f"{sum(without.values()) / GIB:.2f} GiB ({parts})"
+    spent = f" and {spent_memory(model, tokens) / GIB:.2f} to save time" if model.spare_bytes > 0 else ""
+    has = f"{(loaded + free) / GIB:.2f} are free" if free else "free memory not known"
+    choice = f"on, which takes {sum(with_it.values()) / GIB:.2f}" if on else "off"
+    print0(f"memory: a micro-batch of {tokens:,} tokens takes {takes}{spent}, {has}: activation checkpointing {choice}")
+    if too_large:
+        print0("warning: still too large; lower --micro-tokens" + ", or --shard over several ranks" * (not args.shard))
     return on
 
 
 def spend_spare_memory(model: Qwen2, spare_bytes: int) -> None:
     """Uses memory that a step leaves free to save time: weights cast once per step, then the head's logits kept."""
     model.casts = cast_copies(model, spare_bytes)
-    model.spare_bytes = spare_bytes - sum(copy.numel() * copy.element_size() for _, copy in model.casts)
+    model.spare_bytes = spare_bytes - sum(copy.nbytes for _, copy in model.casts)
+
+
+def spent_memory(model: Qwen2, tokens: int) -> int:
+    """Bytes of the cast weights, and of the logits that a micro-batch of `tokens` supervised tokens keeps."""
+    itemsize = 4 if model.device.type == "cuda" else model.compute_dtype.itemsize  # as in core.head.token_logps
+    logits = tokens * model.config.vocab_size * itemsize
+    return sum(copy.nbytes for _, copy in model.casts) + min(model.spare_bytes, logits)
 
 
 def recompute(block: torch.nn.Module) -> None:
