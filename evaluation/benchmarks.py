@@ -346,6 +346,16 @@ def check_code_allowed(task: str, args: Namespace) -> None:
         raise InputError(f"{task} runs programs that the checkpoints write; allow it with --allow-code-execution")
 
 
+def check_rows(task: str, rows: list[dict], data_dir: str) -> None:
+    """InputError if a task has no question, or one whose answer is none of its choices or an empty text."""
+    if not rows:
+        raise InputError(f"--tasks {task}: no question in its files in {data_dir}; fetch them again")
+    for row in rows if BENCHMARKS[task].get("by") else ():
+        if "choices" in row and not row["choices"].get(row["answer"]):
+            where = row.get("where", f"--tasks {task}")
+            raise InputError(f"{where}: question {row['id']} has no choice {row['answer']}; fetch the file again")
+
+
 def load_questions(task: str, args: Namespace, judged: bool = False) -> list[dict]:
     """The questions of a task: {"task", "row", "messages", "choices", "key_parts"}.
 
@@ -355,6 +365,7 @@ def load_questions(task: str, args: Namespace, judged: bool = False) -> list[dic
     bench = check_task(task, args, judged)
     find = functools.partial(find_data_file, args.data_dir)
     rows = bench["rows"](find)
+    check_rows(task, rows, args.data_dir)
     rows = take_per_subject(rows, args.limit or len(rows))
     if not judged and any(row.get("reference", {}).get("kind") == "code" for row in rows):
         check_code_allowed(task, args)

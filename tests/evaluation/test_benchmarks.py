@@ -252,6 +252,41 @@ def test_a_byte_order_mark_is_ignored(tmp_path):
     assert row["answer"] == "A"
 
 
+HEADER = "Category,Question,Best Answer,Correct Answers,Incorrect Answers\n"
+
+
+@pytest.mark.parametrize(
+    ("task", "files", "says"),
+    [
+        ("safetybench", {"test_zh_subset.json": "[]", "test_answers_zh_subset.json": "{}"}, "no question in its files"),
+        ("truthfulqa_mc2", {"TruthfulQA.csv": ""}, "no question in its files"),
+        ("truthfulqa_mc1", {"TruthfulQA.csv": HEADER}, "no question in its files"),
+        ("truthfulqa_mc1", {"TruthfulQA.csv": f"{HEADER}c,q,,,\n"}, "question 0 has no choice 1"),
+        (
+            "mbpp",
+            {"mbpp.jsonl": '{"task_id": 1, "text": "", "code": "", "test_list": ["a"]}'},
+            "no question in its files",
+        ),
+        (
+            "arc_easy",
+            {"ARC-Easy-Test.jsonl": json.dumps({"id": "x", "question": {"stem": "", "choices": []}, "answerKey": "A"})},
+            "question x has no choice A",
+        ),
+    ],
+)
+def test_a_task_without_a_usable_question_is_refused(tmp_path, task, files, says):
+    folder = tmp_path / {"arc_easy": "arc", "truthfulqa_mc1": "truthfulqa", "truthfulqa_mc2": "truthfulqa"}.get(
+        task, task
+    )
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    protocol = "paper" if task in ("safetybench", "mbpp") else "loglik"
+    args = Namespace(data_dir=str(tmp_path), limit=None, protocol=protocol, allow_code_execution=True)
+    with pytest.raises(InputError, match=says):
+        load_questions(task, args)
+
+
 def test_half_a_surrogate_pair_in_a_question_is_refused(tmp_path):
     (tmp_path / "demo").mkdir()
     row = {"id": "a", "prompt": "\ud83d?", "reference": {"kind": "number", "value": 4}}
