@@ -113,7 +113,7 @@ def tested_claims(result: dict) -> list[tuple[str, str, TableRow, dict]]:
     return claims
 
 
-def short_names(students: list[str]) -> dict[str, str]:
+def size_names(students: list[str]) -> dict[str, str]:
     """{student: its number of parameters as its name gives it, such as "0.5B"}. The whole name if that is not unique."""
     sizes = {name: (re.findall(r"(?<![\w.])[\d.]+[BM](?!\w)", name) or [name])[0] for name in students}
     return {name: size if [*sizes.values()].count(size) == 1 else name for name, size in sizes.items()}
@@ -124,7 +124,7 @@ def findings_section(results: list[dict]) -> str:
     groups = {heading: {} for heading in HEADINGS}  # {heading: {claim: [what was measured, for each student]}}
     arms = ["base", *tables.KEPT]
     lines = []
-    sizes = short_names([result["student"] for result in results])
+    sizes = size_names([result["student"] for result in results])
     for result in results:
         student = f"{sizes[result['student']]} " if len(results) > 1 else ""
         for heading, where, row, comparison in tested_claims(result):
