@@ -95,7 +95,7 @@ def run_main(main: Callable[[], object]) -> None:
         discard_output()
         sys.exit(141)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # EFBIG: ulimit -f
             raise
         with contextlib.suppress(OSError):  # stderr may be on the same disk
             print(f"error: the output cannot be written: {e.strerror}; make room", file=sys.stderr)

@@ -383,3 +383,17 @@ def test_input_that_is_not_utf8_is_replaced():
 def test_a_file_name_in_a_next_line_is_no_flag(capsys):
     print_next("python", "eval.py", "--ckpt", "-base", "a b", "--tasks", "gsm8k")
     assert capsys.readouterr().out == "next: python eval.py --ckpt ./-base 'a b' --tasks gsm8k\n"
+
+
+def test_an_output_beyond_the_limit_on_file_sizes_is_one_line(tmp_path):
+    script = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from core.files import cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+cli(lambda: print("x" * 100))
+"""
+    with open(tmp_path / "out.txt", "w") as out:
+        done = subprocess.run([sys.executable, "-c", script], stdout=out, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (2, b"error: the output cannot be written: File too large; make room\n")
