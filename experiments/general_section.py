@@ -8,13 +8,14 @@ from experiments.tables import NAMES, data_text, markdown_table
 OWN_WRITERS = {"small": "student", "teacher": "teacher"}
 
 
-def general_section(result: dict, number: int) -> str:
+def general_section(result: dict, number: int, picture: str = "") -> str:
     """Empty without results of general instructions."""
     if not result["general_data"] or not tables.general_verdicts(result):
         return ""
     data, followed = result["general_data"], result["general_data"]["followed"]
     shares = [100 * right / n for right, n in (followed["teacher"], followed["small"])]
     total = result["data"]["instructions"] + data["instructions"]
+    shown = f"![Score by arm on GSM8K and the test instructions]({picture})\n\n" if picture else ""
     original = data.get("sft_writers", {}).get("original", 0)
     return f"""## {number}. General instructions: {result["student"]}
 
@@ -24,7 +25,7 @@ Together these are {total} instructions after all steps. Answers and tests verif
 construction. At equal scores it comes first, so it is the best response of {original} instructions. Questions of the
 benchmarks were removed. SFT: {flag(result, "general-sft", "--epochs")} pass. Learning rates and everything else are those of section {number - 1}.
 
-{general_tables(result, tables.GENERAL)}{own_replies(result)}{general_lengths(result)}"""
+{shown}{general_tables(result, tables.GENERAL)}{own_replies(result)}{general_lengths(result)}"""
 
 
 def general_tables(result: dict, rows: list[tables.TableRow]) -> str:

@@ -48,6 +48,20 @@ def scores_picture(verdicts: dict[str, str]) -> str:
     return picture([[svg.dot_chart("Score by arm", rows, base, "instructions followed, %, with 95 % interval")]])
 
 
+def general_picture(verdicts: dict[str, dict[str, str]]) -> str:
+    """Scores of the arms with general instructions: a chart for GSM8K, one for the test instructions.
+
+    verdicts: {benchmark: {arm: verdicts}}.
+    """
+    charts = []
+    for task in ("GSM8K", "the test instructions"):
+        arms = [arm for arm in NAMES if arm in verdicts.get(task, {}) and (arm == "base" or arm.startswith("general-"))]
+        if len(arms) > 1:
+            rows = [(NAMES[arm], *interval(verdicts[task][arm])) for arm in arms]
+            charts.append([svg.dot_chart(task, rows, rows[0][2], f"{task}: right, %, with 95 % interval")])
+    return picture(charts) if charts else ""
+
+
 def running_mean(values: list[float], size: int = SMOOTH) -> list[tuple[float, float]]:
     """-> (step, mean of the last `size` values)."""
     return [(i + 1, sum(values[max(0, i + 1 - size) : i + 1]) / min(size, i + 1)) for i in range(len(values))]

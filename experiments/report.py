@@ -15,7 +15,7 @@ from core.flags import Parser
 from core.records import expand
 from experiments import tables
 from experiments.general_section import general_section
-from experiments.pictures import pictures, scores_picture
+from experiments.pictures import general_picture, pictures, scores_picture
 from experiments.repeat import CORES, flag, repeat_section
 from experiments.tables import NAMES, STUDIES, TableRow, kept_tables, kept_verdicts, markdown_table, split_verdicts
 
@@ -335,7 +335,11 @@ def report(results: list[dict], images: str) -> tuple[str, dict[str, str]]:
             drawn[picture] = scores_picture(verdicts)
         where = f"{images}/{picture}" if picture in drawn else ""
         sections.append(other_student_section(other, len(STUDIES) + number, where))
-        sections.append(general_section(other, len(STUDIES) + number + 1))
+        general = f"report-general-{number}.svg"
+        if text := general_picture(tables.general_verdicts(other)):
+            drawn[general] = text
+        where = f"{images}/{general}" if general in drawn else ""
+        sections.append(general_section(other, len(STUDIES) + number + 1, where))
     return "".join([*sections, repeat_section(results)]), drawn
 
 
