@@ -49,17 +49,17 @@ def test_the_sentences_of_the_readme_are_those_of_the_results():
         f"{100 * right.count('1') / len(right):.1f}"
         for right in (tables.split_verdicts(large, split, split)[arm] for arm in arms)
     ]
-    ifeval, gsm8k = (
-        scores("ifeval", "base", "sft-kto"),
-        scores("gsm8k", "base", *(f"general-{arm}" for arm in ("sft", "kto", "sft-kto"))),
-    )
+    ifeval, methods = scores("ifeval", "base", "sft-kto"), ("sft", "kto", "sft-kto")
+    original = scores("gsm8k", "base", *(f"general-{method}" for method in methods))
+    own = scores("gsm8k", *(f"general-own-{method}" for method in methods))
     assert f"IFEval itself: the 0.5B goes from {ifeval[0]} to {ifeval[1]} %" in text
-    assert "0.5B falls on GSM8K from {} % to {} (SFT), {} (KTO), {} (both)".format(*gsm8k) in text
+    assert "0.5B falls on GSM8K from {} % to {} (SFT), {} (KTO), {} (both)".format(*original) in text
+    assert f"right replies as targets: {', '.join(own)}." in text
     n = sum(large[name]["instructions"] for name in ("data", "general_data"))
     assert f"code among {n:,} instructions" in text
     test = {arm: right.count("1") / 5 for arm, right in tables.split_verdicts(small, "test").items()}  # % of 500
-    assert f"teacher is {test['sft'] - test['sft-teacher']:.0f} points worse" in text
-    assert f"30 % wrong labels {test['kto'] - test['kto-noise-30']:.0f} points" in text
+    assert f"teacher cost SFT {test['sft'] - test['sft-teacher']:.0f} points" in text
+    assert f"30 % wrong labels cost KTO {test['kto'] - test['kto-noise-30']:.0f}." in text
 
 
 BASE = "1" * 4 + "0" * 16  # 20 %
