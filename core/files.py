@@ -141,8 +141,8 @@ def print0(text: str) -> None:
 
 
 def print_next(*words: str) -> None:
-    """Prints a command to run next, quoted for the shell. A file name such as -x becomes ./-x, which is no flag."""
-    print(f"next: {shlex.join(f'./{word}' if re.match('-[^-]', word) else word for word in words)}")
+    """Prints a command to run next, quoted for the shell. A file named -x becomes ./-x, which is no flag."""
+    print(f"next: {shlex.join(f'./{w}' if w.startswith('-') and os.path.lexists(w) else w for w in words)}")
 
 
 def discard_output() -> None:

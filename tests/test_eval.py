@@ -13,10 +13,10 @@ from conftest import ROOT, tiny_files, tiny_model, write_lines
 from tiny_benchmarks import write_benchmarks
 from training_runs import torchrun
 
-import eval
 from core.checkpoint import Checkpoint
 from core.distributed import Ranks
 from core.tokenizer import Tokenizer
+from eval import other_metrics
 from evaluation import benchmarks, downloads, replies, rows
 from evaluation.flags import checkpoint_names
 from evaluation.replies import collect_replies, question_keys
@@ -526,5 +526,5 @@ def test_a_rank_that_is_late_asks_its_own_share(tmp_path, data, ckpts, monkeypat
 
 
 def test_the_perplexity_of_a_diverged_model_is_a_number():
-    found = eval.other_metrics([{"nll_per_token": (2400.0, 3)}, {"nll_per_token": (2200.0, 3)}], [None, None], [0, 0])
+    found = other_metrics([{"nll_per_token": (2400.0, 3)}, {"nll_per_token": (2200.0, 3)}], [None, None], [0, 0])
     assert math.isfinite(found["metrics"]["perplexity"]["score"]) and found["metrics"]["nll_per_token"]["score"] > 709

@@ -380,9 +380,11 @@ def test_input_that_is_not_utf8_is_replaced():
     assert done.stdout == b"'a\\ufffdb'\n", done.stderr
 
 
-def test_a_file_name_in_a_next_line_is_no_flag(capsys):
-    print_next("python", "eval.py", "--ckpt", "-base", "a b", "--tasks", "gsm8k")
-    assert capsys.readouterr().out == "next: python eval.py --ckpt ./-base 'a b' --tasks gsm8k\n"
+def test_a_file_name_in_a_next_line_is_no_flag(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-base").mkdir()
+    print_next("python", "-m", "variants.novelty", "--ckpt", "-base", "a b", "--tasks", "gsm8k")
+    assert capsys.readouterr().out == "next: python -m variants.novelty --ckpt ./-base 'a b' --tasks gsm8k\n"
 
 
 def test_an_output_beyond_the_limit_on_file_sizes_is_one_line(tmp_path):
