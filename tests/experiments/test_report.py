@@ -55,6 +55,8 @@ def test_the_sentences_of_the_readme_are_those_of_the_results():
     assert f"IFEval itself: the 0.5B goes from {ifeval[0]} to {ifeval[1]} %" in text
     assert "0.5B falls on GSM8K from {} % to {} (SFT), {} (KTO), {} (both)".format(*original) in text
     assert f"right replies as targets: {', '.join(own)}." in text
+    figures = "own responses SFT {}, KTO {}, SFT-KTO {}; with the models' right replies {}, {}, {} |"
+    assert figures.format(*original[1:], *own) in (ROOT / "docs/results.md").read_text(encoding="utf-8")
     n = sum(large[name]["instructions"] for name in ("data", "general_data"))
     assert f"code among {n:,} instructions" in text
     test = {arm: right.count("1") / 5 for arm, right in tables.split_verdicts(small, "test").items()}  # % of 500
