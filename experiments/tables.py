@@ -43,7 +43,7 @@ NAMES = {
     "general-own-kto": "KTO on general instructions, models' replies alone",
     "general-own-sft-kto": "SFT, then KTO, on general instructions, models' replies alone",
 }
-OWN_NAMES = {"sft": "SFT", "kto": "KTO", "sft-kto": "SFT, then KTO"}
+OWN_NAMES = {"sft": "SFT", "kto": "KTO", "sft-kto": "SFT, then KTO,"}
 NOT_RUN = {
     "sft-original": "not run: the instructions are made by a program, so nobody wrote an original response",
     "sft-deduplicated": "not run: no two instructions are equal, so there is nothing to drop",
