@@ -241,12 +241,13 @@ def plan_memory(model: Qwen2, args: argparse.Namespace, tokens: int, ranks: Rank
     on, too_large = (sum_over_ranks(short) > 0).tolist()
     if free:
         spend_spare_memory(model, int(room - sum((with_it if on else without).values())))
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in without.items() if size)
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in without.items() if size >= GIB / 200)  # not 0.00
     takes = f"{sum(without.values()) / GIB:.2f} GiB ({parts})"
-    spent = f" and {spent_memory(model, tokens) / GIB:.2f} to save time" if model.spare_bytes > 0 else ""
+    spent = spent_memory(model, tokens) if model.spare_bytes > 0 else 0
+    takes += f" and {spent / GIB:.2f} to save time" if spent >= GIB / 200 else ""
     has = f"{(loaded + free) / GIB:.2f} are free" if free else "free memory not known"
     choice = f"on, which takes {sum(with_it.values()) / GIB:.2f}" if on else "off"
-    print0(f"memory: a micro-batch of {tokens:,} tokens takes {takes}{spent}, {has}: activation checkpointing {choice}")
+    print0(f"memory: a micro-batch of {tokens:,} tokens takes {takes}, {has}: activation checkpointing {choice}")
     if too_large:
         print0("warning: still too large; lower --micro-tokens" + ", or --shard over several ranks" * (not args.shard))
     return on
