@@ -200,6 +200,7 @@ def read_samples(path: str) -> dict[tuple, dict]:
     for line, sample in read_jsonl(path):
         try:
             samples[sample["checkpoint"], sample["task"], sample["id"]] = sample
+            # fails if a field that compare_command reads is missing or of another type
             float(sample["correct"]), sample["prompt"][-1]["content"], sample["reply"], sample["extracted"]
         except (KeyError, TypeError, ValueError, IndexError):
             raise InputError(f"{path}:{line}: is not a sample of eval.py; run the evaluation again") from None

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash test.sh [pytest arguments, such as tests/core -x]: sets up .venv with requirements-dev.txt, lints and runs the tests.
+# bash test.sh [pytest arguments, such as tests/core -x]: sets up .venv with requirements-dev.txt, lints, runs the tests.
 # REAL_CKPT=DIR and DATA_DIR=DIR add tests on a real checkpoint and on the real benchmarks. TEST_GPU=1 bash test.sh -k gpu
 # adds the tests that need a GPU.
 set -euo pipefail

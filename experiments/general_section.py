@@ -1,5 +1,7 @@
 """The report's section on general instructions."""
 
+from collections import Counter
+
 from curation.step_files import writer_family
 from experiments import tables
 from experiments.repeat import flag
@@ -44,22 +46,17 @@ def own_replies(result: dict) -> str:
     shown = general_tables(result, tables.GENERAL_OWN)
     if not shown or not (data := result["general_own_data"]):
         return ""
-    writers = ", ".join(f"{n} of the {OWN_WRITERS[writer]}" for writer, n in by_family(data["sft_writers"]).items())
+    writers = Counter()  # SFT examples by writer, all samples of the student together
+    for writer, n in data["sft_writers"].items():
+        writers[OWN_WRITERS[writer_family(writer)]] += n
+    shares = ", ".join(f"{n} of the {writer}" for writer, n in writers.items())
     return f"""### The models' right replies in place of the original responses
 
 The same instructions and replies, labelled once more without the original responses (`make_data.py --writers small teacher`): the
 student's right reply is the best response, else the teacher's. An instruction that neither answered is left out. This leaves
-{data["sft"]} of {data["instructions"]} SFT examples ({writers}) and {data["kto"]} KTO examples. The examples with constraints are the same.
+{data["sft"]} of {data["instructions"]} SFT examples ({shares}) and {data["kto"]} KTO examples. The examples with constraints are the same.
 
 {shown}"""
-
-
-def by_family(writers: dict[str, int]) -> dict[str, int]:
-    """SFT examples by writer, all samples of the student together."""
-    sums = {}
-    for writer, n in writers.items():
-        sums[writer_family(writer)] = sums.get(writer_family(writer), 0) + n
-    return sums
 
 
 def general_lengths(result: dict) -> str:
