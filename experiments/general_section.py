@@ -11,9 +11,7 @@ OWN_WRITERS = {"small": "student", "teacher": "teacher"}
 
 
 def general_section(result: dict, number: int, picture: str = "") -> str:
-    """Empty without results of general instructions."""
-    if not result["general_data"] or not tables.general_verdicts(result):
-        return ""
+    """The section of a result with general instructions."""
     data, followed = result["general_data"], result["general_data"]["followed"]
     shares = [100 * right / n for right, n in (followed["teacher"], followed["small"])]
     total = result["data"]["instructions"] + data["instructions"]

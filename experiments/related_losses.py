@@ -2,8 +2,9 @@
 
     python -m experiments.related_losses --student smollm2-135m-instruct
 
-DFT, ASFT, OTR and PoFT replace SFT, each at SFT's learning rate; the first three also at half and at twice that rate
-(arms named -half and -2x). DPO replaces KTO after SFT, on KTO's pairs and at KTO's rate.
+DFT, ASFT, OTR and PoFT replace SFT, DPO replaces KTO after SFT, on KTO's pairs. Each runs at the learning rate of what it
+replaces and at half of it, the first three also at twice that rate (arms named -half and -2x). The dev split decides
+which of its rates is best.
 """
 
 import argparse
@@ -15,15 +16,13 @@ from core.records import read_jsonl
 from demo.split import paired_rows
 from experiments.steps import choose_lr, command, evaluate, run_step, sft, study_flags, training_flags
 
-RATES = {"half": 0.5, "2x": 2}  # in units of SFT's learning rate
-ARMS = [
-    "dft",
-    "asft",
-    "sft-dpo",
-    "poft",
-    "otr",
-    *(f"{loss}-{rate}" for loss in ("dft", "asft", "otr") for rate in RATES),
+RATES = {"half": 0.5, "2x": 2}  # in units of the learning rate of SFT or KTO
+LOSSES = ("dft", "asft", "otr", "poft", "sft-dpo")
+OTHER_RATES = [
+    *(f"{loss}-half" for loss in LOSSES),
+    *(f"{loss}-2x" for loss in ("dft", "asft", "otr")),
 ]
+ARMS = [*LOSSES, *OTHER_RATES]
 
 
 def write_pairs(kto: str, path: str) -> None:
@@ -34,23 +33,21 @@ def write_pairs(kto: str, path: str) -> None:
 
 
 def train_loss(args: argparse.Namespace, arm: str, suffix: str = "") -> None:
-    """Trains and evaluates an arm. suffix: ends the names of the arm and of the arms that it builds on."""
-    out = args.out
-    if arm == "sft-dpo":
+    """Trains an arm of ARMS. suffix: ends the names of the arm and of the arms that it builds on."""
+    out, name = args.out, f"{arm}{suffix}"
+    loss, _, rate = arm.rpartition("-") if arm in OTHER_RATES else (arm, "", "")
+    lr = choose_lr(args, "kto" if loss == "sft-dpo" else "sft")
+    lr = f"{RATES[rate] * float(lr):g}" if rate else lr
+    if loss == "sft-dpo":
         pairs = f"{out}/data/pairs.jsonl"
         if not Path(pairs).exists():
             write_pairs(f"{out}/data/kto.jsonl", pairs)
-        files = {"ckpt": f"{out}/sft{suffix}", "data": pairs, "out": f"{out}/{arm}{suffix}"}
+        files = {"ckpt": f"{out}/sft{suffix}", "data": pairs, "out": f"{out}/{name}"}
         flags = training_flags(args, args.batch_size // 2)  # a pair has two replies
-        lr = choose_lr(args, "kto")
-        run_step(out, f"{arm}{suffix}", command("variants.dpo", **files, lr=lr, beta=args.beta, **flags))
+        run_step(out, name, command("variants.dpo", **files, lr=lr, beta=args.beta, **flags))
     else:
-        loss, _, rate = arm.partition("-")
-        lr = choose_lr(args, "sft")
-        lr = f"{RATES[rate] * float(lr):g}" if rate else lr
         more = {"poft": {"others": f"{out}/kto{suffix}"}, "otr": {"beta": "-0.1"}}.get(loss, {})
-        sft(args, f"{arm}{suffix}", lr, "data/sft.jsonl", script=f"variants.{loss}", **more)
-    evaluate(args, f"{arm}{suffix}")
+        sft(args, name, lr, "data/sft.jsonl", script=f"variants.{loss}", **more)
 
 
 def main() -> None:
@@ -59,6 +56,8 @@ def main() -> None:
     args = p.parse_args()
     for arm in args.arms:
         train_loss(args, arm)
+        evaluate(args, arm, "dev")
+        evaluate(args, arm)
     print("next: python -m experiments.side_effects, with the same flags")
 
 

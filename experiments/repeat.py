@@ -18,11 +18,13 @@ def flag(result: dict, steps: str, name: str, default: str = "unknown") -> str:
 
 def step_module(step: str) -> str:
     """The module of the study that ran a step."""
-    arm = step.removeprefix("eval-test-")
+    arm = step.removeprefix("eval-test-").removeprefix("eval-dev-")
     if step in ("instructions", "teacher", "data"):
         return "data"
     if step.partition("-")[0] in (*tables.BENCHMARKS, "perplexity"):
         return "side_effects"
+    if "-seed-" in arm:
+        return "seeds"
     if arm.startswith("general-"):
         return "general"
     in_paper = {row.arm for row in tables.PAPER}
@@ -65,6 +67,9 @@ def study_command(result: dict, module: str) -> str:
             words += [f"--{name.replace('_', '-')}", *([value] if isinstance(value, str) else value)]
     if module in ("data", "general"):
         words += ["--teacher", flag(result, "teacher", "--ckpt", result["teacher"])]
+    if module == "seeds":
+        arms = dict.fromkeys(step.partition("-seed-")[0] for step in result["commands"] if "-seed-" in step)
+        words += ["--arms", *(arm for arm in tables.NAMES if arm in arms)]
     if module == "side_effects":
         tasks = [task for task in (*tables.BENCHMARKS, "perplexity") if f"{task}-base" in result["commands"]]
         words += ["--tasks", *tasks] if tasks else []
@@ -86,18 +91,18 @@ def with_teacher(command: list[str]) -> list[str]:
 def repeat_section(results: list[dict]) -> str:
     """A table with one command per study and its time, then the commands of all steps."""
     lines, commands, collected = [], [], []
-    for i, result in enumerate(results):
+    numbers = [(0, 0), *tables.section_numbers(results[1:])]
+    for result, (number, general) in zip(results, numbers):
         by_module = {}
         for step in result["commands"]:
             by_module.setdefault(step_module(step), []).append(step)
-        modules = ["data", *(module for _, _, module, _ in STUDIES), "side_effects", "general"]
-        titles = ["the data", *map(str, range(1, len(modules)))]
-        if i:  # one section for the paper's table and the side effects, one for the general instructions
-            titles[1] = titles[-2] = str(len(modules) - 2 + i)
-            titles[-1] = str(len(modules) - 1 + i)
+        modules = ["data", *(module for _, _, module, _ in STUDIES), "side_effects", "seeds", "general"]
+        titles = ["the data", *map(str, range(1, len(STUDIES) + 2)), "other seeds", str(general)]
+        if number:  # one section for the paper's table and the side effects
+            titles[1] = titles[-3] = str(number)
         for title, module in zip(titles, modules):
             steps = by_module.get(module, [])
-            if steps or not i and module != "general":
+            if steps or not number and module not in ("seeds", "general"):
                 minutes = sum(result["seconds"].get(step, 0) for step in steps) / 60
                 time = f"{minutes:.0f} min" if steps else "not run"
                 lines.append([result["student"], title, f"`{study_command(result, module)}`", time])

@@ -17,7 +17,8 @@ from experiments import tables
 from experiments.general_section import general_section
 from experiments.pictures import general_picture, pictures, scores_picture
 from experiments.repeat import CORES, flag, repeat_section
-from experiments.tables import NAMES, STUDIES, TableRow, kept_tables, kept_verdicts, markdown_table, split_verdicts
+from experiments.seeds_section import loss_rates_table, seeds_table, seeds_text
+from experiments.tables import NAMES, STUDIES, kept_tables, kept_verdicts, markdown_table, split_verdicts
 
 GROUPS = ("commands", "seconds", "trained_tokens", "chosen", "arms", "values", "curves", "not_run")
 NOTHING = "- Nothing.\n"
@@ -97,8 +98,8 @@ def read_results(paths: list[str]) -> list[dict]:
 # Sections
 
 
-def tested_claims(result: dict) -> list[tuple[str, str, TableRow, dict]]:
-    """-> (heading of HEADINGS, "on BENCHMARK " or "", row, comparison) of every claim that the result can test."""
+def tested_claims(result: dict) -> list[tuple[str, str, str]]:
+    """-> (heading of HEADINGS, claim, what was measured) of every claim that the result can test."""
     test = split_verdicts(result, "test")
     tested = [("", rows, test) for _, rows, _, _ in STUDIES]
     tested += [("", tables.kept_rows(task), verdicts) for task, verdicts in kept_verdicts(result).items()]
@@ -108,7 +109,8 @@ def tested_claims(result: dict) -> list[tuple[str, str, TableRow, dict]]:
     for where, rows, verdicts in tested:
         for row, comparison in tables.compare(rows, verdicts).items():
             if (where, row.arm, row.baseline, verdicts[row.arm]) not in seen:
-                claims.append((tables.verdict(row, comparison), where, row, comparison))
+                measured = f"{where}{tables.measured_text(row, comparison)}{seeds_text(row, verdicts)}"
+                claims.append((tables.verdict(row, comparison), row.claim, measured))
                 seen.add((where, row.arm, row.baseline, verdicts[row.arm]))
     return claims
 
@@ -127,9 +129,8 @@ def findings_section(results: list[dict]) -> str:
     sizes = size_names([result["student"] for result in results])
     for result in results:
         student = f"{sizes[result['student']]} " if len(results) > 1 else ""
-        for heading, where, row, comparison in tested_claims(result):
-            measured = f"{student}{where}{tables.measured_text(row, comparison)}"
-            groups[heading].setdefault(row.claim, []).append(measured)
+        for heading, claim, measured in tested_claims(result):
+            groups[heading].setdefault(claim, []).append(f"{student}{measured}")
         test = split_verdicts(result, "test")
         lines.append([result["student"], *(tables.score_text(test[arm]) if arm in test else "" for arm in arms)])
     parts = []
@@ -211,7 +212,7 @@ def method_section(results: list[dict]) -> str:
 - **Statistics.** Intervals of scores are 1.96 standard errors. Differences are paired by question, with McNemar's exact
   test and a 95 % bootstrap interval. *Detectable difference*: if the true difference is this large, 80 % of repetitions
   give p < 0.05, uncorrected.
-- **Seeds.** Every arm has one (seed {flag(result, "sft-", "--seed")}). The intervals cover the choice of questions, not of seeds.
+- **Seeds.** {seeds_sentence(result)} The intervals cover the choice of questions, not of seeds.
 
 Learning rates were chosen on {len(dev) or "the"} dev instructions:
 
@@ -221,11 +222,24 @@ Learning rates were chosen on {len(dev) or "the"} dev instructions:
 """
 
 
+def seeds_sentence(result: dict) -> str:
+    """Which seeds the arms have."""
+    first, others = (
+        flag(result, "sft-", "--seed"),
+        sorted({arm.rpartition("-seed-")[2] for arm in result["arms"] if "-seed-" in arm}),
+    )
+    return (
+        f"Every arm has seed {first}, the main arms also {' and '.join(others)}."
+        if others
+        else f"Every arm has one (seed {first})."
+    )
+
+
 def differences_text(results: list[dict]) -> str:
     """What differs from the paper's experiment."""
     others = results[1:]
     students = "Most arms train" if others else "The arms train"
-    general = next((len(STUDIES) + i for i, other in enumerate(others, 3) if general_section(other, 0)), None)
+    general = next((number for _, number in tables.section_numbers(others) if number), None)
     kinds = (
         f"The instructions are of one kind, except in section {general}."
         if general
@@ -254,8 +268,10 @@ def study_sections(result: dict, drawn: dict[str, str], images: str) -> str:
             for name in pictures_of.get(module, ())
             if name in drawn
         ]
-        searched = searched_text(result) if module == "paper_table" else ""
-        parts.append(f"## {number}. {title}\n\n{question}\n\n{table}\n{searched}{''.join(shown)}")
+        more = searched_text(result) if module == "paper_table" else ""
+        more += loss_rates_table(result) if module == "related_losses" else ""
+        more += "".join(shown) + seeds_table(rows, verdicts)
+        parts.append(f"## {number}. {title}\n\n{question}\n\n{table}\n{more}")
     return "".join(parts)
 
 
@@ -329,17 +345,16 @@ def report(results: list[dict], images: str) -> tuple[str, dict[str, str]]:
         study_sections(result, drawn, images),
         kept_section(result),
     ]
-    for number, other in enumerate(others, 2):
-        picture = f"report-scores-{number}.svg"
+    for i, (other, (number, general)) in enumerate(zip(others, tables.section_numbers(others)), 2):
+        picture = f"report-scores-{i}.svg"
         if verdicts := split_verdicts(other, "test"):
             drawn[picture] = scores_picture(verdicts)
-        where = f"{images}/{picture}" if picture in drawn else ""
-        sections.append(other_student_section(other, len(STUDIES) + number, where))
-        general = f"report-general-{number}.svg"
-        if text := general_picture(tables.general_verdicts(other)):
-            drawn[general] = text
-        where = f"{images}/{general}" if general in drawn else ""
-        sections.append(general_section(other, len(STUDIES) + number + 1, where))
+        sections.append(other_student_section(other, number, f"{images}/{picture}" if picture in drawn else ""))
+        if general:
+            picture = f"report-general-{i}.svg"
+            if text := general_picture(tables.general_verdicts(other)):
+                drawn[picture] = text
+            sections.append(general_section(other, general, f"{images}/{picture}" if picture in drawn else ""))
     return "".join([*sections, repeat_section(results)]), drawn
 
 

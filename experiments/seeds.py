@@ -9,14 +9,14 @@ import argparse
 
 from core.files import cli
 from core.flags import at_least
+from experiments import related_losses
 from experiments.paper_table import merge
-from experiments.related_losses import train_loss
 from experiments.steps import choose_lr, evaluate, kto, sft, study_flags
 
-ARMS = ["sft", "kto", "sft-kto", "mean", "sft-dpo", "dft", "asft", "otr", "poft"]
+ARMS = ["sft", "kto", "sft-kto", "mean", *related_losses.ARMS]
 
 
-def train_arm(args: argparse.Namespace, arm: str, seed: int, rates: dict[str, str]) -> None:
+def train_with_seed(args: argparse.Namespace, arm: str, seed: int, rates: dict[str, str]) -> None:
     """Trains and evaluates the arm ARM-seed-N. rates: the learning rates of SFT and KTO."""
     suffix = f"-seed-{seed}"
     if arm == "mean":
@@ -28,19 +28,19 @@ def train_arm(args: argparse.Namespace, arm: str, seed: int, rates: dict[str, st
         ckpt = args.student if arm == "kto" else f"{args.out}/sft{suffix}"
         kto(args, f"{arm}{suffix}", ckpt, rates["kto"], "data/kto.jsonl")
     else:
-        return train_loss(args, arm, suffix)
+        related_losses.train_loss(args, arm, suffix)
     evaluate(args, f"{arm}{suffix}")
 
 
 def main() -> None:
     p = study_flags(__doc__)
     p.add_argument("--seeds", nargs="+", type=at_least(1), default=[1, 2], help="seeds to run")
-    p.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="arms to run, in this order")
+    p.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS[:4], help="arms to run, in this order")
     args = p.parse_args()
     rates = {kind: choose_lr(args, kind) for kind in ("sft", "kto")}
     for arm in args.arms:
         for seed in args.seeds:
-            train_arm(args, arm, seed, rates)
+            train_with_seed(args, arm, seed, rates)
     print("next: python -m experiments.collect --help")
 
 

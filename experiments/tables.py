@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 from evaluation.stats import POWER, holm, mean_stderr, paired_comparison
 
-LOSS_NAMES = {"dft": "DFT", "asft": "ASFT", "otr": "OTR", "poft": "PoFT"}
-OTHER_RATES = [(arm, *rate) for arm in ("dft", "asft", "otr") for rate in (("half", "half"), ("2x", "twice"))]
+LOSS_NAMES = {"dft": "DFT", "asft": "ASFT", "otr": "OTR", "poft": "PoFT", "sft-dpo": "DPO"}
+RATE_NAMES = {"half": "half", "2x": "twice"}  # of an arm ARM-half or ARM-2x: its learning rate, in units of that of ARM
+OTHER_RATES = [(arm, rate) for arm in ("dft", "asft", "otr") for rate in RATE_NAMES]
+OTHER_RATES += [("poft", "half"), ("sft-dpo", "half")]
 NAMES = {
     "base": "student before training",
     "sft-original": "SFT on original responses",
@@ -33,8 +35,8 @@ NAMES = {
     "asft": "ASFT in place of SFT",
     "otr": "OTR in place of SFT",
     "poft": "PoFT in place of SFT, weighted by the KTO model",
-    **{f"{arm}-{rate}": f"{LOSS_NAMES[arm]} at {times} the rate" for arm, rate, times in OTHER_RATES},
     "sft-dpo": "SFT, then DPO on KTO's pairs",
+    **{f"{arm}-{rate}": f"{LOSS_NAMES[arm]} at {RATE_NAMES[rate]} the rate" for arm, rate in OTHER_RATES},
     "general-sft": "SFT on general instructions",
     "general-kto": "KTO on general instructions",
     "general-sft-kto": "SFT, then KTO, on general instructions",
@@ -104,15 +106,21 @@ PARTS = [
 ]
 LOSSES = [
     TableRow("sft"),
-    *(TableRow(arm, "sft", f"{name} is a better loss than SFT's") for arm, name in LOSS_NAMES.items()),
+    *(TableRow(arm, "sft", f"{LOSS_NAMES[arm]} is a better loss than SFT's") for arm in ("dft", "asft", "otr", "poft")),
     *(
         TableRow(
-            f"{arm}-{rate}", "sft", f"{LOSS_NAMES[arm]} at {times} SFT's learning rate is a better loss than SFT's"
+            f"{arm}-{rate}",
+            "sft",
+            f"{LOSS_NAMES[arm]} at {RATE_NAMES[rate]} SFT's learning rate is a better loss than SFT's",
         )
-        for arm, rate, times in OTHER_RATES
+        for arm, rate in OTHER_RATES
+        if arm != "sft-dpo"
     ),
     TableRow("sft-kto"),
     TableRow("sft-dpo", "sft-kto", "After SFT, DPO on KTO's pairs is better than KTO"),
+    TableRow(
+        "sft-dpo-half", "sft-kto", "After SFT, DPO on KTO's pairs, at half KTO's learning rate, is better than KTO"
+    ),
 ]
 GENERAL = [  # for each benchmark
     TableRow("base"),
@@ -178,6 +186,21 @@ def general_verdicts(result: dict) -> dict[str, dict[str, str]]:
     """{benchmark: {arm: verdicts}} of the benchmarks on which an arm of GENERAL was evaluated."""
     found = {"the test instructions": split_verdicts(result, "test"), **kept_verdicts(result)}
     return {task: by for task, by in found.items() if any(arm.startswith("general-") for arm in by)}
+
+
+def has_general(result: dict) -> bool:
+    """Whether the result has arms with general instructions."""
+    return bool(result["general_data"] and general_verdicts(result))
+
+
+def section_numbers(others: list[dict]) -> list[tuple[int, int]]:
+    """-> (section of the paper's table, section of general instructions or 0) of each student after the first."""
+    numbers, last = [], len(STUDIES) + 1
+    for other in others:
+        general = last + 2 if has_general(other) else 0
+        numbers.append((last + 1, general))
+        last = general or last + 1
+    return numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------------

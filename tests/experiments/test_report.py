@@ -11,6 +11,7 @@ from experiments import tables
 from experiments.pictures import running_mean
 from experiments.repeat import step_module, study_command
 from experiments.report import read_results, report
+from experiments.seeds_section import loss_rates_table, seed_differences, seeds_table, seeds_text
 from experiments.tables import TableRow, compare, interval, measured_text, points, verdict
 
 RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
@@ -137,6 +138,43 @@ def test_paired_differences_by_hand():
     assert sft["smallest"] == pytest.approx((1.96 + 0.8416) * (4.8 / 19 / 20) ** 0.5)
     assert verdict(ROWS[1], sft) == "held" and verdict(ROWS[2], kto) == "undecided"
     assert verdict(ROWS[1]._replace(better=False), sft) == "opposite"
+
+
+def test_other_seeds_by_hand():
+    verdicts = {
+        "base": BASE,
+        "sft": SFT,
+        "sft-seed-2": "1" * 8 + "0" * 12,
+        "sft-seed-1": "1" * 4 + "0" * 16,
+        "kto": KTO,
+    }
+    by_seed, (low, high) = seed_differences(ROWS[1], verdicts)
+    assert by_seed == pytest.approx({0: 8 / 20, 1: 0, 2: 4 / 20})  # the base is one for all seeds
+    assert 0 < low < 4 / 20 < high  # the mean over questions and seeds
+    assert seed_differences(ROWS[2], verdicts) is None and seeds_text(ROWS[2], verdicts) == ""
+    assert seeds_text(ROWS[1], verdicts) == "; seeds 0, 1, 2: +40.0, +0.0, +20.0"
+    row = TableRow("sft-kto", "sft")  # seeds that only one of the two has do not count
+    both = {**verdicts, "sft-kto": SFT, "sft-kto-seed-2": SFT, "sft-kto-seed-7": SFT}
+    assert seed_differences(row, both)[0] == pytest.approx({0: 0, 2: 4 / 20})
+    lines = seeds_table(ROWS, verdicts).splitlines()
+    assert any(
+        line.startswith(f"| {tables.NAMES['sft']} | 60.0 | 20.0 | 40.0 | 40.0 | {tables.NAMES['base']} | +20.0 [")
+        for line in lines
+    )
+    assert seeds_table(ROWS, {"base": BASE, "sft": SFT}) == ""
+
+
+def test_loss_rates_by_hand():
+    dev = {arm: {"dev": replies(right)} for arm, right in (("dft", BASE), ("dft-half", KTO), ("poft", SFT))}
+    text = loss_rates_table({"arms": dev})
+    assert "| DFT | **25.0** | 20.0 |  |" in text and "| PoFT |  | **60.0** |  |" in text and "OTR" not in text
+    assert loss_rates_table({"arms": {}}) == ""
+
+
+def test_section_numbers_of_several_students():
+    plain = {"general_data": {}, "arms": {}, "values": {}}
+    general = {"general_data": {"sft": 1}, "arms": {"general-sft": {"test": replies(SFT)}}, "values": {}}
+    assert tables.section_numbers([general, plain, general]) == [(7, 8), (9, 0), (10, 11)]
 
 
 def test_equal_arms_can_show_six_questions():

@@ -1,0 +1,83 @@
+"""The parts of docs/REPORT.md on other seeds, and on the learning rates of other losses."""
+
+import re
+
+from evaluation.stats import bootstrap
+from experiments.tables import LOSS_NAMES, NAMES, RATE_NAMES, TableRow, markdown_table, points, split_verdicts
+
+
+def seeds_of(arm: str, verdicts: dict[str, str]) -> dict[int, list[int]]:
+    """{seed: verdicts} of an arm. verdicts: of ARM, which is seed 0, and of ARM-seed-N."""
+    found = {0: verdicts[arm]} if arm in verdicts else {}
+    for name, right in verdicts.items():
+        if match := re.fullmatch(rf"{re.escape(arm)}-seed-(\d+)", name):
+            found[int(match[1])] = right
+    return {seed: [int(digit) for digit in found[seed]] for seed in sorted(found)}
+
+
+def seed_differences(row: TableRow, verdicts: dict[str, str]) -> tuple[dict[int, float], tuple[float, float]] | None:
+    """-> ({seed: difference to the baseline}, 95 % interval of their mean), None with fewer than two common seeds.
+
+    The interval is that of a bootstrap over the questions, of each question's mean over the seeds.
+    """
+    arm, baseline = seeds_of(row.arm, verdicts), seeds_of(row.baseline, verdicts)
+    if len(arm) > 1 and row.baseline == "base":
+        baseline = {seed: baseline[0] for seed in arm}  # not trained, so there is one base
+    seeds = sorted(arm.keys() & baseline.keys())
+    if len(seeds) < 2:
+        return None
+    by_seed = {seed: [x - y for x, y in zip(arm[seed], baseline[seed], strict=True)] for seed in seeds}
+    means = [sum(question) / len(seeds) for question in zip(*by_seed.values())]
+    return {seed: sum(d) / len(d) for seed, d in by_seed.items()}, bootstrap(means)[0]
+
+
+def seeds_text(row: TableRow, verdicts: dict[str, str]) -> str:
+    """The differences of all seeds, as a part of a sentence. Empty with a single seed."""
+    if not (found := seed_differences(row, verdicts)):
+        return ""
+    return f"; seeds {', '.join(map(str, found[0]))}: {', '.join(map(points, found[0].values()))}"
+
+
+def seeds_table(rows: list[TableRow], verdicts: dict[str, str]) -> str:
+    """A subsection with the arms that ran with several seeds. Empty if none did."""
+    arms = {arm: by for arm in dict.fromkeys(row.arm for row in rows) if len(by := seeds_of(arm, verdicts)) > 1}
+    if not arms:
+        return ""
+    seeds = sorted({seed for by in arms.values() for seed in by})
+    lines = []
+    for row in (row for row in rows if row.arm in arms):
+        shares = {seed: 100 * sum(right) / len(right) for seed, right in arms[row.arm].items()}
+        cells = [f"{shares[seed]:.1f}" if seed in shares else "" for seed in seeds]
+        line = [NAMES[row.arm], *cells, f"{sum(shares.values()) / len(shares):.1f}"]
+        if found := seed_differences(row, verdicts):
+            by_seed, (low, high) = found
+            mean = sum(by_seed.values()) / len(by_seed)
+            difference = f"{points(mean)} [{points(low)}, {points(high)}]"
+            line += [NAMES[row.baseline], difference, ", ".join(map(points, by_seed.values()))]
+        lines.append(line + [""] * (len(seeds) + 5 - len(line)))
+    head = ["arm", *(f"seed {seed}, %" for seed in seeds), "mean, %", "compared with"]
+    head += ["mean difference, points", "difference of each seed"]
+    return f"""### Other seeds
+
+The seed decides the order of the examples. Data and learning rates stay the same. The interval of a mean difference covers
+the choice of questions, not that of seeds (`python -m experiments.seeds`).
+
+{markdown_table(head, lines)}
+"""
+
+
+def loss_rates_table(result: dict) -> str:
+    """Dev scores of the losses by learning rate, the best in bold. Empty without any."""
+    dev, lines = split_verdicts(result, "dev"), []
+    for arm, name in LOSS_NAMES.items():
+        found = {rate: dev.get(f"{arm}-{rate}" if rate else arm) for rate in ("half", "", "2x")}
+        shares = {rate: 100 * right.count("1") / len(right) for rate, right in found.items() if right}
+        if shares:
+            best = max(shares.values())
+            texts = {rate: f"**{x:.1f}**" if x == best else f"{x:.1f}" for rate, x in shares.items()}
+            lines.append([name, *(texts.get(rate, "") for rate in found)])
+    if not lines:
+        return ""
+    head = ["dev score, %", *(f"{RATE_NAMES[rate]} the rate" if rate else "same rate" for rate in ("half", "", "2x"))]
+    return f"""{markdown_table(head, lines)}
+"""
