@@ -2,7 +2,9 @@
 
 import re
 
-from evaluation.stats import bootstrap
+import numpy as np
+
+from evaluation.stats import seeds_difference
 from experiments.tables import LOSS_NAMES, NAMES, RATE_NAMES, TableRow, markdown_table, points, split_verdicts
 
 
@@ -15,25 +17,21 @@ def seeds_of(arm: str, verdicts: dict[str, str]) -> dict[int, list[int]]:
     return {seed: [int(digit) for digit in found[seed]] for seed in sorted(found)}
 
 
-def seed_differences(row: TableRow, verdicts: dict[str, str]) -> tuple[dict[int, float], tuple[float, float]] | None:
-    """-> ({seed: difference to the baseline}, 95 % interval of their mean), None with fewer than two common seeds.
-
-    The interval is that of a bootstrap over the questions, of each question's mean over the seeds.
-    """
+def compare_seeds(row: TableRow, verdicts: dict[str, str]) -> tuple[dict[int, float], dict] | None:
+    """-> ({seed: difference to the baseline}, seeds_difference of all), None with fewer than two common seeds."""
     arm, baseline = seeds_of(row.arm, verdicts), seeds_of(row.baseline, verdicts)
-    if len(arm) > 1 and row.baseline == "base":
-        baseline = {seed: baseline[0] for seed in arm}  # not trained, so there is one base
+    if row.baseline == "base":
+        baseline = {seed: baseline[0] for seed in arm}  # it was not trained, so it has no seed
     seeds = sorted(arm.keys() & baseline.keys())
     if len(seeds) < 2:
         return None
-    by_seed = {seed: [x - y for x, y in zip(arm[seed], baseline[seed], strict=True)] for seed in seeds}
-    means = [sum(question) / len(seeds) for question in zip(*by_seed.values())]
-    return {seed: sum(d) / len(d) for seed, d in by_seed.items()}, bootstrap(means)[0]
+    first, second = (np.array([some[seed] for seed in seeds], dtype=float) for some in (baseline, arm))  # (S, n)
+    return dict(zip(seeds, (second - first).mean(1).tolist())), seeds_difference(first, second)
 
 
 def seeds_text(row: TableRow, verdicts: dict[str, str]) -> str:
     """The differences of all seeds, as a part of a sentence. Empty with a single seed."""
-    if not (found := seed_differences(row, verdicts)):
+    if not (found := compare_seeds(row, verdicts)):
         return ""
     return f"; seeds {', '.join(map(str, found[0]))}: {', '.join(map(points, found[0].values()))}"
 
@@ -49,18 +47,18 @@ def seeds_table(rows: list[TableRow], verdicts: dict[str, str]) -> str:
         shares = {seed: 100 * sum(right) / len(right) for seed, right in arms[row.arm].items()}
         cells = [f"{shares[seed]:.1f}" if seed in shares else "" for seed in seeds]
         line = [NAMES[row.arm], *cells, f"{sum(shares.values()) / len(shares):.1f}"]
-        if found := seed_differences(row, verdicts):
-            by_seed, (low, high) = found
-            mean = sum(by_seed.values()) / len(by_seed)
-            difference = f"{points(mean)} [{points(low)}, {points(high)}]"
+        if found := compare_seeds(row, verdicts):
+            by_seed, all_seeds = found
+            low, high = all_seeds["interval"]
+            difference = f"{points(all_seeds['difference'])} [{points(low)}, {points(high)}]"
             line += [NAMES[row.baseline], difference, ", ".join(map(points, by_seed.values()))]
         lines.append(line + [""] * (len(seeds) + 5 - len(line)))
     head = ["arm", *(f"seed {seed}, %" for seed in seeds), "mean, %", "compared with"]
     head += ["mean difference, points", "difference of each seed"]
     return f"""### Other seeds
 
-The seed decides the order of the examples. Data and learning rates stay the same. The interval of a mean difference covers
-the choice of questions, not that of seeds (`python -m experiments.seeds`).
+The seed decides the order of the examples; data and learning rates stay the same. The interval of a mean difference
+resamples seeds and questions at once, which makes it rather too wide.
 
 {markdown_table(head, lines)}
 """

@@ -7,7 +7,6 @@
 Each arm is a folder of checkpoints RATE-SEED. An arm is compared with its baseline on the same questions and seeds.
 """
 
-import functools
 import glob
 import json
 import os
@@ -19,42 +18,10 @@ import numpy as np
 from core.files import ROOT, InputError, atomic_write, cli
 from core.flags import Parser
 from core.records import read_jsonl
-from evaluation.stats import holm
+from evaluation.stats import holm, resampled_means, seeds_difference
 
 PARTS = ("test", "withheld")  # the parts of the questions that the table is about
 PLAIN = ("sft", "kto", "random_half")  # baselines; the findings cover the arms that are compared with one of them
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics
-
-
-@functools.lru_cache
-def draw_weights(n_seeds: int, n: int, draws: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
-    """How often each seed and each question is drawn: (draws, n_seeds) and (draws, n), as shares that add up to 1."""
-    rng = np.random.default_rng(0)
-    return tuple(rng.multinomial(k, np.full(k, 1 / k), size=draws) / k for k in (n_seeds, n))
-
-
-def resample(x: np.ndarray) -> np.ndarray:
-    """Means of x (S seeds, n questions), both resampled with replacement -> (draws,).
-
-    The pigeonhole bootstrap (Owen, Ann. Appl. Stat. 1, 2007). It counts the noise of single verdicts up to three times,
-    so its errors and intervals tend to be too wide.
-    """
-    seeds, questions = draw_weights(*x.shape)
-    return ((seeds @ x) * questions).sum(1)
-
-
-def difference(a: np.ndarray, b: np.ndarray) -> dict:
-    """b - a, each (S, n) verdicts on the same questions -> {"difference", "interval", "p"}.
-
-    Seeds are paired if both have equally many. A baseline that was not trained has one. p is two-sided.
-    """
-    d = b - a
-    means, observed = resample(d), d.mean()
-    p = (1 + np.count_nonzero(abs(means - observed) >= abs(observed) - 1e-12)) / (1 + len(means))
-    return {"difference": observed, "interval": np.quantile(means, [0.025, 0.975]), "p": p}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From evaluations to results
@@ -145,7 +112,7 @@ def compare_arms(results: dict[str, dict]) -> dict[str, dict]:
     The correction is for all arms with a plain baseline together, for each column by itself.
     """
     found = {
-        name: {part: difference(results[result["baseline"]][part], result[part]) for part in ("test", "kept")}
+        name: {part: seeds_difference(results[result["baseline"]][part], result[part]) for part in ("test", "kept")}
         for name, result in results.items()
         if result["baseline"] in results
     }
@@ -175,7 +142,7 @@ def arm_table(results: dict[str, dict]) -> str:
         result = results[name]
         cells = [f"**{name}**" if result["baseline"] in ("", "base") else name]
         for part in ("test", "kept"):
-            error = f" ± {percent(resample(result[part]).std())}" if part == "test" else ""
+            error = f" ± {percent(resampled_means(result[part]).std())}" if part == "test" else ""
             change = with_interval(changes[name][part]) if name in changes else ""
             cells += [f"{percent(result[part].mean())}{error}", change]
         seconds, lines = result.get("cpu_seconds"), lines_of_code(name, result["command"])

@@ -154,3 +154,48 @@ def test_a_table_of_figures_is_aligned():
         "base     0.500       1.000",
         "fused    0.250      -0.125",
     ]
+
+
+# ---------------------------------------------------------------- several seeds
+
+
+def bernoulli(p, seeds=3, n=400, seed=0):
+    return (np.random.default_rng(seed).random((seeds, n)) < p).astype(float)
+
+
+def test_resampled_means_of_one_seed_have_the_standard_error_of_the_mean():
+    x = bernoulli(0.3, seeds=1)
+    means = stats.resampled_means(x)
+    assert means.mean() == pytest.approx(x.mean(), abs=0.001)
+    assert means.std() == pytest.approx(x.std() / math.sqrt(x.size), rel=0.03)
+
+
+def test_seeds_that_differ_as_a_whole_widen_the_error():
+    x = np.repeat([[0.0], [0.5], [1.0]], 400, axis=1)  # no noise of the questions at all
+    means = stats.resampled_means(x)
+    assert means.std() == pytest.approx(np.std([0, 0.5, 1]) / math.sqrt(3), rel=0.03)
+    assert set(np.round(means * 6)) == {0, 1, 2, 3, 4, 5, 6}  # sums of three draws from 0, 1, 2 in sixths
+
+
+def test_a_difference_is_paired():
+    a = bernoulli(0.5)
+    b = a.copy()
+    b[:, :20] = 1  # the same but for better verdicts on 20 of 400 questions
+    found = stats.seeds_difference(a, b)
+    gain = (1 - a[:, :20]).sum() / a.size
+    assert found["difference"] == pytest.approx(gain) and found["p"] < 0.001
+    assert 0 < found["interval"][0] < gain < found["interval"][1] < 0.05
+    assert stats.seeds_difference(a, a)["p"] == 1
+
+
+def test_a_difference_of_one_arm_trained_and_one_not():
+    a, b = bernoulli(0.2, seeds=1), bernoulli(0.5, seed=1)
+    assert stats.seeds_difference(a, b)["difference"] == pytest.approx(b.mean() - a.mean())
+
+
+def test_noise_is_seldom_called_a_difference():
+    ps = [
+        stats.seeds_difference(bernoulli(0.5, n=150, seed=i), bernoulli(0.5, n=150, seed=1000 + i))["p"]
+        for i in range(30)
+    ]
+    assert sum(p < 0.05 for p in ps) <= 5

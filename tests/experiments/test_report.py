@@ -11,7 +11,7 @@ from experiments import tables
 from experiments.pictures import running_mean
 from experiments.repeat import step_module, study_command
 from experiments.report import read_results, report
-from experiments.seeds_section import loss_rates_table, seed_differences, seeds_table, seeds_text
+from experiments.seeds_section import compare_seeds, loss_rates_table, seeds_table, seeds_text
 from experiments.tables import TableRow, compare, interval, measured_text, points, verdict
 
 RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
@@ -148,14 +148,14 @@ def test_other_seeds_by_hand():
         "sft-seed-1": "1" * 4 + "0" * 16,
         "kto": KTO,
     }
-    by_seed, (low, high) = seed_differences(ROWS[1], verdicts)
+    by_seed, all_seeds = compare_seeds(ROWS[1], verdicts)
     assert by_seed == pytest.approx({0: 8 / 20, 1: 0, 2: 4 / 20})  # the base is one for all seeds
-    assert 0 < low < 4 / 20 < high  # the mean over questions and seeds
-    assert seed_differences(ROWS[2], verdicts) is None and seeds_text(ROWS[2], verdicts) == ""
+    assert all_seeds["difference"] == pytest.approx(4 / 20)
+    assert compare_seeds(ROWS[2], verdicts) is None and seeds_text(ROWS[2], verdicts) == ""
     assert seeds_text(ROWS[1], verdicts) == "; seeds 0, 1, 2: +40.0, +0.0, +20.0"
     row = TableRow("sft-kto", "sft")  # seeds that only one of the two has do not count
     both = {**verdicts, "sft-kto": SFT, "sft-kto-seed-2": SFT, "sft-kto-seed-7": SFT}
-    assert seed_differences(row, both)[0] == pytest.approx({0: 0, 2: 4 / 20})
+    assert compare_seeds(row, both)[0] == pytest.approx({0: 0, 2: 4 / 20})
     lines = seeds_table(ROWS, verdicts).splitlines()
     assert any(
         line.startswith(f"| {tables.NAMES['sft']} | 60.0 | 20.0 | 40.0 | 40.0 | {tables.NAMES['base']} | +20.0 [")
