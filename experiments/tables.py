@@ -320,12 +320,13 @@ def kept_tables(result: dict) -> str:
             lines.append([task, str(len(next(iter(verdicts.values())))), *cells])
     benchmarks = markdown_table(["benchmark", "questions", *(NAMES[arm] for arm in arms)], lines)
     lines = []
-    for arm in arms:
+    for arm in [*arms, *(arm for arm in NAMES if arm in result["values"] and arm not in arms)]:
         values = result["values"].get(arm, {})
-        perplexity, ece = values.get("perplexity", {}).get("score"), values.get("mmlu", {}).get("ece")
-        cells = ["not run" if x is None else f"{x:.{digits}f}" for x, digits in ((perplexity, 2), (ece, 3))]
+        perplexity, mmlu = values.get("perplexity", {}).get("score"), values.get("mmlu", {})
+        figures = [(perplexity, 2), (mmlu.get("score") and 100 * mmlu["score"], 1), (mmlu.get("ece"), 3)]
+        cells = ["not run" if x is None else f"{x:.{digits}f}" for x, digits in figures]
         lines.append([NAMES[arm], *cells])
-    head = ["arm", "perplexity of a token of plain text", "calibration error of MMLU (ECE)"]
+    head = ["arm", "perplexity of a token of plain text", "MMLU, %", "calibration error of MMLU (ECE)"]
     return f"""Benchmarks whose questions no arm was trained on: right answers in percent, with the difference to the student before
 training in points, its 95 % interval, and p, corrected over the row (Holm). IFEval has the kind of constraints that was trained, in
 other instructions. MMLU and C-Eval are scored by likelihood, the others by greedy replies. "Not run" means that there was no time.
