@@ -2,20 +2,21 @@
 
     python -m variants.novelty --ckpt tuned --base base --samples 100     # -> novelty.jsonl, the most novel first
 
-The texts show what was new in the data. This is the static version. The iterative one trains the base in between.
-The paper's alpha, and whether it samples, were not found. alpha here is contrastive decoding's (arXiv 2210.15097).
-Tokens are sampled, because otherwise all texts would be equal. SFT trains on replies only, so each text answers a
-neutral user message. --plain starts from an empty context.
+The texts show what was new in the data. This is the static version; the iterative one trains the base in between.
+The paper's alpha, and whether it samples, were not found. alpha here is contrastive decoding's (arXiv 2210.15097), and
+tokens are sampled, so that texts differ. SFT trains on replies only, so each text answers a neutral user message.
 """
 
 import math
 from argparse import Namespace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from core.checkpoint import Checkpoint
+from core.devices import to_device
 from core.distributed import single_process
 from core.files import InputError, cli, print_next, printable
 from core.flags import Parser, add_generation_flags, at_least, file_out, number
@@ -53,7 +54,8 @@ def write_texts(
             model.prefill([prompt[:-1]] * rows, cache)
         cache.positions.fill_(len(prompt) - 1)
     tokens = torch.full((rows,), prompt[-1], device=tuned.device)
-    texts, novelty, open_rows = [[] for _ in range(rows)], [0.0] * rows, set(range(rows))
+    novelty, writing = torch.zeros_like(tokens, dtype=torch.float), torch.ones_like(tokens, dtype=torch.bool)
+    drawn, stops = [], to_device(sorted(stop_ids), tuned.device)
     for step in range(limit):
         logps = []  # of the next tokens under the two models, (rows, V) each
         for model, cache in models:
@@ -61,16 +63,13 @@ def write_texts(
             cache.positions += 1
             logps.append(model.head(hidden).float().log_softmax(-1))
         tokens = sample(contrastive_scores(*logps, alpha), uniform[:, step], temperature)
-        drawn, gains = tokens.tolist(), (logps[0] - logps[1]).gather(1, tokens[:, None])[:, 0].tolist()
-        for row in sorted(open_rows):
-            novelty[row] += gains[row]
-            if drawn[row] in stop_ids:
-                open_rows.remove(row)
-            else:
-                texts[row].append(drawn[row])
-        if not open_rows:
+        drawn.append(tokens)
+        novelty += writing * (logps[0] - logps[1]).gather(1, tokens[:, None])[:, 0]
+        writing &= ~torch.isin(tokens, stops)
+        if not writing.any():
             break
-    return list(zip(texts, novelty))
+    texts = [list(takewhile(lambda token: token not in stop_ids, row)) for row in torch.stack(drawn, 1).tolist()]
+    return list(zip(texts, novelty.tolist()))
 
 
 def parse_args() -> Namespace:
@@ -80,7 +79,7 @@ def parse_args() -> Namespace:
     p.add_argument("--base", required=True, help="the model before fine-tuning, with the same tokenizer")
     # texts
     p.add_argument("--prompt", default="Write something.", help="the user's message before each text")
-    p.add_argument("--plain", action="store_true", help="write plain texts, without a chat around them")
+    p.add_argument("--plain", action="store_true", help="start from an empty context, without a chat")
     p.add_argument("--samples", type=at_least(1), default=100, help="number of texts")
     p.add_argument("--alpha", type=number(above=0, below=1), default=0.1, help="minimum p_ft, relative to the largest")
     p.add_argument("--temperature", type=number(0), default=1.0, help="sampling temperature; 0 takes the best token")
@@ -99,8 +98,7 @@ def main() -> None:
     prompt = [tokenizer.prefix] if args.plain else tokenizer.prompt_ids([{"role": "user", "content": args.prompt}])
     end = min(model.config.max_position_embeddings for model in (tuned, base))
     (limit,) = reply_limits([prompt], end, args.max_new_tokens)
-    seeds = range(args.seed * 1_000_003, args.seed * 1_000_003 + args.samples)  # one for each text
-    uniform = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    uniform = torch.rand(args.samples, limit, generator=torch.Generator().manual_seed(args.seed))
     found = []
     for rows in tqdm(uniform.to(tuned.device).split(args.batch_size), "writing", unit="batch", disable=None):
         found += write_texts(tuned, base, prompt, tokenizer.stop_ids, rows, args.alpha, args.temperature)

@@ -19,7 +19,6 @@ from core.devices import to_device
 from core.distributed import run_distributed, sum_over_ranks
 from core.files import cli
 from core.flags import at_least, number
-from core.head import vocabulary_tiles
 from model import Qwen2
 from training.logps import hidden_states
 from training.setup import Setup
@@ -33,10 +32,7 @@ def utility(logits: Tensor) -> Tensor:
 
 
 def diversity(z: Tensor, memory: Tensor) -> Tensor:
-    """d: the mean distance of each z (B, D) to the memory (M, D) of recently trained examples -> (B,). 0 if M = 0.
-
-    d_i = (1/M) sum_q ||z_i - q||_2
-    """
+    """d_i = (1/M) sum_q ||z_i - q||_2, (B,); 0 if M = 0. z: (B, D). memory: (M, D), the q of recently trained examples."""
     distances = torch.cdist(z, memory, compute_mode="donot_use_mm_for_euclid_dist")  # (B, M), exact for near ones
     return distances.sum(1) / max(1, len(memory))
 
@@ -48,8 +44,7 @@ def choose_best(u: Tensor, d: Tensor, alpha: float, k: int) -> list[int]:
 
 def head_root(head: Tensor) -> Tensor:
     """S (C, C) with S S^T = W^T W, for W (V, C): hidden W^T and hidden S have the same singular values."""
-    gram = sum(w.T @ w for _, w in vocabulary_tiles(head, torch.float32, 8192))
-    values, vectors = torch.linalg.eigh(gram.double())
+    values, vectors = torch.linalg.eigh((head.T @ head).double())
     return (vectors * values.clamp(min=0).sqrt()).float()
 
 
@@ -61,11 +56,9 @@ class Sampler:
         V, T, g = len(model.head_weight), self.args.max_len, torch.Generator().manual_seed(self.args.seed)
         self.right = to_device(torch.randn(V, COLUMNS, generator=g) / math.sqrt(COLUMNS), model.device)
         self.left = to_device(torch.randn(ROWS, T, generator=g) / math.sqrt(ROWS), model.device)
-        # sqrt(T V) / 2: the factor by which the authors' projection scales distances
-        self.alpha = self.args.alpha * math.sqrt(T * V) / 2
+        self.alpha = self.args.alpha * math.sqrt(T * V) / 2  # their projection multiplies distances by sqrt(T V) / 2
         self.sizes = [max(1, round(self.args.share * len(step))) for step in setup.steps]  # examples to choose
-        # A ring buffer with room for one extra step. A step that is interrupted and repeated after --resume then
-        # overwrites no entry that it needs.
+        # A ring buffer, one step too long: a step that --resume repeats must not overwrite an entry that it reads.
         memory = torch.zeros(self.args.memory + max(self.sizes), ROWS * COLUMNS, device=model.device)
         model.register_buffer("uds_memory", memory)
 
