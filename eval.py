@@ -199,7 +199,11 @@ def read_samples(path: str) -> dict[tuple, dict]:
     samples = {}
     for line, sample in read_jsonl(path):
         try:
-            samples[sample["checkpoint"], sample["task"], sample["id"]] = sample
+            key = sample["checkpoint"], sample["task"], sample["id"]
+            if key in samples:
+                twice = f"{key[1]} has two questions of the id {key[2]}"
+                raise InputError(f"{path}:{line}: {twice}; give each its own in the task's file and evaluate again")
+            samples[key] = sample
             # fails if a field that compare_command reads is missing or of another type
             float(sample["correct"]), sample["prompt"][-1]["content"], sample["reply"], sample["extracted"]
         except (KeyError, TypeError, ValueError, IndexError):

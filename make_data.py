@@ -87,7 +87,8 @@ def pick_args(args: argparse.Namespace, *names: str) -> dict:
 
 def step_arguments(args: argparse.Namespace, models: Models) -> dict[str, dict]:
     """-> {step: the arguments that determine its result}. A step runs again if they change."""
-    teacher, small = {"teacher": models.teacher.identity}, {"small": models.small.identity}
+    teacher = {"teacher": models.teacher.identity, "thought_tokens": args.thought_tokens}
+    small = {"small": models.small.identity}
     names_and_trust = {
         "labels": sources.short_names(args.sources),
         "trusted": [any(same_path(source, path) for path in args.trust_references) for source in args.sources],
@@ -114,8 +115,8 @@ def run_steps(args: argparse.Namespace, models: Models, log: ReplyLog, counts: d
     options = pick_args(args, "concurrency", "timeout", "retries", "batch_size")
     options |= pick_args(args, "requests_per_minute", "tokens_per_minute", "budget", "prices")
     grader = Asker(models.teacher, log, {"max_tokens": args.max_grade_tokens, **options})
-    options["max_tokens"] = args.max_new_tokens
-    teacher, small = Asker(models.teacher, log, options), Asker(models.small, log, options)
+    teacher = Asker(models.teacher, log, {"max_tokens": args.max_new_tokens + args.thought_tokens, **options})
+    small = Asker(models.small, log, {"max_tokens": args.max_new_tokens, **options})
     state, arguments = load_state(args.out), step_arguments(args, models)
     collected, deduplicated, classified, balanced, answered, scored, _ = (f"{args.out}/{name}.jsonl" for name in STEPS)
     eval_files, scorer_writer = args.decontaminate, models.scorer_writer()
@@ -154,7 +155,8 @@ def make(args: argparse.Namespace) -> None:
     check_files(args)
     models = open_models(args)
     out, counts = args.out, {name: {} for name in STEPS}
-    args.max_grade_tokens = max(128, 40 * (2 + args.samples))  # length of a reply with a category or all grades
+    # length of a reply with a category or all grades
+    args.max_grade_tokens = max(128, 40 * (2 + args.samples)) + args.thought_tokens
     with claimed_folder(out, "make_data.py", FILES), open_replies(f"{out}/replies.jsonl") as log:
         with contextlib.redirect_stdout(None) if args.quiet else contextlib.nullcontext():
             run_steps(args, models, log, counts)

@@ -62,6 +62,13 @@ def add_model_flags(p: Parser) -> None:
         "TEACHER_API_KEY. The key in OPENAI_API_KEY is sent only to https://api.openai.com",
     )
     add("--teacher-model", help="the model's name at the endpoint")
+    add(
+        "--thought-tokens",
+        type=at_least(0),
+        default=0,
+        help="for a teacher that thinks before it answers: maximum length of a thought, in tokens, on top of the answer's "
+        "own limit. Thoughts are removed from all replies",
+    )
     add("--small", required=True, help="checkpoint of the small model, which writes responses too")
     add(
         "--samples",

@@ -179,7 +179,7 @@ class Estimate(NamedTuple):
 
     most: no record is dropped, every reply has the maximum length, all responses differ, and every category and grade
     is asked for twice. likely: a reply is as long as the record's own response, or half of --max-new-tokens without
-    one.
+    one. A thought takes half of --thought-tokens.
     """
 
     kind: str
@@ -210,14 +210,25 @@ def estimate_requests(args: argparse.Namespace, path: str, short: int) -> list[E
     # tokens that a second request adds: the first reply, the words `again`, and 4 for each message's delimiters
     again = [short + estimate_tokens(text) + 8 for text in (AGAIN_CLASSIFY, AGAIN_JUDGE)]
     alone = 0 if args.judge_verified else verifiable / n  # share of the records that are judged once, for safety alone
+    thought, half_thought = args.thought_tokens, args.thought_tokens // 2
     orders, likely_orders = args.judge_orders, args.judge_orders * (1 - alone) + alone
     return [
-        Estimate("greeting", 1, request_tokens(GREETING), short, request_tokens(GREETING), 10),
+        Estimate("greeting", 1, request_tokens(GREETING), short, request_tokens(GREETING), 10 + half_thought),
         Estimate(
-            "classify", 2 * n, 2 * sum(classify) + n * again[0], 2 * n * short, sum(classify), n * CATEGORY_TOKENS
+            "classify",
+            2 * n,
+            2 * sum(classify) + n * again[0],
+            2 * n * short,
+            sum(classify),
+            n * (CATEGORY_TOKENS + half_thought),
         ),
         Estimate(
-            "respond", left, sum(respond), left * args.max_new_tokens, left / n * asked, left / n * likely_replies
+            "respond",
+            left,
+            sum(respond),
+            left * (args.max_new_tokens + thought),
+            left / n * asked,
+            left / n * likely_replies + left * half_thought,
         ),
         Estimate(
             "judge",
@@ -225,7 +236,7 @@ def estimate_requests(args: argparse.Namespace, path: str, short: int) -> list[E
             orders * (2 * sum(judge) + left * again[1]),
             2 * left * orders * short,
             left / n * likely_orders * likely_judge,
-            left * likely_orders * responses * GRADE_TOKENS,
+            left * likely_orders * (responses * GRADE_TOKENS + half_thought),
         ),
     ]
 

@@ -25,7 +25,7 @@ from core.files import InputError, shown, warn_once
 from core.records import Fields, open_bytes, read_objects
 from curation import rules
 from verification.answers import tested_function
-from verification.ifeval import follows
+from verification.thoughts import without_thought
 
 MBPP_KEYS = {"task_id", "text", "code", "test_list", "test_setup_code", "test_imports"}  # read by code_with_tests()
 OWN_KEYS = {"reference", "instruction_id_list", "kwargs", "license", "licence", "writer"}  # read here, not in core/
@@ -92,10 +92,13 @@ def clean(text: str) -> str:
 
 
 def clean_messages(messages: list[dict]) -> list[dict]:
-    """Cleans the contents and leaves out empty system messages. Raises Drop for garbled text."""
+    """Cleans the contents, and leaves out thoughts and empty system messages. Raises Drop for garbled text."""
     if any(MOJIBAKE.search(m["content"]) for m in messages):  # before clean(), which removes some of the signs
         raise Drop("garbled text")
     messages = [{"role": m["role"], "content": clean(m["content"])} for m in messages]
+    for message in messages:
+        if message["role"] == "assistant":
+            message["content"] = without_thought(message["content"])
     return [m for m in messages if m["content"] or m["role"] != "system"]
 
 
@@ -146,21 +149,6 @@ def code_with_tests(record: dict) -> dict:
     value = {"tests": "\n".join([*setup, *tests]).strip(), "entry_point": tested_function(code, "\n".join(tests))}
     others = {key: record[key] for key in record if key not in MBPP_KEYS}
     return others | {"prompt": prompt, "completion": code, "reference": {"kind": "code", "value": value}}
-
-
-def check_reference(reference: dict, where: str) -> None:
-    """Raises InputError if no response could be checked against this reference."""
-    if reference.get("kind") not in ("number", "choice", "exact", "format", "code") or "value" not in reference:
-        raise InputError(f"{where}: reference needs a kind (number, choice, exact, format or code) and a value")
-    if reference["kind"] == "format":
-        value = reference["value"] if isinstance(reference["value"], dict) else {}
-        names, kwargs = value.get("instruction_id_list"), value.get("kwargs")
-        if not isinstance(names, list) or not isinstance(kwargs, list) or len(names) != len(kwargs) or not names:
-            raise InputError(
-                f"{where}: a format reference holds an instruction_id_list and as many kwargs, as IFEval's rows do"
-            )
-        for name, arguments in zip(names, kwargs):
-            follows(name, "any", arguments, where)  # raises InputError for an instruction that cannot be checked
 
 
 def as_instruction(dialogue: Dialogue, record: dict, max_chars: int) -> dict:

@@ -17,7 +17,7 @@ from core.conversations import as_messages
 from core.files import InputError, atomic_write, check_regular, shown
 from core.records import read_jsonl
 from curation.prompts import UNANSWERED, clip, prompt_text
-from curation.sources import check_reference
+from verification.answers import check_reference
 
 STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")
 # All files that make_data.py writes

@@ -28,6 +28,7 @@ from curation.prompts import (
 from curation.step_files import dropped, note_unanswered, read_chunks, set_aside, writer_family
 from curation.task_types import conversation_type, language
 from curation.teacher import Asker, ask_parsed
+from verification.answers import check_reference
 
 DISTINCT = 20_000  # maximum number of instructions for distinct-n
 
@@ -61,7 +62,7 @@ def collect_sources(args: argparse.Namespace, files: list[str], counts: dict) ->
                 # n counts records, because an array may be on one line
                 name = f"{source}:{n}" + (f".{i}" if len(found) > 1 else "")
                 if one["reference"] and os.path.realpath(path) in trusted_files:
-                    sources.check_reference(one["reference"], f"{path}:{line}")
+                    check_reference(one["reference"], f"{path}:{line}")
                 elif one["reference"]:
                     one["reference"] = None
                     counts["references not trusted"] += 1
@@ -243,10 +244,10 @@ def why_left_out(reply: dict, text: str, must_respond: bool) -> str | None:
         return "refused by the endpoint"
     if reply["finish_reason"] == "content_filter":
         return "held back by the endpoint"
-    if not text:
-        return "empty"
     if reply["finish_reason"] == "length":
         return "cut off"
+    if not text:
+        return "empty"
     return "declined" if must_respond and rules.declines(text) else None
 
 

@@ -19,8 +19,9 @@ from core.devices import DEVICE
 from core.reply_log import ReplyLog
 from curation.endpoint import Endpoint, looks_like_url, open_endpoint
 from curation.local import LocalModel, ask_local, open_local
-from curation.prompts import GREETING, UNANSWERED, UNPARSED, clip, escape_control_tokens
+from curation.prompts import CUT_OFF, GREETING, UNANSWERED, UNPARSED, clip, escape_control_tokens
 from curation.workers import ask_endpoint
+from verification.thoughts import without_thought
 
 Teacher = Endpoint | LocalModel
 
@@ -61,8 +62,8 @@ def ask_model(
 ) -> list[dict]:
     """Asks for a reply to each prompt (a list of messages) -> in order {"text", "finish_reason"}, or {"error": reason}.
 
-    Equal prompts are sent once. finish_reason: "stop"; "length" if cut off at max_tokens; "content_filter" if the
-    endpoint held text back. Errors are not kept in the log, so the next run asks again. batch_size: of a local
+    Equal prompts are sent once. text: the reply without its thought. finish_reason: "stop"; "length" if cut off at
+    max_tokens; "content_filter" if the endpoint held text back. Errors are not kept in the log, so the next run asks again. batch_size: of a local
     checkpoint, in sequences. endpoint_options: the last arguments of ask_endpoint(), whose docstring lists the
     errors.
     """
@@ -82,7 +83,8 @@ def ask_model(
 
 
 def pick_reply(record: dict) -> dict:
-    return {"text": record["text"], "finish_reason": record["finish_reason"]}
+    """The reply of a record of the log, which keeps thoughts."""
+    return {"text": without_thought(record["text"]), "finish_reason": record["finish_reason"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,12 +120,16 @@ def greet_after(lines: Iterator, asker: Asker) -> Iterator:
 def ask_parsed(asker: Asker, requests: list[list[dict]], parse: Callable, again: str, desc: str) -> tuple[list, int]:
     """Asks for replies and parses them. If a reply does not parse, asks once more with the words `again`.
 
-    parse(i, text) -> value, or None if the text does not parse.
-    -> ([(value or None, reason if None)], number of requests that were sent again)
+    parse(i, text) -> value, or None if the text does not parse. A reply that was cut off inside its thought is not
+    asked for again. -> ([(value or None, reason if None)], number of requests that were sent again)
     """
     replies = asker.ask(requests, desc)
     out = [(parse(i, r.get("text", "")), why_unusable(r)) for i, r in enumerate(replies)]
-    failed = [i for i, (value, reason) in enumerate(out) if value is None and reason == UNPARSED]
+    failed = [
+        i
+        for i, (value, reason) in enumerate(out)
+        if value is None and (reason == UNPARSED or reason == CUT_OFF and replies[i]["text"])
+    ]
     second = []
     for i in failed:
         first_try = escape_control_tokens(clip(replies[i]["text"], 500)) or "(nothing)"
@@ -136,5 +142,6 @@ def ask_parsed(asker: Asker, requests: list[list[dict]], parse: Callable, again:
 def why_unusable(reply: dict) -> str:
     """The reason why a teacher's reply did not parse."""
     held_back = reply.get("finish_reason") == "content_filter" and "held back by the endpoint"
-    why = reply.get("error") or held_back
-    return f"{UNANSWERED}: {why}" if why else UNPARSED
+    if why := reply.get("error") or held_back:
+        return f"{UNANSWERED}: {why}"
+    return CUT_OFF if reply["finish_reason"] == "length" else UNPARSED

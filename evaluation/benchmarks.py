@@ -39,6 +39,7 @@ from verification.answers import (
 )
 from verification.ifeval import follows
 from verification.sandbox import run_program
+from verification.thoughts import without_thought
 
 INSTRUCTION = (
     "The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D "
@@ -131,20 +132,14 @@ def humaneval_verdict(reply: str, row: dict) -> tuple:
 
 
 def demo_verdict(reply: str, row: dict) -> tuple:
-    kind, value = row["reference"].get("kind"), row["reference"].get("value")
-    choices = value.get("choices") if kind == "choice" and isinstance(value, dict) else None
-    if isinstance(choices, dict) and value.get("letter") in list(choices):
-        choices = {letter: str(text) for letter, text in choices.items()}
+    kind, value = row["reference"]["kind"], row["reference"]["value"]
+    if kind == "choice":
+        choices = {letter: str(text) for letter, text in value["choices"].items()}
         extracted = stated_choice(reply, choices)
         if extracted is None:  # the paper's rules find a letter in any reply
             extracted = extract_choice(reply, choices)
         return extracted, extracted == value["letter"]
-    correct = check_reply(kind, reply, value)
-    if correct is None and kind == "code" and isinstance(value, dict) and isinstance(value.get("tests"), str):
-        correct = False  # the program is at fault, not the reference: its tests cannot be run
-    if correct is None:
-        advice = "see `check_reply` in verification/answers.py"
-        raise InputError(f"{row['where']}: the reference cannot be checked; {advice}")
+    correct = check_reply(kind, reply, value) is True  # None: the program is such that its tests cannot be run
     readers = {"number": last_number, "code": lambda text: extract_program(text, value.get("entry_point"))}
     return readers.get(kind, str.strip)(reply), correct
 
@@ -347,9 +342,15 @@ def check_code_allowed(task: str, args: Namespace) -> None:
 
 
 def check_rows(task: str, rows: list[dict], data_dir: str) -> None:
-    """InputError if a task has no question, or one whose answer is none of its choices or an empty text."""
+    """InputError if a task has no question, two of one id, or one whose answer is none of its choices or empty."""
     if not rows:
         raise InputError(f"--tasks {task}: no question in its files in {data_dir}; fetch them again")
+    first = {}  # {id: where the first question with this id is}
+    for row in rows:
+        name, where = str(row["id"]), row.get("where", f"--tasks {task}")
+        if name in first:
+            raise InputError(f"{where}: the id {name} is that of {first[name]} too; give each question its own id")
+        first[name] = where
     for row in rows if BENCHMARKS[task].get("by") else ():
         if "choices" in row and not row["choices"].get(row["answer"]):
             where = row.get("where", f"--tasks {task}")
@@ -392,5 +393,5 @@ def score_reply(question: dict, record: dict) -> tuple:
         nll, tokens, size = -record["logp"], record["prompt_tokens"], len(row["text"].encode())
         metrics = {"nll_per_token": (nll, tokens), "bits_per_byte": (nll / math.log(2), size)}
         return None, math.exp(-nll / max(1, tokens)), metrics, None
-    extracted, correct, *metrics = bench["verdict"](record["reply"], row)
+    extracted, correct, *metrics = bench["verdict"](without_thought(record["reply"]), row)
     return extracted, correct, metrics[0] if metrics else {}, None

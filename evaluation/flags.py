@@ -59,6 +59,8 @@ def parse_judge_args(argv: list[str]) -> Namespace:
     teacher = "URL of an OpenAI-compatible endpoint (its key in TEACHER_API_KEY), or a checkpoint"
     p.add_argument("--teacher", required=True, help=teacher)
     p.add_argument("--teacher-model", help="the model's name at the endpoint")
+    thought = "for a teacher that thinks before it answers: maximum length of a thought, in tokens"
+    p.add_argument("--thought-tokens", type=at_least(0), default=0, help=thought)
     p.add_argument("--concurrency", type=at_least(1), default=16, help="maximum number of requests in flight")
     add_reply_flags(p, out="judge")
     args = p.parse_args(argv)

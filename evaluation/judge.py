@@ -22,6 +22,7 @@ from evaluation.flags import checkpoint_names
 from evaluation.replies import Replies, Work, collect_replies
 from evaluation.stats import holm, mean_stderr, paired_comparison
 from generate import check_loadable
+from verification.thoughts import without_thought
 
 COMPARE = """Task: compare
 You compare two responses to an instruction. The user's message holds the instruction and the responses A and B, each fenced \
@@ -71,7 +72,8 @@ def summarise_verdicts(outcomes: list[float | None], lengths: list[int], base_le
     """
     known = [x for x in outcomes if x is not None]
     if not known:
-        raise InputError("the judge gave no readable verdict (judgements.jsonl has its replies); try another --teacher")
+        advice = "raise --thought-tokens if it thinks first, or try another --teacher"
+        raise InputError(f"the judge gave no readable verdict (judgements.jsonl has its replies); {advice}")
     score, stderr = mean_stderr(known)
     versus = paired_comparison([0.5] * len(known), known)
     return {
@@ -109,6 +111,14 @@ def verdict_table(results: dict, first: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
+
+
+def collect_answers(args: Namespace, names: list[str], work: Work) -> Replies:
+    """The replies of all checkpoints without their thoughts: the judge sees the answers, and their lengths count."""
+    replies = collect_replies(args, names, work, Ranks(device=args.device))
+    for records in (records for tasks in replies.values() for records in tasks.values()):
+        records[:] = [record | {"reply": without_thought(record["reply"])} for record in records]
+    return replies
 
 
 def ask_preferences(judge: Asker, names: list[str], work: Work, replies: Replies) -> dict[tuple, int | None]:
@@ -156,11 +166,11 @@ def main(args: Namespace) -> None:
         check_loadable(source)
     work = {task: load_questions(task, args, judged=True) for task in dict.fromkeys(args.tasks)}
     teacher = open_teacher(args.teacher, args.teacher_model, args.dtype, args.device)
-    options = {"max_tokens": 64, "concurrency": args.concurrency}
+    options = {"max_tokens": 64 + args.thought_tokens, "concurrency": args.concurrency}
     with claimed_folder(args.out, "eval.py", FILES), open_replies(f"{args.out}/judgements.jsonl") as log:
         judge = Asker(teacher, log, options)
         greet(judge)
-        replies = collect_replies(args, names, work, Ranks(device=args.device))
+        replies = collect_answers(args, names, work)
         preferences = ask_preferences(judge, names, work, replies)
     results, samples = count_wins(names, work, replies, preferences)
     text = verdict_table(results, names[0])

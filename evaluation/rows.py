@@ -13,7 +13,7 @@ from collections.abc import Callable
 from core.files import InputError, check_regular
 from core.records import read_jsonl
 from evaluation.downloads import LETTERS, render_shots
-from verification.answers import last_number, tested_function
+from verification.answers import check_reference, last_number, tested_function
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
@@ -63,7 +63,7 @@ def are_texts(values: object) -> bool:
 def json_rows(path: str, **keys: type) -> list[dict]:
     """Rows of a JSON Lines file. keys: the fields that every row has and their types, such as answer=str.
 
-    list[str] is a list of texts, list any other.
+    list[str] is a list of texts, list any other. A row without an "id" gets its number, from 0.
     """
     rows = list(read_jsonl(path))
     for number, row in rows:
@@ -75,7 +75,10 @@ def json_rows(path: str, **keys: type) -> list[dict]:
                 raise InputError(f"{path}:{number}: {key!r} is a {type(row[key]).__name__}, not a text or a number")
     if not rows:
         raise InputError(f"{path}: no rows")
-    return [{"id": f"{i}", **row, "where": f"{path}:{n}"} for i, (n, row) in enumerate(rows)]
+    return [
+        row | {"id": f"{i}" if row.get("id") is None else row["id"], "where": f"{path}:{n}"}
+        for i, (n, row) in enumerate(rows)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,6 +107,8 @@ def humaneval_rows(find: Callable) -> list[dict]:
 
 def demo_rows(find: Callable) -> list[dict]:
     rows = json_rows(find("demo/heldout.jsonl"), prompt=str, reference=dict)
+    for row in rows:
+        check_reference(row["reference"], row["where"])
     return [{"subject": row.get("task", ""), **row, "id": str(row["id"])} for row in rows]
 
 
@@ -117,6 +122,8 @@ def mbpp_rows(find: Callable) -> list[dict]:
 
 def ifeval_rows(find: Callable) -> list[dict]:
     rows = json_rows(find("ifeval/input_data.jsonl"), key=int, prompt=str, instruction_id_list=list, kwargs=list)
+    for row in rows:
+        check_reference({"kind": "format", "value": row}, row["where"])
     return [{**row, "id": str(row["key"])} for row in rows]
 
 

@@ -482,6 +482,9 @@ def test_compare_two(run, refused, tmp_path):
         broken = lines[1] | {key: value} if value is not ... else {k: v for k, v in lines[1].items() if k != key}
         write_lines(tmp_path / "samples.jsonl", [lines[0], broken])
         refused("samples.jsonl:2: is not a sample", "eval", "compare", "a", "org/b", "--out", tmp_path)
+    write_lines(tmp_path / "samples.jsonl", [*lines, lines[0]])
+    says = f"samples.jsonl:{len(lines) + 1}: t has two questions of the id 0"
+    refused([says, "own"], "eval", "compare", "a", "org/b", "--out", tmp_path)
 
 
 def test_two_ranks_are_one(evaluate, tmp_path, data, ckpts):

@@ -20,11 +20,11 @@ from core.distributed import single_process
 from core.files import InputError, cli, print_next
 from core.flags import Parser, add_generation_flags, at_least, file_out
 from core.records import write_jsonl
-from curation.sources import check_reference
 from evaluation.benchmarks import demo_verdict
 from evaluation.rows import json_rows
 from evaluation.stats import bootstrap, figure_table
 from generate import check_loadable, generate_iter, load_for_inference
+from verification.answers import check_reference
 
 TO_DIGITS, TO_LETTERS = str.maketrans("aeiost", "431057"), str.maketrans("431057", "aeiost")
 WORD = re.compile(r"[A-Za-z0-9]+")  # ASCII only: in Chinese text, digits follow letters without a space

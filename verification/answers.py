@@ -10,9 +10,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from core.files import InputError, shown
 from core.records import is_number
 from verification.ifeval import follows
 from verification.sandbox import run_program
+from verification.thoughts import without_thought
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers
@@ -299,16 +301,45 @@ def checkable(reference: dict | None, run_code: bool) -> bool:
     return bool(reference) and (reference["kind"] != "code" or run_code)
 
 
+def check_reference(reference: dict, where: str) -> None:
+    """InputError if check_reply() could check no reply against this reference, {"kind", "value"}. where: "file:line"."""
+    kind, value = reference.get("kind"), reference.get("value")
+    fields = value if isinstance(value, dict) else {}
+    if kind == "number":
+        fits, needs = is_number(value) or isinstance(value, str) and stated_number(value) is not None, "a number"
+    elif kind == "choice":
+        choices = fields.get("choices")
+        fits = isinstance(choices, dict) and fields.get("letter") in list(choices)
+        needs = "an object with choices, {letter: text}, and the letter of one of them"
+    elif kind == "exact":
+        fits, needs = isinstance(value, str), "a text"
+    elif kind == "format":
+        names, kwargs = fields.get("instruction_id_list"), fields.get("kwargs")
+        fits = isinstance(names, list) and isinstance(kwargs, list) and len(names) == len(kwargs) > 0
+        needs = "an object with an instruction_id_list and as many kwargs, as in IFEval's rows"
+    elif kind == "code":
+        entry_point = fields.get("entry_point")
+        fits = isinstance(fields.get("tests"), str) and (entry_point is None or isinstance(entry_point, str))
+        needs = "an object with tests, a text, and an entry_point, the name of a function"
+    else:
+        raise InputError(f"{where}: reference needs a kind (number, choice, exact, format or code) and a value")
+    if not fits:
+        raise InputError(f"{where}: the value of the {kind} reference is {shown(value)}; it must be {needs}")
+    for name, arguments in zip(names, kwargs) if kind == "format" else ():
+        follows(name, "any", arguments, where)  # raises InputError for an instruction that cannot be checked
+
+
 def check_reply(kind: str, reply: str, reference: Any) -> bool | None:
     """True if a reply gives the reference's answer, False if it does not, None if that cannot be checked.
 
-    The reference depends on the kind:
+    A thought before the answer does not count. The reference depends on the kind:
         "number"   a number, or a string that ends with one
         "choice"   {"letter", "choices": {letter: text}}
         "exact"    a string
         "format"   {"instruction_id_list", "kwargs"} as in IFEval's rows; the reply must follow all, by the strict rules
         "code"     {"tests", "entry_point"}; RUNS the reply's program in the sandbox, see run_program()
     """
+    reply = without_thought(reply)
     if kind == "number":
         value = (
             float(reference)

@@ -568,6 +568,34 @@ def test_cut_off_and_refused_replies_are_left_out(tmp_path, small):
         assert set(r["responses"]) == {"original", "small"} | (set() if hit else {"teacher"})
 
 
+def test_thoughts_are_no_part_of_a_reply(tmp_path, small):
+    """A teacher that thinks first makes the same files. A thought that is cut off is no reply, and is asked for once."""
+
+    def thinking(messages):
+        return '<think>\nNot {"primary": "code"}, a bad poem, 7.\n</think>\n\n' + fake_teacher(messages)
+
+    def opened_by_the_template(messages):
+        return thinking(messages).removeprefix("<think>")
+
+    for name, teacher in (("plain", fake_teacher), ("thinks", thinking), ("opened", opened_by_the_template)):
+        with serve(teacher) as server:
+            assert run(*flags(tmp_path, server, small, name), "--thought-tokens", 100 if name == "thinks" else 0) == 0
+            assert server.seen
+            assert server.body["max_tokens"] == (228 if name == "thinks" else 128)
+        assert contents(tmp_path / name) == contents(tmp_path / "plain")
+    assert "Not {" in (tmp_path / "thinks/replies.jsonl").read_text().replace("\\", "")
+
+    cut = lambda n, messages: "cut" if re.search("autumn|bicycle", messages[-1]["content"]) else None
+    with serve(lambda messages: thinking(messages) if "bicycle" in str(messages) else "<think>Hm", cut) as server:
+        assert run(*flags(tmp_path, server, small, "cut")) == 2
+        [dropped] = {
+            r["reason"] for r in read(tmp_path / "cut/3_classify.dropped.jsonl") if "autumn" in r["instruction"]
+        }
+        assert dropped.startswith("the teacher's reply was cut off") and "--thought-tokens" in dropped
+        asked = [m[-1]["content"] for m in server.seen if "autumn" in str(m)]
+        assert len(asked) == 1, "a longer thought would be cut off again"
+
+
 def test_requests_without_an_answer_are_set_aside_and_named(tmp_path, small):
     """One record that is always filtered, one that always gets HTTP 500, one whose judgement is refused: the run goes on."""
 

@@ -10,7 +10,7 @@ from core import records
 from core.files import InputError
 from core.records import expand, read_objects
 from curation import sources
-from verification.answers import check_reply
+from verification.answers import check_reference, check_reply
 
 
 def user(text):
@@ -21,7 +21,7 @@ def unify(obj):
     found = sources.instructions(obj, "f:1", 1000)
     for r in found:
         if r["reference"]:
-            sources.check_reference(r["reference"], "f:1")
+            check_reference(r["reference"], "f:1")
     return [(r["prompt"], r["response"], r["reference"]) for r in found]
 
 

@@ -13,7 +13,7 @@ from tiny_benchmarks import FUNCTION, SHOTS, write_benchmarks
 
 from core.files import InputError
 from evaluation import downloads
-from evaluation.benchmarks import BENCHMARKS, choice_scores, load_questions
+from evaluation.benchmarks import BENCHMARKS, choice_scores, load_questions, score_reply
 from evaluation.downloads import FOUR_SHOTS_SHA256, ORIGINS, find_data_file
 from evaluation.rows import json_rows
 
@@ -202,6 +202,9 @@ ARC = json.dumps({"id": "x", "question": {"stem": 1, "choices": []}, "answerKey"
 SAFETY = {"id": 7, "category": "x", "question": "q", "options": ["a"]}
 
 
+IFEVAL = '{"key": 1, "prompt": "p", "instruction_id_list": %s, "kwargs": %s}'
+
+
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
@@ -218,6 +221,25 @@ SAFETY = {"id": 7, "category": "x", "question": "q", "options": ["a"]}
         ("ceval/val/art_val.csv", b"id,question,A,B,C,D,answer\n0,\xff,1,2,3,4,A\n", "art_val.csv"),
         ("humaneval/HumanEval.jsonl.gz", "{}", "gzipped"),
         ("demo/heldout.jsonl", '{"id": 1, "prompt": "p", "reference": "4"}', "heldout.jsonl:1: 'reference'"),
+        *(
+            ("demo/heldout.jsonl", json.dumps({"prompt": "p", "reference": reference}), f"heldout.jsonl:1: {says}")
+            for reference, says in (
+                ({"value": 1}, "reference needs a kind"),
+                ({"kind": "nmber", "value": 1}, "reference needs a kind"),
+                ({"kind": "number"}, "the value of the number reference is null"),
+                ({"kind": "number", "value": "many"}, "the value of the number reference is .many."),
+                ({"kind": "number", "value": True}, "the value of the number reference is true"),
+                ({"kind": "exact", "value": 4}, "the value of the exact reference is 4"),
+                ({"kind": "choice", "value": "A"}, "the value of the choice reference"),
+                ({"kind": "choice", "value": {"letter": "C", "choices": {"A": "a"}}}, "the value of the choice"),
+                ({"kind": "format", "value": {"instruction_id_list": []}}, "the value of the format reference"),
+                ({"kind": "format", "value": {"instruction_id_list": ["x"], "kwargs": [{}]}}, "unknown instruction"),
+                ({"kind": "code", "value": {"entry_point": "f"}}, "the value of the code reference"),
+            )
+        ),
+        ("ifeval/input_data.jsonl", IFEVAL % ("[1]", "[{}]"), "input_data.jsonl:1: unknown instruction 1"),
+        ("ifeval/input_data.jsonl", IFEVAL % ('["punctuation:no_comma"]', "[]"), "as many kwargs"),
+        ("ifeval/input_data.jsonl", IFEVAL % ('["keywords:existence"]', "[{}]"), "input_data.jsonl:1: the arguments"),
         ("mbpp/mbpp.jsonl", '{"task_id": "1"}', "mbpp.jsonl:1: 'task_id'"),
         ("mbpp/mbpp.jsonl", '{"task_id": 1, "text": "", "code": "", "test_list": [1]}', "mbpp.jsonl:1: 'test_list'"),
         ("hellaswag/hellaswag_val.jsonl", HELLASWAG, "hellaswag_val.jsonl:1: 'endings'"),
@@ -250,6 +272,31 @@ def test_a_byte_order_mark_is_ignored(tmp_path):
         (tmp_path / "safetybench" / name).write_text("\ufeff" + text)
     (row,) = BENCHMARKS["safetybench"]["rows"](find_in(tmp_path))
     assert row["answer"] == "A"
+
+
+def test_two_questions_of_one_id_are_refused(tmp_path):
+    """They would be one question in samples.jsonl. A null counts as no id, and a row without one gets its number."""
+    (tmp_path / "demo").mkdir()
+    args = Namespace(data_dir=str(tmp_path), limit=None, protocol="paper", allow_code_execution=False)
+
+    def ids(*ids):
+        rows = [{"id": i, "prompt": f"p{n}", "reference": {"kind": "number", "value": n}} for n, i in enumerate(ids)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "demo/heldout.jsonl").write_text(text)
+        return [q["row"]["id"] for q in load_questions("demo", args)]
+
+    assert ids("a", "b", None, 7) == ["a", "b", "2", "7"]
+    for same in (("a", "b", "a"), (3, 4, "3"), ("1", None)):
+        last = len(same)
+        with pytest.raises(InputError, match=rf"heldout.jsonl:{last}: the id \w is that of .*heldout.jsonl:1 too;"):
+            ids(*same)
+
+
+def test_a_thought_is_no_answer():
+    row = {"answer": "#### 4"}
+    score = lambda reply: score_reply({"task": "gsm8k", "row": row}, {"reply": reply})[:2]
+    assert score("<think>5?</think>\n4") == (4.0, True) and score("<think>4") == (None, False)
+    assert score("<think>4</think>It is unclear.") == (None, False)
 
 
 HEADER = "Category,Question,Best Answer,Correct Answers,Incorrect Answers\n"
