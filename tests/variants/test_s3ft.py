@@ -85,16 +85,21 @@ def test_self_data_distillation_rewords_everything(tiny, tmp_path, run, monkeypa
     assert writers == ["reworded", "gold", "gold", "gold", "reworded"] and len(asked) == 5
 
 
-def test_a_judge_compares_where_there_is_no_reference(tiny, tmp_path, run, monkeypatch):
-    records = [{"prompt": f"{x}?", "completion": f"gold of {x}"} for x in "ab"] + gold("c")
+def test_gold_stays_where_there_is_no_reference(tiny, tmp_path, run, monkeypatch):
+    records = [{"prompt": "a?", "completion": "gold of a"}] + gold("b")
     data, out = write_lines(tmp_path / "d.jsonl", records), str(tmp_path / "o")
-    judged = [("mine of a\n", "Yes."), ("mine of b\n", "No, it does not."), ("worded b\n", "yes")]
-    replies = [("Here is a reference answer to this:\ngold of b", "worded b"), ("a?", "mine of a"), ("b?", "mine of b")]
-    asked = answer_by_script(monkeypatch, [*judged, *replies, ("c?", "42")])
-    code, _, err = run("variants.s3ft", "--teacher", tiny, "--ckpt", tiny, "--data", data, "--out", out)
+    answer_by_script(monkeypatch, [("gold of a", "worded a"), ("a?", "mine of a"), ("b?", "42")])
+    code, printed, err = run("variants.s3ft", "--ckpt", tiny, "--data", data, "--out", out)
     assert code == 0, err
-    assert [r["completion"] for r in lines(f"{out}/sft.jsonl")] == ["mine of a", "worded b", "42"]
-    assert len(asked) == 7, "a program's verdict is not judged again"
+    assert [r["completion"] for r in lines(f"{out}/sft.jsonl")] == ["gold of a", "42"]
+    assert "1 records have a reply that could not be judged" in printed
+
+
+def test_long_records_are_kept(tiny, tmp_path, run, monkeypatch):
+    data = write_lines(tmp_path / "d.jsonl", gold("a", "x" * 30_000))
+    answer_by_script(monkeypatch, [("a?", "42"), ("x?", "41"), ("Here is", "41")])
+    assert run("variants.s3ft", "--ckpt", tiny, "--data", data, "--out", tmp_path / "o")[0] == 0
+    assert [r["writer"] for r in lines(tmp_path / "o/sft.jsonl")] == ["own", "gold"]
 
 
 def test_code_is_checked_only_if_allowed(tiny, tmp_path, run, monkeypatch):
@@ -145,8 +150,7 @@ def test_refusals(tiny, tmp_path, refused):
     call = lambda data, *more: ("variants.s3ft", "--ckpt", tiny, "--data", data, "--out", tmp_path / "o", *more)
     plain = [{"prompt": "a?", "completion": "b"}]
     data = write_lines(tmp_path / "plain.jsonl", plain)
-    refused(["plain.jsonl", "reference", "--teacher"], *call(data))
-    refused("--teacher", *call(data, "--mode", "sdft", "--teacher", tiny))
+    refused(["plain.jsonl", "reference"], *call(data))
     bare = write_lines(tmp_path / "bare.jsonl", [*gold("a"), {"prompt": "b?"}])
     refused(["bare.jsonl:2", "no response"], *call(bare))
     odd = write_lines(tmp_path / "odd.jsonl", gold("a") + [{**plain[0], "reference": {"kind": "odd"}}])
