@@ -138,10 +138,10 @@ def train(run: Run, data: Feedback, held_out: Feedback | None, loss: Callable) -
             return False
 
         losses, rewards, logps, z0 = result.stats
-        record = {"step": step + 1, "lr": lr, "grad_norm": result.grad_norm}
-        record |= kto_metrics(losses, rewards, logps, labels, z0[0])
+        metrics = kto_metrics(losses, rewards, logps, labels, z0[0])
         tokens = sum(len(ids) for ids, _ in matched + mismatched)
-        record |= {"tokens": tokens, "tokens_per_second": tokens / (time.time() - start)}
+        record = {"step": step + 1, "loss": metrics["loss"], "lr": lr, "grad_norm": result.grad_norm}
+        record |= {"tokens": tokens, "tokens_per_second": tokens / (time.time() - start)} | metrics
         if result.status == "skip":
             pairs = all_pairs(indices)
             names = [data.pair_name(*pair) for pair in pairs]

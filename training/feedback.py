@@ -133,9 +133,13 @@ def kto_metrics(losses: Tensor, rewards: Tensor, logps: Tensor, desirable: Tenso
     def mean(x, which):
         return x[which].mean().item() if which.any() else None
 
-    out = {"loss": losses.mean().item(), "kl": kl.item()}
-    for name, which in (("chosen", desirable), ("rejected", ~desirable)):
-        out |= {f"rewards/{name}": mean(rewards, which), f"logps/{name}": mean(logps, which)}
-    both = desirable.any() and (~desirable).any()
-    out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"] if both else None
-    return out
+    chosen, rejected = mean(rewards, desirable), mean(rewards, ~desirable)
+    return {
+        "loss": losses.mean().item(),
+        "kl": kl.item(),
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": None if chosen is None or rejected is None else chosen - rejected,
+        "logps/chosen": mean(logps, desirable),
+        "logps/rejected": mean(logps, ~desirable),
+    }

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from core.conversations import dialogues, one_reply
+from core.conversations import dialogues, kto_examples, one_reply
 from core.devices import to_device
 from core.files import InputError, print0, shown
 from core.records import Fields, is_number, read_records
@@ -89,11 +90,17 @@ def scored_replies(completions: object, rewards: object, where: str) -> tuple[li
 
 
 def preference_groups(record: Fields, where: str) -> list[tuple[list[dict], list[str], list[float]]]:
-    """A record -> [(prompt messages, replies, rewards)]. chosen has reward 1, rejected 0."""
+    """A record -> [(prompt messages, replies, rewards)]. chosen has reward 1, rejected 0.
+
+    A completion with a label is a group of one reply with the reward 1 or 0, see pair_labelled().
+    """
     completions, rewards, found = record.first("completions"), record.first("rewards"), []
+    if completions is None and ("label" in record or "kto_tag" in record):
+        return [(prompt, [reply], [float(label)]) for prompt, reply, label in kto_examples(record, where)]
     for prompt, reply, rejected, _ in dialogues(record, where):
         if not prompt or completions is None and (reply is None or not rejected):
-            raise InputError(f"{where}: needs a prompt with chosen and rejected, or with completions and rewards")
+            needs = "chosen and rejected, a completion and a label, or completions and rewards"
+            raise InputError(f"{where}: needs a prompt with {needs}")
         if completions is not None:
             found.append((prompt, *scored_replies(completions, rewards, where)))
         elif len(rejected) != 1 or rejected[0]["role"] != "assistant":
@@ -104,10 +111,35 @@ def preference_groups(record: Fields, where: str) -> list[tuple[list[dict], list
 
 
 def preference_pairs(record: Fields, where: str) -> list[tuple[list[dict], list[str], list[float]]]:
-    """preference_groups, but only of chosen and rejected."""
+    """preference_groups, but only of chosen and rejected, or of labelled completions."""
     if "completions" in record:
         raise InputError(f"{where}: is a group of completions, not a pair; python -m variants.adpo trains on groups")
     return preference_groups(record, where)
+
+
+def pair_labelled(examples: list[tuple], files: list[str]) -> list[tuple]:
+    """Joins groups of one reply, from labels, to pairs: the k-th desirable and the k-th undesirable reply to a prompt.
+
+    examples: [("file:line", group)], from read_records(). A reply without a partner is left out, with a note.
+    """
+    pairs, labelled = [], {}  # labelled: {prompt: (undesirable examples, desirable examples)}
+    for example in examples:
+        prompt, replies, rewards = example[1]
+        if len(replies) > 1:
+            pairs.append(example)
+        else:
+            labelled.setdefault(json.dumps(prompt), ([], []))[int(rewards[0])].append(example)
+    alone = 0
+    for undesirable, desirable in labelled.values():
+        alone += abs(len(desirable) - len(undesirable))
+        for (where, (prompt, good, _)), (_, (_, bad, _)) in zip(desirable, undesirable):
+            pairs.append((where, (prompt, good + bad, [1.0, 0.0])))
+    if not pairs:
+        needs = "no prompt has a desirable and an undesirable completion, so there is no pair"
+        raise InputError(f"{', '.join(files)}: {needs}; train_kto.py trains on unpaired labels")
+    if alone:
+        print0(f"note: {alone:,} labelled completions are left out: their prompt has none of the other label")
+    return pairs
 
 
 def read_groups(files: list[str], parse: Callable, setup: Setup) -> Groups:
@@ -116,7 +148,7 @@ def read_groups(files: list[str], parse: Callable, setup: Setup) -> Groups:
     A group whose prompt leaves no room for a reply within --max-len is dropped.
     """
     tokenizer, data = setup.tokenizer, Groups(setup.args.max_len)
-    for where, (messages, replies, rewards) in read_records(files, parse):
+    for where, (messages, replies, rewards) in pair_labelled(read_records(files, parse), files):
         prompt, data.read = tokenizer.prompt_ids(messages), data.read + 1
         if len(prompt) < data.max_len:
             completions = [tokenizer.completion_ids(reply) for reply in replies]
@@ -214,8 +246,9 @@ def train_preferences(run: Run, data: Groups, held_out: Groups | None, loss: Cal
             stop_run(run, step)
             return False
 
-        record = {"step": step + 1, "lr": lr, "grad_norm": result.grad_norm} | preference_metrics(result.stats)
-        record |= {"tokens": sum(lengths), "tokens_per_second": sum(lengths) / (time.time() - start)}
+        metrics = preference_metrics(result.stats)
+        record = {"step": step + 1, "loss": metrics["loss"], "lr": lr, "grad_norm": result.grad_norm}
+        record |= {"tokens": sum(lengths), "tokens_per_second": sum(lengths) / (time.time() - start)} | metrics
         if result.status == "skip":
             places = [data.places[i] for i, _ in data.keys(indices)]
             record |= record_skip(run, step + 1, data.sequences(indices), places)

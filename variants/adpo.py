@@ -3,7 +3,7 @@
     python -m variants.adpo --ckpt sft.pt --data groups.jsonl        # -> sft-adpo.pt
 
 Data: {"prompt", "completions", "rewards"} lines with two or more completions and as many rewards, or {"prompt",
-"chosen", "rejected"} lines, with rewards 1 and 0. The other flags are those of variants.dpo. Versions of the paper
+"chosen", "rejected"} lines or make_data.py's kto.jsonl, with rewards 1 and 0. The other flags are those of variants.dpo. Versions of the paper
 differ. Here the anchor is the fixed reference, log-probabilities are summed, and tau is constant.
 """
 
@@ -39,7 +39,7 @@ def adpo_target(rewards: Tensor, temperature: float, standardise: bool = True) -
 
 def parse_args() -> argparse.Namespace:
     p = Parser(description=__doc__)
-    add_training_flags(p, "sft.pt", "data/groups.jsonl", None, epochs=1, batch_size=64, lr=1e-6, suffix="adpo")
+    add_training_flags(p, "sft.pt", "data/kto.jsonl", None, epochs=1, batch_size=64, lr=1e-6, suffix="adpo")
     p.set_defaults(method="ADPO (arXiv 2510.18913)")
     p.add_argument("--ref", help="anchor checkpoint; without it, the model before training")
     cache = "file of the anchor's log-probabilities (default: ref-cache.safetensors beside OUT)"

@@ -1,8 +1,9 @@
 """DPO, direct preference optimisation (arXiv 2305.18290): the loss of preference pairs.
 
-    python -m variants.dpo --ckpt sft.pt --data pairs.jsonl                # -> sft-dpo.pt
+    python -m variants.dpo --ckpt sft.pt                                  # data/kto.jsonl -> sft-dpo.pt
 
-Data: {"prompt", "chosen", "rejected"} lines. Takes the flags of train_kto.py, without its label weights.
+Data: {"prompt", "chosen", "rejected"} lines, or make_data.py's kto.jsonl, whose desirable and undesirable completions of
+one prompt are a pair. Takes the flags of train_kto.py, without its label weights.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def dpo_loss(
 
 def parse_args() -> argparse.Namespace:
     p = Parser(description=__doc__)
-    add_training_flags(p, "sft.pt", "data/pairs.jsonl", None, epochs=1, batch_size=64, lr=1e-6, suffix="dpo")
+    add_training_flags(p, "sft.pt", "data/kto.jsonl", None, epochs=1, batch_size=64, lr=1e-6, suffix="dpo")
     p.set_defaults(method="DPO (arXiv 2305.18290)")
     add_reference_flags(p)
     smoothing = "probability that a pair is in the wrong order"

@@ -37,12 +37,36 @@ def test_runs(tiny, tmp_path, run, monkeypatch):
     first, *_, last = log(whole)
     assert first["loss"] == pytest.approx(0.693147, abs=1e-4)  # the policy is the reference
     assert last["eval_rewards/margins"] > 0.1 and "eval_loss" not in first
+    assert list(first)[:6] == ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second"]
     check_shard("variants.dpo", tiny, data, tmp_path, whole)
 
 
+def test_labelled_completions_of_one_prompt_are_pairs(tiny, tmp_path, run):
+    """The lines of kto.jsonl in any order train as the same pairs. A reply without a partner is left out."""
+    rows = feedback(12)
+    chosen, rejected = rows[::2], rows[1::2]
+    paired = [
+        {"prompt": c["prompt"], "chosen": c["completion"], "rejected": r["completion"]}
+        for c, r in zip(chosen, rejected)
+    ]
+    alone = [{"prompt": "alone", "completion": "a", "label": True}, chosen[0] | {"label": False, "completion": "again"}]
+    files = {"pairs": paired, "kto": rows, "shuffled": [*rejected, *alone, *chosen]}
+    files["tags"] = [{"kto_tag": row["label"], **{k: v for k, v in row.items() if k != "label"}} for row in rows]
+    for name, lines in files.items():
+        data = write_lines(tmp_path / f"{name}.jsonl", lines)
+        code, text, err = run("variants.dpo", *arguments(tiny, data, tmp_path / name, "--no-shuffle"))
+        assert code == 0 and "6 prompts with their replies" in text, err
+        assert ("note: 2 labelled completions are left out" in text) == (name == "shuffled")
+        assert [s["loss"] for s in log(tmp_path / name)] == [s["loss"] for s in log(tmp_path / "pairs")]
+
+
 def test_bad_input_ends_in_one_line(tiny, tmp_path, refused):
-    labelled = write_lines(tmp_path / "labelled.jsonl", feedback(4))
-    refused(["labelled.jsonl:1", "rejected"], "variants.dpo", *arguments(tiny, labelled, tmp_path / "o"))
+    unpaired = write_lines(tmp_path / "unpaired.jsonl", feedback(4)[::2])
+    refused(["unpaired.jsonl", "no pair", "train_kto.py"], "variants.dpo", *arguments(tiny, unpaired, tmp_path / "o"))
+    labelled = write_lines(tmp_path / "labelled.jsonl", [*feedback(2), feedback(2)[0] | {"label": 1}])
+    refused(["labelled.jsonl:3", "label is 1"], "variants.dpo", *arguments(tiny, labelled, tmp_path / "o"))
+    plain = write_lines(tmp_path / "plain.jsonl", [{"prompt": "a", "completion": "b"}])
+    refused(["plain.jsonl:1", "rejected"], "variants.dpo", *arguments(tiny, plain, tmp_path / "o"))
     grouped = write_lines(tmp_path / "grouped.jsonl", [{"prompt": "a", "completions": ["b", "c"], "rewards": [1, 0]}])
     refused(["grouped.jsonl:1", "variants.adpo"], "variants.dpo", *arguments(tiny, grouped, tmp_path / "o"))
     data = write_lines(tmp_path / "d.jsonl", pairs(4))
