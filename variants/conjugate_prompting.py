@@ -4,27 +4,23 @@
     python -m variants.conjugate_prompting --base base --ckpt tuned --data demo/heldout.jsonl
 
 A map rewrites the prompt so that it is far from the fine-tuning data but asks for the same skill. If the tuned model
-loses less on the rewritten prompts, the skill was only hidden. The map is leetspeak, one of the paper's maps; its
-translation needs a teacher and is left out. In the paper's test, two examples repeat or capitalise their input. A model
-without the skill answers the third input instead. The inputs here are the paper's sums, without its sentences with a
-blank. The two examples are ours.
+loses less on the rewritten prompts, the skill was only hidden. The map is leetspeak; the paper's translation needs a
+teacher and is left out. In the paper's test, two examples (here ours) repeat or capitalise their input. A model without
+the skill answers the third input instead. These inputs are the paper's sums, without its sentences with a blank.
 """
 
 import random
 import re
 from argparse import Namespace
 
-from tqdm import tqdm
-
 from core.distributed import single_process
 from core.files import InputError, cli, print_next
 from core.flags import Parser, add_generation_flags, at_least, file_out
 from core.records import write_jsonl
 from evaluation.benchmarks import demo_verdict
-from evaluation.rows import json_rows
+from evaluation.rows import demo_rows
 from evaluation.stats import bootstrap, figure_table
-from generate import check_loadable, generate_iter, load_for_inference
-from verification.answers import check_reference
+from generate import check_loadable, generate, load_for_inference
 
 TO_DIGITS, TO_LETTERS = str.maketrans("aeiost", "431057"), str.maketrans("431057", "aeiost")
 WORD = re.compile(r"[A-Za-z0-9]+")  # ASCII only: in Chinese text, digits follow letters without a space
@@ -34,12 +30,8 @@ SHOTS = ("The boat came home before dark.", "My sister grows apples and pears.")
 
 def leet(text: str) -> str:
     """s: "Repeat the input." -> "R3p347 7h3 1npu7.". Words with digits, or of these letters only, stay."""
-
-    def change(found: re.Match) -> str:
-        changed = found[0].translate(TO_DIGITS)
-        return changed if found[0].isalpha() and not changed.isdigit() else found[0]
-
-    return WORD.sub(change, text)
+    changes = lambda word: word.isalpha() and not word.translate(TO_DIGITS).isdigit()
+    return WORD.sub(lambda found: found[0].translate(TO_DIGITS) if changes(found[0]) else found[0], text)
 
 
 def unleet(text: str) -> str:
@@ -83,24 +75,21 @@ def shots_questions(n: int, seed: int = 10) -> list[dict]:
 def data_questions(path: str, limit: int | None) -> list[dict]:
     """Questions from a file of records with `prompt` and `reference`, such as demo/heldout.jsonl."""
     found = []
-    for row in json_rows(path, prompt=str, reference=dict)[:limit]:
-        check_reference(row["reference"], row["where"])
+    for row in demo_rows(lambda name: path)[:limit]:
         if row["reference"]["kind"] == "code":
             raise InputError(f"{row['where']}: code cannot be written in leetspeak; leave the record out")
         prompts = {view: s(row["prompt"]) for view, (s, _) in VIEWS.items()}
-        verdict = lambda view, reply, row=row: demo_verdict(VIEWS[view][1](reply), row)[1]
-        found.append({"id": str(row["id"]), "prompts": prompts, "check": verdict})
+        check = lambda view, reply, row=row: demo_verdict(VIEWS[view][1](reply), row)[1]
+        found.append({"id": row["id"], "prompts": prompts, "check": check})
     return found
 
 
 def ask_both_views(source: str, questions: list[dict], args: Namespace) -> list[dict]:
     """-> a line {"id", "checkpoint", "view", "prompt", "reply", "correct"} for each question in each view."""
-    asked = [(view, q, q["prompts"][view]) for q in questions for view in VIEWS]
-    settings = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
-    replies = generate_iter(*load_for_inference(source, args), [prompt for *_, prompt in asked], **settings)
-    lines = []
-    for i, reply, _ in sorted(tqdm(replies, source, len(asked), unit="reply", disable=None)):
-        view, q, prompt = asked[i]
+    asked = [(view, q) for q in questions for view in VIEWS]
+    prompts, lines = [q["prompts"][view] for view, q in asked], []
+    replies = generate(*load_for_inference(source, args), prompts, args.max_new_tokens, batch_size=args.batch_size)
+    for (view, q), prompt, reply in zip(asked, prompts, replies):
         line = {"id": q["id"], "checkpoint": source, "view": view, "prompt": prompt, "reply": reply}
         lines.append(line | {"correct": bool(q["check"](view, reply))})
     return lines
@@ -130,10 +119,8 @@ def parse_args() -> Namespace:
     p.add_argument("--base", required=True, help="the model before fine-tuning, with the same tokenizer")
     # questions
     p.add_argument("--data", metavar="F", help="JSON Lines of `prompt` and `reference`; without it, the paper's test")
-    limit = "number of questions (default: all of --data, or 100 of each task of the test)"
-    p.add_argument("--limit", type=at_least(2), help=limit)
-    out = "JSON Lines file of all replies and verdicts"
-    p.add_argument("--out", type=file_out('"view"'), default="conjugate.jsonl", help=out)
+    p.add_argument("--limit", type=at_least(2), help="number of questions (default: all, or 100 per task of the test)")
+    p.add_argument("--out", type=file_out('"view"'), default="conjugate.jsonl", help="file of replies and verdicts")
     add_generation_flags(p, max_new_tokens=32)
     return p.parse_args()
 
