@@ -212,7 +212,7 @@ def method_section(results: list[dict]) -> str:
 - **Statistics.** Intervals of scores are 1.96 standard errors. Differences are paired by question, with McNemar's exact
   test and a 95 % bootstrap interval. *Detectable difference*: if the true difference is this large, 80 % of repetitions
   give p < 0.05, uncorrected.
-- **Seeds.** {seeds_sentence(result)} The intervals cover the choice of questions, not of seeds.
+- **Seeds.** {seeds_note(result)}
 
 Learning rates were chosen on {len(dev) or "the"} dev instructions:
 
@@ -222,16 +222,15 @@ Learning rates were chosen on {len(dev) or "the"} dev instructions:
 """
 
 
-def seeds_sentence(result: dict) -> str:
-    """Which seeds the arms have."""
-    first, others = (
-        flag(result, "sft-", "--seed"),
-        sorted({arm.rpartition("-seed-")[2] for arm in result["arms"] if "-seed-" in arm}),
-    )
+def seeds_note(result: dict) -> str:
+    """Which seeds the arms have, and what the intervals cover."""
+    first = flag(result, "sft-", "--seed")
+    others = sorted({arm.rpartition("-seed-")[2] for arm in result["arms"] if "-seed-" in arm})
+    if not others:
+        return f"Every arm has one (seed {first}). The intervals cover the choice of questions, not of seeds."
     return (
-        f"Every arm has seed {first}, the main arms also {' and '.join(others)}."
-        if others
-        else f"Every arm has one (seed {first})."
+        f"Every arm has seed {first}, the main arms also {' and '.join(others)}. Intervals cover the choice of questions; those "
+        'under "Other seeds" cover that of seeds too.'
     )
 
 
@@ -270,7 +269,9 @@ def study_sections(result: dict, drawn: dict[str, str], images: str) -> str:
         ]
         more = searched_text(result) if module == "paper_table" else ""
         more += loss_rates_table(result) if module == "related_losses" else ""
-        more += "".join(shown) + seeds_table(rows, verdicts)
+        more += "".join(shown)
+        if module in ("paper_table", "related_losses"):
+            more += seeds_table(rows, verdicts)
         parts.append(f"## {number}. {title}\n\n{question}\n\n{table}\n{more}")
     return "".join(parts)
 
