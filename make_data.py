@@ -172,6 +172,7 @@ def make(args: argparse.Namespace) -> None:
         cost = f", {price(log.spent, args.prices):,.2f} in all" if args.prices else ""
         print(f"The teacher's replies in {out}/replies.jsonl: {log.spent[0]:,} tokens in, {log.spent[1]:,} out{cost}.")
     print(f"wrote {out}/sft.jsonl, {out}/kto.jsonl and {out}/report.md")
+    report.print_unanswered(out, counts)
     for words in next_commands(args.small, out, kto):
         print_next(*words)
 

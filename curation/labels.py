@@ -218,11 +218,11 @@ def score_responses(
         # for each record {text: {"verified", "quality", "safety", "perplexity", ...}}
         checks = tqdm(batch, desc="verify", unit="record", disable=None)
         found = [check_responses(record, args.allow_code_execution) for record in checks]
-        flat = [(i, text) for i, texts in enumerate(found) for text in texts]
+        failed = judge_responses(args, batch, found, teacher, counts)
+        flat = [(i, text) for i, texts in enumerate(found) if i not in failed for text in texts]
         pairs = [(batch[i]["prompt"], text) for i, text in flat]
         for (i, text), p in zip(flat, local.perplexities(scorer, pairs, args.max_len, args.micro_tokens)):
             found[i][text]["perplexity"] = p
-        failed = judge_responses(args, batch, found, teacher, counts)
         for i, record in enumerate(batch):
             if i in failed:
                 yield set_aside(record, failed[i], counts)

@@ -45,6 +45,7 @@ GREETING = [{"role": "user", "content": "Hello."}]
 PRIMARY = re.findall(r"^(\w+): ", CLASSIFY, re.M)[1:]  # the first is "Task:"
 # Reasons to drop a record
 UNANSWERED, UNPARSED = "the teacher did not answer", "the teacher's reply did not parse, twice"
+NO_ANSWER = "no answer after"  # begins the reason of a request that failed every time
 CUT_OFF = "the teacher's reply was cut off; if the teacher thinks before it answers, raise --thought-tokens"
 # Sent after a reply that does not parse
 AGAIN = "This is not the one line of JSON that was asked for. Reply with that line alone; "

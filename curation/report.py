@@ -71,6 +71,16 @@ def unanswered_text(counts: dict) -> list[str]:
     return text
 
 
+def print_unanswered(out: str, counts: dict) -> None:
+    """Prints how many requests have no answer, and how to get one."""
+    unanswered = [c["unanswered"] for c in counts.values() if "unanswered" in c]
+    again = sum(some["to ask again"] for some in unanswered)
+    if refused := sum(some["requests"] for some in unanswered) - again:
+        print(f"{refused:,} request{'s were' if refused > 1 else ' was'} refused; {out}/report.md has the reasons")
+    if again:
+        print(f"{again:,} request{'s' * (again > 1)} got no answer; the same command asks again")
+
+
 def labels_text(counts: dict) -> list[str]:
     """Counts labels by outcome, by writer and by basis (program, rules, judge)."""
     labels, verification = counts["7_label"], counts["6_score"]["verification"]

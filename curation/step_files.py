@@ -14,9 +14,9 @@ from types import NoneType
 from typing import Any
 
 from core.conversations import as_messages
-from core.files import InputError, atomic_write, check_regular, shown
+from core.files import InputError, atomic_write, check_regular, shown, warn_once
 from core.records import read_jsonl
-from curation.prompts import UNANSWERED, clip, prompt_text
+from curation.prompts import NO_ANSWER, UNANSWERED, clip, prompt_text
 from verification.answers import check_reference
 
 STEPS = ("1_collect", "2_dedup", "3_classify", "4_balance", "5_respond", "6_score", "7_label")
@@ -59,9 +59,13 @@ def dropped(record: dict, reason: str, **more: Any) -> tuple[bool, dict]:
 
 
 def note_unanswered(counts: dict, name: str, why: str) -> None:
-    """Counts a request that a model did not answer. Keeps the names and reasons of the first NAMED records."""
-    unanswered = counts.setdefault("unanswered", {"requests": 0, "records": {}})
+    """Counts a request that a model did not answer. Keeps the names and reasons of the first NAMED records.
+
+    "to ask again": requests that failed every time. The endpoint refused the others.
+    """
+    unanswered = counts.setdefault("unanswered", {"requests": 0, "to ask again": 0, "records": {}})
     unanswered["requests"] += 1
+    unanswered["to ask again"] += NO_ANSWER in why
     if len(unanswered["records"]) < NAMED:
         unanswered["records"][name] = why
 
@@ -135,34 +139,66 @@ def write_lines(files: dict, lines: Iterable[tuple]) -> dict:
     return {kind: n[kind] for kind in files}
 
 
+def write_files(state: dict, out: str, name: str, key: str, lines: Iterable[tuple], counts: dict) -> None:
+    """Writes a step's files and its entry in the state. If no record is left, the entry is not saved."""
+    files = step_files(out, name)
+    if state.pop(name, None):  # forget the old key before the first file is replaced
+        save_state(out, state)
+    written = write_lines(files, lines)
+    hashes = {os.path.basename(path): file_hash(path) for path in files.values()}  # the folder may be moved
+    state[name] = {"key": key, "counts": written | counts, "files": hashes}
+    if written.get("out") != 0:
+        save_state(out, state)
+
+
+def ask_again(state: dict, out: str, name: str, lines: Iterable[tuple], counts: dict) -> bool:
+    """Runs a finished step again for its requests without an answer. False if it stays as it is.
+
+    The other replies are in the log. Warns if the teacher cannot be asked now. A file that was edited is not replaced.
+    """
+    entry = state[name]
+    requests = entry["counts"].get("unanswered", {}).get("to ask again", 0)
+    if not requests or edited_files(state, out, name):
+        return False
+    try:
+        write_files(state, out, name, entry["key"], lines, counts)
+    except InputError as e:
+        state[name] = entry
+        save_state(out, state)
+        warn_once(f"{name}: requests without an answer are not asked again: {e}")
+        return False
+    return True
+
+
+def edited_files(state: dict, out: str, name: str) -> dict:
+    """{kind: path} of a step's files that have changed since the step ran."""
+    hashes, files = state[name]["files"], step_files(out, name)
+    return {kind: path for kind, path in files.items() if file_hash(path) != hashes.get(os.path.basename(path))}
+
+
 def write_step(
     out: str, state: dict, name: str, inputs: list[str], arguments: dict, lines: Iterable[tuple], counts: dict
 ) -> dict:
     """Writes a step's files, unless they were made from the same input files and arguments. -> the step's counts
 
     lines: the step's generator of (kind, line), which fills `counts`. It is not started if the files are kept. A file
-    that was edited by hand is kept too, and the steps after it run again. InputError if no record is left; the step
-    then counts as not run, because the teacher may answer next time.
+    that was edited by hand is kept too, and the steps after it run again. Requests that failed every time are asked
+    again. InputError if no record is left; the step then counts as not run, because the teacher may answer next time.
     """
     files = step_files(out, name)
     made_from = json.dumps([FORMAT, arguments, [file_hash(path) for path in inputs]], sort_keys=True)
     key = hashlib.sha256(made_from.encode()).hexdigest()
     reused = state.get(name, {}).get("key") == key and all(map(os.path.exists, files.values()))
     if not reused:
-        if state.pop(name, None):  # forget the old key before the first file is replaced
-            save_state(out, state)
-        written = write_lines(files, lines)
-        hashes = {os.path.basename(path): file_hash(path) for path in files.values()}  # the folder may be moved
-        state[name] = {"key": key, "counts": written | counts, "files": hashes}
-        if written.get("out") != 0:
-            save_state(out, state)
+        write_files(state, out, name, key, lines, counts)
+    elif ask_again(state, out, name, lines, counts):
+        reused = False
     counts = state[name]["counts"]
     print_step(name, counts, reused)
-    for kind, path in files.items() if reused else ():
-        if file_hash(path) != state[name]["files"].get(os.path.basename(path)):
-            print(f"{'':<11}   {path} was edited since its step ran and is kept; delete it to run the step again")
-            if kind is True:
-                check_edited(path, name)
+    for kind, path in edited_files(state, out, name).items() if reused else ():
+        print(f"{'':<11}   {path} was edited since its step ran and is kept; delete it to run the step again")
+        if kind is True:
+            check_edited(path, name)
     if counts.get("out") == 0:
         raise InputError(f"{files[True]}: no record is left; {HINTS.get(name, 'see its .dropped.jsonl')}")
     return counts

@@ -25,7 +25,7 @@ from core.reply_log import ReplyLog
 from curation.costs import Limits, estimate_tokens, request_tokens
 from curation.endpoint import Endpoint, RequestFailed, send
 from curation.http_client import Connection
-from curation.prompts import GREETING
+from curation.prompts import GREETING, NO_ANSWER
 
 BACKOFF, BACKOFF_CAP = 1.0, 60.0  # seconds before the first retry, doubled for each further one; the longest pause
 FIRST_TRIES = 3  # tries after which a server that has never answered counts as unreachable
@@ -142,7 +142,7 @@ async def ask_until_answered(
                     raise
                 unreachable = not session.answered and tries >= FIRST_TRIES and e.status is None
                 if tries > session.retries or unreachable:
-                    e.reason = f"no answer after {tries} {'tries' if tries > 1 else 'try'} (last: {e.reason})"
+                    e.reason = f"{NO_ANSWER} {tries} {'tries' if tries > 1 else 'try'} (last: {e.reason})"
                     raise
                 backoff = min(BACKOFF_CAP, BACKOFF * 2 ** min(tries - 1, 10)) * random.uniform(0.5, 1.0)
                 await pause(session, max(e.wait, backoff), e.reason)

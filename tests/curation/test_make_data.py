@@ -631,6 +631,57 @@ def test_requests_without_an_answer_are_set_aside_and_named(tmp_path, small):
     )
 
 
+def test_a_second_run_asks_again_what_got_no_answer(tmp_path, small, capfd):
+    """In every step, also after the folder is complete. A refused request is not asked again."""
+    busy = lambda words: lambda n, messages: 500 if all(word in json.dumps(messages) for word in words) else None
+    with serve(fake_teacher) as server:
+        assert run(*flags(tmp_path, server, small, "calm")) == 0
+    calm = contents(tmp_path / "calm")
+    for step, words in (
+        ("3_classify", ["Task: classify", "autumn"]),
+        ("5_respond", ["autumn"]),
+        ("6_score", ["judge", "tea"]),
+    ):
+        out = tmp_path / step
+        faults = lambda n, m: busy(words)(n, m) if step != "5_respond" or m[0]["role"] == "user" else None
+        with serve(fake_teacher, faults) as server:
+            argv = [*flags(tmp_path, server, small, step), "--retries", 1]
+            assert run(*argv) == 0
+        first = contents(out)
+        assert first != calm and "1 request got no answer; the same command asks again" in capfd.readouterr().out
+
+        # the server is gone: the files stay, and a flag of a later step still applies
+        assert run(*argv, "--margin", 0.2) == 0
+        printed = capfd.readouterr()
+        assert f"warning: {step}: requests without an answer are not asked again: the teacher at http" in printed.err
+        assert "1 request got no answer; the same command asks again" in printed.out
+        assert contents(out) == first
+
+        with serve(fake_teacher) as server:
+            argv = flags(tmp_path, server, small, step)
+            assert run(*argv) == 0
+            assert contents(out) == calm and "no answer" not in capfd.readouterr().out
+            assert any(all(word in json.dumps(m) for word in words) for m in server.seen)
+            posts = server.posts
+            assert run(*argv) == 0 and server.posts == posts
+
+
+def test_refused_requests_and_edited_steps_are_not_asked_again(tmp_path, small, capfd):
+    for status, says in (400, "1 request was refused; "), (500, "1 request got no answer; "):
+        with serve(fake_teacher, lambda n, m, status=status: status if "autumn" in str(m) else None) as server:
+            argv = [*flags(tmp_path, server, small, str(status)), "--retries", 0]
+            assert run(*argv) == 0 and says in capfd.readouterr().out
+            posts = server.posts
+            assert run(*argv) == 0
+            assert server.posts == posts + (2 if status == 500 else 0), "a try and a greeting"
+    path = tmp_path / "500/3_classify.jsonl"
+    edited = path.read_text().replace('"poem"', '"ode"')
+    path.write_text(edited)
+    with serve(fake_teacher) as server:
+        assert run(*flags(tmp_path, server, small, "500"), "--retries", 0) == 0 and path.read_text() == edited
+    assert "was edited since its step ran and is kept" in capfd.readouterr().out
+
+
 def test_code_runs_only_when_allowed(tmp_path, small):
     source = tmp_path / "code.jsonl"
     reference = {"kind": "code", "value": {"tests": "assert f(2) == 3", "entry_point": "f"}}
