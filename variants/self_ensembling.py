@@ -2,10 +2,10 @@
 
     python -m variants.self_ensembling --ckpt tuned --tasks mmlu --limit 500 --data-dir data  # -> self_ensembling.jsonl
 
-The first prompt is the benchmark's own, so its row equals that of `eval.py --protocol loglik`. If a task has worked
-examples (mmlu, cmmlu, ceval), the other prompts reorder them; the paper draws new ones. Other tasks have templates of
-our own. The probabilities of a question's labels are the softmax of their log-likelihoods. The paper takes the mean
-logit of a label of several tokens. The authors later recommended max as the robust method.
+The first prompt is the benchmark's own, so its row equals that of `eval.py --protocol loglik`. The others reorder the
+worked examples (mmlu, cmmlu, ceval; the paper draws new ones) or are templates of our own. The probabilities of the
+labels are the softmax of their log-likelihoods; the paper takes the mean logit of a label of several tokens. The
+authors later recommended max as the robust method.
 """
 
 import random
@@ -29,8 +29,7 @@ from evaluation.likelihoods import ask_likelihoods
 from evaluation.stats import calibration, figure_table
 from generate import load_for_inference
 
-# tasks with one right choice, except those that continue a text
-TASKS = ("mmlu", "cmmlu", "ceval", "arc_easy", "arc_challenge", "truthfulqa_mc1")
+TASKS = ("mmlu", "cmmlu", "ceval", "arc_easy", "arc_challenge", "truthfulqa_mc1")  # questions with one right choice
 TEMPLATES = (  # the text before a choice, for tasks without worked examples
     "Q: {}\nA:",
     "{}\nThe answer is:",
@@ -81,7 +80,7 @@ def vary_prompts(task: str, questions: list[dict], n: int, find: Callable, seed:
 def score_all(found: list[Tensor], answers: list[int]) -> dict[str, dict[str, float]]:
     """{name: figures} of each prompt alone, of their mean, and of each ensemble. found: (V, L) of each question."""
     alone = [score([p[v] for p in found], answers) for v in range(len(found[0]))]
-    rows = {f"prompt {v}{', its own' * (v == 1)}": figures for v, figures in enumerate(alone, 1)}
+    rows = {f"prompt {v}": figures for v, figures in enumerate(alone, 1)}
     rows["one prompt, mean"] = {key: fmean(figures[key] for figures in alone) for key in alone[0]}
     for method in ("mean", "max", "vote"):
         rows[f"ensemble, {method}"] = score([combine(p, method) for p in found], answers)
@@ -99,8 +98,7 @@ def parse_args() -> Namespace:
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no answer")
     add_device_flags(p, "dtype of weights and computation")
-    out = "JSON Lines file of all probabilities"
-    p.add_argument("--out", type=file_out('"probabilities"'), default="self_ensembling.jsonl", help=out)
+    p.add_argument("--out", type=file_out('"probabilities"'), default="self_ensembling.jsonl", help="all probabilities")
     return p.parse_args()
 
 
@@ -111,20 +109,18 @@ def main() -> None:
     prompts = {task: vary_prompts(task, work[task], args.prompts, find, args.seed) for task in work}
     model, tokenizer = load_for_inference(args.ckpt, args)
     for task, questions in work.items():
-        logps = []  # under each prompt, for each question: its labels' log-likelihoods
-        for v, texts in enumerate(prompts[task], 1):
-            asked = [q | {"messages": [{"role": "user", "content": text}]} for q, text in zip(questions, texts)]
-            asking = ask_likelihoods(model, tokenizer, asked, args.batch_size)
-            bar = tqdm(asking, f"{task}, prompt {v}", len(asked), unit="question", disable=None)
-            logps.append([record["logps"] for _, record in bar])
-        found = [torch.tensor(some, dtype=torch.float64).softmax(1) for some in zip(*logps)]  # (V, L) each
-        answers = []
-        for row, p in zip((q["row"] for q in questions), found):
-            labels = list(row["choices"])
-            answers.append(labels.index(row["answer"]) if row["answer"] in labels else -1)
-            line = {"task": task, "id": row["id"], "labels": labels, "answer": row["answer"]}
+        pairs = [pair for texts in prompts[task] for pair in zip(questions, texts)]  # prompt by prompt
+        asked = [q | {"messages": [{"role": "user", "content": text}]} for q, text in pairs]
+        asking = ask_likelihoods(model, tokenizer, asked, args.batch_size)
+        bar = tqdm(asking, task, len(asked), unit="question", disable=None)
+        logps, n = [record["logps"] for _, record in bar], len(questions)
+        found = [torch.tensor(logps[i::n], dtype=torch.float64).softmax(1) for i in range(n)]  # (V, L) each
+        rows = [q["row"] for q in questions]
+        answers = [list(row["choices"]).index(row["answer"]) for row in rows]
+        print(figure_table(f"{task}, {len(rows)} questions", score_all(found, answers)), end="\n\n")
+        for row, p in zip(rows, found):
+            line = {"task": task, "id": row["id"], "labels": list(row["choices"]), "answer": row["answer"]}
             lines.append(line | {"probabilities": p.tolist()})
-        print(figure_table(f"{task}, {len(found)} questions", score_all(found, answers)), end="\n\n")
     write_jsonl(args.out, lines)
     print(f"wrote {args.out}: {len(lines)} questions under {args.prompts} prompts. All figures of the first prompt:")
     same = ["--tasks", *args.tasks, "--data-dir", args.data_dir, *(["--limit", str(args.limit)] if args.limit else [])]
