@@ -58,9 +58,15 @@ COVARIANCES = 2**28  # covariance entries in memory at once, 1 GiB
 
 @torch.no_grad()
 def add_corda_adapters(setup: Setup) -> None:
-    """Adds LoRAs that start from corda_split. Takes as many blocks at a time as have covariances that fit in memory."""
-    args, model = setup.args, setup.model
-    sequences, blocks, c = calibration_sequences(setup), model.model["layers"], model.config
+    """Adds LoRAs that start from corda_split, with covariances from at most 256 random examples.
+
+    Takes as many blocks at a time as have covariances that fit in memory.
+    """
+    args, model, examples = setup.args, setup.model, setup.examples
+    if args.calibration:
+        examples, *_ = encode_chats(read_records(args.calibration, sft_conversations), setup.tokenizer, args.max_len)
+    chosen = random.Random(f"{args.seed} calibration").sample(examples, min(len(examples), 256))
+    sequences, blocks, c = [ids for ids, _ in chosen], model.model["layers"], model.config
     if args.rank > (most := min(min(linear.weight.shape) for *_, linear in linear_layers(blocks[:1]))):
         raise InputError(f"--rank {args.rank}: the smallest layer has rank {most}; give at most that")
     args.alpha = args.rank  # the authors do not scale by alpha / r
@@ -71,9 +77,8 @@ def add_corda_adapters(setup: Setup) -> None:
         covariances = input_covariances(model, [adapter.linear for adapter in adapters], sequences)
         bar = tqdm(adapters, "corda", unit="layer", disable=None if is_main() else True)
         for adapter, covariance in zip(bar, covariances):
-            parts = corda_split(adapter.linear.weight, covariance, args.rank, args.mode == "learn")
-            for parameter, value in zip((adapter.linear.weight, adapter.A, adapter.B), parts):
-                parameter.copy_(value)
+            weight, learn = adapter.linear.weight, args.mode == "learn"
+            weight[:], adapter.A[:], adapter.B[:] = corda_split(weight, covariance, args.rank, learn)
 
 
 @torch.no_grad()
@@ -93,15 +98,6 @@ def input_covariances(model: Qwen2, linears: list[nn.Linear], sequences: list[li
     for hook in hooks:
         hook.remove()
     return list(found.values())
-
-
-def calibration_sequences(setup: Setup) -> list[list[int]]:
-    """The token ids of at most 256 random examples of --calibration, or else of --data."""
-    args, examples = setup.args, setup.examples
-    if args.calibration:
-        examples, *_ = encode_chats(read_records(args.calibration, sft_conversations), setup.tokenizer, args.max_len)
-    chosen = random.Random(f"{args.seed} calibration").sample(examples, min(len(examples), 256))
-    return [ids for ids, _ in chosen]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -20,13 +20,12 @@ from core.conversations import dialogues
 from core.distributed import single_process
 from core.files import InputError, cli, print_next
 from core.flags import Parser, add_device_flags, at_least, number, out_path
-from core.outputs import check_folder, claimed_folder
+from core.outputs import claimed_folder
 from core.records import expand, read_objects, write_jsonl
 from generate import load_for_inference
 from model import Qwen2
 from training.logps import hidden_states
 
-FILES = ("sft.jsonl", "scores.jsonl")
 TILE = 8192  # columns of the cost in one operation
 
 
@@ -53,8 +52,7 @@ def sinkhorn(cost: Tensor, eps: float, iterations: int = 10_000, tol: float = 1e
 
 def squared_distances(targets: Tensor, candidates: Tensor) -> Tensor:
     """C_ij = |e(t_i) - e(c_j)|^2, (M, N) in fp64. targets: (M, C), candidates: (N, C)."""
-    t, c = targets.double(), candidates.double()
-    return (t.square().sum(1)[:, None] + c.square().sum(1) - 2 * t @ c.T).clamp_min(0)
+    return torch.cdist(targets.double(), candidates.double()).square()
 
 
 @torch.no_grad()
@@ -93,36 +91,34 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the model that embeds the texts")
     p.add_argument("--micro-tokens", type=at_least(1), default=8192, help="maximum tokens of one forward")
     add_device_flags(p, "dtype of weights and computation")
-    args = p.parse_args()
-    check_folder(args.out, "variants.got", FILES)
-    return args
+    return p.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    candidates, targets = read_texts(args.candidates, args.max_chars), read_texts(args.targets, args.max_chars)
-    if args.keep >= len(candidates):
-        raise InputError(f"--keep {args.keep}: there are {len(candidates)} candidates; keep fewer")
-    model, tokenizer = load_for_inference(args.ckpt, args)
-    end = model.config.max_position_embeddings
-    ids = [tokenizer.encode(text)[:end] or [tokenizer.prefix] for *_, text in targets + candidates]
-    embedded = embed_texts(model, ids, args.micro_tokens)
-    cost = squared_distances(embedded[: len(targets)], embedded[len(targets) :])
-    if (eps := args.eps * cost.mean().item()) < 1e-9:
-        raise InputError(f"{', '.join(args.candidates)}: all candidates and targets are one text; nothing to choose")
-    f, g, error = sinkhorn(cost, eps)
-    best = g.argsort(stable=True)[: args.keep].tolist()
-    before, after = f.mean() + g.mean(), sum(part.mean() for part in sinkhorn(cost[:, best], eps)[:2])
-    kept, scores = set(best), (g - g.mean()).tolist()
-    rows = ({"record": candidates[i][0], "score": scores[i], "kept": i in kept} for i in range(len(scores)))
-    with claimed_folder(args.out, "variants.got", FILES):
+    with claimed_folder(args.out, "variants.got", ("sft.jsonl", "scores.jsonl")):
+        candidates, targets = read_texts(args.candidates, args.max_chars), read_texts(args.targets, args.max_chars)
+        if args.keep >= len(candidates):
+            raise InputError(f"--keep {args.keep}: there are {len(candidates)} candidates; keep fewer")
+        model, tokenizer = load_for_inference(args.ckpt, args)
+        end = model.config.max_position_embeddings
+        ids = [tokenizer.encode(text)[:end] or [tokenizer.prefix] for *_, text in targets + candidates]
+        embedded = embed_texts(model, ids, args.micro_tokens)
+        cost = squared_distances(embedded[: len(targets)], embedded[len(targets) :])
+        if (eps := args.eps * cost.mean().item()) < 1e-9:
+            raise InputError(f"{', '.join(args.candidates)}: all candidates and targets are one text")
+        f, g, error = sinkhorn(cost, eps)
+        if error > 0.01:
+            print(f"warning: the potentials did not converge (error {error:.1%}); a larger --eps converges sooner")
+        best = g.argsort(stable=True)[: args.keep].tolist()
+        before, after = f.mean() + g.mean(), sum(part.mean() for part in sinkhorn(cost[:, best], eps)[:2])
+        print(f"distance to the targets: {before:.4g} of all candidates, {after:.4g} of the kept ones")
+        kept, scores = set(best), (g - g.mean()).tolist()
+        rows = ({"record": candidates[i][0], "score": scores[i], "kept": i in kept} for i in range(len(scores)))
         write_jsonl(f"{args.out}/scores.jsonl", rows)
         write_jsonl(f"{args.out}/sft.jsonl", (candidates[i][1] for i in best))
-    if error > 0.01:
-        print(f"warning: the potentials did not converge (error {error:.1%}); a larger --eps converges sooner")
-    print(f"distance to the targets: {before:.4g} of all candidates, {after:.4g} of the kept ones")
-    print(f"wrote {args.out}/sft.jsonl ({len(best):,} of {len(scores):,} records) and scores.jsonl")
-    print_next("python", "train_sft.py", "--ckpt", args.ckpt, "--data", f"{args.out}/sft.jsonl")
+        print(f"wrote {args.out}/sft.jsonl ({len(best):,} of {len(scores):,} records) and scores.jsonl")
+        print_next("python", "train_sft.py", "--ckpt", args.ckpt, "--data", f"{args.out}/sft.jsonl")
 
 
 if __name__ == "__main__":

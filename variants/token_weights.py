@@ -2,10 +2,10 @@
 
     python -m variants.token_weights --ckpt base --data calls.jsonl --out weighted
 
-All flags of train_sft.py work. Each record of --data also has one of two keys. "token_weights" lists a number
->= 0 for every supervised token (a reply's tokens, its <|im_end|> and the newline). "tool_names" lists the available
-tools. The last reply must then be name(arguments), and only it is trained. The paper's rule raises the weights of the
-tokens that decide which tool is called. The paper also leaves out failed calls: give their messages "weight": 0.
+All flags of train_sft.py work. Each record of --data also has "token_weights", a number >= 0 for each supervised token
+(a reply's tokens, its <|im_end|> and the newline), or "tool_names", the available tools. Then only the last reply is
+trained. It must be name(arguments), and the paper's rule raises the weights of the tokens that decide which tool is
+called. The paper also leaves out failed calls: give their messages "weight": 0.
 """
 
 import argparse
@@ -33,16 +33,15 @@ from training.setup import Setup
 def weighted_loss(logps: Tensor, weights: Tensor, total: float) -> Tensor:
     """The loss of a micro-batch, a scalar in nats; the micro-batches' losses add up to the step's.
 
-        L = sum_t -w_t log p_t / sum_t w_t
+        L = sum_t -w_t log p_t / sum_t w_t        over the step; the paper averages over an example
 
     logps, weights: (N,) of the supervised tokens of the micro-batch. total: the sum of the weights of the whole step.
-    The paper averages over an example, this over the step.
     """
     return -(weights * logps).sum() / total
 
 
 def key_tokens(name: list[int], others: list[list[int]]) -> set[int]:
-    """The positions of a call name(arguments) that decide which tool is called. name, others: token ids of the names.
+    """The positions of the tokens that decide which tool is called. name, others: token ids of the tools' names.
 
     They are the first token and, for every other tool whose name begins with the same L >= 1 tokens, token L (from 0).
     """
@@ -105,8 +104,7 @@ def example_weights(setup: Setup) -> list[list[float]]:
             raise InputError(f"{where}: {counts}; count each reply's tokens, its <|im_end|> and the newline")
         found.append(weights[: count_supervised([example])])
         if not any(found[-1]):
-            cut = f"no token within --max-len {setup.args.max_len} has a weight above 0"
-            raise InputError(f"{where}: {cut}; remove the record")
+            raise InputError(f"{where}: no token within --max-len has a weight above 0; remove the record")
     setup.args.weights_sha256 = hashlib.sha256(json.dumps(found).encode()).hexdigest()  # for --resume
     return found
 
