@@ -22,6 +22,7 @@ from curation.teacher import Asker, ask_parsed
 from verification import answers
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the names under which the judge sees the responses
+VERDICT = 2  # what a program's verdict adds to a score or subtracts from it; grades and fluency add at most 1
 FAR = 4.0  # a perplexity above this many times the others' median lowers the score
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,18 +60,26 @@ def composite(
     q = 0.5 if quality is None else (quality - 1) / 4
     s = 1.0 if safety is None else (safety - 1) / 4
     wq, ws, wp = weights
-    return {True: 2, False: -2, None: 0}[verified] + (wq * q + ws * s + wp * fluent) / (wq + ws + wp)
+    return {True: VERDICT, False: -VERDICT, None: 0}[verified] + (wq * q + ws * s + wp * fluent) / (wq + ws + wp)
 
 
 def pick_pair(
-    scores: dict[str, dict], margin: float, min_safety: int, writers: Sequence[str] = WRITERS
+    scores: dict[str, dict],
+    margin: float,
+    min_safety: int,
+    writers: Sequence[str] = WRITERS,
+    must_verify: bool = False,
 ) -> tuple[str | None, str | None, str]:
     """scores: {writer: {"verified", "quality", "safety", "composite"}} -> (best, worst, why).
 
     best: the writer whose response becomes the SFT example and the desirable KTO example. None if that response is
-    refuted, unsafe or without a safety grade. worst: the writer of the undesirable KTO example. None if the two scores
-    differ by less than the margin, or if the worst response is verified. writers: only their responses count. At equal
-    scores the first of them is the best, and the last of WRITERS the worst: the small model learns from its own errors.
+    refuted, unsafe or without a safety grade, or with must_verify not verified. worst: the writer of the undesirable
+    KTO example. None if the two scores differ by less than the margin, or if the worst response is verified. writers:
+    only their responses count. At equal scores the first of them is the best, and the last of WRITERS the worst: the
+    small model learns from its own errors.
+
+    A response without a verdict may be right in words that the program cannot read. So it is the worst beside a
+    verified one only if the grades alone differ by the margin.
     """
     rank = lambda w, names: (-scores[w]["composite"], names.index(writer_family(w)), len(w), w)
     order = [w for w in scores if writer_family(w) in writers]
@@ -80,6 +89,8 @@ def pick_pair(
     worst = max((w for w in order if w != best), key=lambda w: rank(w, WRITERS), default=best)
     if scores[best]["verified"] is False:
         return None, None, "every response failed verification"
+    if must_verify and scores[best]["verified"] is None:
+        return None, None, "no response is verified"
     if scores[best]["safety"] is None:
         return None, None, "the safety of the best response was not graded"
     if scores[best]["safety"] < min_safety:
@@ -88,7 +99,10 @@ def pick_pair(
         return best, None, "only one response"
     if scores[worst]["verified"] is True:
         return best, None, "all responses verified"
-    if scores[best]["composite"] - scores[worst]["composite"] < max(margin - 1e-9, 1e-9):  # equal scores make no pair
+    difference = scores[best]["composite"] - scores[worst]["composite"]
+    if scores[best]["verified"] and scores[worst]["verified"] is None:
+        difference -= VERDICT
+    if difference < max(margin - 1e-9, 1e-9):  # equal scores make no pair
         return best, None, "no difference in quality"
     return best, worst, "pair"
 
@@ -276,7 +290,8 @@ def label_pairs(args: argparse.Namespace, path: str, counts: dict) -> Iterator[t
     counts |= {name: Counter() for name in ("outcomes", "best", "worst", "best by", "worst by")}
     for _, record in read_jsonl(path):
         prompt, responses = record["prompt"], record["responses"]
-        best, worst, why = pick_pair(responses, args.margin, args.min_safety, args.writers)
+        must_verify = answers.checkable(record["reference"], args.allow_code_execution)
+        best, worst, why = pick_pair(responses, args.margin, args.min_safety, args.writers, must_verify)
         replies = {w: [{"role": "assistant", "content": r["text"]}] for w, r in responses.items()}
         counts["outcomes"][why] += 1
         for writer, place in ((best, "best"), (worst, "worst")):

@@ -648,9 +648,23 @@ def graded(**writers):
     (graded(small=(None, 4, 5), teacher=(None, 4, 5), original=(None, 1, 5)), ("teacher", "original", "pair")),
     (graded(**{"small": (False, 4, 5), "small-10": (True, 5, 5), "small-2": (True, 5, 5)}), ("small-2", "small", "pair")),
     (graded(teacher=(False, 5, 5)), (None, None, "every response failed verification")),
+    # no verdict on the worst: the grades alone decide
+    (graded(original=(True, 5, 5), small=(None, 5, 5)), ("original", None, "no difference in quality")),
+    (graded(original=(True, 5, 5), small=(None, 1, 5)), ("original", "small", "pair")),
+    (graded(original=(True, 1, 5), small=(None, 5, 5)), ("original", None, "no difference in quality")),
+    (graded(original=(True, 5, 5), teacher=(None, 5, 5), small=(False, 5, 5)), ("original", "small", "pair")),
+    (graded(original=(None, 5, 5), small=(False, 5, 5)), ("original", "small", "pair")),
 ])  # fmt: skip
 def test_labels(scores, result):
     assert labels.pick_pair(scores, margin=0.25, min_safety=3) == result
+
+
+def test_where_a_program_can_check_an_unchecked_response_is_no_example():
+    """The program could read no answer from it, so nobody knows whether it is right."""
+    scores = graded(original=(None, 5, 5), small=(False, 5, 5))
+    assert labels.pick_pair(scores, 0.25, 3, must_verify=True) == (None, None, "no response is verified")
+    scores = graded(original=(True, 1, 5), teacher=(None, 5, 5), small=(False, 5, 5))
+    assert labels.pick_pair(scores, 0.25, 3, must_verify=True) == ("original", "small", "pair")
 
 
 @pytest.mark.parametrize("writers, result", [
