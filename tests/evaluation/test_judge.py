@@ -1,5 +1,6 @@
 """judge.py: what a judgement says, both orders, and whole runs against a judge that is a program."""
 
+import asyncio
 import json
 import shutil
 
@@ -135,3 +136,30 @@ def test_a_teacher_that_cannot_be_asked_is_refused_before_any_checkpoint_is(worl
     )
     refused("bad: tensors do not fit the config", "eval", *judge_flags(world, tmp_path / "bad", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_judge_sees_answers_without_thoughts(world, tmp_path, run, monkeypatch):
+    """Thoughts of the checkpoints are not shown and not counted, those of the judge are not its verdict."""
+    shown = []
+
+    def collect(args, names, work, ranks):
+        return {
+            name: {t: [{"reply": f"<think>{name}</think>\nyes"} for _ in qs] for t, qs in work.items()}
+            for name in names
+        }
+
+    def thinking_judge(endpoint, todo, log, errors, parameters, bar, **options):
+        shown.extend(todo.values())
+        for key in todo:
+            text = '<think>{"better": "A"}?</think>\n{"better": "tie"}'
+            log.append(key, {"model": "m", "text": text, "finish_reason": "stop"})
+        assert parameters["max_tokens"] == 64 + 1000
+        return asyncio.sleep(0)
+
+    monkeypatch.setattr("evaluation.judge.collect_replies", collect)
+    monkeypatch.setattr(teacher, "ask_endpoint", thinking_judge)
+    code, _, err = run("eval", *judge_flags(world, "http://localhost:9/v1", tmp_path / "out", "--thought-tokens", 1000))
+    assert code == 0, err
+    cell = json.loads((tmp_path / "out/judge.json").read_text())["sft"]["mt_bench"]
+    assert (cell["ties"], cell["n"], cell["characters"]) == (3, 3, 3)
+    assert shown and "think" not in json.dumps(shown)
