@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -41,9 +42,16 @@ from curation.teacher import Asker, Teacher, greet, greet_after, open_replies, o
 
 
 def find_files(args: argparse.Namespace) -> None:
-    """Replaces globs and hf:// names in the arguments with file paths."""
+    """Replaces globs and hf:// names in the arguments with file paths, each file once. InputError for an own output."""
+    own = {os.path.realpath(os.path.join(args.out, name)) for name in FILES}
     for name in ("sources", "decontaminate", "recorded", "trust_references"):
-        setattr(args, name, list(dict.fromkeys(expand(getattr(args, name)))))
+        files = {}
+        for path in expand(getattr(args, name)):
+            files.setdefault(os.path.realpath(path), path)
+        setattr(args, name, list(files.values()))
+        for path in files.keys() & own:
+            flag = f"--{name.replace('_', '-')} {files[path]}"
+            raise InputError(f"{flag}: this run would replace its own input; give another --out")
     for path in args.trust_references:
         if not any(same_path(path, source) for source in args.sources):
             raise InputError(f"--trust-references {path}: is not one of the --sources; add it there too")

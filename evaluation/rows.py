@@ -109,7 +109,7 @@ def demo_rows(find: Callable) -> list[dict]:
     rows = json_rows(find("demo/heldout.jsonl"), prompt=str, reference=dict)
     for row in rows:
         check_reference(row["reference"], row["where"])
-    return [{"subject": row.get("task", ""), **row, "id": str(row["id"])} for row in rows]
+    return [{"subject": str(row.get("task") or ""), **row, "id": str(row["id"])} for row in rows]
 
 
 def mbpp_rows(find: Callable) -> list[dict]:

@@ -308,9 +308,9 @@ def check_reference(reference: dict, where: str) -> None:
     if kind == "number":
         fits, needs = is_number(value) or isinstance(value, str) and stated_number(value) is not None, "a number"
     elif kind == "choice":
-        choices = fields.get("choices")
-        fits = isinstance(choices, dict) and fields.get("letter") in list(choices)
-        needs = "an object with choices, {letter: text}, and the letter of one of them"
+        letters = list(fields["choices"]) if isinstance(fields.get("choices"), dict) else []
+        fits = fields.get("letter") in letters and all(len(letter) == 1 and letter.isalnum() for letter in letters)
+        needs = "an object with choices, {letter: text}, and the letter of one of them; a letter is one character"
     elif kind == "exact":
         fits, needs = isinstance(value, str), "a text"
     elif kind == "format":

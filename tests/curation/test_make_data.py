@@ -752,6 +752,26 @@ def test_programs_that_cannot_be_checked_are_counted(tmp_path, small):
     assert rows == ["| teacher | 0 | 0 | 0 | 0 |  | 1 |"]
 
 
+def test_a_file_under_two_names_is_one_source_and_no_output_is_a_source(tmp_path, small, capfd):
+    source, out = tmp_path / "source.jsonl", tmp_path / "out"
+    rows = [
+        {"prompt": f"Name {i} things about {word}", "completion": "a"} for i, word in enumerate(("tea", "rain", "ink"))
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "link.jsonl").symlink_to(source)
+    names = [source, f"{tmp_path}/./source.jsonl", tmp_path / "link.jsonl"]
+    models = ["--small", small, "--teacher", small, "--out", out]
+    assert run("--sources", *names, *models, "--dry-run") == 0
+    assert [(r["id"], r["source"]) for r in read(out / "1_collect.jsonl")] == [
+        (f"{tmp_path.name}/source.jsonl:{i}", f"{tmp_path.name}/source.jsonl") for i in (1, 2, 3)
+    ]
+    (out / "sft.jsonl").write_text(source.read_text())
+    for flag in ("--sources", "--recorded", "--decontaminate"):
+        more = [] if flag == "--sources" else ["--sources", source]
+        assert run(flag, f"{out}/../out/sft.jsonl", *more, *models) == 2
+        assert f"error: {flag} {out}/../out/sft.jsonl: this run would replace" in capfd.readouterr().err
+
+
 def test_limit_takes_the_first_of_each_source(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{name}{i}"}) + "\n" for i in range(9)))

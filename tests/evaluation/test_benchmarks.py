@@ -232,6 +232,9 @@ IFEVAL = '{"key": 1, "prompt": "p", "instruction_id_list": %s, "kwargs": %s}'
                 ({"kind": "exact", "value": 4}, "the value of the exact reference is 4"),
                 ({"kind": "choice", "value": "A"}, "the value of the choice reference"),
                 ({"kind": "choice", "value": {"letter": "C", "choices": {"A": "a"}}}, "the value of the choice"),
+                ({"kind": "choice", "value": {"letter": "", "choices": {"": "a"}}}, "the value of the choice"),
+                ({"kind": "choice", "value": {"letter": "no", "choices": {"no": "a"}}}, ".*a letter is one character"),
+                ({"kind": "choice", "value": {"letter": "(", "choices": {"(": "a"}}}, "the value of the choice"),
                 ({"kind": "format", "value": {"instruction_id_list": []}}, "the value of the format reference"),
                 ({"kind": "format", "value": {"instruction_id_list": ["x"], "kwargs": [{}]}}, "unknown instruction"),
                 ({"kind": "code", "value": {"entry_point": "f"}}, "the value of the code reference"),
@@ -290,6 +293,15 @@ def test_two_questions_of_one_id_are_refused(tmp_path):
         last = len(same)
         with pytest.raises(InputError, match=rf"heldout.jsonl:{last}: the id \w is that of .*heldout.jsonl:1 too;"):
             ids(*same)
+
+
+def test_a_demo_row_may_have_any_task(tmp_path):
+    row = {"prompt": "p", "reference": {"kind": "number", "value": 4}}
+    tasks = ["a", 1, None, ["a"], {}]
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo/heldout.jsonl").write_text("".join(json.dumps(row | {"task": task}) + "\n" for task in tasks))
+    args = Namespace(data_dir=str(tmp_path), limit=3, protocol="paper", allow_code_execution=False)
+    assert [q["row"]["subject"] for q in load_questions("demo", args)] == ["a", "1", ""]
 
 
 def test_a_thought_is_no_answer():
