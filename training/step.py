@@ -20,10 +20,10 @@ from training.setup import seed_all
 
 
 def make_optimizer(model: Qwen2, args: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101). Weight decay applies to matrices, not to biases and norms."""
+    """AdamW (arXiv 1711.05101). Weight decay applies to matrices, not to vectors (biases, norms) and scalars."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True)
 

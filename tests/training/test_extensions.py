@@ -317,6 +317,23 @@ def test_a_frozen_reference_is_never_the_policy(tiny, tmp_path):
     train_kto.main(args, prepare=prepare_other)
 
 
+def test_a_scalar_parameter_is_trained(tiny, sft_data, tmp_path):
+    """Without weight decay, as vectors: AdamW's first step moves it by --lr."""
+    seen = []
+
+    def prepare(setup):
+        setup.model.scale = nn.Parameter(torch.tensor(1.0))
+
+    def loss(model, batch, micro):
+        logps, _ = supervised_logps(model, [batch.examples[i] for i in micro])
+        return -model.scale * logps.sum() / batch.n_supervised
+
+    more = ("--max-steps", 1, "--weight-decay", 0.5, "--schedule", "constant", "--save-every", 1)
+    args = train_sft.parse_args(command(tiny, sft_data, tmp_path / "o", *more))
+    train_sft.main(args, prepare=prepare, loss=loss, before_save=lambda model: seen.append(model.scale.item()))
+    assert seen == pytest.approx([1 - 1e-3], rel=1e-6)  # the loss is above 0, so its gradient is too
+
+
 def test_seeds_are_those_of_the_flag(tiny, sft_data, tmp_path):
     """Random values drawn in prepare follow from --seed alone."""
     drawn = []
