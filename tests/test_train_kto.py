@@ -139,6 +139,17 @@ def test_large_data_of_pairs_and_of_few_prompts_separates():
         assert clashes(steps, prompts) == 0
 
 
+def test_an_order_knows_batches_of_any_sizes():
+    rng = random.Random(2)
+    for _ in range(50):
+        sizes = [rng.randint(2, 9) for _ in range(rng.randint(1, 30))]
+        prompts = [i // 2 for i in range(sum(sizes))] if len(sizes) > 1 else list(range(sizes[0]))
+        order = order_without_prompt_clashes(prompts, sizes, rng)
+        steps = [order[sum(sizes[:b]) : sum(sizes[: b + 1])] for b in range(len(sizes))]
+        assert sorted(order) == list(range(len(prompts))) and [len(step) for step in steps] == sizes
+        assert clashes(steps, prompts) == 0
+
+
 def test_any_cut_and_any_number_of_ranks_give_the_same_step(tiny, worse, data, tmp_path, run):
     base, ref = weights(tiny), ("--ref", worse)
     assert run("train_kto", *flags(tiny, data, tmp_path / "one", *ref))[0] == 0

@@ -1,6 +1,7 @@
 """Orders the examples so that no KL pair joins a prompt with another completion of the same prompt."""
 
 import collections
+import itertools
 import random
 from collections.abc import Callable, Hashable, Iterable
 
@@ -16,7 +17,7 @@ def order_without_prompt_clashes(prompts: list[Hashable], sizes: list[int], rng:
     The first and the last example of a batch count as neighbours, as in train_kto.kl_pairs. Shuffles, then removes
     clashes by random swaps. If clashes remain, deal_by_prompt makes the order; it has none if that is possible.
     """
-    starts = [sum(sizes[:b]) for b in range(len(sizes))]
+    starts = list(itertools.accumulate(sizes[:-1], initial=0))
     before = [k - 1 if k > s else s + n - 1 for s, n in zip(starts, sizes) for k in range(s, s + n)]
     after = {b: k for k, b in enumerate(before)}
 
