@@ -61,23 +61,25 @@ def choice_verdict(reply: str, row: dict, stem: str | None = None) -> tuple[str,
 # Likelihoods of choices, as in lm-evaluation-harness
 
 
-def five_shot(folder: str, suffix: str, header: bool, line: str, names: dict[str, str], word: str) -> Callable:
+def five_shot(
+    folder: str, suffix: str, header: bool, subject_line: str, subject_names: dict[str, str], answer_word: str
+) -> Callable:
     """Returns a function (rows, find, reorder) -> contexts: a line on the subject, five worked examples, the question.
 
-    folder, suffix, header: where the examples are (see choice_rows). line: the first line, with {} for the subject's
-    name. names: {subject: its name in that line}. word: the text before the letter, such as "Answer:". reorder: takes
-    the examples of a question and returns them in another order.
+    folder, suffix, header: where the examples are (see choice_rows). subject_line: the first line, with {} for the
+    subject's name. subject_names: {subject: its name in that line}. answer_word: the text before the letter, such as
+    "Answer:". reorder: takes the examples of a question and returns them in another order.
     """
 
     def block(row):
-        return f"{row['question'].strip()}\n{lettered(row['choices'])}{word}"
+        return f"{row['question'].strip()}\n{lettered(row['choices'])}{answer_word}"
 
     def contexts(rows, find, reorder=list):
         shots = collections.defaultdict(list)
         for row in choice_rows(find(folder), suffix, header):
             shots[row["subject"]].append(f"{block(row)} {row['answer']}\n\n")
         return [
-            f"{line.format(names.get(row['subject'], row['subject'].replace('_', ' ')))}\n\n"
+            f"{subject_line.format(subject_names.get(row['subject'], row['subject'].replace('_', ' ')))}\n\n"
             f"{''.join(reorder(shots[row['subject']][:5]))}{block(row)}"
             for row in rows
         ]
@@ -209,9 +211,9 @@ def exam(
     test: tuple[str, str],
     dev: tuple[str, str],
     header: bool,
-    line: str,
-    names: dict[str, str],
-    word: str,
+    subject_line: str,
+    subject_names: dict[str, str],
+    answer_word: str,
     **more: object,
 ) -> dict:
     """An entry with subjects and four choices. test, dev: (folder, suffix of its files). The rest: see five_shot."""
@@ -220,7 +222,7 @@ def exam(
         prompt=paper_choice,
         verdict=choice_verdict,
         over="questions",
-        contexts=five_shot(*dev, header, line, names, word),
+        contexts=five_shot(*dev, header, subject_line, subject_names, answer_word),
         few_shot=True,
         by="letter",
     )
@@ -254,28 +256,28 @@ BENCHMARKS = {
         over="questions",
     ),
     "mmlu": exam(
-        ("mmlu/test", "_test.csv"),
-        ("mmlu/dev", "_dev.csv"),
-        False,
-        "The following are multiple choice questions (with answers) about {}.",
-        {},
-        "Answer:",
+        test=("mmlu/test", "_test.csv"),
+        dev=("mmlu/dev", "_dev.csv"),
+        header=False,
+        subject_line="The following are multiple choice questions (with answers) about {}.",
+        subject_names={},
+        answer_word="Answer:",
     ),
     "cmmlu": exam(
-        ("cmmlu/test", ".csv"),
-        ("cmmlu/dev", ".csv"),
-        True,
-        "以下是关于{}的单项选择题，请直接给出正确答案的选项。",
-        CMMLU_NAMES,
-        "答案：",
+        test=("cmmlu/test", ".csv"),
+        dev=("cmmlu/dev", ".csv"),
+        header=True,
+        subject_line="以下是关于{}的单项选择题，请直接给出正确答案的选项。",
+        subject_names=CMMLU_NAMES,
+        answer_word="答案：",
     ),
     "ceval": exam(
-        ("ceval/val", "_val.csv"),
-        ("ceval/dev", "_dev.csv"),
-        True,
-        "以下是中国关于{}的单项选择题，请选出其中的正确答案。",
-        CEVAL_NAMES,
-        "答案：",
+        test=("ceval/val", "_val.csv"),
+        dev=("ceval/dev", "_dev.csv"),
+        header=True,
+        subject_line="以下是中国关于{}的单项选择题，请选出其中的正确答案。",
+        subject_names=CEVAL_NAMES,
+        answer_word="答案：",
         prompt=bare_choice,
         verdict=lambda reply, row: choice_verdict(reply, row, stem=row["question"]),
         over="subjects",
