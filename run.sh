@@ -109,10 +109,18 @@ py=.venv/bin/python
 # ---- steps. $run/steps/NAME is the stamp of a finished step: its command, a checksum of its code, and checksums of the
 # stamps of the steps it depends on. A step runs again if its stamp would change.
 
+code_of() { # SCRIPT: prints the script and the rooms that it imports
+  case $1 in
+    train_*) cat model.py core/*.py training/*.py "$1" ;;
+    merge.py) cat core/*.py merging/*.py "$1" ;;
+    demo/*) cat core/*.py demo/*.py ;;
+    *) fail "$1: run.sh does not know which rooms it imports; add it to code_of" ;;
+  esac
+}
 stamp() { # "STEPS IT DEPENDS ON" SCRIPT ARGUMENTS...
   local dep
   for dep in $1; do cksum <"$run/steps/$dep"; done
-  cat model.py core/*.py training/*.py merging/*.py "$2" | cksum
+  code_of "$2" | cksum
   shift
   printf '%s\n' "$@"
 }
@@ -188,9 +196,14 @@ step sft "base data" train_sft.py --ckpt "$base" --data "$run/data/sft.jsonl" --
   ${train[@]+"${train[@]}"} ${sft[@]+"${sft[@]}"}
 
 # Labels the SFT model's own responses. The copied folder holds the teacher's replies, so only new requests are sent.
+# It appears whole: an interrupted copy stays in steps/ and is made again.
 say "own-data: make_data.py with the SFT model's responses"
 began=$SECONDS
-[[ -d $run/own-data ]] || cp -r "$run/data" "$run/own-data"
+if [[ ! -d $run/own-data ]]; then
+  mkdir -p "$run/steps/own-data.copy"
+  cp -r "$run/data/." "$run/steps/own-data.copy"
+  mv "$run/steps/own-data.copy" "$run/own-data"
+fi
 "$py" make_data.py --sources "${sources[@]}" --teacher "$teacher" --small "$run/sft" --out "$run/own-data" \
   ${data[@]+"${data[@]}"}
 cat "$run/own-data/sft.jsonl" "$run/own-data/kto.jsonl" | cksum >"$run/steps/own-data"
