@@ -7,6 +7,8 @@ from experiments import tables
 from experiments.repeat import flag
 from experiments.tables import NAMES, data_text, markdown_table
 
+LENGTHS = """Mean length of the replies in tokens, and the share that was cut off. Other limits give other scores to arms of which
+many replies are cut off, above all on HumanEval:"""
 OWN_WRITERS = {"small": "student", "teacher": "teacher"}
 
 
@@ -58,16 +60,18 @@ student's right reply is the best response, else the teacher's. An instruction t
 
 
 def general_lengths(result: dict) -> str:
-    """A table of mean reply lengths: arms with general instructions, benchmarks with replies."""
+    """A table of mean reply lengths and shares cut off: arms with general instructions, benchmarks with replies."""
     splits = {
         "test instructions": ("test", "ifeval"),
         **{name: (task, task) for task, name in tables.BENCHMARKS.items()},
     }
-    lengths = {}  # {arm: {benchmark: mean length}}
+    lengths = {}  # {arm: {benchmark: text}}
     for arm in dict.fromkeys(row.arm for row in (*tables.GENERAL, *tables.GENERAL_OWN)):
         for name, (split, task) in splits.items():
-            if tokens := result["arms"].get(arm, {}).get(split, {}).get(task, {}).get("reply_tokens"):
-                lengths.setdefault(arm, {})[name] = f"{sum(tokens) / len(tokens):.0f}"
+            cell = result["arms"].get(arm, {}).get(split, {}).get(task, {})
+            if tokens := cell.get("reply_tokens"):
+                cut = 100 * cell["cut_off"] / len(tokens)
+                lengths.setdefault(arm, {})[name] = f"{sum(tokens) / len(tokens):.0f} ({cut:.0f} %)"
     heads = [name for name in splits if any(name in by for arm, by in lengths.items() if arm != "base")]
     lines = [[NAMES[arm], *(by.get(name, "") for name in heads)] for arm, by in lengths.items()]
-    return f"Mean length of the replies, in tokens:\n\n{markdown_table(['arm', *heads], lines)}\n"
+    return f"{LENGTHS}\n\n{markdown_table(['arm', *heads], lines)}\n"

@@ -12,12 +12,23 @@ from pathlib import Path
 from core.files import cli
 from experiments.steps import choose_lr, command, evaluate, kto, run_step, sft, study_flags, train_chosen
 
+FUSIONS = {"mean": (0.5, 0.5), "mean-05-95": (0.05, 0.95)}  # weights of SFT and SFT-KTO
+
 
 def merge(args: argparse.Namespace, name: str, models: list[str], method: str = "linear", **flags: object) -> None:
     """The arm `name`. models: arms of OUT, as ARM or ARM:WEIGHT."""
     models = [f"{args.out}/{model}" for model in models]
     run_step(args.out, name, command("merge.py", method=method, models=models, **flags, out=f"{args.out}/{name}"))
     evaluate(args, name)
+
+
+def fuse(args: argparse.Namespace, arm: str, suffix: str = "") -> None:
+    """An arm of FUSIONS, or ties. suffix: ends the names of the arm and of the arms that it combines."""
+    if arm == "ties":
+        models = [f"sft{suffix}", f"kto{suffix}"]
+        return merge(args, f"ties{suffix}", models, "ties", base=args.student, density=0.5)
+    first, second = FUSIONS[arm]
+    merge(args, f"{arm}{suffix}", [f"sft{suffix}:{first}", f"sft-kto{suffix}:{second}"])
 
 
 def search_weights(args: argparse.Namespace) -> list[float]:
@@ -55,10 +66,10 @@ def main() -> None:
             kto(args, "sft-kto", f"{args.out}/sft", choose_lr(args, "kto"), "data/kto.jsonl")
             evaluate(args, "sft-kto")
         elif arm == "fusions":
-            merge(args, "mean", ["sft:0.5", "sft-kto:0.5"])
-            merge(args, "mean-05-95", ["sft:0.05", "sft-kto:0.95"])
+            fuse(args, "mean")
+            fuse(args, "mean-05-95")
         elif arm == "ties":
-            merge(args, "ties", ["sft", "kto"], "ties", base=args.student, density=0.5)
+            fuse(args, "ties")
         elif arm == "searched":
             first, second = search_weights(args)
             merge(args, "searched", [f"sft:{first:.4g}", f"sft-kto:{second:.4g}"])

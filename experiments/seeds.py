@@ -10,17 +10,18 @@ import argparse
 from core.files import cli
 from core.flags import at_least
 from experiments import related_losses
-from experiments.paper_table import merge
+from experiments.paper_table import fuse
 from experiments.steps import choose_lr, evaluate, kto, sft, study_flags
 
-ARMS = ["sft", "kto", "sft-kto", "mean", *related_losses.ARMS]
+MAIN = ["sft", "kto", "sft-kto", "mean", "mean-05-95", "ties"]
+ARMS = [*MAIN, *related_losses.ARMS]
 
 
 def train_with_seed(args: argparse.Namespace, arm: str, seed: int, rates: dict[str, str]) -> None:
     """Trains and evaluates the arm ARM-seed-N. rates: the learning rates of SFT and KTO."""
     suffix = f"-seed-{seed}"
-    if arm == "mean":
-        return merge(args, f"mean{suffix}", [f"sft{suffix}:0.5", f"sft-kto{suffix}:0.5"])
+    if arm in ("mean", "mean-05-95", "ties"):
+        return fuse(args, arm, suffix)
     args = argparse.Namespace(**{**vars(args), "seed": seed, "sft_lrs": [rates["sft"]], "kto_lrs": [rates["kto"]]})
     if arm == "sft":
         sft(args, f"sft{suffix}", rates["sft"], "data/sft.jsonl")
@@ -35,7 +36,7 @@ def train_with_seed(args: argparse.Namespace, arm: str, seed: int, rates: dict[s
 def main() -> None:
     p = study_flags(__doc__)
     p.add_argument("--seeds", nargs="+", type=at_least(1), default=[1, 2], help="seeds to run")
-    p.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS[:4], help="arms to run, in this order")
+    p.add_argument("--arms", nargs="+", choices=ARMS, default=MAIN, help="arms to run, in this order")
     args = p.parse_args()
     rates = {kind: choose_lr(args, kind) for kind in ("sft", "kto")}
     for arm in args.arms:

@@ -39,7 +39,7 @@ def seeds_text(row: TableRow, verdicts: dict[str, str]) -> str:
 def seeds_table(rows: list[TableRow], verdicts: dict[str, str]) -> str:
     """A subsection with the arms that ran with several seeds. Empty if none did."""
     arms = {arm: by for arm in dict.fromkeys(row.arm for row in rows) if len(by := seeds_of(arm, verdicts)) > 1}
-    if not arms:
+    if not any(row.arm in arms and row.baseline for row in rows):
         return ""
     seeds = sorted({seed for by in arms.values() for seed in by})
     lines = []
