@@ -66,25 +66,22 @@ def score(probabilities: list[Tensor], answers: list[int]) -> dict[str, float]:
 def vary_prompts(task: str, questions: list[dict], n: int, find: Callable, seed: int) -> list[list[str]]:
     """The text before the choices of every question, under n prompts: n lists. The first is the benchmark's own."""
     bench, rows = BENCHMARKS[task], [q["row"] for q in questions]
-    found = [[q["messages"][0]["content"] for q in questions]]
+    own = [[q["messages"][0]["content"] for q in questions]]
     if bench.get("few_shot"):
-        for k in range(1, n):
-            draw = random.Random(seed + k)
-            found.append(bench["contexts"](rows, find, lambda shots, draw=draw: draw.sample(shots, len(shots))))
-        return found
+        draws = [random.Random(seed + k) for k in range(1, n)]
+        shuffles = [lambda shots, draw=draw: draw.sample(shots, len(shots)) for draw in draws]
+        return own + [bench["contexts"](rows, find, shuffle) for shuffle in shuffles]
     if n > len(TEMPLATES) + 1:
         raise InputError(f"--prompts {n}: {task} has {len(TEMPLATES) + 1}, its own and those of TEMPLATES")
-    return found + [[template.format(row["question"]) for row in rows] for template in TEMPLATES[: n - 1]]
+    return own + [[template.format(row["question"]) for row in rows] for template in TEMPLATES[: n - 1]]
 
 
 def score_all(found: list[Tensor], answers: list[int]) -> dict[str, dict[str, float]]:
     """{name: figures} of each prompt alone, of their mean, and of each ensemble. found: (V, L) of each question."""
-    alone = [score([p[v] for p in found], answers) for v in range(len(found[0]))]
-    rows = {f"prompt {v}": figures for v, figures in enumerate(alone, 1)}
-    rows["one prompt, mean"] = {key: fmean(figures[key] for figures in alone) for key in alone[0]}
-    for method in ("mean", "max", "vote"):
-        rows[f"ensemble, {method}"] = score([combine(p, method) for p in found], answers)
-    return rows
+    alone = {f"prompt {v + 1}": score([p[v] for p in found], answers) for v in range(len(found[0]))}
+    mean = {key: fmean(figures[key] for figures in alone.values()) for key in alone["prompt 1"]}
+    ensembles = {f"ensemble, {m}": score([combine(p, m) for p in found], answers) for m in ("mean", "max", "vote")}
+    return alone | {"one prompt, mean": mean} | ensembles
 
 
 def parse_args() -> Namespace:

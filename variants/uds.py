@@ -32,7 +32,7 @@ def utility(logits: Tensor) -> Tensor:
 
 
 def diversity(z: Tensor, memory: Tensor) -> Tensor:
-    """d_i = (1/M) sum_q ||z_i - q||_2, (B,); 0 if M = 0. z: (B, D). memory: (M, D), the q of recently trained examples."""
+    """d_i = (1/M) sum_q ||z_i - q||_2, (B,); 0 if M = 0. z: (B, D). memory: (M, D), q of recently trained examples."""
     distances = torch.cdist(z, memory, compute_mode="donot_use_mm_for_euclid_dist")  # (B, M), exact for near ones
     return distances.sum(1) / max(1, len(memory))
 
