@@ -7,8 +7,8 @@ from experiments import tables
 from experiments.repeat import flag
 from experiments.tables import NAMES, data_text, markdown_table
 
-LENGTHS = """Mean length of the replies in tokens, and the share that was cut off. Other limits give other scores to arms of which
-many replies are cut off, above all on HumanEval:"""
+LENGTHS = """Mean length of the replies in tokens, and the share that was cut off. An arm of which many replies are cut off, such as
+the student on HumanEval, would have another score at another limit."""
 OWN_WRITERS = {"small": "student", "teacher": "teacher"}
 
 
