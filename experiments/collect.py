@@ -6,7 +6,7 @@
      "trained_tokens": {arm: tokens of all steps}
      "chosen": {"sft" or "kto": {"lr", "dev": {lr: score}}}
      "data", "own_data", "general_data", "general_own_data": {"instructions", "sft", "kto", "kto_desirable": counts,   "steps": {step: [in, out]},
-              "sft_writers": {writer: SFT examples},   "followed": {writer: [followed, responses that ended]}}   own_data: study 2, the last two: experiments.general
+              "sft_writers": {writer: SFT examples},   "sft_unchecked": SFT examples without a verdict,   "followed": {writer: [followed, responses that ended]}}   own_data: study 2, the last two: experiments.general
      "arms": {arm: {split: {task: {"right": "0110...", "reply_tokens": [int], "cut_off": int, "looping": int}}}}
      "values": {arm: {task: {"score", "stderr", "n", "right": as above, "ece"}}}   by likelihood; perplexity has the first three only
      "curves": {arm: {key: [float for each step]}}   "not_run": {arm: reason}, from --not-run}
@@ -61,12 +61,14 @@ def data_counts(folder: Path) -> dict:
             tally[0] += bool(response.get("verified"))
             tally[1] += 1
     kto = [row for _, row in read_jsonl(str(folder / "kto.jsonl"))]
-    writers = [row.get("writer", "unknown") for _, row in read_jsonl(str(folder / "sft.jsonl"))]
+    sft = [row for _, row in read_jsonl(str(folder / "sft.jsonl"))]
+    unchecked = sum(row.get("scores", {}).get("verified") is None for row in sft)
     counts = {step: value["counts"] for step, value in read_json(folder / "state.json").items() if "counts" in value}
     return {
         "instructions": sum(1 for _ in read_jsonl(str(folder / "5_respond.jsonl"))),
-        "sft": len(writers),
-        "sft_writers": dict(sorted(Counter(writers).items())),
+        "sft": len(sft),
+        "sft_writers": dict(sorted(Counter(row.get("writer", "unknown") for row in sft).items())),
+        "sft_unchecked": unchecked,
         "kto": len(kto),
         "kto_desirable": sum(row["label"] for row in kto),
         "steps": {step: [some["in"], some["out"]] for step, some in counts.items() if {"in", "out"} <= some.keys()},

@@ -50,6 +50,8 @@ def own_replies(result: dict) -> str:
     for writer, n in data["sft_writers"].items():
         writers[OWN_WRITERS[writer_family(writer)]] += n
     shares = ", ".join(f"{n} of the {writer}" for writer, n in writers.items())
+    unchecked = data.get("sft_unchecked", 0)
+    shares += f"; {unchecked} state no answer that a program can read" if unchecked else ""
     return f"""### The models' right replies in place of the original responses
 
 The same instructions and replies, labelled once more without the original responses (`make_data.py --writers small teacher`): the

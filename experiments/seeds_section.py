@@ -77,5 +77,4 @@ def loss_rates_table(result: dict) -> str:
     if not lines:
         return ""
     head = ["dev score, %", *(f"{RATE_NAMES[rate]} the rate" if rate else "same rate" for rate in ("half", "", "2x"))]
-    return f"""{markdown_table(head, lines)}
-"""
+    return f"The best rate of each loss on the dev split is bold:\n\n{markdown_table(head, lines)}\n"

@@ -303,7 +303,7 @@ def data_text(data: dict) -> str:
     return (
         f"{first} training instructions, {data['instructions']} of them with a complete response; {data['sft']} SFT "
         f"examples (the best response, if it is verified); {data['kto']} KTO examples, {data['kto_desirable']} of them "
-        "desirable (pairs of a verified and a refuted response)"
+        "desirable (the best and the worst response to an instruction)"
     )
 
 

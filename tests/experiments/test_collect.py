@@ -83,6 +83,7 @@ def test_collect(study, tmp_path, run):
         "instructions": 2,
         "sft": 1,
         "sft_writers": {"teacher": 1},
+        "sft_unchecked": 1,
         "kto": 3,
         "kto_desirable": 2,
         "steps": {"1_collect": [3, 2]},
