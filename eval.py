@@ -8,12 +8,13 @@
 lm-evaluation-harness does. Scores of different protocols never share a column. The first checkpoint is the baseline.
 The benchmarks are in evaluation/benchmarks.py.
 
-OUT/replies.jsonl keeps each reply. If the same command runs again, it asks only the missing questions. --rescore scores
-the kept replies again without loading the models. Under torchrun each rank asks a part of the questions.
+OUT/replies.jsonl keeps each reply. If the same command runs again, it asks only the missing questions. The results hold
+the checkpoints and tasks of the last command, so add new ones to the old ones. --rescore scores the kept replies again
+without loading the models. Under torchrun each rank asks a part of the questions.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
-from core.files import InputError, atomic_write, check_arguments, cli, print_next
+from core.files import InputError, atomic_write, check_arguments, cli, print_next, read_json
 from evaluation.flags import checkpoint_names, parse_args
 
 if __name__ == "__main__":
@@ -260,6 +261,19 @@ def compare_command(args: Namespace) -> None:
 # The command
 
 
+def replaced_results(path: str, results: dict) -> list[str]:
+    """The checkpoints and tasks of an earlier results.json that `results` does not have."""
+
+    def parts(table):
+        tasks = (f"{task} ({cell['protocol']})" for cells in table.values() for task, cell in cells.items())
+        return [*table, *dict.fromkeys(tasks)]
+
+    try:
+        return [name for name in parts(read_json(path)) if name not in parts(results)]
+    except (InputError, AttributeError, KeyError, TypeError):  # there is none, or somebody has edited it
+        return []
+
+
 def write_results(args: Namespace, results: dict, samples: list[dict]) -> None:
     write_jsonl(os.path.join(args.out, "samples.jsonl"), samples)
     with atomic_write(os.path.join(args.out, "results.json")) as f:
@@ -296,13 +310,16 @@ def main() -> None:
     if ranks.rank:
         return
     results, samples = score_replies(names, work, replies, protocol_name(args))
+    replaced = replaced_results(os.path.join(args.out, "results.json"), results)
     write_results(args, results, samples)
     print(f"\n{results_table(results)}")
     print(f"wrote {args.out}/results.json, results.md and samples.jsonl (prompts, replies, verdicts)")
+    if replaced:
+        print(f"These files no longer have {', '.join(replaced)}; name all in one command, or give another --out.")
     if len(names) > 1:
         print_next("python", "eval.py", "compare", *names[:2], "--out", args.out)
     else:
-        print("next: the same command with another --ckpt or task; replies in OUT are not generated again")
+        print("next: add checkpoints or tasks to this command; the replies in OUT are not generated again")
 
 
 if __name__ == "__main__":

@@ -169,6 +169,23 @@ def test_resume(monkeypatch, run, evaluate, tmp_path, data, ckpts):
     assert "warning: 8 replies of base in" in evaluate(*args) and len(asked) == 32
 
 
+def test_results_that_a_command_replaces_are_named(monkeypatch, evaluate, tmp_path, data, ckpts):
+    base, sft = ckpts
+    out, more = tmp_path / "out", ("--data-dir", data, "--max-new-tokens", 5, "--out", tmp_path / "out")
+    shown = evaluate("--ckpt", base, "--tasks", "demo", "mmlu", *more)
+    assert "next: add checkpoints or tasks to this command" in shown and "no longer" not in shown
+    shown = evaluate("--ckpt", sft, "--tasks", "demo", *more)
+    assert "no longer have base, mmlu (paper); name all in one command" in shown and list(load(out)[0]) == ["sft"]
+    monkeypatch.setattr(replies, "generate_iter", None)  # no reply is generated again
+    shown = evaluate("--ckpt", base, sft, "--tasks", "demo", *more)
+    assert "no longer" not in shown and list(load(out)[0]) == ["base", "sft"]
+    assert "of 3 questions" in evaluate("compare", "base", "sft", "--out", out)
+    assert "no longer have sft;" in evaluate("--ckpt", base, "--tasks", "demo", *more)
+    for broken in ("[1]", "{", '{"base": 1}', '{"base": {"demo": 1}}'):
+        (out / "results.json").write_text(broken)
+        assert "no longer" not in evaluate("--ckpt", base, "--tasks", "demo", *more)
+
+
 def test_a_repetition_penalty_is_another_protocol(evaluate, refused, tmp_path, data, ckpts):
     """Its replies never stand in for those without, neither in a later run nor under --rescore."""
     out = tmp_path / "out"
