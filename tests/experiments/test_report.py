@@ -302,7 +302,10 @@ def test_general_instructions_have_a_table_for_each_benchmark(result, save):
     assert "The test instructions:\n" in section and "GSM8K:\n" in section and "HumanEval:\n" not in section
     row = "| SFT on general instructions | 60.0 [38.0, 82.0] | student before training | +40.0 [+20.0, +60.0] | 0.008 |"
     assert section.count(row) == 2  # one comparison for each benchmark: 2 / 2^8
-    assert "| arm | test instructions | GSM8K |" in section and "| SFT on general instructions | 20 (25 %) | 20 (25 %) |" in section
+    assert (
+        "| arm | test instructions | GSM8K |" in section
+        and "| SFT on general instructions | 20 (25 %) | 20 (25 %) |" in section
+    )
     assert "No run used 1,000" not in text
     held = text[text.index("### Confirmed") : text.index("### Undecided")]
     claim = "- SFT on general instructions improves the student: "
