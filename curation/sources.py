@@ -111,7 +111,7 @@ def read_reference(record: dict, prompt: str, response: str | None) -> tuple[dic
     """
     if escaped := re.search(r"Options:\s*\\n\s*\(A\)", prompt):  # AQuA writes its line ends as \n
         prompt = prompt.replace("\\n", "\n")
-    number = re.search(r"\n?#### *(-?[\d,.]+)\s*$", response or "")
+    number = re.search(r"\n?#### *(-?[\d,.]*\d[\d,.]*)\s*$", response or "")
     letter = re.search(r"\banswer(?: is)?:? \(([A-E])\)\.?\s*$", response or "")
     reference = None
     if number:  # drop GSM8K's calculator notes <<48/2=24>> and its mark ####

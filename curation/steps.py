@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from core.records import read_jsonl, read_objects
+from core.records import Fields, read_jsonl, read_objects
 from curation import contamination, dedup, rules, sources
 from curation.prompts import (
     AGAIN_CLASSIFY,
@@ -61,8 +61,9 @@ def collect_sources(args: argparse.Namespace, files: list[str], counts: dict) ->
             for i, one in enumerate(found):
                 # n counts records, because an array may be on one line
                 name = f"{source}:{n}" + (f".{i}" if len(found) > 1 else "")
-                if one["reference"] and os.path.realpath(path) in trusted_files:
-                    check_reference(one["reference"], f"{path}:{line}")
+                if os.path.realpath(path) in trusted_files:
+                    if stated := one["reference"] or Fields(record).get("reference"):
+                        check_reference(stated, f"{path}:{line}")
                 elif one["reference"]:
                     one["reference"] = None
                     counts["references not trusted"] += 1

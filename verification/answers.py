@@ -301,9 +301,9 @@ def checkable(reference: dict | None, run_code: bool) -> bool:
     return bool(reference) and (reference["kind"] != "code" or run_code)
 
 
-def check_reference(reference: dict, where: str) -> None:
+def check_reference(reference: Any, where: str) -> None:
     """InputError if check_reply() could check no reply against this reference, {"kind", "value"}. where: "file:line"."""
-    kind, value = reference.get("kind"), reference.get("value")
+    kind, value = (reference.get("kind"), reference.get("value")) if isinstance(reference, dict) else (None, None)
     fields = value if isinstance(value, dict) else {}
     if kind == "number":
         fits, needs = is_number(value) or isinstance(value, str) and stated_number(value) is not None, "a number"
@@ -322,7 +322,8 @@ def check_reference(reference: dict, where: str) -> None:
         fits = isinstance(fields.get("tests"), str) and (entry_point is None or isinstance(entry_point, str))
         needs = "an object with tests, a text, and an entry_point, the name of a function"
     else:
-        raise InputError(f"{where}: reference needs a kind (number, choice, exact, format or code) and a value")
+        needs = "a kind (number, choice, exact, format or code) and a value"
+        raise InputError(f"{where}: reference needs {needs}, found {shown(reference)}")
     if not fits:
         raise InputError(f"{where}: the value of the {kind} reference is {shown(value)}; it must be {needs}")
     for name, arguments in zip(names, kwargs) if kind == "format" else ():

@@ -267,6 +267,19 @@ def test_untrusted_references_are_ignored(tmp_path, small, capfd):
     assert f"--trust-references {__file__}: is not one of the --sources" in capfd.readouterr().err
 
 
+def test_a_trusted_reference_of_another_shape_is_an_error(tmp_path, small, capfd):
+    """Where nobody trusts it, it is a key like any other."""
+    source = tmp_path / "source.jsonl"
+    for reference in ("72", 72, ["72"], {"kind": "number"}, None, float("nan"), "", []):
+        rows = [{"prompt": "What is 70 and 2 together?", "completion": "72", "reference": x} for x in (None, reference)]
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        argv = ["--sources", source, "--teacher", small, "--small", small, "--out", tmp_path / "out", "--dry-run"]
+        assert run(*argv) == 0
+        usable = reference in (None, "", []) or reference != reference
+        assert run(*argv, "--trust-references", source) == (0 if usable else 2)
+        assert (f"error: {source}:2: " in capfd.readouterr().err) == (not usable)
+
+
 def test_the_next_commands_can_be_pasted():
     joined = lambda *a: [shlex.join(words) for words in make_data.next_commands(*a)]
     assert joined("Qwen/Qwen2-0.5B-Instruct", "data", 3) == [

@@ -161,6 +161,12 @@ def test_code_with_tests_is_a_source():
             unify({**MBPP, **broken})
 
 
+@pytest.mark.parametrize("mark", ["#### .", "#### ...", "#### ,", "####"])
+def test_a_heading_without_a_digit_is_no_number(mark):
+    assert unify({"question": "How many?", "answer": f"So\n{mark}"})[0][2] is None
+    assert unify({"question": "How many?", "answer": "So\n#### 1,200."})[0][2] == {"kind": "number", "value": "1200"}
+
+
 def test_format_references():
     value = {
         "instruction_id_list": ["length_constraints:number_words"],
