@@ -72,13 +72,12 @@ def unanswered_text(counts: dict) -> list[str]:
 
 
 def print_unanswered(out: str, counts: dict) -> None:
-    """Prints how many requests have no answer, and how to get one."""
+    """Prints how many requests have no answer, and which of them the same command asks again."""
     unanswered = [c["unanswered"] for c in counts.values() if "unanswered" in c]
-    again = sum(some["to ask again"] for some in unanswered)
-    if refused := sum(some["requests"] for some in unanswered) - again:
-        print(f"{refused:,} request{'s were' if refused > 1 else ' was'} refused; {out}/report.md has the reasons")
-    if again:
-        print(f"{again:,} request{'s' * (again > 1)} got no answer; the same command asks again")
+    if n := sum(some["requests"] for some in unanswered):
+        again = sum(some["to ask again"] for some in unanswered)
+        what = f"; the same command asks {again:,} of them again" if again else ""
+        print(f"{n:,} request{'s' * (n > 1)} got no answer, see {out}/report.md{what}")
 
 
 def labels_text(counts: dict) -> list[str]:

@@ -661,13 +661,13 @@ def test_a_second_run_asks_again_what_got_no_answer(tmp_path, small, capfd):
             argv = [*flags(tmp_path, server, small, step), "--retries", 1]
             assert run(*argv) == 0
         first = contents(out)
-        assert first != calm and "1 request got no answer; the same command asks again" in capfd.readouterr().out
+        assert first != calm and "report.md; the same command asks 1 of them again" in capfd.readouterr().out
 
         # the server is gone: the files stay, and a flag of a later step still applies
         assert run(*argv, "--margin", 0.2) == 0
         printed = capfd.readouterr()
         assert f"warning: {step}: requests without an answer are not asked again: the teacher at http" in printed.err
-        assert "1 request got no answer; the same command asks again" in printed.out
+        assert "report.md; the same command asks 1 of them again" in printed.out
         assert contents(out) == first
 
         with serve(fake_teacher) as server:
@@ -680,10 +680,11 @@ def test_a_second_run_asks_again_what_got_no_answer(tmp_path, small, capfd):
 
 
 def test_refused_requests_and_edited_steps_are_not_asked_again(tmp_path, small, capfd):
-    for status, says in (400, "1 request was refused; "), (500, "1 request got no answer; "):
+    for status, says in (400, "report.md\n"), (500, "report.md; the same command asks 1 of them again\n"):
         with serve(fake_teacher, lambda n, m, status=status: status if "autumn" in str(m) else None) as server:
             argv = [*flags(tmp_path, server, small, str(status)), "--retries", 0]
-            assert run(*argv) == 0 and says in capfd.readouterr().out
+            assert run(*argv) == 0
+            assert re.search(rf"^1 request got no answer, see .*/{says}", capfd.readouterr().out, re.M)
             posts = server.posts
             assert run(*argv) == 0
             assert server.posts == posts + (2 if status == 500 else 0), "a try and a greeting"
