@@ -6,7 +6,7 @@
 #
 # Plan:
 #   data        the demo's curated data (make_data.py). Eight of its tasks are withheld from training, and 300 of its
-#               instructions are kept for validation (demo/split.py). 1,725 examples are left, and 1,405 preference pairs.
+#               instructions are kept for validation (demo/split.py). 1,720 examples are left, and 1,419 preference pairs.
 #   budget      two epochs in steps of 32 examples; for preference data one epoch in steps of 32 replies. All arms start from the base.
 #   rate        two learning rates per arm, one seed each. The better one on the validation questions gets three seeds.
 #   score       528 held-out instructions of the tasks that are trained on.
