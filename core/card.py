@@ -34,6 +34,16 @@ def readme_license(folder: str) -> str | None:
     return found[1] if found else None
 
 
+def base_license(source: str) -> str | None:
+    """The license of a base, a local path or a hub id. A hub id's is read from the snapshot that was downloaded."""
+    if not hub_id(source):
+        return readme_license(source)
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(source, "README.md")
+    return readme_license(os.path.dirname(path)) if isinstance(path, str) else None
+
+
 def front_matter(fields: dict[str, str | list[str] | None]) -> str:
     """The fields as YAML. Texts are quoted as JSON strings, which are valid YAML. Empty fields are left out."""
     lines = []
@@ -68,7 +78,7 @@ def model_card(
     hub ids among them go into the front matter. relation: "finetune" or "merge". datasets: the training files.
     figures: the last log line, or the fingerprints.
     """
-    licenses = {license for source in bases if (license := readme_license(source))}
+    licenses = {license for source in bases if (license := base_license(source))}
     head = front_matter(
         {
             "library_name": "transformers",

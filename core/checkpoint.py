@@ -242,7 +242,7 @@ def all_finite(t: Tensor) -> bool:
 
 
 def download(repo: str) -> str:
-    """Downloads configuration, tokenizer and safetensors of a hub id. -> the local folder."""
+    """Downloads configuration, tokenizer, safetensors and model card of a hub id. -> the local folder."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         hint = "give a folder, a .pt file or a hub id such as Qwen/Qwen2-0.5B-Instruct"
         raise InputError(f"{repo or 'an empty name'}: no such checkpoint; {hint}")
@@ -250,7 +250,7 @@ def download(repo: str) -> str:
 
     try:
         return snapshot_download(
-            repo, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json", *SIDE_FILES]
+            repo, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json", CARD, *SIDE_FILES]
         )
     except Exception as e:  # the client raises many kinds, of its own and of its HTTP library
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__

@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 from conftest import write_lines
 
-from core.card import dataset_id, hub_id, model_card, readme_license
+from core.card import base_license, dataset_id, hub_id, model_card, readme_license
 
 
 def parse(card):
@@ -45,6 +45,20 @@ def test_a_local_base_gives_its_license_and_no_hub_id(tmp_path, monkeypatch):
     data = parse(model_card("o", "Done.", ["models/base"], "finetune", {}))
     assert data["license"] == "apache-2.0" and "base_model" not in data and "base_model_relation" not in data
     assert hub_id("a/b/c") is None and dataset_id("data/x.jsonl") is None
+
+
+def test_a_hub_id_gives_the_license_of_its_snapshot(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--Qwen--Tiny"
+    snapshot = repo / "snapshots/abc"
+    for path, text in ((repo / "refs/main", "abc"), (snapshot / "config.json", "{}")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    card = lambda: parse(model_card("o", "Done.", ["Qwen/Tiny"], "finetune", {}))
+    assert "license" not in card()  # a repository without README.md
+    (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert card()["license"] == "apache-2.0" and card()["base_model"] == ["Qwen/Tiny"]
+    assert base_license("Qwen/Other") is None and base_license("no/such/folder") is None
 
 
 def test_training_and_merging_write_cards_and_keep_the_users(tiny, tmp_path, run):
