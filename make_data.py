@@ -105,6 +105,7 @@ def step_arguments(args: argparse.Namespace, models: Models) -> dict[str, dict]:
     weights = pick_args(args, "weight_quality", "weight_safety", "weight_perplexity")
     judging = pick_args(args, "judge_orders", "judge_verified", "allow_code_execution", "max_len", "seed")
     scoring = {"scorer": [models.scorer.identity, models.scorer_writer()], "prompt": [JUDGE, AGAIN_JUDGE]}
+    scoring |= {"perplexities": code_hash("model.py", "training/logps.py", "training/examples.py")}
     arguments = {
         "1_collect": pick_args(args, "limit", "max_chars") | names_and_trust,
         "2_dedup": pick_args(args, "hamming"),
@@ -114,7 +115,7 @@ def step_arguments(args: argparse.Namespace, models: Models) -> dict[str, dict]:
         "6_score": weights | judging | teacher | scoring,
         "7_label": pick_args(args, "margin", "min_safety", "writers"),
     }
-    code = code_hash("curation", "verification")
+    code = code_hash("core", "curation", "verification")  # replies are kept, also if model.py or generate.py changes
     return {name: {"code": code, **values} for name, values in arguments.items()}
 
 

@@ -216,9 +216,9 @@ def read_json(path: str | os.PathLike) -> dict:
     return json_object(read_text(path), path)
 
 
-def code_hash(*more: str) -> str:
-    """SHA-256 of the source of model.py, core/, training/ and `more`: files or folders, relative to the repository."""
-    paths = [os.path.join(ROOT, name) for name in ("model.py", "core", "training", *more)]
+def code_hash(*names: str) -> str:
+    """SHA-256 of the source of files and folders, relative to the repository."""
+    paths = [os.path.join(ROOT, name) for name in names]
     files = {path for path in paths if path.endswith(".py")}
     for folder in filter(os.path.isdir, paths):
         files |= {os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py")}

@@ -102,7 +102,7 @@ def collect_replies(args: Namespace, names: list[str], work: Work, ranks: Ranks 
     """
     own = os.path.join(args.out, f"replies.rank{ranks.rank}.jsonl" if ranks.rank else "replies.jsonl")
     penalty = {} if args.repetition_penalty == 1.0 else {"repetition_penalty": args.repetition_penalty}
-    code, keys = code_hash("generate.py", "evaluation"), {}
+    code, keys = code_hash("model.py", "core", "training", "generate.py", "evaluation"), {}
     with ReplyLog(own, FIELDS) as log:
         replies = read_replies(args.out)
         if ranks.world > 1:

@@ -59,7 +59,7 @@ def open_reference(setup: Setup, fingerprint: str) -> Reference:
         ref_fingerprint = source.fingerprint()
         same, fingerprint = ref_fingerprint == fingerprint, ref_fingerprint
     load = lambda: setup.model if same else load_frozen(source, args, setup.ranks)
-    identity = f"{fingerprint} {args.dtype} {code_hash()}"
+    identity = f"{fingerprint} {args.dtype} {code_hash('model.py', 'core', 'training')}"
     return Reference(fingerprint, identity, cache_path(args), load, args.micro_tokens, setup.ranks)
 
 

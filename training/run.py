@@ -72,7 +72,7 @@ def run_identity(args: argparse.Namespace, examples: Iterable, fingerprint: str)
     for example in examples:  # one at a time, because the text of all examples may take gigabytes
         data.update(json.dumps(example).encode() + b"\n")
     script = getattr(sys.modules["__main__"], "__file__", None) or ""
-    code = code_hash("train_sft.py", "train_kto.py", os.path.abspath(script))
+    code = code_hash("model.py", "core", "training", "train_sft.py", "train_kto.py", os.path.abspath(script))
     own = {"the data": data.hexdigest(), "the model": fingerprint, CODE: code}
     return {k: v for k, v in vars(args).items() if k not in FREE_TO_CHANGE} | own
 

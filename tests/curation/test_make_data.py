@@ -327,6 +327,8 @@ def test_edited_rules_are_noticed(tmp_path, small, monkeypatch, capfd):
             ("curation/rules", "1234567"),
             ("verification/answers", "1234567"),
             ("core/tokenizer", "1234567"),
+            ("training/flags", ""),
+            ("training/logps", "6"),
         ):
             with open(tmp_path / f"{module}.py", "a") as f:
                 f.write("# edited\n")
