@@ -46,7 +46,7 @@ from training.run import (
     stop_run,
     warn_of_added_parameters,
 )
-from training.setup import Setup, open_checkpoint, prepare_blocks, schedule_advice, setup_ranks
+from training.setup import Setup, open_checkpoint, plan_warmup, prepare_blocks, setup_ranks
 from training.step import lr_at, micro_batches, optimizer_step, record_skip, seed_step
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,8 +199,9 @@ def main(
 
     n, n_d = len(rows), sum(row.label for row in rows)
     w_d, w_u = label_weights(args, n_d, n - n_d)
-    for text in weight_advice(n_d, n - n_d, w_d, w_u) + schedule_advice(args, steps):
+    for text in weight_advice(n_d, n - n_d, w_d, w_u):
         print0(f"warning: {text}")
+    plan_warmup(args, steps)
 
     fingerprint = ckpt.fingerprint()
     reference = open_reference(setup, fingerprint)

@@ -10,7 +10,7 @@ assistant turn is supervised.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
-from core.files import check_arguments, cli, print0
+from core.files import check_arguments, cli
 from training.flags import parse_sft_args as parse_args
 
 if __name__ == "__main__":
@@ -47,8 +47,8 @@ from training.setup import (
     Setup,
     open_checkpoint,
     plan_steps,
+    plan_warmup,
     prepare_blocks,
-    schedule_advice,
     setup_ranks,
     shuffled_order,
 )
@@ -186,8 +186,7 @@ def main(
     order = None if args.no_shuffle else shuffled_order(len(examples), args.seed)
     steps = plan_steps(len(examples), args.batch_size, args.epochs, args.max_steps, order=order)
     setup = Setup(args, ranks, model, tokenizer, ckpt, examples, places, steps, records)
-    for text in schedule_advice(args, steps):
-        print0(f"warning: {text}")
+    plan_warmup(args, steps)
 
     if prepare:
         setup.prepared = prepare(setup)

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from model import Qwen2
 from train_sft import sft_loss
 from training.examples import count_supervised
 from training.logps import example_logps, supervised_logps
-from training.setup import plan_steps, shuffled_order
+from training.run import first_and_last
+from training.setup import plan_steps, plan_warmup, shuffled_order
 
 
 @pytest.fixture
@@ -164,6 +166,44 @@ def test_bad_input(tiny, data, tmp_path, refused):
 
 def test_a_run_that_is_all_warmup_is_warned_of(tiny, data, tmp_path, run):
     assert "warning: all 8 steps are warmup" in run("train_sft", *flags(tiny, data, tmp_path / "o", "--warmup", 10))[1]
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (9, 0), (10, 1), (99, 9), (100, 10), (5000, 10)])
+def test_the_default_warmup_is_a_tenth_of_a_short_run(steps, warmup, capsys):
+    args = Namespace(warmup=None, max_steps=None)
+    plan_warmup(args, [[0]] * steps)
+    text = capsys.readouterr().out
+    assert args.warmup == warmup and ("warmup:" in text) == (steps < 100)
+    assert ("smaller --batch-size and a larger --lr" in text) == (steps < 10)
+    args = Namespace(warmup=7, max_steps=None)
+    plan_warmup(args, [[0]] * steps)
+    assert args.warmup == 7
+
+
+def test_a_run_without_warmup_flag_says_it_and_resumes(tiny, data, tmp_path, run):
+    out = tmp_path / "o"
+    args = ("train_sft", "--ckpt", tiny, "--data", data, "--out", out, "--batch-size", 4, "--lr", 1e-3, "--max-len", 64)
+    code, text, _ = run(*args, "--max-steps", 10)
+    assert code == 0 and "warmup: 1 of 10 steps" in text
+    assert [line["lr"] for line in log(out)[:2]] == [0, 1e-3]
+    for more in ((), ("--warmup", 1)):
+        assert "already finished after 10 steps" in run(*args, "--max-steps", 10, *more, "--resume")[1]
+    assert "differs in warmup" in run(*args, "--max-steps", 10, "--warmup", 0, "--resume")[2]
+
+
+def test_the_summary_names_the_first_and_the_last_loss(tiny, data, tmp_path, run):
+    text = run("train_sft", *flags(tiny, data, tmp_path / "o"))[1]
+    losses = [line["loss"] for line in log(tmp_path / "o")]
+    assert f"\nloss {losses[0]:.4g} in step 1, {losses[-1]:.4g} in step 8\n" in text
+
+
+def test_the_line_of_the_losses():
+    skipped = {"step": 1, "loss": None}
+    first, last = ({"step": n, "loss": n / 3, "rewards/margins": 0.125 * n} for n in (2, 5))
+    margins = "loss 0.6667 in step 2, 1.667 in step 5; reward margin 0.25 in step 2, 0.625 in step 5"
+    assert first_and_last([skipped, first, last, skipped]) == [margins]
+    assert first_and_last([first | {"rewards/margins": None}]) == ["loss 0.6667 in step 2"]
+    assert first_and_last([skipped]) == first_and_last([]) == []
 
 
 def test_examples_that_are_cut_are_counted(tiny, tmp_path, run):

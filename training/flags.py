@@ -89,9 +89,8 @@ def add_training_flags(
     )
     schedules = ["cosine", "linear", "constant"]
     p.add_argument("--schedule", choices=schedules, default="cosine", help="learning-rate schedule")
-    p.add_argument(
-        "--warmup", type=at_least(0), default=10, help="number of steps in which the learning rate rises from 0"
-    )
+    rises = "number of steps in which the learning rate rises from 0 (default: a tenth of the steps, at most 10)"
+    p.add_argument("--warmup", type=at_least(0), help=rises)
     p.add_argument("--weight-decay", type=number(0), default=0.0, help="AdamW's weight decay, on matrices only")
     p.add_argument("--beta1", type=number(0, below=1), default=0.9, help="AdamW's decay of the first moment")
     p.add_argument("--beta2", type=number(0, below=1), default=0.999, help="AdamW's decay of the second moment")

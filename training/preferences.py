@@ -33,8 +33,8 @@ from training.setup import (
     Setup,
     open_checkpoint,
     plan_steps,
+    plan_warmup,
     prepare_blocks,
-    schedule_advice,
     setup_ranks,
     shuffled_order,
 )
@@ -172,8 +172,7 @@ def start_preference_run(args: argparse.Namespace, parse: Callable) -> tuple[Run
     order = None if args.no_shuffle else shuffled_order(n, args.seed)
     data.steps = plan_steps(n, args.batch_size, args.epochs, args.max_steps, order=order)
     setup.examples, setup.places, setup.steps = data.rows, data.places, data.steps
-    for text in schedule_advice(args, data.steps):
-        print0(f"warning: {text}")
+    plan_warmup(args, data.steps)
     reference = open_reference(setup, ckpt.fingerprint())
     for groups in (data, held_out) if held_out else (data,):
         keys = groups.keys(list(range(len(groups.rows))))

@@ -1,7 +1,6 @@
 """Starts a training run, ends its steps, and stops or finishes it. training/saves.py and log.py write its files."""
 
 import argparse
-import collections
 import hashlib
 import json
 import math
@@ -295,12 +294,27 @@ def stop_run(run: Run, step: int, pending: dict | None = None) -> None:
     close_run(run)
 
 
-def run_card(run: Run) -> str:
-    """The model card of OUT: method, data, settings and the last step of the log."""
+def log_records(run: Run) -> list[dict]:
+    """The records of OUT.run/log.jsonl. Numbers that were not finite are None."""
+    with open(run_file(run.args, "log.jsonl"), encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def first_and_last(records: list[dict]) -> list[str]:
+    """A line of the summary: loss and reward margin, where there is one, in the first and last step with a loss."""
+    known = [record for record in records if record["loss"] is not None]
+    ends = known[:1] + known[1:][-1:]
+    figures = []
+    for key, label in (("loss", "loss"), ("rewards/margins", "reward margin")):
+        values = [f"{record[key]:.4g} in step {record['step']}" for record in ends if record.get(key) is not None]
+        figures += [f"{label} {', '.join(values)}"] if values else []
+    return ["; ".join(figures)] if figures else []
+
+
+def run_card(run: Run, last: dict) -> str:
+    """The model card of OUT: method, data, settings and the last record of the log."""
     args = vars(run.args)
     settings = {name: args[name] for name in CARD_SETTINGS if args.get(name) is not None}
-    with open(run_file(run.args, "log.jsonl"), encoding="utf-8") as f:
-        last = json.loads(collections.deque(f, maxlen=1).pop())
     figures = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in last.items()}
     versions = {"torch": torch.__version__, "ranks": run.ranks.world}
     name = os.path.basename(os.path.abspath(run.args.out))
@@ -313,14 +327,14 @@ def finish_run(run: Run, facts: list[str], next_commands: list[list[str]]) -> No
 
     facts: lines of the summary. next_commands: suggested commands, as lists of words.
     """
-    out = run.args.out
-    save_model(run, out, run_card(run) if is_main() else None)
+    out, records = run.args.out, log_records(run) if is_main() else []
+    save_model(run, out, run_card(run, records[-1]) if is_main() else None)
     write_state(run, run.total, finished=True)
     run.saved = 0
     if is_main():
         discard_checkpoint(step_path(run.args, run.total))  # exists if the last evaluation was interrupted
         prune(run, run.total)
-        for line in facts:
+        for line in facts + first_and_last(records):
             print(line)
         if run.skips:
             print(

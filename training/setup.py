@@ -109,9 +109,20 @@ def shuffled_order(n: int, seed: int) -> Callable[[int, list[int]], list[int]]:
     return order
 
 
-def schedule_advice(args: argparse.Namespace, steps: list) -> list[str]:
-    """Warnings about the learning-rate schedule."""
-    return [f"all {len(steps)} steps are warmup; lower --warmup or --batch-size"] if len(steps) <= args.warmup else []
+def plan_warmup(args: argparse.Namespace, steps: list) -> None:
+    """Sets args.warmup if --warmup was not given: the paper's 10 steps, or a tenth of a run of fewer than 100 steps.
+
+    Warns if the steps are too few, or all of them warmup.
+    """
+    if args.warmup is None:
+        args.warmup = min(10, len(steps) // 10)
+        if args.warmup < 10:
+            print0(f"warmup: {args.warmup} of {len(steps)} steps; --warmup changes it")
+        if len(steps) < 10 and not args.max_steps:
+            few = f"warning: only {len(steps)} steps; few examples need a smaller --batch-size and a larger --lr"
+            print0(f"{few}, see docs/REPORT.md")
+    elif len(steps) <= args.warmup:
+        print0(f"warning: all {len(steps)} steps are warmup; lower --warmup or --batch-size")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
