@@ -40,7 +40,10 @@ def base_license(source: str) -> str | None:
         return readme_license(source)
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(source, "README.md")
+    try:
+        path = try_to_load_from_cache(source, "README.md")
+    except ValueError:  # no valid id, such as a local folder with -- in its name that has been removed since
+        return None
     return readme_license(os.path.dirname(path)) if isinstance(path, str) else None
 
 

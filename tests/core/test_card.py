@@ -58,7 +58,7 @@ def test_a_hub_id_gives_the_license_of_its_snapshot(tmp_path, monkeypatch):
     assert "license" not in card()  # a repository without README.md
     (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     assert card()["license"] == "apache-2.0" and card()["base_model"] == ["Qwen/Tiny"]
-    assert base_license("Qwen/Other") is None and base_license("no/such/folder") is None
+    assert [base_license(name) for name in ("Qwen/Other", "no/such/folder", "a/b--c", "")] == [None] * 4
 
 
 def test_training_and_merging_write_cards_and_keep_the_users(tiny, tmp_path, run):
