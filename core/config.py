@@ -44,7 +44,10 @@ def rope_settings(raw: dict) -> dict:
 
 
 def parse_config(raw: dict, where: str = "config.json") -> Config:
-    """config.json as a dict -> Config. Raises InputError for settings that this code does not implement."""
+    """config.json as a dict -> Config. Raises InputError for settings that this code does not implement.
+
+    Except attention_dropout, which changes training only: training.setup.open_checkpoint warns of it.
+    """
 
     def refuse(what):
         raise InputError(f"{where}: {what}; only plain Qwen2 is implemented")

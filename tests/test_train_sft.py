@@ -263,3 +263,13 @@ def test_a_base_models_fine_tune_ends_at_im_end(data, tmp_path, run):
             tokens = json.loads(written["special_tokens_map.json"])
             assert tokens == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
         assert Checkpoint(base).files == files
+
+
+def test_dropout_in_the_config_is_warned_of(data, tmp_path, run):
+    """transformers applies it in training, and this code does not."""
+    for dropout, said in (0.1, True), (0.0, False):
+        ckpt = tmp_path / f"ckpt-{dropout}"
+        tiny_model(attention_dropout=dropout).save(str(ckpt), tiny_files())
+        code, out, _ = run("train_sft", *flags(ckpt, data, tmp_path / f"out-{dropout}", "--max-steps", 1))
+        assert code == 0
+        assert ("attention_dropout is 0.1; dropout is not implemented, so this run trains without it" in out) == said

@@ -27,7 +27,7 @@ from core.distributed import (
     split_by_tokens,
     sum_over_ranks,
 )
-from core.files import InputError, print0, same_path
+from core.files import InputError, print0, same_path, shown
 from core.outputs import check_inputs
 from core.pages import GIB, free_memory
 from core.tokenizer import Tokenizer
@@ -183,6 +183,9 @@ def open_checkpoint(args: argparse.Namespace, ranks: Ranks) -> tuple[Qwen2, Toke
     if args.max_len > positions:
         args.max_len = positions
         print0(f"--max-len: the model has {positions} positions; longer examples are cut there")
+    if dropout := model.raw_config.get("attention_dropout"):
+        where = f"{ckpt.source}/config.json: attention_dropout is {shown(dropout)}"
+        print0(f"warning: {where}; dropout is not implemented, so this run trains without it")
     return model, tokenizer, ckpt
 
 
