@@ -3,7 +3,9 @@
     texts = generate(model, tokenizer, [[{"role": "user", "content": "Hello"}], ...], max_new_tokens=100)
     python generate.py --ckpt C --prompt "Why is the sky blue?"
 
-A reply does not depend on the other prompts: each row has its own KV cache, positions and random numbers.
+Each row has its own KV cache, positions and random numbers, so the other prompts change a reply only by rounding. A
+sampled reply also depends on its seed: give one for each prompt, or one number, from which each prompt's seed follows
+by its index.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
@@ -47,7 +49,7 @@ class Settings:
     top_p: float = 1.0  # sample from the likeliest tokens that together reach this probability
     repetition_penalty: float = 1.0
     stop: str | Sequence[str] = ()  # a reply ends before the first of these strings
-    seed: int | Sequence[int] = 0  # for all prompts, or one for each
+    seed: int | Sequence[int] = 0  # one for each prompt, or one number: see row_seed
     batch_size: int = 32  # rows in flight, fewer if cache_gb is too small for them
     cache_gb: float = 4.0  # size of the KV cache in GiB
     prefill_tokens: int = 4096  # maximum prompt tokens in one forward; further prompts start in the next step
@@ -63,7 +65,7 @@ class Settings:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
     def row_seed(self, i: int) -> int:
-        """The seed of prompt i."""
+        """The seed of prompt i. It follows from `seed` and i, or is the i-th of several."""
         return (self.seed * 1_000_003 + i) % 2**63 if isinstance(self.seed, int) else self.seed[i]
 
 
