@@ -6,6 +6,7 @@ A template is untrusted code. It runs in jinja2's sandbox, in a separate process
 import functools
 import json
 import os
+import resource
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -97,7 +98,7 @@ def render_probes(template: str, special_tokens: str) -> list[str] | str:
     special_tokens: JSON. Runs `main` below in a separate process.
     """
     job = json.dumps({"template": template, "special_tokens": json.loads(special_tokens), "cpu_seconds": CPU_SECONDS})
-    environment = {key: os.environ[key] for key in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if key in os.environ}
+    environment = {key: os.environ[key] for key in ("PATH", "LD_LIBRARY_PATH") if key in os.environ}
     environment |= {"PYTHONPATH": os.pathsep.join([ROOT, *filter(None, sys.path)]), "PYTHONUTF8": "1"}  # no secrets
     command = [sys.executable, "-m", "core.chat_template"]
     try:
@@ -153,10 +154,6 @@ def sandbox() -> "Environment":
 
 def limit_process(cpu_seconds: int) -> None:
     """Limits the CPU time and memory of this process. The system kills it if it exceeds them."""
-    try:
-        import resource
-    except ImportError:  # on Windows only the wall time is limited
-        return
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
