@@ -143,8 +143,8 @@ def kth_largest_plain(x: Tensor, k: int) -> float:
 
 
 @dataclass
-class Search:
-    """The search for the k-th largest of one model's magnitudes. It is strictly between low and high until found."""
+class RankSelection:
+    """The selection of the k-th largest of one model's magnitudes. It is strictly between low and high until found."""
 
     k: int
     inside: int  # magnitudes between low and high
@@ -167,11 +167,11 @@ class Search:
     def narrow(self, low: float, high: float, counts: Sequence[tuple[int, int, int, Tensor]]) -> None:
         """Finds the k-th largest, or narrows the range that it is in. counts: count_in_bracket of every chunk."""
         above, from_high, from_low = (sum(chunk[j] for chunk in counts) for j in range(3))
-        if self.k <= above:  # the sample misled: search above the bracket
+        if self.k <= above:  # the sample misled: look above the bracket
             self.low, self.inside = high, above - self.above
         elif self.k <= from_high:
             self.found = high
-        elif self.k > from_low and low > self.low:  # the sample misled: search below the bracket
+        elif self.k > from_low and low > self.low:  # the sample misled: look below the bracket
             self.high, self.inside, self.above = low, self.above + self.inside - from_low, from_low
         else:
             between, rank = torch.cat([chunk[3] for chunk in counts]), self.k - from_high
@@ -187,16 +187,16 @@ def kth_largest(scan: Callable[..., Iterable], ks: Sequence[int], m: int) -> lis
     The first scan takes a sample, which gives two values that almost surely enclose the k-th largest. The second counts
     the elements above and at these values, and collects the few in between.
     """
-    searches, stride = [Search(k, inside=m) for k in ks], max(1, m // SAMPLE)
-    while any(search.found is None for search in searches):
-        samples = scan(lambda chunk: [x[(x > s.low) & (x < s.high)] for x, s in zip(chunk.numpy(), searches)], stride)
-        brackets = [s.bracket(np.concatenate(parts)) for s, parts in zip(searches, zip(*samples))]
+    selections, stride = [RankSelection(k, inside=m) for k in ks], max(1, m // SAMPLE)
+    while any(selection.found is None for selection in selections):
+        samples = scan(lambda chunk: [x[(x > s.low) & (x < s.high)] for x, s in zip(chunk.numpy(), selections)], stride)
+        brackets = [s.bracket(np.concatenate(parts)) for s, parts in zip(selections, zip(*samples))]
         counts = scan(lambda chunk: [count_in_bracket(x, *ends) for x, ends in zip(chunk, brackets)], 1)
-        for search, ends, parts in zip(searches, brackets, zip(*counts)):
-            if search.found is None:
-                search.narrow(*ends, parts)
+        for selection, ends, parts in zip(selections, brackets, zip(*counts)):
+            if selection.found is None:
+                selection.narrow(*ends, parts)
         stride = max(1, stride // 16)  # a narrower range needs a denser sample
-    return [search.found for search in searches]
+    return [selection.found for selection in selections]
 
 
 def count_in_bracket(x: Tensor, low: float, high: float) -> tuple[int, int, int, Tensor]:
