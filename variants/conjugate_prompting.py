@@ -13,6 +13,8 @@ import random
 import re
 from argparse import Namespace
 
+from tqdm import tqdm
+
 from core.distributed import single_process
 from core.files import InputError, cli, print_next
 from core.flags import Parser, add_generation_flags, at_least, file_out
@@ -20,7 +22,7 @@ from core.records import write_jsonl
 from evaluation.benchmarks import demo_verdict
 from evaluation.rows import demo_rows
 from evaluation.stats import bootstrap, figure_table
-from generate import check_loadable, generate, load_for_inference
+from generate import check_loadable, generate_iter, load_for_inference
 
 TO_DIGITS, TO_LETTERS = str.maketrans("aeiost", "431057"), str.maketrans("431057", "aeiost")
 WORD = re.compile(r"[A-Za-z0-9]+")  # ASCII only: in Chinese text, digits follow letters without a space
@@ -88,8 +90,10 @@ def ask_both_views(source: str, questions: list[dict], args: Namespace) -> list[
     """-> a line {"id", "checkpoint", "view", "prompt", "reply", "correct"} for each question in each view."""
     asked = [(view, q) for q in questions for view in VIEWS]
     prompts, lines = [q["prompts"][view] for view, q in asked], []
-    replies = generate(*load_for_inference(source, args), prompts, args.max_new_tokens, batch_size=args.batch_size)
-    for (view, q), prompt, reply in zip(asked, prompts, replies):
+    settings = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+    replies = generate_iter(*load_for_inference(source, args), prompts, **settings)
+    for i, reply, _ in sorted(tqdm(replies, source, len(prompts), unit="reply", disable=None)):
+        (view, q), prompt = asked[i], prompts[i]
         line = {"id": q["id"], "checkpoint": source, "view": view, "prompt": prompt, "reply": reply}
         lines.append(line | {"correct": bool(q["check"](view, reply))})
     return lines
