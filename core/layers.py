@@ -1,6 +1,6 @@
 """Qwen2's layers. Weights keep their dtype (fp32 in training); computation is in the dtype of the activations.
 
-Each fused operation comes with its plain version, which gives the same numbers but takes more time or memory.
+Each fused operation comes with its plain version, which differs only by rounding but takes more time or memory.
 KERNELS=plain in the environment selects the plain versions everywhere.
 """
 

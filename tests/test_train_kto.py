@@ -246,6 +246,15 @@ def test_rewards_move_apart(tiny, data, tmp_path, run):
     assert list(steps[0]) == wanted.split()
 
 
+def test_in_bf16_rewards_and_kl_start_at_zero(tiny, data, tmp_path, run):
+    """The policy is the reference before the first step, although only its matched pairs have gradients."""
+    more = ("--dtype", "bf16", "--max-steps", 1, "--batch-size", 14, "--eval-data", data)
+    assert run("train_kto", *flags(tiny, data, tmp_path / "o", *more, "--lr", 0))[0] == 0
+    (step,) = log(tmp_path / "o")
+    for key in ("kl", "rewards/chosen", "rewards/rejected", "eval_kl", "eval_rewards/chosen", "eval_rewards/rejected"):
+        assert abs(step[key]) < 1e-4, key
+
+
 def test_all_labels_alike_train_with_a_warning(tiny, tmp_path, run):
     data = write_lines(tmp_path / "d.jsonl", [r | {"label": True} for r in feedback(6)])
     code, out, _ = run("train_kto", *flags(tiny, data, tmp_path / "o", "--desirable-weight", "auto"))

@@ -56,7 +56,7 @@ def memory_needed(
       the output of attention in two layouts; the sum of input and attention; gate and up. Plus one fp32 number per norm
       and per head.
     - With fp32_attention, inputs and output of attention in fp32: documents below fp32 that are short (see
-      core.attention.fp32_pays).
+      core.attention.attends_in_fp32).
     - Below fp32 also a cast copy of o_proj's matrix. Not with shards, where it is gathered again.
     - A compiled block also keeps the outputs of both norms, the input of down_proj and, below fp32, its matrices.
     - With activation checkpointing a block keeps its input only: C numbers per token.
