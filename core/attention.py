@@ -39,15 +39,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     q: (B, Hq, Tq, D); k, v: (B, Hkv, Tk, D) with Tk >= Tq -> (B, Hq, Tq, D).
     """
-    Tq, Tk, dtype = q.shape[2], k.shape[2], q.dtype
-    if attends_in_fp32(dtype, Tk, q.device):
-        q, k, v = (x.float() for x in (q, k, v))
+    Tq, Tk = q.shape[2], k.shape[2]
     mask = None
     if 1 < Tq < Tk:  # several tokens after cached ones: query i sees keys 0 .. Tk - Tq + i
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
     if q.is_cuda and (mask is not None or q.dtype == torch.float32):  # these CUDA kernels take no grouped queries
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=Tq == Tk, enable_gqa=True).to(dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=Tq == Tk, enable_gqa=True)
 
 
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
@@ -62,7 +60,9 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Ten
         q_i, k_i, v_i = (x.transpose(1, 2) for x in part)  # (1, H, T_i, D)
         if repeat_pays(k_i) and fused():
             k_i, v_i = (x.repeat_interleave(q_i.shape[1] // x.shape[1], dim=1) for x in (k_i, v_i))
-        parts.append(attend(q_i, k_i, v_i).transpose(1, 2))
+        if attends_in_fp32(k_i) and fused():
+            q_i, k_i, v_i = (x.float() for x in (q_i, k_i, v_i))
+        parts.append(attend(q_i, k_i, v_i).to(q.dtype).transpose(1, 2))
     return torch.cat(parts, dim=1)
 
 
@@ -75,13 +75,13 @@ def repeat_pays(k: Tensor) -> bool:
     return k.is_cpu and k.requires_grad and k.shape[2] > 256 and k.shape[1] % torch.get_num_threads() != 0
 
 
-def attends_in_fp32(dtype: torch.dtype, tokens: int, device: torch.device) -> bool:
-    """True if attention to `tokens` keys in `dtype` runs in fp32: in bf16 on a CPU, for at most 256 keys. Fused only.
+def attends_in_fp32(k: Tensor) -> bool:
+    """True if the document with keys k (1, H, T, D) attends in fp32: in bf16 on a CPU, if it has at most 256 tokens.
 
-    There the backward is at least three times as fast in fp32. Forwards without a backward also run in fp32, so that
-    a model's log-probabilities are the same in training and as a reference.
+    There fp32 makes the backward at least three times as fast. Forwards without a backward also run in fp32, so that a
+    model's log-probabilities are the same in training and as a reference.
     """
-    return device.type == "cpu" and dtype == torch.bfloat16 and tokens <= 256 and fused()
+    return k.is_cpu and k.dtype == torch.bfloat16 and k.shape[2] <= 256
 
 
 def has_varlen_kernel(q: Tensor) -> bool:

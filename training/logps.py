@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from core.attention import attends_in_fp32
 from core.casts import cast_once
 from core.devices import to_device
 from core.distributed import (
@@ -107,7 +106,7 @@ def shared_prefix_logps(model: Qwen2, examples: list[Example], micro_tokens: int
     the example, because it predicts the first supervised token. The rests run in forwards of at most micro_tokens
     tokens.
     """
-    starts = [max(0, shared_length(model, example) - 1) for example in examples]
+    starts = [max(0, supervised.index(True) - 1) for _, supervised in examples]
     contexts = [tuple(ids[:n]) for (ids, _), n in zip(examples, starts)]
     unique = {context: i for i, context in enumerate(dict.fromkeys(filter(None, contexts)))}
     if len(unique) == sum(map(bool, contexts)):
@@ -127,26 +126,15 @@ def shared_prefix_logps(model: Qwen2, examples: list[Example], micro_tokens: int
     return out
 
 
-def shared_length(model: Qwen2, example: Example) -> int:
-    """The length of an example's prompt (the tokens before the first supervised one) if it may run once for several.
-
-    Else 0: in bf16 on a CPU, a prompt would attend in another precision than the whole example if only the prompt is
-    short, and the kernels for long documents round a cached prompt differently.
-    """
-    ids, supervised = example
-    dtype = model.compute_dtype or model.head_weight.dtype
-    exact = dtype == torch.float32 or attends_in_fp32(dtype, len(ids), model.device)
-    return supervised.index(True) if exact else 0
-
-
-def group_by_context(examples: list[Example], shared: list[int], max_tokens: int) -> tuple[list[list[int]], list[int]]:
-    """Groups examples with the same prompt.
+def group_by_context(examples: list[Example], max_tokens: int, share: bool) -> tuple[list[list[int]], list[int]]:
+    """Groups examples with the same prompt (the tokens before the first supervised one).
 
     -> (groups as lists of indices, tokens to compute in each group). One rank computes a group, so a group has at
-    most max_tokens tokens or a single example. shared: the length of each prompt; 0: the example is a group.
+    most max_tokens tokens or a single example. share=False: each example is a group.
     """
     groups, costs, group_of = [], [], {}
-    for i, ((ids, _), n) in enumerate(zip(examples, shared)):
+    for i, (ids, supervised) in enumerate(examples):
+        n = supervised.index(True) if share else 0
         group = group_of.get(tuple(ids[:n])) if n else None
         if group is None or costs[group] + len(ids) - n > max_tokens:
             group = group_of[tuple(ids[:n])] = len(groups)
@@ -165,8 +153,9 @@ def sequence_logps(
 
     The ranks split the work, and each rank gets the whole result.
 
-    On a CPU, completions of one prompt are computed together, so the prompt runs once. GPUs do not do this: the many
-    small calls cost more than they save. Sharded models cannot: their weights are gathered only inside forward().
+    On a CPU in fp32, completions of one prompt are computed together, so the prompt runs once. In bf16 the values would
+    differ more from the policy's in training (docs/LOG.md, 2026-11-29). GPUs do not do this: the many small calls cost
+    more than they save. Sharded models cannot: their weights are gathered only inside forward().
 
     heed_stop: stop early after SIGTERM or Ctrl-C and leave the remaining values at 0. The caller must check
     stop_asked() before it uses the result.
@@ -175,9 +164,9 @@ def sequence_logps(
     model.eval()
     out = torch.zeros(len(examples), device=model.device)
     sharded = is_sharded(model)
-    share = model.device.type == "cpu" and not sharded
-    shared = [shared_length(model, example) if share else 0 for example in examples]
-    groups, costs = group_by_context(examples, shared, 4 * micro_tokens)
+    fp32 = (model.compute_dtype or model.head_weight.dtype) == torch.float32
+    share = model.device.type == "cpu" and fp32 and not sharded
+    groups, costs = group_by_context(examples, 4 * micro_tokens, share)
     with cast_once(model.casts):
         for micro in rank_micro_batches(costs, micro_tokens, ranks, sharded):
             if heed_stop and (stop_asked(model.device) if sharded else STOP["asked"]):  # sharded ranks leave together

@@ -37,7 +37,7 @@ def test_hidden_states_are_those_of_each_sequence_alone(tiny):
 
 @pytest.mark.parametrize("lengths", [(9, 40), (30, 220), (100, 400), (300, 500)])
 def test_in_bf16_a_model_is_its_own_reference(tiny, kernels, lengths):
-    """Two completions of each prompt, of at most and of more than 256 tokens. Without gradients a prompt runs once."""
+    """Two completions of each prompt, of at most and of more than 256 tokens."""
     model, g, examples = Qwen2.from_pretrained(tiny), random.Random(0), []
     model.compute_dtype = torch.bfloat16
     draw = lambda n: [g.randrange(3, 500) for _ in range(n)]
