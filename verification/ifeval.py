@@ -137,13 +137,13 @@ def ends_sentence(token: str, following: str) -> bool:
     if not token.endswith("."):
         return False
     word, upper = token[:-1].lower(), following[0].isupper()
+    inner = following[0].islower() or following in (*";:,.!?",)  # the next token begins no sentence
     if len(word) == 1 and word.isalpha():  # an initial
-        return upper and following.lower() in STARTERS | WORDS["LATIN"]["en"]
+        name = upper and following.lower() not in STARTERS | WORDS["LATIN"]["en"]
+        return word not in ABBREVIATIONS and not inner and not name
     if word in ABBREVIATIONS or word.split("-")[-1] in ABBREVIATIONS or token.endswith(".."):
         return upper and following.lower() in STARTERS
-    if re.fullmatch(r"-?[.,]?\d[\d,.-]*", word):
-        return not following[0].islower() and following not in (*";:,.!?",)
-    return True
+    return not (inner and re.fullmatch(r"-?[.,]?\d[\d,.-]*", word))
 
 
 def count_sentences(text: str) -> int:

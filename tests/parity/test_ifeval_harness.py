@@ -69,7 +69,8 @@ TEXTS = [
     'He said "Go." Then he left.', "1. One thing.\n2. **Two** things.\n3. three things", "e.g. this one. And that.",
     "etc. and so on", "So do I. You too.", "visit example.com now", "He came at 3.5 p.m. today", "He came at 3 p.m. The end",
     "**Go.**\n\nNow.", "**Go.**", "(Go.) Now.", "Go (now). Then", "It was in the U.S. Then he left", "Yes… No. [a.] b",
-    "NASA'S plan", "AND/OR the U.S. now", "IT CANNOT GO", "I'm GONNA go, OK?", "“GO ON.” He went.", "A-B: C", "Dr. WHO? Me.",
+    "Plan C. Then [b.] it", "Plan A. It", "NASA'S plan", "AND/OR the U.S. now", "IT CANNOT GO", "I'm GONNA go, OK?",
+    "“GO ON.” He went.", "A-B: C", "Dr. WHO? Me.",
 ]  # fmt: skip
 
 
