@@ -138,9 +138,9 @@ def ends_sentence(token: str, following: str) -> bool:
         return False
     word, upper = token[:-1].lower(), following[0].isupper()
     inner = following[0].islower() or following in (*";:,.!?",)  # the next token begins no sentence
-    if len(word) == 1 and word.isalpha():  # an initial
-        name = upper and following.lower() not in STARTERS | WORDS["LATIN"]["en"]
-        return word not in ABBREVIATIONS and not inner and not name
+    if len(word) == 1 and word.isalpha():  # an initial, or the letter of a list item
+        initials = upper and len(following.rstrip(".")) == 1
+        return word not in ABBREVIATIONS and not inner and not initials
     if word in ABBREVIATIONS or word.split("-")[-1] in ABBREVIATIONS or token.endswith(".."):
         return upper and following.lower() in STARTERS
     return not (inner and re.fullmatch(r"-?[.,]?\d[\d,.-]*", word))
@@ -149,8 +149,8 @@ def ends_sentence(token: str, following: str) -> bool:
 def count_sentences(text: str) -> int:
     """Counts sentences as NLTK's Punkt does (Kiss and Strunk 2006): "1. Go on." is two, "**Go on.**" two, "e.g. a" two.
 
-    Also ends sentences at 。！？, which Punkt does not know. Its orthographic statistics of 20,000 words are replaced by
-    STARTERS.
+    Also ends sentences at 。！？, which Punkt does not know. STARTERS replaces its statistics of 20,000 words, so "Mr. Elephant"
+    is one sentence, and "A. Smith" two.
     """
     words = re.sub(r"[。！？]+[”’」』）]*", "! ", text).split()
     count, begin, offset = 0, 0, 0  # the current sentence begins in words[begin] after offset characters
