@@ -14,8 +14,6 @@ import random
 
 import pytest
 
-from evaluation.benchmarks import BENCHMARKS
-from evaluation.downloads import find_data_file
 from verification.ifeval import count_capital_words, count_sentences, follows
 
 LESS, AT_LEAST = {"relation": "less than"}, {"relation": "at least"}
@@ -124,6 +122,9 @@ def test_counts():
 
 def compare_samples(data_dir: str, files: list[str]) -> None:
     """Prints the disagreements of both checkers on all replies in samples.jsonl files."""
+    from evaluation.benchmarks import BENCHMARKS
+    from evaluation.downloads import find_data_file
+
     utils = official_checker()
     rows = {row["id"]: row for row in BENCHMARKS["ifeval"]["rows"](lambda name: find_data_file(data_dir, name))}
     counts, prompts, replies = collections.Counter(), collections.Counter(), 0
