@@ -4,7 +4,7 @@
     python eval.py compare Qwen2-0.5B-Instruct sft --out eval        # the questions on which these two differ
     python eval.py judge --ckpt base sft.pt --tasks mt_bench --teacher http://HOST:8000/v1 --out judge
 
---protocol paper reads greedy chat replies as the paper's scripts do. --protocol loglik takes the likeliest choice, as
+--protocol paper reads greedy chat replies. --protocol loglik takes the likeliest choice, as
 lm-evaluation-harness does. Scores of different protocols never share a column. The first checkpoint is the baseline.
 The benchmarks are in evaluation/benchmarks.py.
 

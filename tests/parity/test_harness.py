@@ -2,7 +2,7 @@
 
 Its own task files are used; only where their data come from is replaced, by the tiny files of tiny_benchmarks.py. With
 REAL_CKPT and DATA_DIR the same questions of the original files are asked on a real checkpoint; as a command,
-python tests/parity/test_harness.py --ckpt C --data-dir D, it measures which of the two is faster on the same questions of MMLU.
+PYTHONPATH=.:tests python tests/parity/test_harness.py --ckpt C --data-dir D, it measures which of the two is faster on the same questions of MMLU.
 """
 
 import argparse
