@@ -55,6 +55,17 @@ def test_the_sentences_of_the_readme_are_those_of_the_results():
     methods = ("sft", "kto", "sft-kto")
     original = scores("gsm8k", "base", *(f"general-{method}" for method in methods))
     own = scores("gsm8k", *(f"general-own-{method}" for method in methods))
+    kept = tables.kept_verdicts(large)
+    share = lambda task, arm: 100 * kept[task][arm].count("1") / len(kept[task][arm])
+    assert (
+        "C-Eval of the 0.5B is {:.1f} before, {:.1f} after SFT, {:.1f} after KTO and {:.1f} after both".format(
+            *(share("C-Eval", arm) for arm in ("base", *methods))
+        )
+        in text
+    )
+    p = [found["p_holm"] for found in tables.compare(tables.kept_rows("C-Eval"), kept["C-Eval"]).values()]
+    assert "p is {}, {} and {}.".format(*map(tables.p_text, p[:3])) in text
+    assert max(abs(share("MMLU", arm) - share("MMLU", "base")) for arm in tables.KEPT) == pytest.approx(1.2)
     ifeval = scores("ifeval", "base", *methods)
     assert "the 0.5B goes from {} % to {} (SFT), {} (KTO) and {} (both)".format(*ifeval) in text
     rates = [
