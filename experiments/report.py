@@ -200,7 +200,7 @@ def method_section(results: list[dict]) -> str:
     test = next(iter(split_verdicts(result, "test").values()), "")
     return f"""## Method
 
-- **Models.** Student: {result["student"]}, real weights. Teacher: {result["teacher"]}.
+- **Models.** Student: {result["student"]}. Teacher: {result["teacher"]}. Real weights; [results](results.md) says from which files.
 - **Instructions.** A program writes them. Each asks for a short text about a topic, with one or two of 15 constraints of
   IFEval (arXiv 2311.07911), which a program checks. Training, dev and test share no topic.
 - **Data.** {tables.data_text(result["data"])}. The student answers each instruction
