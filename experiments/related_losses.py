@@ -14,15 +14,12 @@ from pathlib import Path
 from core.files import atomic_write, cli
 from core.records import read_jsonl
 from demo.split import paired_rows
+from experiments import tables
 from experiments.steps import choose_lr, command, evaluate, run_step, sft, study_flags, training_flags
 
 RATES = {"half": 0.5, "2x": 2}  # in units of the learning rate of SFT or KTO
-LOSSES = ("dft", "asft", "otr", "poft", "sft-dpo")
-OTHER_RATES = [
-    *(f"{loss}-half" for loss in LOSSES),
-    *(f"{loss}-2x" for loss in ("dft", "asft", "otr")),
-]
-ARMS = [*LOSSES, *OTHER_RATES]
+OTHER_RATES = [f"{loss}-{rate}" for loss, rate in tables.OTHER_RATES]
+ARMS = [*tables.LOSS_NAMES, *OTHER_RATES]
 
 
 def write_pairs(kto: str, path: str) -> None:

@@ -10,17 +10,18 @@ import argparse
 from core.files import cli
 from core.flags import at_least
 from experiments import related_losses
-from experiments.paper_table import fuse
+from experiments.paper_table import FUSIONS, fuse
 from experiments.steps import choose_lr, evaluate, kto, sft, study_flags
 
-MAIN = ["sft", "kto", "sft-kto", "mean", "mean-05-95", "ties"]
+FUSED = [*FUSIONS, "ties"]
+MAIN = ["sft", "kto", "sft-kto", *FUSED]
 ARMS = [*MAIN, *related_losses.ARMS]
 
 
 def train_with_seed(args: argparse.Namespace, arm: str, seed: int, rates: dict[str, str]) -> None:
     """Trains and evaluates the arm ARM-seed-N. rates: the learning rates of SFT and KTO."""
     suffix = f"-seed-{seed}"
-    if arm in ("mean", "mean-05-95", "ties"):
+    if arm in FUSED:
         return fuse(args, arm, suffix)
     args = argparse.Namespace(**{**vars(args), "seed": seed, "sft_lrs": [rates["sft"]], "kto_lrs": [rates["kto"]]})
     if arm == "sft":
