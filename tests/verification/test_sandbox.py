@@ -203,11 +203,11 @@ while True:
     kept.append(f)
 """
 THREADS = """
-import threading
+import itertools, threading
 from concurrent.futures import ThreadPoolExecutor
 def write(k):
-    while True:
-        open(f"{k} {threading.get_ident()}", "wb").write(bytes(8 << 20))
+    for n in itertools.count():
+        open(f"{k} {n}", "wb").write(bytes(8 << 20))
 threading.stack_size(1 << 16)
 list(ThreadPoolExecutor(40).map(write, range(40)))
 """
@@ -218,12 +218,14 @@ while True:
     kept.append(libc.mmap(None, 4096, 1, 1, f, 0))
     os.close(f)
 """
+WRITES = {"named": NAMED, "empty": EMPTY, "folders": FOLDERS, "deep": DEEP, "deleted": DELETED, "open": OPEN}
+WRITES |= {"threads": THREADS, "unnamed": UNNAMED}
 START = "import ctypes, os\nlibc = ctypes.CDLL(None)\nlibc.mmap.restype = ctypes.c_void_p\nn, kept = 0, []\n"
 
 
 @linux
-@pytest.mark.parametrize("layers", [sandbox.LAYERS, ("landlock", "seccomp")])
-@pytest.mark.parametrize("write", [NAMED, EMPTY, FOLDERS, DEEP, DELETED, OPEN, THREADS, UNNAMED])
+@pytest.mark.parametrize("layers", [sandbox.LAYERS, ("landlock", "seccomp")], ids=["private", "watched"])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_files_are_bounded_together(monkeypatch, write, layers):
     """On a file system of its own by that, else by a watch, whatever the files' names."""
     monkeypatch.setattr(sandbox, "LAYERS", layers)
