@@ -309,12 +309,16 @@ def reply_table(result: dict) -> str:
 
 
 def other_student_section(result: dict, number: int, picture: str) -> str:
-    """The paper's table with another student."""
+    """The paper's table with another student, and the studies of which it has an arm."""
     verdicts = split_verdicts(result, "test")
-    n = len(next(iter(verdicts.values()), ""))
-    table = tables.comparison_table(
-        tables.PAPER, verdicts, {**tables.NOT_RUN, **result["not_run"]}, f"followed, % of {n or 'n'} [95 %]"
-    )
+    scored = f"followed, % of {len(next(iter(verdicts.values()), '')) or 'n'} [95 %]"
+    table = tables.comparison_table(tables.PAPER, verdicts, {**tables.NOT_RUN, **result["not_run"]}, scored)
+    more = ""
+    for title, rows, _, question in STUDIES[1:]:
+        known = [row for row in rows if row.arm in verdicts]
+        if {row.arm for row in known} - {row.arm for row in tables.PAPER}:
+            more += f"### {title}\n\n{question}\n\n{tables.comparison_table(known, verdicts, {}, scored)}\n"
+    heading = "### Side effects\n\n" if more else ""
     shown = f"![Score by arm, {result['student']}]({picture})\n\n" if picture else ""
     return f"""## {number}. The paper's table with another student: {result["student"]}
 
@@ -323,7 +327,7 @@ SFT: {flag(result, "sft-", "--epochs")} passes. KTO: beta {flag(result, "kto-", 
 
 {chosen_table(result)}
 {table}
-{searched_text(result)}{shown}{kept_tables(result)}{reply_table(result)}"""
+{searched_text(result)}{shown}{more}{heading}{kept_tables(result)}{reply_table(result)}"""
 
 
 QUESTION = """# The recipe on real models

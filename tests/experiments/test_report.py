@@ -304,6 +304,18 @@ def test_another_student_has_its_own_section(result, save):
     assert "tokens to generate at 8 per\nsecond, 10.5 million to train on at 50 per second" in text
 
 
+def test_another_student_has_the_studies_that_it_ran(result, save):
+    other = copy.deepcopy(result) | {"student": "larger"}
+    other["arms"] = {"base": {"test": replies(BASE)}, "sft": {"test": replies(SFT)}}
+    other["arms"]["sft-kto-own"] = {"test": replies(KTO)}
+    result["arms"] |= {arm: {"test": replies(KTO)} for arm in ("sft-kto", "mean")}  # the first student has most arms
+    text, _ = report(read_results([save(result), save(other, "a.json")]), "x")
+    section = text[text.index("The paper's table with another student: larger") : text.index("## How to repeat it")]
+    assert "### KTO on the model's own responses" in section and "### The effect of verification" not in section
+    row = "| SFT, then KTO on own responses | 25.0 [5.5, 44.5] | SFT on the best verified reply | -35.0 ["
+    assert row in section
+
+
 def test_general_instructions_have_a_table_for_each_benchmark(result, save):
     other = copy.deepcopy(result) | {"student": "larger", "general_data": copy.deepcopy(result["data"])}
     other["general_data"] |= {"instructions": 5, "sft_writers": {"original": 3, "small": 3}}
