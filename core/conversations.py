@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 from core.files import InputError, printable, shown
-from core.records import Fields
+from core.records import Fields, is_empty
 
 ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt"), "assistant")
@@ -149,10 +149,8 @@ def transcript(text: str, where: str) -> list[dict]:
 
 def with_system(messages: list[dict], fields: Fields, where: str) -> list[dict]:
     """The messages with the record's system prompt before them, if it has one."""
-    system = fields.first("system")
-    if system in (None, ""):
-        system = fields.first("system_prompt")
-    if system in (None, ""):
+    system = fields.first("system", "system_prompt")
+    if system is None or is_empty(system):
         return messages
     first = as_messages(system, where, "system")
     if messages and messages[0]["role"] == "system":
@@ -168,7 +166,7 @@ def single_prompt(fields: Fields, where: str) -> list[dict] | None:
     input, context and query follow the instruction after a newline; the turns of history come before it. None if the
     record has no prompt.
     """
-    key = next((key for key in ("instruction", "Instruction", "prompt", "question", "query") if key in fields), None)
+    key = fields.first_key("instruction", "Instruction", "prompt", "question", "query")
     if key is None:
         return None
     value, extras = fields.first(key), [fields.first(extra) for extra in ("input", "context", "query") if extra != key]
@@ -201,7 +199,9 @@ def single_reply(fields: Fields, where: str) -> tuple[object, object]:
         if preference in (1, 2):
             return outputs[:: 1 if preference == 1 else -1]
         return outputs[0], None
-    reply = fields.first("output", "response", "completion", "chosen", "std_answer", "answer")
+    reply = fields.first("output", "response", "completion", "chosen")
+    if reply is None:  # an answer beside an empty reply may be a reference
+        reply = fields.first("std_answer", "answer")
     if not isinstance(reply, list) or not all(isinstance(text, str) for text in reply):
         return reply, None
     if len(reply) > 1 and "output" in fields:
@@ -246,24 +246,33 @@ def joined_prompt(prompt: list[dict], before: list[dict], where: str) -> list[di
     raise InputError(f"{where}: chosen is a whole conversation, but does not contain the prompt")
 
 
+def has_pair(fields: Fields) -> bool:
+    """True if the record has two replies to compare. Columns that are both empty are no pair."""
+    pairs = ("chosen", "rejected"), ("chosen_messages", "rejected_messages")
+    found = [[fields[key] for key in pair] for pair in pairs if fields.keys() >= {*pair}]
+    return any(not all(map(is_empty, replies)) for replies in found)
+
+
 def one_dialogue(fields: Fields, where: str) -> Dialogue:
     """The conversation of a record: a preference, a list of turns, or one exchange."""
     turns = fields.first("messages", "conversations", "conversation")
-    if turns is not None and not isinstance(turns, list):
+    if turns and not isinstance(turns, list):
         raise InputError(f"{where}: the conversation is {shown(turns)}; it must be a list of messages")
-    prompt = single_prompt(fields, where) if turns is None else as_messages(turns, where, unread=fields.unread)
-    if "chosen" in fields and "rejected" in fields or "chosen_messages" in fields and "rejected_messages" in fields:
+    prompt = as_messages(turns, where, unread=fields.unread) if turns else single_prompt(fields, where)
+    if has_pair(fields):
         chosen, rejected = fields.first("chosen", "chosen_messages"), fields.first("rejected", "rejected_messages")
         return preference_dialogue(prompt, chosen, rejected, fields, where)
-    if turns is not None and prompt[-1]["role"] == "assistant":
+    if turns and prompt[-1]["role"] == "assistant":
         return Dialogue(prompt[:-1], prompt[-1], all_turns=True)
     if prompt is not None:  # also if `messages` is only the prompt and the reply has its own key
         reply, rejected = (
             value if value is None else as_messages(value, where, "assistant", fields.unread)
             for value in single_reply(fields, where)
         )
-        all_turns = "history" in fields if turns is None else reply is None
+        all_turns = reply is None if turns else "history" in fields
         return Dialogue(prompt, reply and one_reply(reply, where), rejected, all_turns)
+    if turns is not None:
+        raise InputError(f"{where}: the conversation is {shown(turns)}; it must be a list of messages")
     keys = ", ".join(printable(key[:60]) for key in sorted(fields)[:20]) or "all null"
     raise InputError(
         f"{where}: no known shape, the keys are {keys}; expected messages, conversations, instruction and output, "
@@ -283,13 +292,18 @@ def instance_dialogues(fields: Fields, where: str) -> list[Dialogue]:
     return [dialogue for one in instances for dialogue in dialogues({**whole, **one}, where)]
 
 
+def offers_tools(value: object) -> bool:
+    """True unless a record's list of tools is absent or empty. It may be JSON in a text, such as "[]" or "null"."""
+    return "".join(value.split()) not in ("", "[]", "{}", "null") if isinstance(value, str) else bool(value)
+
+
 def dialogues(record: dict, where: str) -> list[Dialogue]:
     """The conversations of a record of any known shape: one, or one for each of self-instruct's `instances`.
 
     record: a dict, or Fields, whose `unread` then has the keys that were not used. where: "file:line", for errors.
     """
     fields = as_fields(record)
-    if fields.first("tools", "functions") not in (None, "", "[]", []):
+    if offers_tools(fields.first("tools", "functions")):
         raise Unusable(where, "tool use", "offers tools, which are not supported")
     if media := [key for key in MEDIA if fields.get(key)]:
         raise Unusable(where, "a part that is not text", f"holds {media[0]}, and only text is supported")

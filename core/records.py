@@ -269,6 +269,11 @@ def is_null(value: object) -> bool:
     return value is None or isinstance(value, float) and value != value
 
 
+def is_empty(value: object) -> bool:
+    """True for an empty text and an empty list."""
+    return value == "" or value == []
+
+
 class Fields(dict):
     """A record without its null values, which count as absent, as does pandas' NaN. unread: the keys never read."""
 
@@ -276,13 +281,19 @@ class Fields(dict):
         super().__init__({key: value for key, value in record.items() if not is_null(value)})
         self.unread = set(self)
 
+    def first_key(self, *keys: str) -> str | None:
+        """The first of these keys whose value is not empty, else the first that is present, else None.
+
+        Some tools fill the columns that a row does not have with "" or [].
+        """
+        present = [key for key in keys if key in self]
+        return next((key for key in present if not is_empty(self[key])), next(iter(present), None))
+
     def first(self, *keys: str) -> object:
-        """The value of the first of these keys that is present, else None."""
-        for key in keys:
-            if key in self:
-                self.unread.discard(key)
-                return self[key]
-        return None
+        """The value of first_key(*keys), else None."""
+        key = self.first_key(*keys)
+        self.unread -= {key, *(other for other in keys if is_empty(self.get(other)))}
+        return self.get(key)
 
 
 def read_records(paths: Iterable[str], parse: Callable) -> list[tuple[str, object]]:

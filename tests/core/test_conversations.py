@@ -61,6 +61,15 @@ UNLEARNT = {"weight": 0}
         ({"messages": QA, "prompt": None, "completion": None}, QA),
         ({"messages": None, "prompt": "Q", "completion": "A", "instruction": None}, QA),
         ({"messages": None, "prompt": None, "instruction": "Q", "input": None, "output": "A"}, QA),
+        # Empty columns beside filled ones are absent too
+        ({"messages": [], "prompt": "Q", "completion": "A", "instruction": "", "output": "", "tools": []}, QA),
+        ({"messages": QA, "conversations": [], "prompt": "", "completion": "", "chosen": "", "rejected": ""}, QA),
+        ({"messages": "", "instruction": "", "prompt": "Q", "output": "", "completion": "A"}, QA),
+        ({"prompt": "Q", "completion": "A", "chosen": [], "rejected": [], "chosen_messages": []}, QA),
+        ({"conversations": [], "messages": SHAREGPT, "system": "", "system_prompt": "S"}, [system("S"), *QA]),
+        ({"messages": [{"role": "user", "content": "", "value": "Q"}, {"role": "", "from": "gpt", "value": "A"}]}, QA),
+        ({"messages": QA, "tools": " [ ]\n", "functions": "null"}, QA),
+        ({"prompt": "Q", "completion": "", "answer": "reference"}, [user("Q"), assistant("")]),
         # Text parts
         ({"messages": [user([{"type": "text", "text": "Q"}]), assistant([{"type": "text", "value": "A"}])]}, QA),
         ({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), assistant("c")]},
