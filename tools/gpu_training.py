@@ -33,8 +33,8 @@ from training.feedback import Feedback, FeedbackRow, pair_sequence
 from training.logps import example_logps
 from training.memory import forward_flops
 from training.reference import Reference, reference_logps
-from training.saves import Run
 from training.setup import Setup, plan_steps, prepare_blocks, recompute
+from training.state import Run
 from training.step import make_optimizer
 
 # ---------------------------------------------------------------------------------------------------------------------

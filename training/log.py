@@ -6,7 +6,8 @@ import math
 import os
 
 from core.files import InputError
-from training.saves import Run, run_file
+from training.saves import run_file
+from training.state import Run
 
 
 def json_safe(record: dict) -> dict:

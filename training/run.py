@@ -33,7 +33,6 @@ from training.log import event_writer, json_safe, kept_lines, write_log
 from training.logps import sequence_logps
 from training.saves import (
     CHECKPOINTS,
-    Run,
     claim_save,
     clean_run_folder,
     numbered_files,
@@ -48,6 +47,7 @@ from training.saves import (
     write_state,
 )
 from training.setup import Setup
+from training.state import Run
 from training.step import make_optimizer
 
 # ---------------------------------------------------------------------------------------------------------------------

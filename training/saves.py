@@ -12,19 +12,16 @@ state.json is written last. Until then, the previous save is valid.
 import argparse
 import contextlib
 import json
-import math
 import os
 import re
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from core.checkpoint import Checkpoint, write_checkpoint, write_safetensors
-from core.distributed import Ranks, gathered, is_main, is_sharded, load_into
+from core.distributed import gathered, is_main, is_sharded, load_into
 from core.files import InputError, atomic_write, lock
 from core.outputs import (
     check_folder,
@@ -35,30 +32,7 @@ from core.outputs import (
     write_manifest,
     written_files,
 )
-from model import Qwen2
-
-
-@dataclass
-class Run:
-    """The state of a training run, shared by the functions that end a step, log and save. start_run creates it."""
-
-    args: argparse.Namespace
-    ranks: Ranks
-    model: Qwen2
-    optimizer: torch.optim.Optimizer
-    start_sync: Callable[[int], None]  # the two functions of overlapped_reduction
-    wait_sync: Callable[[], None]
-    files: dict[str, str]  # side files of its checkpoints: tokenizer, template, generation settings
-    identity: dict  # what a resumed run must share with this one
-    total: int  # steps
-    done: int = 0  # steps finished before this process started
-    saved: int = 0  # the step of the last save to resume from
-    skips: list = field(default_factory=list)  # (step, [places of its offending examples])
-    best: tuple = (math.inf, 0)  # (lowest eval_loss, its step)
-    pending: dict | None = None  # the log record of the last step, if its evaluation was interrupted
-    events: object = None  # TensorBoard's writer
-    started: float = field(default_factory=time.time)
-
+from training.state import Run
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names

@@ -15,8 +15,8 @@ from core.casts import cast_once
 from core.distributed import STOP, is_sharded, rank_micro_batches, sum_over_ranks
 from model import Qwen2
 from training.logps import example_logps, sequence_logps
-from training.saves import Run
 from training.setup import seed_all
+from training.state import Run
 
 
 def make_optimizer(model: Qwen2, args: argparse.Namespace) -> torch.optim.AdamW:
