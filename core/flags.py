@@ -153,13 +153,16 @@ def torch_device(text: str) -> str:
     return text
 
 
-def add_device_flags(p: argparse.ArgumentParser, dtype: str) -> None:
+FlagGroup = argparse._ActionsContainer  # a parser, or a group of its flags
+
+
+def add_device_flags(p: FlagGroup, dtype: str) -> None:
     """Adds --dtype and --device. core.devices.choose_device sets their defaults. dtype: the help text of --dtype."""
     p.add_argument("--dtype", choices=["fp32", "bf16"], help=f"{dtype} (default: bf16 on a GPU, else fp32)")
     p.add_argument("--device", type=torch_device, help="torch device (default: cuda if there is a GPU, else cpu)")
 
 
-def add_generation_flags(p: argparse.ArgumentParser, max_new_tokens: int) -> None:
+def add_generation_flags(p: FlagGroup, max_new_tokens: int) -> None:
     """Adds --max-new-tokens, with this default, --batch-size, --dtype and --device."""
     length = "maximum length of a reply, in tokens"
     p.add_argument("--max-new-tokens", type=at_least(1), default=max_new_tokens, help=length)
@@ -176,17 +179,16 @@ def parse_generate_args() -> argparse.Namespace:
         "--prompt", nargs="+", type=str, help="one or more user messages; without it, a chat in the terminal"
     )
     p.add_argument("--system", type=str, help="system prompt; without it, the template's default")
-    # sampling
-    p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="maximum length of a reply, in tokens")
-    p.add_argument("--temperature", type=number(0), default=0.0, help="0 takes the likeliest token")
-    p.add_argument("--top-k", type=at_least(0), default=0, help="sample from the k likeliest tokens; 0: from all")
+    add = p.add_argument_group("sampling").add_argument
+    add("--max-new-tokens", type=at_least(1), default=512, help="maximum length of a reply, in tokens")
+    add("--temperature", type=number(0), default=0.0, help="0 takes the likeliest token")
+    add("--top-k", type=at_least(0), default=0, help="sample from the k likeliest tokens; 0: from all")
     top_p = "sample from the likeliest tokens that together reach this probability"
-    p.add_argument("--top-p", type=number(above=0), default=1.0, help=top_p)
+    add("--top-p", type=number(above=0), default=1.0, help=top_p)
     penalty = "above 1, tokens that occurred before become less likely; generation_config.json does not set it"
-    p.add_argument("--repetition-penalty", type=number(0.01, below=100), default=1.0, help=penalty)
-    p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    add("--repetition-penalty", type=number(0.01, below=100), default=1.0, help=penalty)
+    add("--seed", type=int, default=0, help="seed of the sampling")
     cache = "size of the KV cache in GiB; prompts that do not fit wait"
-    p.add_argument("--cache-gb", type=number(above=0), default=4.0, help=cache)
-    # machine
-    add_device_flags(p, "dtype of weights and computation")
+    add("--cache-gb", type=number(above=0), default=4.0, help=cache)
+    add_device_flags(p.add_argument_group("machine"), "dtype of weights and computation")
     return p.parse_args()

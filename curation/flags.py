@@ -12,7 +12,7 @@ OUT, SMALL = "data", "Qwen/Qwen2-0.5B-Instruct"  # the defaults of train_sft.py 
 
 
 def add_data_flags(p: Parser) -> None:
-    add = p.add_argument
+    add = p.add_argument_group("data").add_argument
     add(
         "--sources",
         nargs="+",
@@ -54,7 +54,7 @@ def add_data_flags(p: Parser) -> None:
 
 
 def add_model_flags(p: Parser) -> None:
-    add = p.add_argument
+    add = p.add_argument_group("models").add_argument
     add(
         "--teacher",
         required=True,
@@ -103,7 +103,7 @@ def add_model_flags(p: Parser) -> None:
 
 
 def add_endpoint_flags(p: Parser) -> None:
-    add = p.add_argument
+    add = p.add_argument_group("endpoint").add_argument
     add("--concurrency", type=at_least(1), default=16, help="maximum number of requests in flight")
     add("--timeout", type=number(above=0), default=120.0, help="time limit of one whole reply, in seconds")
     add(
@@ -137,7 +137,7 @@ def add_endpoint_flags(p: Parser) -> None:
 
 
 def add_selection_flags(p: Parser) -> None:
-    add = p.add_argument
+    add = p.add_argument_group("selection").add_argument
     add(
         "--hamming",
         type=at_least(0, high=16),
@@ -160,7 +160,7 @@ def add_selection_flags(p: Parser) -> None:
 
 
 def add_score_flags(p: Parser) -> None:
-    add = p.add_argument
+    add = p.add_argument_group("scores and labels").add_argument
     add("--weight-quality", type=number(0), default=0.6, help="weight of the quality grade in the composite score")
     add("--weight-safety", type=number(0), default=0.3, help="weight of the safety grade")
     add(
@@ -213,7 +213,7 @@ def parse_args() -> argparse.Namespace:
     add_endpoint_flags(p)
     add_selection_flags(p)
     add_score_flags(p)
-    add_device_flags(p, "number format of local checkpoints")
+    add_device_flags(p.add_argument_group("machine"), "number format of local checkpoints")
     args = p.parse_args()
     if (args.price_in is None) != (args.price_out is None):
         raise InputError("--price-in and --price-out go together")

@@ -55,13 +55,13 @@ def parse_judge_args(argv: list[str]) -> Namespace:
     """The arguments of `eval.py judge`."""
     p = Parser(prog="eval.py judge", description="Measures win rates: a teacher compares two replies, in both orders.")
     p.add_argument("--ckpt", nargs="+", required=True, help="two or more checkpoints; the first is the baseline")
-    # judge
+    add = p.add_argument_group("judge").add_argument
     teacher = "URL of an OpenAI-compatible endpoint (its key in TEACHER_API_KEY), or a checkpoint"
-    p.add_argument("--teacher", required=True, help=teacher)
-    p.add_argument("--teacher-model", help="the model's name at the endpoint")
+    add("--teacher", required=True, help=teacher)
+    add("--teacher-model", help="the model's name at the endpoint")
     thought = "for a teacher that thinks before it answers: maximum length of a thought, in tokens"
-    p.add_argument("--thought-tokens", type=at_least(0), default=0, help=thought)
-    p.add_argument("--concurrency", type=at_least(1), default=16, help="maximum number of requests in flight")
+    add("--thought-tokens", type=at_least(0), default=0, help=thought)
+    add("--concurrency", type=at_least(1), default=16, help="maximum number of requests in flight")
     add_reply_flags(p, out="judge")
     args = p.parse_args(argv)
     args.protocol, args.allow_code_execution = "paper", False
@@ -74,24 +74,24 @@ def add_reply_flags(p: ArgumentParser, out: str) -> None:
     """Adds the flags that eval.py and `eval.py judge` share. out: the default of --out."""
     p.add_argument("--out", type=out_path, default=out, help="folder for replies and results")
     add_question_flags(p)
-    # generation
-    add_generation_flags(p, max_new_tokens=1000)
+    generation = p.add_argument_group("generation")
+    add_generation_flags(generation, max_new_tokens=1000)
     penalty = (
         "repetition penalty; 1.0: none, as in the paper. generation_config.json does not set it, unlike in transformers"
     )
-    p.add_argument("--repetition-penalty", type=number(0.01, below=100), default=1.0, help=penalty)
+    generation.add_argument("--repetition-penalty", type=number(0.01, below=100), default=1.0, help=penalty)
     cache = "size of the KV cache in GiB; questions that do not fit wait"
-    p.add_argument("--cache-gb", type=number(above=0), default=4.0, help=cache)
+    generation.add_argument("--cache-gb", type=number(above=0), default=4.0, help=cache)
 
 
 def add_question_flags(p: ArgumentParser, tasks: Sequence[str] | None = None) -> None:
     """Adds --tasks, --data-dir and --limit. tasks: the tasks to accept; None: load_questions() checks them."""
-    # questions
+    add = p.add_argument_group("questions").add_argument
     names = f"one or several of {', '.join(tasks or BENCHMARKS)}"
-    p.add_argument("--tasks", nargs="+", required=True, choices=tasks, metavar="T", help=names)
-    p.add_argument("--data-dir", default="data", help="folder of the benchmark files; missing ones are downloaded")
+    add("--tasks", nargs="+", required=True, choices=tasks, metavar="T", help=names)
+    add("--data-dir", default="data", help="folder of the benchmark files; missing ones are downloaded")
     limit = "maximum number of questions per task, spread over its subjects (default: all)"
-    p.add_argument("--limit", type=at_least(1), help=limit)
+    add("--limit", type=at_least(1), help=limit)
 
 
 def checkpoint_names(sources: list[str]) -> list[str]:

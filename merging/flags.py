@@ -36,15 +36,15 @@ OPTIONS = {
 
 def add_method_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags for inputs and method, for merge.py and its search."""
-    add = parser.add_argument
-    # checkpoints
+    add = parser.add_argument_group("checkpoints").add_argument
     models = "checkpoints to merge: hub id, folder or .pt file, each with a weight (default: 1)"
     add("--models", required=True, nargs="+", metavar="C[:WEIGHT]", help=models)
     add("--base", metavar="C", help="checkpoint the models were trained from; optional for linear and slerp")
     resize = "cut or extend embeddings to the rows of --base, or of the first model; missing rows are copied from it"
     add("--resize", action="store_true", help=resize)
     add("--allow-tokenizer-mismatch", action="store_true", help="merge models whose tokenizers have different tokens")
-    # method
+
+    add = parser.add_argument_group("method").add_argument
     add("--method", required=True, choices=METHOD_NAMES, help="how to merge")
     weights_for = (
         "PATTERN W W ...: one weight per model, for the tensors whose names end in PATTERN, such as "
@@ -59,7 +59,8 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--t", type=number(), metavar="X", help=t)
     add_delta_flags(parser)
-    # arithmetic and machine
+
+    add = parser.add_argument_group("arithmetic").add_argument
     arithmetic = "float32 as in mergekit; float64 takes twice the time and memory, and slerp is exact at small angles"
     add("--arithmetic", choices=["float32", "float64"], default="float32", help=arithmetic)
     add("--seed", type=int, default=0, help="seed of the random masks of dare_* and della*")
@@ -68,8 +69,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_delta_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of methods that merge deltas. fill_options() sets their defaults."""
-    add = parser.add_argument
-    # deltas
+    add = parser.add_argument_group("methods that merge deltas").add_argument
     density = "ties, dare_*, breadcrumbs*, della*: share of a delta to keep, one number or one per model (default: 1)"
     add("--density", type=number(), nargs="+", metavar="X", help=density)
     gamma = "breadcrumbs*: share of the elements to drop, the largest ones (default: 0.01)"
@@ -115,17 +115,11 @@ def parse_merge_args(argv: Sequence[str]) -> argparse.Namespace:
     about = "Merge checkpoints of one architecture into one. `merge.py search` finds the weights."
     parser = Parser(description=about)
     add_method_flags(parser)
-    # output
-    parser.add_argument("--out", type=checkpoint_out, required=True, metavar="O", help="folder or .pt file to write")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="dtype of the output"
-    )
-    parser.add_argument(
-        "--shard-size",
-        type=parse_size,
-        metavar="SIZE",
-        help="maximum size of a safetensors file, such as 5GB (default: one file for all)",
-    )
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=checkpoint_out, required=True, metavar="O", help="folder or .pt file to write")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="dtype of the output")
+    most = "maximum size of a safetensors file, such as 5GB (default: one file for all)"
+    add("--shard-size", type=parse_size, metavar="SIZE", help=most)
     args = parser.parse_args(argv)
     if args.shard_size and args.out.endswith(".pt"):
         raise InputError(f"--shard-size: {args.out} is a single file; use a folder as --out")
@@ -151,8 +145,7 @@ def parse_search_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def add_search_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    # search
+    add = parser.add_argument_group("search").add_argument
     over = ["weights", "density", "lambda", "lines"]
     add("--over", nargs="+", choices=over, default=["weights"], help="what to search")
     greedy = (
@@ -161,7 +154,8 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--greedy", action="store_true", help=greedy)
     add("--evaluations", type=at_least(3), default=15, help="maximum number of points to try; not with --greedy")
-    # data
+
+    add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", metavar="F", help="conversations, as for train_sft.py: minimise the loss on them")
     add("--tasks", nargs="+", metavar="T", help="tasks of eval.py: maximise the share of right answers")
     aside = "share of the data set aside for the final scores"
@@ -178,13 +172,16 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
     add("--allow-code-execution", action="store_true", help="run the code that the merges write, in a sandbox")
     add("--max-new-tokens", type=at_least(1), default=1000, help="maximum length of a reply, in tokens")
     add("--batch-size", type=at_least(1), default=32, help="questions in flight")
-    # machine
+
+    machine = parser.add_argument_group("machine")
     most = "maximum tokens of one forward (default: 16384 on a GPU, else 2048)"
-    add("--micro-tokens", type=at_least(1), help=most)
-    add_device_flags(parser, "dtype of the forward passes")
-    # output
+    machine.add_argument("--micro-tokens", type=at_least(1), help=most)
+    add_device_flags(machine, "dtype of the forward passes")
+
     out = "JSON file to write: all points and the final scores"
-    add("--out", type=file_out('"versus_best"'), required=True, metavar="F.json", help=out)
+    parser.add_argument_group("output").add_argument(
+        "--out", type=file_out('"versus_best"'), required=True, metavar="F.json", help=out
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

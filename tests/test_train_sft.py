@@ -3,6 +3,7 @@ import math
 import os
 import shutil
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from model import Qwen2
 from train_sft import sft_loss
 from training.examples import count_supervised
 from training.logps import example_logps, supervised_logps
-from training.run import first_and_last
+from training.run import first_and_last, print_progress
 from training.setup import plan_steps, plan_warmup, shuffled_order
 
 
@@ -204,6 +205,26 @@ def test_the_line_of_the_losses():
     assert first_and_last([skipped, first, last, skipped]) == [margins]
     assert first_and_last([first | {"rewards/margins": None}]) == ["loss 0.6667 in step 2"]
     assert first_and_last([skipped]) == first_and_last([]) == []
+    assert first_and_last([first | {"rewards/margins": -1.375e-07}]) == [
+        "loss 0.6667 in step 2; reward margin 0 in step 2"
+    ]
+
+
+def test_a_step_is_printed_once_a_minute_where_there_is_no_progress_bar(monkeypatch, capsys):
+    state, step = SimpleNamespace(total=900, printed=1000.0), {"step": 7, "loss": 2 / 3, "lr": 1e-6}
+    for seconds, record, line in (
+        (1059.0, step, ""),
+        (1060.0, step, "step 7 of 900: loss 0.6667, lr 1e-06\n"),
+        (1119.0, step, ""),
+        (1121.0, step | {"tokens_per_second": 1234.5}, "step 7 of 900: loss 0.6667, lr 1e-06, 1,234 tokens/s\n"),
+    ):
+        monkeypatch.setattr("training.run.time.time", lambda: seconds)
+        print_progress(state, record)
+        assert capsys.readouterr().out == line
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("training.run.time.time", lambda: 9000.0)
+    print_progress(state, step)
+    assert capsys.readouterr().out == ""
 
 
 def test_examples_that_are_cut_are_counted(tiny, tmp_path, run):

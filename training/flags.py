@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 
 from core.files import InputError, is_main
-from core.flags import Parser, add_device_flags, at_least, checkpoint_out, number
+from core.flags import FlagGroup, Parser, add_device_flags, at_least, checkpoint_out, number
 from core.outputs import check_writable
 
 # Tensor sizes differ between micro-batches; this lets torch reuse freed memory for other sizes. torch may read the
@@ -49,10 +49,11 @@ def parse_kto_args(
     # the paper does not give its settings for KTO; the learning rate and beta are TRL's
     add_training_flags(p, "sft.pt", "data/kto.jsonl", None, epochs=1, batch_size=64, lr=1e-6)
     p.set_defaults(method="KTO (arXiv 2402.01306)")
-    add_reference_flags(p)
+    kto = p.add_argument_group("KTO")
+    add_reference_flags(kto)
     w_d = "weight w_D of desirable examples; auto balances the labels"
-    p.add_argument("--desirable-weight", type=number_or_auto, default=1.0, help=w_d)
-    p.add_argument("--undesirable-weight", type=number(0), default=1.0, help="weight w_U of undesirable examples")
+    kto.add_argument("--desirable-weight", type=number_or_auto, default=1.0, help=w_d)
+    kto.add_argument("--undesirable-weight", type=number(0), default=1.0, help="weight w_U of undesirable examples")
     if add_flags:
         add_flags(p)
     args = p.parse_args(argv)
@@ -66,62 +67,63 @@ def add_training_flags(
     p: Parser, ckpt: str, data: str, out: str | None, epochs: int, batch_size: int, lr: float, suffix: str = "kto"
 ) -> None:
     """Adds the flags. The other arguments are the script's defaults. out=None: default_out(--ckpt, suffix)."""
-    # checkpoints
-    p.add_argument("--ckpt", default=ckpt, help="model to start from: hub id, folder or .pt file")
+    add = p.add_argument_group("checkpoints").add_argument
+    add("--ckpt", default=ckpt, help="model to start from: hub id, folder or .pt file")
     note = "" if out else f" (default: --ckpt with -{suffix} in its name)"
-    p.add_argument("--out", type=checkpoint_out, default=out, help=f"checkpoint to write: folder or .pt file{note}")
-    # data
-    p.add_argument("--data", nargs="+", default=[data], help=f"data files to train on (default: {data})")
-    p.add_argument("--eval-data", nargs="+", help="held-out data files, evaluated in training")
+    add("--out", type=checkpoint_out, default=out, help=f"checkpoint to write: folder or .pt file{note}")
+
+    add = p.add_argument_group("data").add_argument
+    add("--data", nargs="+", default=[data], help=f"data files to train on (default: {data})")
+    add("--eval-data", nargs="+", help="held-out data files, evaluated in training")
     max_len = "maximum length of an example, in tokens; longer ones are cut at the end"
-    p.add_argument("--max-len", type=at_least(2), default=1024, help=max_len)
-    p.add_argument("--no-shuffle", action="store_true", help="keep the order of the files in every epoch")
-    p.add_argument("--seed", type=int, default=0, help="seed of the data order and of torch's random numbers")
-    # optimisation
-    p.add_argument("--epochs", type=at_least(1), default=epochs, help="passes over the data")
-    p.add_argument("--max-steps", type=at_least(1), help="optimizer steps; overrides --epochs")
-    p.add_argument("--batch-size", type=at_least(1), default=batch_size, help="examples per step, all ranks together")
-    p.add_argument(
-        "--lr",
-        type=number(0),
-        default=lr,
-        help="peak learning rate; a few hundred examples need a larger one, see docs/REPORT.md",
-    )
+    add("--max-len", type=at_least(2), default=1024, help=max_len)
+    add("--no-shuffle", action="store_true", help="keep the order of the files in every epoch")
+    add("--seed", type=int, default=0, help="seed of the data order and of torch's random numbers")
+
+    add = p.add_argument_group("optimisation").add_argument
+    add("--epochs", type=at_least(1), default=epochs, help="passes over the data")
+    add("--max-steps", type=at_least(1), help="optimizer steps; overrides --epochs")
+    add("--batch-size", type=at_least(1), default=batch_size, help="examples per step, all ranks together")
+    peak = "peak learning rate; a few hundred examples need a larger one, see docs/REPORT.md"
+    add("--lr", type=number(0), default=lr, help=peak)
     schedules = ["cosine", "linear", "constant"]
-    p.add_argument("--schedule", choices=schedules, default="cosine", help="learning-rate schedule")
+    add("--schedule", choices=schedules, default="cosine", help="learning-rate schedule")
     rises = "number of steps in which the learning rate rises from 0 (default: a tenth of the steps, at most 10)"
-    p.add_argument("--warmup", type=at_least(0), help=rises)
-    p.add_argument("--weight-decay", type=number(0), default=0.0, help="AdamW's weight decay, on matrices only")
-    p.add_argument("--beta1", type=number(0, below=1), default=0.9, help="AdamW's decay of the first moment")
-    p.add_argument("--beta2", type=number(0, below=1), default=0.999, help="AdamW's decay of the second moment")
-    p.add_argument("--eps", type=number(0), default=1e-8, help="AdamW's epsilon")
-    p.add_argument("--clip", type=number(0), default=1.0, help="maximum gradient norm; 0 turns clipping off")
+    add("--warmup", type=at_least(0), help=rises)
+    add("--weight-decay", type=number(0), default=0.0, help="AdamW's weight decay, on matrices only")
+    add("--beta1", type=number(0, below=1), default=0.9, help="AdamW's decay of the first moment")
+    add("--beta2", type=number(0, below=1), default=0.999, help="AdamW's decay of the second moment")
+    add("--eps", type=number(0), default=1e-8, help="AdamW's epsilon")
+    add("--clip", type=number(0), default=1.0, help="maximum gradient norm; 0 turns clipping off")
     skips = "stop with an error after this many steps in a row with a loss or gradient that is not finite"
-    p.add_argument("--max-skips", type=at_least(1), default=3, help=skips)
-    # machine
+    add("--max-skips", type=at_least(1), default=3, help=skips)
+
+    machine = p.add_argument_group("machine")
+    add = machine.add_argument
     micro_tokens = "maximum tokens of one forward (default: 16384 on a GPU, else 1024)"
-    p.add_argument("--micro-tokens", type=at_least(1), help=micro_tokens)
-    add_device_flags(p, "compute dtype; the weights stay fp32")
+    add("--micro-tokens", type=at_least(1), help=micro_tokens)
+    add_device_flags(machine, "compute dtype; the weights stay fp32")
     when = "torch.compile the blocks; auto: on a CPU, if the run is long enough to repay half a minute of compilation"
-    p.add_argument("--compile", nargs="?", choices=["auto", "on", "off"], default="auto", const="on", help=when)
-    p.add_argument("--shard", action="store_true", help="split weights and optimizer state over the ranks (FSDP2)")
+    add("--compile", nargs="?", choices=["auto", "on", "off"], default="auto", const="on", help=when)
+    add("--shard", action="store_true", help="split weights and optimizer state over the ranks (FSDP2)")
     again = (
         "recompute the blocks in the backward to save memory; auto: only if a step would not fit otherwise. "
         "The estimate assumes the fused kernels and this script's own loss"
     )
     ways = ["auto", "on", "off"]
-    p.add_argument("--activation-checkpointing", nargs="?", choices=ways, default="auto", const="on", help=again)
-    # saving
+    add("--activation-checkpointing", nargs="?", choices=ways, default="auto", const="on", help=again)
+
+    add = p.add_argument_group("saving and evaluation").add_argument
     every = "steps between saves into OUT.run/; 0 saves at the end only"
-    p.add_argument("--save-every", type=at_least(0), default=100, help=every)
-    p.add_argument("--keep", type=at_least(1), default=2, help="newest saves to keep; with --eval-every also the best")
+    add("--save-every", type=at_least(0), default=100, help=every)
+    add("--keep", type=at_least(1), default=2, help="newest saves to keep; with --eval-every also the best")
     every = "steps between evaluations; 0 evaluates at the end only"
-    p.add_argument("--eval-every", type=at_least(0), default=0, help=every)
-    p.add_argument("--resume", action="store_true", help="continue from the last save in OUT.run/")
-    p.add_argument("--tensorboard", action="store_true", help="also write the log as TensorBoard event files")
+    add("--eval-every", type=at_least(0), default=0, help=every)
+    add("--resume", action="store_true", help="continue from the last save in OUT.run/")
+    add("--tensorboard", action="store_true", help="also write the log as TensorBoard event files")
 
 
-def add_reference_flags(p: Parser) -> None:
+def add_reference_flags(p: FlagGroup) -> None:
     """Adds the flags of the methods that compare with a reference model: KTO, DPO."""
     p.add_argument("--ref", help="reference checkpoint; without it, the model before training")
     pull = "strength of the pull towards the reference, per nat"

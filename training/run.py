@@ -211,6 +211,15 @@ def progress(run: Run, name: str) -> tqdm:
     return tqdm(range(run.done, run.total), name, run.total, initial=run.done, unit="step", disable=hidden)
 
 
+def print_progress(run: Run, record: dict) -> None:
+    """Prints a step's loss and speed, at most once a minute, where stderr is no terminal and so has no progress bar."""
+    if sys.stderr.isatty() or time.time() < run.printed + 60:
+        return
+    run.printed = time.time()
+    speed = f", {record['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in record else ""
+    print(f"step {record['step']} of {run.total}: loss {record['loss']:.4g}, lr {record['lr']:.3g}{speed}", flush=True)
+
+
 def due(step: int, total: int, every: int) -> bool:
     """True after every `every` steps and after the last one (every=0: only after the last one)."""
     return step == total or every > 0 and step % every == 0
@@ -243,6 +252,7 @@ def end_step(run: Run, record: dict | None) -> bool:
     step, args = record["step"], run.args
     if is_main():
         write_log(run, record)
+        print_progress(run, record)
     check_skips(run, step)
     best = args.eval_every and record.get("eval_loss", math.inf) < run.best[0]
     if best:
@@ -304,9 +314,10 @@ def first_and_last(records: list[dict]) -> list[str]:
     """A line of the summary: loss and reward margin, where there is one, in the first and last step with a loss."""
     known = [record for record in records if record["loss"] is not None]
     ends = known[:1] + known[1:][-1:]
+    value = lambda x: f"{x:.4g}" if abs(x) >= 1e-5 else "0"  # the first margin is 0 up to rounding
     figures = []
     for key, label in (("loss", "loss"), ("rewards/margins", "reward margin")):
-        values = [f"{record[key]:.4g} in step {record['step']}" for record in ends if record.get(key) is not None]
+        values = [f"{value(record[key])} in step {record['step']}" for record in ends if record.get(key) is not None]
         figures += [f"{label} {', '.join(values)}"] if values else []
     return ["; ".join(figures)] if figures else []
 

@@ -32,3 +32,4 @@ class Run:
     pending: dict | None = None  # the log record of the last step, if its evaluation was interrupted
     events: object = None  # TensorBoard's writer
     started: float = field(default_factory=time.time)
+    printed: float = field(default_factory=time.time)  # when print_progress last printed a step

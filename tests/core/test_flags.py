@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from core import flags
 from core.files import InputError
+from training.flags import add_training_flags
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,14 @@ def test_help_names_the_command_as_it_is_typed(tmp_path):
         )
         words = command if command[0].endswith(".py") else ["python", *command]
         assert done.stdout.startswith(f"usage: {' '.join(words)} "), done.stdout[:200] + done.stderr
+
+
+def test_help_groups_the_flags():
+    p = flags.Parser()
+    add_training_flags(p, "base", "data.jsonl", None, epochs=1, batch_size=8, lr=1e-3)
+    groups = p.format_help().split("\n\n")
+    for title, flag in (("options", "--help"), ("checkpoints", "--out"), ("data", "--max-len"), ("machine", "--dtype")):
+        assert [flag in group for group in groups if group.startswith(f"{title}:\n")] == [True], title
 
 
 def test_help_shows_the_first_paragraph_of_a_docstring():
