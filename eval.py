@@ -29,6 +29,7 @@ from argparse import Namespace
 
 from tqdm import tqdm
 
+from core.card import table_row
 from core.devices import choose_device
 from core.distributed import join_ranks, leave_group
 from core.outputs import check_folder, claim_folder
@@ -147,7 +148,7 @@ def results_table(results: dict) -> str:
             f"comparison{'s' * (comparisons > 1)}. Test: exact McNemar, or the paired bootstrap if scores are not 0 or "
             "1 or average over subjects"
         )
-    rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    rows = "".join(f"{table_row(line)}\n" for line in lines)
     return "\n".join([rows, f"{note}.\n", *describe_differences(results), *metric_lines(results)])
 
 

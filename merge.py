@@ -32,7 +32,7 @@ from core.card import model_card
 from core.checkpoint import Checkpoint, write_checkpoint
 from core.devices import choose_device
 from merging import engine, methods
-from merging.inputs import open_inputs
+from merging.inputs import open_inputs, output_files
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The maths. n models, m elements of a tensor. A delta is a model's tensor minus the base's.
@@ -185,9 +185,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # both are called after the last tensor is written, when the digests are known
     manifest = lambda: json.dumps(make_manifest(args, base, models, stats), indent=2, ensure_ascii=False) + "\n"
     card = lambda: merge_card(args, make_manifest(args, base, models, stats))
-    tensors = merge_checkpoints(args, base, models, dtype, stats)
+    files, tensors = output_files(reference, models), merge_checkpoints(args, base, models, dtype, stats)
     write_checkpoint(
-        args.out, reference.config, reference.files | {"merge.json": manifest}, specs, tensors, args.shard_size, card
+        args.out, reference.config, files | {"merge.json": manifest}, specs, tensors, args.shard_size, card
     )
 
     if stats.lost > 0.01 * stats.changed:

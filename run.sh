@@ -203,6 +203,10 @@ if [[ ! -d $run/own-data ]]; then
   mkdir -p "$run/steps/own-data.copy"
   cp -r "$run/data/." "$run/steps/own-data.copy"
   mv "$run/steps/own-data.copy" "$run/own-data"
+elif [[ -f $run/data/replies.jsonl && -f $run/own-data/replies.jsonl ]]; then
+  # adds what the teacher has answered since, for a larger --target; a line that a kill cut off is left out
+  awk -F'"' '/}$/ && !seen[$4]++' "$run/own-data/replies.jsonl" "$run/data/replies.jsonl" >"$run/steps/replies.jsonl"
+  mv "$run/steps/replies.jsonl" "$run/own-data/replies.jsonl"
 fi
 "$py" make_data.py --sources "${sources[@]}" --teacher "$teacher" --small "$run/sft" --out "$run/own-data" \
   ${data[@]+"${data[@]}"}

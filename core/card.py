@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -58,11 +58,14 @@ def front_matter(fields: dict[str, str | list[str] | None]) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
+def table_row(cells: Iterable[object]) -> str:
+    """A row of a Markdown table, without a newline. A | inside a cell, such as that of a file name, is escaped."""
+    return f"| {' | '.join(str(cell).replace('|', chr(92) + '|').replace(chr(10), ' ') for cell in cells)} |"
+
+
 def settings_table(rows: dict[str, object]) -> str:
     """A Markdown table of two columns without a header."""
-    plain = lambda x: str(x).replace("|", "\\|").replace("\n", " ")
-    lines = [f"| {plain(name)} | {plain(value)} |" for name, value in rows.items()]
-    return "\n".join(["| | |", "|---|---|", *lines])
+    return "\n".join(["| | |", "|---|---|", *map(table_row, rows.items())])
 
 
 def model_card(

@@ -272,7 +272,7 @@ def one_dialogue(fields: Fields, where: str) -> Dialogue:
         all_turns = reply is None if turns else "history" in fields
         return Dialogue(prompt, reply and one_reply(reply, where), rejected, all_turns)
     if turns is not None:
-        raise InputError(f"{where}: the conversation is {shown(turns)}; it must be a list of messages")
+        raise InputError(f"{where}: expected a text or a list of messages, found {shown(turns)}")
     keys = ", ".join(printable(key[:60]) for key in sorted(fields)[:20]) or "all null"
     raise InputError(
         f"{where}: no known shape, the keys are {keys}; expected messages, conversations, instruction and output, "

@@ -48,13 +48,7 @@ class Tokenizer:
         self.prefix = next((t for t in named if t is not None), self.im_end)
         self.newline = self.encode("\n")
         self.header = [self.im_start, *self.encode("assistant\n")]
-        where = f"{ckpt.source}/generation_config.json"
-        generation = json_object(ckpt.files.get("generation_config.json", "{}"), where)
-        eos = generation.get("eos_token_id", ckpt.config.get("eos_token_id"))
-        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if not all(type(t) is int for t in ids):
-            raise InputError(f"{where}: eos_token_id is {shown(eos)}; it must be a token id or a list of them")
-        self.stop_ids = {self.im_end, *(t for t in ids if 0 <= t < size)}  # the model cannot produce other ids
+        self.stop_ids = {self.im_end, *(t for t in end_ids(ckpt) if 0 <= t < size)}  # the model has no other ids
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids. A control token typed in the text is encoded as ordinary characters."""
@@ -143,6 +137,38 @@ def more_special_texts(settings: dict) -> list[str]:
     tokens = [token for listed in tokens if isinstance(listed, list) for token in listed]
     texts = [token.get("content") if isinstance(token, dict) else token for token in tokens]
     return [text for text in texts if isinstance(text, str)]
+
+
+def end_ids(ckpt: Checkpoint) -> list[int]:
+    """eos_token_id of generation_config.json, else of config.json: the tokens at which transformers ends a reply."""
+    where = f"{ckpt.source}/generation_config.json"
+    generation = json_object(ckpt.files.get("generation_config.json", "{}"), where)
+    eos = generation.get("eos_token_id", ckpt.config.get("eos_token_id"))
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(t) is int for t in ids):
+        raise InputError(f"{where}: eos_token_id is {shown(eos)}; it must be a token id or a list of them")
+    return ids
+
+
+def with_end_token(files: dict[str, str], im_end: int, others: Iterable[int]) -> dict[str, str]:
+    """A checkpoint's side files with <|im_end|>, which ends every trained reply, as the first of the end tokens.
+
+    A base model's files name only <|endoftext|>, so transformers and vLLM would not stop at <|im_end|>.
+    im_end: its id. others: the other end tokens.
+    """
+    generation = json_object(files.get("generation_config.json", "{}"), "generation_config.json")
+    known = generation.get("eos_token_id")
+    known = known if isinstance(known, list) else [known]
+    if im_end in known:
+        return files
+    generation["eos_token_id"] = [im_end, *sorted({*others} - {im_end})]
+    changed = {"generation_config.json": json.dumps(generation, indent=2) + "\n"}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        settings = json_object(files.get(name, "{}"), name)
+        if "eos_token" in settings or name == "tokenizer_config.json":
+            settings["eos_token"] = "<|im_end|>"
+            changed[name] = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    return files | changed
 
 
 def load_backend(ckpt: Checkpoint, settings: dict, special: Iterable[str]) -> tokenizers.Tokenizer:

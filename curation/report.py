@@ -5,6 +5,7 @@ import json
 import math
 from typing import NamedTuple
 
+from core.card import table_row
 from core.files import atomic_write, printable
 from core.records import read_jsonl
 from curation.costs import estimate_tokens, price, request_tokens
@@ -25,7 +26,7 @@ BASES = {"program": "a trusted reference, checked by a program", "rules": "rules
 def histogram(counts: dict[str, int], most: int = 40) -> list[str]:
     """{name: n} -> the rows of a Markdown table with bars, the largest first. At most `most` rows, then a sum."""
     rows, top = sorted(counts.items(), key=lambda kv: (-kv[1], kv[0])), max(counts.values(), default=1)
-    text = [f"| {name} | {n:,} | {'#' * math.ceil(30 * n / top)} |" for name, n in rows[:most]]
+    text = [table_row([name, f"{n:,}", "#" * math.ceil(30 * n / top)]) for name, n in rows[:most]]
     if len(rows) > most:
         text.append(f"| ... {len(rows) - most} more | {sum(n for _, n in rows[most:]):,} | |")
     return text

@@ -278,7 +278,7 @@ def evaluation_questions(path: str) -> list[str]:
 
 
 def csv_questions(path: str) -> list[str]:
-    """The column named "question". Without such a header (MMLU's files have none) the first column of every row."""
+    """The column named by one of QUESTION_KEYS. Without a header (MMLU's files have none) the first of every row."""
     with open_bytes(path) as file:
         try:
             rows = list(csv.reader(io.StringIO(file.read().decode("utf-8-sig"), newline="")))
@@ -287,11 +287,11 @@ def csv_questions(path: str) -> list[str]:
         except csv.Error as e:
             raise InputError(f"{path}: not CSV: {e}") from None
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
-    if "question" in header:
-        column, rows = header.index("question"), rows[1:]
-    else:
-        column = 0
-    return [row[column] for row in rows if len(row) > column]
+    named = [key for key in map(str.lower, QUESTION_KEYS) if key in header]
+    if "question" in named or named and header[-1] not in ("a", "b", "c", "d"):  # how MMLU's rows end
+        column = header.index(named[0])
+        return [row[column] for row in rows[1:] if len(row) > column]
+    return [row[0] for row in rows if row]
 
 
 def turn_question(message: dict) -> str | None:

@@ -90,6 +90,25 @@ def index_questions(files: list[str]) -> tuple[list[tuple[str, int, str]], dict]
     return asked, contamination.build_index(question for _, _, question in asked)
 
 
+def match_user_turns(path: str, questions: dict, n: int) -> np.ndarray:
+    """Finds short questions in conversations -> (n,) int64: index of the question in a user's turn, -1 for none.
+
+    In the text of a whole conversation, the other turns and the system prompt would hide a short question.
+    """
+    owner, found = [], np.full(n, -1)
+
+    def turns() -> Iterator[str]:
+        for i, (_, r) in enumerate(read_jsonl(path) if questions else ()):
+            for message in r["prompt"] if len(r["prompt"]) > 1 else ():
+                if message["role"] == "user":
+                    owner.append(i)
+                    yield message["content"]
+
+    matches = contamination.find_contamination(turns(), questions)
+    np.maximum.at(found, np.array(owner, np.int64), matches)
+    return found
+
+
 def deduplicate(args: argparse.Namespace, path: str, files: list[str], counts: dict) -> Iterator[tuple[bool, dict]]:
     """Step 2: drops near duplicates by simhash of the prompt, and prompts that contain an evaluation question.
 
@@ -109,6 +128,7 @@ def deduplicate(args: argparse.Namespace, path: str, files: list[str], counts: d
             yield prompt_text(r["prompt"])
 
     hashes, found = contamination.simhash_and_match(prompts(), questions)
+    found = np.maximum(found, match_user_turns(path, questions, len(found)))
     rank = np.empty(len(merit), np.int64)
     rank[np.argsort(-np.array(merit, np.int64), kind="stable")] = np.arange(len(merit))
     keep, twin = dedup.keep_best(hashes, rank, args.hamming)

@@ -11,6 +11,7 @@ import json
 import os
 from argparse import Namespace
 
+from core.card import table_row
 from core.distributed import Ranks
 from core.files import InputError, atomic_write
 from core.outputs import check_folder, claimed_folder
@@ -93,10 +94,8 @@ def summarise_verdicts(outcomes: list[float | None], lengths: list[int], base_le
 
 
 def verdict_table(results: dict, first: str) -> str:
-    lines = [
-        f"| against {first} | task | win rate | 95% interval | p | won / tied / lost | characters (first) |",
-        "|---" * 7 + "|",
-    ]
+    head = [f"against {first}", "task", "win rate", "95% interval", "p", "won / tied / lost", "characters (first)"]
+    lines = [table_row(head), "|---" * len(head) + "|"]
     for name, cells in results.items():
         for task, c in cells.items():
             low, high = c["interval"]
@@ -104,7 +103,7 @@ def verdict_table(results: dict, first: str) -> str:
             row = [name, task, f"{100 * c['score']:.1f} ± {error}", f"{100 * low:.1f} to {100 * high:.1f}"]
             row += [f"{c['p_holm']:.2g}", f"{c['wins']} / {c['ties']} / {c['losses']}"]
             row += [f"{c['characters']:.0f} ({c['characters_first']:.0f})"]
-            lines.append(f"| {' | '.join(row)} |")
+            lines.append(table_row(row))
     note = "Percent ± one standard error; a tie counts half. p: bootstrap test against 50 %, Holm-corrected.\n"
     return "\n".join(lines) + f"\n\n{note}"
 

@@ -224,5 +224,8 @@ def text_rows(find: Callable) -> list[dict]:
 def open_rows(path: str, key: str = "turns") -> list[dict]:
     """Questions without a right answer, for `eval.py judge`. Only the first turn is asked."""
     rows = json_rows(path, question_id=int, category=str, **{key: list[str] if key == "turns" else str})
-    question = lambda row: "".join(row["turns"][:1]) if key == "turns" else row[key]
-    return [{"id": str(row["question_id"]), "subject": row["category"], "question": question(row)} for row in rows]
+    for row in rows:
+        row["asked"] = "".join(row["turns"][:1]) if key == "turns" else row[key]
+        if not row["asked"].strip():
+            raise InputError(f"{row['where']}: the question in {key!r} is empty; correct the line or remove it")
+    return [{"id": str(row["question_id"]), "subject": row["category"], "question": row["asked"]} for row in rows]

@@ -11,7 +11,7 @@ from core.checkpoint import EMBEDDING, HEAD, Checkpoint
 from core.config import parse_config
 from core.files import InputError, same_path
 from core.outputs import check_inputs
-from core.tokenizer import vocabulary
+from core.tokenizer import end_ids, vocabulary, with_end_token
 from merging.flags import NEEDS_BASE, fill_options, parse_finite, parse_model
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,6 +116,19 @@ def open_inputs(args: argparse.Namespace) -> tuple[Checkpoint | None, list[Check
     for text in notes:  # after all checks: an error is printed alone
         print(f"note: {text}", file=sys.stderr)
     return base, models
+
+
+def output_files(reference: Checkpoint, models: list[Checkpoint]) -> dict[str, str]:
+    """The side files of the result: those of the reference.
+
+    If replies of a model end with <|im_end|>, they name it as an end token, even if the reference is a base model.
+    """
+    if "tokenizer.json" not in reference.files:
+        return reference.files
+    im_end = {text: i for i, text in vocabulary(reference)[2]}.get("<|im_end|>")
+    if im_end is None or not any(im_end in end_ids(model) for model in models):
+        return reference.files
+    return with_end_token(reference.files, im_end, end_ids(reference))
 
 
 def choose_models(args: argparse.Namespace, parsed: list[tuple[str, float | None]], notes: list[str]) -> list[int]:

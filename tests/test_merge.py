@@ -94,6 +94,27 @@ def test_a_shard_that_fails_leaves_what_was_there(faulty, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "out"]
 
 
+def test_replies_of_a_merge_end_where_those_of_a_model_do(tmp_path):
+    """A base model names <|endoftext|> only; without <|im_end|> transformers would not end a merged chat model's reply."""
+    added = [{"id": 0, "content": "<|endoftext|>"}, {"id": 2, "content": "<|im_end|>"}]
+    paths = {}
+    for name, end in {"base": 0, "other": 0, "chat": [2, 0], "none": None}.items():
+        files = {"tokenizer.json": json.dumps({"added_tokens": added}), "tokenizer_config.json": "{}"}
+        files["generation_config.json"] = json.dumps({"eos_token_id": end, "top_k": 20})
+        paths[name] = save(tmp_path / name, {"x": torch.eye(2)}, TIED, files)
+    for base, models, end in (
+        ("base", ["other", "chat"], [2, 0]),
+        ("base", ["other"], 0),
+        ("chat", ["other"], [2, 0]),
+        ("none", ["chat"], [2]),
+    ):
+        run(tmp_path / "out", "ties", [paths[name] for name in models], "--base", paths[base])
+        files = Checkpoint(str(tmp_path / "out")).files
+        assert json.loads(files["generation_config.json"]) == {"eos_token_id": end, "top_k": 20}
+        told = {"eos_token": "<|im_end|>"} if base != "chat" and "chat" in models else {}
+        assert json.loads(files["tokenizer_config.json"]) == told
+
+
 def test_rows_that_differ(tmp_path, capsys):
     draw = lambda rows, seed: torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed))
     name = "model.embed_tokens.weight"

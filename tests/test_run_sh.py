@@ -13,7 +13,10 @@ script=$1 out=
 while (($#)); do [[ $1 == --out ]] && out=$2; shift; done
 echo "$script ${out##*/}" >>calls
 case $script in
-  make_data.py) mkdir -p "$out"; for name in replies sft kto; do echo "$name" >"$out/$name.jsonl"; done ;;
+  make_data.py)
+    mkdir -p "$out"
+    for name in sft kto; do echo "$name" >"$out/$name.jsonl"; done
+    [[ -e $out/replies.jsonl ]] || echo '{"key": "a", "text": "one"}' >"$out/replies.jsonl" ;;
   train_* | merge.py) mkdir -p "$out" ;;
 esac
 """
@@ -112,5 +115,16 @@ def test_an_interrupted_copy_of_the_data_is_made_again(tmp_path, stand_ins):
     cp.chmod(0o755)
     assert stand_ins(f"{cp.parent}:{os.environ['PATH']}")[0] == 1 and not (tmp_path / "out/own-data").exists()
     assert stand_ins() == (0, TRAINED[1:] + FUSED)
-    assert (tmp_path / "out/own-data/replies.jsonl").read_text() == "replies\n"
+    assert (tmp_path / "out/own-data/replies.jsonl").read_text() == '{"key": "a", "text": "one"}\n'
     assert [p.name for p in (tmp_path / "out/steps").glob("*.copy")] == []
+
+
+def test_later_replies_of_the_teacher_reach_the_own_data(tmp_path, stand_ins):
+    """A larger --target asks the teacher more; the second labelling must not ask it the same again."""
+    assert stand_ins()[0] == 0
+    first, more, own = (f'{{"key": "{key}", "text": "{key}}}"}}\n' for key in ("a", "b", "c"))
+    (tmp_path / "out/data/replies.jsonl").write_text(first + more)
+    (tmp_path / "out/own-data/replies.jsonl").write_text(own + first + more[:20])  # a kill cut the last line off
+    for _ in range(2):
+        assert stand_ins() == (0, [])
+        assert (tmp_path / "out/own-data/replies.jsonl").read_text() == own + first + more

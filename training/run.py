@@ -25,9 +25,9 @@ from core.distributed import (
     stop_asked,
     sum_over_ranks,
 )
-from core.files import InputError, atomic_write, code_hash, json_object, print0, print_next, read_json
+from core.files import InputError, atomic_write, code_hash, print0, print_next, read_json
 from core.outputs import discard_checkpoint
-from core.tokenizer import Tokenizer
+from core.tokenizer import with_end_token
 from model import Qwen2
 from training.log import event_writer, json_safe, kept_lines, write_log
 from training.logps import sequence_logps
@@ -88,7 +88,7 @@ def start_run(setup: Setup, identity: dict) -> Run | None:
     args, model, total = setup.args, setup.model, len(setup.steps)
     check_shards(model)
     start_sync, wait_sync = overlapped_reduction(model, setup.ranks.world)
-    files = with_end_token(setup.ckpt.files, setup.tokenizer)
+    files = with_end_token(setup.ckpt.files, setup.tokenizer.im_end, setup.tokenizer.stop_ids)
     run = Run(args, setup.ranks, model, make_optimizer(model, args), start_sync, wait_sync, files, identity, total)
     if is_main():
         take_lock(args.out)
@@ -169,27 +169,6 @@ def write_args_and_log(run: Run, lines: list[str]) -> None:
     for name, text in ("log.jsonl", "".join(lines)), ("args.json", json.dumps(args, indent=2)):
         with atomic_write(run_file(run.args, name)) as f:
             f.write(text)
-
-
-def with_end_token(files: dict[str, str], tokenizer: Tokenizer) -> dict[str, str]:
-    """The side files of OUT, with <|im_end|> added to the end tokens, because every trained reply ends with it.
-
-    A base model's files name only <|endoftext|>, so transformers and vLLM would not stop at <|im_end|>.
-    """
-    generation = json_object(files.get("generation_config.json", "{}"), "generation_config.json")
-    known = generation.get("eos_token_id")
-    known = known if isinstance(known, list) else [known]
-    if tokenizer.im_end in known:
-        return files
-    others = sorted(tokenizer.stop_ids - {tokenizer.im_end})
-    generation["eos_token_id"] = [tokenizer.im_end, *others]
-    changed = {"generation_config.json": json.dumps(generation, indent=2) + "\n"}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        settings = json_object(files.get(name, "{}"), name)
-        if "eos_token" in settings or name == "tokenizer_config.json":
-            settings["eos_token"] = "<|im_end|>"
-            changed[name] = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    return files | changed
 
 
 def warn_of_added_parameters(setup: Setup) -> None:

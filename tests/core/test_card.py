@@ -4,11 +4,15 @@ import huggingface_hub
 import pytest
 from conftest import write_lines
 
-from core.card import base_license, dataset_id, hub_id, model_card, readme_license
+from core.card import base_license, dataset_id, hub_id, model_card, readme_license, table_row
 
 
 def parse(card):
     return huggingface_hub.ModelCard(card).data.to_dict()
+
+
+def test_a_cell_of_a_table_stays_one_cell():
+    assert table_row(["a|b", 1, "two\nlines"]) == "| a\\|b | 1 | two lines |"
 
 
 def test_the_hub_reads_the_front_matter():

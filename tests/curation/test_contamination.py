@@ -131,3 +131,23 @@ def test_a_response_that_is_nearly_a_question_stays():
     near = "Write this word two times in a row:"
     assert contamination.find_contamination([near, question], index).tolist() == [0, 0]
     assert contamination.find_contamination([near, f"Sure: {question}"], for_responses).tolist() == [-1, 0]
+
+
+def test_a_short_question_is_found_in_every_turn_of_a_conversation(tmp_path):
+    question, exam = "What is the capital of the country of France?", tmp_path / "exam.jsonl"
+    exam.write_text(json.dumps({"question": question}) + "\n")
+    system = {
+        "role": "system",
+        "content": "You are a helpful assistant. Think step by step and give a long, full answer.",
+    }
+    chat = [{"role": "user", "content": "Hello, I would like to learn something about towns today."}]
+    chat.append({"role": "assistant", "content": "With pleasure. Which ones are you interested in, may I ask?"})
+    asks, near = ({"role": "user", "content": text} for text in (question, question.replace("country ", "")))
+    prompts = [[asks], [system, asks], [system, near], [*chat, asks], [asks, chat[1], chat[0]]]
+    others = [[system, chat[0]], [system, *chat, {"role": "user", "content": "What is the capital of Spain?"}]]
+    records = collected(*(("", "r") for _ in (*prompts, *others)))
+    for record, prompt in zip(records, [*prompts, *others], strict=True):
+        record["prompt"] = prompt
+    lines = list(steps.deduplicate(type("Args", (), {"hamming": 0}), lines_of(tmp_path, records), [str(exam)], {}))
+    assert [is_kept for is_kept, _ in lines] == [False] * len(prompts) + [True] * len(others)
+    assert {line["reason"] for is_kept, line in lines if not is_kept} == {"contains an evaluation question"}

@@ -311,6 +311,8 @@ def test_evaluation_files_in_their_own_shapes(tmp_path):
         "mmlu.csv": '"What, then?",a,b,c,d,A\nsecond?,a,b,c,d,B\n',
         "lines.csv": 'id,question,A\n0,"one\u2028two\nthree\x1c",a\n',
         "cmmlu.csv": ",Question,A,B,C,D,Answer\n0,What,a,b,c,d,A\n",
+        "aime.csv": "ID,Problem,Answer\n1,Find x.,2\n",
+        "text.csv": "Text,b,c,d,e,A\nWhy?,b,c,d,e,B\n",  # MMLU's, without a header
         "ceval.csv": "id,question,A,B,C,D,answer\n0,Why,a,b,c,d,A\n",
         "bbh.json": json.dumps({"canary": "x", "examples": [{"input": "in", "target": "t"}]}),
         "gsm8k.jsonl": '{"question": "q1", "answer": "a"}\n{"question": "q2", "answer": "a"}\n',
@@ -327,6 +329,8 @@ def test_evaluation_files_in_their_own_shapes(tmp_path):
         "mmlu.csv": ["What, then?", "second?"],
         "lines.csv": ["one\u2028two\nthree\x1c"],
         "cmmlu.csv": ["What"],
+        "aime.csv": ["Find x."],
+        "text.csv": ["Text", "Why?"],
         "ceval.csv": ["Why"],
         "bbh.json": ["in"],
         "gsm8k.jsonl": ["q1", "q2"],

@@ -252,6 +252,14 @@ IFEVAL = '{"key": 1, "prompt": "p", "instruction_id_list": %s, "kwargs": %s}'
         ("safetybench/test_zh_subset.json", json.dumps([SAFETY | {"question": None}]), "question are texts"),
         ("safetybench/test_zh_subset.json", json.dumps([SAFETY | {"options": ["a", 1]}]), "a list of texts"),
         ("safetybench/test_zh_subset.json", json.dumps([SAFETY]), "out of range"),
+        *(
+            (
+                "mt_bench/question.jsonl",
+                json.dumps({"question_id": 1, "category": "c", "turns": turns}),
+                "the question in",
+            )
+            for turns in ([], [""], [" \n", "a second turn"])
+        ),
         ("truthfulqa_mc1/../truthfulqa/TruthfulQA.csv", "a,b\n1,2\n", "TruthfulQA.csv"),
     ],
 )
