@@ -161,7 +161,7 @@ def main(
 ) -> None:
     """Trains a model. args: from parse_args; None parses the command line. The other arguments change the method.
 
-    loss(model, batch, micro) -> scalar: replaces micro_loss. See sft_loss for what it may use.
+    loss(model, batch, micro) -> scalar: replaces micro_loss, not sft_loss. See sft_loss for what it may use.
 
     parse(record, where, last_turn_only) -> conversations of --data: replaces core.conversations.sft_conversations.
 

@@ -63,9 +63,9 @@ def ask_model(
     """Asks for a reply to each prompt (a list of messages) -> in order {"text", "finish_reason"}, or {"error": reason}.
 
     Equal prompts are sent once. text: the reply without its thought. finish_reason: "stop"; "length" if cut off at
-    max_tokens; "content_filter" if the endpoint held text back. Errors are not kept in the log, so the next run asks again. batch_size: of a local
-    checkpoint, in sequences. endpoint_options: the last arguments of ask_endpoint(), whose docstring lists the
-    errors.
+    max_tokens; "content_filter" if the endpoint held text back. Errors are not kept in the log, so the next run asks
+    again. batch_size: of a local checkpoint, in sequences. endpoint_options: the last arguments of ask_endpoint(),
+    whose docstring lists the errors.
     """
     parameters = {"max_tokens": max_tokens, "temperature": temperature}
     if temperature > 0:

@@ -29,7 +29,10 @@ def make_optimizer(model: Qwen2, args: argparse.Namespace) -> torch.optim.AdamW:
 
 
 def lr_at(step: int, total: int, peak: float, warmup: int, schedule: str) -> float:
-    """The learning rate of step 0 .. total - 1, as in transformers' get_scheduler. With a warmup, step 0 has rate 0."""
+    """The learning rate of step 0 .. total - 1. With a warmup, step 0 has rate 0.
+
+    As in transformers' get_scheduler; "constant" is its "constant_with_warmup".
+    """
     if step < warmup:
         return peak * step / max(1, warmup)
     progress = (step - warmup) / max(1, total - warmup)
