@@ -21,6 +21,7 @@ from tiny_benchmarks import write_benchmarks
 
 from core.checkpoint import Checkpoint
 from core.tokenizer import Tokenizer
+from eval import summarise_task
 from evaluation import benchmarks
 from evaluation.benchmarks import BENCHMARKS
 from evaluation.downloads import find_data_file
@@ -198,6 +199,19 @@ def test_equal_of_whole_texts(positions, tmp_path):
         logp, tokens = text_logp(m, tokenizer, text)
         assert logp == pytest.approx(want, rel=1e-5) and tokens == len(tokenizer.encode(text))
     assert tokens > 40
+
+
+@pytest.mark.parametrize("task, over", [("mmlu", "questions"), ("cmmlu", "questions"), ("ceval", "subjects")])
+def test_averages_over_subjects(task, over):
+    """As in the harness' groups, which average over questions, but for ceval: docs/benchmarks.md."""
+    from lm_eval.api.metrics import aggregate_subtask_metrics
+
+    verdicts = {"law": [True, True, True, False], "marxism": [False] * 19 + [True]}
+    subjects = [subject for subject, some in verdicts.items() for _ in some]
+    entry = summarise_task(sum(verdicts.values(), []), subjects, BENCHMARKS[task]["over"])
+    means, sizes = zip(*((sum(some) / len(some), len(some)) for some in verdicts.values()))
+    want = aggregate_subtask_metrics(means, sizes, weight_by_size=over == "questions")
+    assert entry["score"] == pytest.approx(want)
 
 
 # ---------------------------------------------------------------- which is faster, as a command
