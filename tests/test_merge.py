@@ -379,7 +379,7 @@ def test_from_the_command_line(faulty, tmp_path):
     def shell(*words):
         command = [sys.executable, os.path.join(ROOT, "merge.py"), "--method", "ties", "--out", str(tmp_path / "out")]
         return subprocess.run(
-            [*command, *words], check=False, capture_output=True, text=True, cwd=tmp_path, timeout=120
+            [*command, *words], check=False, capture_output=True, text=True, cwd=tmp_path, timeout=1000
         )
 
     a, b, base = (str(faulty / n) for n in ("a", "b", "base"))

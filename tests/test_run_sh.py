@@ -37,7 +37,7 @@ def run_sh(tmp_path):
 
     def call(*flags):
         command = ["bash", project / "run.sh", "--teacher", "t", "--sources", "s.jsonl", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=1000)
         return done.returncode, done.stderr
 
     return call
@@ -93,7 +93,7 @@ def stand_ins(tmp_path):
             "--out",
             tmp_path / "out",
         ]
-        done = subprocess.run(command, capture_output=True, cwd=project, timeout=60, env={**os.environ, "PATH": path})
+        done = subprocess.run(command, capture_output=True, cwd=project, timeout=1000, env={**os.environ, "PATH": path})
         calls = [line.split() for line in (project / "calls").read_text().splitlines()]
         return done.returncode, [out for script, out in calls if script.startswith(("train_", "merge"))]
 

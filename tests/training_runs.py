@@ -120,7 +120,7 @@ def launch(script, args, output, ranks=1, prepare=None):
     """start(), to the end. -> (exit codes, what each rank printed)."""
     processes = start(script, args, output, ranks, prepare)
     for p in processes:
-        p.join(300)
+        p.join(1000)
         assert p.exitcode is not None, "hangs"
     return [p.exitcode for p in processes], [Path(f"{output}.{rank}").read_text() for rank in range(ranks)]
 
@@ -130,7 +130,7 @@ def torchrun(ranks, script, *args):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, env=environment, timeout=1000)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -53,7 +53,7 @@ def test_a_wrong_flag_is_one_line():
 def test_help_names_the_command_as_it_is_typed(tmp_path):
     for command in (["-m", "demo.world"], ["-m", "variants.dft"], ["make_data.py"], ["merge.py"]):
         done = subprocess.run(
-            [sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60
+            [sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=1000
         )
         words = command if command[0].endswith(".py") else ["python", *command]
         assert done.stdout.startswith(f"usage: {' '.join(words)} "), done.stdout[:200] + done.stderr

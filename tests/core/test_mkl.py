@@ -30,7 +30,7 @@ print(differ)
 def count_differing(with_or_without, function, n):
     """How many of n new processes compute other bits at the function's first call than at its second."""
     command = [sys.executable, "-c", TRIALS, with_or_without, function, str(n)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=1000)
     return int(done.stdout)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -17,6 +18,14 @@ KEY = "sk-test-5up3r-s3cr3t"
 
 def user(text):
     return [{"role": "user", "content": text}]
+
+
+@contextlib.contextmanager
+def closed_port():
+    """Yields a URL on loopback that refuses every connection: nobody else can take its port meanwhile."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{s.getsockname()[1]}/v1"
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ import time
 
 import pytest
 
+from mock_endpoint import closed_port
+
 from curation import http_client
 from curation.http_client import Connection, HTTPError, post
 
@@ -53,7 +55,7 @@ def raw_server(answer, tls=None):
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = listener.accept()
-                connection.settimeout(30)
+                connection.settimeout(300)
                 state.connections += 1
                 opened.append(connection)
                 threading.Thread(target=serve_one, args=[connection], daemon=True).start()
@@ -68,7 +70,7 @@ def raw_server(answer, tls=None):
             s.close()
 
 
-def ask(url, timeout=20.0, headers=None, body=JSON, times=1):
+def ask(url, timeout=200.0, headers=None, body=JSON, times=1):
     """The responses to `times` requests over one connection."""
 
     async def run():
@@ -81,12 +83,12 @@ def ask(url, timeout=20.0, headers=None, body=JSON, times=1):
 async def ask_again_once_closed(url):
     """Two bodies: the second request is made once the server has closed the connection of the first."""
     with contextlib.closing(Connection(url, {})) as connection:
-        first = await post(connection, JSON, 20)
-        for _ in range(2000):
+        first = await post(connection, JSON, 200)
+        for _ in range(20_000):
             if not connection.is_open():
                 break
             await asyncio.sleep(0.01)
-        return [first.body, (await post(connection, JSON, 20)).body]
+        return [first.body, (await post(connection, JSON, 200)).body]
 
 
 def reply(data, close=False):
@@ -167,20 +169,24 @@ def test_the_timeout_is_for_the_whole_reply(head):
         started = time.monotonic()
         with pytest.raises(HTTPError, match="no whole reply within 0.6 s"):
             ask(server.url, timeout=0.6)
-        assert 0.5 < time.monotonic() - started < 10
+        assert 0.5 < time.monotonic() - started < 20, "the server drips for 20 s"
 
 
 def test_the_rest_of_a_timed_out_reply_is_not_the_next_reply():
+    asked_again = threading.Event()
+
     def slow_first(connection, request):
         if b"first" in request:
-            time.sleep(1.0)
+            asked_again.wait(20)
+        else:
+            asked_again.set()
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n" + request[-5:])
 
     async def run(url):
         with contextlib.closing(Connection(url, {})) as connection:
             with pytest.raises(HTTPError):
                 await post(connection, b"first", 0.3)
-            return (await post(connection, b"other", 20)).body
+            return (await post(connection, b"other", 200)).body
 
     with raw_server(slow_first) as server:
         assert asyncio.run(run(server.url)) == b"other" and server.connections == 2
@@ -223,9 +229,7 @@ def test_small_chunks_do_not_delay_the_timeout():
 
 
 def test_a_refused_connection_is_one_line():
-    with raw_server(reply(b"")) as server:
-        url = server.url
-    with pytest.raises(HTTPError, match="Connect") as e:
+    with closed_port() as url, pytest.raises(HTTPError, match="Connect") as e:
         ask(url)
     assert e.value.retry and "\n" not in str(e.value)
 

@@ -77,7 +77,7 @@ def test_ranks_share_the_questions_of_a_local_checkpoint(tiny, tmp_path):
     torchrun = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0".split()
     command = [sys.executable, *torchrun, str(tmp_path / "ranks.py"), ROOT, tiny, str(tmp_path / "two.jsonl")]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=1000, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[:4000]  # a rank's own words come before torchrun's
     with open_replies(tmp_path / "one.jsonl") as log:

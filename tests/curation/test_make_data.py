@@ -834,8 +834,6 @@ def test_bad_input_ends_with_one_line(tmp_path, small):
     broken.write_text('{"prompt": "q", "completion": "a"}\n{"prompt": "q", \n')
     nothing = tmp_path / "nothing.jsonl"
     nothing.write_text("")
-    with serve(fake_teacher) as server:
-        gone = server.url
     there = small  # a checkpoint answers too
     base = ["--small", small, "--out", tmp_path / "out", "--teacher"]
     cases = {
@@ -862,7 +860,7 @@ def test_bad_input_ends_with_one_line(tmp_path, small):
             stderr = "\n".join(line for line in lines if line.startswith("error:"))
         else:
             done = subprocess.run(
-                [sys.executable, "-c", command, *map(str, argv)], capture_output=True, text=True, timeout=120
+                [sys.executable, "-c", command, *map(str, argv)], capture_output=True, text=True, timeout=1000
             )
             assert done.returncode == 2, (name, done.stderr)
             stderr = done.stderr.strip()

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from mock_endpoint import KEY, echo, environment, serve, user  # noqa: F401  (environment is a fixture)
+from mock_endpoint import KEY, closed_port, echo, environment, serve, user  # noqa: F401  (environment is a fixture)
 
 from core.files import InputError
 from curation import workers
@@ -25,7 +25,7 @@ def test_twenty_percent_faults_cost_only_time(tmp_path, monkeypatch):
             time.sleep(0.01)
         return echo(messages)
 
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 100
     with serve(held, faults) as server, open_replies(tmp_path / "r.jsonl") as log:
         prompts = [user(f"q{i}") for i in range(200)]
         replies = ask_model(open_teacher(server.url, "m"), prompts, log, concurrency=64, retries=99)
@@ -177,9 +177,7 @@ def test_the_wait_is_shown_in_the_bar_and_nowhere_else(tmp_path, monkeypatch, ca
 
 
 def test_unreachable_teacher(tmp_path):
-    with serve(echo) as server:
-        url = server.url
-    with open_replies(tmp_path / "r.jsonl") as log, pytest.raises(InputError) as e:
+    with closed_port() as url, open_replies(tmp_path / "r.jsonl") as log, pytest.raises(InputError) as e:
         ask_model(open_teacher(url, "m"), [user(f"q{i}") for i in range(20)], log, concurrency=4)
     assert url in str(e.value) and "\n" not in str(e.value)
 
@@ -204,6 +202,7 @@ def test_rate_limits_are_kept(tmp_path, rates):
         return 500 if n == 4 else None
 
     with serve(echo, faults) as server, open_replies(tmp_path / "r.jsonl") as log:
+        started = time.monotonic()
         ask_model(
             open_teacher(server.url, "m"),
             [user(f"q{i}") for i in range(40)],
@@ -214,7 +213,7 @@ def test_rate_limits_are_kept(tmp_path, rates):
         )
         assert server.posts == 41
     # 40 gaps of 25 ms; a retry is a request too; tokens are first guessed as 5 + 9, then known to be 15
-    assert at[-1] - at[0] > 0.85 * 40 * 0.025
+    assert at[-1] - started > 0.85 * 40 * 0.025
 
 
 def test_a_budget_is_never_exceeded_and_the_run_goes_on_with_a_greater_one(tmp_path):

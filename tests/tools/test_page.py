@@ -171,7 +171,7 @@ def test_lists_and_pager_work_in_a_browser(run_dir, tmp_path):
     path = tmp_path / "page.html"
     path.write_text(page.replace("</body>", clicks), encoding="utf-8")
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1000)
     assert "CONSOLE" not in done.stderr, done.stderr
     seen = json.loads(
         re.search(r'data-seen="(.*?)"', done.stdout)[1].replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">")

@@ -165,9 +165,9 @@ def test_nearest_choice():
     choices = {"A": "Wrong, Not wrong", "B": "Not wrong, Not wrong", "C": "the mortgage is void", "D": "42 apples"}
     assert answers.nearest_choice("because the mortgage was void from the start", choices) == "C"
     assert answers.nearest_choice("..", choices) == "A"  # the first among equals
-    start = time.time()
+    start = time.process_time()
     answers.nearest_choice("ha " * 1000, choices)  # a degenerate reply
-    assert time.time() - start < 10
+    assert time.process_time() - start < 10
 
 
 # ---------------------------------------------------------------- code

@@ -28,7 +28,7 @@ def test_thoughts(reply, answer):
 
 
 def test_long_replies_take_linear_time():
-    start = time.time()
+    start = time.process_time()
     for text in (
         "<think>a</think>" * 50_000,
         "a </think> " * 50_000,
@@ -37,7 +37,7 @@ def test_long_replies_take_linear_time():
         "a\n" * 200_000,
     ):
         without_thought(text)
-    assert time.time() - start < 10
+    assert time.process_time() - start < 30
 
 
 @pytest.mark.parametrize("kind, reference, right, wrong", [
