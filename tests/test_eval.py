@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_files, tiny_model, write_lines
 from tiny_benchmarks import write_benchmarks
-from training_runs import torchrun
+from training_runs import launch
 
 from core.checkpoint import Checkpoint
 from core.distributed import Ranks
@@ -505,11 +505,12 @@ def test_compare_two(run, refused, tmp_path):
 
 
 def test_two_ranks_are_one(evaluate, tmp_path, data, ckpts):
-    """torchrun: each rank asks its share; the results are those of one process, and nothing is asked twice."""
+    """Each rank asks its share; the results are those of one process, and nothing is asked twice."""
     args = ["--ckpt", *ckpts, "--tasks", "demo", "mmlu", "--data-dir", data, "--max-new-tokens", 5, "--device", "cpu"]
     evaluate(*args, "--out", tmp_path / "one")
     two = tmp_path / "two"
-    torchrun(2, "eval.py", *args, "--out", two)
+    codes, texts = launch("eval", (*args, "--out", two), tmp_path / "text", 2)
+    assert codes == [0, 0], texts
     assert load(two) == load(tmp_path / "one")
     counts = [len((two / f"replies{rank}.jsonl").read_text().splitlines()) for rank in ("", ".rank1")]
     assert sum(counts) == 2 * (3 + 5) and abs(counts[0] - counts[1]) <= 4

@@ -1,6 +1,7 @@
 """The house: seven scripts at the top, one-way imports, short functions and files, one name for one thing."""
 
 import ast
+import functools
 
 import pytest
 from conftest import ROOT
@@ -29,8 +30,14 @@ def name(path):
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
+def parsed(path):
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imported_rooms(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
         yield from (module.split(".")[0] for module in modules if module.split(".")[0] in RANK)
@@ -58,7 +65,7 @@ def test_no_circles_in_a_room(room):
     files = {f"{room}.{p.stem}": p for p in (ROOT / room).glob("*.py")}
     edges = {module: set() for module in files}
     for module, path in files.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ImportFrom) and node.module:
                 edges[module] |= {node.module} & files.keys() | {
                     f"{node.module}.{a.name}" for a in node.names
@@ -75,7 +82,7 @@ def test_no_circles_in_a_room(room):
 def test_files_and_functions_are_short(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 400 or name(path) in TABLES
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
 
@@ -83,7 +90,7 @@ def test_files_and_functions_are_short(path):
 @pytest.mark.parametrize("path", [p for p in FILES if name(p) not in TABLES], ids=name)
 def test_only_tables_are_not_formatted(path):
     text, tables = path.read_text(encoding="utf-8"), set()
-    for node in ast.parse(text).body:  # a table is a literal of three rows and more
+    for node in parsed(path).body:  # a table is a literal of three rows and more
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict | ast.List | ast.Tuple):
             rows = node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts
             tables |= {node.end_lineno} if len(rows) >= 3 else set()
@@ -92,7 +99,7 @@ def test_only_tables_are_not_formatted(path):
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_public_functions_are_typed(path):
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in parsed(path).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
             a = node.args
             parameters = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
@@ -103,7 +110,7 @@ def test_public_functions_are_typed(path):
 def test_one_name_for_one_thing():
     places = {}
     for path in FILES:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in parsed(path).body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 places.setdefault(node.name, []).append(name(path))
     for shared in PARALLEL:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import weakref
@@ -14,7 +15,9 @@ import pytest
 import torch
 from conftest import ROOT
 from merge_families import FILES, TIED, UNTIED, assert_same, load, numpy_ties, run, save
+from training_runs import launch
 
+import merge
 from core import pages
 from core.checkpoint import Checkpoint
 from core.files import InputError, cli
@@ -392,24 +395,23 @@ def test_from_the_command_line(faulty, tmp_path):
     torch.testing.assert_close(load(tmp_path / "out")["x"], load(base)["x"] + 5 / 3)
 
 
-SIGTERM = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import merge
-from core import files
+def sigterm_at_the_fourth_tensor(folder):
+    """merge.merge_checkpoints in this process: sends SIGTERM before its fourth tensor."""
 
-def stopped(*args, real=merge.merge_checkpoints, **more):
-    for n, pair in enumerate(real(*args, **more)):
-        if n == 3:
-            assert len(os.listdir(sys.argv[2])) == 1, "it writes into a temporary folder"
-            os.kill(os.getpid(), signal.SIGTERM)
-        yield pair
+    def stopped(*args, real=merge.merge_checkpoints, **more):
+        for n, pair in enumerate(real(*args, **more)):
+            if n == 3:
+                assert len(os.listdir(folder)) == 1, "it writes into a temporary folder"
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield pair
 
-merge.merge_checkpoints = stopped
-files.cli(lambda: merge.main(["--method", "linear", "--out", os.path.join(sys.argv[2], "out"), "--models", *sys.argv[3:]]))
-"""
+    merge.merge_checkpoints = stopped
 
 
 def test_sigterm_leaves_nothing_half_written(tiny, tmp_path):
-    done = subprocess.run([sys.executable, "-c", SIGTERM, ROOT, tmp_path, tiny, tiny], capture_output=True, text=True)
-    assert done.returncode == 143 and os.listdir(tmp_path) == [], done.stderr
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    command = ("--method", "linear", "--out", folder / "out", "--models", tiny, tiny)
+    prepare = {0: (sigterm_at_the_fourth_tensor, folder)}
+    codes, texts = launch("merge", command, tmp_path / "text", prepare=prepare)
+    assert codes == [143] and os.listdir(folder) == [], texts

@@ -94,7 +94,7 @@ def body(script, args, environment, store, output, prepare):
     module = importlib.import_module(script)
     if prepare:
         prepare[0](*prepare[1:])
-    module.cli(module.run_distributed(module.main))
+    module.cli(getattr(module, "run_distributed", lambda main: main)(module.main))
 
 
 def signal_at(function, n, number):

@@ -2,15 +2,15 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import weakref
 
 import pytest
 import torch
 from checkpoint_files import IDS, save_weights, weights
-from conftest import ROOT, tiny_config, tiny_files, tiny_model
-from training_runs import trap
+from conftest import tiny_config, tiny_files, tiny_model
+from training_runs import fork, trap
 
 from core import outputs
 from core.checkpoint import Checkpoint, all_finite, write_checkpoint
@@ -466,25 +466,22 @@ def test_a_model_card_is_written_but_never_over_the_users(tmp_path):
     assert (out / "README.md").read_text() == "# four, edited" and os.listdir(tmp_path) == ["out"]
 
 
-KILLED = """
-import os, sys
-sys.path[:0] = sys.argv[1:3]
-import torch
-from conftest import tiny_config, tiny_files
-from core import outputs
-from core.checkpoint import write_checkpoint
-where = sys.argv[4]
-stop = lambda *_: os.kill(os.getpid(), 9)
-if where != "tensors":
-    setattr(outputs, where, stop)
-def tensors():
-    yield "a", torch.ones(3)
-    if where == "tensors":
-        stop()
-    yield "b", torch.ones(3)
-specs = {"a": ((3,), torch.float32), "b": ((3,), torch.float32)}
-write_checkpoint(sys.argv[3], tiny_config(), tiny_files(), specs, tensors())
-"""
+def write_until_killed(out, where):
+    """Writes a checkpoint and kills its own process before the function of core/outputs.py, or between the tensors."""
+
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def tensors():
+        yield "a", torch.ones(3)
+        if where == "tensors":
+            stop()
+        yield "b", torch.ones(3)
+
+    if where != "tensors":
+        setattr(outputs, where, stop)
+    specs = {"a": ((3,), torch.float32), "b": ((3,), torch.float32)}
+    write_checkpoint(out, tiny_config(), tiny_files(), specs, tensors())
 
 
 @pytest.mark.parametrize("out", ["out", "out.pt"])
@@ -496,8 +493,10 @@ def test_a_killed_writer_leaves_a_whole_checkpoint_and_the_next_one_clears_up(tm
     before, foreign = Checkpoint(tmp_path / out).names, tmp_path / "out" / "notes.txt"
     if out == "out":
         foreign.write_text("mine")
-    done = subprocess.run([sys.executable, "-c", KILLED, ROOT, f"{ROOT}/tests", tmp_path / out, where])
-    assert done.returncode == -9 and len(os.listdir(tmp_path)) == 2
+    process = fork.Process(target=write_until_killed, args=(str(tmp_path / out), where))
+    process.start()
+    process.join(1000)
+    assert process.exitcode == -signal.SIGKILL and len(os.listdir(tmp_path)) == 2
     replaced = where in ("move_foreign", "remove_written")
     assert Checkpoint(tmp_path / out).names == (["a", "b"] if replaced else before)
     save_tiny(tmp_path / out, seed=1)

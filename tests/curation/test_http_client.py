@@ -12,7 +12,6 @@ import threading
 import time
 
 import pytest
-
 from mock_endpoint import closed_port
 
 from curation import http_client

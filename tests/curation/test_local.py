@@ -2,14 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from mock_endpoint import constant_model, user
+from training_runs import launch
 
 from core.checkpoint import Checkpoint
 from curation.local import load, perplexities
@@ -53,16 +50,16 @@ def test_sampled_replies_do_not_depend_on_a_restart(tiny, tmp_path):
 
 RANKS = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
+from core.files import cli
 from curation import local
 from curation.teacher import ask_model, open_replies, open_teacher
-local.BLOCK = 2
-if local.join_other_ranks() > 0:
-    local.serve_jobs()
-else:
+def main():
+    local.BLOCK = 2
+    if local.join_other_ranks() > 0:
+        return local.serve_jobs()
     user = lambda text: [{"role": "user", "content": text}]
-    with open_replies(sys.argv[3]) as log:
-        teacher = open_teacher(sys.argv[2])
+    with open_replies(sys.argv[2]) as log:
+        teacher = open_teacher(sys.argv[1])
         replies = [ask_model(teacher, [user(f"q{i}" * (i + 1)) for i in range(7)], log, max_tokens=5, **more)
                    for more in ({}, {"temperature": 1.0})]
     pairs = [(user(f"q{i // 2}"), "and so on " * (1 + i % 5)) for i in range(9)]
@@ -72,20 +69,17 @@ else:
 """
 
 
-def test_ranks_share_the_questions_of_a_local_checkpoint(tiny, tmp_path):
+def test_ranks_share_the_questions_of_a_local_checkpoint(tiny, tmp_path, monkeypatch):
     (tmp_path / "ranks.py").write_text(RANKS)
-    torchrun = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0".split()
-    command = [sys.executable, *torchrun, str(tmp_path / "ranks.py"), ROOT, tiny, str(tmp_path / "two.jsonl")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=1000, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[:4000]  # a rank's own words come before torchrun's
+    monkeypatch.syspath_prepend(str(tmp_path))
+    codes, texts = launch("ranks", (tiny, tmp_path / "two.jsonl"), tmp_path / "text", 2)
+    assert codes == [0, 0], texts
     with open_replies(tmp_path / "one.jsonl") as log:
         alone = [
             ask_model(open_teacher(tiny), [user(f"q{i}" * (i + 1)) for i in range(7)], log, max_tokens=5, **more)
             for more in ({}, {"temperature": 1.0})
         ]
-    replies, scores = json.loads(done.stdout)
+    replies, scores = json.loads(texts[0].splitlines()[-1])
     assert replies == alone
     assert sorted((tmp_path / "two.jsonl").read_text().splitlines()) == sorted(
         (tmp_path / "one.jsonl").read_text().splitlines()

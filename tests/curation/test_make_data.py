@@ -2,21 +2,22 @@
 
 import collections
 import json
+import math
 import os
 import random
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
 from conftest import ROOT, tiny_config
-from mock_endpoint import KEY, constant_model, environment, serve, user  # noqa: F401  (environment is a fixture)
+from mock_endpoint import KEY, closed_port, constant_model, environment, serve, user  # noqa: F401  (environment is a fixture)
 from test_steps import FENCED
+from training_runs import launch, start
 
 import make_data
 from core import files
@@ -423,29 +424,27 @@ def test_a_run_costs_no_more_than_the_dry_run_says(tmp_path, small, capfd, sampl
 
 
 def test_runs_killed_at_random_end_with_the_same_bytes(tmp_path, small):
-    rng = random.Random()
+    rng, most = random.Random(), [math.inf]
 
     def slow(messages):
         time.sleep(0.03)
+        while server.posts > most[0]:  # before the kill the run does not get to its end
+            time.sleep(0.01)
         return fake_teacher(messages)
 
     with serve(slow) as server:
         argv = flags(tmp_path, server, small)
-        command = [sys.executable, os.path.join(ROOT, "make_data.py"), *map(str, argv), "--concurrency", "8"]
         for kill in range(2):
-            child = subprocess.Popen(
-                command,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
             enough = server.posts + rng.randint(1, 20)
-            while server.posts < enough and child.poll() is None:
+            most[0] = enough + 20
+            (child,) = start("make_data", (*argv, "--concurrency", 8), tmp_path / "text")
+            while server.posts < enough and child.is_alive():
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.1))
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            assert kill or child.returncode == -signal.SIGKILL
+            child.kill()
+            child.join()
+            most[0] = math.inf
+            assert kill or child.exitcode == -signal.SIGKILL
         assert run(*argv) == 0
         out = tmp_path / "out"
         paid = sum('"model": "fake"' in line for line in open(out / "replies.jsonl"))
@@ -828,7 +827,17 @@ def test_local_models_are_on_the_device_of_the_flag(tmp_path, small, monkeypatch
     assert placed == [(torch.bfloat16, "cuda:1")] * 3
 
 
-def test_bad_input_ends_with_one_line(tmp_path, small):
+@pytest.fixture
+def gone():
+    with closed_port() as url:
+        yield url
+
+
+def short_pauses():
+    workers.BACKOFF = 0.01
+
+
+def test_bad_input_ends_with_one_line(tmp_path, small, gone):
     source, _ = world(tmp_path)
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "q", "completion": "a"}\n{"prompt": "q", \n')
@@ -851,7 +860,6 @@ def test_bad_input_ends_with_one_line(tmp_path, small):
         "weights": (["--sources", source, *base, gone, "--weight-quality", "-1"], "-1 is less than 0"),
     }
     for name, (argv, what) in cases.items():
-        command = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from curation import workers; workers.BACKOFF = 0.01; import make_data; make_data.cli(make_data.main)"
         if name not in ("unreachable", "malformed"):  # a process each only where the way out is what is tested
             with pytest.MonkeyPatch.context() as patch:
                 lines = []
@@ -859,11 +867,9 @@ def test_bad_input_ends_with_one_line(tmp_path, small):
                 assert run(*argv) == 2, name
             stderr = "\n".join(line for line in lines if line.startswith("error:"))
         else:
-            done = subprocess.run(
-                [sys.executable, "-c", command, *map(str, argv)], capture_output=True, text=True, timeout=1000
-            )
-            assert done.returncode == 2, (name, done.stderr)
-            stderr = done.stderr.strip()
+            (code,), (text,) = launch("make_data", argv, tmp_path / "text", prepare={0: (short_pauses,)})
+            assert code == 2, (name, text)
+            stderr = text.strip()
         assert stderr.startswith("error: ") and what in stderr and len(stderr.splitlines()) == 1, (name, stderr)
         if name == "unreachable":
             assert not (tmp_path / "out").exists(), "it is known before the work begins, and nothing is left of the run"

@@ -6,6 +6,7 @@ PYTHONPATH=.:tests python tests/parity/test_harness.py --ckpt C --data-dir D, it
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -54,19 +55,22 @@ def their_doc(task, row):
     return {key: row[key] for key in ("activity_label", "ctx_a", "ctx_b", "endings")} | {"label": str(row["label"])}
 
 
+@functools.cache
+def task_files():
+    """The harness's task files of these benchmarks: [(path, text without quotes)]."""
+    folder = Path(importlib.util.find_spec("lm_eval").submodule_search_locations[0]) / "tasks"
+    rooms = ("cmmlu", "ceval", "truthfulqa", "arc", "hellaswag")
+    paths = [p for p in folder.rglob("*.yaml") if "default" in p.parts or p.parent.name in rooms]
+    return [(path, path.read_text().replace('"', "")) for path in paths]
+
+
 def their_task(task, subject, docs, shots, tmp_path):
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
 
     names = {"mmlu": f"mmlu_{subject}", "cmmlu": f"cmmlu_{subject}", "ceval": f"ceval-valid_{subject}"}
     name = names.get(task, task)
-    folder = Path(importlib.util.find_spec("lm_eval").submodule_search_locations[0]) / "tasks"
-    path = next(
-        p
-        for p in folder.rglob("*.yaml")
-        if f"task: {name}\n" in p.read_text().replace('"', "")
-        and ("default" in p.parts or p.parent.name in ("cmmlu", "ceval", "truthfulqa", "arc", "hellaswag"))
-    )
+    path = next(path for path, text in task_files() if f"task: {name}\n" in text)
     config = dict(load_yaml(path))
     split = config.get("test_split") or config["validation_split"]
     files = {split: write_lines(tmp_path / f"{name}.jsonl", docs)}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_lines
-from training_runs import torchrun
+from training_runs import launch
 
 from variants import s3ft
 from variants.s3ft import TELL_TALE, choose_target
@@ -141,8 +141,8 @@ def test_run_on_the_demo(data, tmp_path, run):
 def test_two_ranks_write_what_one_process_writes(data, tmp_path, run):
     call = ("--ckpt", DEMO, "--data", data, "--max-new-tokens", 24)
     assert run("variants.s3ft", *call, "--out", tmp_path / "one")[0] == 0
-    printed = torchrun(2, "variants.s3ft", *call, "--out", tmp_path / "two")
-    assert printed.count("wrote ") == 1
+    codes, texts = launch("variants.s3ft", (*call, "--out", tmp_path / "two"), tmp_path / "text", 2)
+    assert codes == [0, 0] and "".join(texts).count("wrote ") == 1, texts
     assert lines(tmp_path / "two/sft.jsonl") == lines(tmp_path / "one/sft.jsonl")
 
 
