@@ -7,4 +7,10 @@ cd "$(dirname "$0")"
 bash tools/venv.sh requirements-dev.txt
 .venv/bin/ruff check -q .
 .venv/bin/ruff format -q --check .
-exec .venv/bin/python -m pytest -q "$@"  # all of tests/ unless a path is given
+processes=(-n logical --maxprocesses 4 --dist worksteal) # one for each core, at most four; -n 0: this one alone
+if [[ -n ${TEST_GPU:-}${REAL_CKPT:-} ]]; then
+  processes=(-n 0) # the tests need the memory and all cores
+else
+  export OMP_NUM_THREADS=1
+fi
+exec .venv/bin/python -m pytest -q "${processes[@]}" "$@" # all of tests/ unless a path is given

@@ -11,6 +11,7 @@ if not os.environ.get(
 ):  # the tests are a CPU's, and so are the scripts' defaults in them; TEST_GPU=1 pytest -k gpu
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
@@ -25,6 +26,9 @@ from core.tokenizer import Tokenizer  # noqa: E402
 from model import Qwen2  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+# no time limit: the machine may be slow
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 QWEN2_TEMPLATE = CHATML_DEFAULT_SYSTEM.replace("DEFAULT", "You are a helpful assistant.")
 TEXT = [
     "The quick brown fox jumps over the lazy dog. What is the capital of France? Paris is the capital of France.",

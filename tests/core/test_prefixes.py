@@ -27,7 +27,7 @@ def test_prefix_lengths_by_hand():
     assert len(prefix_lengths([[1] * n for n in range(1, 900)])) == 899  # nested deeper than Python recurses
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(
     st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=8), st.integers(0, 6)
 )

@@ -56,7 +56,7 @@ TEXTS = st.text(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(TEXTS, max_size=6), st.integers(1, 5))
 def test_hashes_equal_those_of_plain_python(texts, n):
     h, starts = dedup.ngram_hashes(texts, n)
@@ -147,7 +147,7 @@ def test_near_pairs_of_few_hashes():
         assert list(zip(i, j)) == [(0, 1)] * (n == 2)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.integers(0, 4))
 def test_keep_best_keeps_a_maximal_independent_set_of_the_best(seed, d):
     rng = np.random.default_rng(seed)
@@ -276,7 +276,7 @@ def test_a_question_with_one_word_changed_is_found():
 TOKENS = st.lists(st.sampled_from([*(f"w{i}" for i in range(9)), "1", "a"]), min_size=1, max_size=30)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(TOKENS, min_size=1, max_size=5), st.lists(TOKENS, min_size=1, max_size=5), st.integers(0, 20))
 def test_matches_equal_those_of_plain_python(texts, questions, at):
     def runs(tokens, k):

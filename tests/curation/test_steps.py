@@ -130,7 +130,7 @@ def test_fence_cannot_be_closed_from_inside():
 # ---- step 4
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.dictionaries(st.text(max_size=3), st.integers(0, 50), max_size=12), st.integers(0, 300))
 def test_water_level(counts, target):
     quotas, level = steps.water_level(counts, target)
@@ -616,7 +616,7 @@ def test_fluency_by_hand(perplexities, own, want):
     assert labels.fluency(perplexities, set(own)) == pytest.approx(want)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.floats(1, 1e6), min_size=2, max_size=6), st.integers(1, 5))
 def test_perplexity_never_decides_for_the_scorers_own_words(values, n_own):
     perplexities = {str(i): p for i, p in enumerate(values)}

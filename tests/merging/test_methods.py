@@ -38,7 +38,7 @@ def test_ties_by_hand():
     assert merge.ties(torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([1.0, -1.0, 1.0])).tolist() == [2]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data(), st.integers(1, 4), st.sampled_from(["sum", "count"]), st.sampled_from([1, -1]), st.booleans())
 def test_ties_is_the_definition(data, n, how, zero_sign, normalize):
     """Whole numbers and halves, so that sums are exact and votes cancel."""
@@ -121,7 +121,7 @@ def scan_of(rows):
     return scan
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(NUMBERS, st.data(), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([1, 3, 50]))
 def test_kth_largest_is_the_sorted_one(values, data, dtype, sample):
     """Samples of almost nothing mislead often: the result is exact all the same."""
@@ -159,7 +159,7 @@ def test_kth_largest_ends_where_a_number_is_nan():
         methods.kth_largest(scan_of(rows), [k, k], 3)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(NUMBERS, st.integers(-1, 70), st.booleans())
 def test_largest_is_the_sorted_ones(values, k, first):
     size = np.abs(np.array(values, dtype=np.float32))
@@ -177,7 +177,7 @@ def test_largest_by_hand():
     assert mask(5) == [1, 1, 1, 1, 0, 1] and mask(6) == [1] * 6 and mask(0) == [0] * 6
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(NUMBERS, st.floats(0.01, 0.99), st.floats(0, 0.5))
 def test_breadcrumbs_is_the_definition(values, density, gamma):
     size = np.abs(np.array(values, dtype=np.float32))
@@ -220,7 +220,7 @@ def test_l1_scale():
 # Rounding
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.floats(1e-4, 6e4), st.integers(-3, 3), st.sampled_from([1, -1]))
 def test_rounded_rounds_once(x, ulps, sign):
     """Numbers next to those halfway between two halves, by less than float32 can tell."""
