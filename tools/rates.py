@@ -25,7 +25,7 @@ def matmul_rate(device: str, dtype: torch.dtype, seconds: float = 2.0) -> float:
     n = 2048 if device == "cpu" else 8192
     x, w = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     rates, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    while not rates or time.perf_counter() < end:
         synchronise(device)
         start = time.perf_counter()
         x @ w
@@ -41,7 +41,7 @@ def device_copy_rate(device: str, seconds: float = 2.0) -> float:
     """Bytes/s, read plus written, of a copy within the device's memory, the median over `seconds` of repeated runs."""
     x = torch.ones(2**26 if device == "cpu" else 2**30, dtype=torch.uint8, device=device)
     y, rates, end = torch.empty_like(x), [], time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    while not rates or time.perf_counter() < end:
         synchronise(device)
         start = time.perf_counter()
         y.copy_(x)
