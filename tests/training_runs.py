@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,7 @@ def body(script, args, environment, store, output, prepare):
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also if the tests are a background job, which ignores it
     sys.argv = [f"{script}.py", *map(str, args)]
     if store:  # meets the other ranks at a file: a port that is free now may be taken in a moment
         rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
