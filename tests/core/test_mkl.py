@@ -37,7 +37,7 @@ def count_differing(with_or_without, n):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_first_parallel_calls_equal_the_second():
-    assert count_differing("with", 150) == [0, 0, 0]
+    assert count_differing("with", 50) == [0, 0, 0]  # of 150 without core.mkl, none would differ once in fifty times
 
 
 def test_all_functions_that_torch_leaves_to_mkl_are_called():
