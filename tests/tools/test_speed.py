@@ -1,3 +1,4 @@
+import functools
 import json
 
 import pytest
@@ -44,6 +45,13 @@ def test_training_flops_count_the_kto_pairs(tiny, tmp_path):
     assert len(steps) == len(sft_steps) == 1 and sum(steps) == flops * 4 // 6
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """The matmul rate is measured for 0.1 s, not 2."""
+    monkeypatch.setattr(speed, "matmul_rate", functools.partial(rates.matmul_rate, seconds=0.1))
+
+
+@pytest.mark.usefixtures("short")
 def test_ours_alone(tiny, tmp_path, run):
     path, out = tmp_path / "sft.jsonl", tmp_path / "bench.json"
     path.write_text('{"prompt": "Hello", "completion": "you"}\n' * 4)
@@ -55,6 +63,7 @@ def test_ours_alone(tiny, tmp_path, run):
     assert len(measured["losses"]) == 2 and 0 < measured["step_s"] < measured["wall_s"] and measured["peak_gb"] > 0
 
 
+@pytest.mark.usefixtures("short")
 def test_another_checkout_is_a_peer(tiny, tmp_path, run):
     path, out = tmp_path / "sft.jsonl", tmp_path / "speed.json"
     path.write_text('{"prompt": "Hello", "completion": "you"}\n' * 2)
