@@ -14,7 +14,7 @@ ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"
 ROLES |= dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt"), "assistant")
 TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
 TOOL_PARTS = {"tool_use", "tool_call", "tool_result", "function_call"}
-MEDIA = ("images", "image", "videos", "audios")  # LLaMA-Factory, LLaVA
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")  # LLaMA-Factory, LLaVA
 WEIGHTS = ("weight", "loss", "loss_weight", "train")  # OpenAI, ms-swift, LLaMA-Factory, axolotl
 
 

@@ -100,12 +100,16 @@ def number(
 
 
 def out_path(text: str) -> str:
-    """An argparse type: the name of an output, without a trailing slash: OUT.run is beside OUT."""
+    """An argparse type: the name of an output, without a trailing slash: OUT.run is beside OUT.
+
+    A name with .. becomes absolute, because missing/../name leads nowhere before the folder `missing` is made.
+    """
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     if text.startswith("-"):  # the printed next commands could not be pasted
         raise argparse.ArgumentTypeError(f"{text} begins like a flag; write ./{text}")
-    return text.rstrip("/") or "/"
+    text = text.rstrip("/") or "/"
+    return os.path.realpath(text) if os.pardir in text.split(os.sep)[:-1] else text
 
 
 def checkpoint_out(text: str) -> str:

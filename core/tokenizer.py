@@ -18,6 +18,10 @@ from core.chat_template import default_system
 from core.checkpoint import Checkpoint
 from core.files import InputError, check_unicode, json_object, shown
 
+# Qwen2's pre-tokenizer: contraction | letters with one sign before them | digit | signs | line ends | spaces
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPECIAL_NAMES = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 
 
@@ -133,8 +137,9 @@ def special_token_texts(settings: dict, where: str) -> dict[str, str]:
 
 def more_special_texts(settings: dict) -> list[str]:
     """The special tokens that have no name such as bos_token."""
-    tokens = [settings.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
-    tokens = [token for listed in tokens if isinstance(listed, list) for token in listed]
+    tokens = []
+    for listed in (settings.get("additional_special_tokens"), settings.get("extra_special_tokens")):
+        tokens += listed if isinstance(listed, list) else listed.values() if isinstance(listed, dict) else []
     texts = [token.get("content") if isinstance(token, dict) else token for token in tokens]
     return [text for text in texts if isinstance(text, str)]
 
@@ -182,7 +187,9 @@ def load_backend(ckpt: Checkpoint, settings: dict, special: Iterable[str]) -> to
         raise InputError(f"{where}: missing; a checkpoint needs it beside its weights")
     try:
         backend = tokenizers.Tokenizer.from_str(ckpt.files["tokenizer.json"])
-    except Exception as e:  # the library raises plain Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # the library raises plain Exception, and PanicException, which is none
         raise InputError(f"{where}: corrupt: {' '.join(str(e).split())[:150]}") from None
     if not isinstance(backend.model, tokenizers.models.BPE):
         raise InputError(f"{where}: its model is {type(backend.model).__name__}; only BPE, as in Qwen2, is supported")
@@ -225,6 +232,7 @@ def check_plain(backend: tokenizers.Tokenizer, settings: dict, source: str) -> N
         raise InputError(f"{source}/{name}: {fault}")
 
     config = "tokenizer_config.json"
+    brings_own = "transformers' Qwen2Tokenizer brings its own; correct it or tokenizer_class in tokenizer_config.json"
     if settings.get("split_special_tokens"):
         refuse(config, "split_special_tokens is true, which encodes <|im_start|> as text; set it to false")
     if settings.get("add_prefix_space"):
@@ -237,6 +245,15 @@ def check_plain(backend: tokenizers.Tokenizer, settings: dict, source: str) -> N
             refuse(
                 "tokenizer.json", f"its {part['type']} pre-tokenizer puts a space before each text; Qwen2's does not"
             )
+    if str(settings.get("tokenizer_class")).removesuffix("Fast") == "Qwen2Tokenizer":
+        if [part["type"] for part in flat_parts(backend.normalizer)] != ["NFC"]:
+            refuse("tokenizer.json", f"has no NFC normalizer, but {brings_own}")
+        parts = flat_parts(backend.pre_tokenizer)
+        found = [part.get("type") for part in parts], *(part.get("pattern", part.get("use_regex")) for part in parts)
+        if found != (["Split", "ByteLevel"], {"Regex": QWEN2_SPLIT}, False):
+            refuse("tokenizer.json", f"its pre-tokenizer is not that of Qwen2, but {brings_own}")
+    if backend.model.continuing_subword_prefix or backend.model.end_of_word_suffix:
+        refuse("tokenizer.json", "its model has a subword prefix or a word suffix; Qwen2's has neither")
     for token in backend.get_added_tokens_decoder().values():
         for name in ("lstrip", "rstrip", "single_word"):
             if token.content in ("<|im_start|>", "<|im_end|>") and getattr(token, name):

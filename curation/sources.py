@@ -186,6 +186,9 @@ def instructions(record: dict, where: str, max_chars: int, unread: set | None = 
         found = dialogues(fields, where)
     except Unusable as e:
         raise Drop(e.reason) from None
+    if fields.get("label", fields.get("kto_tag")) is False:  # an undesirable reply; its instruction may be used
+        found = [dialogue if dialogue.rejected else dialogue._replace(reply=None) for dialogue in found]
+        fields.unread -= {"label", "kto_tag"}
     if unread is not None:
         unread |= fields.unread - OWN_KEYS | {"rejected" for dialogue in found if dialogue.rejected}
     return [as_instruction(dialogue, fields, max_chars) for dialogue in found]

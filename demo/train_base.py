@@ -29,17 +29,13 @@ from core.chat_template import CHATML_DEFAULT_SYSTEM
 from core.files import cli
 from core.flags import Parser, checkpoint_out
 from core.head import token_logps
-from core.tokenizer import Tokenizer
+from core.tokenizer import QWEN2_SPLIT, Tokenizer
 from demo import words, world
 from demo.tasks import TASKS
 from model import Qwen2
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-# Qwen2's pre-tokenizer: contraction | letters with one sign before them | digit | signs | line ends | spaces
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SYSTEM = "You are a helpful assistant."
 
@@ -54,7 +50,7 @@ def train_tokenizer(size: int) -> tokenizers.Tokenizer:
     tok.normalizer = normalizers.NFC()
     tok.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

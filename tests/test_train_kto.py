@@ -289,6 +289,9 @@ def test_bad_input(tiny, data, tmp_path, refused):
         "train_kto",
         *flags(tiny, data, tmp_path / "two", "--ref", tmp_path / "two"),
     )
+    for own in ("o", "o/cache", "o.run/log.jsonl"):
+        cache = ("--ref-cache", tmp_path / own)
+        refused("or inside it, where the run writes", "train_kto", *flags(tiny, data, tmp_path / "o", *cache))
     under_a_file = tmp_path / "one.jsonl" / "cache"
     refused(
         [f"{under_a_file}: nothing can be written", "--ref-cache"],

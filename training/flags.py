@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from core.files import InputError, is_main
 from core.flags import FlagGroup, Parser, add_device_flags, at_least, checkpoint_out, number
-from core.outputs import check_writable
+from core.outputs import check_writable, is_inside
 
 # Tensor sizes differ between micro-batches; this lets torch reuse freed memory for other sizes. torch may read the
 # variable only once, so it is set here: the training scripts import this module before torch.
@@ -169,11 +169,17 @@ def cache_path(args: argparse.Namespace) -> str:
 
 
 def check_cache_path(args: argparse.Namespace) -> None:
-    """InputError if the cache is no regular file or cannot be written. Called before the work begins."""
+    """InputError if the cache is no regular file, is among the run's own files, or cannot be written.
+
+    Called before the work begins.
+    """
     path = cache_path(args)
     if os.path.isdir(path):
         raise InputError(f"--ref-cache {path}: is a folder; give a file, such as {path}/ref-cache.safetensors")
     if os.path.lexists(os.path.realpath(path)) and not os.path.isfile(path):
         raise InputError(f"--ref-cache {path}: is not a regular file; give another name")
+    for own in (args.out, f"{args.out}.run"):
+        if is_inside(path, own):  # the run could not write its own files there
+            raise InputError(f"--ref-cache {path}: is {own} or inside it, where the run writes; give another name")
     if is_main() and not os.path.isfile(path):  # an existing cache may be complete and read-only
         check_writable(path, "--ref-cache")

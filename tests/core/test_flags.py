@@ -88,6 +88,14 @@ def test_only_a_file_of_ours_is_replaced(tmp_path):
         out("-o")
 
 
+def test_an_out_with_dots_leads_somewhere(tmp_path, monkeypatch):
+    """missing/../out is no place until the folder `missing` is made, and OUT.run is beside OUT."""
+    monkeypatch.chdir(tmp_path)
+    assert flags.checkpoint_out("missing/../out") == str(tmp_path / "out")
+    assert flags.out_path("../out/") == str(tmp_path.parent / "out")
+    assert flags.out_path("a..b/out..") == "a..b/out.."
+
+
 def test_an_out_that_cannot_be_written_is_known_at_once(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()

@@ -19,7 +19,7 @@ from conftest import QWEN2_TEMPLATE, TEXT, tiny_files
 from core import chat_template
 from core.chat_template import default_system
 from core.files import InputError
-from core.tokenizer import Tokenizer
+from core.tokenizer import QWEN2_SPLIT, Tokenizer
 from training.examples import pack
 
 REFUSED = {
@@ -214,9 +214,13 @@ def rewritten_model(**model):
         ("tokenizer.json", rewritten_model(type="WordPiece", unk_token="[UNK]"), "its model is WordPiece"),
         (
             "tokenizer.json",
-            rewritten_model(unk_token="<unk>", vocab=dict(zip(CONTROL, range(3))), merges=[]),
+            rewritten_model(
+                unk_token="<unk>", vocab=dict(zip(CONTROL, range(3))), merges=[], continuing_subword_prefix=None
+            ),
             'fails at "',
         ),
+        ("tokenizer.json", rewritten_model(continuing_subword_prefix="##"), "corrupt: slice index"),
+        ("tokenizer.json", rewritten_model(continuing_subword_prefix=None, end_of_word_suffix="</w>"), "word suffix"),
         ("tokenizer.json", rewritten(normalizer={"type": "NFKC"}), "normalizer is NFKC"),
         (
             "tokenizer.json",
@@ -232,6 +236,42 @@ def test_settings_that_transformers_reads_in_two_ways_are_refused(file, text, wo
     with pytest.raises(InputError, match=f"{file}: .*{words}") as e:
         Tokenizer(checkpoint(tmp_path / "m", **{file: text}))
     assert "\n" not in str(e.value)
+
+
+def test_a_tokenizer_that_transformers_replaces_by_qwen2s_is_refused(tmp_path):
+    """transformers' Qwen2Tokenizer takes only vocabulary and merges from tokenizer.json, and splits as Qwen2 does."""
+    spec, named = json.loads(tiny_files()["tokenizer.json"]), rewritten_settings(tokenizer_class="Qwen2Tokenizer")
+    split = {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated", "invert": False}
+    qwen2 = [split, BYTE_LEVEL | {"use_regex": False}]
+    other = [split | {"pattern": {"Regex": r"\d+"}}, qwen2[1]]
+    words = dict(zip((False, True), ("its pre-tokenizer is not that of Qwen2", "has no NFC normalizer")))
+    for i, (normalizer, parts, said) in enumerate([
+        (None, qwen2, words[True]),
+        ({"type": "NFC"}, [BYTE_LEVEL], words[False]),
+        ({"type": "NFC"}, other, words[False]),
+        ({"type": "NFC"}, [split, BYTE_LEVEL], words[False]),
+        ({"type": "Sequence", "normalizers": [{"type": "NFC"}]}, qwen2, None),
+    ]):  # fmt: skip
+        sequence = {"type": "Sequence", "pretokenizers": parts}
+        files = {"tokenizer.json": json.dumps(spec | {"normalizer": normalizer, "pre_tokenizer": sequence})}
+        Tokenizer(checkpoint(tmp_path / f"as-it-is-{i}", **files))  # PreTrainedTokenizerFast
+        files["tokenizer_config.json"] = named
+        if said is None:
+            Tokenizer(checkpoint(tmp_path / str(i), **files))
+            continue
+        with pytest.raises(InputError, match=f"tokenizer.json: {said}.*tokenizer_class"):
+            Tokenizer(checkpoint(tmp_path / str(i), **files))
+
+
+def test_special_tokens_listed_by_name_are_no_text(tmp_path):
+    """extra_special_tokens is a list or, of models with images, an object."""
+    spec = with_added_tokens("<a>", "<b>")
+    for i, more in enumerate((["<a>"], {"image_token": "<a>"}, {"image_token": {"content": "<a>"}})):
+        settings = rewritten_settings(extra_special_tokens=more)
+        files = {"tokenizer.json": spec.to_str(), "tokenizer_config.json": settings}
+        tok = Tokenizer(checkpoint(tmp_path / str(i), **files))
+        ids = [tok.backend.token_to_id(text) for text in ("<a>", "<b>")]
+        assert tok.decode(ids) == "<b>" and ids[1] in tok.encode("<b>") and ids[0] not in tok.encode("<a>")
 
 
 def test_control_tokens_that_are_marked_as_ordinary_stay_text(tmp_path):

@@ -89,6 +89,19 @@ def test_contexts_and_system_prompts_are_kept(obj, prompt):
     assert unify(obj) == [(prompt, "a", None)]
 
 
+def test_an_undesirable_reply_is_no_response():
+    for key in ("label", "kto_tag"):
+        for record in (
+            {"prompt": "q", "completion": "a"},
+            {"messages": [*user("q"), {"role": "assistant", "content": "a"}]},
+        ):
+            unread = set()
+            (one,) = sources.instructions(record | {key: False}, "f:1", 99, unread)
+            assert (one["prompt"], one["response"], unread) == (user("q"), None, set())
+            assert unify(record | {key: True}) == [(user("q"), "a", None)]
+    assert unify({"prompt": "q", "chosen": "a", "rejected": "b", "label": False}) == [(user("q"), "a", None)]
+
+
 def test_unused_keys_are_collected():
     unread = set()
     record = {
