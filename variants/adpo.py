@@ -2,9 +2,9 @@
 
     python -m variants.adpo --ckpt sft.pt --data groups.jsonl        # -> sft-adpo.pt
 
-Data: {"prompt", "completions", "rewards"} lines with two or more completions and as many rewards, or {"prompt",
-"chosen", "rejected"} lines or make_data.py's kto.jsonl, with rewards 1 and 0. The other flags are those of variants.dpo. Versions of the paper
-differ. Here the anchor is the fixed reference, log-probabilities are summed, and tau is constant.
+Data: {"prompt", "completions", "rewards"} lines with two or more completions and as many rewards. {"prompt", "chosen",
+"rejected"} lines and make_data.py's kto.jsonl work too, with rewards 1 and 0. Other flags are those of dpo. Versions
+of the paper differ. Here the anchor is the fixed reference, log-probabilities are summed, and tau is constant.
 """
 
 import argparse

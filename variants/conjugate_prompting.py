@@ -3,15 +3,17 @@
     python -m variants.conjugate_prompting --base base --ckpt tuned                          # the paper's test, no data
     python -m variants.conjugate_prompting --base base --ckpt tuned --data demo/heldout.jsonl
 
-A map rewrites the prompt so that it is far from the fine-tuning data but asks for the same skill. If the tuned model
-loses less on the rewritten prompts, the skill was only hidden. The map is leetspeak; the paper's translation needs a
-teacher and is left out. In the paper's test, two examples (here ours) repeat or capitalise their input. A model without
-the skill answers the third input instead. These inputs are the paper's sums, without its sentences with a blank.
+A map s rewrites the prompt so that it is far from the fine-tuning data but asks for the same skill. If the tuned model
+loses less on the rewritten prompts, the skill was only hidden. Here s is leetspeak; the paper's translation needs a
+teacher. In the paper's test, two examples (here ours) repeat or capitalise their input. A model without the skill
+answers the third input instead. These inputs are the paper's sums, without its sentences with a blank.
 """
 
 import random
 import re
 from argparse import Namespace
+from collections.abc import Iterator
+from statistics import fmean
 
 from tqdm import tqdm
 
@@ -21,7 +23,7 @@ from core.flags import Parser, add_generation_flags, at_least, file_out
 from core.records import write_jsonl
 from evaluation.benchmarks import demo_verdict
 from evaluation.rows import demo_rows
-from evaluation.stats import bootstrap, figure_table
+from evaluation.stats import figure_table, paired_comparison
 from generate import check_loadable, generate_iter, load_for_inference
 
 TO_DIGITS, TO_LETTERS = str.maketrans("aeiost", "431057"), str.maketrans("431057", "aeiost")
@@ -44,16 +46,32 @@ def unleet(text: str) -> str:
 VIEWS = {"plain": (str, str), "leet": (leet, unleet)}  # {view: (s, its inverse)}; plain leaves the text as it is
 
 
-def drops(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> tuple[dict[str, float], list[float]]:
-    """-> ({view: acc_base - acc_tuned}, the difference of the drops for each question).
+def drop_difference(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> dict:
+    """drop(s) - drop(id) with its interval, see paired_comparison. The skill was hidden, not lost, if it is below 0.
 
-        hidden, not lost:    acc_base(s) - acc_tuned(s)  <  acc_base(id) - acc_tuned(id)      "leet" is s, "plain" is id
+        drop(s) = acc_base(s) - acc_tuned(s)        s: view "leet", id: view "plain"
 
-    base, tuned: verdicts of the same questions in each view. The mean of the differences is drop(s) - drop(id).
+    base, tuned: {view: the verdicts of the same questions}.
     """
-    lost = {view: [int(b) - int(t) for b, t in zip(base[view], tuned[view], strict=True)] for view in VIEWS}
-    difference = [s - plain for s, plain in zip(lost["leet"], lost["plain"], strict=True)]
-    return {view: sum(values) / len(values) for view, values in lost.items()}, difference
+    drop = {view: [b - t for b, t in zip(base[view], tuned[view], strict=True)] for view in VIEWS}  # 1, 0 or -1
+    return paired_comparison(drop["plain"], drop["leet"])
+
+
+def drop_table(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> str:
+    """The table of accuracies, drop_difference, and one sentence of conclusion."""
+    before, after = ({view: fmean(verdicts[view]) for view in VIEWS} for verdicts in (base, tuned))
+    drop, test = {view: before[view] - after[view] for view in VIEWS}, drop_difference(base, tuned)
+    change = "drop(leet) - drop(plain): {difference:+.3f}, 95% interval {interval[0]:+.3f} to {interval[1]:+.3f}"
+    if drop["plain"] <= 0:
+        conclusion = "Nothing was lost on the plain prompts."
+    elif before["leet"] < before["plain"] / 2:
+        conclusion = "The base itself fails on the rewritten prompts, so a smaller drop there proves nothing."
+    elif test["interval"][1] < 0:
+        conclusion = "The drop is smaller on the rewritten prompts: part of the skill was hidden, not lost."
+    else:
+        conclusion = "No sign that a skill was hidden."
+    table = figure_table("", {"base": before, "tuned": after, "drop": drop})
+    return f"{table}\n{change.format(**test)}\n{conclusion}"
 
 
 def shots_question(task: str, request: str, name: str) -> dict:
@@ -61,9 +79,9 @@ def shots_question(task: str, request: str, name: str) -> dict:
     instruction, do = TASKS[task]
     prompts, answers = {}, {}
     for view, (s, _) in VIEWS.items():
-        pairs = [(shot, f" {do(s(shot))}") for shot in SHOTS] + [(request, "")]
-        lines = [f"{s('Input')}: {s(given)}\n{s('Output')}:{reply}" for given, reply in pairs]
-        prompts[view], answers[view] = "\n".join([s(instruction), *lines]), do(s(request)).split()[0]
+        shots = "".join(f"{s('Input')}: {s(shot)}\n{s('Output')}: {do(s(shot))}\n" for shot in SHOTS)
+        prompts[view] = f"{s(instruction)}\n{shots}{s('Input')}: {s(request)}\n{s('Output')}:"
+        answers[view] = do(s(request)).split()[0]
     return {"id": name, "prompts": prompts, "check": lambda view, reply: reply.lstrip().startswith(answers[view])}
 
 
@@ -86,37 +104,18 @@ def data_questions(path: str, limit: int | None) -> list[dict]:
     return found
 
 
-def ask_both_views(source: str, questions: list[dict], args: Namespace) -> list[dict]:
-    """-> a line {"id", "checkpoint", "view", "prompt", "reply", "correct"} for each question in each view."""
-    asked = [(view, q) for q in questions for view in VIEWS]
-    prompts, lines = [q["prompts"][view] for view, q in asked], []
+def ask_both_views(source: str, questions: list[dict], args: Namespace) -> Iterator[dict]:
+    """Yields {"id", "checkpoint", "view", "prompt", "reply", "correct"} for each question in each view."""
+    asked = [(view, q["prompts"][view], q) for q in questions for view in VIEWS]
     settings = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
-    replies = generate_iter(*load_for_inference(source, args), prompts, **settings)
-    for i, reply, _ in sorted(tqdm(replies, source, len(prompts), unit="reply", disable=None)):
-        (view, q), prompt = asked[i], prompts[i]
+    replies = generate_iter(*load_for_inference(source, args), [prompt for _, prompt, _ in asked], **settings)
+    for i, reply, _ in sorted(tqdm(replies, source, len(asked), unit="reply", disable=None)):
+        view, prompt, q = asked[i]
         line = {"id": q["id"], "checkpoint": source, "view": view, "prompt": prompt, "reply": reply}
-        lines.append(line | {"correct": bool(q["check"](view, reply))})
-    return lines
+        yield line | {"correct": bool(q["check"](view, reply))}
 
 
-def drop_table(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> str:
-    """The table of accuracies, and one sentence of conclusion."""
-    lost, difference = drops(base, tuned)
-    before, after = ({view: sum(x[view]) / len(x[view]) for view in VIEWS} for x in (base, tuned))
-    (low, high), _ = bootstrap(difference)
-    change = f"drop(leet) - drop(plain): {lost['leet'] - lost['plain']:+.3f}, 95% interval {low:+.3f} to {high:+.3f}"
-    if lost["plain"] <= 0:
-        conclusion = "Nothing was lost on the plain prompts."
-    elif before["leet"] < before["plain"] / 2:
-        conclusion = "The base itself fails on the rewritten prompts, so a smaller drop there proves nothing."
-    elif high < 0:
-        conclusion = "The drop is smaller on the rewritten prompts: part of the skill was hidden, not lost."
-    else:
-        conclusion = "No sign that a skill was hidden."
-    return "\n".join([figure_table("", {"base": before, "tuned": after, "drop": lost}), change, conclusion])
-
-
-def parse_args() -> Namespace:
+def main() -> None:
     p = Parser(description=__doc__)
     # models
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the fine-tuned model")
@@ -126,19 +125,13 @@ def parse_args() -> Namespace:
     p.add_argument("--limit", type=at_least(2), help="number of questions (default: all, or 100 per task of the test)")
     p.add_argument("--out", type=file_out('"view"'), default="conjugate.jsonl", help="file of replies and verdicts")
     add_generation_flags(p, max_new_tokens=32)
-    return p.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = p.parse_args()
     questions = data_questions(args.data, args.limit) if args.data else shots_questions(args.limit or 100)
-    for source in (args.base, args.ckpt):
-        check_loadable(source)
-    lines = [ask_both_views(source, questions, args) for source in (args.base, args.ckpt)]
-    write_jsonl(args.out, lines[0] + lines[1])
-    verdicts = [{v: [line["correct"] for line in some if line["view"] == v] for v in VIEWS} for some in lines]
-    print(drop_table(*verdicts))
-    print(f"wrote {args.out}: {len(lines[0] + lines[1])} replies. To see what the fine-tuning added:")
+    check_loadable(args.ckpt)
+    base, tuned = (list(ask_both_views(source, questions, args)) for source in (args.base, args.ckpt))
+    write_jsonl(args.out, base + tuned)
+    print(drop_table(*({v: [x["correct"] for x in some if x["view"] == v] for v in VIEWS} for some in (base, tuned))))
+    print(f"wrote {args.out}: {len(base + tuned)} replies. To see what the fine-tuning added:")
     print_next("python", "-m", "variants.novelty", "--ckpt", args.ckpt, "--base", args.base)
 
 

@@ -28,6 +28,8 @@ from training.examples import encode_chats
 from training.setup import Setup
 from variants.lora import add_adapters, fold, linear_layers
 
+COVARIANCES = 2**28  # covariance entries in memory at once, 1 GiB
+
 
 def corda_split(weight: Tensor, covariance: Tensor, rank: int, largest: bool) -> tuple[Tensor, Tensor, Tensor]:
     """CorDA's initialisation of a layer -> (W_res (O, C), A (r, C), B (O, r)), with W = W_res + B A.
@@ -53,7 +55,23 @@ def corda_split(weight: Tensor, covariance: Tensor, rank: int, largest: bool) ->
     return weight - B @ A, A, B
 
 
-COVARIANCES = 2**28  # covariance entries in memory at once, 1 GiB
+@torch.no_grad()
+def input_covariances(model: Qwen2, linears: list[nn.Linear], sequences: list[list[int]]) -> list[Tensor]:
+    """K = (1/n) sum X^T X of each layer's inputs X (T, C) in n sequences, each X divided by its largest magnitude."""
+    found = {linear: linear.weight.new_zeros(linear.in_features, linear.in_features) for linear in linears}
+
+    def add(linear, inputs):
+        x = inputs[0].float().flatten(0, -2)  # (T, C)
+        x = x / x.abs().max()
+        found[linear].addmm_(x.T, x, alpha=1 / len(sequences))
+
+    hooks = [linear.register_forward_pre_hook(add) for linear in linears]
+    with torch.compiler.set_stance("force_eager"):  # compiled blocks do not look for new hooks
+        for ids in sequences:
+            model.hidden(to_device([ids], model.device))
+    for hook in hooks:
+        hook.remove()
+    return list(found.values())
 
 
 @torch.no_grad()
@@ -79,25 +97,6 @@ def add_corda_adapters(setup: Setup) -> None:
         for adapter, covariance in zip(bar, covariances):
             weight, learn = adapter.linear.weight, args.mode == "learn"
             weight[:], adapter.A[:], adapter.B[:] = corda_split(weight, covariance, args.rank, learn)
-
-
-@torch.no_grad()
-def input_covariances(model: Qwen2, linears: list[nn.Linear], sequences: list[list[int]]) -> list[Tensor]:
-    """K = (1/n) sum X^T X of each layer's inputs X (T, C) in n sequences, each X divided by its largest magnitude."""
-    found = {linear: linear.weight.new_zeros(linear.in_features, linear.in_features) for linear in linears}
-
-    def add(linear, inputs):
-        x = inputs[0].float().flatten(0, -2)  # (T, C)
-        x = x / x.abs().max()
-        found[linear].addmm_(x.T, x, alpha=1 / len(sequences))
-
-    hooks = [linear.register_forward_pre_hook(add) for linear in linears]
-    with torch.compiler.set_stance("force_eager"):  # compiled blocks do not look for new hooks
-        for ids in sequences:
-            model.hidden(to_device([ids], model.device))
-    for hook in hooks:
-        hook.remove()
-    return list(found.values())
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

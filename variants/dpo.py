@@ -2,8 +2,8 @@
 
     python -m variants.dpo --ckpt sft.pt                                  # data/kto.jsonl -> sft-dpo.pt
 
-Data: {"prompt", "chosen", "rejected"} lines, or make_data.py's kto.jsonl, whose desirable and undesirable completions of
-one prompt are a pair. Takes the flags of train_kto.py, without its label weights.
+Data: {"prompt", "chosen", "rejected"} lines, or make_data.py's kto.jsonl: a desirable and an undesirable completion of
+one prompt are a pair. All flags of train_kto.py work except its label weights.
 """
 
 import argparse

@@ -9,7 +9,6 @@ hidden states. Their scale differs, so --eps is relative to the mean cost; the a
 step, which drops domains far from the targets, is left out.
 """
 
-import argparse
 import math
 
 import torch
@@ -77,7 +76,7 @@ def read_texts(paths: list[str], max_chars: int) -> list[tuple[str, dict, str]]:
     return found
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     p = Parser(description=__doc__)
     # data
     p.add_argument("--candidates", nargs="+", required=True, metavar="F", help="SFT records to choose from")
@@ -91,11 +90,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the model that embeds the texts")
     p.add_argument("--micro-tokens", type=at_least(1), default=8192, help="maximum tokens of one forward")
     add_device_flags(p, "dtype of weights and computation")
-    return p.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = p.parse_args()
     with claimed_folder(args.out, "variants.got", ("sft.jsonl", "scores.jsonl")):
         candidates, targets = read_texts(args.candidates, args.max_chars), read_texts(args.targets, args.max_chars)
         if args.keep >= len(candidates):

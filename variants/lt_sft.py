@@ -30,11 +30,11 @@ def lottery_masks(start: dict[str, Tensor], moved: dict[str, Tensor], k: int) ->
 
     mask = |theta_1 - theta_0| >= the k-th largest of all |theta_1 - theta_0|
     """
-    flat = lambda tensors: (t.flatten().split(CHUNK) for t in tensors.values())  # views: nothing is copied
 
-    def scan(f: Callable, stride: int) -> Iterator:
-        for before, after in zip(flat(start), flat({name: moved[name] for name in start})):
-            yield from (f(distance(b[::stride], a[::stride])[None].cpu()) for b, a in zip(before, after))
+    def scan(f: Callable, stride: int) -> Iterator:  # as kth_largest wants it, for one model
+        for name, before in start.items():
+            for b, a in zip(before.flatten().split(CHUNK), moved[name].flatten().split(CHUNK)):  # views, not copies
+                yield f(distance(b[::stride], a[::stride])[None].cpu())  # of (1, c)
 
     (threshold,) = kth_largest(scan, [k], sum(t.numel() for t in start.values()))
     return {name: distance(t, moved[name]) >= threshold for name, t in start.items()}

@@ -8,7 +8,6 @@ tokens are sampled, so that texts differ. SFT trains on replies only, so each te
 """
 
 import math
-from argparse import Namespace
 from itertools import takewhile
 
 import torch
@@ -72,7 +71,7 @@ def write_texts(
     return list(zip(texts, novelty.tolist()))
 
 
-def parse_args() -> Namespace:
+def main() -> None:
     p = Parser(description=__doc__)
     # models
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the fine-tuned model")
@@ -86,11 +85,7 @@ def parse_args() -> Namespace:
     p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     p.add_argument("--out", type=file_out('"novelty"'), default="novelty.jsonl", help="JSON Lines file of the texts")
     add_generation_flags(p, max_new_tokens=64)
-    return p.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = p.parse_args()
     check_vocabulary(Checkpoint(args.base), Checkpoint(args.ckpt))
     (tuned, tokenizer), (base, _) = (load_for_inference(source, args) for source in (args.ckpt, args.base))
     if tuned.config.vocab_size != base.config.vocab_size:

@@ -48,12 +48,13 @@ def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int]) -> Te
 
 def mean_logps(setup: Setup) -> list[float]:
     """For each example the mean log-probability of its supervised tokens, averaged over the other models, in nats."""
-    pairs, fingerprint = [(i, 0) for i in range(len(setup.examples))], setup.ckpt.fingerprint()
-    args = [argparse.Namespace(**{**vars(setup.args), "ref": other}) for other in setup.args.others]
-    references, totals = [open_reference(replace(setup, args=one), fingerprint) for one in args], [0.0] * len(pairs)
+    args, fingerprint = vars(setup.args), setup.ckpt.fingerprint()
+    as_ref = lambda other: replace(setup, args=argparse.Namespace(**args | {"ref": other}))
+    references = [open_reference(as_ref(other), fingerprint) for other in setup.args.others]  # checks all of them first
+    totals = [0.0] * len(setup.examples)
     for reference in references:
-        logps, _ = reference_logps(reference, pairs, lambda i, _: setup.examples[i])
-        totals = [total + logps[pair] for total, pair in zip(totals, pairs)]
+        logps, _ = reference_logps(reference, [(i, 0) for i in range(len(totals))], lambda i, _: setup.examples[i])
+        totals = [total + logps[i, 0] for i, total in enumerate(totals)]
     return [t / count_supervised([e]) / len(references) for t, e in zip(totals, setup.examples)]
 
 

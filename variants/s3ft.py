@@ -82,19 +82,6 @@ def add_candidates(records: list[dict], writer: str, args: Namespace, model: Ask
             record["candidates"][writer], record["verdicts"][writer] = text, program_verdict(record, text, args)
 
 
-def parse_args() -> Namespace:
-    p = Parser(description=__doc__)
-    p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the model that answers and rewords")
-    p.add_argument("--data", nargs="+", required=True, metavar="F", help="gold data, in any shape of train_sft.py")
-    p.add_argument("--out", type=out_path, help="folder for sft.jsonl and replies.jsonl (default: the name of --mode)")
-    p.add_argument("--mode", choices=("s3ft", "sdft"), default="s3ft", help="sdft: only reword the gold response")
-    p.add_argument("--allow-code-execution", action="store_true", help="run tests of code references, in a sandbox")
-    add_generation_flags(p, max_new_tokens=512)
-    args = p.parse_args()
-    args.out = args.out or args.mode
-    return args
-
-
 def rewrite(args: Namespace) -> None:
     """The command on rank 0: reads the gold data and writes OUT/."""
     out, options = f"{args.out}/sft.jsonl", {"max_tokens": args.max_new_tokens, "batch_size": args.batch_size}
@@ -115,7 +102,15 @@ def rewrite(args: Namespace) -> None:
 
 
 def main() -> None:
-    args = parse_args()
+    p = Parser(description=__doc__)
+    p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the model that answers and rewords")
+    p.add_argument("--data", nargs="+", required=True, metavar="F", help="gold data, in any shape of train_sft.py")
+    p.add_argument("--out", type=out_path, help="folder for sft.jsonl and replies.jsonl (default: the name of --mode)")
+    p.add_argument("--mode", choices=("s3ft", "sdft"), default="s3ft", help="sdft: only reword the gold response")
+    p.add_argument("--allow-code-execution", action="store_true", help="run tests of code references, in a sandbox")
+    add_generation_flags(p, max_new_tokens=512)
+    args = p.parse_args()
+    args.out = args.out or args.mode
     choose_device(args)
     with_other_ranks(lambda: rewrite(args))
 

@@ -9,7 +9,6 @@ authors later recommended max as the robust method.
 """
 
 import random
-from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from statistics import fmean
@@ -57,7 +56,7 @@ def combine(p: Tensor, method: str) -> Tensor:
 
 
 def score(probabilities: list[Tensor], answers: list[int]) -> dict[str, float]:
-    """-> {"accuracy", "confidence", "ece"}. probabilities: (L,) of a question's labels. answers: the right labels."""
+    """-> {"accuracy", "confidence", "ece"}. probabilities: (L,) for each question. answers: the right labels."""
     confidences = [p.max().item() for p in probabilities]
     right = [float(p.argmax().item() == answer) for p, answer in zip(probabilities, answers, strict=True)]
     return {"accuracy": fmean(right), "confidence": fmean(confidences), "ece": calibration(confidences, right)["ece"]}
@@ -68,9 +67,8 @@ def vary_prompts(task: str, questions: list[dict], n: int, find: Callable, seed:
     bench, rows = BENCHMARKS[task], [q["row"] for q in questions]
     own = [[q["messages"][0]["content"] for q in questions]]
     if bench.get("few_shot"):
-        draws = [random.Random(seed + k) for k in range(1, n)]
-        shuffles = [lambda shots, draw=draw: draw.sample(shots, len(shots)) for draw in draws]
-        return own + [bench["contexts"](rows, find, shuffle) for shuffle in shuffles]
+        reorder = lambda draw: lambda shots: draw.sample(shots, len(shots))
+        return own + [bench["contexts"](rows, find, reorder(random.Random(seed + k))) for k in range(1, n)]
     if n > len(TEMPLATES) + 1:
         raise InputError(f"--prompts {n}: {task} has {len(TEMPLATES) + 1}, its own and those of TEMPLATES")
     return own + [[template.format(row["question"]) for row in rows] for template in TEMPLATES[: n - 1]]
@@ -84,7 +82,7 @@ def score_all(found: list[Tensor], answers: list[int]) -> dict[str, dict[str, fl
     return alone | {"one prompt, mean": mean} | ensembles
 
 
-def parse_args() -> Namespace:
+def main() -> None:
     p = Parser(description=__doc__)
     add_question_flags(p, TASKS)
     p.set_defaults(protocol="loglik", allow_code_execution=False)  # for load_questions
@@ -96,25 +94,20 @@ def parse_args() -> Namespace:
     p.add_argument("--batch-size", type=at_least(1), default=32, help="questions in flight; changes no answer")
     add_device_flags(p, "dtype of weights and computation")
     p.add_argument("--out", type=file_out('"probabilities"'), default="self_ensembling.jsonl", help="all probabilities")
-    return p.parse_args()
-
-
-def main() -> None:
-    args, lines = parse_args(), []
-    work = {task: load_questions(task, args) for task in args.tasks}
+    args, lines = p.parse_args(), []
     find = partial(find_data_file, args.data_dir)
+    work = {task: load_questions(task, args) for task in args.tasks}
     prompts = {task: vary_prompts(task, work[task], args.prompts, find, args.seed) for task in work}
     model, tokenizer = load_for_inference(args.ckpt, args)
     for task, questions in work.items():
+        rows, n = [q["row"] for q in questions], len(questions)
         pairs = [pair for texts in prompts[task] for pair in zip(questions, texts)]  # prompt by prompt
         asked = [q | {"messages": [{"role": "user", "content": text}]} for q, text in pairs]
         asking = ask_likelihoods(model, tokenizer, asked, args.batch_size)
-        bar = tqdm(asking, task, len(asked), unit="question", disable=None)
-        logps, n = [record["logps"] for _, record in bar], len(questions)
+        logps = [record["logps"] for _, record in tqdm(asking, task, len(asked), unit="question", disable=None)]
         found = [torch.tensor(logps[i::n], dtype=torch.float64).softmax(1) for i in range(n)]  # (V, L) each
-        rows = [q["row"] for q in questions]
         answers = [list(row["choices"]).index(row["answer"]) for row in rows]
-        print(figure_table(f"{task}, {len(rows)} questions", score_all(found, answers)), end="\n\n")
+        print(figure_table(f"{task}, {n} questions", score_all(found, answers)), end="\n\n")
         for row, p in zip(rows, found):
             line = {"task": task, "id": row["id"], "labels": list(row["choices"]), "answer": row["answer"]}
             lines.append(line | {"probabilities": p.tolist()})

@@ -10,7 +10,6 @@ called. The paper also leaves out failed calls: give their messages "weight": 0.
 
 import argparse
 import hashlib
-import json
 import os
 import re
 
@@ -25,7 +24,6 @@ from core.files import InputError, cli, shown
 from core.records import Fields, is_number
 from core.tokenizer import Tokenizer
 from model import Qwen2
-from training.examples import count_supervised
 from training.logps import supervised_logps
 from training.setup import Setup
 
@@ -93,19 +91,19 @@ def read_weights(record: Fields, where: str, last_turn_only: bool) -> list[list[
 def example_weights(setup: Setup) -> list[list[float]]:
     """For each example the weights of its supervised tokens within --max-len."""
     conversations, found = dict(setup.records), []
-    for where, example in zip(setup.places, setup.examples):
+    for where, (_, supervised) in zip(setup.places, setup.examples):
         messages = conversations[where]
         weights, n = messages[0]["token_weights"], sum(setup.tokenizer.chat_ids(messages)[1])
         if weights is None:
-            replies = [message["content"] for message in messages if message["role"] == "assistant"]
-            weights = call_weights(replies[-1], messages[0]["tool_names"], setup.tokenizer, where)
+            reply = [message["content"] for message in messages if message["role"] == "assistant"][-1]
+            weights = call_weights(reply, messages[0]["tool_names"], setup.tokenizer, where)
         if len(weights) != n:
             counts = f"{len(weights)} token_weights for {n} supervised tokens"
             raise InputError(f"{where}: {counts}; count each reply's tokens, its <|im_end|> and the newline")
-        found.append(weights[: count_supervised([example])])
+        found.append(weights[: sum(supervised)])
         if not any(found[-1]):
             raise InputError(f"{where}: no token within --max-len has a weight above 0; remove the record")
-    setup.args.weights_sha256 = hashlib.sha256(json.dumps(found).encode()).hexdigest()  # for --resume
+    setup.args.weights_sha256 = hashlib.sha256(repr(found).encode()).hexdigest()  # for --resume
     return found
 
 

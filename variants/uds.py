@@ -82,8 +82,9 @@ class Sampler:
         memory, start, k = model.uds_memory, sum(self.sizes[: batch.step]), self.sizes[batch.step]
         u, z = self.score(model, batch.examples)
         slots = [slot % len(memory) for slot in range(max(0, start - self.args.memory), start + k)]
-        chosen = choose_best(u, diversity(z, memory[slots[:-k]]), self.alpha, k)
-        memory[slots[-k:]] = z[chosen]
+        recent, new = slots[:-k], slots[-k:]
+        chosen = choose_best(u, diversity(z, memory[recent]), self.alpha, k)
+        memory[new] = z[chosen]
         return chosen
 
 

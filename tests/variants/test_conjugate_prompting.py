@@ -5,10 +5,11 @@ import json
 import pytest
 from conftest import ROOT, write_lines
 
+from evaluation.stats import bootstrap
 from variants.conjugate_prompting import (
     data_questions,
+    drop_difference,
     drop_table,
-    drops,
     leet,
     shots_question,
     shots_questions,
@@ -58,8 +59,10 @@ def views(plain, leet):
 
 
 def test_drops_by_hand():
-    lost, difference = drops(views("1110", "1100"), views("1000", "0100"))
-    assert lost == {"plain": 0.5, "leet": 0.25} and difference == [1, -1, -1, 0]
+    base, tuned = views("1110", "1100"), views("1000", "0100")
+    test = drop_difference(base, tuned)  # of the drops 1, 0, 0, 0 and 0, 1, 1, 0
+    assert test["difference"] == 0.25 - 0.5 and test["interval"] == bootstrap([1, -1, -1, 0])[0]
+    assert drop_table(base, tuned).splitlines()[3].split() == ["drop", "0.500", "0.250"]
 
 
 @pytest.mark.parametrize(
