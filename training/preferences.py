@@ -99,7 +99,7 @@ def preference_groups(record: Fields, where: str) -> list[tuple[list[dict], list
         return [(prompt, [reply], [float(label)]) for prompt, reply, label in kto_examples(record, where)]
     for prompt, reply, rejected, _ in dialogues(record, where):
         if not prompt or completions is None and (reply is None or not rejected):
-            needs = "chosen and rejected, a completion and a label, or completions and rewards"
+            needs = "chosen and rejected, or a completion and a label, or for variants.adpo completions and rewards"
             raise InputError(f"{where}: needs a prompt with {needs}")
         if completions is not None:
             found.append((prompt, *scored_replies(completions, rewards, where)))

@@ -119,7 +119,7 @@ def main() -> None:
     p = Parser(description=__doc__)
     # models
     p.add_argument("--ckpt", required=True, help="hub id, folder or .pt file of the fine-tuned model")
-    p.add_argument("--base", required=True, help="the model before fine-tuning, with the same tokenizer")
+    p.add_argument("--base", required=True, help="the model before fine-tuning")
     # questions
     p.add_argument("--data", metavar="F", help="JSON Lines of `prompt` and `reference`; without it, the paper's test")
     p.add_argument("--limit", type=at_least(2), help="number of questions (default: all, or 100 per task of the test)")

@@ -18,6 +18,7 @@ from core.checkpoint import Checkpoint
 from core.distributed import run_distributed
 from core.files import InputError, cli
 from core.flags import number
+from core.tokenizer import check_vocabulary
 from merging.methods import kth_largest
 from model import check_finite, check_tensors
 from training.setup import Setup
@@ -48,6 +49,7 @@ def freeze_the_rest(setup: Setup) -> None:
     """Zeroes the gradients outside the masks, before they are clipped."""
     args, names = setup.args, dict(setup.model.named_parameters())
     moved = Checkpoint(args.moved)
+    check_vocabulary(moved, setup.ckpt)
     check_tensors(moved, {name: tuple(p.shape) for name, p in names.items()})
     for name in [name for name in names if "norm" in name]:
         names.pop(name).requires_grad_(False)

@@ -84,9 +84,11 @@ def main() -> None:
     def prepare(setup: Setup) -> None:
         n = setup.model.config.num_hidden_layers
         args.exits = default_exits(n) if args.exits is None else sorted(set(args.exits) - {n})
-        for k in args.exits + args.export:
-            if k > n or k not in args.exits + [n]:
-                raise InputError(f"{k} blocks: not an exit; the model has {n} blocks and the exits are {args.exits}")
+        if max(args.exits, default=0) > n:
+            raise InputError(f"--exits {max(args.exits)}: the model has only {n} blocks")
+        for k in args.export:
+            if k not in (exits := [*args.exits, n]):
+                raise InputError(f"--export {k}: not an exit; the exits are {', '.join(map(str, exits))}")
 
     def loss(model: Qwen2, batch: StepBatch, micro: list[int]) -> Tensor:
         examples = [batch.examples[i] for i in micro]

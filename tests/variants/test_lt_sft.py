@@ -59,3 +59,7 @@ def test_runs(tiny, tmp_path, run, monkeypatch, refused):
     other = str(tmp_path / "other")
     tiny_model(intermediate_size=48).save(other, tiny_files())
     refused(["other", "do not fit"], *call("--moved", other))
+    files = tiny_files()
+    files["tokenizer.json"] = files["tokenizer.json"].replace("<|endoftext|>", "<|end|>")
+    tiny_model().save(str(tmp_path / "foreign"), files)
+    refused(["foreign", "tokenizer differs"], *call("--moved", tmp_path / "foreign"))

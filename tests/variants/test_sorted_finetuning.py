@@ -39,5 +39,5 @@ def test_runs(tiny, tmp_path, run, monkeypatch, refused):
     same_run(tmp_path / "variants.sorted_finetuning", tmp_path / "train_sft")
     call = lambda *last: ("variants.sorted_finetuning", *arguments(tiny, data, tmp_path / "o", *last))
     refused("--shard", *call("--shard"))
-    refused("3 blocks", *call("--exits", 3))
-    refused("1 blocks", *call("--exits", 2, "--export", 1))
+    refused(["--exits 3", "2 blocks"], *call("--exits", 3))
+    refused(["--export 1", "exits are 2"], *call("--exits", 2, "--export", 1))
