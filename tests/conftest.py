@@ -11,6 +11,8 @@ if not os.environ.get(
 ):  # the tests are a CPU's, and so are the scripts' defaults in them; TEST_GPU=1 pytest -k gpu
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+os.fsync = lambda fd: None  # for power cuts, which no test makes; each takes milliseconds
+
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import tokenizers  # noqa: E402

@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_files
 
+from core.chat_template import default_system
 from core.checkpoint import Checkpoint
+from core.tokenizer import special_token_texts
 from model import Qwen2
 
 WORDS = "The capital of France is Paris . What 2 + 2 = 4 hello world def add return lazy dog fox jumps".split()
@@ -62,6 +64,10 @@ def update_error(a, b, base):
 def log(out):
     return [json.loads(line) for line in Path(f"{out}.run/log.jsonl").read_text().splitlines()]
 
+
+# A template is rendered in a process of its own. Its result is kept: that of the tiny checkpoint is there before the forks.
+of_tiny = json.loads(tiny_files()["tokenizer_config.json"])
+default_system(of_tiny["chat_template"], "", special_token_texts(of_tiny, ""))
 
 # A process of its own for each rank, forked from a server that has everything imported: it starts in a moment.
 fork = multiprocessing.get_context("forkserver")
