@@ -10,7 +10,6 @@ authors later recommended max as the robust method.
 
 import random
 from collections.abc import Callable
-from functools import partial
 from statistics import fmean
 
 import torch
@@ -95,7 +94,7 @@ def main() -> None:
     add_device_flags(p, "dtype of weights and computation")
     p.add_argument("--out", type=file_out('"probabilities"'), default="self_ensembling.jsonl", help="all probabilities")
     args, lines = p.parse_args(), []
-    find = partial(find_data_file, args.data_dir)
+    find = lambda name: find_data_file(args.data_dir, name)
     work = {task: load_questions(task, args) for task in args.tasks}
     prompts = {task: vary_prompts(task, work[task], args.prompts, find, args.seed) for task in work}
     model, tokenizer = load_for_inference(args.ckpt, args)
@@ -108,9 +107,9 @@ def main() -> None:
         found = [torch.tensor(logps[i::n], dtype=torch.float64).softmax(1) for i in range(n)]  # (V, L) each
         answers = [list(row["choices"]).index(row["answer"]) for row in rows]
         print(figure_table(f"{task}, {n} questions", score_all(found, answers)), end="\n\n")
-        for row, p in zip(rows, found):
+        for row, probabilities in zip(rows, found):
             line = {"task": task, "id": row["id"], "labels": list(row["choices"]), "answer": row["answer"]}
-            lines.append(line | {"probabilities": p.tolist()})
+            lines.append(line | {"probabilities": probabilities.tolist()})
     write_jsonl(args.out, lines)
     print(f"wrote {args.out}: {len(lines)} questions under {args.prompts} prompts. All figures of the first prompt:")
     same = ["--tasks", *args.tasks, "--data-dir", args.data_dir, *(["--limit", str(args.limit)] if args.limit else [])]

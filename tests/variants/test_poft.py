@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_files, tiny_model, write_lines
 from training_runs import chats, log
-from variant_runs import arguments, check_runs
+from variant_runs import arguments, check_runs, check_shard
 
 from core.checkpoint import Checkpoint
 from core.tokenizer import Tokenizer
@@ -45,7 +45,8 @@ def test_means_are_over_the_answer_and_over_the_models(tiny, tmp_path, run, othe
 
 def test_runs(tiny, tmp_path, run, monkeypatch, others, refused):
     data = write_lines(tmp_path / "d.jsonl", chats(13))
-    check_runs(run, monkeypatch, "variants.poft", tiny, data, tmp_path, "--others", *others)
+    whole = check_runs(run, monkeypatch, "variants.poft", tiny, data, tmp_path, "--others", *others)
+    check_shard("variants.poft", tiny, data, tmp_path, whole, "--others", *others)
     refused("--others", "variants.poft", *arguments(tiny, data, tmp_path / "o"))
     files = tiny_files()
     files["tokenizer.json"] = files["tokenizer.json"].replace("<|endoftext|>", "<|end|>")
