@@ -166,16 +166,23 @@ def merge_checkpoints(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, start = parse_args(argv), time.time()
-    if args.command == "search":
-        from merging import search  # loads evaluation and training code, which a merge does not need
+    args = parse_args(argv)
+    try:
+        if args.command == "search":
+            from merging import search  # loads evaluation and training code, which a merge does not need
 
-        choose_device(args)
-        try:
-            return search.main(args, merge_checkpoints)
-        except KeyboardInterrupt:
-            print(f"stopped: {args.out} is not written", file=sys.stderr)
-            raise
+            choose_device(args)
+            search.main(args, merge_checkpoints)
+        else:
+            write_merge(args)
+    except KeyboardInterrupt:
+        print(f"stopped: {args.out} is not written", file=sys.stderr)
+        raise
+
+
+def write_merge(args: argparse.Namespace) -> None:
+    """merge.py without a command: merges, writes --out and prints a summary."""
+    start = time.time()
     base, models = open_inputs(args)
     reference, dtype, stats = base or models[0], getattr(torch, args.dtype), engine.Stats()
     specs = {}  # name -> (shape, dtype) of the output

@@ -408,6 +408,16 @@ def sigterm_at_the_fourth_tensor(folder):
     merge.merge_checkpoints = stopped
 
 
+def test_ctrl_c_says_that_nothing_is_written(family, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(METHODS, "linear", (None, stop))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", "linear", [str(family / "a"), str(family / "b")])
+    assert capsys.readouterr().err.endswith(f"stopped: {tmp_path}/out is not written\n") and not os.listdir(tmp_path)
+
+
 def test_sigterm_leaves_nothing_half_written(tiny, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
