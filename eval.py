@@ -15,7 +15,7 @@ without loading the models. Under torchrun each rank asks a part of the question
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
 from core.files import InputError, atomic_write, check_arguments, cli, print_next, read_json
-from evaluation.flags import checkpoint_names, parse_args
+from evaluation.flags import checkpoint_names, parse_args, short_name
 
 if __name__ == "__main__":
     check_arguments(parse_args)  # before torch is loaded, so that --help and wrong flags are answered at once
@@ -242,16 +242,18 @@ def differing_questions(samples: dict[tuple, dict], first: str, second: str) -> 
 
 def compare_command(args: Namespace) -> None:
     """Writes the questions on which two checkpoints score differently, with both replies."""
-    path, (first, second) = os.path.join(args.out, "samples.jsonl"), args.names
+    path = os.path.join(args.out, "samples.jsonl")
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file; give the --out of an evaluation that has ended")
     samples = read_samples(path)
     known = list(dict.fromkeys(name for name, _, _ in samples))
-    for name in args.names:
+    names = [name if name in known else short_name(name) for name in args.names]
+    for name, given in zip(names, args.names):
         if name not in known:
-            raise InputError(f"{path}: no checkpoint {name!r}; it holds {', '.join(known)}")
+            raise InputError(f"{path}: no checkpoint {given!r}; it holds {', '.join(known)}")
+    first, second = names
     lines, text = differing_questions(samples, first, second)
-    path = os.path.join(args.out, "-vs-".join(name.strip("/").replace("/", "_") for name in args.names) + ".md")
+    path = os.path.join(args.out, "-vs-".join(name.strip("/").replace("/", "_") for name in names) + ".md")
     claim_folder(args.out, "eval.py", [os.path.basename(path)])
     with atomic_write(path) as f:
         f.write(f"# {first} and {second}\n\n" + "\n".join(f"- {line}" for line in lines) + f"\n\n{text}")

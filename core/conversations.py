@@ -7,7 +7,7 @@ with "weight": 0 is context and is not trained on. docs/data-formats.md lists th
 import re
 from typing import NamedTuple
 
-from core.files import InputError, printable, shown
+from core.files import InputError, printable, shown, warn_once
 from core.records import Fields, is_empty
 
 ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"}
@@ -177,6 +177,9 @@ def single_prompt(fields: Fields, where: str) -> list[dict] | None:
         value = "\n".join([value, *extras] if value else extras)
     if is_transcript(value):
         raise Unusable(where, "a transcript as prompt", f"{key} is a text with Human: and Assistant:, not one turn")
+    if isinstance(value, str) and value.startswith("<|im_start|>"):
+        text = f"{key} begins with <|im_start|>, which is encoded as ordinary text; give the turns as messages"
+        warn_once(f"{where.rpartition(':')[0]}: {text}")
     messages = as_messages(value, where, unread=fields.unread)
     history = fields.first("history") or []
     if history and not isinstance(value, str):

@@ -46,7 +46,7 @@ def parse_compare_args(argv: list[str]) -> Namespace:
     """The arguments of `eval.py compare`."""
     about = "Writes the questions on which two checkpoints score differently, with both replies."
     p = Parser(prog="eval.py compare", description=about)
-    p.add_argument("names", nargs=2, help="names of two checkpoints, as in the table")
+    p.add_argument("names", nargs=2, help="two checkpoints, by their paths or their names in the table")
     p.add_argument("--out", type=out_path, default="eval", help="folder of an evaluation, with samples.jsonl")
     return p.parse_args(argv)
 
@@ -94,9 +94,14 @@ def add_question_flags(p: ArgumentParser, tasks: Sequence[str] | None = None) ->
     add("--limit", type=at_least(1), help=limit)
 
 
+def short_name(source: str) -> str:
+    """The last part of a checkpoint's path, without .pt."""
+    return os.path.basename(source.rstrip("/")).removesuffix(".pt")
+
+
 def checkpoint_names(sources: list[str]) -> list[str]:
-    """The last part of each path, without .pt. If two of them are equal, the sources as they were given."""
-    short = [os.path.basename(s.rstrip("/")).removesuffix(".pt") for s in sources]
+    """The short_name() of each path. If two of them are equal, the sources as they were given."""
+    short = list(map(short_name, sources))
     names = short if len(set(short)) == len(sources) else list(sources)
     if len(set(names)) < len(names):
         raise InputError(f"--ckpt: {max(names, key=names.count)} is given twice")

@@ -493,6 +493,8 @@ def test_compare_two(run, refused, tmp_path):
     text = (tmp_path / "a-vs-org_b.md").read_text()
     assert [f"Question {i}" in text for i in range(4)] == [False, True, True, True]
     assert "### a: 1, read as '1'\n\n1 of a\n\n### org/b: 0, read as '1'\n\n1 of b" in text
+    code, again, _ = run("eval", "compare", "./a.pt", "org/b", "--out", tmp_path)  # the checkpoint's path
+    assert (code, again) == (0, out)
     refused(["'c'", "a, org/b"], "eval", "compare", "a", "c", "--out", tmp_path)
     refused("samples.jsonl", "eval", "compare", "a", "b", "--out", tmp_path / "none")
     for key, value in ("correct", None), ("correct", "x"), ("prompt", []), ("prompt", "q"), ("id", [1]), ("reply", ...):

@@ -93,6 +93,17 @@ def test_every_shape_becomes_its_conversation(record, conversation):
     assert sft_conversations(record, "f:1") == [conversation]
 
 
+def test_a_prompt_that_is_rendered_already_is_warned_of(capsys):
+    """Control tokens typed in a text stay text, so its turns would be one user's turn."""
+    rendered = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    for line in (1, 2):
+        conversation = sft_conversations({"prompt": rendered, "completion": "A"}, f"rendered.jsonl:{line}")
+        assert conversation == [[user(rendered), assistant("A")]]
+    said = "warning: rendered.jsonl: prompt begins with <|im_start|>"
+    err = capsys.readouterr().err
+    assert err.startswith(said) and err.count("\n") == 1
+
+
 def learnt(record, **options):
     (messages,) = sft_conversations(record, "f:1", **options)
     return [m["content"] for m in messages if m["role"] == "assistant" and m.get("weight", 1)]
