@@ -64,6 +64,8 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
         refuse(f"layer_types is {shown(layer_types)}, not full_attention everywhere: sliding-window attention")
     if raw.get("use_sliding_window"):
         refuse("use_sliding_window is set: sliding-window attention")
+    if not raw.get("is_causal", True):
+        refuse("is_causal is false: attention in both directions, as in embedding models")
     if raw.get("hidden_act", "silu") != "silu":
         refuse(f'hidden_act is {shown(raw["hidden_act"])}, not "silu"')
     if raw.get("quantization_config"):

@@ -113,6 +113,10 @@ def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
     if os.fspath(path).endswith(".parquet"):
         yield from read_parquet(path)
         return
+    if os.fspath(path).lower().endswith((".csv", ".tsv")):
+        raise InputError(
+            f"{path}: is a table such as CSV, which is not supported; convert it to JSON Lines, one object per line"
+        )
     with open_bytes(path) as file:
         is_array = file.peek(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
         yield from read_array(file, path) if is_array else json_lines(file, path)

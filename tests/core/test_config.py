@@ -22,6 +22,7 @@ from core.files import InputError
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN, not a number"),
         ({"tie_word_embeddings": "false"}, "not true or false"),
         ({"rope_scaling": "yarn"}, "rope"),
+        ({"is_causal": False}, "both directions"),
     ],
 )
 def test_configs_that_are_not_implemented_are_refused(changes, word):

@@ -87,6 +87,8 @@ def test_parquet_times_that_python_cannot_hold(tmp_path):
         ("d.jsonl", gzip.compress(b"{}\n"), "gzip; give it a name that ends in .gz"),
         ("D.PARQUET", b"PAR1 and more", "a Parquet file; give it a name that ends in .parquet"),
         ("d.parquet.gz", gzip.compress(b"PAR1 and more"), "a Parquet file; give it a name that ends in .parquet"),
+        ("d.csv", b"prompt,completion\na,b\n", "a table such as CSV, .* convert it to JSON Lines"),
+        ("D.TSV", b"prompt\tcompletion\na\tb\n", "a table such as CSV"),
         ("d.parquet", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
     ],
 )
