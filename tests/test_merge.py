@@ -409,7 +409,7 @@ def sigterm_at_the_fourth_tensor(folder):
 
 
 def test_ctrl_c_says_that_nothing_is_written(family, tmp_path, monkeypatch, capsys):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(METHODS, "linear", (None, stop))
