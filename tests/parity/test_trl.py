@@ -96,6 +96,23 @@ def test_sft_on_prompts_of_several_turns(tiny, tmp_path, run):
             assert float(a["loss"]) == pytest.approx(b["loss"], rel=2e-5)
 
 
+# a schedule with warmup, weight decay, clipping, and a short last batch in each of two epochs
+SETTINGS = dict(warmup_steps=2, lr_scheduler_type="cosine", weight_decay=0.3, max_grad_norm=0.5, num_train_epochs=2)
+FLAGS = ("--schedule", "cosine", "--warmup", 2, "--weight-decay", 0.3, "--clip", 0.5, "--epochs", 2, "--no-shuffle")
+
+
+def test_sft_with_other_settings_and_examples_that_are_cut(tiny, tmp_path, run):
+    records = chats(14, seed=5)
+    data = write_lines(tmp_path / "sft.jsonl", records)
+    theirs = trl_log("sft", tiny, records, tmp_path / "trl", max_length=40, **SETTINGS)
+    code, text, _ = run("train_sft", *flags(tiny, data, tmp_path / "ours", *FLAGS, "--max-len", 40))
+    assert code == 0 and "examples cut to 40 tokens" in text
+    for a, b in zip(theirs, log(tmp_path / "ours"), strict=True):
+        for key, same in (("loss", "loss"), ("grad_norm", "grad_norm"), ("learning_rate", "lr")):
+            assert float(a[key]) == pytest.approx(b[same], rel=2e-5)
+    assert update_error(weights(tmp_path / "trl"), weights(tmp_path / "ours"), weights(tiny)) < 1e-3
+
+
 @real
 def test_sft_of_a_real_checkpoint(tmp_path, run):
     compare_sft(os.environ["REAL_CKPT"], 1e-5, tmp_path, run)
@@ -129,6 +146,19 @@ def compare_kto(model_dir, ref, lr, tmp_path, run, records=None):
 @pytest.mark.usefixtures("kernels")
 def test_four_steps_of_kto(tiny, worse, tmp_path, run):
     compare_kto(tiny, worse, 1e-3, tmp_path, run)
+
+
+def test_kto_with_other_settings_and_examples_that_are_cut_or_dropped(tiny, worse, tmp_path, run):
+    records, weighted = feedback(14, seed=3), dict(beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
+    data = write_lines(tmp_path / "kto.jsonl", records)
+    theirs = trl_log("kto", tiny, records, tmp_path / "trl", max_length=36, ref=worse, **weighted, **SETTINGS)
+    ours = ("--ref", worse, "--beta", 0.3, "--desirable-weight", 1.5, "--undesirable-weight", 0.7, "--max-len", 36)
+    code, text, _ = run("train_kto", *flags(tiny, data, tmp_path / "ours", *FLAGS, *ours))
+    assert code == 0 and "examples cut to 36 tokens" in text and "4 dropped (the prompt fills 36 tokens)" in text
+    for a, b in zip(theirs, log(tmp_path / "ours"), strict=True):
+        for key in ("loss", "kl", "grad_norm", "rewards/chosen", "rewards/rejected"):
+            assert float(a[key]) == pytest.approx(b[key], rel=1e-4, abs=2e-5), key
+    assert update_error(weights(tmp_path / "trl"), weights(tmp_path / "ours"), weights(tiny)) < 1e-3
 
 
 @pytest.mark.parametrize("shape", ["prompt, chosen, rejected", "whole conversations"])
