@@ -72,7 +72,7 @@ def test_the_sentences_of_the_readme_are_those_of_the_results():
         f"{right.count('1') / 5:.1f}"
         for right in (tables.split_verdicts(large, "test")[arm] for arm in ("sft-kto-paper-lr", "sft-kto"))
     ]
-    assert f"reaches {rates[0]} % on the 0.5B in place of {rates[1]}." in text
+    assert f"the 0.5B reaches {rates[0]} % in place of {rates[1]}." in text
     assert "GSM8K of the 0.5B falls from {} % to {} (SFT), {} (KTO) and {} (both)".format(*original) in text
     assert "the data sets' own responses it is {}, {} and {}.".format(*own) in text
     cut = [f"{large['arms'][arm]['test']['ifeval']['cut_off'] / 5:.0f} %" for arm in ("base", "sft-kto")]  # of 500
@@ -84,6 +84,23 @@ def test_the_sentences_of_the_readme_are_those_of_the_results():
     test = {arm: right.count("1") / 5 for arm, right in tables.split_verdicts(small, "test").items()}  # % of 500
     assert f"teacher cost SFT {test['sft'] - test['sft-teacher']:.0f} points" in text
     assert f"30 % wrong labels cost KTO {test['kto'] - test['kto-noise-30']:.0f}." in text
+
+
+@pytest.mark.skipif(not RESULTS, reason="no result file is committed yet")
+def test_the_sentences_on_losses_are_those_of_the_results():
+    (small,) = read_results([str(ROOT / "experiments/results/SmolLM2-135M-Instruct.json")])
+    verdicts = tables.split_verdicts(small, "test")
+    found = {row.arm: compare_seeds(row, verdicts) for row in tables.LOSSES if row.baseline}
+    found = {arm: some for arm, some in found.items() if some}
+    assert {arm: list(by_seed) for arm, (by_seed, _) in found.items()} == dict.fromkeys(tables.LOSS_NAMES, [0, 1, 2])
+    at = {arm: tables.points(all_seeds["difference"]) for arm, (_, all_seeds) in found.items()}
+    assert at == {"dft": "-4.0", "asft": "-7.0", "otr": "-3.9", "poft": "+0.9", "sft-dpo": "+1.5"}
+    excludes_0 = [arm for arm, (_, some) in found.items() if some["interval"][0] > 0 or some["interval"][1] < 0]
+    assert excludes_0 == ["asft"]
+    read = lambda name: " ".join((ROOT / name).read_text(encoding="utf-8").split())
+    words = "ASFT scores 7.0 points below SFT, DFT 4.0 and OTR 3.9 below, PoFT 0.9 above. DPO after SFT scores 1.5 points above KTO"
+    assert words in read("variants/README.md")
+    assert "ASFT 7.0 points below SFT, DFT 4.0, OTR 3.9, PoFT 0.9 above; DPO 1.5 above KTO" in read("docs/results.md")
 
 
 BASE = "1" * 4 + "0" * 16  # 20 %
