@@ -267,6 +267,14 @@ def lock(fd: int, wait: bool = False) -> bool | None:
     return True
 
 
+def is_locked(path: str | os.PathLike) -> bool:
+    """True if another process holds the lock of this file. False without such a file."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as f:
+        return lock(f.fileno()) is False
+
+
 def dead_temporaries(folder: str, name: str | None) -> Iterator[tuple[str, re.Match]]:
     """Yields (path, parts of its name) of the temporary files and folders of `name` whose writing process is gone.
 

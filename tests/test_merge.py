@@ -1,5 +1,6 @@
 """merge.py from files to files: formats, dtypes, shards, memory, records, and bad input."""
 
+import fcntl
 import json
 import math
 import os
@@ -406,6 +407,19 @@ def sigterm_at_the_fourth_tensor(folder):
             yield pair
 
     merge.merge_checkpoints = stopped
+
+
+def test_a_running_training_is_not_written_over(family, tmp_path):
+    """Its end would replace the merge."""
+    models, out = [str(family / "a"), str(family / "b")], tmp_path / "out"
+    path = tmp_path / "out.run" / "lock"
+    path.parent.mkdir()
+    with open(path, "w") as f:
+        fcntl.flock(f.fileno(), fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="out: a training run is writing there"):
+            run(out, "linear", models)
+        assert not out.exists()
+    run(out, "linear", models)  # the lock of a run that was killed
 
 
 def test_ctrl_c_says_that_nothing_is_written(family, tmp_path, monkeypatch, capsys):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from core.checkpoint import Checkpoint, write_checkpoint, write_safetensors
 from core.distributed import gathered, is_main, is_sharded, load_into
-from core.files import InputError, atomic_write, lock
+from core.files import InputError, atomic_write, is_locked, lock
 from core.outputs import (
     check_folder,
     claim_folder,
@@ -86,14 +86,11 @@ def check_not_running(out: str) -> None:
     path = lock_path(out)
     if os.path.lexists(path) and (not os.path.isfile(path) or os.path.getsize(path)):  # ours is empty
         raise InputError(f"{path}: was not written by training; move it, or give another --out")
-    if os.path.isfile(path) and path not in LOCKS:
-        try:
-            with open(path, "rb") as f:
-                locked = lock(f.fileno())
-        except OSError as e:
-            raise InputError(f"{path}: cannot be read: {e.strerror}; give another --out") from None
-        if locked is False:
+    try:
+        if path not in LOCKS and is_locked(path):
             raise second_run_error(out)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read: {e.strerror}; give another --out") from None
 
 
 def take_lock(out: str) -> None:
