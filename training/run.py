@@ -125,7 +125,10 @@ def find_save(run: Run) -> None:
     """With --resume, sets run.done, run.saved and run.pending from OUT.run/state.json."""
     path = run_file(run.args, "state.json")
     if run.args.resume and os.path.isfile(path):
-        state = read_json(path)
+        try:
+            state = read_json(path)
+        except InputError:
+            state = {}
         kinds = {"identity": dict, "step": int, "finished": bool, "pending": dict | None}
         if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
             raise InputError(f"{path}: is not the state of a run; drop --resume to start again")

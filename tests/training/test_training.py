@@ -294,6 +294,8 @@ def test_a_damaged_save_is_one_line(tiny, sft_data, tmp_path, run, refused):
     for damage in ({"step": "1"}, {"identity": 5}, {"finished": None}, {"pending": []}):
         state.write_text(json.dumps(whole | damage))
         refused(["state.json: is not the state of a run"], "train_sft", *arguments)
+    state.write_text(json.dumps(whole)[:99])
+    refused(["state.json: is not the state of a run; drop --resume"], "train_sft", *arguments)
     state.write_text(json.dumps(whole | {"step": 3, "finished": False}))
     claim_folder(f"{out}.run", "training", ["optimizer-3.safetensors"])
     for key, size in (("exp_avg/x", 1), ("exp_avg", 1), ("exp_avg/model.norm.weight", 5), ("buffer/x", 1)):
