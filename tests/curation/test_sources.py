@@ -37,7 +37,7 @@ SHAPES = [
     {"chosen": [*user("q"), {"role": "assistant", "content": "a"}], "rejected": [*user("q")]},
     {"prompt": "q", "chosen": "a", "rejected": "b"},
     {"prompt": "q", "completion": "a"},
-    {"prompt": user("q"), "completion": [{"role": "assistant", "content": "a"}], "label": False},
+    {"prompt": user("q"), "completion": [{"role": "assistant", "content": "a"}], "label": True},
     {"instruction": "q", "input": "", "output": "a"},
     {"instruction": "q", "response": " a\r\n"},
     {"instruction": "q", "input": "", "output": ["a", "worse"]},
