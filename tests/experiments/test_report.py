@@ -66,6 +66,8 @@ def test_the_sentences_of_the_readme_are_those_of_the_results():
     p = [found["p_holm"] for found in tables.compare(tables.kept_rows("C-Eval"), kept["C-Eval"]).values()]
     assert "p is {}, {} and {}.".format(*map(tables.p_text, p[:3])) in text
     assert max(abs(share("MMLU", arm) - share("MMLU", "base")) for arm in tables.KEPT) == pytest.approx(1.2)
+    perplexity = [f"{large['values'][arm]['perplexity']['score']:.0f}" for arm in ("base", *methods)]
+    assert "perplexity of plain text goes from {} to {}, {} and {}.".format(*perplexity) in text
     ifeval = scores("ifeval", "base", *methods)
     assert "the 0.5B goes from {} % to {} (SFT), {} (KTO) and {} (both)".format(*ifeval) in text
     rates = [
