@@ -98,7 +98,7 @@ def match_user_turns(path: str, questions: dict, n: int) -> np.ndarray:
     owner, found = [], np.full(n, -1)
 
     def turns() -> Iterator[str]:
-        for i, (_, r) in enumerate(read_jsonl(path) if questions else ()):
+        for i, (_, r) in enumerate(read_jsonl(path)):
             for message in r["prompt"] if len(r["prompt"]) > 1 else ():
                 if message["role"] == "user":
                     owner.append(i)
@@ -117,18 +117,21 @@ def deduplicate(args: argparse.Namespace, path: str, files: list[str], counts: d
     asked, questions = index_questions(files)
     responses = (r["response"] or "" for _, r in (read_jsonl(path) if questions else ()))
     bad_response = contamination.find_contamination(responses, contamination.without_near_questions(questions))
-    merit, ids = [], []
+    merit, ids, conversations = [], [], False
 
     def prompts():
+        nonlocal conversations
         for i, (_, r) in enumerate(tqdm(read_jsonl(path), desc="simhash", unit="record", disable=None)):
             # the duplicate to keep: one with a reference, then the one with the longer response, then the first
             length = 0 if questions and bad_response[i] >= 0 else len(r["response"] or "")
             merit.append((r["reference"] is not None) * 10_000 + min(length, 2000))
             ids.append(r["id"])
+            conversations |= len(r["prompt"]) > 1
             yield prompt_text(r["prompt"])
 
     hashes, found = contamination.simhash_and_match(prompts(), questions)
-    found = np.maximum(found, match_user_turns(path, questions, len(found)))
+    if questions and conversations:
+        found = np.maximum(found, match_user_turns(path, questions, len(found)))
     rank = np.empty(len(merit), np.int64)
     rank[np.argsort(-np.array(merit, np.int64), kind="stable")] = np.arange(len(merit))
     keep, twin = dedup.keep_best(hashes, rank, args.hamming)

@@ -207,7 +207,6 @@ def method_section(results: list[dict]) -> str:
   four times (one greedy, three sampled), the teacher once. The program's check decides the labels; no judge does.
 - **Training.** SFT: {flag(result, "sft-", "--epochs")} passes. KTO: one pass, beta {flag(result, "kto-", "--beta")},
   label weights balanced. {flag(result, "sft-", "--batch-size")} examples per step, cosine schedule, {flag(result, "sft-", "--dtype")} over fp32 weights.
-  Most KTO runs are older than a correction of the reference pass in bf16 ([log](LOG.md), 2026-11-29).
 - **Evaluation.** {len(test) or "No"} test instructions, greedy, at most {flag(result, "eval-test-", "--max-new-tokens")} tokens. A reply is right if it follows all
   constraints (IFEval's strict prompt accuracy).
 - **Statistics.** Intervals of scores are 1.96 standard errors. Differences are paired by question, with McNemar's exact

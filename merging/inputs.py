@@ -14,6 +14,7 @@ from core.files import InputError, is_locked, same_path
 from core.outputs import check_inputs
 from core.tokenizer import end_ids, vocabulary, with_end_token
 from merging.flags import NEEDS_BASE, fill_options, parse_finite, parse_model
+from training.saves import lock_path
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks that two checkpoints can be merged
@@ -86,7 +87,7 @@ def open_inputs(args: argparse.Namespace) -> tuple[Checkpoint | None, list[Check
     n, parsed = len(args.models), [parse_model(text) for text in args.models]
     if args.out:
         check_inputs(args.out, [source for source in (args.base, *(s for s, _ in parsed)) if source])
-        if os.access(run_lock := f"{args.out}.run/lock", os.R_OK) and is_locked(run_lock):  # see training/saves.py
+        if os.access(lock_path(args.out), os.R_OK) and is_locked(lock_path(args.out)):
             raise InputError(f"--out {args.out}: a training run is writing there; wait until it ends")
     notes = fill_options(args, n)
     groups = []  # (pattern, one weight per model)
