@@ -2,7 +2,7 @@
 
 import re
 
-from experiments.tables import NAMES, interval
+from experiments.tables import NAMES, OTHER_RATES, interval
 from tools import svg
 
 CURVES = [
@@ -41,8 +41,9 @@ def picture(rows: list[list[str]]) -> str:
 
 
 def scores_picture(verdicts: dict[str, str]) -> str:
-    """A dot with its 95 % interval for every arm, in the order of the paper's table and then the other studies'."""
-    arms = [arm for arm in NAMES if arm in verdicts]
+    """A dot with its 95 % interval for each arm, the paper's first. Losses are shown at one learning rate."""
+    other_rates = {f"{loss}-{rate}" for loss, rate in OTHER_RATES}
+    arms = [arm for arm in NAMES if arm in verdicts and arm not in other_rates]
     rows = [(NAMES[arm], *interval(verdicts[arm])) for arm in arms]
     base = rows[0][2]  # the base, or the first arm that there is
     return picture([[svg.dot_chart("Score by arm", rows, base, "instructions followed, %, with 95 % interval")]])
