@@ -9,10 +9,11 @@ teacher. In the paper's test, two examples (here ours) repeat or capitalise thei
 answers the third input instead. These inputs are the paper's sums, without its sentences with a blank.
 """
 
+import itertools
 import random
 import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from statistics import fmean
 
 from tqdm import tqdm
@@ -74,45 +75,41 @@ def drop_table(base: dict[str, list[bool]], tuned: dict[str, list[bool]]) -> str
     return f"{table}\n{change.format(**test)}\n{conclusion}"
 
 
-def shots_question(task: str, request: str, name: str) -> dict:
-    """The paper's test: two examples of a task, then a request as third input. A right reply does the task on it."""
+def shots_prompt(task: str, request: str, s: Callable[[str], str]) -> tuple[str, str]:
+    """The paper's test: two examples of a task, then a request as third input. -> (prompt, how a right reply begins)."""
     instruction, do = TASKS[task]
-    prompts, answers = {}, {}
-    for view, (s, _) in VIEWS.items():
-        shots = "".join(f"{s('Input')}: {s(shot)}\n{s('Output')}: {do(s(shot))}\n" for shot in SHOTS)
-        prompts[view] = f"{s(instruction)}\n{shots}{s('Input')}: {s(request)}\n{s('Output')}:"
-        answers[view] = do(s(request)).split()[0]
-    return {"id": name, "prompts": prompts, "check": lambda view, reply: reply.lstrip().startswith(answers[view])}
+    shots = "".join(f"{s('Input')}: {s(shot)}\n{s('Output')}: {do(s(shot))}\n" for shot in SHOTS)
+    return f"{s(instruction)}\n{shots}{s('Input')}: {s(request)}\n{s('Output')}:", do(s(request)).split()[0]
 
 
-def shots_questions(n: int, seed: int = 10) -> list[dict]:
-    """n questions of each task. Operands are 4 to 20, as in the paper."""
+def shots_questions(n: int, seed: int = 10) -> Iterator[dict]:
+    """Yields n questions of each task, in both views. Operands are 4 to 20, as in the paper."""
     draw, words = random.Random(seed), ("plus", "minus", "times")
-    request = lambda: f"What is {draw.randint(4, 20)} {draw.choice(words)} {draw.randint(4, 20)}?"
-    return [shots_question(task, request(), f"{task}-{i}") for task in TASKS for i in range(n)]
+    for task, i in itertools.product(TASKS, range(n)):
+        request = f"What is {draw.randint(4, 20)} {draw.choice(words)} {draw.randint(4, 20)}?"
+        for view, (s, _) in VIEWS.items():
+            prompt, answer = shots_prompt(task, request, s)
+            check = lambda reply, answer=answer: reply.lstrip().startswith(answer)
+            yield {"id": f"{task}-{i}", "view": view, "prompt": prompt, "check": check}
 
 
-def data_questions(path: str, limit: int | None) -> list[dict]:
-    """Questions from a file of records with `prompt` and `reference`, such as demo/heldout.jsonl."""
-    found = []
+def data_questions(path: str, limit: int | None) -> Iterator[dict]:
+    """Yields the questions of a file of `prompt` and `reference`, such as demo/heldout.jsonl, in both views."""
     for row in demo_rows(lambda name: path)[:limit]:
         if row["reference"]["kind"] == "code":
             raise InputError(f"{row['where']}: code cannot be written in leetspeak; leave the record out")
-        prompts = {view: s(row["prompt"]) for view, (s, _) in VIEWS.items()}
-        check = lambda view, reply, row=row: demo_verdict(VIEWS[view][1](reply), row)[1]
-        found.append({"id": row["id"], "prompts": prompts, "check": check})
-    return found
+        for view, (s, inverse) in VIEWS.items():
+            check = lambda reply, row=row, inverse=inverse: demo_verdict(inverse(reply), row)[1]
+            yield {"id": row["id"], "view": view, "prompt": s(row["prompt"]), "check": check}
 
 
-def ask_both_views(source: str, questions: list[dict], args: Namespace) -> Iterator[dict]:
-    """Yields {"id", "checkpoint", "view", "prompt", "reply", "correct"} for each question in each view."""
-    asked = [(view, q["prompts"][view], q) for q in questions for view in VIEWS]
+def ask(source: str, questions: list[dict], args: Namespace) -> Iterator[dict]:
+    """Yields {"id", "view", "prompt", "checkpoint", "reply", "correct"} for each question."""
     settings = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
-    replies = generate_iter(*load_for_inference(source, args), [prompt for _, prompt, _ in asked], **settings)
-    for i, reply, _ in sorted(tqdm(replies, source, len(asked), unit="reply", disable=None)):
-        view, prompt, q = asked[i]
-        line = {"id": q["id"], "checkpoint": source, "view": view, "prompt": prompt, "reply": reply}
-        yield line | {"correct": bool(q["check"](view, reply))}
+    replies = generate_iter(*load_for_inference(source, args), [q["prompt"] for q in questions], **settings)
+    for i, reply, _ in sorted(tqdm(replies, source, len(questions), unit="reply", disable=None)):
+        question = {key: questions[i][key] for key in ("id", "view", "prompt")}
+        yield question | {"checkpoint": source, "reply": reply, "correct": bool(questions[i]["check"](reply))}
 
 
 def main() -> None:
@@ -126,9 +123,9 @@ def main() -> None:
     p.add_argument("--out", type=file_out('"view"'), default="conjugate.jsonl", help="file of replies and verdicts")
     add_generation_flags(p, max_new_tokens=32)
     args = p.parse_args()
-    questions = data_questions(args.data, args.limit) if args.data else shots_questions(args.limit or 100)
+    questions = list(data_questions(args.data, args.limit) if args.data else shots_questions(args.limit or 100))
     check_loadable(args.ckpt)
-    base, tuned = (list(ask_both_views(source, questions, args)) for source in (args.base, args.ckpt))
+    base, tuned = (list(ask(source, questions, args)) for source in (args.base, args.ckpt))
     write_jsonl(args.out, base + tuned)
     print(drop_table(*({v: [x["correct"] for x in some if x["view"] == v] for v in VIEWS} for some in (base, tuned))))
     print(f"wrote {args.out}: {len(base + tuned)} replies. To see what the fine-tuning added:")

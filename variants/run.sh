@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Compares the variants: trains each of them, plain SFT and plain KTO on the demo's data, and writes one table.
 #
-#   bash variants/run.sh              all arms, in about an hour on one CPU core
+#   bash variants/run.sh              all arms, in about 45 minutes on one CPU core
 #   bash variants/run.sh sft dft      these arms only; when the data exist, two such commands may run at once
 #
 # Plan:
 #   data        the demo's curated data (make_data.py). Eight of its tasks are withheld from training, and 300 of its
-#               instructions are kept for validation (demo/split.py). 1,720 examples are left, and 1,419 preference pairs.
+#               instructions are kept for validation (demo/split.py). 1,723 examples are left, and 1,418 preference pairs.
 #   budget      two epochs in steps of 32 examples; for preference data one epoch in steps of 32 replies. All arms start from the base.
 #   rate        two learning rates per arm, one seed each. The better one on the validation questions gets three seeds.
 #   score       528 held-out instructions of the tasks that are trained on.

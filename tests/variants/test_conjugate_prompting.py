@@ -11,7 +11,7 @@ from variants.conjugate_prompting import (
     drop_difference,
     drop_table,
     leet,
-    shots_question,
+    shots_prompt,
     shots_questions,
     unleet,
 )
@@ -32,23 +32,30 @@ def test_the_inverse_is_exact_on_the_demos_prompts():
     assert sum(leet(row["prompt"]) != row["prompt"] for row in rows) > 300
 
 
-def test_a_question_of_the_papers_test_by_hand():
-    capitals, repeat = (shots_question(task, "What is 7 plus 5?", "q") for task in ("capitals", "repeat"))
-    assert capitals["check"]("plain", " WHAT IS") and capitals["check"]("plain", "WHAT")
-    assert not capitals["check"]("plain", "12") and not capitals["check"]("plain", "What is 7 plus 5?")
-    assert repeat["check"]("plain", "What is") and not repeat["check"]("plain", "WHAT")
-    assert capitals["check"]("leet", "WH47 is") and not capitals["check"]("leet", "WHAT")
-    assert capitals["prompts"]["plain"].startswith("Write the input in capital letters.\nInput: The boat")
-    assert "\nOutput: THE BOAT" in capitals["prompts"]["plain"]
-    assert capitals["prompts"]["plain"].endswith("\nInput: What is 7 plus 5?\nOutput:")
-    assert repeat["prompts"]["leet"].startswith("R3p347 7h3 1npu7.\nInpu7: Th3 b047")
-    assert repeat["prompts"]["leet"].endswith("\nInpu7: Wh47 is 7 plu5 5?\nOu7pu7:"), "numbers stay numbers"
+def test_a_prompt_of_the_papers_test_by_hand():
+    request = "What is 7 plus 5?"
+    prompt, answer = shots_prompt("capitals", request, str)
+    assert prompt.startswith("Write the input in capital letters.\nInput: The boat") and answer == "WHAT"
+    assert "\nOutput: THE BOAT" in prompt and prompt.endswith("\nInput: What is 7 plus 5?\nOutput:")
+    assert shots_prompt("repeat", request, str)[1] == "What"
+    prompt, answer = shots_prompt("repeat", request, leet)
+    assert prompt.startswith("R3p347 7h3 1npu7.\nInpu7: Th3 b047") and answer == "Wh47"
+    assert prompt.endswith("\nInpu7: Wh47 is 7 plu5 5?\nOu7pu7:"), "numbers stay numbers"
+    assert shots_prompt("capitals", request, leet)[1] == "WH47"
+
+
+def test_a_right_reply_begins_with_the_papers_word():
+    check = {(q["id"], q["view"]): q["check"] for q in shots_questions(1)}
+    capitals, repeat = check["capitals-0", "plain"], check["repeat-0", "plain"]
+    assert capitals(" WHAT IS") and capitals("WHAT") and not capitals("12") and not capitals("What is 7 plus 5?")
+    assert repeat("What is") and not repeat("WHAT")
+    assert check["capitals-0", "leet"]("WH47 is") and not check["capitals-0", "leet"]("WHAT")
 
 
 def test_the_papers_questions():
-    found = shots_questions(100)
-    assert len(found) == 200 and found[0]["prompts"] == shots_questions(100)[0]["prompts"]
-    requests = [q["prompts"]["plain"].splitlines()[-2] for q in found]
+    found = list(shots_questions(100))
+    assert len(found) == 400 and found[0]["prompt"] == next(shots_questions(100))["prompt"]
+    requests = [q["prompt"].splitlines()[-2] for q in found if q["view"] == "plain"]
     numbers = {int(word.strip("?")) for r in requests for word in r.split() if word.strip("?").isdigit()}
     assert min(numbers) == 4 and max(numbers) == 20
     assert all(any(f" {word} " in r for r in requests) for word in ("plus", "minus", "times"))
@@ -86,10 +93,11 @@ def test_replies_are_mapped_back_before_they_are_checked(tmp_path):
         {"prompt": "Repeat the word song.", "reference": {"kind": "exact", "value": "song"}},
         {"prompt": "7 + 12?", "reference": {"kind": "number", "value": "19"}},
     ]
-    song, number = data_questions(write_lines(tmp_path / "d.jsonl", rows), None)
-    assert song["check"]("leet", "50ng") and song["check"]("plain", "song") and not song["check"]("plain", "50ng")
-    assert number["check"]("leet", "7h3 5um is 19") and number["check"]("plain", "19")
-    assert len(data_questions(write_lines(tmp_path / "d.jsonl", rows), 1)) == 1
+    data = write_lines(tmp_path / "d.jsonl", rows)
+    song, leet_song, number, leet_number = (q["check"] for q in data_questions(data, None))
+    assert leet_song("50ng") and song("song") and not song("50ng")
+    assert leet_number("7h3 5um is 19") and number("19") and not number("20")
+    assert [q["view"] for q in data_questions(data, 1)] == ["plain", "leet"]
 
 
 def test_run(tiny, tmp_path, run):
