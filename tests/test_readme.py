@@ -133,3 +133,8 @@ def test_links_lead_to_files(path):
     links = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
     assert not missing
+
+
+def test_the_log_is_newest_first():
+    dates = re.findall(r"^## (\d{4}-\d{2}-\d{2}): ", (ROOT / "docs" / "LOG.md").read_text(encoding="utf-8"), re.M)
+    assert len(dates) > 20 and dates == sorted(dates, reverse=True)
