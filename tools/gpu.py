@@ -24,12 +24,13 @@ import time
 
 import torch
 
+from core.card import table_row
 from core.devices import DEVICE, DTYPE, DTYPES
 from core.files import ROOT, InputError, atomic_write, cli
 from core.flags import Parser, number, torch_device
 from core.outputs import check_file
 from tools import gpu_parts, gpu_training
-from tools.gpu_parts import LARGE, SMALL, Bench
+from tools.gpu_parts import LARGE, SMALL, Bench, append_row
 
 # {name: (function, time limit in seconds)}, the most important first
 PARTS = {
@@ -47,11 +48,6 @@ PARTS = {
     "compiled": (gpu_training.compiled_training, 120),
     "full": (gpu_training.headline_in_full, 400),
 }
-
-
-def append_row(path: str, **row: object) -> None:
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
 
 
 def read_rows(path: str) -> list[dict]:
@@ -76,8 +72,8 @@ def measurement_table(rows: list[dict]) -> str:
     for row in rows:
         value = row.get("value", "")
         text = value if isinstance(value, str) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-        cells = (row["part"], row["what"], f"{text} {row.get('unit', '')}".strip(), row.get("note", ""))
-        lines.append("| " + " | ".join(" ".join(str(cell).split()).replace("|", "/") for cell in cells) + " |")
+        result = f"{text} {row.get('unit', '')}".strip()
+        lines.append(table_row([row["part"], row["what"], result, row.get("note", "")]))
     return "\n".join(lines)
 
 

@@ -60,6 +60,11 @@ LARGE = Sizes(SHAPES["0.5B"])
 SMALL = Sizes((64, 128, 2, 4, 2, 1024, True), 24, 64, 8, 256, 3, 24, 8, 4, 64, 8, 12, (1, 4))
 
 
+def append_row(path: str, **row: object) -> None:
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
+
+
 @dataclass(frozen=True)
 class Bench:
     """The settings of one part's process."""
@@ -75,9 +80,7 @@ class Bench:
 
     def report(self, what: str, value: float | str, unit: str = "", note: str = "") -> None:
         """Appends one result to the file."""
-        row = {"part": self.part, "what": what, "value": value, "unit": unit, "note": note}
-        with open(self.out, "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        append_row(self.out, part=self.part, what=what, value=value, unit=unit, note=note)
 
 
 def random_model(bench: Bench, raw: dict, dtype: torch.dtype) -> Qwen2:

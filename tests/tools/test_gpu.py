@@ -80,7 +80,7 @@ def test_the_table_of_an_interrupted_run(tmp_path, run, refused):
     path = tmp_path / "gpu.jsonl"
     path.write_text('{"part": "sft", "what": "SFT", "value": 12345.6, "unit": "tokens/s", "note": "a|b"}\n{"part": "kt')
     code, text, _ = run("tools.gpu", "--table", path)
-    assert code == 0 and text.splitlines()[2:] == ["| sft | SFT | 12,346 tokens/s | a/b |"]
+    assert code == 0 and text.splitlines()[2:] == ["| sft | SFT | 12,346 tokens/s | a\\|b |"]
     path.write_text("other\n")
     refused("no results", "tools.gpu", "--table", path)
     refused("was not written by this command", "tools.gpu", "--device", "cpu", "--out", path)
