@@ -30,9 +30,9 @@ class InputError(Exception):
 
 def printable(text: str) -> str:
     """The text as one line for a terminal: control characters become escapes, and the middle of a long text is cut."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     half = MAX_ERROR // 2
-    return shown if len(shown) <= MAX_ERROR else f"{shown[:half]} ... {shown[-half:]}"
+    return line if len(line) <= MAX_ERROR else f"{line[:half]} ... {line[-half:]}"
 
 
 def visible(text: str) -> str:

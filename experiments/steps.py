@@ -43,22 +43,22 @@ def command(script: str, **flags: object) -> list[str]:
     return words
 
 
-def run_step(out: str, name: str, command: list[str], hidden: tuple[str, ...] = ()) -> None:
-    """Runs `python COMMAND HIDDEN` unless OUT/steps/NAME.json records that COMMAND is done."""
+def run_step(out: str, name: str, words: list[str], hidden: tuple[str, ...] = ()) -> None:
+    """Runs `python WORDS HIDDEN` unless OUT/steps/NAME.json records that WORDS are done."""
     stamp = Path(out, "steps", f"{name}.json")
-    if stamp.exists() and json.loads(stamp.read_text())["command"] == command:
+    if stamp.exists() and json.loads(stamp.read_text())["command"] == words:
         print(f"{name}: done before", flush=True)
         return
-    resume = ["--resume"] if command[0] != "merge.py" and Path(out, f"{name}.run", "state.json").exists() else []
-    print(f"{name}: python {' '.join([*command, *resume])}", flush=True)
+    resume = ["--resume"] if words[0] != "merge.py" and Path(out, f"{name}.run", "state.json").exists() else []
+    print(f"{name}: python {' '.join([*words, *resume])}", flush=True)
     start = time.time()
-    code = subprocess.run([sys.executable, *command, *hidden, *resume]).returncode
+    code = subprocess.run([sys.executable, *words, *hidden, *resume]).returncode
     if code:
         raise InputError(
             f"{name}: the command above ended with exit code {code}; fix the cause and run the study again"
         )
     with atomic_write(stamp) as f:
-        json.dump({"command": command, "seconds": round(time.time() - start, 1)}, f)
+        json.dump({"command": words, "seconds": round(time.time() - start, 1)}, f)
 
 
 def make_labels(

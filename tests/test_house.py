@@ -119,5 +119,18 @@ def test_one_name_for_one_thing():
     assert not repeated, f"two definitions of one name: {repeated}"
 
 
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_local_name_hides_one_of_its_file(path):
+    own = set()
+    for node in parsed(path).body:
+        own |= {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef) else set()
+        own |= {a.asname or a.name for a in node.names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
+    for function in (node for node in parsed(path).body if isinstance(node, ast.FunctionDef)):
+        inside = list(ast.walk(function))
+        local = {node.arg for node in inside if isinstance(node, ast.arg)}
+        local |= {node.id for node in inside if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        assert not local & own, f"{function.name}: {', '.join(local & own)}"
+
+
 def test_the_readme_is_read_in_two_minutes():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
