@@ -9,8 +9,8 @@ lm-evaluation-harness does. Scores of different protocols never share a column. 
 The benchmarks are in evaluation/benchmarks.py.
 
 OUT/replies.jsonl keeps each reply. If the same command runs again, it asks only the missing questions. The results hold
-the checkpoints and tasks of the last command, so add new ones to the old ones. --rescore scores the kept replies again
-without loading the models. Under torchrun each rank asks a part of the questions.
+only the checkpoints and tasks of the last command, so repeat the old ones in it. --rescore scores the kept replies
+again without loading the models. Under torchrun each rank asks a part of the questions.
 """
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)

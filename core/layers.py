@@ -37,7 +37,7 @@ def fused() -> bool:
 def cached_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight in dtype if core.casts.cast_once has cast it, else the weight as it is.
 
-    The cast is outside autograd's graph, so it is used only in hand-written backward passes and without gradients.
+    The cast is outside autograd's graph, so it is used only in hand-written autograd functions and without gradients.
     """
     copy = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else getattr(weight, "cast_copy", None)
     return weight if copy is None or copy.dtype != dtype else copy

@@ -213,7 +213,7 @@ def parse_args() -> argparse.Namespace:
     add_endpoint_flags(p)
     add_selection_flags(p)
     add_score_flags(p)
-    add_device_flags(p.add_argument_group("machine"), "number format of local checkpoints")
+    add_device_flags(p.add_argument_group("machine"), "dtype of local checkpoints")
     args = p.parse_args()
     if (args.price_in is None) != (args.price_out is None):
         raise InputError("--price-in and --price-out go together")

@@ -31,7 +31,8 @@ def parse_sft_args(
     # the paper's epochs, batch size and learning rate
     add_training_flags(p, "Qwen/Qwen2-0.5B-Instruct", "data/sft.jsonl", "sft.pt", epochs=3, batch_size=1000, lr=1e-6)
     p.set_defaults(method="supervised fine-tuning")
-    p.add_argument("--last-turn-only", action="store_true", help="train on the last reply of each conversation only")
+    last = "train on the last reply of each conversation only"
+    p.add_argument_group("SFT").add_argument("--last-turn-only", action="store_true", help=last)
     if add_flags:
         add_flags(p)
     args = p.parse_args(argv)
