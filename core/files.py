@@ -341,13 +341,3 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-
-
-def append(f: IO, data: str | bytes) -> None:
-    """Appends data to an open file and flushes it."""
-    try:
-        f.write(data)
-        f.flush()
-    except OSError as e:
-        fault = f"{f.name}: cannot be written: {e.strerror}"
-        raise InputError(f"{fault}; make room and run the same command to continue") from None

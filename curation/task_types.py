@@ -287,7 +287,6 @@ TASK_TYPES = (
      r"|outline|discuss|analy[sz]e|evaluate|significance)\b",
      r"(解释|什么是|是什么|概念|理论|讨论|分析|介绍|说明|阐述|谈谈)"),
 )  # fmt: skip
-NAMES = tuple(name for name, _, _ in TASK_TYPES) + ("other/question", "other/instruction")
 _RULES = [(name, re.compile(english, re.I), re.compile(chinese, re.I)) for name, english, chinese in TASK_TYPES]
 _CJK = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
 _LETTER = re.compile(r"[^\W\d_]")

@@ -21,8 +21,6 @@ from core.flags import Parser, file_out
 from demo import world
 from verification.answers import check_reply
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-
 MODEL = "demo-teacher"
 ERRORS = 0.05  # share of wrong responses and of grades that are off
 REFUSAL = "I am sorry, but I cannot help with that."

@@ -34,8 +34,6 @@ from demo import words, world
 from demo.tasks import TASKS
 from model import Qwen2
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SYSTEM = "You are a helpful assistant."
 

@@ -10,7 +10,6 @@ right, wrong, or has a fault of a poorly aligned model: it does not know, chats,
 
 import core.interrupt  # noqa: F401  isort: skip (first: Ctrl-C while torch loads ends silently)
 import hashlib
-import os
 import random
 import re
 from collections.abc import Iterator
@@ -21,8 +20,6 @@ from core.flags import Parser, file_out
 from core.records import write_jsonl
 from demo import words as W
 from demo.tasks import RARE, TASKS, Task
-
-HERE = os.path.dirname(os.path.abspath(__file__))
 
 MANNERS = {  # frames around an instruction; False: English, True: Chinese
     False: ("{}", "{}", "{} Answer briefly.", "Please help me. {}", "Here is a question. {}"),

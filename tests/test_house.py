@@ -119,6 +119,29 @@ def test_one_name_for_one_thing():
     assert not repeated, f"two definitions of one name: {repeated}"
 
 
+def test_every_name_is_used():
+    """A function, class or constant at the top of a file is read in that file or in one that imports it."""
+    made, read = set(), set()
+    for path in FILES:
+        module, imported = name(path).removesuffix(".py").replace("/", "."), {}
+        for node in parsed(path).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                made.add((module, node.name))
+            elif isinstance(node, ast.Assign):
+                made |= {(module, n.id) for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.ImportFrom):
+                imported |= {a.asname or a.name: (node.module, a.name) for a in node.names}
+            elif isinstance(node, ast.Import):
+                imported |= {a.asname or a.name: tuple(a.name.rsplit(".", 1)) for a in node.names}
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                read.add(imported.get(node.id, (module, node.id)))
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
+                read.add((".".join(imported[node.value.id]), node.attr))
+    assert made - read - {("variants.asft", "asft_loss")} == set()  # asft_loss: the loss as a function, for other code
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_no_local_name_hides_one_of_its_file(path):
     own = set()

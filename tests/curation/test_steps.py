@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mock_endpoint import user
 
 from curation import labels, prompts, steps, teacher
-from curation.task_types import NAMES
+from curation.task_types import TASK_TYPES
 
 ASKER = teacher.Asker(None, None, {})  # for ask_with()
 
@@ -62,7 +62,7 @@ def test_primary_categories_are_those_of_the_rubric():
         "safety",
         "other",
     ]
-    assert all(name.split("/")[0] in prompts.PRIMARY for name in NAMES)
+    assert all(name.split("/")[0] in prompts.PRIMARY for name, _, _ in TASK_TYPES)
 
 
 def test_near_equal_spellings():

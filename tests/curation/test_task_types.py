@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from curation.task_types import NAMES, conversation_type, language, task_type
+from curation.task_types import TASK_TYPES, conversation_type, language, task_type
 
+NAMES = [name for name, _, _ in TASK_TYPES] + ["other/question", "other/instruction"]
 # Instructions of our own making. Where two types fit, both are listed, the better one first.
 LABELLED = """
 mathematics/word problem | A baker sells 24 rolls in the morning and 18 in the afternoon. How many rolls did she sell that day?
