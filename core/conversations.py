@@ -214,9 +214,9 @@ def single_reply(fields: Fields, where: str) -> tuple[object, object]:
     return reply[0], None
 
 
-def one_reply(value: object, where: str, unread: set | None = None) -> dict:
+def one_reply(value: object, where: str) -> dict:
     """A completion, as a text or as a list of one assistant message -> that message."""
-    reply = as_messages(value, where, role="assistant", unread=unread)
+    reply = as_messages(value, where, role="assistant")
     if len(reply) != 1 or reply[0]["role"] != "assistant":
         raise InputError(f"{where}: a completion is one assistant message")
     return reply[0]
