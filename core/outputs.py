@@ -85,9 +85,9 @@ def written_files(folder: str, writer: str) -> set[str]:
     return names
 
 
-def foreign_entries(folder: str, writer: str) -> list[str]:
-    """Files and folders in `folder` that `writer` did not write, sorted, without this project's temporary files."""
-    others = {*os.listdir(folder)} - written_files(folder, writer) - {MANIFEST}
+def foreign_entries(folder: str) -> list[str]:
+    """Files and folders in `folder` that are not part of our checkpoint, sorted, without our temporary files."""
+    others = {*os.listdir(folder)} - written_files(folder, "checkpoint") - {MANIFEST}
     return sorted(name for name in others if not parse_temporary(name))
 
 
@@ -236,7 +236,7 @@ def remove_leftover(path: str, target: str, kind: str) -> None:
 
 def move_foreign(source: str, target: str) -> None:
     """Moves all files that are not part of our checkpoint from one folder to the other, unless the name is taken."""
-    for name in foreign_entries(source, "checkpoint"):
+    for name in foreign_entries(source):
         if not os.path.lexists(os.path.join(target, name)):
             os.rename(os.path.join(source, name), os.path.join(target, name))
 
@@ -248,7 +248,7 @@ def remove_written(folder: str) -> None:
         with contextlib.suppress(OSError):
             os.remove(os.path.join(folder, name))
     with contextlib.suppress(OSError):  # there is no manifest if the run was killed before it was written
-        if not foreign_entries(folder, "checkpoint"):
+        if not foreign_entries(folder):
             os.remove(os.path.join(folder, MANIFEST))
     with contextlib.suppress(OSError):
         os.rmdir(folder)
@@ -317,10 +317,10 @@ def replace_folder(temporary: str, out: str) -> None:
         os.rename(temporary, out)
         return
     card = os.path.join(temporary, CARD)
-    if CARD in foreign_entries(out, "checkpoint") and os.path.exists(card):
+    if CARD in foreign_entries(out) and os.path.exists(card):
         os.remove(card)  # the user's own README.md stays
     keep_other_writers(temporary, out)
-    taken = {*foreign_entries(out, "checkpoint")} & {*os.listdir(temporary)}
+    taken = {*foreign_entries(out)} & {*os.listdir(temporary)}
     if taken:
         raise InputError(f"{out}/{min(taken)}: was not written by this project; move it, or give another --out")
     shutil.copymode(out, temporary)
@@ -374,7 +374,7 @@ def check_checkpoint_path(out: str) -> None:
     if os.path.isdir(path):
         check_replaceable(path)
         check_manifest(path)
-        foreign = foreign_entries(path, "checkpoint")
+        foreign = foreign_entries(path)
         if foreign and "config.json" not in written_files(path, "checkpoint"):
             raise InputError(f"{out}: exists and is no checkpoint that this project wrote; give another --out")
         for name in foreign:
