@@ -164,14 +164,14 @@ def calibration(confidences: list[float], verdicts: list[float], bins: int = 10)
     confidences: the probability of each chosen answer. verdicts: whether it was right. The bins (low, high] have equal
     width. The error is the mean over questions of |accuracy - mean confidence| of the question's bin.
     """
-    places = [min(bins - 1, max(0, math.ceil(c * bins) - 1)) for c in confidences]
+    bin_of = [min(bins - 1, max(0, math.ceil(c * bins) - 1)) for c in confidences]
     table, error = [], 0.0
     for k in range(bins):
-        inside = [i for i, place in enumerate(places) if place == k]
+        inside = [i for i, own in enumerate(bin_of) if own == k]
         if inside:
             confidence = sum(confidences[i] for i in inside) / len(inside)
             accuracy = sum(verdicts[i] for i in inside) / len(inside)
-            error += abs(accuracy - confidence) * len(inside) / len(places)
+            error += abs(accuracy - confidence) * len(inside) / len(bin_of)
             row = {"above": k / bins, "to": (k + 1) / bins, "n": len(inside)}
             table.append(row | {"confidence": confidence, "accuracy": accuracy})
     return {"ece": error, "bins": table}

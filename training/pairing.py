@@ -53,12 +53,12 @@ def deal_by_prompt(
     ones, and at the end the last position of each batch of odd size.
     """
     rng.shuffle(batches)
-    places = [s + k for s, n in batches for k in range(0, n - 1, 2)]
-    places += [s + k for s, n in batches for k in range(1, n, 2)]
-    places += [s + n - 1 for s, n in batches if n % 2]
+    positions = [s + k for s, n in batches for k in range(0, n - 1, 2)]
+    positions += [s + k for s, n in batches for k in range(1, n, 2)]
+    positions += [s + n - 1 for s, n in batches if n % 2]
     counts, tie = collections.Counter(prompts), {p: rng.random() for p in prompts}
     by_prompt = sorted(order, key=lambda i: (-counts[prompts[i]], tie[prompts[i]]))
-    return [i for _, i in sorted(zip(places, by_prompt))]
+    return [i for _, i in sorted(zip(positions, by_prompt))]
 
 
 def epoch_order(prompts: list[Hashable], seed: int) -> Callable[[int, list[int]], list[int]]:

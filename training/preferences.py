@@ -216,7 +216,7 @@ def group_losses(loss: Callable, logps: Tensor, data: Groups, indices: list[int]
     ref = to_device(torch.tensor([data.ref[key] for key in data.keys(indices)]), logps.device)
     rewards = [data.rows[i][2] for i in indices]
     losses, implicit = loss(logps, ref, rewards)  # (n,), (m,)
-    best, worst = (to_device(places, logps.device) for places in best_and_worst(rewards))
+    best, worst = (to_device(index, logps.device) for index in best_and_worst(rewards))
     return losses, torch.stack((losses, implicit[best], implicit[worst], logps[best], logps[worst])).detach()
 
 
