@@ -141,7 +141,7 @@ def demo_verdict(reply: str, row: dict) -> tuple:
         if extracted is None:  # the paper's rules find a letter in any reply
             extracted = extract_choice(reply, choices)
         return extracted, extracted == value["letter"]
-    correct = check_reply(kind, reply, value) is True  # None: the program is such that its tests cannot be run
+    correct = check_reply(kind, reply, value) is True  # None: its tests cannot be run
     readers = {"number": last_number, "code": lambda text: extract_program(text, value.get("entry_point"))}
     return readers.get(kind, str.strip)(reply), correct
 
@@ -351,7 +351,7 @@ def check_rows(task: str, rows: list[dict], data_dir: str) -> None:
     for row in rows:
         name, where = str(row["id"]), row.get("where", f"--tasks {task}")
         if name in first:
-            raise InputError(f"{where}: the id {name} is that of {first[name]} too; give each question its own id")
+            raise InputError(f"{where}: {first[name]} has the id {name} too; give each question its own id")
         first[name] = where
     for row in rows if BENCHMARKS[task].get("by") else ():
         if "choices" in row and not row["choices"].get(row["answer"]):

@@ -210,7 +210,7 @@ def no_pairs():
 
 @pytest.mark.parametrize("more", [(), ("--shard",)])
 def test_a_loss_without_z0_needs_no_pairs(tiny, data, tmp_path, more):
-    """README: `mismatched` returns []. Half of the reference is left, and the loss is that of z0 = 0."""
+    """Half of the reference pass is left, and z0 is 0."""
     reached = ("--max-steps", 2, "--lr", 1e-3, "--eval-data", data, *more)
     ranks = 2 if more else 1
     codes, (text, *_) = launch(

@@ -299,7 +299,7 @@ def test_two_questions_of_one_id_are_refused(tmp_path):
     assert ids("a", "b", None, 7) == ["a", "b", "2", "7"]
     for same in (("a", "b", "a"), (3, 4, "3"), ("1", None)):
         last = len(same)
-        with pytest.raises(InputError, match=rf"heldout.jsonl:{last}: the id \w is that of .*heldout.jsonl:1 too;"):
+        with pytest.raises(InputError, match=rf"heldout.jsonl:{last}: .*heldout.jsonl:1 has the id \w too;"):
             ids(*same)
 
 
