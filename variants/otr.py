@@ -45,7 +45,8 @@ def expected_otr_loss(logits: Tensor, targets: Tensor, n_supervised: int, beta: 
 def sample_tokens(logits: Tensor, k: int, kappa: float, seed: str) -> Tensor:
     """k tokens for each row of logits (N, V), drawn with replacement from softmax(logits / kappa) -> (N, k)."""
     g = torch.Generator(logits.device).manual_seed(random.Random(seed).getrandbits(63))
-    return torch.multinomial((logits.detach() / kappa).softmax(-1), k, replacement=True, generator=g)
+    p = (logits.detach() / kappa).softmax(-1).nan_to_num(1.0)  # NaN: any tokens, as the loss is NaN and skips the step
+    return torch.multinomial(p, k, replacement=True, generator=g)
 
 
 TILE = 2**25  # logits in memory at once: 128 MiB in fp32
@@ -80,9 +81,8 @@ def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], args:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.set_defaults(out="otr.pt", method="OTR (arXiv 2509.26313)")
-    parser.add_argument(
-        "--beta", type=number(below=1), required=True, help="reward of a sampled token that is not the target"
-    )
+    other = "reward of a sampled token that is not the target"
+    parser.add_argument("--beta", type=number(below=1), required=True, help=other)
     parser.add_argument("--kappa", type=number(above=0), default=1.3, help="temperature of the samples")
     parser.add_argument(
         "--samples", type=at_least(0), default=256, help="K, samples per position; 0: the exact expectation"

@@ -44,7 +44,7 @@ def choose_best(u: Tensor, d: Tensor, alpha: float, k: int) -> list[int]:
 
 def head_root(head: Tensor) -> Tensor:
     """S (C, C) with S S^T = W^T W, for W (V, C): hidden W^T and hidden S have the same singular values."""
-    values, vectors = torch.linalg.eigh((head.T @ head).double())
+    values, vectors = torch.linalg.eigh((head.T @ head).nan_to_num(0, 0, 0).double())
     return (vectors * values.clamp(min=0).sqrt()).float()
 
 
@@ -72,9 +72,9 @@ class Sampler:
         root, right = head_root(head), head.T @ self.right  # (C, C), (C, 128)
         sequences = [ids for ids, _ in examples]
         for i, hidden in hidden_states(model, sequences, self.args.micro_tokens, self.ranks):  # (T_i, C)
-            out[i, 0] = utility(hidden @ root)
+            out[i, 0] = utility((hidden @ root).nan_to_num(0, 0, 0))  # if the model diverges, its loss is NaN
             out[i, 1:] = (self.left[:, : len(hidden)] @ (hidden @ right)).flatten()
-        sum_over_ranks(out)
+        out = sum_over_ranks(out).nan_to_num(0, 0, 0)
         return out[:, 0], out[:, 1:]
 
     def choose(self, model: Qwen2, batch: train_sft.StepBatch) -> list[int]:

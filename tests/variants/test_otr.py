@@ -8,7 +8,7 @@ import torch.utils._pytree as pytree
 from conftest import write_lines
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import chats, log
-from variant_runs import arguments, check_runs
+from variant_runs import arguments, check_divergence, check_runs
 
 import train_sft
 from model import Qwen2
@@ -91,6 +91,7 @@ def test_runs(tiny, tmp_path, run, monkeypatch, refused):
         first[cut] = log(tmp_path / f"{cut}")[0]
     assert first[1]["loss"] == pytest.approx(first[2000]["loss"], rel=1e-5)
     assert first[1]["grad_norm"] == pytest.approx(first[2000]["grad_norm"], rel=1e-3)
+    check_divergence(run, "variants.otr", *arguments(tiny, data, tmp_path / "diverged", "--beta", -0.1))
     refused("--beta", "variants.otr", *arguments(tiny, data, tmp_path / "o"))
     refused("--beta", "variants.otr", *arguments(tiny, data, tmp_path / "o", "--beta", 1))
     refused("--shard", "variants.otr", *arguments(tiny, data, tmp_path / "o", "--beta", 0, "--shard"))

@@ -16,7 +16,7 @@ def arguments(ckpt, data, out, *more):
 
 
 def check_runs(run, monkeypatch, name, ckpt, data, tmp_path, *more, before=()):
-    """Trains; trains in other micro-batches; stops after two steps and resumes. -> OUT of the first.
+    """Trains; trains in other micro-batches; stops after two steps and resumes; diverges. -> OUT of the first.
 
     before: words of the command before the flags.
     """
@@ -34,7 +34,24 @@ def check_runs(run, monkeypatch, name, ckpt, data, tmp_path, *more, before=()):
     code, _, err = run(name, *again, "--resume")
     assert code == 0, err
     same_run(whole, stopped)
+    check_divergence(run, name, *again)
     return whole
+
+
+def check_divergence(run, name, *args):
+    """A run with far too large a learning rate skips its steps, then ends in one line as train_sft.py does."""
+    code, _, err = run(name, *args, "--lr", 1e30, "--clip", 0, "--max-skips", 2)
+    assert code == 2 and "error: 2 steps in a row" in err and "Traceback" not in err, err
+
+
+def check_resume_refuses(run, monkeypatch, refused, word, change, name, *args):
+    """A run is stopped after two steps. After change() it is not resumed, because it differs in `word`."""
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 2)
+        code, _, err = run(name, *args)
+    assert code == 0 and "stopped after step 2" in err, err
+    change()
+    refused(["state.json", f"differs in {word};"], name, *args, "--resume")
 
 
 def stop_in_step(monkeypatch, last):
