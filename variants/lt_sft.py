@@ -50,6 +50,8 @@ def freeze_the_rest(setup: Setup) -> None:
     args, names = setup.args, dict(setup.model.named_parameters())
     moved = Checkpoint(args.moved)
     check_vocabulary(moved, setup.ckpt)
+    # a resumed run must have the same masks
+    args.moved_fingerprint = moved.fingerprint()
     check_tensors(moved, {name: tuple(p.shape) for name, p in names.items()})
     for name in [name for name in names if "norm" in name]:
         names.pop(name).requires_grad_(False)
@@ -72,9 +74,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    args = train_sft.parse_args(
-        add_flags=add_flags, no_shard="masks need whole matrices, but a sharded rank holds a part of each"
-    )
+    args = train_sft.parse_args(add_flags=add_flags, no_shard="masks need whole matrices, but a rank holds parts")
     if args.weight_decay:
         raise InputError(f"--weight-decay {args.weight_decay:g}: would change the frozen weights too; leave it out")
     train_sft.main(args, prepare=freeze_the_rest)

@@ -9,6 +9,7 @@ the paper, which averages over the answer only.
 
 import argparse
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -51,11 +52,10 @@ def mean_logps(setup: Setup) -> list[float]:
     args, fingerprint = vars(setup.args), setup.ckpt.fingerprint()
     as_ref = lambda other: replace(setup, args=argparse.Namespace(**args | {"ref": other}))
     references = [open_reference(as_ref(other), fingerprint) for other in setup.args.others]  # checks all of them first
-    totals = [0.0] * len(setup.examples)
-    for reference in references:
-        logps, _ = reference_logps(reference, [(i, 0) for i in range(len(totals))], lambda i, _: setup.examples[i])
-        totals = [total + logps[i, 0] for i, total in enumerate(totals)]
-    return [t / count_supervised([e]) / len(references) for t, e in zip(totals, setup.examples)]
+    setup.args.other_fingerprints = [reference.fingerprint for reference in references]  # for --resume
+    keys = [(i, 0) for i in range(len(setup.examples))]
+    found = [reference_logps(reference, keys, lambda i, _: setup.examples[i])[0] for reference in references]
+    return [fmean(logps[key] for logps in found) / count_supervised([setup.examples[key[0]]]) for key in keys]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

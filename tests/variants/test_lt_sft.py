@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_files, tiny_model, write_lines
 from training_runs import chats, weights
-from variant_runs import arguments, check_runs
+from variant_runs import arguments, check_resume_refuses, check_runs
 
 from variants import lt_sft
 from variants.lt_sft import lottery_masks
@@ -63,3 +63,11 @@ def test_runs(tiny, tmp_path, run, monkeypatch, refused):
     files["tokenizer.json"] = files["tokenizer.json"].replace("<|endoftext|>", "<|end|>")
     tiny_model().save(str(tmp_path / "foreign"), files)
     refused(["foreign", "tokenizer differs"], *call("--moved", tmp_path / "foreign"))
+
+
+def test_resume_refuses_another_first_run(tiny, tmp_path, run, monkeypatch, refused):
+    data, moved = write_lines(tmp_path / "d.jsonl", chats(13)), str(tmp_path / "moved")
+    tiny_model(seed=1).save(moved, tiny_files())
+    change = lambda: tiny_model(seed=2).save(moved, tiny_files())
+    args = arguments(tiny, data, tmp_path / "o", "--moved", moved)
+    check_resume_refuses(run, monkeypatch, refused, "moved_fingerprint", change, "variants.lt_sft", *args)

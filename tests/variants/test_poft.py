@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_files, tiny_model, write_lines
 from training_runs import chats, log
-from variant_runs import arguments, check_runs, check_shard
+from variant_runs import arguments, check_resume_refuses, check_runs, check_shard
 
 from core.checkpoint import Checkpoint
 from core.tokenizer import Tokenizer
@@ -55,3 +55,11 @@ def test_runs(tiny, tmp_path, run, monkeypatch, others, refused):
     refused(
         ["foreign", "tokenizer differs"], "variants.poft", *arguments(tiny, data, tmp_path / "o", "--others", other)
     )
+
+
+def test_resume_refuses_another_model_under_the_same_name(tiny, tmp_path, run, monkeypatch, refused):
+    data, other = write_lines(tmp_path / "d.jsonl", chats(13)), str(tmp_path / "other")
+    tiny_model(seed=1).save(other, tiny_files())
+    change = lambda: tiny_model(seed=2).save(other, tiny_files())
+    args = arguments(tiny, data, tmp_path / "o", "--others", other)
+    check_resume_refuses(run, monkeypatch, refused, "other_fingerprints", change, "variants.poft", *args)
