@@ -100,8 +100,8 @@ def main() -> None:
         ids = [tokenizer.encode(text)[:end] or [tokenizer.prefix] for *_, text in targets + candidates]
         embedded = embed_texts(model, ids, args.micro_tokens)
         cost = squared_distances(embedded[: len(targets)], embedded[len(targets) :])
-        if (eps := args.eps * cost.mean().item()) < 1e-9:
-            raise InputError(f"{', '.join(args.candidates)}: all candidates and targets are one text")
+        if not 1e-9 <= (eps := args.eps * cost.mean().item()) < math.inf:
+            raise InputError(f"{args.ckpt}: embeds all candidates and targets as one point, or not as finite numbers")
         f, g, error = sinkhorn(cost, eps)
         if error > 0.01:
             print(f"warning: the potentials did not converge (error {error:.1%}); a larger --eps converges sooner")

@@ -97,6 +97,8 @@ def main() -> None:
     found = []
     for rows in tqdm(uniform.to(tuned.device).split(args.batch_size), "writing", unit="batch", disable=None):
         found += write_texts(tuned, base, prompt, tokenizer.stop_ids, rows, args.alpha, args.temperature)
+    if not all(math.isfinite(score) for _, score in found):
+        raise InputError(f"{args.ckpt}, {args.base}: one of them gives probabilities that are not finite")
     found.sort(key=lambda text: -text[1])
     lines = [{"novelty": round(score, 4), "tokens": len(ids), "text": tokenizer.decode(ids)} for ids, score in found]
     write_jsonl(args.out, lines)

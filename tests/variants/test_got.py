@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, write_lines
+from conftest import ROOT, tiny_files, tiny_model, write_lines
 
 from core.devices import to_device
 from core.distributed import single_process
@@ -116,6 +116,10 @@ def test_refusals(tiny, tmp_path, refused):
     refused("none.jsonl", *call(none, aim))
     refused("none.jsonl", *call(pool, none))
     refused("odd.jsonl:2", *call(pool, odd))
-    refused("one text", *call(same, same))
+    refused(["tiny", "one point"], *call(same, same))
     refused("nowhere", *call(pool, aim, ckpt=tmp_path / "nowhere"))
+    model, diverged = tiny_model(), str(tmp_path / "diverged")
+    model.model["norm"].weight.data.fill_(3e38)
+    model.save(diverged, tiny_files())
+    refused(["diverged", "finite numbers"], *call(pool, aim, ckpt=diverged))
     assert not Path(tmp_path / "o").exists()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_files, tiny_model, write_lines
+from training_runs import perturbed
 
 from core.checkpoint import Checkpoint
 from core.tokenizer import Tokenizer
@@ -90,6 +91,7 @@ def test_refusals(tiny, tmp_path, refused):
     refused(["wide", "rows"], *call(tmp_path / "wide"))
     refused("--alpha", *call(tiny, "--alpha", 0))
     refused("nowhere", *call(tmp_path / "nowhere"))
+    refused(["diverged", "not finite"], *call(perturbed(tiny, 1e30, str(tmp_path / "diverged"))))
     refused("no room", *call(tiny, "--prompt", "word " * 2000))
     assert not (tmp_path / "o").exists()
     (tmp_path / "o").write_text("mine")
