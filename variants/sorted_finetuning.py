@@ -4,7 +4,7 @@
 
 All flags of train_sft.py work except --shard. The whole model is always an exit. --export K writes the first K blocks
 as a checkpoint of their own, here sorted-12. The paper's exits for 40 blocks are 12, 16, ... 40. It gives no others.
-The default here is every fourth block of the upper two thirds.
+The default here is every fourth block from the last down to 30 % of the depth, so it agrees for 40.
 """
 
 import argparse
@@ -48,8 +48,8 @@ def logps_at_exits(model: Qwen2, examples: list, exits: list[int]) -> list[Tenso
 
 
 def default_exits(n_blocks: int) -> list[int]:
-    """Every fourth block of the upper two thirds, without the last: 8, 12, 16, 20 of 24."""
-    return [k for k in range(n_blocks, n_blocks // 3 - 1, -4) if 0 < k < n_blocks][::-1]
+    """Every fourth block from the last down to 30 % of the depth, without the last: 8, 12, 16, 20 of 24."""
+    return [k for k in range(n_blocks, 3 * n_blocks // 10 - 1, -4) if 0 < k < n_blocks][::-1]
 
 
 def exit_out(out: str, depth: int) -> str:
@@ -71,7 +71,7 @@ def export_exit(source: str, depth: int, out: str) -> None:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.set_defaults(out="sorted.pt", method="SoFT (arXiv 2309.08968)")
-    exits = "numbers of blocks to train as models too (default: every fourth of the upper two thirds)"
+    exits = "numbers of blocks to train as models too (default: every fourth, down to 30 % of the depth)"
     parser.add_argument("--exits", type=at_least(1), nargs="+", help=exits)
     parser.add_argument("--export", type=at_least(1), nargs="+", default=[], help="exits to write as OUT-K too")
 

@@ -15,6 +15,7 @@ def test_loss_by_hand():
     exits = [torch.tensor(x) for x in ([-1.2, -0.7], [-0.9, -0.5], [-0.4, -0.3])]
     assert sorted_loss(exits, 2).item() == pytest.approx(0.666667, abs=1e-6)  # the sum would be 2
     assert default_exits(24) == [8, 12, 16, 20]
+    assert default_exits(40) == [12, 16, 20, 24, 28, 32, 36]  # the paper's
 
 
 def test_an_exit_is_the_exported_model(tiny, tmp_path):
