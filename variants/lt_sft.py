@@ -4,8 +4,7 @@
     python -m variants.lt_sft --moved moved-a --density 0.01 --ckpt base --data a.jsonl --out a   # phase 2
     python merge.py --method task_arithmetic --base base --models a:1 b:1 --out both              # skills add up
 
-All flags of train_sft.py work except --shard and --weight-decay, which would change the other weights too. Norms stay
-frozen, as in the authors' scripts.
+All flags of train_sft.py work except --shard and --weight-decay. Norms stay frozen, as in the authors' scripts.
 """
 
 import argparse
@@ -38,6 +37,8 @@ def lottery_masks(start: dict[str, Tensor], moved: dict[str, Tensor], k: int) ->
                 yield f(distance(b[::stride], a[::stride])[None].cpu())  # of (1, c)
 
     (threshold,) = kth_largest(scan, [k], sum(t.numel() for t in start.values()))
+    if not threshold:  # all weights tie
+        raise InputError(f"--moved: fewer than {k:,} weights differ from --ckpt; give phase 1's, or lower --density")
     return {name: distance(t, moved[name]) >= threshold for name, t in start.items()}
 
 
@@ -50,8 +51,7 @@ def freeze_the_rest(setup: Setup) -> None:
     args, names = setup.args, dict(setup.model.named_parameters())
     moved = Checkpoint(args.moved)
     check_vocabulary(moved, setup.ckpt)
-    # a resumed run must have the same masks
-    args.moved_fingerprint = moved.fingerprint()
+    args.moved_fingerprint = moved.fingerprint()  # for --resume
     check_tensors(moved, {name: tuple(p.shape) for name, p in names.items()})
     for name in [name for name in names if "norm" in name]:
         names.pop(name).requires_grad_(False)
