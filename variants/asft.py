@@ -48,7 +48,7 @@ def micro_loss(model: Qwen2, batch: train_sft.StepBatch, micro: list[int], ref: 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.set_defaults(out="asft.pt", method="ASFT (arXiv 2509.23753)")
-    parser.add_argument("--kl-weight", type=number(0), default=0.05, help="lambda, weight of the KL")
+    parser.add_argument("--kl-weight", type=number(0), default=0.05, help="lambda of the KL; the authors' code has 0.1")
 
 
 def main() -> None:

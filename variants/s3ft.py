@@ -4,9 +4,9 @@
     python train_sft.py --ckpt base --data s3ft/sft.jsonl --out s3ft-ckpt
 
 --mode sdft is self-data distillation (arXiv 2410.09982, 2402.13669): the model rewords every gold response. --ckpt is
-then the model before pruning, and the pruned one is trained. SDFT's lead-in for GSM8K is left out.
-Programs check the replies against the references of the records, which are trusted. The paper lets the model judge
-replies without a reference; here the gold response stays. The papers' prompts were not found: REWORD is ours.
+then the model before pruning, and the pruned one is trained. SDFT's lead-in for GSM8K is left out. Programs check the
+replies against the references of the records, which are trusted. The paper lets the model judge replies without one;
+here the gold response stays. S3FT's prompts and temperature were not found: REWORD and greedy replies are ours.
 """
 
 import re
