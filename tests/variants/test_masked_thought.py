@@ -1,13 +1,18 @@
 """Masked thought: the rate, what is corrupted, SFT as its special case, runs."""
 
+from argparse import Namespace
+
 import pytest
+import torch
 from conftest import write_lines
 from training_runs import chats, log, same_run
 from variant_runs import arguments, check_runs, check_shard
 
 from core.checkpoint import Checkpoint
 from core.tokenizer import Tokenizer
-from variants.masked_thought import corrupt, mask_rate, ordinary_ids
+from model import Qwen2
+from train_sft import StepBatch
+from variants.masked_thought import corrupt, mask_rate, micro_loss, ordinary_ids
 
 
 def test_rate_by_hand():
@@ -22,6 +27,15 @@ def test_only_supervised_ids_are_corrupted():
     some = corrupt((ids, supervised), 0.4, [7], "a")
     assert some[:200] == ids[:200] and 50 < some.count(7) < 110
     assert some == corrupt((ids, supervised), 0.4, [7], "a") != corrupt((ids, supervised), 0.4, [7], "b")
+
+
+def test_the_model_reads_the_corrupted_answer_and_predicts_the_original(tiny):
+    model, (ids, supervised) = Qwen2.from_pretrained(tiny), ([5, 6, 7, 8, 9], [False, False, True, True, True])
+    args = Namespace(seed=0, p_max=0.999, rise=0)
+    batch = StepBatch(9, 10, [0], [(ids, supervised)], 3, [300])  # 300 is the only ordinary token
+    logps = model(torch.tensor([[5, 6, 300, 300]]))[0].log_softmax(-1)
+    want = -sum(logps[t, target] for t, target in ((1, 7), (2, 8), (3, 9))) / 3
+    assert micro_loss(model, batch, [0], args).item() == pytest.approx(want.item(), rel=1e-5)
 
 
 def test_control_tokens_are_never_drawn(tiny):
