@@ -9,7 +9,7 @@ lm-evaluation-harness does. Scores of different protocols never share a column. 
 The benchmarks are in evaluation/benchmarks.py.
 
 OUT/replies.jsonl keeps each reply. If the same command runs again, it asks only the missing questions. The results hold
-only the checkpoints and tasks of the last command, so repeat the old ones in it. --rescore scores the kept replies
+only the checkpoints and tasks of the last command, so name the earlier ones again. --rescore scores the kept replies
 again without loading the models. Under torchrun each rank asks a part of the questions.
 """
 
