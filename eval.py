@@ -177,7 +177,7 @@ def describe_differences(results: dict) -> list[str]:
 
 
 def metric_lines(results: dict) -> list[str]:
-    """One line per checkpoint and task that has further metrics or a calibration."""
+    """One line per checkpoint and task that has further metrics, a calibration, or replies cut off by a limit."""
     lines = []
     for name, cells in results.items():
         for task, cell in cells.items():
@@ -187,6 +187,8 @@ def metric_lines(results: dict) -> list[str]:
                 parts.append(f"{metric} {value['score']:.4g}{error}")
             if "calibration" in cell:
                 parts.append(f"expected calibration error {cell['calibration']['ece']:.3f}")
+            if cell.get("cut_short"):
+                parts.append(f"{cell['cut_short']} of {cell['n']} replies cut off at the maximum length")
             if parts:
                 lines.append(f"- {name}, {task}: {', '.join(parts)}")
     return ["\n".join(["Further figures:", *lines]) + "\n"] if lines else []

@@ -16,7 +16,7 @@ from training_runs import launch
 from core.checkpoint import Checkpoint
 from core.distributed import Ranks
 from core.tokenizer import Tokenizer
-from eval import other_metrics
+from eval import other_metrics, results_table
 from evaluation import benchmarks, downloads, replies, rows
 from evaluation.flags import checkpoint_names
 from evaluation.replies import collect_replies, question_keys
@@ -221,6 +221,12 @@ def test_room_for_a_reply(evaluate, refused, tmp_path, data):
     assert results["short"]["demo"]["cut_short"] == sum(s["finish_reason"] == "length" for s in samples)
     refused("the model has 80 positions", "eval", *args, "--tasks", "gsm8k")
     refused("the model has 80 positions", "eval", *args, "--tasks", "mmlu", "--protocol", "loglik")
+
+
+def test_the_table_says_how_many_replies_were_cut_off():
+    cell = {"score": 0.5, "stderr": 0.1, "n": 5, "protocol": "paper"}
+    shown = results_table({"a": {"gsm8k": cell | {"cut_short": 2}, "demo": cell | {"cut_short": 0}}})
+    assert "- a, gsm8k: 2 of 5 replies cut off at the maximum length\n" in shown and "- a, demo" not in shown
 
 
 def test_loglik(evaluate, tmp_path, data, ckpts):
