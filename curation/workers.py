@@ -28,7 +28,7 @@ from curation.http_client import Connection
 from curation.prompts import GREETING, NO_ANSWER
 
 BACKOFF, BACKOFF_CAP = 1.0, 60.0  # seconds before the first retry, doubled for each further one; the longest pause
-FIRST_TRIES = 3  # tries after which a server that has never answered counts as unreachable
+FIRST_TRIES = 3  # tries after which a server that has never sent a completion, nor an HTTP error, is no endpoint
 THROTTLED_ROUNDS = 4  # rounds of tries for a request that fails with HTTP 429 while the endpoint answers greetings
 GREETING_TOKENS = 16  # maximum tokens of the reply to the greeting
 
@@ -140,7 +140,8 @@ async def ask_until_answered(
             except RequestFailed as e:
                 if e.remedy != "retry":
                     raise
-                unreachable = not session.answered and tries >= FIRST_TRIES and e.status is None
+                # 200: not JSON, so probably a web page and not a chat API
+                unreachable = not session.answered and tries >= FIRST_TRIES and e.status in (None, 200)
                 if tries > session.retries or unreachable:
                     e.reason = f"{NO_ANSWER} {tries} {'tries' if tries > 1 else 'try'} (last: {e.reason})"
                     raise

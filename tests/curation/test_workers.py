@@ -157,6 +157,13 @@ def test_an_endpoint_that_answers_nothing_at_all(tmp_path, fault, kept):
         assert "\n" not in str(e.value) and len(log) == kept
 
 
+def test_a_web_page_in_place_of_an_api_ends_the_run_after_three_tries(tmp_path):
+    with serve(echo, lambda n, m: "garbage") as server, open_replies(tmp_path / "r.jsonl") as log:
+        with pytest.raises(InputError, match="after 3 tries .*not JSON.*check .* that the URL is that of its chat API"):
+            ask_model(open_teacher(server.url, "m"), [user("a")], log)
+        assert server.posts == 6, "the request and the greeting"
+
+
 def test_one_request_that_is_refused_alone_is_not_the_endpoints_fault(tmp_path):
     fault = {"poison": b'{"choices": []}'}
     with serve(echo, lambda n, m: fault.get(m[-1]["content"])) as server, open_replies(tmp_path / "r.jsonl") as log:
