@@ -363,6 +363,7 @@ def kto_examples(record: dict, where: str) -> list[tuple[list[dict], str, bool]]
         label = fields.first("label", "kto_tag")
         if not isinstance(label, bool):
             key = "kto_tag" if "kto_tag" in fields and "label" not in fields else "label"
-            raise InputError(f"{where}: {key} is {shown(label)}; it must be true (desirable) or false (undesirable)")
+            found = "missing or null" if label is None else shown(label)
+            raise InputError(f"{where}: {key} is {found}; it must be true (desirable) or false (undesirable)")
         examples.append((prompt, reply["content"], label))
     return examples

@@ -211,7 +211,7 @@ def test_a_preference_keeps_its_system_prompt_and_all_shared_turns():
         (sft_conversations, {"messages": [system("a"), *QA], "system": "b"}, "differ"),
         (kto_examples, {"prompt": "x", "completion": "y", "label": "true"}, 'label is "true"'),
         (kto_examples, {"prompt": "x", "completion": "y", "label": 1}, "label is 1"),
-        (kto_examples, {"prompt": "x", "completion": "y"}, "label is null"),
+        (kto_examples, {"prompt": "x", "completion": "y"}, "label is missing or null"),
         (kto_examples, {"prompt": "x", "completion": "y", "kto_tag": "yes"}, 'kto_tag is "yes"'),
         (kto_examples, {"prompt": "x", "label": True}, "no completion"),
         (kto_examples, {"messages": [assistant("y")], "label": True}, "no prompt"),
@@ -319,7 +319,7 @@ def test_what_pandas_writes_for_null_is_null():
     nan = float("nan")
     record = {"instruction": "Q", "input": nan, "output": "A", "system": nan, "messages": nan, "label": nan}
     assert sft_conversations(record, "f:1") == [[user("Q"), assistant("A")]]
-    with pytest.raises(InputError, match="label is null; it must be true"):
+    with pytest.raises(InputError, match="f:1: label is missing or null; it must be true"):
         kto_examples(record, "f:1")
     with pytest.raises(InputError, match="the keys are all null"):
         sft_conversations({"prompt": nan, "messages": None}, "f:1")
