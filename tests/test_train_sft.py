@@ -204,6 +204,7 @@ def test_the_line_of_the_losses():
     margins = "loss 0.6667 in step 2, 1.667 in step 5; reward margin 0.25 in step 2, 0.625 in step 5"
     assert first_and_last([skipped, first, last, skipped]) == [margins]
     assert first_and_last([first | {"rewards/margins": None}]) == ["loss 0.6667 in step 2"]
+    assert first_and_last([first, last | {"eval_loss": 2.5}]) == [f"{margins}; eval_loss 2.5 in step 5"]
     assert first_and_last([skipped]) == first_and_last([]) == []
     assert first_and_last([first | {"rewards/margins": -1.375e-07}]) == [
         "loss 0.6667 in step 2; reward margin 0 in step 2"

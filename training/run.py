@@ -293,12 +293,12 @@ def log_records(run: Run) -> list[dict]:
 
 
 def first_and_last(records: list[dict]) -> list[str]:
-    """A line of the summary: loss and reward margin, where there is one, in the first and last step with a loss."""
+    """A line of the summary: loss, reward margin and eval_loss, where known, in the first and last step with a loss."""
     known = [record for record in records if record["loss"] is not None]
     ends = known[:1] + known[1:][-1:]
     value = lambda x: f"{x:.4g}" if abs(x) >= 1e-5 else "0"  # the first margin is 0 up to rounding
     figures = []
-    for key, label in (("loss", "loss"), ("rewards/margins", "reward margin")):
+    for key, label in (("loss", "loss"), ("rewards/margins", "reward margin"), ("eval_loss", "eval_loss")):
         values = [f"{value(record[key])} in step {record['step']}" for record in ends if record.get(key) is not None]
         figures += [f"{label} {', '.join(values)}"] if values else []
     return ["; ".join(figures)] if figures else []
