@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from core.checkpoint import Checkpoint
 from core.devices import DEVICE, DTYPES
 from core.distributed import join_ranks, leave_group, own_device
+from core.progress import ReplyBar
 from core.reply_log import ReplyLog
 from core.tokenizer import Tokenizer
 from generate import check_loadable, generate_iter
@@ -64,7 +64,7 @@ def ask_local(
     errors: dict[str, str],
     parameters: dict,
     batch_size: int,
-    bar: tqdm,
+    bar: ReplyBar,
 ) -> None:
     """Answers the requests in todo, {key: messages}. Adds replies to the log, and {key: reason} to errors for the rest.
 

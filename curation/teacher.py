@@ -13,9 +13,8 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from core.devices import DEVICE
+from core.progress import ReplyBar
 from core.reply_log import ReplyLog
 from curation.endpoint import Endpoint, looks_like_url, open_endpoint
 from curation.local import LocalModel, ask_local, open_local
@@ -74,7 +73,7 @@ def ask_model(
     todo = {key: messages for key, messages in zip(keys, prompts) if key not in log}
     errors = {}
     if todo:
-        with tqdm(total=len(todo), desc=desc, unit="reply", disable=None) as bar:
+        with ReplyBar(len(todo), desc) as bar:
             if isinstance(teacher, Endpoint):
                 asyncio.run(ask_endpoint(teacher, todo, log, errors, parameters, bar, **endpoint_options))
             else:

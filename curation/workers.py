@@ -18,9 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
 from core.files import InputError
+from core.progress import ReplyBar
 from core.reply_log import ReplyLog
 from curation.costs import Limits, estimate_tokens, request_tokens
 from curation.endpoint import Endpoint, RequestFailed, send
@@ -42,7 +41,7 @@ class Session:
     errors: dict[str, str]
     parameters: dict
     limits: Limits
-    bar: tqdm
+    bar: ReplyBar
     timeout: float
     retries: int
     spent_before: float
@@ -57,7 +56,7 @@ async def ask_endpoint(
     log: ReplyLog,
     errors: dict[str, str],
     parameters: dict,
-    bar: tqdm,
+    bar: ReplyBar,
     concurrency: int = 16,
     timeout: float = 120.0,
     retries: int = 8,
@@ -214,5 +213,6 @@ async def pause(session: Session, seconds: float, reason: str = "") -> None:
 def show_spent(session: Session) -> None:
     limits, bar = session.limits, session.bar
     spent, digits = limits.spent(), 2 if limits.prices else 0
-    at_end = session.spent_before + (spent - session.spent_before) * bar.total / max(bar.n, 1)
-    bar.set_postfix_str(f"{spent:,.{digits}f}, about {at_end:,.{digits}f} at its end", refresh=False)
+    at_end = session.spent_before + (spent - session.spent_before) * bar.total / max(bar.done, 1)
+    unit = "" if limits.prices else " tokens"
+    bar.set_postfix_str(f"{spent:,.{digits}f}{unit} spent, about {at_end:,.{digits}f} at its end", refresh=False)

@@ -13,12 +13,12 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from core.checkpoint import Checkpoint
 from core.devices import DTYPES
 from core.distributed import ONE_RANK, Ranks, is_main
 from core.files import InputError, atomic_write, code_hash, read_json
+from core.progress import ReplyBar
 from core.reply_log import ReplyLog
 from core.tokenizer import Tokenizer
 from evaluation.likelihoods import ask_likelihoods
@@ -121,13 +121,14 @@ def collect_replies(args: Namespace, names: list[str], work: Work, ranks: Ranks 
             if not missing:
                 continue
             model = Qwen2.from_pretrained(ckpt, DTYPES[args.dtype], ranks.device)
-            order, no_bar = list(missing), True if ranks.rank else None  # None: no bar if there is no terminal
-            asking = ask_checkpoint(model, tokenizer, list(missing.values()), args)
-            for i, record in tqdm(asking, name, total=len(missing), unit="reply", disable=no_bar):
-                key, q = order[i], missing[order[i]]
-                place = {"checkpoint": name, "task": q["task"], "id": q["row"]["id"]}
-                replies[key] = place | record | penalty | {"code": code}
-                log.append(key, replies[key])
+            order = list(missing)
+            with ReplyBar(len(missing), name, hidden=ranks.rank > 0) as bar:
+                for i, record in ask_checkpoint(model, tokenizer, list(missing.values()), args):
+                    key, q = order[i], missing[order[i]]
+                    place = {"checkpoint": name, "task": q["task"], "id": q["row"]["id"]}
+                    replies[key] = place | record | penalty | {"code": code}
+                    log.append(key, replies[key])
+                    bar.update()
             del model
             gc.collect()
     if ranks.world > 1:

@@ -173,7 +173,7 @@ def test_one_request_that_is_refused_alone_is_not_the_endpoints_fault(tmp_path):
 
 def test_the_wait_is_shown_in_the_bar_and_nowhere_else(tmp_path, monkeypatch, capfd):
     shown = []
-    monkeypatch.setattr(workers.tqdm, "set_postfix_str", lambda bar, text="", refresh=True: shown.append(text))
+    monkeypatch.setattr(workers.ReplyBar, "set_postfix_str", lambda bar, text="", refresh=True: shown.append(text))
     with (
         serve(echo, lambda n, m: (429, [("Retry-After", "1")]) if n == 0 else None) as server,
         open_replies(tmp_path / "r.jsonl") as log,
