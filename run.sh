@@ -143,6 +143,7 @@ step() { # NAME "STEPS IT DEPENDS ON" SCRIPT ARGUMENTS...
   rm -f "$run/steps/$name"
   printf '%s\n' "$now" >"$run/steps/$name.begun"
   "$py" "$@"
+  [[ $1 != train_* || -e $run/$name ]] || fail "$name: was stopped; run the same command again to continue"
   mv "$run/steps/$name.begun" "$run/steps/$name"
   echo "($name: $((SECONDS - began)) s)"
 }

@@ -80,7 +80,7 @@ def leave_group(at_once: bool = False) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Stopping
 
-STOP = {"training": False, "asked": False}  # training: steps may be done; asked: SIGTERM or Ctrl-C was received
+STOP = {"training": False, "asked": 0}  # training: steps may be done; asked: the signal received, SIGTERM or SIGINT
 
 
 class StopBeforeTraining(BaseException):
@@ -91,13 +91,13 @@ def on_stop_signal(number: int, _frame: object) -> None:
     """Handles SIGTERM and Ctrl-C.
 
     During training, the loop finishes its micro-batch, drops the current step, saves the state after the previous step
-    and exits with code 0. A second Ctrl-C ends at once. Before training there is nothing to save, so the process ends
+    and exits, with code 0 after SIGTERM and 130 after Ctrl-C. A second Ctrl-C ends at once. Before training there is nothing to save, so the process ends
     at once; an interrupted reference pass still saves its cache.
 
     On SIGTERM torchrun signals its ranks, waits 30 s for them (--shutdown-timeout) and exits with code 1. If you need
     exit code 0, signal the ranks instead: pkill -TERM -P PID_OF_TORCHRUN.
     """
-    STOP["asked"] = True
+    STOP["asked"] = number
     if number == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if STOP["training"]:
@@ -126,6 +126,8 @@ def run_distributed(main: Callable[[], object]) -> Callable[[], None]:
             signal.signal(signal.SIGINT, on_stop_signal)
         try:
             main()
+            if STOP["asked"] == signal.SIGINT:  # in `train_sft.py && train_kto.py`, the second must not start
+                raise KeyboardInterrupt
         except StopBeforeTraining:
             pass
         except RuntimeError as e:

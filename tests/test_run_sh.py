@@ -17,7 +17,8 @@ case $script in
     mkdir -p "$out"
     for name in sft kto; do echo "$name" >"$out/$name.jsonl"; done
     [[ -e $out/replies.jsonl ]] || echo '{"key": "a", "text": "one"}' >"$out/replies.jsonl" ;;
-  train_* | merge.py) mkdir -p "$out" ;;
+  train_*) [[ -e stopped ]] || mkdir -p "$out" ;; # stopped: as if SIGTERM came
+  merge.py) mkdir -p "$out" ;;
 esac
 """
 ROOMS = ("core", "training", "merging")
@@ -106,6 +107,13 @@ def test_a_step_runs_again_only_if_its_own_code_changed(tmp_path, stand_ins):
     for name, again in edits.items():
         (tmp_path / "project" / name).write_text("# edited")
         assert stand_ins() == (0, again), name
+
+
+def test_a_training_step_that_was_stopped_is_not_finished(tmp_path, stand_ins):
+    (tmp_path / "project/stopped").touch()
+    assert stand_ins() == (2, TRAINED[:1]) == stand_ins()
+    (tmp_path / "project/stopped").unlink()
+    assert stand_ins() == (0, TRAINED + FUSED)
 
 
 def test_an_interrupted_copy_of_the_data_is_made_again(tmp_path, stand_ins):

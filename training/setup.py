@@ -54,7 +54,7 @@ def setup_ranks(args: argparse.Namespace) -> Ranks:
     ranks = join_ranks(args.device, hours=1, nccl=True)  # NCCL's default of 10 minutes may be too short for a save
     if args.shard and not dist.is_initialized():
         raise InputError("--shard: splits the model over torchrun's ranks; start the script with torchrun")
-    STOP.update(training=False, asked=False)
+    STOP.update(training=False, asked=0)
     seed_all(args.seed)
     return ranks
 

@@ -61,7 +61,7 @@ train() { # FOLDER RATE SEED COMMAND...: writes the checkpoint FOLDER/RATE-SEED 
   local TIMEFORMAT='%U %S'
   { time "${@:4}" --ckpt demo/base --max-len 512 --warmup 10 --lr "$2" --seed "$3" --out "$out" >"$out.log" 2>&1; } \
     2>"$out.time" || { tail -n 5 "$out.log" >&2; exit 1; }
-  [[ -e $out ]] || exit 130 # Ctrl-C
+  [[ -e $out ]] || exit 143 # SIGTERM
   mv "$out.time" "$out.seconds"
 }
 
