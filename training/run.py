@@ -124,11 +124,11 @@ def check_shards(model: Qwen2) -> None:
 def find_save(run: Run) -> None:
     """With --resume, sets run.done, run.saved and run.pending from OUT.run/state.json."""
     path = run_file(run.args, "state.json")
+    try:
+        state = read_json(path) if os.path.isfile(path) else {}
+    except InputError:
+        state = {}
     if run.args.resume and os.path.isfile(path):
-        try:
-            state = read_json(path)
-        except InputError:
-            state = {}
         kinds = {"identity": dict, "step": int, "finished": bool, "pending": dict | None}
         if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
             raise InputError(f"{path}: is not the state of a run; drop --resume to start again")
@@ -147,6 +147,9 @@ def find_save(run: Run) -> None:
             run.done = run.total
     elif run.args.resume and is_main():
         print(f"{path}: no save to resume from; starting at step 1", file=sys.stderr)
+    elif state.get("finished") is False and is_main():
+        lost = f"the unfinished run that was saved there after step {state.get('step')}"
+        print(f"note: {run.args.out}.run: without --resume this run replaces {lost}", file=sys.stderr)
 
 
 def check_same_save(run: Run) -> None:

@@ -267,6 +267,17 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(tiny, kto_data, tmp_path):
     same_run(whole, stopped)
 
 
+def test_a_new_run_says_that_it_replaces_an_unfinished_one(tiny, sft_data, tmp_path, run):
+    arguments = command(tiny, sft_data, tmp_path / "o", "--epochs", 1, "--micro-tokens", 60, "--save-every", 1)
+    prepare = {0: (signalled, "optimizer_step", 30, signal.SIGTERM)}
+    assert launch("train_sft", arguments, tmp_path / "text", prepare=prepare)[0] == [0]
+    step = json.loads((tmp_path / "o.run" / "state.json").read_text())["step"]
+    code, _, err = run("train_sft", *arguments)
+    assert code == 0 and f"replaces the unfinished run that was saved there after step {step}\n" in err
+    code, _, err = run("train_sft", *arguments)  # over a finished one
+    assert code == 0 and "replaces" not in err
+
+
 def test_saves_of_the_user_are_never_removed(tiny, sft_data, tmp_path, run, refused):
     """Files in OUT.run/ with the names of saves, that no run wrote there."""
     out = tmp_path / "o.pt"
