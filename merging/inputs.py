@@ -14,6 +14,7 @@ from core.files import InputError, is_locked, same_path
 from core.outputs import check_inputs
 from core.tokenizer import end_ids, vocabulary, with_end_token
 from merging.flags import NEEDS_BASE, fill_options, parse_finite, parse_model
+from model import Qwen2
 from training.saves import lock_path
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -32,6 +33,15 @@ def check_alike(first: Checkpoint, other: Checkpoint, resize: bool, allow_tokeni
         if value != found[key] and key not in ignored:
             raise InputError(f"{other.source}: {key} is {found[key]} in its config, but {value} in {first.source}")
     return resized + check_tokenizers(first, other, allow_tokenizer_mismatch)
+
+
+def check_complete(ckpt: Checkpoint) -> None:
+    """InputError if a model's tensors are not those of its config.json, as when a shard was not downloaded.
+
+    A file without any layer's matrix is no model, and is merged as it is.
+    """
+    if any(name.endswith("_proj.weight") for name in ckpt.names):
+        Qwen2.on_meta(ckpt)
 
 
 def check_same_tensors(first: Checkpoint, other: Checkpoint, resize: bool) -> list[str]:
@@ -107,6 +117,7 @@ def open_inputs(args: argparse.Namespace) -> tuple[Checkpoint | None, list[Check
 
     base, models = args.base and Checkpoint(args.base), [Checkpoint(source) for source, _ in parsed]
     reference = base or models[0]
+    check_complete(reference)  # the others have the same tensors
     for checkpoint in [reference, *models]:
         notes += check_alike(reference, checkpoint, args.resize, args.allow_tokenizer_mismatch)
     for pattern, _ in args.weights_for:

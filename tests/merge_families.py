@@ -28,7 +28,7 @@ FILES = {"tokenizer.json": '{"of": "base"}', "generation_config.json": "{}"}
 
 
 def save(path, tensors, config=TIED, files=FILES):
-    """Writes a checkpoint of any tensors: merging does not need a complete model."""
+    """Writes a checkpoint of any tensors: without layers, merging needs no complete model."""
     tensors = {name: torch.as_tensor(x) for name, x in tensors.items()}
     specs = {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}
     write_checkpoint(str(path), config, files, specs, tensors.items())

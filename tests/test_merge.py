@@ -87,6 +87,20 @@ def test_shards(family, tmp_path):
     assert [p.name for p in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
 
 
+def test_models_that_lack_a_tensor_of_their_config_are_refused(family, tmp_path):
+    """Both lack it, as after a download of some shards; the result could not be loaded."""
+    whole = load(family / "a")
+    for i, (tensors, config, words) in enumerate([
+        ({n: x for n, x in whole.items() if ".0." not in n}, UNTIED, "missing model.layers.0.input_layernorm"),
+        (whole, UNTIED | {"num_hidden_layers": 1}, "unknown model.layers.1.input_layernorm"),
+        (whole, UNTIED | {"vocab_size": 98}, r"embed_tokens.weight is \(97, 32\), the config says \(98, 32\)"),
+    ]):  # fmt: skip
+        paths = [save(tmp_path / f"{i}-{name}", tensors, config) for name in "ab"]
+        with pytest.raises(InputError, match=f"{i}-a: tensors do not fit the config: .*{words}"):
+            run(tmp_path / "out", "linear", paths)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_shard_that_fails_leaves_what_was_there(faulty, tmp_path):
     x = torch.zeros(2, 2)
     good = {"x": x, "y": x}
