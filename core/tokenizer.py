@@ -206,6 +206,7 @@ def load_backend(ckpt: Checkpoint, settings: dict, special: Iterable[str]) -> to
         raise InputError(
             f"{where}: added_tokens_decoder is not a list of tokens by their ids; fetch it again"
         ) from None
+    check_all_listed(ckpt, known.values())
     for i, token in listed:
         if repr(known.get(i)) != repr(token):
             backend.add_tokens([token])
@@ -220,6 +221,22 @@ def load_backend(ckpt: Checkpoint, settings: dict, special: Iterable[str]) -> to
     backend.add_special_tokens([text for text in ordinary if text in control])
     check_plain(backend, settings, ckpt.source)
     return backend
+
+
+def check_all_listed(ckpt: Checkpoint, tokens: Iterable[tokenizers.AddedToken]) -> None:
+    """InputError if tokenizer_config.json lists added tokens, but not all those of tokenizer.json.
+
+    transformers' Qwen2Tokenizer adds only the listed ones. A token that is not listed becomes text, and later ids move.
+    """
+    where = f"{ckpt.source}/tokenizer_config.json"
+    listed = json_object(ckpt.files.get("tokenizer_config.json", "{}"), where).get("added_tokens_decoder")
+    texts = [token.get("content") for token in listed.values()] if isinstance(listed, dict) else None
+    for token in tokens if texts is not None else ():
+        if token.content not in texts:
+            raise InputError(
+                f"{where}: added_tokens_decoder lacks the token {shown(token.content)} of tokenizer.json, so transformers "
+                "would not use it; add it there, or remove added_tokens_decoder"
+            )
 
 
 def check_plain(backend: tokenizers.Tokenizer, settings: dict, source: str) -> None:

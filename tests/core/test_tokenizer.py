@@ -297,6 +297,18 @@ def test_added_tokens_that_do_not_fit_are_refused(tmp_path):
             Tokenizer(checkpoint(tmp_path / str(i), **{"tokenizer_config.json": settings}))
 
 
+def test_a_token_of_tokenizer_json_that_the_list_lacks_is_refused(tmp_path):
+    """transformers' Qwen2Tokenizer adds only the listed tokens, so <b> would be text, and without <a>, <b> moves."""
+    spec = with_added_tokens("<a>", "<b>")
+    every = [token.content for token in spec.get_added_tokens_decoder().values()]
+    for i, lacks in enumerate((["<b>"], ["<a>"], ["<|endoftext|>"], every)):
+        settings = changed(tiny_files()["tokenizer_config.json"], added_tokens_decoder=as_decoder(spec, *lacks))
+        files = {"tokenizer.json": spec.to_str(), "tokenizer_config.json": settings}
+        with pytest.raises(InputError, match=r"tokenizer_config.json: added_tokens_decoder lacks the token .* add it"):
+            Tokenizer(checkpoint(tmp_path / str(i), **files))
+    Tokenizer(checkpoint(tmp_path / "unlisted", **{"tokenizer.json": spec.to_str()}))
+
+
 def test_turns_with_weight_0_are_context(tiny):
     tok, messages = Tokenizer(tiny), CONVERSATIONS[3]
     ids, supervised = tok.chat_ids([messages[0], messages[1] | {"weight": 0}, *messages[2:]])
