@@ -15,6 +15,8 @@ from core.files import InputError, check_unicode
 from evaluation.downloads import find_data_file
 from evaluation.rows import (
     arc_rows,
+    check_choices,
+    check_shots,
     choice_rows,
     demo_rows,
     gsm8k_rows,
@@ -78,6 +80,7 @@ def five_shot(
         shots = collections.defaultdict(list)
         for row in choice_rows(find(folder), suffix, header):
             shots[row["subject"]].append(f"{block(row)} {row['answer']}\n\n")
+        check_shots({row["subject"]: len(shots[row["subject"]]) for row in rows}, folder, suffix)
         return [
             f"{subject_line.format(subject_names.get(row['subject'], row['subject'].replace('_', ' ')))}\n\n"
             f"{''.join(reorder(shots[row['subject']][:5]))}{block(row)}"
@@ -344,7 +347,7 @@ def check_code_allowed(task: str, args: Namespace) -> None:
 
 
 def check_rows(task: str, rows: list[dict], data_dir: str) -> None:
-    """InputError if a task has no question, two of one id, or one whose answer is none of its choices or empty."""
+    """InputError for no question, two of one id, an answer that is none of the choices or empty, or no wrong choice."""
     if not rows:
         raise InputError(f"--tasks {task}: no question in its files in {data_dir}; fetch them again")
     first = {}  # {id: where the first question with this id is}
@@ -353,10 +356,8 @@ def check_rows(task: str, rows: list[dict], data_dir: str) -> None:
         if name in first:
             raise InputError(f"{where}: {first[name]} has the id {name} too; give each question its own id")
         first[name] = where
-    for row in rows if BENCHMARKS[task].get("by") else ():
-        if "choices" in row and not row["choices"].get(row["answer"]):
-            where = row.get("where", f"--tasks {task}")
-            raise InputError(f"{where}: question {row['id']} has no choice {row['answer']}; fetch the file again")
+        if BENCHMARKS[task].get("by") and "choices" in row:
+            check_choices(row, where)
 
 
 def load_questions(task: str, args: Namespace, judged: bool = False) -> list[dict]:

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable
 
-from core.files import InputError, check_regular
+from core.files import InputError, check_regular, warn_once
 from core.records import read_jsonl
 from evaluation.downloads import LETTERS, render_shots
 from verification.answers import check_reference, last_number, tested_function
@@ -53,6 +53,25 @@ def subject_rows(path: str, subject: str, header: bool) -> list[dict]:
             row = {"id": f"{subject}/{i}", "subject": subject, "question": row["question"]}
             rows.append({**row, "choices": choices, "answer": answer})
     return rows
+
+
+def check_shots(counts: dict[str, int], folder: str, suffix: str) -> None:
+    """InputError if a subject has no worked example; a warning if it has fewer than five. counts: {subject: number}."""
+    for subject, n in counts.items():
+        path = os.path.join(folder, subject + suffix)
+        if not n:
+            raise InputError(f"{path}: no worked examples, which the questions of this subject need; fetch the file")
+        if n < 5:
+            warn_once(f"{path}: {n} of the five worked examples; the score is another than with five")
+
+
+def check_choices(row: dict, where: str) -> None:
+    """InputError if the answer of a row is none of its choices or empty, or if no choice is right, or none wrong."""
+    choices, true = row["choices"], row.get("true", [row["answer"]])
+    fault = None if choices.get(row["answer"]) else f"no choice {row['answer']}"
+    fault = fault or (None if true else "no right choice") or (None if {*choices} - {*true} else "no wrong choice")
+    if fault:
+        raise InputError(f"{where}: question {row['id']} has {fault}; fetch the file again")
 
 
 def are_texts(values: object) -> bool:
@@ -182,6 +201,8 @@ def arc_rows(path: str) -> list[dict]:
             stem = row["question"]["stem"]
             if not are_texts([stem, *choices, *choices.values()]):
                 raise TypeError("text where one is needed")
+            if len(choices) < len(row["question"]["choices"]):
+                raise InputError(f"{row['where']}: two choices have one label; fetch the file again")
             rows.append({"id": row["id"], "question": stem, "choices": choices, "answer": row["answerKey"]})
         except (KeyError, TypeError) as e:
             needs = "a question has stem and choices, a choice label and text"

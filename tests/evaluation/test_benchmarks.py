@@ -319,6 +319,11 @@ def test_a_thought_is_no_answer():
     assert score("<think>4</think>It is unclear.") == (None, False)
 
 
+def arc_line(*labels):
+    choices = [{"label": label, "text": "t"} for label in labels]
+    return json.dumps({"id": "x", "question": {"stem": "q", "choices": choices}, "answerKey": "A"})
+
+
 HEADER = "Category,Question,Best Answer,Correct Answers,Incorrect Answers\n"
 
 
@@ -329,6 +334,9 @@ HEADER = "Category,Question,Best Answer,Correct Answers,Incorrect Answers\n"
         ("truthfulqa_mc2", {"TruthfulQA.csv": ""}, "no question in its files"),
         ("truthfulqa_mc1", {"TruthfulQA.csv": HEADER}, "no question in its files"),
         ("truthfulqa_mc1", {"TruthfulQA.csv": f"{HEADER}c,q,,,\n"}, "question 0 has no choice 1"),
+        ("truthfulqa_mc1", {"TruthfulQA.csv": f"{HEADER}c,q,a,a; b,\n"}, "question 0 has no wrong choice"),
+        ("truthfulqa_mc2", {"TruthfulQA.csv": f"{HEADER}c,q,a,a; b,b; a\n"}, "question 0 has no wrong choice"),
+        ("truthfulqa_mc2", {"TruthfulQA.csv": f"{HEADER}c,q,a,,b\n"}, "question 0 has no right choice"),
         (
             "mbpp",
             {"mbpp.jsonl": '{"task_id": 1, "text": "", "code": "", "test_list": ["a"]}'},
@@ -339,6 +347,8 @@ HEADER = "Category,Question,Best Answer,Correct Answers,Incorrect Answers\n"
             {"ARC-Easy-Test.jsonl": json.dumps({"id": "x", "question": {"stem": "", "choices": []}, "answerKey": "A"})},
             "question x has no choice A",
         ),
+        ("arc_easy", {"ARC-Easy-Test.jsonl": arc_line("A")}, "question x has no wrong choice"),
+        ("arc_easy", {"ARC-Easy-Test.jsonl": arc_line("A", "B", "A")}, "two choices have one label"),
     ],
 )
 def test_a_task_without_a_usable_question_is_refused(tmp_path, task, files, says):
@@ -352,6 +362,23 @@ def test_a_task_without_a_usable_question_is_refused(tmp_path, task, files, says
     args = Namespace(data_dir=str(tmp_path), limit=None, protocol=protocol, allow_code_execution=True)
     with pytest.raises(InputError, match=says):
         load_questions(task, args)
+
+
+@pytest.mark.parametrize(("n", "said"), [(0, None), (3, "3 of the five worked examples"), (5, "")])
+def test_a_subject_without_its_worked_examples_is_refused(n, said, tmp_path, capsys):
+    """The prompt would silently have fewer examples than the harness's."""
+    row = "q,a,b,c,d,A\n"
+    for folder, name, rows in (("test", "law_test", 1), ("dev", "law_dev", n), ("dev", "art_dev", 5)):
+        (tmp_path / "mmlu" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mmlu" / folder / f"{name}.csv").write_text(row * rows)
+    args = Namespace(data_dir=str(tmp_path), limit=None, protocol="loglik", allow_code_execution=False)
+    if said is None:
+        with pytest.raises(InputError, match="mmlu/dev/law_dev.csv: no worked examples"):
+            load_questions("mmlu", args)
+        return
+    assert load_questions("mmlu", args)[0]["messages"][0]["content"].count("Answer: A") == n
+    err = capsys.readouterr().err
+    assert said in err and bool(err) == bool(said)
 
 
 def test_half_a_surrogate_pair_in_a_question_is_refused(tmp_path):
