@@ -14,6 +14,7 @@ ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"
 ROLES |= dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt"), "assistant")
 TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
 TOOL_PARTS = {"tool_use", "tool_call", "tool_result", "function_call"}
+ENDS = ("<|im_end|>", "<|endoftext|>")  # end tokens, which some data sets append to their replies
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")  # LLaMA-Factory, LLaVA
 WEIGHTS = ("weight", "loss", "loss_weight", "train")  # OpenAI, ms-swift, LLaMA-Factory, axolotl
 
@@ -108,6 +109,9 @@ def as_message(value: object, where: str, i: int, unread: set) -> dict:
     except UnicodeEncodeError:
         raise Unusable(where, "garbled text", f"{message} holds half of a surrogate pair") from None
     out = {"role": ROLES[role], "content": text}
+    if out["role"] == "assistant" and (end := next((e for e in ENDS if text.rstrip().endswith(e)), None)):
+        said = f"a reply ends with {end}, which is encoded as ordinary text; remove it, the token itself is added"
+        warn_once(f"{where.rpartition(':')[0]}: {said}")
     if out["role"] == "assistant" and not is_supervised(fields, f"{where}: {message}"):
         out["weight"] = 0
     unread |= {f"messages.{key}" for key in fields.unread if out["role"] == "assistant" or key not in WEIGHTS}

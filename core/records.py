@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NoReturn
 
-from core.files import InputError, atomic_write, is_main, printable
+from core.files import InputError, atomic_write, is_main, printable, warn_once
 
 MAX_RECORD = 64 * 2**20  # largest line (in bytes) or object of an array (in characters)
 CHUNK = 2**20  # bytes of an array read at a time
@@ -307,9 +307,9 @@ def read_records(paths: Iterable[str], parse: Callable) -> list[tuple[str, objec
     records have several examples, each block of 1,000 records gives its first examples, then its second ones, and so
     on. This is TRL's order of unpaired preferences.
     """
-    examples = []
-    for path in expand(paths):
-        unread = collections.Counter()
+    examples, files = [], expand(paths)
+    for path in files:
+        unread, before = collections.Counter(), len(examples)
         records = read_objects(path)
         while block := list(itertools.islice(records, 1000)):
             parsed = []
@@ -318,6 +318,8 @@ def read_records(paths: Iterable[str], parse: Callable) -> list[tuple[str, objec
                 parsed.append([(where, example) for example in parse(fields, where)])
                 unread.update(fields.unread - (ORIGIN_KEYS | {"recorded"} if ORIGIN_KEYS <= record.keys() else set()))
             examples += [example for i in range(max(map(len, parsed))) for p in parsed for example in p[i : i + 1]]
+        if len(examples) == before and len(files) > 1:
+            warn_once(f"{path}: no records")
         if unread and is_main():
             keys = ", ".join(f"{printable(key[:60])} ({n:,})" for key, n in unread.most_common(12))
             keys += ", ..." * (len(unread) > 12)

@@ -104,6 +104,18 @@ def test_a_prompt_that_is_rendered_already_is_warned_of(capsys):
     assert err.startswith(said) and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>", "<|im_end|>\n"])
+def test_a_reply_that_ends_with_an_end_token_is_warned_of(end, capsys):
+    """It would be learnt as ordinary characters before the token that ends the turn."""
+    name = f"ends-{len(end)}.jsonl"  # a warning is printed once in a process
+    kto_examples({"prompt": "Q" + end, "completion": "A" + end, "label": True}, f"{name}:1")
+    sft_conversations({"messages": [user("Q"), assistant("A" + end)]}, f"{name}:2")
+    sft_conversations({"prompt": f"what is {end}", "completion": f"{end} ends a turn"}, "other.jsonl:1")
+    warning = f"warning: {name}: a reply ends with {end.strip()}, which is encoded as ordinary text"
+    err = capsys.readouterr().err
+    assert err.startswith(warning) and err.count("\n") == 1
+
+
 def learnt(record, **options):
     (messages,) = sft_conversations(record, "f:1", **options)
     return [m["content"] for m in messages if m["role"] == "assistant" and m.get("weight", 1)]

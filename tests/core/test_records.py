@@ -35,6 +35,13 @@ def test_lines_that_are_no_json(tmp_path):
         read_records([tmp_path / "empty.jsonl"], sft_conversations)
 
 
+def test_an_empty_file_among_others_is_warned_of(tmp_path, capsys):
+    (tmp_path / "empty.json").write_text("[]")
+    files = [write_lines(tmp_path / "full.jsonl", ROWS), tmp_path / "empty.json"]
+    assert len(read_records(files, sft_conversations)) == len(ROWS)
+    assert capsys.readouterr().err == f"warning: {files[1]}: no records\n"
+
+
 def test_a_byte_order_mark_is_accepted(tmp_path):
     for name, text in (("bom.jsonl", '{"a": 1}\n'), ("bom.json", '[{"a": 1}]')):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
