@@ -104,6 +104,7 @@ def model_card(
         parts += ["## Figures", settings_table(figures)]
     if versions:
         parts += ["## Versions", settings_table(versions)]
-    code = 'model = AutoModelForCausalLM.from_pretrained("PATH")\ntokenizer = AutoTokenizer.from_pretrained("PATH")'
-    load = f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n{code}\n```"
+    model, tokenizer = "AutoModelForCausalLM", "PreTrainedTokenizerFast"  # AutoTokenizer may change the tokenizer
+    code = f'model = {model}.from_pretrained("PATH")\ntokenizer = {tokenizer}.from_pretrained("PATH")'
+    load = f"```python\nfrom transformers import {model}, {tokenizer}\n\n{code}\n```"
     return "\n\n".join([*parts, "## How to load it", load]) + "\n"
