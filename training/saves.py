@@ -184,6 +184,8 @@ def write_state(run: Run, step: int, finished: bool = False, pending: dict | Non
 
 def restore(run: Run) -> None:
     """Loads weights, moments and buffers of the save after step run.done."""
+    if not os.path.exists(step_path(run.args, run.done)):  # not to be looked up on the hub
+        raise InputError(f"{step_path(run.args, run.done)}: missing; drop --resume to start again")
     weights = Checkpoint(step_path(run.args, run.done))
     path = moments_path(run.args, run.done)
     try:

@@ -35,7 +35,7 @@ from core import distributed
 from core.checkpoint import Checkpoint
 from core.conversations import sft_conversations
 from core.distributed import Ranks, overlapped_reduction, rank_micro_batches, split_by_tokens
-from core.outputs import claim_folder, read_manifest
+from core.outputs import claim_folder, discard_checkpoint, read_manifest
 from core.records import read_records
 from core.tokenizer import Tokenizer
 from model import Qwen2
@@ -314,6 +314,8 @@ def test_a_damaged_save_is_one_line(tiny, sft_data, tmp_path, run, refused):
         refused([f"optimizer-3.safetensors: {key} does not fit"], "train_sft", *arguments)
     moments.write_bytes(b"junk")
     refused(["optimizer-3.safetensors: missing or corrupt"], "train_sft", *arguments)
+    discard_checkpoint(f"{out}.run/step-3")
+    refused(["o.run/step-3: missing; drop --resume to start again"], "train_sft", *arguments)
 
 
 def test_a_second_run_in_one_out_is_refused(tiny, sft_data, tmp_path, run, refused, monkeypatch):
