@@ -104,7 +104,10 @@ def model_card(
         parts += ["## Figures", settings_table(figures)]
     if versions:
         parts += ["## Versions", settings_table(versions)]
-    model, tokenizer = "AutoModelForCausalLM", "PreTrainedTokenizerFast"  # AutoTokenizer may change the tokenizer
+    model, tokenizer = (
+        "AutoModelForCausalLM",
+        "PreTrainedTokenizerFast",
+    )  # AutoTokenizer changes one that is not Qwen2's
     code = f'model = {model}.from_pretrained("PATH")\ntokenizer = {tokenizer}.from_pretrained("PATH")'
     load = f"```python\nfrom transformers import {model}, {tokenizer}\n\n{code}\n```"
     return "\n\n".join([*parts, "## How to load it", load]) + "\n"

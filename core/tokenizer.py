@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import PreTokenizer
 
 from core.chat_template import default_system
 from core.checkpoint import Checkpoint
-from core.files import InputError, check_unicode, json_object, shown, warn_once
+from core.files import InputError, check_unicode, json_object, shown
 
 # Qwen2's pre-tokenizer: contraction | letters with one sign before them | digit | signs | line ends | spaces
 QWEN2_SPLIT = (
@@ -243,8 +243,6 @@ def check_plain(backend: tokenizers.Tokenizer, settings: dict, source: str) -> N
     """InputError for settings on which transformers' Qwen2Tokenizer and PreTrainedTokenizerFast disagree.
 
     The first brings its own normalizer (NFC) and pre-tokenizer (byte-level). The second reads tokenizer.json, as we do.
-    A warning if the two differ and the checkpoint names another class: AutoTokenizer of transformers 5 takes the first
-    for every model_type qwen2.
     """
 
     def refuse(name, fault):
@@ -264,16 +262,13 @@ def check_plain(backend: tokenizers.Tokenizer, settings: dict, source: str) -> N
             refuse(
                 "tokenizer.json", f"its {part['type']} pre-tokenizer puts a space before each text; Qwen2's does not"
             )
-    parts = flat_parts(backend.pre_tokenizer)
-    found = [part.get("type") for part in parts], *(part.get("pattern", part.get("use_regex")) for part in parts)
-    other = "has no NFC normalizer" if [part["type"] for part in flat_parts(backend.normalizer)] != ["NFC"] else ""
-    if not other and found != (["Split", "ByteLevel"], {"Regex": QWEN2_SPLIT}, False):
-        other = "its pre-tokenizer is not that of Qwen2"
-    if other and str(settings.get("tokenizer_class")).removesuffix("Fast") == "Qwen2Tokenizer":
-        refuse("tokenizer.json", f"{other}, but {brings_own}")
-    if other:
-        load = "AutoTokenizer of transformers 5 gives it Qwen2's; load it there with PreTrainedTokenizerFast"
-        warn_once(f"{source}/tokenizer.json: {other}; {load}")
+    if str(settings.get("tokenizer_class")).removesuffix("Fast") == "Qwen2Tokenizer":
+        if [part["type"] for part in flat_parts(backend.normalizer)] != ["NFC"]:
+            refuse("tokenizer.json", f"has no NFC normalizer, but {brings_own}")
+        parts = flat_parts(backend.pre_tokenizer)
+        found = [part.get("type") for part in parts], *(part.get("pattern", part.get("use_regex")) for part in parts)
+        if found != (["Split", "ByteLevel"], {"Regex": QWEN2_SPLIT}, False):
+            refuse("tokenizer.json", f"its pre-tokenizer is not that of Qwen2, but {brings_own}")
     if backend.model.continuing_subword_prefix or backend.model.end_of_word_suffix:
         refuse("tokenizer.json", "its model has a subword prefix or a word suffix; Qwen2's has neither")
     for token in backend.get_added_tokens_decoder().values():

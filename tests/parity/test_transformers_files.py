@@ -249,7 +249,7 @@ def test_a_byte_order_mark_in_a_json_file_is_dropped(tiny, tmp_path):
 
 
 def test_auto_tokenizer_replaces_the_normalizer_of_a_qwen2(tmp_path):
-    """Which is why a model card names PreTrainedTokenizerFast, and why another tokenizer than Qwen2's is warned of."""
+    """Which is why a model card names PreTrainedTokenizerFast."""
     path, text = checkpoint(tmp_path / "m"), "e\u0301"
     auto = transformers.AutoTokenizer.from_pretrained(path)
     assert type(auto).__name__ == "Qwen2Tokenizer" and auto(text)["input_ids"] != Tokenizer(path).encode(text)
