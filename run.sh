@@ -83,7 +83,7 @@ demo=""
 if [[ -z $ckpt && -z $teacher && ${#sources[@]} == 0 ]]; then
   demo=yes ckpt=$here/demo/base run=${run:-runs/demo}
   export CUDA_VISIBLE_DEVICES= # run on the CPU, so that everybody gets the README's table
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two threads are no faster here, and far slower beside other work
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two threads save a sixth, but crawl beside other work
   ((${#tasks[@]})) || tasks=(demo)
   # The user's flags come last, because in argparse the last value of a flag wins. These learning rates suit the tiny
   # model only; they would ruin a real one.
