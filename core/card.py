@@ -104,10 +104,8 @@ def model_card(
         parts += ["## Figures", settings_table(figures)]
     if versions:
         parts += ["## Versions", settings_table(versions)]
-    model, tokenizer = (
-        "AutoModelForCausalLM",
-        "PreTrainedTokenizerFast",
-    )  # AutoTokenizer changes one that is not Qwen2's
+    # AutoTokenizer would change a tokenizer that is not Qwen2's
+    model, tokenizer = "AutoModelForCausalLM", "PreTrainedTokenizerFast"
     code = f'model = {model}.from_pretrained("PATH")\ntokenizer = {tokenizer}.from_pretrained("PATH")'
     load = f"```python\nfrom transformers import {model}, {tokenizer}\n\n{code}\n```"
     return "\n\n".join([*parts, "## How to load it", load]) + "\n"

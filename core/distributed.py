@@ -91,8 +91,8 @@ def on_stop_signal(number: int, _frame: object) -> None:
     """Handles SIGTERM and Ctrl-C.
 
     During training, the loop finishes its micro-batch, drops the current step, saves the state after the previous step
-    and exits, with code 0 after SIGTERM and 130 after Ctrl-C. A second Ctrl-C ends at once. Before training there is nothing to save, so the process ends
-    at once; an interrupted reference pass still saves its cache.
+    and exits, with code 0 after SIGTERM and 130 after Ctrl-C. A second Ctrl-C ends at once. Before training there is
+    nothing to save, so the process ends at once; an interrupted reference pass still saves its cache.
 
     On SIGTERM torchrun signals its ranks, waits 30 s for them (--shutdown-timeout) and exits with code 1. If you need
     exit code 0, signal the ranks instead: pkill -TERM -P PID_OF_TORCHRUN.
