@@ -85,7 +85,7 @@ def add_training_flags(
     add("--epochs", type=at_least(1), default=epochs, help="passes over the data")
     add("--max-steps", type=at_least(1), help="optimizer steps; overrides --epochs")
     add("--batch-size", type=at_least(1), default=batch_size, help="examples per step, all ranks together")
-    peak = "peak learning rate; a few hundred examples need a larger one, see docs/REPORT.md"
+    peak = "peak learning rate; a few hundred examples need a larger one, see docs/REPORT.md, sections 1 and 7"
     add("--lr", type=number(0), default=lr, help=peak)
     schedules = ["cosine", "linear", "constant"]
     add("--schedule", choices=schedules, default="cosine", help="learning-rate schedule")
