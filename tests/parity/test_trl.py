@@ -118,7 +118,8 @@ def test_sft_of_a_real_checkpoint(tmp_path, run):
     compare_sft(os.environ["REAL_CKPT"], 1e-5, tmp_path, run)
 
 
-def compare_kto(model_dir, ref, lr, tmp_path, run, records=None):
+def compare_kto(model_dir, ref, lr, tmp_path, run, records=None, kl_at_work=True):
+    """kl_at_work: False if the mean difference of the log-probabilities may be negative, so that the KL is 0."""
     records = records or feedback(16, seed=3)
     data = write_lines(tmp_path / "kto.jsonl", records)
     theirs = trl_log("kto", model_dir, records, tmp_path / "trl", max_steps=4, ref=ref, beta=0.1, learning_rate=lr)
@@ -126,7 +127,7 @@ def compare_kto(model_dir, ref, lr, tmp_path, run, records=None):
     assert run("train_kto", *flags(model_dir, data, tmp_path / "ours", *more))[0] == 0
     ours = log(tmp_path / "ours")
     assert len(theirs) == len(ours) == 4
-    assert max(s["kl"] for s in ours) > 0.01  # the estimate is at work
+    assert not kl_at_work or max(s["kl"] for s in ours) > 0.01
     for a, b in zip(theirs, ours):
         for key in (
             "loss",
@@ -177,7 +178,7 @@ def test_kto_on_preferences(shape, tiny, worse, tmp_path, run):
 @real
 def test_kto_of_a_real_checkpoint(tmp_path, run):
     path = os.environ["REAL_CKPT"]
-    compare_kto(path, perturbed(path, 0.03, str(tmp_path / "worse")), 1e-5, tmp_path, run)
+    compare_kto(path, perturbed(path, 0.03, str(tmp_path / "worse")), 1e-5, tmp_path, run, kl_at_work=False)
 
 
 def test_pairs_come_in_the_order_of_trl(tmp_path):
