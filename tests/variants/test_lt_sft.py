@@ -67,8 +67,4 @@ def test_runs(tiny, tmp_path, run, monkeypatch, refused):
 
 
 def test_resume_refuses_another_first_run(tiny, tmp_path, run, monkeypatch, refused):
-    data, moved = write_lines(tmp_path / "d.jsonl", chats(13)), str(tmp_path / "moved")
-    tiny_model(seed=1).save(moved, tiny_files())
-    change = lambda: tiny_model(seed=2).save(moved, tiny_files())
-    args = arguments(tiny, data, tmp_path / "o", "--moved", moved)
-    check_resume_refuses(run, monkeypatch, refused, "moved_fingerprint", change, "variants.lt_sft", *args)
+    check_resume_refuses(run, monkeypatch, refused, "variants.lt_sft", "--moved", "moved_fingerprint", tiny, tmp_path)

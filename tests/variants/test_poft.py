@@ -58,8 +58,4 @@ def test_runs(tiny, tmp_path, run, monkeypatch, others, refused):
 
 
 def test_resume_refuses_another_model_under_the_same_name(tiny, tmp_path, run, monkeypatch, refused):
-    data, other = write_lines(tmp_path / "d.jsonl", chats(13)), str(tmp_path / "other")
-    tiny_model(seed=1).save(other, tiny_files())
-    change = lambda: tiny_model(seed=2).save(other, tiny_files())
-    args = arguments(tiny, data, tmp_path / "o", "--others", other)
-    check_resume_refuses(run, monkeypatch, refused, "other_fingerprints", change, "variants.poft", *args)
+    check_resume_refuses(run, monkeypatch, refused, "variants.poft", "--others", "other_fingerprints", tiny, tmp_path)

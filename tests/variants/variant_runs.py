@@ -1,7 +1,8 @@
 """Checks that every variant with a training run must pass."""
 
 import pytest
-from training_runs import feedback, launch, log, same_run, update_error, weights
+from conftest import tiny_files, tiny_model, write_lines
+from training_runs import chats, feedback, launch, log, same_run, update_error, weights
 
 import train_kto
 import train_sft
@@ -44,13 +45,16 @@ def check_divergence(run, name, *args):
     assert code == 2 and "error: 2 steps in a row" in err and "Traceback" not in err, err
 
 
-def check_resume_refuses(run, monkeypatch, refused, word, change, name, *args):
-    """A run is stopped after two steps. After change() it is not resumed, because it differs in `word`."""
+def check_resume_refuses(run, monkeypatch, refused, name, flag, word, tiny, tmp_path):
+    """A run is stopped after two steps. With another model at the path of `flag` it is not resumed: it differs in `word`."""
+    data, other = write_lines(tmp_path / "d.jsonl", chats(13)), str(tmp_path / "other")
+    args = arguments(tiny, data, tmp_path / "o", flag, other)
+    tiny_model(seed=1).save(other, tiny_files())
     with monkeypatch.context() as patch:
         stop_in_step(patch, 2)
         code, _, err = run(name, *args)
     assert code == 0 and "stopped after step 2" in err, err
-    change()
+    tiny_model(seed=2).save(other, tiny_files())
     refused(["state.json", f"differs in {word};"], name, *args, "--resume")
 
 
